@@ -1,0 +1,278 @@
+"""Static configuration: frozen, hashable dataclasses, validated where they are built.
+
+Names follow the published systems (Hugging Face NemotronH, Megatron, Kimi K3); where those systems differ
+in what they compute, the difference is a field here.
+"""
+
+import dataclasses
+from typing import Literal
+
+from jax_latent_moe import checks
+from jax_latent_moe.errors import ConfigError
+
+ScoreFunction = Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"]
+Activation = Literal["relu2", "gelu", "swiglu", "geglu", "situ_glu"]
+LatentNorm = Literal["none", "pre", "post"]
+
+SCORE_FUNCTIONS = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
+ACTIVATIONS = ("relu2", "gelu", "swiglu", "geglu", "situ_glu")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "situ_glu")
+LATENT_NORMS = ("none", "pre", "post")
+SELECTIONS = ("score", "logit")
+DROP_POLICIES = ("probs", "position")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+ROUTER_DTYPES = ("float32", "bfloat16", "float64")
+XLA_METHODS = ("blocked", "ragged_dot")
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaBackend:
+    """Expert matmuls in plain XLA: runs on any device.
+
+    Attributes:
+        method: "blocked" walks blocks of rows and slices the weight of each block's expert; "ragged_dot" calls
+            `jax.lax.ragged_dot`, which is fast on TPUs and expands to a dense matmul elsewhere.
+        block_rows: rows per block of "blocked"; None picks a power of two from the mean rows per expert.
+    """
+
+    method: Literal["blocked", "ragged_dot"] = "blocked"
+    block_rows: int | None = None
+
+    def __post_init__(self):
+        checks.one_of("XlaBackend.method", self.method, XLA_METHODS)
+        if self.block_rows is not None:
+            checks.positive_int("XlaBackend.block_rows", self.block_rows)
+            if self.method != "blocked":
+                raise ConfigError(
+                    f"XlaBackend.block_rows={self.block_rows} needs method='blocked', got method={self.method!r}: "
+                    "leave block_rows out."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasBackend:
+    """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CutlassBackend:
+    """Expert matmuls as CUTLASS grouped GEMMs behind XLA FFI custom calls."""
+
+
+BackendConfig = XlaBackend | PallasBackend | CutlassBackend
+NAMED_BACKENDS = {"xla": XlaBackend, "pallas": PallasBackend, "cutlass": CutlassBackend}
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts and how the chosen are weighted.
+
+    Attributes:
+        score_function: "softmax" over all experts before the choice (Qwen3), "softmax_topk" over the chosen logits
+            (Mixtral), "sigmoid" (DeepSeek-V3, NemotronH, Kimi K3) or "sqrt_softplus" (Megatron).
+        norm_topk_prob: divide the chosen scores by their sum.
+        norm_topk_eps: added to that sum (1e-20 in most systems, 0 in Qwen3, 1e-9 in marin).
+        routed_scaling_factor: multiplies the weights, or the routed output: see
+            `LatentMoEConfig.apply_routed_scale_to_output`.
+        correction_bias: add a float32 bias [E] to the scores for the choice alone (auxiliary-loss-free balancing).
+        selection: choose by "score" (+ bias), or by "logit" (+ bias) as marin does.
+        per_expert_scale: a learned factor per expert on the weights (FastDeploy, MaxText).
+        num_groups: experts form this many equal groups; 1 turns group limits off.
+        topk_groups: groups that a token may choose from.
+        group_score_topk: a group's score is the sum of this many of its best experts (2 in Hugging Face and K3,
+            top_k // topk_groups in Megatron).
+        dtype: operand type of the router matmul; scores are float32, or float64 with "float64".
+        switch_loss_coef: coefficient of the Switch load-balancing loss over the whole batch.
+        sequence_loss_coef: the same per sequence (second to last axis of x), averaged over sequences.
+        z_loss_coef: coefficient of mean logsumexp(logits)^2.
+        bias_update_rate: step of `update_correction_bias`.
+        capacity_factor: an expert keeps at most ceil(capacity_factor * T * k / E) rows; None keeps all.
+        min_capacity: lower bound of that number.
+        drop_policy: over capacity, drop the rows of lowest weight ("probs") or the last ones ("position").
+    """
+
+    score_function: ScoreFunction = "sigmoid"
+    norm_topk_prob: bool = True
+    norm_topk_eps: float = 1e-20
+    routed_scaling_factor: float = 1.0
+    correction_bias: bool = True
+    selection: Literal["score", "logit"] = "score"
+    per_expert_scale: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score_topk: int = 2
+    dtype: str = "float32"
+    switch_loss_coef: float = 0.0
+    sequence_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    bias_update_rate: float = 1e-3
+    capacity_factor: float | None = None
+    min_capacity: int = 0
+    drop_policy: Literal["probs", "position"] = "probs"
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", checks.dtype_name("router.dtype", self.dtype, ROUTER_DTYPES))
+        checks.one_of("router.score_function", self.score_function, SCORE_FUNCTIONS)
+        checks.one_of("router.selection", self.selection, SELECTIONS)
+        checks.one_of("router.drop_policy", self.drop_policy, DROP_POLICIES)
+        for name in ("norm_topk_prob", "correction_bias", "per_expert_scale"):
+            checks.boolean(f"router.{name}", getattr(self, name))
+        for name in ("num_groups", "topk_groups", "group_score_topk"):
+            checks.positive_int(f"router.{name}", getattr(self, name))
+        for name in ("norm_topk_eps", "switch_loss_coef", "sequence_loss_coef", "z_loss_coef", "bias_update_rate"):
+            checks.non_negative(f"router.{name}", getattr(self, name))
+        checks.finite("router.routed_scaling_factor", self.routed_scaling_factor)
+        if self.topk_groups > self.num_groups:
+            raise ConfigError(
+                f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
+                "a token cannot keep more groups than there are."
+            )
+        if isinstance(self.min_capacity, bool) or not isinstance(self.min_capacity, int) or self.min_capacity < 0:
+            raise ConfigError(f"router.min_capacity={self.min_capacity!r} must be an integer of at least 0.")
+        if self.capacity_factor is not None:
+            checks.non_negative("router.capacity_factor", self.capacity_factor)
+        elif self.min_capacity:
+            raise ConfigError(
+                f"router.min_capacity={self.min_capacity} has no effect without router.capacity_factor: set that too."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """How `init_params` draws kernels: truncated normals.
+
+    Attributes:
+        std: standard deviation of every kernel; None uses 1 / sqrt(fan_in).
+        output_scale: factor on the kernels that write to the residual stream (up_proj and the shared w_out), such as
+            1 / sqrt(2 * layers).
+        scale_expert_output: apply output_scale to the experts' w_out as well, as Megatron does.
+    """
+
+    std: float | None = None
+    output_scale: float = 1.0
+    scale_expert_output: bool = True
+
+    def __post_init__(self):
+        if self.std is not None:
+            checks.non_negative("init.std", self.std)
+        checks.non_negative("init.output_scale", self.output_scale)
+        checks.boolean("init.scale_expert_output", self.scale_expert_output)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMoEConfig:
+    """One latent mixture-of-experts layer.
+
+    Attributes:
+        hidden_size: d, width of x and y; the router and the shared expert read it.
+        latent_size: l, width in which the routed experts work; None is a plain MoE without projections.
+        num_experts: E.
+        top_k: k, experts per token.
+        expert_intermediate_size: m, inner width of one routed expert.
+        shared_expert_intermediate_size: ms, inner width of the shared expert; 0 is none.
+        activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up).
+        gelu_approximate: tanh form of gelu for "gelu" and "geglu"; False is the exact form.
+        situ_beta: b of "situ_glu" (Kimi K3).
+        situ_linear_beta: bl of "situ_glu"; None leaves the up half linear.
+        latent_norm: RMSNorm over l: "pre" after down_proj (marin), "post" after the combine (Kimi K3), or "none".
+        latent_norm_eps: its epsilon.
+        apply_probs_on_input: multiply the expert's input by the weight instead of its output (Megatron); top_k = 1.
+        apply_routed_scale_to_output: multiply the routed output, after the latent norm and before up_proj, by
+            routed_scaling_factor instead of the weights (vLLM). The same function unless latent_norm="post".
+        router: how experts are chosen.
+        init: how parameters are drawn.
+        dtype: type of the computation and of y; accumulation is in float32.
+        param_dtype: type of the stored parameters (the correction bias is always float32).
+        backend: "auto", a backend's name, or its dataclass.
+    """
+
+    hidden_size: int
+    latent_size: int | None
+    num_experts: int
+    top_k: int
+    expert_intermediate_size: int
+    shared_expert_intermediate_size: int = 0
+    activation: Activation = "relu2"
+    gelu_approximate: bool = False
+    situ_beta: float = 4.0
+    situ_linear_beta: float | None = 25.0
+    latent_norm: LatentNorm = "none"
+    latent_norm_eps: float = 1e-5
+    apply_probs_on_input: bool = False
+    apply_routed_scale_to_output: bool = False
+    router: RouterConfig = RouterConfig()
+    init: InitConfig = InitConfig()
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    backend: Literal["auto"] | BackendConfig = "auto"
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"):
+            checks.positive_int(name, getattr(self, name))
+        if self.latent_size is not None:
+            checks.positive_int("latent_size", self.latent_size)
+        if self.shared_expert_intermediate_size != 0:
+            checks.positive_int("shared_expert_intermediate_size", self.shared_expert_intermediate_size)
+        checks.one_of("activation", self.activation, ACTIVATIONS)
+        checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
+        for name in ("gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
+            checks.boolean(name, getattr(self, name))
+        checks.positive("situ_beta", self.situ_beta)
+        if self.situ_linear_beta is not None:
+            checks.positive("situ_linear_beta", self.situ_linear_beta)
+        checks.positive("latent_norm_eps", self.latent_norm_eps)
+        checks.instance("router", self.router, RouterConfig)
+        checks.instance("init", self.init, InitConfig)
+        object.__setattr__(self, "dtype", checks.dtype_name("dtype", self.dtype, COMPUTE_DTYPES))
+        object.__setattr__(self, "param_dtype", checks.dtype_name("param_dtype", self.param_dtype, COMPUTE_DTYPES))
+        object.__setattr__(self, "backend", as_backend(self.backend))
+        self._check_routing()
+
+    def _check_routing(self):
+        experts, k, router = self.num_experts, self.top_k, self.router
+        if k > experts:
+            raise ConfigError(f"top_k={k} is more than num_experts={experts}: a token chooses distinct experts.")
+        if self.apply_probs_on_input and k != 1:
+            raise ConfigError(f"apply_probs_on_input needs top_k=1, got top_k={k}: weights differ between experts.")
+        if experts % router.num_groups:
+            raise ConfigError(
+                f"num_experts={experts} must be a multiple of router.num_groups={router.num_groups}: groups are equal."
+            )
+        if router.num_groups == 1:
+            return
+        group = experts // router.num_groups
+        if router.group_score_topk > group:
+            raise ConfigError(
+                f"router.group_score_topk={router.group_score_topk} is more than the {group} experts of a group "
+                f"(num_experts={experts} / num_groups={router.num_groups})."
+            )
+        if k > router.topk_groups * group:
+            raise ConfigError(
+                f"top_k={k} is more than the {router.topk_groups * group} experts in router.topk_groups="
+                f"{router.topk_groups} groups of {group}: keep more groups or choose fewer experts."
+            )
+
+    @property
+    def latent_width(self) -> int:
+        """Width that the routed experts read and write: latent_size, or hidden_size in a plain MoE."""
+        return self.hidden_size if self.latent_size is None else self.latent_size
+
+    @property
+    def gated(self) -> bool:
+        """Whether the experts have a gate beside the up kernel."""
+        return self.activation in GATED_ACTIVATIONS
+
+
+def as_backend(backend: "str | BackendConfig") -> "Literal['auto'] | BackendConfig":
+    """A backend given by name or dataclass, as "auto" or a dataclass.
+
+    Raises:
+        ConfigError: the name or type is unknown.
+    """
+    if isinstance(backend, str) and backend in NAMED_BACKENDS:
+        return NAMED_BACKENDS[backend]()
+    if backend == "auto" or isinstance(backend, BackendConfig):
+        return backend
+    names = ", ".join(f"'{name}'" for name in ("auto", *NAMED_BACKENDS))
+    types = ", ".join(f"{cls.__name__}(...)" for cls in NAMED_BACKENDS.values())
+    raise ConfigError(f"backend={backend!r} is unknown: use one of {names}, or {types}.")
