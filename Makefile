@@ -1,0 +1,41 @@
+# Every target sets the environment up first (scripts/setup.sh). GNU make 3.81, the one of macOS, is enough.
+PYTHON := .venv/bin/python
+WORKERS ?= auto
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-gpu bench lint format docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv from uv.lock (Python and uv are found or fetched)
+	@scripts/setup.sh
+
+train: setup ## train the example; ARGS="--help" lists its options
+	$(PYTHON) -m examples.train $(ARGS)
+
+test: setup ## run the whole test suite; ARGS go to pytest
+	$(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
+
+test-gpu: setup ## run the tests that need a GPU
+	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu $(ARGS)
+
+bench: setup ## time the layer and its matmuls
+	$(PYTHON) -m benchmarks $(ARGS)
+
+lint: setup ## ruff and pyright
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m pyright
+
+format: setup ## let ruff format the code and mend what it can
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+
+docs: setup ## build docs/ into docs/_build/html; a warning is an error
+	$(PYTHON) -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+clean: ## remove the environment, fetched tools and caches; runs/ stays
+	rm -rf .venv .tools .cache .pytest_cache .ruff_cache .hypothesis build dist docs/_build
