@@ -1,0 +1,30 @@
+"""Settings of every test: fresh seeds, printed; hypothesis from the same seed."""
+
+import os
+import secrets
+
+import hypothesis
+import numpy as np
+import pytest
+
+from tests import seeds
+
+hypothesis.settings.register_profile("tests", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    os.environ.setdefault(seeds.VARIABLE, str(secrets.randbelow(2**31)))  # workers of xdist inherit it
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = os.environ[seeds.VARIABLE]
+
+
+def pytest_report_header():
+    return f"random inputs: repeat with {seeds.VARIABLE}={seeds.base_seed()}"
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Random numbers that depend on the run's seed and on the test."""
+    return seeds.generator(request.node.nodeid)

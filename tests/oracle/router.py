@@ -1,0 +1,112 @@
+"""Routing of one token, and its gradients, in float64."""
+
+import numpy as np
+
+from tests.oracle.activations import sigmoid
+
+
+def softmax(logits):
+    shifted = np.exp(logits - logits.max())
+    return shifted / shifted.sum()
+
+
+def log_sum_exp(logits):
+    return logits.max() + np.log(np.exp(logits - logits.max()).sum())
+
+
+def scores(function, logits):
+    """Score p of every expert."""
+    if function == "sigmoid":
+        return sigmoid(logits)
+    if function == "sqrt_softplus":
+        return np.sqrt(np.logaddexp(0, logits))
+    return softmax(logits)
+
+
+def scores_backward(function, logits, dp):
+    p = scores(function, logits)
+    if function == "sigmoid":
+        return dp * p * (1 - p)
+    if function == "sqrt_softplus":
+        return dp * sigmoid(logits) / (2 * p)
+    return p * (dp - np.dot(p, dp))
+
+
+def best(values, count):
+    """Indices of the `count` largest, largest first, the lower index first among equals."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
+def gap(values, count):
+    """How far the last chosen value is from the best one left out, relative to their size."""
+    chosen = best(values, len(values))
+    if count >= len(values) or count < 1:
+        return np.inf
+    last, left = values[chosen[count - 1]], values[chosen[count]]
+    return np.inf if np.isneginf(left) else (last - left) / max(1.0, abs(last), abs(left))
+
+
+def choose(config, logits, bias):
+    """Expert ids of one token [k], and how far the nearest other choice was."""
+    router, k = config.router, config.top_k
+    by_logit = router.selection == "logit" or router.score_function == "softmax_topk"
+    c = (logits if by_logit else scores(router.score_function, logits)) + bias
+    margin = np.inf
+    if router.num_groups > 1:
+        groups = c.reshape(router.num_groups, -1)
+        group_scores = [sum(sorted(group)[-router.group_score_topk :]) for group in groups]
+        kept = best(group_scores, router.topk_groups)
+        margin = gap(group_scores, router.topk_groups)
+        c = np.concatenate([group if i in kept else np.full_like(group, -np.inf) for i, group in enumerate(groups)])
+    return np.array(best(c, k)), min(margin, gap(c, k))
+
+
+def weigh(config, logits, ids, expert_scale):
+    """Combine weights [k] of the chosen ids (-1: none), and what `weigh_backward` needs."""
+    router = config.router
+    slots = [j for j, e in enumerate(ids) if e >= 0]
+    chosen = ids[slots]
+    if router.score_function == "softmax_topk":
+        p = softmax(logits[chosen]) if slots else np.zeros(0)
+    else:
+        p = scores(router.score_function, logits)[chosen]
+    total = p.sum() + router.norm_topk_eps
+    normalised = p / total if router.norm_topk_prob and slots else p
+    factor = 1.0 if config.apply_routed_scale_to_output else router.routed_scaling_factor
+    weights = np.zeros(len(ids))
+    weights[slots] = normalised * factor * expert_scale[chosen]
+    return weights, (slots, chosen, p, total, normalised, factor)
+
+
+def weigh_backward(config, logits, expert_scale, saved, dweights):
+    """Gradients of logits [E] and expert_scale [E]."""
+    router = config.router
+    slots, chosen, p, total, normalised, factor = saved
+    dlogits, dscale = np.zeros_like(logits), np.zeros_like(expert_scale)
+    if not slots:
+        return dlogits, dscale
+    dw = dweights[slots]
+    np.add.at(dscale, chosen, dw * normalised * factor)
+    dp = dw * factor * expert_scale[chosen]
+    if router.norm_topk_prob:
+        dp = dp / total - np.dot(dp, p) / total**2
+    if router.score_function == "softmax_topk":
+        np.add.at(dlogits, chosen, p * (dp - np.dot(p, dp)))
+        return dlogits, dscale
+    dp_all = np.zeros_like(logits)
+    np.add.at(dp_all, chosen, dp)
+    return scores_backward(router.score_function, logits, dp_all), dscale
+
+
+def auxiliary_scores(function, logits):
+    """Scores [E] of the balance losses: they sum to one."""
+    p = scores(function, logits)
+    return p if function.startswith("softmax") else p / (p.sum() + 1e-20)
+
+
+def auxiliary_scores_backward(function, logits, daux):
+    if function.startswith("softmax"):
+        return scores_backward(function, logits, daux)
+    p = scores(function, logits)
+    total = p.sum() + 1e-20
+    return scores_backward(function, logits, daux / total - np.dot(daux, p) / total**2)
