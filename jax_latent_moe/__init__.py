@@ -1,0 +1,45 @@
+"""Latent mixture-of-experts layers for JAX.
+
+The layer is a pure function, `latent_moe(params, x, config)`; Flax modules that hold its parameters are in
+`jax_latent_moe.linen` and `jax_latent_moe.nnx`, which are imported only when asked for.
+"""
+
+from jax_latent_moe import cost, presets
+from jax_latent_moe.config import (
+    CutlassBackend,
+    InitConfig,
+    LatentMoEConfig,
+    PallasBackend,
+    RouterConfig,
+    XlaBackend,
+)
+from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, UnsupportedError
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer
+from jax_latent_moe.layer import LatentMoEAux, latent_moe
+from jax_latent_moe.params import init_params, param_axes, param_shapes
+from jax_latent_moe.router import update_correction_bias
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "CutlassBackend",
+    "InitConfig",
+    "InputError",
+    "LatentMoEAux",
+    "LatentMoEConfig",
+    "LatentMoEError",
+    "PallasBackend",
+    "RouterConfig",
+    "UnsupportedError",
+    "XlaBackend",
+    "cost",
+    "grouped_matmul",
+    "grouped_outer",
+    "init_params",
+    "latent_moe",
+    "param_axes",
+    "param_shapes",
+    "presets",
+    "update_correction_bias",
+]

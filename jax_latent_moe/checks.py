@@ -1,5 +1,6 @@
 """Checks of configuration values: each raises `ConfigError` with the name, the value and the rule."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -52,3 +53,16 @@ def dtype_name(name, value, allowed):
     if dtype not in allowed:
         raise ConfigError(f"{name}={value!r} is not supported: use one of {', '.join(map(repr, allowed))}.")
     return dtype
+
+
+def refuse_unused(config, prefix, fields, used, needs):
+    """Refuses a field that was set although nothing would read it: an ignored setting is a wrong result."""
+    if used:
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in fields:
+        if getattr(config, name) != defaults[name]:
+            raise ConfigError(
+                f"{prefix}{name}={getattr(config, name)!r} has no effect without {needs}: set that, or leave {name} at "
+                f"{defaults[name]!r}."
+            )

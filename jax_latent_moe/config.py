@@ -131,10 +131,13 @@ class RouterConfig:
             raise ConfigError(f"router.min_capacity={self.min_capacity!r} must be an integer of at least 0.")
         if self.capacity_factor is not None:
             checks.non_negative("router.capacity_factor", self.capacity_factor)
-        elif self.min_capacity:
-            raise ConfigError(
-                f"router.min_capacity={self.min_capacity} has no effect without router.capacity_factor: set that too."
-            )
+        for fields, used, needs in (
+            (("norm_topk_eps",), self.norm_topk_prob, "norm_topk_prob=True"),
+            (("bias_update_rate",), self.correction_bias, "correction_bias=True"),
+            (("group_score_topk",), self.num_groups > 1, "num_groups > 1"),
+            (("min_capacity", "drop_policy"), self.capacity_factor is not None, "capacity_factor"),
+        ):
+            checks.refuse_unused(self, "router.", fields, used, needs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +229,12 @@ class LatentMoEConfig:
         object.__setattr__(self, "dtype", checks.dtype_name("dtype", self.dtype, COMPUTE_DTYPES))
         object.__setattr__(self, "param_dtype", checks.dtype_name("param_dtype", self.param_dtype, COMPUTE_DTYPES))
         object.__setattr__(self, "backend", as_backend(self.backend))
+        for fields, used, needs in (
+            (("gelu_approximate",), self.activation in ("gelu", "geglu"), "activation='gelu' or 'geglu'"),
+            (("situ_beta", "situ_linear_beta"), self.activation == "situ_glu", "activation='situ_glu'"),
+            (("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'"),
+        ):
+            checks.refuse_unused(self, "", fields, used, needs)
         self._check_routing()
 
     def _check_routing(self):

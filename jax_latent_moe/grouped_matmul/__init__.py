@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, as_backend
@@ -152,10 +153,13 @@ def _check_group_sizes(group_sizes, num_experts, num_rows):
         raise InputError(f"group_sizes of shape {group_sizes.shape} must be of shape {expected}.")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise InputError(f"group_sizes of dtype {group_sizes.dtype} must be integers, int32 at best.")
-    if not isinstance(group_sizes, jax.core.Tracer):
+    if not isinstance(group_sizes, Tracer):
         sizes = np.asarray(group_sizes)
         if (sizes < 0).any():
             raise InputError(f"group_sizes[{int(sizes.argmin())}]={sizes.min()} is negative: sizes are at least 0.")
         if sizes.sum() > num_rows:
             raise InputError(f"group_sizes add up to {sizes.sum()}, more than the {num_rows} rows there are.")
-    return group_sizes.astype(jnp.int32)
+        return group_sizes.astype(jnp.int32)
+    # A negative size or a sum above the rows cannot be refused under jit: both are cut to the rows there are.
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes.astype(jnp.int32), 0)), num_rows)
+    return jnp.diff(ends, prepend=0)

@@ -106,13 +106,15 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Backend:
         UnsupportedError: the named backend cannot run the problem.
         ConfigError: the name is unknown.
     """
-    candidates = _candidates(problem, backend)
-    for config in candidates:
+    refusal = None
+    for config in _candidates(problem, backend):
         chosen = _BACKENDS[type(config)](config)
         reason = chosen.supports(problem)
         if reason is None:
             return chosen
-    raise UnsupportedError(_name(config), reason, "Use backend='auto' or XlaBackend(), which runs everywhere.")
+        refusal = UnsupportedError(_name(config), reason, "Use backend='auto' or XlaBackend(), which runs everywhere.")
+    assert refusal is not None
+    raise refusal
 
 
 def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:

@@ -13,7 +13,7 @@ def grouped_matmul(
     *,
     transpose_w: bool = False,
 ) -> Float[np.ndarray, "r b"]:
-    """rows x w (or w^T) for the rows of each expert, in float64; rows beyond sum(group_sizes) are zero.
+    """Rows x w (or w^T) for the rows of each expert, in float64; rows beyond sum(group_sizes) are zero.
 
     Raises:
         InputError: a group size is negative, or they add up to more rows than there are.

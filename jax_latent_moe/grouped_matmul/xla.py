@@ -1,8 +1,9 @@
 """Grouped matmul in plain XLA operations: runs on every device, differentiates by the caller's rules."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import XlaBackend
@@ -49,10 +50,9 @@ class _Blocks:
 
     def __init__(self, group_sizes: Int[Array, " e"], num_rows: int, size: int):
         self.size, self.num_rows = size, num_rows
-        # A sum above the rows or a negative size cannot be refused under jit: it is cut to the rows there are.
-        self.ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), num_rows)
-        self.starts = jnp.concatenate([jnp.zeros_like(self.ends[:1]), self.ends[:-1]])
-        blocks = -(-(self.ends - self.starts) // size)
+        self.ends = jnp.cumsum(group_sizes)
+        self.starts = self.ends - group_sizes
+        blocks = -(-group_sizes // size)
         self.last = jnp.cumsum(blocks)
         self.first = self.last - blocks
         self.count = self.last[-1]
@@ -117,6 +117,16 @@ def _valid_rows(group_sizes, num_rows) -> Bool[Array, "r 1"]:
     return (jnp.arange(num_rows) < jnp.sum(group_sizes))[:, None]
 
 
+def _ragged_dot(dimensions, left, right, group_sizes):
+    dot = functools.partial(
+        lax.ragged_dot_general,
+        ragged_dot_dimension_numbers=dimensions,
+        preferred_element_type=_accumulator(left.dtype),
+    )
+    # Its own rule for vmap refuses operands of which only some are mapped: map one after the other.
+    return custom_batching.sequential_vmap(dot)(left, right, group_sizes)
+
+
 def _ragged_matmul(rows: Float[Array, "r a"], w, group_sizes, transpose_w):
     valid = _valid_rows(group_sizes, rows.shape[0])
     dimensions = lax.RaggedDotDimensionNumbers(
@@ -124,9 +134,7 @@ def _ragged_matmul(rows: Float[Array, "r a"], w, group_sizes, transpose_w):
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[0],
     )
-    out = lax.ragged_dot_general(
-        jnp.where(valid, rows, 0), w, group_sizes, dimensions, preferred_element_type=_accumulator(rows.dtype)
-    )
+    out = _ragged_dot(dimensions, jnp.where(valid, rows, 0), w, group_sizes)
     return jnp.where(valid, out, 0).astype(rows.dtype)
 
 
@@ -135,11 +143,5 @@ def _ragged_outer(rows, dout, group_sizes):
     dimensions = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    out = lax.ragged_dot_general(
-        jnp.where(valid, rows, 0),
-        jnp.where(valid, dout, 0),
-        group_sizes,
-        dimensions,
-        preferred_element_type=_accumulator(rows.dtype),
-    )
+    out = _ragged_dot(dimensions, jnp.where(valid, rows, 0), jnp.where(valid, dout, 0), group_sizes)
     return out.astype(rows.dtype)

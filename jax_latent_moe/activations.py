@@ -1,0 +1,39 @@
+"""Activations of the experts, elementwise, in float32 (float64 for float64), from pre-activations to hidden rows."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_latent_moe.config import LatentMoEConfig
+
+
+def activate(pre: Float[Array, "*rows two_m"], config: LatentMoEConfig) -> Float[Array, "*rows m"]:
+    """Applies config.activation; a gated one reads the gate from the first half of the last axis, up from the second.
+
+    Formulas, with g the gate and u the up half (or u alone):
+        relu2: relu(u)^2 (NemotronH). gelu: gelu(u). swiglu: silu(g) * u (DeepSeek-V3, Qwen3). geglu: gelu(g) * u.
+        situ_glu: b tanh(g / b) sigmoid(g) * bl tanh(u / bl), or * u where bl is None (Kimi K3).
+
+    Args:
+        pre: [..., m], or [..., 2 m] for gated activations.
+        config: read for activation, gelu_approximate, situ_beta and situ_linear_beta.
+
+    Returns:
+        [..., m] in float32, or float64 for float64 input. Cast it to the compute dtype yourself.
+    """
+    pre = pre.astype(jnp.promote_types(pre.dtype, jnp.float32))
+    if not config.gated:
+        return jnp.square(jax.nn.relu(pre)) if config.activation == "relu2" else _gelu(pre, config)
+    gate, up = jnp.split(pre, 2, axis=-1)
+    if config.activation == "swiglu":
+        return jax.nn.silu(gate) * up
+    if config.activation == "geglu":
+        return _gelu(gate, config) * up
+    assert config.activation == "situ_glu"
+    if config.situ_linear_beta is not None:
+        up = config.situ_linear_beta * jnp.tanh(up / config.situ_linear_beta)
+    return config.situ_beta * jnp.tanh(gate / config.situ_beta) * jax.nn.sigmoid(gate) * up
+
+
+def _gelu(x, config):
+    return jax.nn.gelu(x, approximate=config.gelu_approximate)

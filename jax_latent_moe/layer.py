@@ -1,0 +1,173 @@
+"""The latent mixture-of-experts layer, top to bottom, as one pure function."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_latent_moe.activations import activate
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.errors import InputError
+from jax_latent_moe.experts import routed_experts
+from jax_latent_moe.params import Params, check_params
+from jax_latent_moe.permute import count_experts, make_plan, within_capacity
+from jax_latent_moe.router import NO_EXPERT, auxiliary_losses, route, router_logits
+
+LATENT = "latent_moe_latent"
+
+
+class LatentMoEAux(NamedTuple):
+    """What the layer says of its routing.
+
+    Attributes:
+        expert_ids: [..., k] int32, the chosen experts; -1 reaches none. Give it back as `expert_ids` to replay.
+        weights: [..., k] float32, their combine weights.
+        tokens_per_expert: [E] int32, tokens that chose each expert, before capacity drops any.
+        dropped_per_expert: [E] int32, of these, the ones dropped for capacity.
+        losses: auxiliary losses "switch", "sequence" and "z", coefficients applied.
+    """
+
+    expert_ids: Int[Array, "*batch k"]
+    weights: Float[Array, "*batch k"]
+    tokens_per_expert: Int[Array, " e"]
+    dropped_per_expert: Int[Array, " e"]
+    losses: dict[str, Float[Array, ""]]
+
+
+def latent_moe(
+    params: Params,
+    x: Float[Array, "*batch d"],
+    config: LatentMoEConfig,
+    *,
+    token_mask: Bool[Array, "*batch"] | None = None,
+    expert_ids: Int[Array, "*batch k"] | None = None,
+) -> tuple[Float[Array, "*batch d"], LatentMoEAux]:
+    """Y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), the router reading x (arXiv 2601.18089).
+
+    Args:
+        params: as `init_params` makes them.
+        x: [..., d], floating; read in config.dtype, by the router in the router's dtype.
+        config: the layer; static under jit.
+        token_mask: [...]; a token that is False reaches no expert, no loss and no count, and its routed output is
+            zero. The shared expert still reads it, with its non-finite entries as zero, so that padding may hold NaN.
+        expert_ids: [..., k] integers: replay this choice, with weights (and gradients) from the scores there; -1
+            reaches no expert.
+
+    Returns:
+        y: [..., d] in config.dtype.
+        aux: `LatentMoEAux`.
+
+    Raises:
+        InputError: the parameters or an array do not fit the config.
+        UnsupportedError: the named backend cannot run this layer.
+    """
+    check_params(params, config)
+    _check_inputs(x, config, token_mask, expert_ids)
+    batch, tokens = x.shape[:-1], x.reshape(-1, config.hidden_size)
+    mask = None if token_mask is None else token_mask.reshape(-1)
+    if mask is not None:
+        tokens = jnp.where(mask[:, None] | jnp.isfinite(tokens), tokens, 0)
+
+    router = params["router"]
+    logits = router_logits(tokens, router["kernel"], config.router.dtype)
+    routing = route(
+        logits,
+        config.router,
+        config.top_k,
+        bias=router.get("bias"),
+        scale=router.get("scale"),
+        routed_scaling_factor=1.0 if config.apply_routed_scale_to_output else None,
+        token_mask=mask,
+        expert_ids=None if expert_ids is None else expert_ids.reshape(-1, config.top_k),
+    )
+
+    tokens = tokens.astype(config.dtype)
+    latent = tokens if config.latent_size is None else _project(tokens, params["down_proj"])
+    if config.latent_norm == "pre":
+        latent = _rms_norm(latent, params["latent_norm"]["scale"], config.latent_norm_eps)
+    combined, dropped = _route_through_experts(params["experts"], checkpoint_name(latent, LATENT), routing, config)
+    if config.latent_norm == "post":
+        combined = _rms_norm(combined, params["latent_norm"]["scale"], config.latent_norm_eps)
+    if config.apply_routed_scale_to_output:
+        combined *= config.router.routed_scaling_factor
+    y = combined if config.latent_size is None else _project(combined, params["up_proj"])
+    if "shared" in params:
+        y += _shared_expert(tokens, params["shared"], config)
+
+    sequences = (math.prod(batch[:-1]), batch[-1] if batch else 1)
+    aux = LatentMoEAux(
+        expert_ids=routing.expert_ids.reshape(*batch, config.top_k),
+        weights=routing.weights.reshape(*batch, config.top_k),
+        tokens_per_expert=count_experts(routing.expert_ids, config.num_experts),
+        dropped_per_expert=dropped,
+        losses=auxiliary_losses(
+            logits.reshape(*sequences, config.num_experts),
+            config.router,
+            config.top_k,
+            None if mask is None else mask.reshape(sequences),
+        ),
+    )
+    return y.reshape(x.shape), aux
+
+
+def _route_through_experts(experts, latent, routing, config):
+    """Weighted sum of the experts' outputs, [T, l], and the choices that capacity dropped, [E]."""
+    expert_ids, weights = routing
+    dropped = jnp.zeros(config.num_experts, jnp.int32)
+    if config.router.capacity_factor is not None:
+        capacity = math.ceil(config.router.capacity_factor * expert_ids.size / config.num_experts)
+        capacity = max(capacity, config.router.min_capacity)
+        kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
+        dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts)
+        expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
+    if config.apply_probs_on_input:
+        latent = (latent * weights).astype(latent.dtype)
+        weights = jnp.ones_like(weights)
+    plan = make_plan(expert_ids, config.num_experts)
+    w_in, w_out = (experts[name].astype(config.dtype) for name in ("w_in", "w_out"))
+    return routed_experts(config, latent, weights, w_in, w_out, plan), dropped
+
+
+def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
+    return x @ params["kernel"].astype(x.dtype)
+
+
+def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:
+    w_in, w_out = (params[name].astype(x.dtype) for name in ("w_in", "w_out"))
+    return activate(x @ w_in.reshape(w_in.shape[0], -1), config).astype(x.dtype) @ w_out
+
+
+def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> Float[Array, "t l"]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(wide.dtype)).astype(x.dtype)
+
+
+def _check_inputs(x, config, token_mask, expert_ids):
+    if x.ndim < 1 or x.shape[-1] != config.hidden_size:
+        raise InputError(f"x of shape {x.shape} must end in hidden_size={config.hidden_size}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(f"x of dtype {x.dtype} must be floating: cast or embed it first.")
+    if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != bool):
+        raise InputError(
+            f"token_mask of shape {token_mask.shape} and dtype {token_mask.dtype} must be bool of shape {x.shape[:-1]}."
+        )
+    if expert_ids is None:
+        return
+    expected = (*x.shape[:-1], config.top_k)
+    if expert_ids.shape != expected or not jnp.issubdtype(expert_ids.dtype, jnp.integer):
+        raise InputError(
+            f"expert_ids of shape {expert_ids.shape} and dtype {expert_ids.dtype} must be integers of shape {expected}."
+        )
+    if not isinstance(expert_ids, Tracer) and expert_ids.size:
+        low, high = np.min(expert_ids), np.max(expert_ids)
+        if low < NO_EXPERT or high >= config.num_experts:
+            raise InputError(
+                f"expert_ids between {low} and {high} must lie in [0, num_experts={config.num_experts}), or be "
+                f"{NO_EXPERT} for no expert."
+            )

@@ -1,0 +1,124 @@
+"""The parameter tree of a layer: its shapes, its logical axes, its first values, its check."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.errors import InputError
+
+Params = dict[str, dict[str, Array]]
+
+
+def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The parameter tree as shapes and dtypes; parts that the config does not have are left out.
+
+    Kernels are [in, out] and experts are stacked; a gated expert's gate and up kernels are one array [E, l, 2, m],
+    gate first. The correction bias is float32 whatever param_dtype says: bfloat16 would destroy the routing of
+    released checkpoints, whose biases differ by less than 0.25 near 64.
+    """
+    return {
+        part: {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32 if (part, name) == ("router", "bias") else config.param_dtype)
+            for name, (shape, _) in leaves.items()
+        }
+        for part, leaves in _layout(config).items()
+    }
+
+
+def param_axes(config: LatentMoEConfig) -> dict[str, dict[str, tuple[str | None, ...]]]:
+    """The parameter tree as logical axis names, one a dimension: what sharding rules map to mesh axes."""
+    return {part: {name: axes for name, (_, axes) in leaves.items()} for part, leaves in _layout(config).items()}
+
+
+def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
+    """Draws the parameters of one layer: kernels as `config.init` says, scales 1, the correction bias 0.
+
+    Args:
+        key: a JAX random key.
+        config: the layer.
+    """
+    return {
+        part: {name: init_param(key, config, part, name) for name in leaves}
+        for part, leaves in param_shapes(config).items()
+    }
+
+
+def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: str) -> Array:
+    """One leaf of `init_params`: the same value for the same key, part and name."""
+    leaf = param_shapes(config)[part][name]
+    if len(leaf.shape) == 1:
+        return jnp.full(leaf.shape, 0.0 if name == "bias" else 1.0, leaf.dtype)
+    fan_in = leaf.shape[1] if part == "experts" else leaf.shape[0]
+    std = 1 / math.sqrt(fan_in) if config.init.std is None else config.init.std
+    if (part, name) in (("up_proj", "kernel"), ("shared", "w_out")) or (
+        (part, name) == ("experts", "w_out") and config.init.scale_expert_output
+    ):
+        std *= config.init.output_scale
+    index = sorted((p, n) for p, leaves in _EVERY_LEAF.items() for n in leaves).index((part, name))
+    # A normal cut at two standard deviations has this standard deviation: divide it out.
+    drawn = jax.random.truncated_normal(jax.random.fold_in(key, index), -2, 2, leaf.shape, jnp.float32)
+    return (drawn * (std / 0.87962566103423978)).astype(leaf.dtype)
+
+
+def check_params(params: Params, config: LatentMoEConfig) -> None:
+    """Raises InputError unless the tree has exactly the parts, shapes and kinds of dtype that the config asks for."""
+    expected = param_shapes(config)
+    given = {(part, name): leaf for part, leaves in params.items() for name, leaf in leaves.items()}
+    wanted = {(part, name): leaf for part, leaves in expected.items() for name, leaf in leaves.items()}
+    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or extra:
+        listed = [f"missing {'/'.join(path)}" for path in missing] + [f"not used: {'/'.join(path)}" for path in extra]
+        raise InputError(
+            f"params do not fit the config: {', '.join(listed)}. Build them with init_params(key, config)."
+        )
+    for path, leaf in given.items():
+        if leaf.shape != wanted[path].shape:
+            raise InputError(f"params {'/'.join(path)} of shape {leaf.shape} must be of shape {wanted[path].shape}.")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise InputError(f"params {'/'.join(path)} of dtype {leaf.dtype} must be floating.")
+    if "bias" in expected["router"] and params["router"]["bias"].dtype not in (jnp.float32, jnp.float64):
+        raise InputError(
+            f"params router/bias of dtype {params['router']['bias'].dtype} must be float32: a narrower one cannot hold "
+            "the small differences that balance the experts."
+        )
+
+
+_EVERY_LEAF = {
+    "router": ("kernel", "bias", "scale"),
+    "down_proj": ("kernel",),
+    "experts": ("w_in", "w_out"),
+    "latent_norm": ("scale",),
+    "up_proj": ("kernel",),
+    "shared": ("w_in", "w_out"),
+}
+
+
+def _layout(config):
+    """Every leaf that the config has, as (shape, logical axes)."""
+    d, width, experts = config.hidden_size, config.latent_width, config.num_experts
+    m, ms = config.expert_intermediate_size, config.shared_expert_intermediate_size
+    gate, gate_axis = ((2,), (None,)) if config.gated else ((), ())
+    latent = "hidden" if config.latent_size is None else "latent"
+    layout = {"router": {"kernel": ((d, experts), ("hidden", "expert"))}}
+    if config.router.correction_bias:
+        layout["router"]["bias"] = ((experts,), ("expert",))
+    if config.router.per_expert_scale:
+        layout["router"]["scale"] = ((experts,), ("expert",))
+    layout["experts"] = {
+        "w_in": ((experts, width, *gate, m), ("expert", latent, *gate_axis, "expert_intermediate")),
+        "w_out": ((experts, m, width), ("expert", "expert_intermediate", latent)),
+    }
+    if config.latent_size is not None:
+        layout["down_proj"] = {"kernel": ((d, width), ("hidden", "latent"))}
+        layout["up_proj"] = {"kernel": ((width, d), ("latent", "hidden"))}
+    if config.latent_norm != "none":
+        layout["latent_norm"] = {"scale": ((width,), (latent,))}
+    if ms:
+        layout["shared"] = {
+            "w_in": ((d, *gate, ms), ("hidden", *gate_axis, "shared_intermediate")),
+            "w_out": ((ms, d), ("shared_intermediate", "hidden")),
+        }
+    return layout

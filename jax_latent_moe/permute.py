@@ -1,0 +1,95 @@
+"""From tokens to rows sorted by expert and back: the plan, the gather, the weighted combine, the capacity."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Plan(NamedTuple):
+    """Where each choice (token t, its j-th expert) stands among the rows sorted by expert.
+
+    Attributes:
+        group_sizes: [E] int32, rows of each expert. Choices of no expert stand after all of them.
+        slot_of_row: [T * k] int32, the choice t * k + j that each row holds.
+        row_of_slot: [T, k] int32, the row of each choice.
+    """
+
+    group_sizes: Int[Array, " e"]
+    slot_of_row: Int[Array, " r"]
+    row_of_slot: Int[Array, "t k"]
+
+    @property
+    def token_of_row(self) -> Int[Array, " r"]:
+        """[T * k] int32, the token of each row."""
+        return self.slot_of_row // max(self.row_of_slot.shape[1], 1)
+
+
+def make_plan(expert_ids: Int[Array, "t k"], num_experts: int) -> Plan:
+    """Sorts the choices by expert, in token order within one expert.
+
+    Args:
+        expert_ids: [T, k]; an id outside [0, num_experts) is no expert.
+        num_experts: E.
+    """
+    expert = _no_expert_last(expert_ids, num_experts)
+    slot_of_row = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    rows = jnp.arange(expert.size, dtype=jnp.int32)
+    row_of_slot = jnp.zeros_like(rows).at[slot_of_row].set(rows, unique_indices=True)
+    return Plan(count_experts(expert_ids, num_experts), slot_of_row, row_of_slot.reshape(expert_ids.shape))
+
+
+def count_experts(expert_ids: Int[Array, "t k"], num_experts: int) -> Int[Array, " e"]:
+    """How many choices fell on each expert, [E] int32; an id outside [0, num_experts) counts nowhere."""
+    expert = _no_expert_last(expert_ids, num_experts)
+    return jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
+
+
+def gather_rows(tokens: Float[Array, "t l"], plan: Plan) -> Float[Array, "r l"]:
+    """The rows that the plan sorts: [T, l] -> [T * k, l]."""
+    return _take(tokens, plan.token_of_row)
+
+
+def combine(rows: Float[Array, "r l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> Float[Array, "t l"]:
+    """Weighted sum of each token's rows, in a fixed order: [T * k, l] -> [T, l]; without weights, the plain sum.
+
+    The sum runs in the wider of float32 and the rows' type and is returned in it.
+    """
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    total = jnp.zeros((plan.row_of_slot.shape[0], rows.shape[1]), wide)
+    # One gather a choice fuses into the sum; one gather of all would write T * k rows first.
+    for choice in range(plan.row_of_slot.shape[1]):
+        part = _take(rows, plan.row_of_slot[:, choice]).astype(wide)
+        total += part if weights is None else weights[:, choice, None].astype(wide) * part
+    return total
+
+
+def within_capacity(
+    expert_ids: Int[Array, "t k"], weights: Float[Array, "t k"], num_experts: int, capacity: int, policy: str
+) -> Bool[Array, "t k"]:
+    """Which choices an expert of limited capacity keeps (Megatron's token dropping).
+
+    Args:
+        expert_ids: [T, k]; an id outside [0, num_experts) is no expert and is not kept.
+        weights: [T, k], read by policy "probs".
+        num_experts: E.
+        capacity: choices that one expert keeps.
+        policy: "probs" keeps the largest weights, the earlier token first among equals; "position" the first tokens.
+    """
+    expert = _no_expert_last(expert_ids, num_experts)
+    keys = (expert,) if policy == "position" else (-lax.stop_gradient(weights).reshape(-1), expert)
+    order = jnp.lexsort(keys)
+    sizes = count_experts(expert_ids, num_experts)
+    first = jnp.append(jnp.cumsum(sizes) - sizes, jnp.sum(sizes))[expert[order]]
+    rank = jnp.zeros_like(expert).at[order].set(jnp.arange(expert.size) - first, unique_indices=True)
+    return ((rank < capacity) & (expert < num_experts)).reshape(expert_ids.shape)
+
+
+def _take(rows, indices):
+    return rows.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _no_expert_last(expert_ids, num_experts) -> Int[Array, " r"]:
+    flat = expert_ids.reshape(-1).astype(jnp.int32)
+    return jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)

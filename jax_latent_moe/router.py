@@ -1,0 +1,177 @@
+"""Which experts a token reaches and with what weight; the losses and the bias that keep the experts' loads even."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_latent_moe.config import RouterConfig
+from jax_latent_moe.permute import count_experts
+
+NO_EXPERT = -1
+
+
+class Routing(NamedTuple):
+    """The choice of each token.
+
+    Attributes:
+        expert_ids: [T, k] int32, `NO_EXPERT` where a choice reaches no expert.
+        weights: [T, k] float32 (float64 in a float64 router), 0 where a choice reaches no expert.
+    """
+
+    expert_ids: Int[Array, "t k"]
+    weights: Float[Array, "t k"]
+
+
+def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str) -> Float[Array, "t e"]:
+    """X @ kernel with operands in `dtype`, accumulated and returned in at least float32, never in tf32."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.matmul(
+        x.astype(dtype), kernel.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide
+    )
+
+
+def route(
+    logits: Float[Array, "t e"],
+    config: RouterConfig,
+    top_k: int,
+    *,
+    bias: Float[Array, " e"] | None = None,
+    scale: Float[Array, " e"] | None = None,
+    routed_scaling_factor: float | None = None,
+    token_mask: Bool[Array, " t"] | None = None,
+    expert_ids: Int[Array, "t k"] | None = None,
+) -> Routing:
+    """Chooses top_k experts a token and weighs them; gradients flow through the weights alone.
+
+    Follows the routers of DeepSeek-V3 (arXiv 2412.19437), Hugging Face's NemotronH, Megatron, Qwen3 and Mixtral; the
+    configuration says which.
+
+    Args:
+        logits: [T, E].
+        config: the router.
+        top_k: k.
+        bias: [E], added to the selection score only; it gets no gradient.
+        scale: [E], a learned factor on the weights.
+        routed_scaling_factor: factor on the weights; None takes the config's.
+        token_mask: [T]; tokens that are False choose no expert.
+        expert_ids: [T, k], the choice to replay instead of making one; weights are the scores there. An id outside
+            [0, E) is no expert.
+    """
+    num_experts = logits.shape[1]
+    scores = _scores(logits, config.score_function)
+    if expert_ids is None:
+        expert_ids = _choose(lax.stop_gradient(logits if config.selection == "logit" else scores), bias, config, top_k)
+    chosen = (expert_ids >= 0) & (expert_ids < num_experts)
+    if token_mask is not None:
+        chosen &= token_mask[:, None]
+    safe_ids = jnp.where(chosen, expert_ids, 0)
+    weights = jnp.take_along_axis(scores, safe_ids, axis=1)
+    if config.score_function == "softmax_topk":
+        weights = _masked_softmax(weights, chosen)
+    weights = jnp.where(chosen, weights, 0)
+    if config.norm_topk_prob:
+        total = jnp.sum(weights, axis=1, keepdims=True) + config.norm_topk_eps
+        weights /= jnp.where(jnp.any(chosen, axis=1, keepdims=True), total, 1)
+    if scale is not None:
+        weights *= jnp.where(chosen, scale.astype(weights.dtype)[safe_ids], 0)
+    weights *= config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
+    return Routing(jnp.where(chosen, expert_ids, NO_EXPERT).astype(jnp.int32), weights)
+
+
+def _scores(logits, score_function):
+    """Scores of all experts; for softmax_topk the logits, whose softmax over the chosen comes after the choice."""
+    if score_function == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    if score_function == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    if score_function == "sqrt_softplus":
+        return jnp.sqrt(jax.nn.softplus(logits))
+    assert score_function == "softmax_topk"
+    return logits
+
+
+def _choose(scores, bias, config, top_k):
+    if bias is not None:
+        scores = scores + lax.stop_gradient(bias).astype(scores.dtype)
+    if config.num_groups > 1:
+        scores = _limit_groups(scores, config)
+    return lax.top_k(scores, top_k)[1]
+
+
+def _limit_groups(scores, config):
+    """Fills with -inf the scores outside the topk_groups best groups: 0, as some do, can win over a negative score."""
+    grouped = scores.reshape(scores.shape[0], config.num_groups, -1)
+    group_scores = jnp.sum(lax.top_k(grouped, config.group_score_topk)[0], axis=-1)
+    kept = lax.top_k(group_scores, config.topk_groups)[1]
+    keep = jnp.any(kept[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
+
+
+def _masked_softmax(logits, mask):
+    return jnp.where(mask, jax.nn.softmax(logits, axis=1, where=mask, initial=-jnp.inf), 0)
+
+
+def auxiliary_losses(
+    logits: Float[Array, "b s e"], config: RouterConfig, top_k: int, token_mask: Bool[Array, "b s"] | None = None
+) -> dict[str, Float[Array, ""]]:
+    """The losses "switch", "sequence" and "z", coefficients applied; 0 where a coefficient is 0.
+
+    switch (Switch Transformers, arXiv 2101.03961, as in Megatron): E / (k T^2) * sum_e n_e sum_t P[t, e] over the T
+    unmasked tokens, with P the scores as probabilities and n_e the tokens whose top-k of P holds e (without bias or
+    group limits); it equals its coefficient at perfect balance. sequence: the same for each sequence, averaged over
+    them. z (ST-MoE, arXiv 2202.08906): mean_t logsumexp(logits_t)^2.
+    """
+    mask = jnp.ones(logits.shape[:2], bool) if token_mask is None else token_mask
+    losses = {name: jnp.zeros((), logits.dtype) for name in ("switch", "sequence", "z")}
+    if config.switch_loss_coef or config.sequence_loss_coef:
+        probs = jnp.where(mask[..., None], _probabilities(logits, config.score_function), 0)
+    if config.switch_loss_coef:
+        losses["switch"] = config.switch_loss_coef * _imbalance(probs.reshape(1, -1, probs.shape[2]), mask, top_k)
+    if config.sequence_loss_coef:
+        losses["sequence"] = config.sequence_loss_coef * _imbalance(probs, mask, top_k)
+    if config.z_loss_coef:
+        squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
+        losses["z"] = config.z_loss_coef * jnp.sum(squared) / jnp.maximum(jnp.sum(mask), 1)
+    return losses
+
+
+def _probabilities(logits, score_function):
+    if score_function in ("softmax", "softmax_topk"):
+        return jax.nn.softmax(logits, axis=-1)
+    scores = _scores(logits, score_function)
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+
+
+def _imbalance(probs: Float[Array, "b s e"], mask, top_k: int) -> Float[Array, ""]:
+    """Mean over the batch of E / (k T^2) * sum_e n_e sum_t P[t, e]; a sequence without tokens counts as 0."""
+    batch, _, num_experts = probs.shape
+    mask = mask.reshape(probs.shape[:2])
+    ids = lax.top_k(lax.stop_gradient(probs), top_k)[1]
+    offset = num_experts * jnp.arange(batch)[:, None, None]
+    ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
+    counts = count_experts(ids.reshape(-1, top_k), batch * num_experts).reshape(batch, num_experts)
+    tokens = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(probs.dtype)
+    per_sequence = jnp.sum(counts * jnp.sum(probs, axis=1), axis=1) * num_experts / (top_k * tokens**2)
+    return jnp.sum(per_sequence) / max(batch, 1)
+
+
+def update_correction_bias(
+    bias: Float[Array, " e"], tokens_per_expert: Int[Array, " e"], rate: float
+) -> Float[Array, " e"]:
+    """b_e + rate * sign(mean(n) - n_e): raises the bias of experts with few tokens (DeepSeek-V3, arXiv 2412.19437).
+
+    Call it after the optimiser's step, outside of autodiff, with the counts of the whole batch (summed over devices).
+
+    Args:
+        bias: [E] float32.
+        tokens_per_expert: [E] int32, as in `LatentMoEAux`.
+        rate: the step, `RouterConfig.bias_update_rate`.
+
+    Returns:
+        [E] float32.
+    """
+    counts = tokens_per_expert.astype(jnp.float32)
+    return bias.astype(jnp.float32) + rate * jnp.sign(jnp.mean(counts) - counts)
