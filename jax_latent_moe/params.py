@@ -10,6 +10,7 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 
 Params = dict[str, dict[str, Array]]
+Layout = dict[str, dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]]
 
 
 def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -71,9 +72,7 @@ def check_params(params: Params, config: LatentMoEConfig) -> None:
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
         listed = [f"missing {'/'.join(path)}" for path in missing] + [f"not used: {'/'.join(path)}" for path in extra]
-        raise InputError(
-            f"params do not fit the config: {', '.join(listed)}. Build them with init_params(key, config)."
-        )
+        raise InputError(f"params do not fit the config: {', '.join(listed)}. init_params(key, config) makes them.")
     for path, leaf in given.items():
         if leaf.shape != wanted[path].shape:
             raise InputError(f"params {'/'.join(path)} of shape {leaf.shape} must be of shape {wanted[path].shape}.")
@@ -96,13 +95,13 @@ _EVERY_LEAF = {
 }
 
 
-def _layout(config):
+def _layout(config) -> Layout:
     """Every leaf that the config has, as (shape, logical axes)."""
     d, width, experts = config.hidden_size, config.latent_width, config.num_experts
     m, ms = config.expert_intermediate_size, config.shared_expert_intermediate_size
     gate, gate_axis = ((2,), (None,)) if config.gated else ((), ())
     latent = "hidden" if config.latent_size is None else "latent"
-    layout = {"router": {"kernel": ((d, experts), ("hidden", "expert"))}}
+    layout: Layout = {"router": {"kernel": ((d, experts), ("hidden", "expert"))}}
     if config.router.correction_bias:
         layout["router"]["bias"] = ((experts,), ("expert",))
     if config.router.per_expert_scale:

@@ -111,7 +111,8 @@ def _limit_groups(scores, config):
 
 
 def _masked_softmax(logits, mask):
-    return jnp.where(mask, jax.nn.softmax(logits, axis=1, where=mask, initial=-jnp.inf), 0)
+    # A finite fill keeps the softmax of a row without any choice, and its gradient, finite.
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=1), 0)
 
 
 def auxiliary_losses(
@@ -126,12 +127,12 @@ def auxiliary_losses(
     """
     mask = jnp.ones(logits.shape[:2], bool) if token_mask is None else token_mask
     losses = {name: jnp.zeros((), logits.dtype) for name in ("switch", "sequence", "z")}
-    if config.switch_loss_coef or config.sequence_loss_coef:
-        probs = jnp.where(mask[..., None], _probabilities(logits, config.score_function), 0)
     if config.switch_loss_coef:
-        losses["switch"] = config.switch_loss_coef * _imbalance(probs.reshape(1, -1, probs.shape[2]), mask, top_k)
+        whole_batch = logits.reshape(1, mask.size, logits.shape[2])
+        imbalance = _imbalance(whole_batch, mask.reshape(1, mask.size), config.score_function, top_k)
+        losses["switch"] = config.switch_loss_coef * imbalance
     if config.sequence_loss_coef:
-        losses["sequence"] = config.sequence_loss_coef * _imbalance(probs, mask, top_k)
+        losses["sequence"] = config.sequence_loss_coef * _imbalance(logits, mask, config.score_function, top_k)
     if config.z_loss_coef:
         squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
         losses["z"] = config.z_loss_coef * jnp.sum(squared) / jnp.maximum(jnp.sum(mask), 1)
@@ -145,10 +146,10 @@ def _probabilities(logits, score_function):
     return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
 
 
-def _imbalance(probs: Float[Array, "b s e"], mask, top_k: int) -> Float[Array, ""]:
+def _imbalance(logits: Float[Array, "b s e"], mask: Bool[Array, "b s"], score_function, top_k) -> Float[Array, ""]:
     """Mean over the batch of E / (k T^2) * sum_e n_e sum_t P[t, e]; a sequence without tokens counts as 0."""
-    batch, _, num_experts = probs.shape
-    mask = mask.reshape(probs.shape[:2])
+    batch, _, num_experts = logits.shape
+    probs = jnp.where(mask[..., None], _probabilities(logits, score_function), 0)
     ids = lax.top_k(lax.stop_gradient(probs), top_k)[1]
     offset = num_experts * jnp.arange(batch)[:, None, None]
     ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
