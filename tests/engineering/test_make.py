@@ -1,0 +1,51 @@
+"""The Makefile's targets and the CI script say what they run."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.engineering.sandbox import ROOT
+
+
+def dry_run(target: str) -> str:
+    make = shutil.which("make")
+    assert make
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        [make, "-n", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("train", "-m examples.train"),
+        ("test", "-m pytest -n auto"),
+        ("test-gpu", "JAX_PLATFORMS=cuda .venv/bin/python -m pytest -m gpu"),
+        ("bench", "-m benchmarks"),
+        ("lint", "-m pyright"),
+        ("docs", "-m sphinx -W"),
+    ],
+)
+def test_a_target_sets_up_and_then_runs(target, command):
+    lines = dry_run(target).splitlines()
+    assert lines[0] == "scripts/setup.sh"
+    assert any(command in line for line in lines[1:])
+
+
+def test_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = [line for line in makefile.splitlines() if line.startswith(".PHONY:")]
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[1] for line in listed.splitlines()} == set(phony.split()[1:])
+
+
+def test_ci_runs_the_suite_by_make():
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "make lint" in lines
+    assert any(line.startswith("make test") for line in lines)

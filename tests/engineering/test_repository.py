@@ -1,0 +1,113 @@
+"""Rules over the whole tree: versions agree, imports go one way, nothing of one machine is written down."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from tests.engineering.sandbox import ROOT
+
+PACKAGE = ROOT / "jax_latent_moe"
+# A module imports from lines above its own, and within grouped_matmul/.
+ORDER = (
+    ("errors",),
+    ("checks",),
+    ("config",),
+    ("params", "permute", "activations", "grouped_matmul", "presets"),
+    ("router", "cost"),
+    ("experts",),
+    ("layer",),
+    ("parallel",),
+    ("linen", "nnx", "hf"),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"grouped_matmul/cutlass"}, "safetensors": {"hf"}}
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """Path of each module, by its name within the package ("grouped_matmul/xla")."""
+    return {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Every module that the file names in an import, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(module: str) -> str:
+    return module.split("/")[0]
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name != "__init__"])
+def test_imports_go_one_way(module):
+    assert room(module) in RANK, f"give {room(module)} a place in ORDER"
+    for name in imported(modules()[module]):
+        if not name.startswith("jax_latent_moe."):
+            continue
+        other = name.split(".")[1]
+        assert other in RANK, f"{module} imports {name}: name the module it comes from"
+        inside = room(module) == other == "grouped_matmul"
+        assert inside or RANK[other] < RANK[room(module)], f"{module} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("package", sorted(ONLY_IN))
+def test_an_optional_package_is_imported_in_its_own_modules_alone(package):
+    users = {name for name, path in modules().items() for line in imported(path) if line.split(".")[0] == package}
+    assert users <= ONLY_IN[package]
+
+
+def test_importing_the_library_imports_no_optional_package():
+    code = "import sys, jax_latent_moe; print(*{name.split('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert "jax_latent_moe" in loaded
+    assert not loaded & {"flax", "optax", "orbax", "grain", "tyro", "rich", "tensorboardX", "matplotlib", "safetensors"}
+
+
+def test_versions_agree():
+    import jax_latent_moe
+
+    assert jax_latent_moe.__version__ == project()["version"]
+    bazel = (ROOT / "MODULE.bazel").read_text()
+    assert f'version = "{project()["version"]}"' in bazel
+
+
+def test_the_oldest_packages_are_the_lower_bounds():
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "tests/requirements-oldest.txt").read_text(), re.M))
+    extras = project()["optional-dependencies"]
+    for requirement in (*project()["dependencies"], *extras["flax"]):
+        name, bound = requirement.split(">=")
+        pinned = oldest[name]
+        assert pinned == bound or pinned.startswith(f"{bound}."), f"{name}: {pinned} is tested, {bound} is promised"
+
+
+def tracked() -> list[pathlib.Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a source archive has no list of tracked files")
+def test_no_path_of_one_machine():
+    personal = re.compile(rb"(?<![\w.~}>])/(?:work|root|home|Users|tmp)/[\w.]+")
+    found = [
+        f"{path.relative_to(ROOT)}: {match.decode()}"
+        for path in tracked()
+        if path.is_file()
+        for match in personal.findall(path.read_bytes())
+    ]
+    assert not found
