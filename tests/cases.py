@@ -21,7 +21,6 @@ TOY = LatentMoEConfig(
     top_k=3,
     expert_intermediate_size=5,
     shared_expert_intermediate_size=7,
-    latent_norm_eps=1e-2,
     dtype="float32",
 )
 
@@ -106,22 +105,27 @@ def random_router(rng, num_groups, topk_groups, group_score_topk) -> RouterConfi
     def maybe(value, otherwise):
         return value if rng.random() < 0.5 else otherwise
 
+    conditional = {}
+    if norm_topk_prob := maybe(True, False):
+        conditional |= dict(norm_topk_eps=maybe(1e-20, 0.25))
+    if num_groups > 1:
+        conditional |= dict(group_score_topk=group_score_topk)
+    if rng.random() < 0.5:
+        conditional |= dict(capacity_factor=maybe(0.75, 1.25), min_capacity=maybe(0, 2))
+        conditional |= dict(drop_policy=maybe("probs", "position"))
     return RouterConfig(
         score_function=rng.choice(SCORE_FUNCTIONS).item(),
-        norm_topk_prob=maybe(True, False),
-        norm_topk_eps=maybe(1e-20, 0.25),
+        norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=maybe(1.0, 2.5),
         correction_bias=maybe(True, False),
         selection=maybe("score", "logit"),
         per_expert_scale=maybe(True, False),
         num_groups=num_groups,
         topk_groups=topk_groups,
-        group_score_topk=group_score_topk,
         switch_loss_coef=maybe(0.0, 0.3),
         sequence_loss_coef=maybe(0.0, 0.2),
         z_loss_coef=maybe(0.0, 0.1),
-        capacity_factor=maybe(None, maybe(0.75, 1.25)),
-        drop_policy=maybe("probs", "position"),
+        **conditional,
     )
 
 
@@ -133,6 +137,7 @@ def random_case(rng, **fixed) -> Case:
     experts = groups * group
     router = random_router(rng, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item())
     k = rng.integers(1, topk_groups * group, endpoint=True).item()
+    activation, latent_norm = rng.choice(ACTIVATIONS).item(), rng.choice(LATENT_NORMS).item()
     fields = dict(
         hidden_size=rng.integers(3, 12).item(),
         latent_size=rng.choice([None, 2, 4, 8]),
@@ -140,17 +145,19 @@ def random_case(rng, **fixed) -> Case:
         top_k=k,
         expert_intermediate_size=rng.integers(1, 9).item(),
         shared_expert_intermediate_size=rng.choice([0, 5]).item(),
-        activation=rng.choice(ACTIVATIONS).item(),
-        gelu_approximate=rng.random() < 0.5,
-        situ_linear_beta=rng.choice([None, 2.0]),
-        situ_beta=1.5,
-        latent_norm=rng.choice(LATENT_NORMS).item(),
-        latent_norm_eps=1e-2,
+        activation=activation,
+        latent_norm=latent_norm,
         apply_probs_on_input=k == 1 and rng.random() < 0.5,
         apply_routed_scale_to_output=rng.random() < 0.5,
         router=router,
         dtype="float32",
     )
+    if activation in ("gelu", "geglu"):
+        fields |= dict(gelu_approximate=rng.random() < 0.5)
+    if activation == "situ_glu":
+        fields |= dict(situ_beta=1.5, situ_linear_beta=rng.choice([None, 2.0]))
+    if latent_norm != "none":
+        fields |= dict(latent_norm_eps=1e-2)
     config = LatentMoEConfig(**(fields | fixed))
     leading = [(7,), (2, 5), (1, 1), (2, 2, 3)][rng.integers(4)]
     return random_inputs(rng, config, leading, masked=rng.random() < 0.4, replay=rng.random() < 0.2)

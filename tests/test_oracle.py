@@ -52,7 +52,8 @@ def test_gradients_of_random_layers(rng, index):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_every_score_function_and_activation(rng, function, activation):
     for norm in LATENT_NORMS:
-        config = dataclasses.replace(cases.TOY, activation=activation, latent_norm=norm)
+        eps = {} if norm == "none" else {"latent_norm_eps": 1e-2}
+        config = dataclasses.replace(cases.TOY, activation=activation, latent_norm=norm, **eps)
         coefficients = dict(switch_loss_coef=1.0, sequence_loss_coef=1.0, z_loss_coef=1.0, per_expert_scale=True)
         config = cases.with_router(config, score_function=function, **coefficients)
         check_gradients(rng, cases.random_inputs(rng, config, (2, 3), masked=True))
