@@ -4,10 +4,10 @@ WORKERS ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu bench lint format docs clean
+.PHONY: help setup train test test-gpu bench lint lint-bazel format docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv from uv.lock (Python and uv are found or fetched)
 	@scripts/setup.sh
@@ -28,6 +28,9 @@ lint: setup ## ruff and pyright
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m pyright
+
+lint-bazel: ## buildifier over the Bazel files (needs npm)
+	npx --yes @bazel/buildifier@8.2.1 -mode=check -lint=warn MODULE.bazel WORKSPACE.bazel BUILD.bazel */BUILD.bazel
 
 format: setup ## let ruff format the code and mend what it can
 	$(PYTHON) -m ruff check --fix

@@ -1,0 +1,26 @@
+"""What Bazel is given agrees with what uv locks."""
+
+import re
+import tomllib
+
+from tests.engineering.sandbox import ROOT
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "tests/requirements-bazel.txt").read_text().splitlines()
+    return dict(line.split(" ;")[0].split("==") for line in lines if not line.startswith("#"))
+
+
+def test_the_pins_are_those_of_the_lock():
+    locked = {
+        (package["name"], package["version"]) for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    }
+    stale = {f"{name}=={version}" for name, version in pins().items()} - {f"{name}=={v}" for name, v in locked}
+    assert not stale, "run the command at the top of tests/requirements-bazel.txt"
+
+
+def test_every_package_that_a_target_needs_is_pinned():
+    names = {name.replace("-", "_") for name in pins()}
+    for build in (path for path in ROOT.glob("*/BUILD.bazel")):
+        needed = set(re.findall(r'"@pypi//([\w]+)"', build.read_text()))
+        assert needed <= names, build
