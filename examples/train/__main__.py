@@ -1,0 +1,5 @@
+"""Entry of `python -m examples.train`."""
+
+from examples.train.train import main
+
+main()

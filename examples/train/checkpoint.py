@@ -1,0 +1,80 @@
+"""Checkpoints: written aside and renamed when complete, so that a run killed at any moment finds its newest one."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from examples.train.errors import TrainError
+from examples.train.step import TrainState
+
+KEPT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds.
+
+    Attributes:
+        state: parameters, correction biases, optimiser, step and key.
+        data: state of the data iterator.
+        seconds: time that the run had trained.
+    """
+
+    state: TrainState
+    data: dict[str, Any]
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of one run; saving goes on in the background."""
+
+    def __init__(self, folder: Path):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, snapshot: Snapshot):
+        """Starts to write the snapshot under its step; does nothing if that step is there."""
+        step = int(snapshot.state.step)
+        if step != self.newest:
+            progress = {"data": snapshot.data, "seconds": snapshot.seconds}
+            arguments = ocp.args.Composite(
+                state=ocp.args.StandardSave(snapshot.state._asdict()), progress=ocp.args.JsonSave(progress)
+            )
+            self._manager.save(step, args=arguments)
+
+    def restore(self, like: TrainState) -> Snapshot:
+        """The newest complete checkpoint.
+
+        Args:
+            like: a state with the shapes that the configuration asks for.
+
+        Raises:
+            TrainError: it cannot be read, or holds other shapes.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(self.newest, args=arguments)
+        except Exception as error:  # orbax and tensorstore raise whatever they meet in a damaged file
+            damaged = self.folder / str(self.newest)
+            raise TrainError(
+                f"The checkpoint {damaged} is damaged or was written with other options: delete that folder to go on "
+                f"from the one before it, or choose another --run ({type(error).__name__})."
+            ) from error
+        return Snapshot(TrainState(**restored.state), restored.progress["data"], restored.progress["seconds"])
+
+    def close(self):
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,140 @@
+"""Options of the trainer: frozen dataclasses, turned into a command line by tyro."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from examples.train.errors import TrainError
+
+MLP = Literal["dense", "moe", "latent_moe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the language model; the expert sizes are those of `--mlp latent_moe`, the others are fitted to it."""
+
+    layers: int = 4
+    """Transformer blocks; the first has a dense feed-forward, the others the one that --mlp names."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    heads: int = 2
+    """Attention heads; hidden_size / heads must be even (rotary embedding turns pairs)."""
+    context: int = 256
+    """Bytes that the model sees at once."""
+    latent_size: int = 64
+    """Width in which the routed experts work."""
+    num_experts: int = 16
+    """Routed experts of one layer."""
+    top_k: int = 4
+    """Experts that read one byte."""
+    expert_intermediate_size: int = 128
+    """Inner width of a routed expert."""
+    shared_expert_intermediate_size: int = 256
+    """Inner width of the shared expert, which reads every byte at full width; 0 is none."""
+    latent_norm: Literal["none", "pre", "post"] = "none"
+    """RMSNorm in the latent width: before the experts, after their combination, or none."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the weights with which a byte's experts are added up."""
+    dropout: float = 0.0
+    """Chance that an output of attention or feed-forward is dropped in training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters and the optimiser stay float32."""
+    backend: Literal["auto", "xla", "pallas", "cutlass"] = "auto"
+    """Backend of the grouped matmuls."""
+
+    def __post_init__(self):
+        for field in ("layers", "hidden_size", "heads", "context"):
+            _at_least_one(f"model.{field}", getattr(self, field))
+        if self.hidden_size % (2 * self.heads):
+            raise TrainError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of twice model.heads={self.heads}: "
+                "rotary embedding turns the features of a head in pairs."
+            )
+        if not 0 <= self.dropout < 1:
+            raise TrainError(f"model.dropout={self.dropout} must be at least 0 and below 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimiser, its warm-up and its cosine decay."""
+
+    name: Literal["adamw", "muon"] = "muon"
+    """muon orthogonalises the update of each matrix (one expert at a time) and leaves the rest to adamw."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    final_fraction: float = 0.05
+    """Learning rate of the last step, as a fraction of the peak."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, multiplied by the learning rate."""
+    b1: float = 0.9
+    """Decay of Adam's first moment."""
+    b2: float = 0.98
+    """Decay of Adam's second moment."""
+    momentum: float = 0.95
+    """Momentum of muon."""
+    clip: float = 1.0
+    """Largest global norm of the gradient."""
+
+    def __post_init__(self):
+        for field in ("learning_rate", "clip"):
+            if not getattr(self, field) > 0:
+                raise TrainError(f"optimizer.{field}={getattr(self, field)} must be more than 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains a byte-level language model on text and ends with its validation bits per byte.
+
+    A second run with the same folder resumes from its newest checkpoint.
+    """
+
+    preset: Literal["auto", "toy", "cpu", "gpu"] = "auto"
+    """Sizes that every option below starts from; auto is gpu where JAX finds one, else cpu."""
+    mlp: MLP = "latent_moe"
+    """Feed-forward of every block but the first; dense and moe have the active FLOPs of latent_moe."""
+    data: str = "shakespeare"
+    """shakespeare (38 plays, fetched once), stdlib (the sources of Python's library), or a text file or folder."""
+    run: Path | None = None
+    """Folder of checkpoints, metrics and plots; left out, runs/DATA-PRESET-MLP."""
+    steps: int = 1000
+    """Optimiser steps of the whole run."""
+    batch_size: int = 16
+    """Windows of model.context bytes in one step."""
+    seed: int = 0
+    """Seed of the parameters, the order of the data, dropout and the sample."""
+    switch_loss_coef: float = 0.0
+    """Coefficient of the Switch load-balancing loss, beside the correction bias."""
+    bias_update_rate: float = 1e-3
+    """Step of the correction bias that balances the experts."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    eval_every: int = 200
+    """Steps between looks at a part of the validation text; the whole of it is read at the end."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    sample_bytes: int = 400
+    """Length of the text generated at the end."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """Shape of the model."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """Optimiser and schedule."""
+
+    def __post_init__(self):
+        for field in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+            _at_least_one(field, getattr(self, field))
+        if self.optimizer.warmup_steps < 0:
+            raise TrainError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not be negative.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes: `run`, or a name made of data, preset and mlp."""
+        if self.run is not None:
+            return self.run
+        return Path("runs") / f"{Path(self.data).resolve().name}-{self.preset}-{self.mlp}"
+
+
+def _at_least_one(name: str, value: int):
+    if value < 1:
+        raise TrainError(f"{name}={value} must be at least 1.")

@@ -1,0 +1,5 @@
+"""What the trainer raises for things its user can put right; `main` prints the sentence and leaves."""
+
+
+class TrainError(ValueError):
+    """A wrong option, missing data, a diverged or a damaged run: one sentence with the way out."""

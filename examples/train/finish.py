@@ -1,0 +1,58 @@
+"""The end of a run: validation on the whole held-out text, a sample, the plots, one line."""
+
+import bz2
+import lzma
+
+import jax
+
+from examples.train import plots
+from examples.train.checkpoint import Snapshot
+from examples.train.config import Config
+from examples.train.corpus import Corpus
+from examples.train.data import validation_windows
+from examples.train.generate import make_generate
+from examples.train.metrics import read_records
+from examples.train.model import LanguageModel
+from examples.train.step import make_bits_per_byte
+
+LOSS_PLOT, LOAD_PLOT, SAMPLE = "loss.png", "expert_load.png", "sample.txt"
+PROMPT_BYTES = 32
+
+
+def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
+    """What `xz -9e` and `bzip2 -9` need for the text alone, without having seen any other."""
+    sizes = {
+        "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+        "bzip2 -9": len(bz2.compress(text, 9)),
+    }
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
+
+
+def finish(config: Config, model: LanguageModel, corpus: Corpus, last: Snapshot) -> float:
+    """Writes the plots and a sample, prints the sample and the last line.
+
+    Returns:
+        Validation bits per byte: each byte of the held-out text scored once, from at most `context` bytes before it.
+    """
+    folder, state, records = config.folder, last.state, read_records(config.folder)
+    windows = validation_windows(corpus.validation, config.model.context)
+    bits = make_bits_per_byte(model, config.batch_size)(state, windows)
+    references = compressed_bits_per_byte(corpus.validation)
+
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    prompt = corpus.validation[:PROMPT_BYTES]
+    sample = make_generate(model, config.sample_bytes)(state, prompt, key).decode("utf-8", errors="replace")
+    (folder / SAMPLE).write_text(sample + "\n")
+    written = [LOSS_PLOT, SAMPLE, "checkpoints"]
+    plots.plot_loss(records, references, folder / LOSS_PLOT)
+    if any("loads" in record for record in records):
+        plots.plot_loads(records, folder / LOAD_PLOT)
+        written.insert(1, LOAD_PLOT)
+
+    print(f"\n{sample}\n\nIn {folder}: {', '.join(written)}.")
+    compared = ", ".join(f"{name} {value:.3f}" for name, value in references.items())
+    print(
+        f"Validation: {bits:.3f} bits per byte after {int(state.step)} steps and {last.seconds:.0f} s of training; "
+        f"the text alone takes {compared}."
+    )
+    return bits

@@ -1,0 +1,136 @@
+"""What a run reports: JSONL and TensorBoard files, a progress bar, or plain lines where there is no terminal."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from examples.train.step import Metrics
+
+FILE = "metrics.jsonl"
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The run's records in order; a last line cut off by a kill is left out."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl and to TensorBoard.
+
+    Records after `step` are what a run wrote between its last checkpoint and its end: they are removed, because
+    they will be made again.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        kept = [json.dumps(record) + "\n" for record in read_records(folder) if record["step"] <= step]
+        partial = folder / f"{FILE}.part"
+        partial.write_text("".join(kept))
+        partial.replace(folder / FILE)
+        self._file = (folder / FILE).open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]):
+        """One record: a "step", numbers, and lists of numbers."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self):
+        """Flushes both."""
+        self._file.close()
+        self._board.close()
+
+
+class ProgressReport:
+    """Step, loss, speed, balance of the experts and time left."""
+
+    def __init__(self, steps: int, done: int):
+        self._console = Console(highlight=False)
+        self._steps, self._started, self._first = steps, time.monotonic(), done
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("compiling", total=steps, completed=done)
+            self._bar.start()
+
+    def update(self, record: dict[str, Any]):
+        """Shows a training record."""
+        text = f"loss {record['loss']:.3f}  {record['bytes_per_second']:,.0f} bytes/s"
+        if "loads" in record:
+            text += f"  busiest expert {busiest(record['loads']):.2f}x"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=text)
+        else:
+            rate = (time.monotonic() - self._started) / max(record["step"] - self._first, 1)
+            left = rate * (self._steps - record["step"])
+            self.say(f"step {record['step']}/{self._steps}  {text}  {left:.0f} s left")
+
+    def say(self, text: str):
+        """One line that stays."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self):
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Interval:
+    """Gathers the steps since the last record, without waiting for the device before `record`."""
+
+    def __init__(self, bytes_per_step: int):
+        self._bytes, self._steps, self._seconds, self._started = bytes_per_step, [], 0.0, time.monotonic()
+
+    def start(self):
+        """Starts the clock again, after something that is not training."""
+        self._started = time.monotonic()
+
+    def stop(self):
+        """Stops the clock when the steps' results are there."""
+        jax.block_until_ready(self._steps)
+        self._seconds += time.monotonic() - self._started
+
+    def add(self, metrics: Metrics):
+        """One more step."""
+        self._steps.append(metrics)
+
+    def record(self, step: int, seconds: float, rate: float) -> dict[str, Any]:
+        """Means over the gathered steps, which are then forgotten."""
+        steps = jax.device_get(self._steps)
+        now = time.monotonic()
+        record = {
+            "step": step,
+            "seconds": seconds,
+            "loss": float(np.mean([metrics.loss for metrics in steps])),
+            "auxiliary_loss": float(np.mean([metrics.auxiliary_loss for metrics in steps])),
+            "grad_norm": float(np.mean([metrics.grad_norm for metrics in steps])),
+            "learning_rate": rate,
+            "bytes_per_second": self._bytes * len(steps) / (now - self._started),
+        }
+        record["bits_per_byte"] = record["loss"] / math.log(2)
+        if steps[0].loads is not None:
+            loads = np.sum([metrics.loads for metrics in steps], axis=0)
+            record["loads"] = np.round(loads / loads.sum(axis=1, keepdims=True), 5).tolist()
+        self._steps, self._started = [], now
+        return record
+
+
+def busiest(loads: list[list[float]]) -> float:
+    """Load of the busiest expert of any layer, 1 where all are even; loads are shares that sum to 1 in each layer."""
+    shares = np.asarray(loads)
+    return float(shares.max() * shares.shape[1])

@@ -1,0 +1,66 @@
+"""adamw or muon, warm-up and cosine decay, clipping."""
+
+import jax
+import optax
+from jaxtyping import PyTree
+from optax.contrib import MuonDimensionNumbers, muon
+
+from examples.train.config import OptimizerConfig
+
+# Moonlight (arXiv 2502.16982): with this root mean square, muon's updates are as large as adamw's, so that both can
+# share one learning rate.
+MUON_RMS = 0.2
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to `final_fraction` of the peak at the last step."""
+    warmup = min(config.warmup_steps, steps - 1)
+    peak = config.learning_rate
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * config.final_fraction)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then muon or adamw."""
+    schedule = learning_rate(config, steps)
+    if config.name == "muon":
+        update = muon(
+            schedule,
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        update = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=is_matrix)
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+
+
+def is_matrix(params: PyTree) -> PyTree:
+    """True for kernels and embeddings, False for the scales of norms, which do not decay."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def muon_dimensions(params: PyTree) -> PyTree:
+    """Which axes of each parameter are the input and the output of a matrix; None leaves it to adamw.
+
+    Axes that are neither count as many matrices, each orthogonalised for itself: the experts of w_in and w_out, the
+    gate and the up kernel of a gated w_in, the query, key and value kernels of attention.
+    """
+    return jax.tree_util.tree_map_with_path(_dimensions, params)
+
+
+def _dimensions(path, leaf):
+    names = [entry.key for entry in path]
+    if leaf.ndim < 2 or {"embed", "head", "router"} & set(names):
+        return None
+    match names[-2:]:
+        case ["qkv", "kernel"]:  # [d, 3, heads, width]
+            return MuonDimensionNumbers(reduction_axis=0, output_axis=(2, 3))
+        case ["out", "kernel"]:  # [heads, width, d]
+            return MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=2)
+        case ["experts", _]:  # [E, l, m], [E, l, 2, m], [E, m, l]
+            return MuonDimensionNumbers(reduction_axis=1, output_axis=leaf.ndim - 1)
+        case _:  # [in, out], gated [in, 2, out]
+            return MuonDimensionNumbers(reduction_axis=0, output_axis=leaf.ndim - 1)

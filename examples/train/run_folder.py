@@ -1,0 +1,66 @@
+"""The folder of a run: its options, kept so that a resumed run is the same run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from examples.train.config import Config, ModelConfig, OptimizerConfig
+from examples.train.errors import TrainError
+
+FILE = "config.json"
+FREE = {
+    *("preset", "run", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
+    *("model.backend", "optimizer.learning_rate", "optimizer.final_fraction", "optimizer.warmup_steps"),
+}
+"""Options that may change when a run is resumed: state and data go on as they are."""
+
+
+def open_folder(config: Config) -> Path:
+    """Makes the run's folder or, where it exists, checks that its options fit.
+
+    Raises:
+        TrainError: the folder holds a run with other options, or cannot be written.
+    """
+    folder = config.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = read_config(folder) if (folder / FILE).exists() else config
+        _check_same(folder, before, config)
+        partial = folder / f"{FILE}.part"
+        partial.write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
+        partial.replace(folder / FILE)
+    except OSError as error:
+        raise TrainError(f"The run folder {folder} cannot be used ({error}): choose another with --run.") from error
+    return folder
+
+
+def read_config(folder: Path) -> Config:
+    """The options of the run in a folder.
+
+    Raises:
+        TrainError: there is no run, or its options cannot be read.
+    """
+    try:
+        fields = json.loads((folder / FILE).read_text())
+        model, optimizer = ModelConfig(**fields.pop("model")), OptimizerConfig(**fields.pop("optimizer"))
+        run = fields.pop("run")
+        return Config(**fields, run=None if run is None else Path(run), model=model, optimizer=optimizer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainError(f"{folder} holds no readable run ({error}): give another folder with --run.") from error
+
+
+def _check_same(folder, before, now):
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    changed = [f"{name}={old[name]}, now {new[name]}" for name in new if name not in FREE and old[name] != new[name]]
+    if changed:
+        raise TrainError(
+            f"The run in {folder} was started with {'; '.join(changed)}: give the same options to resume it, or "
+            "another folder with --run to start anew."
+        )
+
+
+def _flat(fields, prefix=""):
+    leaves = {}
+    for name, value in fields.items():
+        leaves.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return leaves

@@ -1,0 +1,129 @@
+"""One training step and the state it carries; the validation loss."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Int32, PyTree, UInt8, UInt32
+
+from examples.train.data import ValidationWindows
+from examples.train.model import LanguageModel
+from jax_latent_moe import update_correction_bias
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and all that a checkpoint must hold beside the data iterator.
+
+    Attributes:
+        step: steps done.
+        params: what the optimiser trains.
+        correction_bias: the routers' biases, moved by the load alone; {} for a dense model.
+        opt_state: the optimiser's.
+        key: key data of the run's random numbers.
+    """
+
+    step: Int32[Array, ""]
+    params: PyTree
+    correction_bias: PyTree
+    opt_state: PyTree
+    key: UInt32[Array, " words"]
+
+
+class Metrics(NamedTuple):
+    """What one step says of itself; loads are tokens per expert of each MoE layer."""
+
+    loss: Float[Array, ""]
+    auxiliary_loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    loads: Int32[Array, "layers experts"] | None
+
+
+def init_state(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+    variables = nn.unbox(model.init(init_key, jnp.zeros((1, model.model.context), jnp.int32)))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        correction_bias=variables.get("correction_bias", {}),
+        opt_state=optimizer.init(params),
+        key=jax.random.key_data(key),
+    )
+
+
+def next_byte_loss(logits: Float[Array, "*batch v"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Cross-entropy in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def make_train_step(
+    model: LanguageModel, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, UInt8[Array, "batch context+1"]], tuple[TrainState, Metrics]]:
+    """The compiled step: gradients, the optimiser, then the correction bias from the step's loads."""
+
+    def loss_fn(params, state, batch):
+        dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        logits, sown = model.apply(
+            {"params": params, "correction_bias": state.correction_bias},
+            batch[:, :-1],
+            deterministic=False,
+            rngs={"dropout": dropout_key},
+            mutable=["losses", "intermediates"],
+        )
+        loss = jnp.mean(next_byte_loss(logits, batch[:, 1:]))
+        auxiliary = sum(jax.tree.leaves(sown.get("losses", {})), start=jnp.zeros(()))
+        loads = [block["mlp"]["tokens_per_expert"][0] for _, block in sorted(sown.get("intermediates", {}).items())]
+        return loss + auxiliary, (loss, auxiliary, loads)
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def train_step(state, batch):
+        batch = batch.astype(jnp.int32)
+        gradients, (loss, auxiliary, loads) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        rate = model.moe.router.bias_update_rate if model.moe else 0.0
+        biases, structure = jax.tree.flatten(state.correction_bias)
+        biases = [update_correction_bias(bias, load, rate) for bias, load in zip(biases, loads, strict=True)]
+        state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            correction_bias=jax.tree.unflatten(structure, biases),
+            opt_state=opt_state,
+            key=state.key,
+        )
+        return state, Metrics(loss, auxiliary, optax.global_norm(gradients), jnp.stack(loads) if loads else None)
+
+    return train_step
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> Array:
+    """Whether no floating leaf holds NaN or infinity."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def make_bits_per_byte(model: LanguageModel, batch_size: int) -> Callable[[TrainState, ValidationWindows], float]:
+    """A function that gives the mean bits which the model needs for a scored byte of the windows."""
+
+    @jax.jit
+    def nats(state, inputs, targets, scored):
+        variables = {"params": state.params, "correction_bias": state.correction_bias}
+        losses = next_byte_loss(model.apply(variables, inputs.astype(jnp.int32)), targets.astype(jnp.int32))
+        return jnp.sum(losses * scored)
+
+    def bits_per_byte(state, windows):
+        total = 0.0
+        for start in range(0, len(windows.inputs), batch_size):
+            batch = [part[start : start + batch_size] for part in (windows.inputs, windows.targets, windows.scored)]
+            missing = batch_size - len(batch[0])
+            total += float(nats(state, *(np.pad(part, ((0, missing), (0, 0))) for part in batch)))
+        return total / int(windows.scored.sum()) / math.log(2)
+
+    return bits_per_byte
