@@ -1,4 +1,4 @@
-"""Random layers: configurations, parameters and inputs for comparison with the oracle."""
+"""Random layers and inputs for comparison with the oracle."""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,11 +6,16 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jax_latent_moe.config import ACTIVATIONS, LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
+from jax_latent_moe.config import LatentMoEConfig
 from tests import oracle
+from tests.random_configs import random_config
+from tests.tolerances import relative_error
 
 MARGIN = 2e-5
 """Least distance between discrete choices for which ids of float32 and float64 must agree."""
+
+PERTURBATION, AMPLIFICATION = 1e-7, 20
+"""Inputs whose exact result moves by more than this many times their own relative change are not used."""
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -37,6 +42,26 @@ class Case(NamedTuple):
 
     def oracle(self) -> oracle.Result:
         return oracle.forward(self.params, self.x, self.config, self.token_mask, self.expert_ids)
+
+    def everything(self) -> list[np.ndarray]:
+        """Outputs, losses and gradients of the oracle, one after the other."""
+        result = self.oracle()
+        dparams, dx = oracle.backward(self.params, self.config, result, self.dy)
+        gradients = [leaf for leaves in dparams.values() for leaf in leaves.values()]
+        return [result.y, result.weights, *map(np.asarray, result.losses.values()), dx, *gradients]
+
+    def is_comparable(self, rng) -> bool:
+        """Whether another precision can be asked for the same choices and for values within its rounding."""
+        if self.oracle().margin < MARGIN:
+            return False
+
+        def nudge(values):
+            return values * (1 + PERTURBATION * rng.uniform(-1, 1, size=values.shape))
+
+        params = {part: {name: nudge(p) for name, p in leaves.items()} for part, leaves in self.params.items()}
+        nudged = self._replace(x=nudge(self.x), params=params).everything()
+        moved = (relative_error(a, b) for a, b in zip(nudged, self.everything(), strict=True))
+        return max(moved) <= AMPLIFICATION * PERTURBATION
 
 
 def param_shapes(config) -> dict:
@@ -82,85 +107,38 @@ def random_params(rng, config) -> dict:
     }
 
 
-def random_inputs(rng, config, leading, masked=False, replay=False) -> Case:
-    """Draws until no discrete choice is within rounding of another."""
+def draw(rng, config, leading, masked=False, replay=False) -> Case:
+    """Random parameters and inputs for a layer, comparable or not."""
     experts, k = config.num_experts, config.top_k
-    for _ in range(100):
-        x = rounded(rng.normal(size=(*leading, config.hidden_size)), config.dtype)
-        ids = rng.permuted(np.broadcast_to(np.arange(experts), (*leading, experts)), axis=-1)[..., :k]
-        case = Case(
-            config=config,
-            params=random_params(rng, config),
-            x=x,
-            token_mask=rng.random(leading) < 0.7 if masked else None,
-            expert_ids=np.where(rng.random(ids.shape) < 0.9, ids, -1) if replay else None,
-            dy=rounded(rng.normal(size=x.shape), config.dtype),
-        )
-        if case.oracle().margin > MARGIN:
-            return case
-    raise AssertionError(f"no inputs without near-ties found for {config}")
-
-
-def random_router(rng, num_groups, topk_groups, group_score_topk) -> RouterConfig:
-    def maybe(value, otherwise):
-        return value if rng.random() < 0.5 else otherwise
-
-    conditional = {}
-    if norm_topk_prob := maybe(True, False):
-        conditional |= dict(norm_topk_eps=maybe(1e-20, 0.25))
-    if num_groups > 1:
-        conditional |= dict(group_score_topk=group_score_topk)
-    if rng.random() < 0.5:
-        conditional |= dict(capacity_factor=maybe(0.75, 1.25), min_capacity=maybe(0, 2))
-        conditional |= dict(drop_policy=maybe("probs", "position"))
-    return RouterConfig(
-        score_function=rng.choice(SCORE_FUNCTIONS).item(),
-        norm_topk_prob=norm_topk_prob,
-        routed_scaling_factor=maybe(1.0, 2.5),
-        correction_bias=maybe(True, False),
-        selection=maybe("score", "logit"),
-        per_expert_scale=maybe(True, False),
-        num_groups=num_groups,
-        topk_groups=topk_groups,
-        switch_loss_coef=maybe(0.0, 0.3),
-        sequence_loss_coef=maybe(0.0, 0.2),
-        z_loss_coef=maybe(0.0, 0.1),
-        **conditional,
+    x = rounded(rng.normal(size=(*leading, config.hidden_size)), config.dtype)
+    ids = rng.permuted(np.broadcast_to(np.arange(experts), (*leading, experts)), axis=-1)[..., :k]
+    return Case(
+        config=config,
+        params=random_params(rng, config),
+        x=x,
+        token_mask=rng.random(leading) < 0.7 if masked else None,
+        expert_ids=np.where(rng.random(ids.shape) < 0.9, ids, -1) if replay else None,
+        dy=rounded(rng.normal(size=x.shape), config.dtype),
     )
+
+
+def random_inputs(rng, config, leading, masked=False, replay=False) -> Case:
+    """Comparable inputs for a layer."""
+    for _ in range(100):
+        case = draw(rng, config, leading, masked, replay)
+        if case.is_comparable(rng):
+            return case
+    raise AssertionError(f"no comparable inputs found for {config}")
 
 
 def random_case(rng, **fixed) -> Case:
-    """A random layer with random inputs; `fixed` sets fields of the configuration."""
-    groups = rng.choice([1, 1, 2, 4]).item()
-    group = rng.integers(2, 6).item() if groups > 1 else rng.integers(1, 17).item()
-    topk_groups = rng.integers(1, groups, endpoint=True).item()
-    experts = groups * group
-    router = random_router(rng, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item())
-    k = rng.integers(1, topk_groups * group, endpoint=True).item()
-    activation, latent_norm = rng.choice(ACTIVATIONS).item(), rng.choice(LATENT_NORMS).item()
-    fields = dict(
-        hidden_size=rng.integers(3, 12).item(),
-        latent_size=rng.choice([None, 2, 4, 8]),
-        num_experts=experts,
-        top_k=k,
-        expert_intermediate_size=rng.integers(1, 9).item(),
-        shared_expert_intermediate_size=rng.choice([0, 5]).item(),
-        activation=activation,
-        latent_norm=latent_norm,
-        apply_probs_on_input=k == 1 and rng.random() < 0.5,
-        apply_routed_scale_to_output=rng.random() < 0.5,
-        router=router,
-        dtype="float32",
-    )
-    if activation in ("gelu", "geglu"):
-        fields |= dict(gelu_approximate=rng.random() < 0.5)
-    if activation == "situ_glu":
-        fields |= dict(situ_beta=1.5, situ_linear_beta=rng.choice([None, 2.0]))
-    if latent_norm != "none":
-        fields |= dict(latent_norm_eps=1e-2)
-    config = LatentMoEConfig(**(fields | fixed))
-    leading = [(7,), (2, 5), (1, 1), (2, 2, 3)][rng.integers(4)]
-    return random_inputs(rng, config, leading, masked=rng.random() < 0.4, replay=rng.random() < 0.2)
+    """A random layer with comparable inputs; `fixed` sets fields of the configuration."""
+    for _ in range(100):
+        leading = [(7,), (2, 5), (1, 1), (2, 2, 3)][rng.integers(4)]
+        case = draw(rng, random_config(rng, **fixed), leading, masked=rng.random() < 0.4, replay=rng.random() < 0.2)
+        if case.is_comparable(rng):
+            return case
+    raise AssertionError(f"no comparable layer found with {fixed}")
 
 
 def with_router(config, **changes) -> LatentMoEConfig:

@@ -1,0 +1,63 @@
+"""Random configurations: every field that a layer reads, drawn where it is read."""
+
+from jax_latent_moe.config import ACTIVATIONS, LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
+
+
+def random_router(rng, num_groups, topk_groups, group_score_topk) -> RouterConfig:
+    def maybe(value, otherwise):
+        return value if rng.random() < 0.5 else otherwise
+
+    conditional = {}
+    if norm_topk_prob := maybe(True, False):
+        conditional |= dict(norm_topk_eps=maybe(1e-20, 0.25))
+    if num_groups > 1:
+        conditional |= dict(group_score_topk=group_score_topk)
+    if rng.random() < 0.5:
+        conditional |= dict(capacity_factor=maybe(0.75, 1.25), min_capacity=maybe(0, 2))
+        conditional |= dict(drop_policy=maybe("probs", "position"))
+    return RouterConfig(
+        score_function=rng.choice(SCORE_FUNCTIONS).item(),
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=maybe(1.0, 2.5),
+        correction_bias=maybe(True, False),
+        selection=maybe("score", "logit"),
+        per_expert_scale=maybe(True, False),
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        switch_loss_coef=maybe(0.0, 0.3),
+        sequence_loss_coef=maybe(0.0, 0.2),
+        z_loss_coef=maybe(0.0, 0.1),
+        **conditional,
+    )
+
+
+def random_config(rng, **fixed) -> LatentMoEConfig:
+    """Any layer at all; `fixed` sets fields."""
+    groups = rng.choice([1, 1, 2, 4]).item()
+    group = rng.integers(2, 6).item() if groups > 1 else rng.integers(1, 17).item()
+    topk_groups = rng.integers(1, groups, endpoint=True).item()
+    experts = groups * group
+    router = random_router(rng, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item())
+    k = rng.integers(1, topk_groups * group, endpoint=True).item()
+    activation, latent_norm = rng.choice(ACTIVATIONS).item(), rng.choice(LATENT_NORMS).item()
+    fields = dict(
+        hidden_size=rng.integers(3, 12).item(),
+        latent_size=rng.choice([None, 2, 4, 8]),
+        num_experts=experts,
+        top_k=k,
+        expert_intermediate_size=rng.integers(1, 9).item(),
+        shared_expert_intermediate_size=rng.choice([0, 5]).item(),
+        activation=activation,
+        latent_norm=latent_norm,
+        apply_probs_on_input=k == 1 and rng.random() < 0.5,
+        apply_routed_scale_to_output=rng.random() < 0.5,
+        router=router,
+        dtype="float32",
+    )
+    if activation in ("gelu", "geglu"):
+        fields |= dict(gelu_approximate=rng.random() < 0.5)
+    if activation == "situ_glu":
+        fields |= dict(situ_beta=1.5, situ_linear_beta=rng.choice([None, 2.0]))
+    if latent_norm != "none":
+        fields |= dict(latent_norm_eps=1e-2)
+    return LatentMoEConfig(**(fields | fixed))
