@@ -21,6 +21,6 @@ def test_the_pins_are_those_of_the_lock():
 
 def test_every_package_that_a_target_needs_is_pinned():
     names = {name.replace("-", "_") for name in pins()}
-    for build in (path for path in ROOT.glob("*/BUILD.bazel")):
-        needed = set(re.findall(r'"@pypi//([\w]+)"', build.read_text()))
+    for build in ROOT.glob("*/BUILD.bazel"):
+        needed = set(re.findall(r'"@pypi//(\w+)"', build.read_text()))
         assert needed <= names, build
