@@ -1,0 +1,12 @@
+"""`make bench`: the benchmarks of this machine's platform."""
+
+import jax
+
+from benchmarks import cpu
+
+if __name__ == "__main__":
+    if jax.default_backend() != "cpu":
+        raise SystemExit(
+            "make bench measures the CPU here; on a GPU name a module, such as python -m benchmarks.kernels"
+        )
+    cpu.main()
