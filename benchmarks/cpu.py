@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Row, record, time_interleaved
-from jax_latent_moe import LatentMoEConfig, XlaBackend, grouped_matmul, init_params, latent_moe
-from jax_latent_moe.grouped_matmul import reference
+from jax_latent_moe import LatentMoEConfig, XlaBackend, init_params, latent_moe
+from jax_latent_moe.grouped_matmul import grouped_matmul, reference
 
 ROWS, IN, OUT = 4096, 256, 512
 RNG = np.random.default_rng()

@@ -14,7 +14,6 @@ from jax_latent_moe.config import (
     XlaBackend,
 )
 from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, UnsupportedError
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer
 from jax_latent_moe.layer import LatentMoEAux, latent_moe
 from jax_latent_moe.params import init_params, param_axes, param_shapes
 from jax_latent_moe.router import update_correction_bias
@@ -34,8 +33,6 @@ __all__ = [
     "UnsupportedError",
     "XlaBackend",
     "cost",
-    "grouped_matmul",
-    "grouped_outer",
     "init_params",
     "latent_moe",
     "param_axes",
