@@ -72,10 +72,11 @@ class LatentMoE(nnx.Module):
             [..., d] in config.dtype.
         """
         y, aux = latent_moe(to_params(self), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
-        for name, loss in aux.losses.items():
-            self.sow(AuxiliaryLoss, name, loss, capture_noop=True)
-        for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
-            self.sow(nnx.Intermediate, name, getattr(aux, name), capture_noop=True)
+        if hasattr(self, "__captures__"):  # sowing outside of nnx.capture is deprecated, and would grow at every call
+            for name, loss in aux.losses.items():
+                self.sow(AuxiliaryLoss, name, loss)
+            for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
+                self.sow(nnx.Intermediate, name, getattr(aux, name))
         return y
 
 
