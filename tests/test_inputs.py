@@ -1,0 +1,124 @@
+"""Arrays that do not fit are refused in one clear sentence: the value, the rule, the way out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe import InputError, init_params, latent_moe
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer
+from tests.cases import TOY
+
+X = np.ones((2, 5, TOY.hidden_size), np.float32)
+ROWS, W, SIZES = np.ones((6, 4), np.float32), np.ones((3, 4, 5), np.float32), np.array([1, 2, 3], np.int32)
+
+
+@functools.cache
+def params():
+    return init_params(jax.random.key(0), TOY)
+
+
+def refused(call, *arguments, **named) -> str:
+    with pytest.raises(InputError) as info:
+        call(*arguments, **named)
+    message = str(info.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("x", "named", "words"),
+    [
+        (X[..., :5], {}, ["x of shape (2, 5, 5)", "hidden_size=12"]),
+        (np.float32(1.0), {}, ["x of shape ()", "hidden_size=12"]),
+        (X.astype(np.int32), {}, ["x of dtype int32", "floating"]),
+        (X, {"token_mask": np.ones((2, 4), bool)}, ["token_mask of shape (2, 4)", "(2, 5)"]),
+        (X, {"token_mask": np.ones((2, 5), np.float32)}, ["token_mask", "float32", "bool"]),
+        (X, {"expert_ids": np.zeros((2, 5, 2), np.int32)}, ["expert_ids of shape (2, 5, 2)", "(2, 5, 3)"]),
+        (X, {"expert_ids": np.zeros((2, 5, 3), np.float32)}, ["expert_ids", "float32", "integers"]),
+        (X, {"expert_ids": np.full((2, 5, 3), 8)}, ["expert_ids between 8 and 8", "num_experts=8"]),
+        (X, {"expert_ids": np.full((2, 5, 3), -2)}, ["expert_ids between -2 and -2", "-1"]),
+    ],
+)
+def test_bad_arguments_of_the_layer(x, named, words):
+    message = refused(latent_moe, params(), x, TOY, **named)
+    assert all(word in message for word in words), message
+
+
+def without(part, name=None):
+    tree = {key: dict(leaves) for key, leaves in params().items()}
+    tree.pop(part) if name is None else tree[part].pop(name)
+    return tree
+
+
+def with_leaf(part, name, value):
+    return params() | {part: params().get(part, {}) | {name: value}}
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: without("up_proj"), ["missing up_proj/kernel", "init_params"]),
+        (lambda: without("router", "bias"), ["missing router/bias"]),
+        (lambda: with_leaf("latent_norm", "scale", jnp.ones(6)), ["not used: latent_norm/scale"]),
+        (lambda: with_leaf("down_proj", "kernel", jnp.ones((6, 12))), ["down_proj/kernel", "(6, 12)", "(12, 6)"]),
+        (lambda: with_leaf("experts", "w_in", jnp.ones((8, 6, 2, 5))), ["experts/w_in", "(8, 6, 2, 5)", "(8, 6, 5)"]),
+        (lambda: with_leaf("up_proj", "kernel", jnp.ones((6, 12), int)), ["up_proj/kernel", "int32", "floating"]),
+        (lambda: with_leaf("router", "bias", jnp.ones(8, jnp.bfloat16)), ["router/bias", "bfloat16", "float32"]),
+    ],
+)
+def test_bad_parameters(build, words):
+    message = refused(latent_moe, build(), X, TOY)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((ROWS[0], W, SIZES), ["rows of shape (4,)", "two axes"]),
+        ((ROWS, W[0], SIZES), ["w of shape (4, 5)", "(6, 4)"]),
+        ((ROWS, W.swapaxes(1, 2), SIZES), ["w of shape (3, 5, 4)", "(6, 4)"]),
+        ((ROWS.astype(int), W, SIZES), ["rows of dtype int", "floating"]),
+        ((ROWS, W.astype(np.float16), SIZES), ["rows of dtype float32", "w of dtype float16", "one dtype"]),
+        ((ROWS, W, SIZES[:2]), ["group_sizes of shape (2,)", "[3]"]),
+        ((ROWS, W, SIZES[None]), ["group_sizes of shape (1, 3)"]),
+        ((ROWS, W, SIZES.astype(np.float32)), ["group_sizes of dtype float32", "integers"]),
+        ((ROWS, W, np.array([3, -1, 2])), ["group_sizes[1]=-1", "negative"]),
+        ((ROWS, W, np.array([3, 3, 1])), ["add up to 7", "6 rows"]),
+    ],
+)
+def test_bad_arguments_of_grouped_matmul(arguments, words):
+    message = refused(grouped_matmul, *arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((ROWS, ROWS[:5], SIZES), ["(6, 4)", "(5, 4)", "as many rows"]),
+        ((ROWS, ROWS[0], SIZES), ["dout of shape (4,)", "two axes"]),
+        ((ROWS, ROWS.astype(np.float16), SIZES), ["float32", "float16"]),
+        ((ROWS, ROWS, np.array([-5, 5, 1])), ["group_sizes[0]=-5", "negative"]),
+        ((ROWS, ROWS, SIZES[None]), ["group_sizes of shape (1, 3)"]),
+    ],
+)
+def test_bad_arguments_of_grouped_outer(arguments, words):
+    message = refused(grouped_outer, *arguments)
+    assert all(word in message for word in words), message
+
+
+def test_shapes_are_refused_under_jit_too():
+    layer = jax.jit(functools.partial(latent_moe, config=TOY))
+    refused(layer, params(), X[..., :5])
+    refused(layer, params(), X, expert_ids=np.zeros((2, 5, 4), np.int32))
+    refused(jax.jit(grouped_matmul), ROWS, W, SIZES[:2])
+
+
+def test_a_parameter_tree_of_another_config_names_the_difference():
+    other = dataclasses.replace(TOY, expert_intermediate_size=4)
+    message = refused(latent_moe, init_params(jax.random.key(0), other), X, TOY)
+    assert "experts/w_in of shape (8, 6, 4) must be of shape (8, 6, 5)" in message
