@@ -15,7 +15,7 @@ from jax_latent_moe.config import BackendConfig, as_backend
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.grouped_matmul.backend import Backend, Contraction, Problem, default_device, explain, select
 
-__all__ = ["Backend", "Contraction", "Problem", "explain", "grouped_matmul", "grouped_outer", "problem", "select"]
+__all__ = ["Backend", "Problem", "explain", "grouped_matmul", "grouped_outer", "problem", "select"]
 
 
 def grouped_matmul(
