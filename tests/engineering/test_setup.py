@@ -76,6 +76,13 @@ def test_a_second_set_up_does_nothing_and_needs_nothing(ready):
     assert len(ready.installs()) == 1
 
 
+def test_the_text_of_the_trainer_is_fetched_too_but_not_required(ready):
+    ready.command("uv", UV.replace("#!/bin/sh\\n", "#!/bin/sh\\nexit 7\\n"))
+    first = ready.run("setup.sh")
+    assert first.returncode == 0
+    assert "make train will have to fetch its text later" in first.stderr
+
+
 @pytest.mark.parametrize("change", ["uv.lock", "pyproject.toml", "device", "python"])
 def test_what_the_environment_depends_on_makes_it_anew(ready, change):
     assert ready.run("setup.sh").returncode == 0
