@@ -72,7 +72,7 @@ class Checkpoints:
                 f"The checkpoint {damaged} is damaged or was written with other options: delete that folder to go on "
                 f"from the one before it, or choose another --run ({type(error).__name__})."
             ) from error
-        return Snapshot(TrainState(**restored.state), restored.progress["data"], restored.progress["seconds"])
+        return Snapshot(TrainState(**restored["state"]), **restored["progress"])
 
     def close(self):
         """Waits until everything is on disk."""

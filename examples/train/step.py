@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -63,6 +63,13 @@ def next_byte_loss(logits: Float[Array, "*batch v"], targets: Int[Array, "*batch
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+def predict(
+    model: LanguageModel, state: TrainState, tokens: Int[Array, "batch time"]
+) -> Float[Array, "batch time vocabulary"]:
+    """Logits of the byte after each position."""
+    return cast(Array, model.apply({"params": state.params, "correction_bias": state.correction_bias}, tokens))
+
+
 def make_train_step(
     model: LanguageModel, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, UInt8[Array, "batch context+1"]], tuple[TrainState, Metrics]]:
@@ -70,13 +77,14 @@ def make_train_step(
 
     def loss_fn(params, state, batch):
         dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        logits, sown = model.apply(
+        output = model.apply(
             {"params": params, "correction_bias": state.correction_bias},
             batch[:, :-1],
             deterministic=False,
             rngs={"dropout": dropout_key},
             mutable=["losses", "intermediates"],
         )
+        logits, sown = cast(tuple[Array, dict[str, Any]], output)
         loss = jnp.mean(next_byte_loss(logits, batch[:, 1:]))
         auxiliary = sum(jax.tree.leaves(sown.get("losses", {})), start=jnp.zeros(()))
         loads = [block["mlp"]["tokens_per_expert"][0] for _, block in sorted(sown.get("intermediates", {}).items())]
@@ -114,8 +122,7 @@ def make_bits_per_byte(model: LanguageModel, batch_size: int) -> Callable[[Train
 
     @jax.jit
     def nats(state, inputs, targets, scored):
-        variables = {"params": state.params, "correction_bias": state.correction_bias}
-        losses = next_byte_loss(model.apply(variables, inputs.astype(jnp.int32)), targets.astype(jnp.int32))
+        losses = next_byte_loss(predict(model, state, inputs.astype(jnp.int32)), targets.astype(jnp.int32))
         return jnp.sum(losses * scored)
 
     def bits_per_byte(state, windows):

@@ -5,6 +5,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 
 from examples.train.checkpoint import Checkpoints, Snapshot
 from examples.train.cli import parse
@@ -91,20 +92,22 @@ def run_steps(
             interval.add(metrics)
             last = step == config.steps or stop.name is not None
             if step % config.log_every == 0 or last:
-                record = interval.record(step, time.monotonic() - started, float(schedule(step)))
+                record = interval.record(step, time.monotonic() - started, np.asarray(schedule(step)).item())
                 if not math.isfinite(record["loss"]):
                     raise TrainError(diverged(step, checkpoints))
                 writer.write(record)
                 report.update(record)
             if step % config.eval_every == 0 or step == config.steps:
-                bits = bits_per_byte(state, windows)
+                with interval.paused():
+                    bits = bits_per_byte(state, windows)
                 seconds = time.monotonic() - started
                 writer.write({"step": step, "seconds": seconds, "validation_bits_per_byte": bits})
                 report.say(f"step {step}/{config.steps}  validation {bits:.3f} bits per byte")
             if step % config.checkpoint_every == 0 or last:
-                if not all_finite((state.params, state.opt_state)):
-                    raise TrainError(diverged(step, checkpoints))
-                checkpoints.save(Snapshot(state, batches.get_state(), time.monotonic() - started))
+                with interval.paused():
+                    if not all_finite((state.params, state.opt_state)):
+                        raise TrainError(diverged(step, checkpoints))
+                    checkpoints.save(Snapshot(state, batches.get_state(), time.monotonic() - started))
             if last:
                 break
     finally:
@@ -123,8 +126,9 @@ def description(config: Config, state: TrainState) -> str:
 
 def diverged(step: int, checkpoints: Checkpoints) -> str:
     """The sentence for a run whose numbers are no longer finite."""
-    kept = f"the checkpoint of step {checkpoints.newest} is kept" if checkpoints.newest else "there is no checkpoint yet"
+    newest = checkpoints.newest
+    kept = "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is kept"
     return (
-        f"The loss or the parameters are NaN or infinite at step {step}; {kept}: train with a lower "
+        f"The loss or the parameters are no longer finite at step {step}; {kept}: train with a lower "
         "--optimizer.learning-rate."
     )
