@@ -87,7 +87,7 @@ def within_capacity(
 
 
 def _take(rows, indices):
-    return rows.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.asarray(rows).at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _no_expert_last(expert_ids, num_experts) -> Int[Array, " r"]:

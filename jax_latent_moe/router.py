@@ -73,7 +73,9 @@ def route(
         weights = _masked_softmax(weights, chosen)
     weights = jnp.where(chosen, weights, 0)
     if config.norm_topk_prob:
-        total = jnp.sum(weights, axis=1, keepdims=True) + config.norm_topk_eps
+        # An exact factor: the derivative of a quotient squares its divisor, and 1e-20 squared is no float32 number.
+        weights, eps = weights * 2.0**40, config.norm_topk_eps * 2.0**40
+        total = jnp.sum(weights, axis=1, keepdims=True) + eps
         weights /= jnp.where(jnp.any(chosen, axis=1, keepdims=True), total, 1)
     if scale is not None:
         weights *= jnp.where(chosen, scale.astype(weights.dtype)[safe_ids], 0)
