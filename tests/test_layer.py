@@ -11,8 +11,8 @@ from jax_latent_moe import RouterConfig, init_params, latent_moe, presets
 from tests import cases
 from tests.cases import TOY
 from tests.conformance.backends import every_backend
-from tests.layers import cast, check_against_oracle, compiled, run
-from tests.tolerances import assert_close, assert_trees_close
+from tests.layers import cast, check_against_oracle, run
+from tests.tolerances import assert_close
 
 NEMOTRON = dataclasses.replace(
     TOY, top_k=4, num_experts=16, hidden_size=32, latent_size=16, expert_intermediate_size=24,
@@ -230,6 +230,15 @@ def test_x_of_another_dtype_is_computed_in_the_configured_one(rng):
     np.testing.assert_array_equal(y, same)
 
 
+def test_numpy_arrays_without_jit(rng):
+    config = QWEN
+    case = cases.random_inputs(rng, config, (4,))
+    params = {part: {n: np.float32(p) for n, p in leaves.items()} for part, leaves in case.params.items()}
+    y, pullback = jax.vjp(lambda x: latent_moe(params, x, config)[0], np.float32(case.x))
+    assert_close(y, case.oracle().y, "float32")
+    assert np.isfinite(pullback(np.ones(y.shape, np.float32))[0]).all()
+
+
 def test_correction_bias_changes_the_choice_and_never_the_weights(rng):
     router = dataclasses.replace(NEMOTRON.router, norm_topk_prob=False)
     case = cases.random_inputs(rng, dataclasses.replace(NEMOTRON, router=router), (7,))
@@ -258,19 +267,3 @@ def test_initial_layer_of_the_toy_preset_matches_the_oracle(rng):
     while not case.is_comparable(rng):
         case = cases.draw(rng, config, (2, 8))._replace(params=params)
     check_against_oracle(case)
-
-
-@pytest.mark.parametrize("part", ["experts", "router"])
-def test_gradients_under_disabled_jit(rng, part):
-    """Not compiled, operation by operation: the same values to rounding."""
-    case = cases.random_inputs(rng, TOY, (3,))
-    _, expected, _ = run(case)
-
-    def loss(leaves):
-        y, _ = latent_moe(cast(case.params, "float32") | {part: leaves}, jnp.float32(case.x), TOY)
-        return jnp.sum(y * case.dy)
-
-    with jax.disable_jit():
-        gradient = jax.grad(loss)(cast(case.params, "float32")[part])
-    assert_trees_close(gradient, expected[part], "float32")
-    assert compiled(TOY) is compiled(TOY)

@@ -1,0 +1,77 @@
+"""Activations and their derivatives against the float64 formulas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.activations import activate
+from tests.cases import DTYPES, TOY
+from tests.oracle.activations import activation
+from tests.tolerances import assert_close
+
+VARIANTS = {
+    "relu2": dict(activation="relu2"),
+    "gelu": dict(activation="gelu"),
+    "gelu-tanh": dict(activation="gelu", gelu_approximate=True),
+    "swiglu": dict(activation="swiglu"),
+    "geglu": dict(activation="geglu"),
+    "geglu-tanh": dict(activation="geglu", gelu_approximate=True),
+    "situ": dict(activation="situ_glu"),
+    "situ-linear": dict(activation="situ_glu", situ_beta=1.5, situ_linear_beta=None),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def pre_activations(rng, config, dtype):
+    """[9, m] or [9, 2, m] values that dtype holds, extremes included."""
+    pre = 3 * rng.normal(size=(9, 2, 5) if config.gated else (9, 5))
+    pre[0], pre[1], pre[2] = 0.0, 30.0, -30.0
+    return pre.astype(DTYPES[dtype])
+
+
+def oracle(config, pre):
+    rows = [activation(config, np.float64(row)) for row in pre]
+    return np.stack([h for h, _ in rows]), np.stack([slope for _, slope in rows])
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_slopes(rng, variant, dtype):
+    """Inside in float32 whatever the input: only the inputs are rounded."""
+    config = dataclasses.replace(TOY, **VARIANTS[variant])
+    pre = pre_activations(rng, config, dtype)
+    hidden, slope = oracle(config, pre)
+    flat = jnp.asarray(pre).reshape(9, -1)
+    out, pullback = jax.vjp(lambda p: activate(p, config), flat)
+    assert out.dtype == jnp.float32
+    assert_close(out, hidden, "float32")
+    (gradient,) = pullback(jnp.ones_like(out))
+    assert gradient.dtype == dtype
+    assert_close(gradient.reshape(pre.shape), slope, dtype)
+
+
+@every_variant
+def test_float64(rng, variant):
+    config = dataclasses.replace(TOY, **VARIANTS[variant])
+    pre = pre_activations(rng, config, "float64")
+    with jax.enable_x64(True):
+        out = activate(jnp.asarray(pre).reshape(9, -1), config)
+        assert out.dtype == jnp.float64
+        assert_close(out, oracle(config, pre)[0], "float64")
+
+
+def test_gelu_is_exact_unless_asked():
+    """gelu(1) = Phi(1): its tanh form is off in the fourth digit."""
+    exact, approximate = (
+        float(activate(jnp.ones(1), dataclasses.replace(TOY, **VARIANTS[v]))[0]) for v in ("gelu", "gelu-tanh")
+    )
+    assert exact == pytest.approx(0.8413447, abs=1e-6)
+    assert approximate == pytest.approx(0.8411920, abs=1e-6)
+
+
+def test_the_gate_is_the_first_half():
+    pre = jnp.array([-30.0, -30.0, 2.0, 3.0])
+    assert not np.asarray(activate(pre, dataclasses.replace(TOY, activation="geglu"))).any()

@@ -1,0 +1,78 @@
+"""The routed block: its gradients by another route, and what it keeps for the backward pass."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.activations import activate
+from jax_latent_moe.experts import routed_experts
+from jax_latent_moe.permute import make_plan
+from tests.cases import TOY
+from tests.tolerances import assert_close
+
+TOKENS, K, EXPERTS, LATENT, INNER = 7, 3, 8, 6, 5
+CONFIGS = {"plain": TOY, "gated": dataclasses.replace(TOY, activation="swiglu")}
+both_kinds = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def draw(rng, config):
+    gate = (2,) if config.gated else ()
+    shapes = (TOKENS, LATENT), (TOKENS, K), (EXPERTS, LATENT, *gate, INNER), (EXPERTS, INNER, LATENT)
+    ids = rng.integers(-1, EXPERTS, size=(TOKENS, K))
+    tokens, weights, w_in, w_out = (jnp.float32(rng.normal(size=shape)) for shape in shapes)
+    return ids, (tokens, jnp.where(ids < 0, 0, weights), w_in, w_out)
+
+
+def dense(config, ids, tokens, weights, w_in, w_out):
+    """Every expert on every token, one-hot weights: what autodiff then makes of it shares no rule with the library."""
+    one_hot = jnp.asarray(np.eye(EXPERTS + 1, dtype=np.float32)[ids][..., :EXPERTS])
+    pre = jnp.einsum("tl,el...->te...", tokens, w_in).reshape(TOKENS, EXPERTS, -1)
+    out = jnp.einsum("tem,eml->tel", activate(pre, config), w_out)
+    return jnp.einsum("tk,tke,tel->tl", weights, one_hot, out)
+
+
+@both_kinds
+def test_gradients_equal_those_of_a_dense_formulation(rng, config):
+    ids, arrays = draw(rng, config)
+    dout = rng.normal(size=(TOKENS, LATENT)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def outputs(function, *arrays):
+        out, pullback = jax.vjp(function, *arrays)
+        return out, *pullback(dout)
+
+    def ours(*arrays):
+        return routed_experts(config, *arrays, make_plan(jnp.asarray(ids), EXPERTS))
+
+    names = ("out", "tokens", "weights", "w_in", "w_out")
+    expected = outputs(functools.partial(dense, config, ids), *arrays)
+    for name, value, wanted in zip(names, outputs(ours, *arrays), expected, strict=True):
+        wanted = np.where(ids < 0, 0, wanted) if name == "weights" else wanted
+        value = np.where(ids < 0, 0, value) if name == "weights" else value
+        assert_close(value, wanted, "float32", name)
+
+
+@both_kinds
+def test_residuals_are_tokens_weights_routing_and_the_preactivation(rng, config):
+    """No gathered copy of the tokens, no hidden rows, no expert outputs."""
+    ids, arrays = draw(rng, config)
+    plan = make_plan(jnp.asarray(ids), EXPERTS)
+    _, pullback = jax.vjp(lambda *arrays: routed_experts(config, *arrays, plan), *arrays)
+    rows, gate = TOKENS * K, 2 if config.gated else 1
+    kept = {leaf.shape for leaf in jax.tree.leaves(pullback) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    allowed = {(TOKENS, LATENT), (TOKENS, K), (rows, gate * INNER), (EXPERTS, LATENT, gate * INNER), arrays[3].shape}
+    assert kept <= allowed
+    assert sum(leaf.shape[:1] == (rows,) and leaf.ndim == 2 for leaf in jax.tree.leaves(pullback)) == 1
+
+
+def test_no_expert_at_all_gives_zeros(rng):
+    _, arrays = draw(rng, TOY)
+    plan = make_plan(jnp.full((TOKENS, K), -1), EXPERTS)
+    out, pullback = jax.vjp(lambda *arrays: routed_experts(TOY, *arrays, plan), *arrays)
+    assert not np.asarray(out).any()
+    for gradient in pullback(jnp.ones_like(out)):
+        assert not np.asarray(gradient).any()

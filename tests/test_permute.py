@@ -1,0 +1,73 @@
+"""The plan, the gather, the combine and the capacity against plain loops."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.permute import combine, count_experts, gather_rows, make_plan, within_capacity
+from tests.tolerances import assert_close
+
+EXPERTS, TOKENS, K, WIDTH = 4, 5, 3, 2
+
+# Ids that reach no expert, on either side, among them.
+ids = hnp.arrays(np.int32, (TOKENS, K), elements=st.integers(-1, EXPERTS))
+weights = hnp.arrays(np.float32, (TOKENS, K), elements=st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]))
+plan_of = jax.jit(make_plan, static_argnums=1)
+capacity_of = jax.jit(within_capacity, static_argnums=(2, 3, 4))
+
+
+@hypothesis.given(ids)
+def test_rows_are_sorted_by_expert_in_token_order(expert_ids):
+    plan = plan_of(expert_ids, EXPERTS)
+    flat = expert_ids.reshape(-1)
+    valid = (flat >= 0) & (flat < EXPERTS)
+    expected = [s for e in range(EXPERTS) for s in np.flatnonzero(flat == e)] + list(np.flatnonzero(~valid))
+    np.testing.assert_array_equal(plan.slot_of_row, expected)
+    np.testing.assert_array_equal(np.asarray(plan.row_of_slot).reshape(-1)[expected], np.arange(TOKENS * K))
+    np.testing.assert_array_equal(plan.group_sizes, np.bincount(flat[valid], minlength=EXPERTS))
+    np.testing.assert_array_equal(plan.token_of_row, np.array(expected) // K)
+    assert {leaf.dtype for leaf in plan} == {np.dtype(np.int32)}
+
+
+@hypothesis.given(ids, weights)
+def test_gather_then_combine_weighs_each_token_by_its_sum(expert_ids, weight):
+    tokens = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)
+    plan = plan_of(expert_ids, EXPERTS)
+    rows = gather_rows(jnp.asarray(tokens), plan)
+    np.testing.assert_array_equal(rows, tokens[np.asarray(plan.slot_of_row) // K])
+    assert_close(combine(rows, plan, weight), tokens * weight.sum(axis=1, keepdims=True), "float32")
+    assert_close(combine(rows, plan), tokens * K, "float32")
+
+
+def test_combine_sums_narrow_rows_in_float32():
+    plan = make_plan(jnp.zeros((1, 256), jnp.int32), 1)
+    rows = jnp.full((256, 1), 1 + 2**-7, jnp.bfloat16)
+    total = combine(rows, plan, jnp.ones((1, 256), jnp.float32))
+    assert total.dtype == jnp.float32
+    assert float(total[0, 0]) == 256 * (1 + 2**-7)
+
+
+@hypothesis.given(ids)
+def test_counts(expert_ids):
+    counts = count_experts(jnp.asarray(expert_ids), EXPERTS)
+    np.testing.assert_array_equal(counts, [(expert_ids == e).sum() for e in range(EXPERTS)])
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("capacity", [0, 1, 2, 15])
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(ids, weights)
+def test_capacity_keeps_the_best_or_the_first(policy, capacity, expert_ids, weight):
+    kept = np.asarray(capacity_of(expert_ids, weight, EXPERTS, capacity, policy)).reshape(-1)
+    flat, flat_weight = expert_ids.reshape(-1), weight.reshape(-1)
+    expected = np.zeros(TOKENS * K, bool)
+    for expert in range(EXPERTS):
+        rows = list(np.flatnonzero(flat == expert))
+        if policy == "probs":
+            rows.sort(key=lambda row: -flat_weight[row])
+        expected[rows[:capacity]] = True
+    np.testing.assert_array_equal(kept, expected)
