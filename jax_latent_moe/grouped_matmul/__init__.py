@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, as_backend
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.grouped_matmul.backend import Backend, Contraction, Problem, default_device, explain, select
+from jax_latent_moe.grouped_matmul.backend import Backend, Contraction, Problem, explain, select
+from jax_latent_moe.grouped_matmul.device import default_device
 
 __all__ = ["Backend", "Problem", "explain", "grouped_matmul", "grouped_outer", "problem", "select"]
 
@@ -46,6 +47,7 @@ def grouped_matmul(
         InputError: shapes, dtypes or group sizes do not fit.
         UnsupportedError: the named backend cannot run this.
     """
+    rows, w = jnp.asarray(rows), jnp.asarray(w)
     _check_rows("rows", rows)
     if w.ndim != 3 or rows.shape[1] != w.shape[2 if transpose_w else 1]:
         raise InputError(
@@ -78,6 +80,7 @@ def grouped_outer(
         InputError: shapes, dtypes or group sizes do not fit.
         UnsupportedError: the named backend cannot run this.
     """
+    rows, dout = jnp.asarray(rows), jnp.asarray(dout)
     _check_rows("rows", rows)
     _check_rows("dout", dout)
     if rows.shape[0] != dout.shape[0]:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Literal, Protocol
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, XlaBackend, as_backend
@@ -85,14 +84,6 @@ AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
     "tpu": (XlaBackend(method="ragged_dot"),),
 }
-
-
-def default_device() -> tuple[str, str]:
-    """Platform and device kind of the device that JAX computes on by default."""
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    return device.platform, device.device_kind
 
 
 def select(problem: Problem, backend: str | BackendConfig = "auto") -> Backend:

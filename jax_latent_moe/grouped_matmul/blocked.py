@@ -1,0 +1,143 @@
+"""Grouped matmul in blocks of rows: a batched product of each block with its expert's weight, some blocks a step.
+
+Cost and memory follow the rows: a block is padded only at an expert's end, and only one step's weights are gathered.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jax_latent_moe.grouped_matmul.device import default_device
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Measured choices of one platform.
+
+    Attributes:
+        rows: fewest and most rows of a block; within them, a power of two near the mean group.
+        matmul_bytes: weights that one step of a matmul gathers.
+        outer_bytes: wide products that one step of an outer product makes.
+    """
+
+    rows: tuple[int, int]
+    matmul_bytes: int
+    outer_bytes: int
+
+
+# A CPU step should stay in the cache; a GPU step should fill the chip and hide the launches.
+_CPU = _Sizes(rows=(16, 128), matmul_bytes=2**19, outer_bytes=0)
+_GPU = _Sizes(rows=(16, 256), matmul_bytes=2**26, outer_bytes=2**26)
+
+
+def blocked_matmul(
+    rows: Float[Array, "r a"],
+    w: Float[Array, "e k n"],
+    group_sizes: Int[Array, " e"],
+    *,
+    transpose_w: bool,
+    block_rows: int | None,
+) -> Float[Array, "r b"]:
+    """See `Backend.matmul`; block_rows None picks a size for the platform."""
+    num_rows, num_experts = rows.shape[0], w.shape[0]
+    out = jnp.zeros((num_rows, w.shape[1 if transpose_w else 2]), rows.dtype)
+    if out.size == 0 or num_experts == 0:
+        return out
+    step_bytes = w[0].size * w.dtype.itemsize
+    steps = _steps(group_sizes, num_rows, block_rows, _platform_sizes().matmul_bytes // step_bytes)
+    contracted = ((2,), (2 if transpose_w else 1,))
+
+    def step(out, blocks):
+        expert, row = blocks
+        product = lax.dot_general(
+            _rows_or_zero(rows, row), w[expert], (contracted, ((0,), (0,))), preferred_element_type=_wide(rows.dtype)
+        )
+        return out.at[row].set(product.astype(out.dtype), mode="drop", unique_indices=True), None
+
+    return lax.scan(step, out, steps)[0]
+
+
+def blocked_outer(
+    rows: Float[Array, "r k"], dout: Float[Array, "r n"], group_sizes: Int[Array, " e"], *, block_rows: int | None
+) -> Float[Array, "e k n"]:
+    """See `Backend.outer`; block_rows None picks a size for the platform."""
+    num_rows, num_experts = rows.shape[0], group_sizes.shape[0]
+    out = jnp.zeros((num_experts, rows.shape[1], dout.shape[1]), rows.dtype)
+    if out.size == 0 or num_rows == 0:
+        return out
+    wide = _wide(rows.dtype)
+    step_bytes = out[0].size * wide.itemsize
+    steps = _steps(group_sizes, num_rows, block_rows, _platform_sizes().outer_bytes // step_bytes)
+    # Partial sums of 16-bit operands may be added on the tensor cores; wider ones may not lose bits there.
+    precision = lax.Precision.DEFAULT if rows.dtype.itemsize == 2 else lax.Precision.HIGHEST
+
+    def step(carry, blocks):
+        out, total, last_expert = carry
+        expert, row = blocks
+        product = lax.dot_general(
+            _rows_or_zero(rows, row),
+            _rows_or_zero(dout, row),
+            (((1,), (1,)), ((0,), (0,))),
+            preferred_element_type=wide,
+        )
+        # Blocks stand in the experts' order, so an expert goes on from the step before in the first block alone.
+        product = product.at[0].add(jnp.where(expert[0] == last_expert, total, 0))
+        if len(expert) > 1:  # each block gets the sum over its expert's blocks, in a fixed order
+            same = (expert[:, None] == expert).astype(wide)
+            product = jnp.einsum("ab,bkn->akn", same, product, precision=precision)
+        last = jnp.append(expert[1:] != expert[:-1], True)
+        slot = jnp.where(last, expert, num_experts + jnp.arange(len(expert)))
+        out = out.at[slot].set(product.astype(out.dtype), mode="drop", unique_indices=True)
+        return (out, product[-1], expert[-1]), None
+
+    carry = (out, jnp.zeros(out.shape[1:], wide), jnp.full((), -1, jnp.int32))
+    return lax.scan(step, carry, steps)[0][0]
+
+
+def _steps(
+    group_sizes: Int[Array, " e"], num_rows: int, block_rows: int | None, blocks: int
+) -> tuple[Int[Array, "steps blocks"], Int[Array, "steps blocks size"]]:
+    """The expert of each block, and its rows; a place without a row holds an index beyond the last row.
+
+    There are as many blocks as any group sizes can need: ceil(n / size) an expert adds up to at most
+    (rows + experts with rows * (size - 1)) / size.
+    """
+    num_experts = group_sizes.shape[0]
+    size = min(block_rows or _block_rows(num_rows, num_experts), num_rows)
+    needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
+    blocks = min(max(blocks, 1), needed)
+    steps = -(-needed // blocks)
+
+    ends = jnp.cumsum(group_sizes)
+    blocks_of = -(-group_sizes // size)
+    last_block = jnp.cumsum(blocks_of)
+    block = jnp.arange(steps * blocks, dtype=jnp.int32)
+    expert = jnp.searchsorted(last_block, block, side="right").astype(jnp.int32)
+    real = expert < num_experts
+    expert = jnp.minimum(expert, num_experts - 1)
+    start = ends[expert] - group_sizes[expert] + (block - (last_block - blocks_of)[expert]) * size
+    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)
+    # Distinct indices beyond the rows keep the promise of unique_indices.
+    beyond = num_rows + jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
+    row = jnp.where(real[:, None] & (row < ends[expert][:, None]), row, beyond)
+    return expert.reshape(steps, blocks), row.reshape(steps, blocks, size)
+
+
+def _platform_sizes() -> _Sizes:
+    return _CPU if default_device()[0] == "cpu" else _GPU
+
+
+def _block_rows(num_rows, num_experts) -> int:
+    fewest, most = _platform_sizes().rows
+    mean = max(num_rows // num_experts, 1)
+    return min(max(1 << mean.bit_length() - 1, fewest), most)
+
+
+def _rows_or_zero(rows, indices):
+    return rows.at[indices].get(mode="fill", fill_value=0)
+
+
+def _wide(dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
