@@ -24,10 +24,11 @@ test-gpu: setup ## run the tests that need a GPU
 bench: setup ## time the layer and its matmuls
 	$(PYTHON) -m benchmarks $(ARGS)
 
-lint: setup ## ruff and pyright
+lint: setup ## ruff, pyright and shellcheck
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m pyright
+	.venv/bin/shellcheck -x -P SCRIPTDIR scripts/*.sh .ci/run
 
 lint-bazel: ## buildifier over the Bazel files (needs npm)
 	npx --yes @bazel/buildifier@8.2.1 -mode=check -lint=warn MODULE.bazel WORKSPACE.bazel BUILD.bazel */BUILD.bazel

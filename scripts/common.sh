@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts here: every one runs from the repository's root and ends in one sentence where it cannot go on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -28,10 +28,10 @@ fetch_with() {
   local python=$1
   rm -rf .tools/uv
   if "$python" -m venv .tools/uv; then
-    .tools/uv/bin/python -m pip install --only-binary=:all: "uv==$PINNED"
+    .tools/uv/bin/python -m pip install --retries 1 --only-binary=:all: "uv==$PINNED"
   else # Debian ships python3 without venv; its pip can still fill a folder
     rm -rf .tools/uv
-    PIP_USER=0 "$python" -m pip install --only-binary=:all: --target .tools/uv "uv==$PINNED"
+    PIP_USER=0 "$python" -m pip install --retries 1 --only-binary=:all: --target .tools/uv "uv==$PINNED"
   fi
 }
 
@@ -43,20 +43,19 @@ find_uv && exit
 
 mkdir -p .tools
 : >"$LOG"
-seen="" tried=""
+seen=""
 while IFS= read -r python; do
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || continue
   seen=$python
   can_fetch "$python" || continue
-  tried=$python
   echo "Fetching uv $PINNED with $python" >&2
-  if fetch_with "$python" >>"$LOG" 2>&1 && runs "$PWD/$FETCHED"; then
-    echo "$PWD/$FETCHED"
-    exit
+  if ! fetch_with "$python" >>"$LOG" 2>&1 || ! runs "$PWD/$FETCHED"; then
+    die "uv $PINNED could not be fetched from PyPI ($LOG says why): check the network, or install uv, and run make again."
   fi
+  echo "$PWD/$FETCHED"
+  exit
 done < <(on_path python3.14 python3.13 python3.12 python3)
 
 [[ -n $seen ]] || die "neither uv nor python3 (3.8 or newer) works here: install one of them and run make again."
-[[ -n $tried ]] || die "there is no uv, and $seen has neither venv nor pip to fetch it with:" \
+die "there is no uv, and $seen has neither venv nor pip to fetch it with:" \
   "install uv, or python3-venv (the package's name on Debian and Ubuntu), and run make again."
-die "uv $PINNED could not be fetched from PyPI ($LOG says why): check the network, or install uv, and run make again."
