@@ -22,8 +22,8 @@ def dry_run(target: str) -> str:
     ("target", "command"),
     [
         ("train", "-m examples.train"),
-        ("test", "-m pytest -n auto"),
-        ("test-gpu", "JAX_PLATFORMS=cuda .venv/bin/python -m pytest -m gpu"),
+        ("test", "JAX_PLATFORMS=cpu .venv/bin/python -m pytest -n auto"),
+        ("test-gpu", "-m pytest tests/conformance tests/test_layer.py"),
         ("bench", "-m benchmarks"),
         ("lint", "-m pyright"),
         ("docs", "-m sphinx -W"),
