@@ -165,7 +165,8 @@ def _check_inputs(x, config, token_mask, expert_ids):
             f"expert_ids of shape {expert_ids.shape} and dtype {expert_ids.dtype} must be integers of shape {expected}."
         )
     if not isinstance(expert_ids, Tracer) and expert_ids.size:
-        low, high = np.min(expert_ids), np.max(expert_ids)
+        values = np.asarray(expert_ids)  # NumPy's own functions would trace the array inside of a jit
+        low, high = values.min(), values.max()
         if low < NO_EXPERT or high >= config.num_experts:
             raise InputError(
                 f"expert_ids between {low} and {high} must lie in [0, num_experts={config.num_experts}), or be "
