@@ -57,12 +57,13 @@ class Checkpoints:
         """The newest complete checkpoint.
 
         Args:
-            like: a state with the shapes that the configuration asks for.
+            like: a state, or its shapes, as the configuration asks for.
 
         Raises:
             TrainError: it cannot be read, or holds other shapes.
         """
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like._asdict())
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(self.newest, args=arguments)

@@ -58,9 +58,9 @@ class ModelConfig:
 class OptimizerConfig:
     """The optimiser, its warm-up and its cosine decay."""
 
-    name: Literal["adamw", "muon"] = "muon"
+    name: Literal["adamw", "muon"] = "adamw"
     """muon orthogonalises the update of each matrix (one expert at a time) and leaves the rest to adamw."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """Peak learning rate."""
     final_fraction: float = 0.05
     """Learning rate of the last step, as a fraction of the peak."""
@@ -81,6 +81,8 @@ class OptimizerConfig:
         for field in ("learning_rate", "clip"):
             if not getattr(self, field) > 0:
                 raise TrainError(f"optimizer.{field}={getattr(self, field)} must be more than 0.")
+        if self.warmup_steps < 0:
+            raise TrainError(f"optimizer.warmup_steps={self.warmup_steps} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Config:
     """Seed of the parameters, the order of the data, dropout and the sample."""
     switch_loss_coef: float = 0.0
     """Coefficient of the Switch load-balancing loss, beside the correction bias."""
-    bias_update_rate: float = 1e-3
+    bias_update_rate: float = 1e-2
     """Step of the correction bias that balances the experts."""
     log_every: int = 20
     """Steps between lines of metrics."""
@@ -124,8 +126,6 @@ class Config:
     def __post_init__(self):
         for field in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
             _at_least_one(field, getattr(self, field))
-        if self.optimizer.warmup_steps < 0:
-            raise TrainError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not be negative.")
 
     @property
     def folder(self) -> Path:

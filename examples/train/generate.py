@@ -1,5 +1,6 @@
 """Text from a trained model: `python -m examples.train.generate runs/shakespeare-cpu-latent_moe --prompt HAMLET`."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from examples.train.step import TrainState, init_state, predict
 from jax_latent_moe.errors import LatentMoEError
 
 
+@functools.cache
 def make_generate(model: LanguageModel, length: int, temperature: float = 0.8) -> Callable[..., bytes]:
     """A function of (state, prompt, key) that continues a prompt by `length` bytes, the same for the same key.
 
@@ -63,7 +65,9 @@ def load(folder: Path) -> tuple[LanguageModel, TrainState]:
     try:
         if checkpoints.newest is None:
             raise TrainError(f"The run in {folder} has no checkpoint yet: let it train to the first one.")
-        return model, checkpoints.restore(init_state(model, make_optimizer(config.optimizer, 1), config.seed)).state
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+        return model, checkpoints.restore(shapes).state
     finally:
         checkpoints.close()
 

@@ -1,5 +1,7 @@
 """adamw or muon, warm-up and cosine decay, clipping."""
 
+import functools
+
 import jax
 import optax
 from jaxtyping import PyTree
@@ -19,6 +21,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * config.final_fraction)
 
 
+@functools.cache
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then muon or adamw."""
     schedule = learning_rate(config, steps)

@@ -47,7 +47,7 @@ class Metrics(NamedTuple):
 def init_state(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables = nn.unbox(model.init(init_key, jnp.zeros((1, model.model.context), jnp.int32)))
+    variables = nn.unbox(jax.jit(model.init)(init_key, jnp.zeros((1, model.model.context), jnp.int32)))
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -70,6 +70,7 @@ def predict(
     return cast(Array, model.apply({"params": state.params, "correction_bias": state.correction_bias}, tokens))
 
 
+@functools.cache
 def make_train_step(
     model: LanguageModel, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, UInt8[Array, "batch context+1"]], tuple[TrainState, Metrics]]:
@@ -105,7 +106,7 @@ def make_train_step(
             opt_state=opt_state,
             key=state.key,
         )
-        return state, Metrics(loss, auxiliary, optax.global_norm(gradients), jnp.stack(loads) if loads else None)
+        return state, Metrics(loss, auxiliary, optax.tree.norm(gradients), jnp.stack(loads) if loads else None)
 
     return train_step
 
@@ -117,6 +118,7 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
+@functools.cache
 def make_bits_per_byte(model: LanguageModel, batch_size: int) -> Callable[[TrainState, ValidationWindows], float]:
     """A function that gives the mean bits which the model needs for a scored byte of the windows."""
 

@@ -1,0 +1,79 @@
+"""The command line in a process of its own: signals, kills, wrong options."""
+
+import signal
+
+import pytest
+
+from examples.train.train import train
+from tests.examples.runs import assert_same_bits, start, state_of, toy_config, write_text
+
+
+def options(config):
+    fields = {"preset": "toy", "data": config.data, "run": config.run, "steps": config.steps}
+    fields |= {"checkpoint-every": config.checkpoint_every, "log-every": config.log_every}
+    return [text for name, value in fields.items() for text in (f"--{name}", value)]
+
+
+def wait_for(process, words):
+    """Reads the process's output up to a line with these words."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return
+    pytest.fail(f"no line with {words!r} in:\n{''.join(lines)}")
+
+
+def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
+    write_text(tmp_path)
+    whole = toy_config(tmp_path, run=tmp_path / "whole", steps=400, log_every=5, checkpoint_every=3)
+    train(whole)
+    broken = toy_config(tmp_path, run=tmp_path / "broken", steps=400, log_every=5, checkpoint_every=3)
+
+    with start(*options(broken)) as process:
+        wait_for(process, "step 15/400")
+        process.kill()
+    killed_at = int(state_of(broken.folder).step)
+    assert 6 <= killed_at < 400
+
+    with start(*options(broken)) as process:
+        wait_for(process, f"resumed at step {killed_at}")
+        wait_for(process, f"step {(killed_at // 5 + 5) * 5}/400")
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    stopped_at = int(state_of(broken.folder).step)
+    assert f"Stopped by SIGTERM with step {stopped_at} of 400 saved" in rest
+    assert killed_at < stopped_at < 400
+
+    train(broken)
+    assert_same_bits(state_of(broken.folder), state_of(whole.folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "no/such/folder"], "error: --data no/such/folder does not exist: give shakespeare, stdlib, or"),
+        (["--model.heads", "5"], "error: model.hidden_size=32 must be a multiple of twice model.heads=5"),
+        (["--model.top-k", "9", "--data", "TEXT"], "error: top_k=9 is more than num_experts=8"),
+        (["--preset", "huge"], "error: --preset huge is unknown: use one of auto, toy, cpu, gpu."),
+    ],
+)
+def test_wrong_options_end_in_one_sentence(tmp_path, arguments, sentence):
+    text = str(write_text(tmp_path))
+    arguments = [text if argument == "TEXT" else argument for argument in arguments]
+    preset = [] if "--preset" in arguments else ["--preset", "toy"]
+    with start(*preset, "--run", tmp_path / "run", *arguments) as process:
+        output = process.stdout.read()
+    assert process.returncode == 1
+    assert output.startswith(sentence)
+    assert output.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_every_option_with_its_docstring():
+    with start("--help") as process:
+        output = " ".join(process.stdout.read().replace("│", " ").split())
+    assert process.returncode == 0
+    for words in ("--data", "--preset", "--mlp", "--model.latent-size", "Width in which the routed experts work."):
+        assert words in output
