@@ -23,7 +23,7 @@ class ModelConfig:
     """Bytes that the model sees at once."""
     latent_size: int = 64
     """Width in which the routed experts work."""
-    num_experts: int = 16
+    num_experts: int = 32
     """Routed experts of one layer."""
     top_k: int = 4
     """Experts that read one byte."""
@@ -100,21 +100,21 @@ class Config:
     """shakespeare (38 plays, fetched once), stdlib (the sources of Python's library), or a text file or folder."""
     run: Path | None = None
     """Folder of checkpoints, metrics and plots; left out, runs/DATA-PRESET-MLP."""
-    steps: int = 1000
+    steps: int = 700
     """Optimiser steps of the whole run."""
     batch_size: int = 16
     """Windows of model.context bytes in one step."""
     seed: int = 0
     """Seed of the parameters, the order of the data, dropout and the sample."""
-    switch_loss_coef: float = 0.0
+    switch_loss_coef: float = 0.01
     """Coefficient of the Switch load-balancing loss, beside the correction bias."""
     bias_update_rate: float = 1e-2
     """Step of the correction bias that balances the experts."""
     log_every: int = 20
     """Steps between lines of metrics."""
-    eval_every: int = 200
+    eval_every: int = 100
     """Steps between looks at a part of the validation text; the whole of it is read at the end."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = 100
     """Steps between checkpoints."""
     sample_bytes: int = 400
     """Length of the text generated at the end."""

@@ -1,6 +1,5 @@
 """Text from a trained model: `python -m examples.train.generate runs/shakespeare-cpu-latent_moe --prompt HAMLET`."""
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,11 @@ from examples.train.mlp import moe_config
 from examples.train.model import LanguageModel
 from examples.train.optimizer import make_optimizer
 from examples.train.run_folder import read_config
-from examples.train.step import TrainState, init_state, predict
+from examples.train.step import TrainState, compiled_once, init_state, predict
 from jax_latent_moe.errors import LatentMoEError
 
 
-@functools.cache
+@compiled_once
 def make_generate(model: LanguageModel, length: int, temperature: float = 0.8) -> Callable[..., bytes]:
     """A function of (state, prompt, key) that continues a prompt by `length` bytes, the same for the same key.
 

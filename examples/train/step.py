@@ -17,6 +17,11 @@ from examples.train.model import LanguageModel
 from jax_latent_moe import update_correction_bias
 
 
+def compiled_once[**P, R](make: Callable[P, R]) -> Callable[P, R]:
+    """One compiled function for equal models and options, however many runs of a process ask for it."""
+    return cast(Callable[P, R], functools.cache(make))
+
+
 class TrainState(NamedTuple):
     """All that a step changes, and all that a checkpoint must hold beside the data iterator.
 
@@ -70,7 +75,7 @@ def predict(
     return cast(Array, model.apply({"params": state.params, "correction_bias": state.correction_bias}, tokens))
 
 
-@functools.cache
+@compiled_once
 def make_train_step(
     model: LanguageModel, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, UInt8[Array, "batch context+1"]], tuple[TrainState, Metrics]]:
@@ -118,7 +123,7 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
-@functools.cache
+@compiled_once
 def make_bits_per_byte(model: LanguageModel, batch_size: int) -> Callable[[TrainState, ValidationWindows], float]:
     """A function that gives the mean bits which the model needs for a scored byte of the windows."""
 
