@@ -19,7 +19,7 @@ from jax_latent_moe import LatentMoEConfig, RouterConfig
 from jax_latent_moe import linen as linen_moe
 from jax_latent_moe import nnx as nnx_moe
 
-HIDDEN, HEADS, LAYERS, VOCABULARY = 64, 4, 2, 256
+HIDDEN, HEADS, VOCABULARY = 64, 4, 256
 CONFIG = LatentMoEConfig(
     hidden_size=HIDDEN,
     latent_size=16,
@@ -58,9 +58,7 @@ class LinenBlock(nn.Module):
 class LinenModel(nn.Module):
     @nn.compact
     def __call__(self, tokens):
-        x = nn.Embed(VOCABULARY, HIDDEN)(tokens)
-        for _ in range(LAYERS):
-            x = LinenBlock()(x)
+        x = LinenBlock()(nn.Embed(VOCABULARY, HIDDEN)(tokens))
         return nn.Dense(VOCABULARY)(nn.LayerNorm()(x))
 
 
@@ -112,22 +110,19 @@ class NnxBlock(nnx.Module):
 class NnxModel(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCABULARY, HIDDEN, rngs=rngs)
-        self.blocks = nnx.List([NnxBlock(rngs=rngs) for _ in range(LAYERS)])
+        self.block = NnxBlock(rngs=rngs)
         self.norm = nnx.LayerNorm(HIDDEN, rngs=rngs)
         self.head = nnx.Linear(HIDDEN, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens):
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+        return self.head(self.norm(self.block(self.embed(tokens))))
 
 
 def train_nnx(steps: int) -> list[float]:
     """Cross-entropy before each step."""
     model, data = nnx.jit(lambda: NnxModel(rngs=nnx.Rngs(0)))(), batches()
     optimiser = nnx.Optimizer(model, OPTIMISER, wrt=nnx.Param)  # the correction bias is no nnx.Param
-    print(jax.tree.map(jnp.shape, nnx_moe.to_params(model.blocks[0].mlp)))
+    print(jax.tree.map(jnp.shape, nnx_moe.to_params(model.block.mlp)))
 
     @nnx.jit
     def step(model, optimiser, tokens):
