@@ -1,7 +1,7 @@
 """What a grouped-matmul backend is, which ones there are, and how one is chosen."""
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +19,7 @@ class Problem:
     Attributes:
         contraction: "rows_w" is rows x w, "rows_wt" is rows x w^T, "outer" is rows^T x rows, each per expert.
         num_rows: R, rows in all.
-        num_experts: E.
+        num_experts: E, experts with rows or without.
         in_features: K of the weight [E, K, N].
         out_features: N of the weight [E, K, N].
         dtype: type of rows and weights.
@@ -37,6 +37,7 @@ class Problem:
     device_kind: str
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Computes the three contractions. Rows are sorted by expert; group_sizes counts the rows of each.
 
