@@ -1,0 +1,65 @@
+"""How a backend is chosen: a named one runs or says why not, "auto" takes the first that can, `explain` tells."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe import ConfigError, CutlassBackend, PallasBackend, UnsupportedError, XlaBackend
+from jax_latent_moe.grouped_matmul import explain, grouped_matmul, problem, select
+from jax_latent_moe.grouped_matmul.backend import AUTO
+
+PROBLEM = problem("rows_w", 64, (4, 8, 16), jnp.bfloat16)
+ARRAYS = np.ones((6, 4), np.float32), np.ones((3, 4, 5), np.float32), np.array([1, 2, 3], np.int32)
+
+
+def test_a_problem_describes_the_call():
+    assert dataclasses.asdict(PROBLEM) | {"device_kind": ""} == {
+        "contraction": "rows_w",
+        "num_rows": 64,
+        "num_experts": 4,
+        "in_features": 8,
+        "out_features": 16,
+        "dtype": "bfloat16",
+        "platform": PROBLEM.platform,
+        "device_kind": "",
+    }
+
+
+@pytest.mark.parametrize("backend", [PallasBackend(), CutlassBackend(), "pallas", "cutlass"])
+def test_a_named_backend_runs_or_raises_its_reason(backend):
+    with pytest.raises(UnsupportedError) as info:
+        select(PROBLEM, backend)
+    error = info.value
+    assert error.backend in str(error)
+    assert error.reason in str(error)
+    assert "XlaBackend()" in error.remedy
+    with pytest.raises(UnsupportedError):
+        grouped_matmul(*ARRAYS, backend=backend)
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ConfigError, match="'auto', 'xla', 'pallas', 'cutlass'"):
+        grouped_matmul(*ARRAYS, backend="triton")
+
+
+def test_names_mean_their_defaults():
+    np.testing.assert_array_equal(grouped_matmul(*ARRAYS, backend="xla"), grouped_matmul(*ARRAYS, backend=XlaBackend()))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "a platform of next year"])
+def test_auto_ends_with_a_backend_that_runs_anything(platform):
+    elsewhere = dataclasses.replace(PROBLEM, platform=platform)
+    assert select(elsewhere, "auto").supports(elsewhere) is None
+    for config in AUTO.get(platform, ()):
+        assert f"{config!r}" in explain(elsewhere) or select(elsewhere).config != config
+
+
+def test_explain_says_who_was_asked_and_what_they_said():
+    lines = explain(dataclasses.replace(PROBLEM, platform="gpu")).splitlines()
+    assert "rows_w on gpu" in lines[0]
+    assert lines[1].strip().startswith("CutlassBackend(")
+    assert all("refuses: " in line or "runs it" in line for line in lines[1:])
+    assert lines[-1].endswith("runs it")
+    assert "refuses: the Pallas kernels" in explain(PROBLEM, PallasBackend())

@@ -1,0 +1,68 @@
+"""Blocked products with as many blocks a step as an accelerator takes: a CPU takes few by itself."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from jax_latent_moe.grouped_matmul import blocked
+from tests.cases import DTYPES
+from tests.conformance.backends import oracle_matmul, oracle_outer, random_group_sizes
+from tests.tolerances import assert_close
+
+EXPERTS, K, N, ROWS = 6, 4, 3, 22
+BLOCKS_PER_STEP = [1, 2, 3, 64]
+
+
+@pytest.fixture(scope="module", params=BLOCKS_PER_STEP, ids=lambda blocks: f"{blocks} blocks a step")
+def products(request):
+    """Jitted matmul and outer product, traced with that many blocks a step."""
+    step_bytes = request.param * K * N * np.dtype(np.float32).itemsize
+    sizes = blocked._Sizes(rows=(2, 4), matmul_bytes=step_bytes, outer_bytes=step_bytes)
+    matmul = functools.partial(blocked.blocked_matmul, transpose_w=False, block_rows=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "_platform_sizes", lambda: sizes)
+        yield jax.jit(matmul), jax.jit(functools.partial(blocked.blocked_outer, block_rows=None))
+
+
+def draw(rng, dtype="float32"):
+    return (rng.normal(size=shape).astype(DTYPES[dtype]) for shape in ((ROWS, K), (EXPERTS, K, N), (ROWS, N)))
+
+
+def check(products, rows, w, group_sizes, dout, dtype="float32"):
+    matmul, outer = products
+    assert_close(matmul(rows, w, group_sizes), oracle_matmul(rows, w, group_sizes), dtype, f"sizes {group_sizes}")
+    assert_close(outer(rows, dout, group_sizes), oracle_outer(rows, dout, group_sizes), dtype, f"sizes {group_sizes}")
+
+
+def test_every_pattern_of_empty_experts(rng, products):
+    rows, w, dout = draw(rng)
+    for pattern in itertools.product([0, 1], repeat=EXPERTS):
+        present = np.flatnonzero(pattern)
+        group_sizes = np.zeros(EXPERTS, np.int32)
+        if present.size:
+            group_sizes[present] = np.bincount(rng.integers(present.size, size=ROWS), minlength=present.size)
+        check(products, rows, w, group_sizes, dout)
+
+
+@pytest.mark.parametrize("expert", [0, 3, EXPERTS - 1])
+def test_one_expert_over_many_steps(rng, products, expert):
+    rows, w, dout = draw(rng)
+    check(products, rows, w, ROWS * np.eye(EXPERTS, dtype=np.int32)[expert], dout)
+
+
+def test_bfloat16(rng, products):
+    rows, w, dout = draw(rng, "bfloat16")
+    check(products, rows, w, random_group_sizes(rng, EXPERTS, ROWS), dout, "bfloat16")
+
+
+def test_rows_beyond_the_groups_leak_nowhere(rng, products):
+    rows, w, dout = draw(rng)
+    group_sizes = random_group_sizes(rng, EXPERTS, ROWS - 5)
+    expected = oracle_matmul(rows, w, group_sizes), oracle_outer(rows, dout, group_sizes)
+    rows[-5:], dout[-5:] = np.nan, np.nan
+    matmul, outer = products
+    assert_close(matmul(rows, w, group_sizes), expected[0], "float32")
+    assert_close(outer(rows, dout, group_sizes), expected[1], "float32")
