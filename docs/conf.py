@@ -18,6 +18,7 @@ autodoc_typehints = "none"  # jaxtyping's shapes would bury a signature; the doc
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 napoleon_attr_annotations = False
 
 html_theme = "furo"

@@ -169,7 +169,7 @@ class LatentMoEConfig:
     Attributes:
         hidden_size: d, width of x and y; the router and the shared expert read it.
         latent_size: l, width in which the routed experts work; None is a plain MoE without projections.
-        num_experts: E.
+        num_experts: E, routed experts.
         top_k: k, experts per token.
         expert_intermediate_size: m, inner width of one routed expert.
         shared_expert_intermediate_size: ms, inner width of the shared expert; 0 is none.
@@ -263,7 +263,7 @@ class LatentMoEConfig:
 
     @property
     def latent_width(self) -> int:
-        """Width that the routed experts read and write: latent_size, or hidden_size in a plain MoE."""
+        """Width that the routed experts read and write, which is latent_size, or hidden_size in a plain MoE."""
         return self.hidden_size if self.latent_size is None else self.latent_size
 
     @property
