@@ -1,5 +1,7 @@
 """What the library raises. Each message names the value, the rule and the way out."""
 
+from collections.abc import Sequence
+
 
 class LatentMoEError(ValueError):
     """Base of every error a user of this library can cause."""
@@ -11,6 +13,18 @@ class ConfigError(LatentMoEError):
 
 class InputError(LatentMoEError):
     """An array argument whose shape, dtype or value breaks the contract of the call."""
+
+
+class CheckpointError(LatentMoEError):
+    """A checkpoint that cannot be read or written whole; nothing of it was returned.
+
+    Attributes:
+        problems: every problem found, a sentence each.
+    """
+
+    def __init__(self, where: object, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__("\n  ".join([f"{where}: {len(problems)} problem(s)", *problems]))
 
 
 class UnsupportedError(LatentMoEError):
