@@ -1,0 +1,30 @@
+"""Published checkpoints in and out: NemotronH, Kimi K3, DeepSeek-V3, Qwen3-MoE, Mixtral; the hub's or Megatron's names.
+
+    checkpoint = hf.open_checkpoint("Nemotron-3-Super")
+    params = hf.import_layer(checkpoint, checkpoint.layers[0])
+    y, aux = latent_moe(params, x, checkpoint.configs[checkpoint.layers[0]])
+
+`python -m jax_latent_moe.hf` does the same from a shell.
+"""
+
+from jax_latent_moe.errors import CheckpointError
+from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, open_checkpoint, plan_layer
+from jax_latent_moe.hf.exporting import differing_tensors, replace_layers, write_layers
+from jax_latent_moe.hf.importing import import_layer, import_layers
+from jax_latent_moe.hf.names import MEGATRON, Layer, Names
+
+__all__ = [
+    "MEGATRON",
+    "Checkpoint",
+    "CheckpointError",
+    "Layer",
+    "LayerPlan",
+    "Names",
+    "differing_tensors",
+    "import_layer",
+    "import_layers",
+    "open_checkpoint",
+    "plan_layer",
+    "replace_layers",
+    "write_layers",
+]

@@ -1,0 +1,114 @@
+"""`python -m jax_latent_moe.hf`: look at, check and convert the MoE layers of a checkpoint folder."""
+
+import argparse
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+
+from jax_latent_moe import cost
+from jax_latent_moe.errors import LatentMoEError
+from jax_latent_moe.hf.checkpoint import Checkpoint, open_checkpoint, plan_layer
+from jax_latent_moe.hf.exporting import differing_tensors, write_layers
+from jax_latent_moe.hf.importing import import_layer
+from jax_latent_moe.hf.names import MEGATRON, Layer
+from jax_latent_moe.params import Params
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(open_checkpoint(options.folder, naming=options.naming), options)
+    except (LatentMoEError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jax_latent_moe.hf", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for run, name, text in (
+        (_inspect, "inspect", "list the MoE layers; check names, shapes and dtypes without reading weights"),
+        (_verify, "verify", "import every layer and check that it exports to the same bytes"),
+        (_convert, "convert", "import layers and write them unquantised, under the hub's or Megatron's names"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("folder", help="checkpoint folder: config.json and *.safetensors")
+        command.add_argument("--naming", choices=("hf", "megatron"), default="hf", help="names in the folder")
+        command.add_argument("--layers", help="such as 1,3,mtp.1; all by default")
+        command.set_defaults(run=run)
+        if name == "convert":
+            command.add_argument("output", help="folder to make")
+            command.add_argument("--to", choices=("hf", "megatron"), default="hf", help="names to write")
+            command.add_argument("--dtype", help="type of the parameters; as stored by default")
+    return parser
+
+
+def _layers(checkpoint: Checkpoint, options) -> list[Layer]:
+    if options.layers is None:
+        return list(checkpoint.layers)
+    return [int(layer) if layer.isdecimal() else layer for layer in options.layers.split(",")]
+
+
+def _inspect(checkpoint: Checkpoint, options) -> int:
+    for layer in _layers(checkpoint, options):
+        plan = plan_layer(checkpoint, layer)
+        config, stored = plan.config, " and ".join(plan.quantised) or "unquantised"
+        print(
+            f"layer {layer}: d {config.hidden_size}, l {config.latent_size}, experts {config.num_experts}, k "
+            f"{config.top_k}, m {config.expert_intermediate_size}, shared {config.shared_expert_intermediate_size}, "
+            f"{config.activation}: {cost.parameters(config) / 1e9:.3f} B parameters, {plan.nbytes / 1e9:.2f} GB, "
+            f"{stored}"
+        )
+    return 0
+
+
+def _read(checkpoint: Checkpoint, options, dtype=None) -> Iterator[tuple[Layer, Params]]:
+    layers = _layers(checkpoint, options)
+    for number, layer in enumerate(layers, 1):
+        yield layer, import_layer(checkpoint, layer, dtype=dtype, report=_progress(f"[{number}/{len(layers)}] {layer}"))
+
+
+def _progress(what: str):
+    """Prints a line for each parameter that is complete, and in between for large ones, to stderr."""
+    printed = 0
+
+    def report(name: str, done: int, total: int):
+        nonlocal printed
+        printed = min(printed, done)
+        if done == total or done - printed >= 2**29:
+            printed = done % total
+            print(f"layer {what}: {name} {done / 1e6:.1f} of {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
+
+    return report
+
+
+def _verify(checkpoint: Checkpoint, options) -> int:
+    status = 0
+    for layer, params in _read(checkpoint, options):
+        plan = plan_layer(checkpoint, layer)
+        if plan.quantised:
+            print(f"layer {layer}: complete and finite; {' and '.join(plan.quantised)}, which is not written back")
+        elif differing := differing_tensors(plan, params):
+            status = 1
+            print(f"layer {layer}: differs in {', '.join(differing)}")
+        else:
+            print(f"layer {layer}: {len(plan.tensors)} tensors come back bit for bit")
+    return status
+
+
+def _convert(checkpoint: Checkpoint, options) -> int:
+    if options.to == "hf" and options.naming == "megatron":
+        from_config = open_checkpoint(options.folder)  # the model's own names are those of its config.json
+        names = from_config.names
+    else:
+        names = MEGATRON if options.to == "megatron" else checkpoint.names
+    write_layers(options.output, _read(checkpoint, options, options.dtype), dict(checkpoint.configs), names)
+    shutil.copy(pathlib.Path(options.folder, "config.json"), options.output)
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""How a matrix [out, in] is stored: as it is, or quantised in blocks along its input axis.
+
+Formats:
+    MXFP4: OCP Microscaling Formats 1.0: E2M1 codes in blocks of 32, one E8M0 scale (2^(u - 127)) a block.
+    NVFP4: E2M1 codes in blocks of 16, one E4M3 scale a block, one float32 scale a matrix (multiplied in ModelOpt's
+        files, divided by in compressed-tensors').
+    FP8: E4M3 with a float32 scale for the matrix or for each row; DeepSeek-V3: one for each 128 x 128 block.
+Two E2M1 codes share a byte, the first in the low four bits: so does compressed-tensors, and ModelOpt too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jax_latent_moe.hf.tensor_file import TensorInfo
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""Value of each code: a sign bit, two bits of exponent, one of mantissa."""
+_E2M1_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1)
+_TILE = 128
+
+Parts = Mapping[str, np.ndarray]
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """One way to store a matrix.
+
+    Attributes:
+        name: as the messages call it.
+        dtypes: the dtypes allowed for each tensor, by the tensor's suffix.
+        shapes: from the matrix's (out, in) to the shapes allowed for each tensor.
+        decode: from the tensors to the matrix in float32; None where the one tensor is the matrix.
+        unused: suffixes of tensors that may be there and say nothing of the weight (scales of activations).
+    """
+
+    name: str
+    dtypes: dict[str, tuple[str, ...]]
+    shapes: Callable[[int, int], dict[str, tuple[Shape, ...]]]
+    decode: Callable[[Parts], np.ndarray] | None = None
+    unused: tuple[str, ...] = ()
+
+
+def _unpack(packed: np.ndarray) -> np.ndarray:
+    """E2M1 codes, two a byte, to values [out, in] in float32."""
+    return _E2M1_PAIRS[packed].reshape(packed.shape[0], -1)
+
+
+def _times_blocks(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Each row's blocks times their scales, in place."""
+    blocks = values.reshape(*scales.shape, -1)
+    blocks *= scales[..., None]
+    return values
+
+
+def _mxfp4(parts: Parts) -> np.ndarray:
+    exponents = parts["weight_scale"].view(np.uint8)
+    # 255 is NaN by the format; 253 and 254 could overflow float32, which no weight comes near.
+    if exponents.size and exponents.max() > 252:
+        raise ValueError(f"a block scale of {exponents.max()} (2^(u - 127), 255 is NaN) is no weight's")
+    return _times_blocks(_unpack(parts["weight_packed"]), np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
+
+
+def _nvfp4_blocks(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return _times_blocks(_unpack(packed), _finite(scale.astype(np.float32)))  # exact: 2 + 4 bits of significand
+
+
+def _nvfp4_modelopt(parts: Parts) -> np.ndarray:
+    return _nvfp4_blocks(parts["weight"], parts["weight_scale"]) * _finite(parts["weight_scale_2"]).reshape(())
+
+
+def _nvfp4_compressed(parts: Parts) -> np.ndarray:
+    divisor = _finite(parts["weight_global_scale"]).reshape(())
+    if divisor == 0:
+        raise ValueError("its global scale is 0")
+    return _nvfp4_blocks(parts["weight_packed"], parts["weight_scale"]) / divisor
+
+
+def _fp8(parts: Parts) -> np.ndarray:
+    scale = _finite(parts["weight_scale"])
+    return _finite(parts["weight"].astype(np.float32)) * (scale.reshape(-1, 1) if scale.size > 1 else scale.reshape(()))
+
+
+def _fp8_tiles(parts: Parts) -> np.ndarray:
+    values, scales = _finite(parts["weight"].astype(np.float32)), _finite(parts["weight_scale_inv"])
+    rows = np.repeat(scales, _TILE, axis=0)[: values.shape[0]]
+    return values * np.repeat(rows, _TILE, axis=1)[:, : values.shape[1]]
+
+
+def _finite(values):
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinity")
+    return values
+
+
+PLAIN = Encoding("plain", {"weight": ("BF16", "F16", "F32")}, lambda out, in_: {"weight": ((out, in_),)})
+MXFP4 = Encoding(
+    "MXFP4",
+    {"weight_packed": ("U8",), "weight_scale": ("U8", "F8_E8M0")},
+    lambda out, in_: {"weight_packed": ((out, in_ // 2),), "weight_scale": ((out, in_ // 32),)},
+    _mxfp4,
+)
+_NVFP4_SCALARS: tuple[Shape, ...] = ((), (1,))
+NVFP4_MODELOPT = Encoding(
+    "NVFP4 (ModelOpt)",
+    {"weight": ("U8",), "weight_scale": ("F8_E4M3",), "weight_scale_2": ("F32",)},
+    lambda out, in_: {
+        "weight": ((out, in_ // 2),),
+        "weight_scale": ((out, in_ // 16),),
+        "weight_scale_2": _NVFP4_SCALARS,
+    },
+    _nvfp4_modelopt,
+    ("input_scale",),
+)
+NVFP4_COMPRESSED = Encoding(
+    "NVFP4 (compressed-tensors)",
+    {"weight_packed": ("U8",), "weight_scale": ("F8_E4M3",), "weight_global_scale": ("F32",)},
+    lambda out, in_: {
+        "weight_packed": ((out, in_ // 2),),
+        "weight_scale": ((out, in_ // 16),),
+        "weight_global_scale": _NVFP4_SCALARS,
+    },
+    _nvfp4_compressed,
+    ("input_global_scale",),
+)
+FP8 = Encoding(
+    "FP8",
+    {"weight": ("F8_E4M3",), "weight_scale": ("F32",)},
+    lambda out, in_: {"weight": ((out, in_),), "weight_scale": ((), (1,), (out,), (out, 1))},
+    _fp8,
+    ("input_scale",),
+)
+FP8_TILES = Encoding(
+    "FP8 (128 x 128 blocks)",
+    {"weight": ("F8_E4M3",), "weight_scale_inv": ("F32",)},
+    lambda out, in_: {
+        "weight": ((out, in_),),
+        "weight_scale_inv": ((math.ceil(out / _TILE), math.ceil(in_ / _TILE)),),
+    },
+    _fp8_tiles,
+)
+_BLOCK = {"MXFP4": 32, "NVFP4 (ModelOpt)": 16, "NVFP4 (compressed-tensors)": 16}
+
+
+def identify(parts: Mapping[str, TensorInfo]) -> Encoding:
+    """The encoding that tensors of these suffixes and dtypes most likely are: `problems` says whether they are."""
+    if "weight_packed" in parts:
+        scale = parts.get("weight_scale")
+        return NVFP4_COMPRESSED if scale is not None and scale.dtype == "F8_E4M3" else MXFP4
+    dtype = parts["weight"].dtype if "weight" in parts else None
+    if dtype == "U8":
+        return NVFP4_MODELOPT
+    if dtype == "F8_E4M3":
+        return FP8_TILES if "weight_scale_inv" in parts else FP8
+    return PLAIN
+
+
+def problems(base: str, encoding: Encoding, shape: Shape, parts: Mapping[str, TensorInfo]) -> list[str]:
+    """What is wrong with the tensors `base` + suffix that should hold a matrix of this shape: a sentence each."""
+    out, in_ = shape
+    block = _BLOCK.get(encoding.name, 1)
+    if in_ % block:
+        return [f"{base}*: {encoding.name} needs an input width that is a multiple of {block}, not {in_}."]
+    found, shapes = [], encoding.shapes(out, in_)
+    for suffix, dtypes in encoding.dtypes.items():
+        if suffix not in parts:
+            found.append(f"missing {base}{suffix} ({encoding.name}).")
+            continue
+        info = parts[suffix]
+        if info.dtype not in dtypes:
+            found.append(f"{base}{suffix}: dtype {info.dtype}, expected {' or '.join(dtypes)}.")
+        if info.shape not in shapes[suffix]:
+            allowed = " or ".join(str(list(allowed)) for allowed in shapes[suffix])
+            found.append(f"{base}{suffix}: shape {list(info.shape)}, expected {allowed}.")
+    extra = set(parts) - set(encoding.dtypes) - set(encoding.unused)
+    return found + [f"not expected: {base}{suffix} (beside {encoding.name})." for suffix in sorted(extra)]

@@ -1,0 +1,93 @@
+"""A folder of safetensors files, with or without an index, as one set of named tensors."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+
+from jax_latent_moe.errors import CheckpointError
+from jax_latent_moe.hf.tensor_file import TensorInfo, read_header, read_json
+
+INDEX = "model.safetensors.index.json"
+
+
+class TensorFolder:
+    """The names of all tensors and the file of each; a file's header is read when one of its tensors is asked for.
+
+    So one layer can be read where only the files that hold it are present.
+
+    Attributes:
+        path: the folder.
+        file_of: the file's name, by the tensor's.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Reads the index, or, where there is none, the headers of all *.safetensors files.
+
+        Raises:
+            CheckpointError: there is nothing to read, or it is not valid.
+        """
+        self.path = path
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
+        index = path / INDEX
+        self._indexed = index.exists()
+        self.file_of = _read_index(index) if self._indexed else self._read_files()
+
+    def _read_files(self) -> dict[str, str]:
+        files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(self.path, [f"it holds neither {INDEX} nor any *.safetensors file."])
+        file_of, problems = {}, []
+        for file in files:
+            for name in self._header(file):
+                if name in file_of:
+                    problems.append(f"{name} is in {file_of[name]} and in {file}.")
+                file_of[name] = file
+        if problems:
+            raise CheckpointError(self.path, problems)
+        return file_of
+
+    def _header(self, file: str) -> dict[str, TensorInfo]:
+        if file not in self._headers:
+            header = read_header(self.path / file)
+            if self._indexed:
+                _check_index(self.path / file, header, {name for name, other in self.file_of.items() if other == file})
+            self._headers[file] = header
+        return self._headers[file]
+
+    def locate(self, names: Iterable[str]) -> dict[str, TensorInfo]:
+        """Where these tensors lie; `names` are keys of `file_of`.
+
+        Raises:
+            CheckpointError: a file is absent or invalid, or does not agree with the index.
+        """
+        return {name: self._header(self.file_of[name])[name] for name in names}
+
+
+def write_index(path: pathlib.Path, file_of: dict[str, str], total_size: int) -> None:
+    """Writes the index of a folder."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(file_of.items()))}
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(path, ["it has no object weight_map."])
+    problems = []
+    for name, file in weight_map.items():
+        # A name with a folder in it could reach files outside of the checkpoint; NUL and lone surrogates name no file.
+        plain = isinstance(file, str) and pathlib.PurePath(file).name == file and file.isprintable()
+        if not plain or not file.endswith(".safetensors"):
+            problems.append(f"weight_map[{name!r}] is {file!r}, which is no name of a *.safetensors file.")
+    if problems:
+        raise CheckpointError(path, problems)
+    return weight_map
+
+
+def _check_index(path, header, expected):
+    problems = [
+        f"the index places {name} here, but the file does not hold it." for name in sorted(expected - set(header))
+    ]
+    problems += [f"it holds {name}, which the index does not place here." for name in sorted(set(header) - expected)]
+    if problems:
+        raise CheckpointError(path, problems)

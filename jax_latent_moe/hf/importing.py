@@ -1,0 +1,185 @@
+"""Layers out of a checkpoint: tensor by tensor through a small buffer into the stacked parameters."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from jax_latent_moe.config import COMPUTE_DTYPES
+from jax_latent_moe.errors import CheckpointError, InputError
+from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, Stored, plan_layer
+from jax_latent_moe.hf.encodings import PLAIN
+from jax_latent_moe.hf.names import Layer, Slot
+from jax_latent_moe.hf.tensor_file import DTYPES, opened, read_bytes, read_tensor
+from jax_latent_moe.params import Params, param_shapes
+
+CHUNK = 256 * 1024
+"""Bytes of a tensor read at once: small enough to stay in a core's cache until it is transposed."""
+_ALIGNMENT = 64  # of a buffer that a CPU device takes over without a copy
+
+Report = Callable[[str, int, int], None]
+Files = Mapping[pathlib.Path, BinaryIO]
+
+
+def import_layer(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    *,
+    dtype: str | None = None,
+    sharding: Sharding | Mapping[str, Mapping[str, Sharding]] | None = None,
+    report: Report | None = None,
+) -> Params:
+    """One layer's parameters, each read straight into the shards it is asked for in.
+
+    At no time is there a second copy of the layer: a parameter is assembled in host memory from pieces of 256 KB (whole
+    matrices where they are quantised) and handed to its devices before the next is read; a CPU device takes the memory
+    over as it is.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        layer: one of `checkpoint.layers`.
+        dtype: type of the parameters; None keeps each as stored (the model's dtype where it is quantised). The
+            correction bias is float32 in any case.
+        sharding: for all parameters, or one for each as `param_shapes` lists them; None is JAX's default device.
+        report: called now and then with the parameter's name, the bytes of it assembled so far, and all its bytes.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, mis-shaped or mistyped (all are listed), a file is truncated,
+            or a quantised weight is not finite.
+        InputError: dtype is unknown.
+    """
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise InputError(f"dtype={dtype!r} is unknown: use one of {', '.join(COMPUTE_DTYPES)}, or None.")
+    plan = plan_layer(checkpoint, layer)
+    params: Params = {}
+    with _open_files(plan) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part, leaves in param_shapes(plan.config).items():
+            params[part] = {}
+            for name, leaf in leaves.items():
+                path = (part, name)
+                wanted = plan.dtypes[path] if dtype is None or name == "bias" else np.dtype(dtype)
+                slots = [slot for slot in plan.slots if slot.path == path]
+
+                def read(index, slots=slots, shape=leaf.shape, wanted=wanted, name=f"{part}/{name}"):
+                    block = _aligned_empty(_shape_of(index, shape), wanted)
+                    _fill(block, index, shape, slots, plan, files, pool, name, report)
+                    return block
+
+                where = sharding[part][name] if isinstance(sharding, Mapping) else sharding
+                params[part][name] = _place(leaf.shape, where, read)
+    return params
+
+
+def import_layers(
+    checkpoint: Checkpoint, layers: Sequence[Layer] | None = None, **options
+) -> Iterator[tuple[Layer, Params]]:
+    """Layer after layer (all of them by default), each as `import_layer` reads it; nothing is kept between them."""
+    for layer in checkpoint.layers if layers is None else layers:
+        yield layer, import_layer(checkpoint, layer, **options)
+
+
+def _place(shape, sharding, read) -> jax.Array:
+    if sharding is None or isinstance(sharding, SingleDeviceSharding):
+        device = jax.devices()[0] if sharding is None else sharding
+        # Nothing else refers to this buffer: a CPU device may keep it rather than copy it.
+        return jax.block_until_ready(jax.device_put(read((slice(None),) * len(shape)), device, may_alias=True))
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
+
+
+def _shape_of(index, shape) -> tuple[int, ...]:
+    return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def _open_files(plan: LayerPlan) -> Iterator[Files]:
+    paths = {info.file for stored in plan.tensors.values() for info in stored.parts.values()}
+    with contextlib.ExitStack() as stack:
+        yield {path: stack.enter_context(opened(path)) for path in paths}
+
+
+def _fill(block, index, shape, slots, plan, files, pool, name, report):
+    """Reads the part `index` of a parameter into block, slots in parallel."""
+    index = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    jobs = []
+    for slot in slots:
+        target, ranges = block, index
+        if slot.expert is not None:
+            if slot.expert not in ranges[0]:
+                continue
+            target, ranges = target[ranges[0].index(slot.expert)], ranges[1:]
+        if slot.half is not None:
+            if slot.half not in ranges[1]:
+                continue
+            target, ranges = target[:, ranges[1].index(slot.half)], [ranges[0], ranges[2]]
+        jobs.append((slot, target, ranges))
+    done = 0
+
+    def fill(job):
+        slot, target, ranges = job
+        return _fill_slot(slot, target, ranges, plan.tensors[slot.tensor], files)
+
+    try:
+        for nbytes in pool.map(fill, jobs):
+            done += nbytes
+            if report is not None:
+                report(name, done, block.nbytes)
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
+def _fill_slot(slot: Slot, target: np.ndarray, ranges: Sequence[range], stored: Stored, files: Files) -> int:
+    """Reads one slot into target: [n], or [in, out] of the ranges asked for. Returns the bytes of target."""
+    if target.ndim == 1:
+        info = stored.parts["weight"]
+        target[...] = read_tensor(files[info.file], info)[ranges[0].start : ranges[0].stop]
+    elif stored.encoding is PLAIN:
+        _fill_plain(slot, target, ranges, stored.parts["weight"], files)
+    else:
+        columns, rows = (slice(part.start, part.stop) for part in ranges)
+        _transpose_into(target, _decode(slot.tensor, stored, files)[slot.first_row :][rows, columns])
+    return target.nbytes
+
+
+def _fill_plain(slot, target, ranges, info, files):
+    columns, rows = ranges
+    width = info.shape[1]
+    dtype = DTYPES[info.dtype]
+    step = max(1, CHUNK // max(1, width * dtype.itemsize))
+    buffer = np.empty((step, width), dtype)
+    for first in range(rows.start, rows.stop, step):
+        chunk = buffer[: min(step, rows.stop - first)]
+        read_bytes(files[info.file], info, (slot.first_row + first) * width * dtype.itemsize, chunk)
+        out = target[:, first - rows.start : first - rows.start + len(chunk)]
+        _transpose_into(out, chunk[:, columns.start : columns.stop])
+
+
+def _transpose_into(target: np.ndarray, matrix: np.ndarray):
+    if target.dtype == matrix.dtype:  # as integers: NumPy copies those faster than bfloat16
+        bits = np.dtype(f"u{target.itemsize}")
+        target, matrix = target.view(bits), matrix.view(bits)
+    np.copyto(target, matrix.T, casting="unsafe")
+
+
+def _decode(tensor: str, stored: Stored, files: Files) -> np.ndarray:
+    parts = {name: read_tensor(files[stored.parts[name].file], stored.parts[name]) for name in stored.encoding.dtypes}
+    decode = stored.encoding.decode
+    assert decode is not None, "a plain tensor is read as it is"
+    try:
+        return decode(parts)
+    except ValueError as error:
+        file = next(iter(stored.parts.values())).file
+        raise CheckpointError(file, [f"{tensor} ({stored.encoding.name}): {error}."]) from error

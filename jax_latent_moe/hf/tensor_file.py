@@ -1,0 +1,207 @@
+"""The safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes.
+
+It is read here and not by the safetensors package for the sake of memory and of errors: tensors go through one small
+buffer straight to their place in a stacked array, and duplicate keys, holes and oversized headers are refused with the
+name of the file. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_latent_moe.errors import CheckpointError
+
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    **{
+        f"{kind}{8 * size}": np.dtype(f"{code}{size}")
+        for kind, code in (("I", "i"), ("U", "u"))
+        for size in (1, 2, 4, 8)
+    },
+    "BOOL": np.dtype("bool"),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000
+"""Bytes; the limit of the safetensors package as well."""
+JSON_LIMIT = 1_000_000_000
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes:
+        file: path of its file.
+        dtype: as the format names it ("BF16").
+        shape: its dimensions.
+        start: offset of its first byte in the file.
+    """
+
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is absent, too large, no JSON, no object, or names a key twice.
+    """
+    with opened(path) as file:
+        if os.fstat(file.fileno()).st_size > JSON_LIMIT:
+            raise CheckpointError(path, [f"more than {JSON_LIMIT} bytes of JSON."])
+        return parse_json(path, file.read())
+
+
+def parse_json(where: object, data: bytes) -> dict[str, Any]:
+    """The JSON object in data; CheckpointError, naming `where`, if it is none."""
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            repeated = sorted({key for key in keys if keys.count(key) > 1})
+            raise ValueError(f"it names {', '.join(map(repr, repeated))} twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(where, [f"no valid JSON: {error}."]) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(where, [f"a JSON {type(value).__name__} where an object is expected."])
+    return value
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A regular file, open for unbuffered reading; what the system says of it becomes a CheckpointError."""
+    try:
+        # Asked before opening: opening a pipe would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(path, ["not a regular file."])
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(path, [f"cannot be read: {error.strerror}."]) from error
+
+
+def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is absent or truncated, or its header is not a valid one.
+    """
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or 8 + length > size:
+            raise CheckpointError(path, [f"truncated, or no safetensors file: {size} bytes cannot hold its header."])
+        if length > HEADER_LIMIT:
+            raise CheckpointError(path, [f"a header of {length} bytes is over the limit of {HEADER_LIMIT}."])
+        header = parse_json(f"{path} (header)", file.read(length))
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    tensors, problems, spans = {}, [], []
+    for name, entry in header.items():
+        problem = _invalid_entry(entry)
+        if problem:
+            problems.append(f"{name}: {problem}.")
+            continue
+        first, last = entry["data_offsets"]
+        tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), begin + first)
+        spans.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(spans) if not problems else ():
+        if first != end:
+            problems.append(
+                f"{name}: its bytes begin at {first}, where {end} is expected: tensors overlap or leave holes."
+            )
+        end = last
+    if not problems and begin + end != size:
+        what = "truncated" if size < begin + end else "longer than its header says"
+        problems.append(f"{what}: {size} bytes, the header asks for {begin + end}.")
+    if problems:
+        raise CheckpointError(path, problems)
+    return tensors
+
+
+def _invalid_entry(entry) -> str | None:
+    """Why a header entry is invalid; None if it is valid."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "not an object of dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        return f"shape {shape!r} is not a list of non-negative integers"
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        return f"data_offsets {offsets!r} are not two non-negative integers"
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != expected:
+        return f"{dtype} of shape {shape} takes {expected} bytes, data_offsets {offsets} span {offsets[1] - offsets[0]}"
+    return None
+
+
+def read_bytes(file: BinaryIO, info: TensorInfo, offset: int, buffer: np.ndarray) -> None:
+    """Fills a contiguous buffer with the bytes of a tensor that begin at `offset` of it.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    view, position = memoryview(buffer.reshape(-1).view(np.uint8)), info.start + offset
+    while view:
+        count = os.preadv(file.fileno(), [view], position)
+        if count == 0:
+            raise CheckpointError(info.file, [f"truncated while it was read, at byte {position}."])
+        view, position = view[count:], position + count
+
+
+def read_tensor(file: BinaryIO, info: TensorInfo) -> np.ndarray:
+    """A whole tensor, as stored."""
+    raw = np.empty(info.nbytes, np.uint8)
+    read_bytes(file, info, 0, raw)
+    return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def create(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+    """Makes a safetensors file of (dtype, shape) by name, in that order, its data still zero; says where each lies."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data
+    with path.open("xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return read_header(path)
+
+
+def write_bytes(file: BinaryIO, info: TensorInfo, offset: int, data: np.ndarray) -> None:
+    """Overwrites the bytes of a tensor, from `offset` of it on."""
+    view, position = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)), info.start + offset
+    while view:
+        count = os.pwrite(file.fileno(), view, position)
+        view, position = view[count:], position + count
