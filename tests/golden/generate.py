@@ -1,0 +1,168 @@
+"""Writes the golden files beside it: MoE blocks of transformers, run by torch.
+
+    pip install -r requirements.txt
+    python generate.py
+
+A folder a case: checkpoint/ as `save_pretrained` writes it (config.json, model.safetensors with the hub's names,
+bfloat16 but for the correction bias) and, run in float32 and in bfloat16 on the same weights, values_<dtype>.safetensors
+(x, dy, y, dx, expert_ids, weights) and gradients_<dtype>.safetensors (of sum(y * dy), under the checkpoint's names).
+Each file carries the versions and the seed. Nothing here comes from jax_latent_moe.
+"""
+
+import pathlib
+import platform
+import shutil
+import tempfile
+
+import safetensors.torch
+import torch
+import transformers
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+HERE = pathlib.Path(__file__).parent
+WIDTH, EXPERTS, TOP_K, INNER, BATCH = 16, 8, 3, 12, (2, 7)
+
+ATTENTION = dict(num_attention_heads=1, num_key_value_heads=1)
+FAMILIES = {
+    "nemotron_h": (
+        NemotronHConfig,
+        NemotronHForCausalLM,
+        "mixer",
+        ATTENTION
+        | dict(head_dim=4, mamba_num_heads=1, mamba_head_dim=4, ssm_state_size=4, n_groups=1)
+        | dict(layers_block_type=["moe"], n_routed_experts=EXPERTS, moe_shared_expert_intermediate_size=16),
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        "mlp",
+        ATTENTION
+        | dict(kv_lora_rank=2, q_lora_rank=2, qk_rope_head_dim=2, v_head_dim=2, qk_nope_head_dim=2)
+        | dict(first_k_dense_replace=0, num_hidden_layers=1, n_routed_experts=EXPERTS, intermediate_size=4),
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        "mlp",
+        ATTENTION | dict(head_dim=4, num_hidden_layers=1, num_experts=EXPERTS, intermediate_size=4),
+    ),
+    "mixtral": (
+        MixtralConfig,
+        MixtralForCausalLM,
+        "mlp",
+        dict(num_attention_heads=2, num_key_value_heads=2, head_dim=2, num_hidden_layers=1)
+        | dict(num_local_experts=EXPERTS, intermediate_size=INNER),
+    ),
+}
+LATENT = dict(moe_latent_size=8)
+GROUPS = dict(n_group=4, topk_group=2)
+# (name, family, config, seed, range of the correction bias: released NemotronH biases lie near 64, 0.25 apart at most)
+NEAR_64, SMALL, NEGATIVE = (64.0, 64.25), (-0.1, 0.1), (-3.0, -1.0)
+CASES = [
+    ("nemotron_latent_0", "nemotron_h", LATENT | dict(routed_scaling_factor=5.0), 0, NEAR_64),
+    ("nemotron_latent_1", "nemotron_h", LATENT | dict(routed_scaling_factor=5.0), 1, NEAR_64),
+    ("nemotron_latent_2", "nemotron_h", LATENT | dict(routed_scaling_factor=5.0), 2, SMALL),
+    ("nemotron_latent_unnormalised", "nemotron_h", LATENT | dict(norm_topk_prob=False), 3, NEAR_64),
+    ("nemotron_latent_groups", "nemotron_h", LATENT | GROUPS | dict(routed_scaling_factor=2.5), 4, NEAR_64),
+    ("nemotron_latent_groups_negative_bias", "nemotron_h", LATENT | GROUPS | dict(norm_topk_prob=False), 5, NEGATIVE),
+    ("nemotron_full_width", "nemotron_h", dict(routed_scaling_factor=2.5), 6, NEAR_64),
+    ("nemotron_full_width_groups", "nemotron_h", dict(n_group=2, topk_group=1, norm_topk_prob=False), 7, SMALL),
+    ("deepseek_groups", "deepseek_v3", GROUPS | dict(n_shared_experts=1), 8, SMALL),
+    ("deepseek_two_shared", "deepseek_v3", dict(n_group=1, topk_group=1, n_shared_experts=2), 9, SMALL),
+    ("qwen3_normalised", "qwen3_moe", dict(norm_topk_prob=True), 10, None),
+    ("qwen3_unnormalised", "qwen3_moe", dict(norm_topk_prob=False), 11, None),
+    ("mixtral_0", "mixtral", {}, 12, None),
+    ("mixtral_1", "mixtral", {}, 13, None),
+]
+
+
+def build(family, extra, seed, bias_range):
+    """A one-layer model with random bfloat16 weights, in bfloat16."""
+    make_config, make_model, _, fixed = FAMILIES[family]
+    sizes = dict(vocab_size=2, hidden_size=WIDTH, num_experts_per_tok=TOP_K, pad_token_id=0, bos_token_id=0)
+    if family != "mixtral":
+        sizes |= dict(moe_intermediate_size=INNER)
+    config = make_config(**sizes, **fixed, **extra, eos_token_id=1, dtype="bfloat16", experts_implementation="eager")
+    model = make_model(config).to(torch.bfloat16).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn if name.endswith("gate.weight") else drawn / parameter.shape[-1] ** 0.5)
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):
+                low, high = bias_range
+                drawn = low + (high - low) * torch.rand(EXPERTS, generator=generator)
+                module.e_score_correction_bias = drawn.to(torch.float32)
+    return model, generator
+
+
+def run(model, block_name, dtype, x, dy):
+    """Values and gradients of the MoE block, in dtype."""
+    biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("correction_bias")}
+    model = model.to(dtype)
+    for name, bias in biases.items():  # .to(dtype) would round them
+        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias
+    block = getattr(model.model.layers[0], block_name)
+    x = x.detach().to(dtype, copy=True).requires_grad_()
+    _, weights, expert_ids = block.gate(x)
+    model.zero_grad()
+    y = block(x)
+    (y * dy.to(dtype)).sum().backward()
+    values = dict(x=x.detach(), dy=dy.to(dtype), y=y.detach(), dx=x.grad, expert_ids=expert_ids.int(), weights=weights)
+    return {name: value.detach().contiguous() for name, value in values.items()}
+
+
+def hub_named_gradients(model, names):
+    """The gradients under the checkpoint's names: transformers itself renames them when it saves."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.zero_()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = safetensors.torch.load_file(pathlib.Path(folder, "model.safetensors"))
+    return {name: saved[name] for name in names}
+
+
+def main():
+    """Writes every case anew."""
+    transformers.utils.logging.disable_progress_bar()
+    for case, family, extra, seed, bias_range in CASES:
+        folder = HERE / case
+        shutil.rmtree(folder, ignore_errors=True)
+        model, generator = build(family, extra, seed, bias_range)
+        model.save_pretrained(folder / "checkpoint")
+        (folder / "checkpoint" / "generation_config.json").unlink(missing_ok=True)
+        stored = safetensors.torch.load_file(folder / "checkpoint" / "model.safetensors")
+        moe = [name for name in stored if any(f".0.{block}." in name for block in ("mixer", "mlp", "block_sparse_moe"))]
+        x, dy = (torch.randn(*BATCH, WIDTH, generator=generator).to(torch.bfloat16) for _ in range(2))
+        metadata = dict(
+            generator="tests/golden/generate.py",
+            seed=str(seed),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+        )
+        for dtype in ("bfloat16", "float32"):
+            model, _ = build(family, extra, seed, bias_range)
+            values = run(model, FAMILIES[family][2], getattr(torch, dtype), x, dy)
+            safetensors.torch.save_file(values, folder / f"values_{dtype}.safetensors", metadata)
+            gradients = hub_named_gradients(model, moe)
+            safetensors.torch.save_file(gradients, folder / f"gradients_{dtype}.safetensors", metadata)
+        print(case, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+
+
+if __name__ == "__main__":
+    main()
