@@ -26,25 +26,25 @@ def wait_for(process, words):
 
 def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
     write_text(tmp_path)
-    whole = toy_config(tmp_path, run=tmp_path / "whole", steps=400, log_every=5, checkpoint_every=3)
+    whole = toy_config(tmp_path, run=tmp_path / "whole", steps=60, log_every=5, checkpoint_every=3)
     train(whole)
-    broken = toy_config(tmp_path, run=tmp_path / "broken", steps=400, log_every=5, checkpoint_every=3)
+    broken = toy_config(tmp_path, run=tmp_path / "broken", steps=60, log_every=5, checkpoint_every=3)
 
     with start(*options(broken)) as process:
-        wait_for(process, "step 15/400")
+        wait_for(process, "step 15/60")
         process.kill()
     killed_at = int(state_of(broken.folder).step)
-    assert 6 <= killed_at < 400
+    assert 6 <= killed_at < 60
 
     with start(*options(broken)) as process:
         wait_for(process, f"resumed at step {killed_at}")
-        wait_for(process, f"step {(killed_at // 5 + 5) * 5}/400")
+        wait_for(process, f"step {(killed_at // 5 + 2) * 5}/60")
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
     assert process.returncode == 0
     stopped_at = int(state_of(broken.folder).step)
-    assert f"Stopped by SIGTERM with step {stopped_at} of 400 saved" in rest
-    assert killed_at < stopped_at < 400
+    assert f"Stopped by SIGTERM with step {stopped_at} of 60 saved" in rest
+    assert killed_at < stopped_at < 60
 
     train(broken)
     assert_same_bits(state_of(broken.folder), state_of(whole.folder))
