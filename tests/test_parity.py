@@ -37,7 +37,7 @@ def gradients(case: str, dtype: str, folder: pathlib.Path):
 
 @functools.cache
 def compiled(config):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
     def run(params, x, dy, expert_ids):
         def objective(params, x):
             y, aux = latent_moe(params, x, config, expert_ids=expert_ids)

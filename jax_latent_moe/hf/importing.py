@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
@@ -168,10 +169,25 @@ def _fill_plain(slot, target, ranges, info, files):
 
 
 def _transpose_into(target: np.ndarray, matrix: np.ndarray):
+    """Copies matrix.T into target.
+
+    NumPy moves one element at a time where it transposes. Two-byte types are therefore packed first, four rows into one
+    row of eight-byte elements, which halves the time.
+    """
     if target.dtype == matrix.dtype:  # as integers: NumPy copies those faster than bfloat16
         bits = np.dtype(f"u{target.itemsize}")
         target, matrix = target.view(bits), matrix.view(bits)
+        if target.itemsize == 2 and matrix.shape[0] % 4 == 0 and target.strides[1] == 2 and sys.byteorder == "little":
+            target, matrix = target.view(np.uint64), _pack_rows(_pack_rows(matrix))
     np.copyto(target, matrix.T, casting="unsafe")
+
+
+def _pack_rows(matrix: np.ndarray) -> np.ndarray:
+    """Rows 2 i and 2 i + 1 of unsigned integers as row i of integers twice as wide, the first in the low half."""
+    packed = matrix[1::2].astype(f"u{2 * matrix.itemsize}")
+    packed <<= 8 * matrix.itemsize
+    packed |= matrix[::2]
+    return packed
 
 
 def _decode(tensor: str, stored: Stored, files: Files) -> np.ndarray:

@@ -4,8 +4,9 @@
     python generate.py
 
 A folder a case: checkpoint/ as `save_pretrained` writes it (config.json, model.safetensors with the hub's names,
-bfloat16 but for the correction bias) and, run in float32 and in bfloat16 on the same weights, values_<dtype>.safetensors
-(x, dy, y, dx, expert_ids, weights) and gradients_<dtype>.safetensors (of sum(y * dy), under the checkpoint's names).
+bfloat16 but for the correction bias) and, run in float32 and in bfloat16 on the same weights,
+values_<dtype>.safetensors (x, dy, y, dx, expert_ids, weights) and gradients_<dtype>.safetensors (of sum(y * dy), under
+the checkpoint's names).
 Each file carries the versions and the seed. Nothing here comes from jax_latent_moe.
 """
 
