@@ -100,7 +100,7 @@ class Config:
     """shakespeare (38 plays, fetched once), stdlib (the sources of Python's library), or a text file or folder."""
     run: Path | None = None
     """Folder of checkpoints, metrics and plots; left out, runs/DATA-PRESET-MLP."""
-    steps: int = 700
+    steps: int = 600
     """Optimiser steps of the whole run."""
     batch_size: int = 16
     """Windows of model.context bytes in one step."""

@@ -92,7 +92,7 @@ class ProgressReport:
 
 
 class Interval:
-    """Gathers the steps since the last record, without waiting for the device before `record`."""
+    """Gathers the steps since the last record."""
 
     def __init__(self, bytes_per_step: int):
         self._bytes, self._steps, self._started = bytes_per_step, [], time.monotonic()
@@ -106,8 +106,9 @@ class Interval:
         self._started += time.monotonic() - began
 
     def add(self, metrics: Metrics):
-        """One more step."""
+        """One more step; at most two are under way, so that a request to stop is soon met."""
         self._steps.append(metrics)
+        jax.block_until_ready(self._steps[-2:-1])
 
     def record(self, step: int, seconds: float, rate: float) -> dict[str, Any]:
         """Means over the gathered steps, which are then forgotten."""
