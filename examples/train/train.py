@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -27,10 +28,10 @@ VALIDATION_WINDOWS = 128
 """Windows looked at during training; the end reads them all."""
 
 
-def main():
+def main(arguments: Sequence[str] | None = None):
     """Parses the command line, trains, and turns what the user can put right into one sentence."""
     try:
-        train(parse())
+        train(parse(arguments))
     except (TrainError, LatentMoEError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from examples.train.train import train
+from examples.train.train import main, train
 from tests.examples.runs import assert_same_bits, start, state_of, toy_config, write_text
 
 
@@ -55,7 +55,9 @@ def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
     [
         (["--data", "no/such/folder"], "error: --data no/such/folder does not exist: give shakespeare, stdlib, or"),
         (["--model.heads", "5"], "error: model.hidden_size=32 must be a multiple of twice model.heads=5"),
-        (["--model.top-k", "9", "--data", "TEXT"], "error: top_k=9 is more than num_experts=8"),
+        (["--model.top-k", "9"], "error: top_k=9 is more than num_experts=8"),
+        (["--mlp", "moe", "--model.top-k", "1"], "error: --mlp moe has model.num_experts and model.top_k times"),
+        (["--data", "TEXT", "--model.context", "99999"], "error: The text has 19000 bytes to train on and 1000 to"),
         (["--preset", "huge"], "error: --preset huge is unknown: use one of auto, toy, cpu, gpu."),
     ],
 )
@@ -63,17 +65,25 @@ def test_wrong_options_end_in_one_sentence(tmp_path, arguments, sentence):
     text = str(write_text(tmp_path))
     arguments = [text if argument == "TEXT" else argument for argument in arguments]
     preset = [] if "--preset" in arguments else ["--preset", "toy"]
-    with start(*preset, "--run", tmp_path / "run", *arguments) as process:
-        output = process.stdout.read()
-    assert process.returncode == 1
-    assert output.startswith(sentence)
-    assert output.count("\n") == 1
+    with pytest.raises(SystemExit) as leaving:
+        main([*preset, "--run", str(tmp_path / "run"), *arguments])
+    assert leaving.value.code.startswith(sentence)
+    assert "\n" not in leaving.value.code
     assert not (tmp_path / "run").exists()
 
 
-def test_help_shows_every_option_with_its_docstring():
-    with start("--help") as process:
-        output = " ".join(process.stdout.read().replace("│", " ").split())
-    assert process.returncode == 0
+def test_wrong_option_in_a_process_shows_no_traceback(tmp_path):
+    with start("--preset", "toy", "--run", tmp_path / "run", "--data", tmp_path / "none") as process:
+        output = process.stdout.read()
+    assert process.returncode == 1
+    assert output.startswith("error: --data")
+    assert output.count("\n") == 1
+
+
+def test_help_shows_every_option_with_its_docstring(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("--data", "--preset", "--mlp", "--model.latent-size", "Width in which the routed experts work."):
         assert words in output
