@@ -1,0 +1,130 @@
+"""Import of one layer of Nemotron-3 Super's real shape (5.8 GB of files) against reading the same files.
+
+    python -m benchmarks.checkpoint_import FOLDER [--experts 512]
+
+FOLDER is made, filled with a synthetic checkpoint and removed again. Each measurement is a process of its own, so that
+its peak memory is its own: the files read in order through one buffer, and the layer imported; from the disk (the
+system is asked to forget the files first) and from the system's cache.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from jax_latent_moe import hf, presets
+from jax_latent_moe.hf.names import NEMOTRON_H, layer_slots, tensor_shapes
+from jax_latent_moe.hf.tensor_file import create, write_bytes
+
+BUFFER = 8 << 20
+FILES = 4
+
+
+def make(folder: pathlib.Path, experts: int) -> None:
+    """A NemotronH checkpoint of one MoE layer of Super's shape, bfloat16, in FILES files."""
+    config = dataclasses.replace(presets.NEMOTRON_3_SUPER, num_experts=experts)
+    folder.mkdir(parents=True)
+    values = dict(
+        model_type="nemotron_h",
+        dtype="bfloat16",
+        layers_block_type=["moe"],
+        hidden_size=config.hidden_size,
+        moe_latent_size=config.latent_size,
+        n_routed_experts=experts,
+        num_experts_per_tok=config.top_k,
+        moe_intermediate_size=config.expert_intermediate_size,
+        moe_shared_expert_intermediate_size=config.shared_expert_intermediate_size,
+        routed_scaling_factor=5.0,
+    )
+    (folder / "config.json").write_text(json.dumps(values))
+    shapes = tensor_shapes(config, layer_slots(config, NEMOTRON_H))
+    names = sorted(shapes)
+    noise = np.random.default_rng(0).integers(0, 2**14, max(map(np.prod, shapes.values())), np.uint16)
+    for number in range(FILES):
+        part = names[number * len(names) // FILES : (number + 1) * len(names) // FILES]
+        dtypes = {name: "F32" if name.endswith("bias") else "BF16" for name in part}
+        path = folder / f"model-{number + 1:05}-of-{FILES:05}.safetensors"
+        tensors = create(path, {f"backbone.layers.0.mixer.{name}": (dtypes[name], shapes[name]) for name in part})
+        with path.open("r+b", buffering=0) as file:
+            for info in tensors.values():
+                write_bytes(file, info, 0, noise.view(np.uint8)[: info.nbytes])
+            os.fsync(file.fileno())
+
+
+def forget(folder: pathlib.Path) -> None:
+    """Asks the system to drop the files from its cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(folder: pathlib.Path) -> int:
+    """Reads the files in order; returns their bytes."""
+    buffer, total = bytearray(BUFFER), 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return total
+
+
+def import_only_layer(folder: pathlib.Path) -> int:
+    """Imports the layer; returns its bytes."""
+    params = hf.import_layer(hf.open_checkpoint(folder), 0)
+    return sum(leaf.nbytes for leaves in params.values() for leaf in leaves.values())
+
+
+MEASURED = {"read": read, "import": import_only_layer}
+
+
+def measure(what: str, folder: pathlib.Path) -> dict:
+    """Runs one measurement in this process."""
+    start = time.perf_counter()
+    nbytes = MEASURED[what](folder)
+    seconds = time.perf_counter() - start
+    return dict(
+        what=what, seconds=seconds, nbytes=nbytes, peak=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+
+
+def main() -> None:
+    """Measures, prints a line each, and the two ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--experts", type=int, default=presets.NEMOTRON_3_SUPER.num_experts)
+    parser.add_argument("--measure", choices=MEASURED, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.folder)))
+        return
+    make(options.folder, options.experts)
+    try:
+        for source in ("disk", "cache"):
+            rows = {}
+            for what in MEASURED:
+                if source == "disk":
+                    forget(options.folder)
+                command = [sys.executable, "-m", "benchmarks.checkpoint_import", str(options.folder), "--measure", what]
+                rows[what] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                seconds, gigabytes = rows[what]["seconds"], rows[what]["nbytes"] / 1e9
+                print(f"{source:5} {what:6} {seconds:6.2f} s {gigabytes / seconds:6.2f} GB/s", flush=True)
+            layer = rows["import"]["nbytes"]
+            ratio = rows["import"]["seconds"] / rows["read"]["seconds"]
+            print(
+                f"{source}: import takes {ratio:.2f} x the time of reading; peak memory of the process "
+                f"{rows['import']['peak'] / layer:.3f} x the layer ({layer / 1e9:.2f} GB)"
+            )
+    finally:
+        shutil.rmtree(options.folder)
+
+
+if __name__ == "__main__":
+    main()

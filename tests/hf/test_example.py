@@ -1,0 +1,18 @@
+"""The worked example runs, and what it writes differs from the original in the correction biases alone."""
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from examples.import_hf import main
+
+
+def test_import_hf(tmp_path, capsys):
+    main([str(tmp_path / "run")])
+    original, balanced = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("original", "balanced"))
+    changed = {name for name in original if original[name].tobytes() != balanced[name].tobytes()}
+    assert changed == {f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias" for layer in (0, 1)}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "over the mean" in line]
+    assert len(lines) == 2
+    for before, after in ((float(line[5]), float(line[7])) for line in lines):
+        assert after < before
+    assert np.load(tmp_path / "run" / "balanced" / "expected.npz")["y1"].shape == (512, 32)

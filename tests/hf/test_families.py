@@ -1,0 +1,144 @@
+"""config.json to configurations: the presets come out of the published values, and what is not computed is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jax_latent_moe import cost, hf, presets
+from jax_latent_moe.hf.checkpoint import read_config
+from tests.hf.checkpoints import DEEPSEEK_V3, KIMI_K3, MIXTRAL, NEMOTRON_H, NEMOTRON_H_MTP, PUZZLE, QWEN3_MOE
+
+SUPER = NEMOTRON_H | dict(
+    hidden_size=4096,
+    moe_latent_size=1024,
+    n_routed_experts=512,
+    num_experts_per_tok=22,
+    moe_intermediate_size=2688,
+    moe_shared_expert_intermediate_size=5376,
+    layers_block_type=["moe"] * 40 + ["mamba"] * 48,
+)
+ULTRA = SUPER | dict(
+    hidden_size=8192, moe_latent_size=2048, moe_intermediate_size=5120, moe_shared_expert_intermediate_size=10240
+)
+NANO = SUPER | dict(
+    hidden_size=2688,
+    moe_latent_size=None,
+    n_routed_experts=128,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+    routed_scaling_factor=2.5,
+)
+K3 = KIMI_K3 | dict(
+    text_config=KIMI_K3["text_config"]
+    | dict(
+        hidden_size=7168,
+        routed_expert_hidden_size=3584,
+        num_experts=896,
+        num_experts_per_token=16,
+        moe_intermediate_size=3072,
+        num_hidden_layers=93,
+    )
+)
+V3 = DEEPSEEK_V3 | dict(
+    hidden_size=7168,
+    n_routed_experts=256,
+    num_experts_per_tok=8,
+    moe_intermediate_size=2048,
+    n_group=8,
+    topk_group=4,
+    num_hidden_layers=61,
+    first_k_dense_replace=3,
+)
+QWEN3 = QWEN3_MOE | dict(
+    hidden_size=2048,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    num_hidden_layers=48,
+    mlp_only_layers=[],
+)
+
+
+def configs_of(values, folder):
+    (folder / "config.json").write_text(json.dumps(values))
+    return read_config(folder / "config.json")[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "preset", "layers"),
+    [
+        (SUPER, "NEMOTRON_3_SUPER", 40),
+        (ULTRA, "NEMOTRON_3_ULTRA", 40),
+        (NANO, "NEMOTRON_3_NANO", 40),
+        (K3, "KIMI_K3", 92),
+        (V3, "DEEPSEEK_V3", 58),
+        (QWEN3, "QWEN3_30B_A3B", 48),
+    ],
+)
+def test_published_values_give_the_preset(values, preset, layers, tmp_path):
+    configs = configs_of(values, tmp_path)
+    assert len(configs) == layers
+    expected = dataclasses.replace(getattr(presets, preset), dtype="bfloat16", param_dtype="bfloat16")
+    assert set(configs.values()) == {expected}
+
+
+# Published totals, in billions of parameters: the MoE layers are most of a model, and never more than it.
+@pytest.mark.parametrize(
+    ("preset", "layers", "total"),
+    [
+        ("NEMOTRON_3_SUPER", 40, 120),
+        ("NEMOTRON_3_ULTRA", 48, 550),
+        ("NEMOTRON_3_NANO", 23, 31.6),
+        ("KIMI_K3", 92, 2780),
+        ("DEEPSEEK_V3", 58, 671),
+        ("QWEN3_30B_A3B", 48, 30.5),
+    ],
+)
+def test_the_moe_layers_are_most_of_the_published_total(preset, layers, total):
+    share = layers * cost.parameters(getattr(presets, preset)) / 1e9 / total
+    assert 0.93 < share < 1, share
+
+
+def test_older_nemotron_files_name_layers_by_letters(tmp_path):
+    values = {key: value for key, value in NEMOTRON_H.items() if key != "layers_block_type"}
+    assert list(configs_of(values | dict(hybrid_override_pattern="ME*E-"), tmp_path)) == [1, 3]
+
+
+def test_the_multi_token_predictor_has_a_layer_of_its_own(tmp_path):
+    assert list(configs_of(NEMOTRON_H_MTP, tmp_path)) == [0, 2, "mtp.1"]
+    letters = {key: value for key, value in NEMOTRON_H_MTP.items() if key != "mtp_layers_block_type"}
+    assert list(configs_of(letters | dict(mtp_hybrid_override_pattern="E*E"), tmp_path)) == [0, 2, "mtp.0", "mtp.2"]
+
+
+def test_routers(tmp_path):
+    mixtral = configs_of(MIXTRAL, tmp_path)[0].router
+    assert (mixtral.score_function, mixtral.correction_bias) == ("softmax_topk", False)
+    qwen = configs_of(QWEN3_MOE | dict(norm_topk_prob=False), tmp_path)[0].router
+    assert (qwen.score_function, qwen.norm_topk_prob) == ("softmax", False)
+    grouped = configs_of(NEMOTRON_H | dict(n_group=2, topk_group=1), tmp_path)[0].router
+    assert (grouped.num_groups, grouped.topk_groups, grouped.group_score_topk) == (2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (NEMOTRON_H | dict(model_type="llama"), "model_type='llama' is not known"),
+        (NEMOTRON_H | dict(mlp_bias=True), "mlp_bias=True is not supported"),
+        (NEMOTRON_H | dict(mlp_hidden_act="silu"), "mlp_hidden_act='silu' is not supported"),
+        (NEMOTRON_H | dict(num_experts_per_tok=9), "top_k=9 is more than num_experts=4"),
+        (NEMOTRON_H | dict(layers_block_type=["mlp"]), "no MoE layer"),
+        (NEMOTRON_H | dict(dtype="float8"), "dtype='float8' is not supported"),
+        (NEMOTRON_H | dict(routed_scaling_factor="5"), "routed_scaling_factor='5' must be a finite number"),
+        ({key: value for key, value in NEMOTRON_H.items() if key != "hidden_size"}, "hidden_size is missing"),
+        (PUZZLE | dict(block_configs=[{}]), "block_configs must be a list of 3 objects"),
+        (DEEPSEEK_V3 | dict(scoring_func="softmax"), "scoring_func='softmax' is not supported"),
+        (DEEPSEEK_V3 | dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is no integer"),
+        (QWEN3_MOE | dict(mlp_only_layers=3), "mlp_only_layers=3 is no list"),
+        (KIMI_K3 | dict(text_config=[]), "text_config is no object"),
+    ],
+)
+def test_what_is_not_computed_is_refused(values, message, tmp_path):
+    with pytest.raises(hf.CheckpointError, match=message):
+        configs_of(values, tmp_path)
