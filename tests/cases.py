@@ -59,9 +59,22 @@ class Case(NamedTuple):
             return values * (1 + PERTURBATION * rng.uniform(-1, 1, size=values.shape))
 
         params = {part: {name: nudge(p) for name, p in leaves.items()} for part, leaves in self.params.items()}
-        nudged = self._replace(x=nudge(self.x), params=params).everything()
+        nudged = self._replace(config=nudge_sums(self.config), x=nudge(self.x), params=params).everything()
         moved = (relative_error(a, b) for a, b in zip(nudged, self.everything(), strict=True))
         return max(moved) <= AMPLIFICATION * PERTURBATION
+
+
+def nudge_sums(config) -> LatentMoEConfig:
+    """The layer with the sums that a single expert's weight is divided by off by a rounding.
+
+    The gradient of a single normalised weight, or of a single expert's weight before a norm, cancels but for epsilon:
+    rounding may be all that is left of it.
+    """
+    if config.top_k == 1 and config.router.norm_topk_prob:
+        config = with_router(config, norm_topk_eps=config.router.norm_topk_eps + PERTURBATION)
+    if config.top_k == 1 and config.latent_norm == "post":
+        config = dataclasses.replace(config, latent_norm_eps=config.latent_norm_eps + PERTURBATION)
+    return config
 
 
 def param_shapes(config) -> dict:

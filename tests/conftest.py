@@ -20,8 +20,8 @@ def pytest_configure(config):
         config.option.hypothesis_seed = os.environ[seeds.VARIABLE]
 
 
-def pytest_report_header():
-    return f"random inputs: repeat with {seeds.VARIABLE}={seeds.base_seed()}"
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"random inputs: repeat with {seeds.VARIABLE}={seeds.base_seed()}")
 
 
 @pytest.fixture

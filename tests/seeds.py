@@ -9,7 +9,7 @@ VARIABLE = "JAX_LATENT_MOE_TEST_SEED"
 
 
 def base_seed() -> int:
-    """The run's seed; the pytest header prints it."""
+    """The run's seed; pytest prints it last."""
     return int(os.environ[VARIABLE])
 
 

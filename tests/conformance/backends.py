@@ -13,7 +13,6 @@ BACKENDS = {
     "xla": XlaBackend(),
     "xla-block-1": XlaBackend(block_rows=1),
     "xla-block-3": XlaBackend(block_rows=3),
-    "xla-block-64": XlaBackend(block_rows=64),
     "xla-ragged-dot": XlaBackend(method="ragged_dot"),
 }
 
