@@ -18,6 +18,7 @@ PUBLIC = (
     "jax_latent_moe",
     "jax_latent_moe.cost",
     "jax_latent_moe.grouped_matmul",
+    "jax_latent_moe.hf",
     "jax_latent_moe.linen",
     "jax_latent_moe.nnx",
     "jax_latent_moe.presets",
