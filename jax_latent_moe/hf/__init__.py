@@ -1,10 +1,12 @@
 """Published checkpoints in and out: NemotronH, Kimi K3, DeepSeek-V3, Qwen3-MoE, Mixtral; the hub's or Megatron's names.
 
+Example::
+
     checkpoint = hf.open_checkpoint("Nemotron-3-Super")
     params = hf.import_layer(checkpoint, checkpoint.layers[0])
     y, aux = latent_moe(params, x, checkpoint.configs[checkpoint.layers[0]])
 
-`python -m jax_latent_moe.hf` does the same from a shell.
+``python -m jax_latent_moe.hf`` does the same from a shell.
 """
 
 from jax_latent_moe.errors import CheckpointError

@@ -159,7 +159,9 @@ def _fill_plain(slot, target, ranges, info, files):
     columns, rows = ranges
     width = info.shape[1]
     dtype = DTYPES[info.dtype]
-    step = max(1, CHUNK // max(1, width * dtype.itemsize))
+    step = (
+        max(1, CHUNK // max(1, width * dtype.itemsize * 32)) * 32
+    )  # 32 rows of bfloat16: a whole cache line of target
     buffer = np.empty((step, width), dtype)
     for first in range(rows.start, rows.stop, step):
         chunk = buffer[: min(step, rows.stop - first)]
