@@ -124,7 +124,7 @@ class Config:
     """Optimiser and schedule."""
 
     def __post_init__(self):
-        for field in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        for field in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "sample_bytes"):
             _at_least_one(field, getattr(self, field))
 
     @property
