@@ -9,7 +9,15 @@ import typing
 from jax_latent_moe import config
 
 PAGE = pathlib.Path(__file__).with_name("configuration.md")
-CLASSES = (config.LatentMoEConfig, config.RouterConfig, config.InitConfig, config.XlaBackend)
+CLASSES = (
+    config.LatentMoEConfig,
+    config.RouterConfig,
+    config.InitConfig,
+    config.XlaBackend,
+    config.PallasBackend,
+    config.PallasMatmulTile,
+    config.PallasOuterTile,
+)
 
 
 def meanings(cls: type) -> dict[str, str]:

@@ -10,6 +10,8 @@ from jax_latent_moe.config import (
     InitConfig,
     LatentMoEConfig,
     PallasBackend,
+    PallasMatmulTile,
+    PallasOuterTile,
     RouterConfig,
     XlaBackend,
 )
@@ -29,6 +31,8 @@ __all__ = [
     "LatentMoEConfig",
     "LatentMoEError",
     "PallasBackend",
+    "PallasMatmulTile",
+    "PallasOuterTile",
     "RouterConfig",
     "UnsupportedError",
     "XlaBackend",

@@ -24,6 +24,10 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 XLA_METHODS = ("blocked", "ragged_dot")
 
+# What a tile of the Pallas kernels may take: 192 float32 accumulators a thread, and shared memory less its barriers.
+PALLAS_TILE_AREA = 128 * 192
+PALLAS_SHARED_MEMORY = 231424
+
 
 @dataclasses.dataclass(frozen=True)
 class XlaBackend:
@@ -50,8 +54,91 @@ class XlaBackend:
 
 
 @dataclasses.dataclass(frozen=True)
+class PallasMatmulTile:
+    """Tile and schedule of the Pallas kernel for rows x w and rows x w^T.
+
+    Attributes:
+        rows: rows of a tile, 64, 128 or 192; a tile with fewer rows multiplies the next multiple of 64.
+        columns: output columns of a tile, a multiple of 64.
+        stages: loads in flight, in a ring through shared memory.
+        out_slots: buffers through which a tile is stored, 64 columns each.
+        band: row tiles that are walked together, column by column.
+        cluster: multiprocessors, 1 or 2, that share the loads of one row tile.
+    """
+
+    rows: int = 128
+    columns: int = 192
+    stages: int = 4
+    out_slots: int = 2
+    band: int = 1
+    cluster: int = 1
+
+    def __post_init__(self):
+        _check_pallas_tile(self)
+        checks.positive_int("PallasMatmulTile.band", self.band)
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasOuterTile:
+    """Tile and schedule of the Pallas kernel for rows^T x rows.
+
+    Attributes:
+        rows: tile of the first feature axis (K), 64, 128 or 192.
+        columns: tile of the second feature axis (N), a multiple of 64.
+        stages: loads in flight, in a ring through shared memory.
+        out_slots: buffers through which a tile is stored, 64 columns each.
+        cluster: multiprocessors, 1 or 2, that share the loads of one column tile.
+    """
+
+    rows: int = 128
+    columns: int = 192
+    stages: int = 4
+    out_slots: int = 2
+    cluster: int = 1
+
+    def __post_init__(self):
+        _check_pallas_tile(self)
+
+
+def _check_pallas_tile(tile):
+    """A tile must fit a Hopper multiprocessor: its accumulators the registers, its buffers the shared memory."""
+    name = type(tile).__name__
+    for field in ("rows", "columns", "stages", "out_slots", "cluster"):
+        checks.positive_int(f"{name}.{field}", getattr(tile, field))
+    if tile.rows % 64 or tile.columns % 64:
+        raise ConfigError(f"{name}.rows={tile.rows} and columns={tile.columns} must be multiples of 64.")
+    if tile.columns > 256 or tile.rows * tile.columns > PALLAS_TILE_AREA:
+        raise ConfigError(
+            f"{name}.rows={tile.rows} x columns={tile.columns} does not fit the registers: columns are at most 256 "
+            f"and rows x columns at most {PALLAS_TILE_AREA}."
+        )
+    if tile.cluster > 2:
+        raise ConfigError(f"{name}.cluster={tile.cluster} must be 1 or 2: larger clusters leave multiprocessors idle.")
+    used = 128 * (tile.stages * (tile.rows + tile.columns) + 2 * tile.out_slots * tile.rows)
+    if used > PALLAS_SHARED_MEMORY:
+        raise ConfigError(
+            f"{name} takes {used} bytes of shared memory, more than {PALLAS_SHARED_MEMORY}: "
+            f"lower stages={tile.stages} or out_slots={tile.out_slots}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class PallasBackend:
-    """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs."""
+    """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs.
+
+    Attributes:
+        matmul_tile: tile of rows x w and rows x w^T; None takes the measured one for the shape, or a heuristic.
+        outer_tile: tile of rows^T x rows; None likewise.
+    """
+
+    matmul_tile: PallasMatmulTile | None = None
+    outer_tile: PallasOuterTile | None = None
+
+    def __post_init__(self):
+        if self.matmul_tile is not None:
+            checks.instance("PallasBackend.matmul_tile", self.matmul_tile, PallasMatmulTile)
+        if self.outer_tile is not None:
+            checks.instance("PallasBackend.outer_tile", self.outer_tile, PallasOuterTile)
 
 
 @dataclasses.dataclass(frozen=True)

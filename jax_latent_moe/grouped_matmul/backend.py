@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, XlaBackend, as_backend
 from jax_latent_moe.errors import UnsupportedError
-from jax_latent_moe.grouped_matmul import xla
+from jax_latent_moe.grouped_matmul import pallas_hopper, xla
 
 Contraction = Literal["rows_w", "rows_wt", "outer"]
 
@@ -75,7 +75,7 @@ class _NotBuiltIn:
 
 _BACKENDS = {
     XlaBackend: xla.Xla,
-    PallasBackend: lambda config: _NotBuiltIn("Pallas"),
+    PallasBackend: pallas_hopper.Pallas,
     CutlassBackend: lambda config: _NotBuiltIn("CUTLASS"),
 }
 

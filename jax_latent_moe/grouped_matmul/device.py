@@ -1,11 +1,22 @@
-"""The device that JAX computes on by default, for which backends and block sizes are chosen."""
+"""The device that JAX computes on by default, for which backends, tiles and block sizes are chosen."""
 
 import jax
+
+HOPPER_MULTIPROCESSORS = 132
 
 
 def default_device() -> tuple[str, str]:
     """Its platform ("cpu", "gpu", "tpu") and its kind, such as "NVIDIA H100 80GB HBM3"."""
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
+    device = _device()
     return device.platform, device.device_kind
+
+
+def num_multiprocessors() -> int:
+    """Multiprocessors of the default GPU; those of an H100 SXM or H200 where there is no GPU to ask."""
+    device = _device()
+    return device.core_count if device.platform == "gpu" else HOPPER_MULTIPROCESSORS
+
+
+def _device():
+    device = jax.config.jax_default_device
+    return jax.local_devices(backend=device)[0] if device is None or isinstance(device, str) else device

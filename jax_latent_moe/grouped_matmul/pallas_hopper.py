@@ -1,0 +1,45 @@
+"""The `pallas` backend: Mosaic GPU kernels for Hopper. Pallas itself is imported when a kernel is built."""
+
+from jax_latent_moe.config import PallasBackend
+from jax_latent_moe.grouped_matmul import tuning
+from jax_latent_moe.grouped_matmul.device import num_multiprocessors
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+DTYPES = ("bfloat16", "float16")
+FEATURE_MULTIPLE = 64
+
+
+class Pallas:
+    """The `pallas` backend: see `PallasBackend` for its settings."""
+
+    def __init__(self, config: PallasBackend):
+        self.config = config
+
+    def supports(self, problem) -> str | None:
+        """None, or what keeps the kernels from running the problem."""
+        if problem.platform != "gpu" or not set(HOPPER) & set(problem.device_kind.split()):
+            return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device_kind!r}."
+        if problem.dtype not in DTYPES:
+            return f"its kernels multiply {' and '.join(DTYPES)}, not {problem.dtype}."
+        for name in ("in_features", "out_features"):
+            if (size := getattr(problem, name)) % FEATURE_MULTIPLE or not size:
+                return f"{name}={size} is not a multiple of {FEATURE_MULTIPLE}, the columns of one swizzled block."
+        for name in ("num_rows", "num_experts"):
+            if getattr(problem, name) == 0:
+                return f"{name}=0 leaves its kernels nothing to do."
+        return None
+
+    def matmul(self, rows, w, group_sizes, *, transpose_w):
+        """See `Backend.matmul`."""
+        from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import rows_w
+
+        tile = self.config.matmul_tile or tuning.matmul_tile(rows.shape[0], w.shape, transpose_w)
+        return rows_w(rows, w, group_sizes, transpose_w=transpose_w, tile=tile, num_sms=num_multiprocessors())
+
+    def outer(self, rows, dout, group_sizes):
+        """See `Backend.outer`."""
+        from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
+
+        shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
+        tile = self.config.outer_tile or tuning.outer_tile(rows.shape[0], shape)
+        return outer(rows, dout, group_sizes, tile=tile, num_sms=num_multiprocessors())

@@ -1,0 +1,177 @@
+"""The two things the kernels need that Pallas does not offer, as inlined Mosaic GPU code, and their plain twins.
+
+Pallas moves rows of a swizzled tile only from and to multiples of 8. The kernels store and clear any range of rows.
+Interpret mode knows no inlined code, so there (`native=True`) the same is said with Pallas operations.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
+
+CONSUMERS = 2
+PRODUCER = 2
+# Registers a thread: 2 x 128 x 232 + 128 x 40 fit into the 65536 of a multiprocessor.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+# One swizzled block of 16-bit columns, and the depth of a stage.
+COLUMN_BLOCK = CONTRACTED = 64
+
+SWIZZLE_BYTES = 128
+SWIZZLE_ROWS = 8
+WARPGROUP_THREADS = 128
+
+
+def swizzled(dtype) -> tuple:
+    """Transforms of a shared-memory tile that TMA writes and wgmma reads."""
+    columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+    # Pallas' own transforms leave methods abstract that only other backends call.
+    return (
+        plgpu.TilingTransform((SWIZZLE_ROWS, columns)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(SWIZZLE_BYTES),  # pyright: ignore[reportAbstractUsage]
+    )
+
+
+def launch(num_sms: int, cluster: int) -> dict:
+    """Arguments of `plgpu.kernel` for a persistent grid: a block a multiprocessor, two consumers and a producer."""
+    return dict(
+        grid=(num_sms // cluster,),
+        grid_names=("cluster_grid",),
+        cluster=(cluster,),
+        cluster_names=("cluster",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+    )
+
+
+def freed_barrier(cluster: int, stages: int):
+    """A barrier a stage: complete once every multiprocessor of the cluster, which shares loads, is done with it."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=1, num_barriers=stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=1, num_barriers=stages)
+
+
+def free_all(freed, stages: int, predicate):
+    """Every stage starts out free."""
+
+    @pl.when(predicate)
+    def _():
+        for slot in range(stages):
+            plgpu.barrier_arrive(freed.at[slot])
+
+
+def drain(freed, stages: int, slot):
+    """Wait until every stage is free: a multiprocessor must outlive the arrivals of its cluster at its barriers."""
+    for _ in range(stages):
+        plgpu.barrier_wait(freed.at[slot])
+        slot = next_slot(slot, stages)
+
+
+def next_slot(slot, stages: int):
+    """The stage after this one in the ring."""
+    return jnp.where(slot == stages - 1, 0, slot + 1)
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """Powers of two up to limit, the largest first."""
+    return [1 << bit for bit in reversed(range(limit.bit_length()))]
+
+
+def store_rows(smem, gmem, row, column, begin, end, *, native: bool):
+    """Start copying rows [begin, end) of smem [h, 64] to gmem at [row + begin, column], as one committed group.
+
+    A TMA box has a static number of rows: the range is cut into boxes of powers of two. The swizzle is a function of
+    the shared-memory address, so a box may start at any row.
+    """
+    if native:
+        return _store_rows_native(smem, gmem, row, column, begin, end)
+    scalar = plgpu.Layout.WG_SPLAT
+    transforms = swizzled(smem.dtype)
+    columns = SWIZZLE_BYTES // jnp.dtype(smem.dtype).itemsize
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.RefType(), scalar, scalar, scalar, scalar))
+    def store(ctx, tile, out, row, column, begin, end):
+        row, column, begin, end = (x.registers.item() for x in (row, column, begin, end))
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        tile = mgpu_utils.memref_fold(tile, 0, 3)
+        count = arith.maxsi(arith.subi(end, begin), mgpu.c(0, i32))
+        leader = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
+
+        def box(first, size):
+            return mgpu.ds(arith.index_cast(index, first), size)
+
+        for size in powers_of_two(ir.MemRefType(tile.type).shape[0]):
+            taken = arith.andi(count, mgpu.c(size, i32))
+            wanted = arith.cmpi(arith.CmpIPredicate.ne, taken, mgpu.c(0, i32))
+            ctx.async_copy(
+                src_ref=mgpu_utils.memref_slice(tile, (box(begin, size), slice(None))),
+                dst_ref=out,
+                gmem_slice=(box(arith.addi(row, begin), size), box(column, columns)),
+                swizzle=SWIZZLE_BYTES,
+                predicate=arith.andi(leader, wanted),
+                arrive=False,
+            )
+            begin = arith.addi(begin, taken)
+        nvvm.cp_async_bulk_commit_group()
+
+    store(smem, gmem, *(jnp.asarray(x, jnp.int32) for x in (row, column, begin, end)))
+
+
+def _store_rows_native(smem, gmem, row, column, begin, end):
+    count = jnp.maximum(end - begin, 0)
+    for size in powers_of_two(smem.shape[0]):
+        taken = count & size
+
+        @pl.when(taken != 0)
+        def _(begin=begin, size=size):
+            plgpu.copy_smem_to_gmem(
+                smem.at[pl.ds(begin, size)],
+                gmem.at[pl.ds(row + begin, size), pl.ds(column, smem.shape[1])],
+                commit_group=False,
+            )
+
+        begin = begin + taken
+    plgpu.commit_smem_to_gmem_group()
+
+
+def clear_rows(smem, begin, end, *, native: bool):
+    """Zero the rows of smem [h, c] outside of [begin, end); the caller makes it visible with `commit_smem`."""
+    if native:
+        row = lax.broadcasted_iota(jnp.int32, smem.shape, 0)
+        smem[...] = jnp.where((row >= begin) & (row < end), smem[...], jnp.zeros((), smem.dtype))
+        return
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(smem.dtype)), scalar, scalar))
+    def clear(ctx, tile, begin, end):
+        del ctx
+        begin, end = begin.registers.item(), end.registers.item()
+        i32 = ir.IntegerType.get_signless(32)
+        row_blocks, column_blocks, _, _ = ir.MemRefType(tile.type).shape
+        thread = arith.remui(mgpu_utils.thread_idx(), mgpu.c(WARPGROUP_THREADS, i32))
+        base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(tile))
+        address = arith.addi(base, arith.muli(thread, mgpu.c(16, i32)))
+        # A swizzle permutes 16-byte pieces within 128 bytes of one row: whole rows can be cleared without undoing it.
+        rows_a_step = WARPGROUP_THREADS * 16 // SWIZZLE_BYTES
+        line = arith.divui(thread, mgpu.c(SWIZZLE_BYTES // 16, i32))
+        for step in range(row_blocks * SWIZZLE_ROWS * column_blocks // rows_a_step):
+            lines = arith.addi(line, mgpu.c(step * rows_a_step, i32))
+            block = arith.divui(lines, mgpu.c(SWIZZLE_ROWS * column_blocks, i32))
+            row = arith.addi(
+                arith.muli(block, mgpu.c(SWIZZLE_ROWS, i32)), arith.remui(lines, mgpu.c(SWIZZLE_ROWS, i32))
+            )
+            outside = arith.ori(
+                arith.cmpi(arith.CmpIPredicate.slt, row, begin), arith.cmpi(arith.CmpIPredicate.sge, row, end)
+            )
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [outside, arith.addi(address, mgpu.c(step * WARPGROUP_THREADS * 16, i32)), mgpu.c(0, i32)],
+                "@$0 st.shared.v4.b32 [$1], {$2, $2, $2, $2};",
+                "b,r,r",
+                has_side_effects=True,
+            )
+
+    clear(smem, *(jnp.asarray(x, jnp.int32) for x in (begin, end)))

@@ -1,0 +1,56 @@
+"""Which rows a tile of the Pallas kernels covers: built on the device from group_sizes, never copied to the host."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+# TMA reads rows in swizzled blocks of 8: a tile starts at a multiple of 8, up to 7 rows before its expert's first.
+ROW_ALIGNMENT = 8
+
+
+class RowTiles(NamedTuple):
+    """Tiles of rows in the order of the experts, then tiles of the rows beyond the sum of the groups.
+
+    Attributes:
+        table: [4, T] int32: expert, first row (a multiple of 8), and the half-open range of the tile's own rows
+            counted from that first row. T is a static bound.
+        counts: [2] int32: tiles of experts, and all tiles.
+    """
+
+    table: Int[Array, "4 t"]
+    counts: Int[Array, " 2"]
+
+
+def group_bounds(group_sizes: Int[Array, " e"], num_rows: int) -> tuple[Int[Array, " e"], Int[Array, " e"]]:
+    """First row and end of each group; negative sizes count as 0 and rows that do not exist are left out."""
+    sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
+    # A masked sum is one fused kernel where a cumulative sum is several.
+    index = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+    ends = jnp.sum(jnp.where(index[:, None] >= index[None, :], sizes[None, :], 0), axis=1, dtype=jnp.int32)
+    return jnp.minimum(ends - sizes, num_rows), jnp.minimum(ends, num_rows)
+
+
+def row_tiles(group_sizes: Int[Array, " e"], num_rows: int, tile_rows: int) -> RowTiles:
+    """Cut rows into tiles of at most tile_rows rows, none of which crosses an expert; empty experts have none."""
+    experts = group_sizes.shape[0]
+    starts, ends = group_bounds(group_sizes, num_rows)
+    # The rows that belong to nobody form one more group: their output is zero.
+    starts = jnp.concatenate([starts, ends[-1:]])
+    ends = jnp.concatenate([ends, jnp.full((1,), num_rows, jnp.int32)])
+    first = starts - starts % ROW_ALIGNMENT
+    tiles = jnp.where(ends > starts, -((first - ends) // tile_rows), 0)
+    index = jnp.arange(experts + 1, dtype=jnp.int32)
+    last = jnp.sum(jnp.where(index[:, None] >= index[None, :], tiles[None, :], 0), axis=1, dtype=jnp.int32)
+    tile = jnp.arange(max_row_tiles(experts, num_rows, tile_rows), dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(last[None, :] <= tile[:, None], axis=1, dtype=jnp.int32), experts)
+    row = first[group] + (tile - last[group] + tiles[group]) * tile_rows
+    begin = jnp.clip(starts[group] - row, 0, tile_rows)
+    end = jnp.clip(ends[group] - row, 0, tile_rows)
+    return RowTiles(jnp.stack([jnp.minimum(group, experts - 1), row, begin, end]), last[-2:])
+
+
+def max_row_tiles(experts: int, num_rows: int, tile_rows: int) -> int:
+    """Upper bound of the tiles over all group sizes that add up to at most num_rows."""
+    groups = min(experts + 1, num_rows)
+    return (num_rows + groups * (ROW_ALIGNMENT - 1 + tile_rows - 1)) // tile_rows
