@@ -1,0 +1,125 @@
+"""The Pallas kernels on a Hopper GPU, through the public calls."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, reference, select
+from tests.tolerances import assert_close
+
+DEVICE = jax.devices()[0]
+pytestmark = pytest.mark.skipif(
+    DEVICE.platform != "gpu" or not {"H100", "H200"} & set(DEVICE.device_kind.split()), reason="needs a Hopper GPU"
+)
+BACKENDS = {
+    "chosen tiles": PallasBackend(),
+    "tall tiles": PallasBackend(
+        PallasMatmulTile(rows=192, columns=128, stages=4, out_slots=1, band=3),
+        PallasOuterTile(rows=192, columns=128, stages=4, out_slots=1),
+    ),
+    "clusters": PallasBackend(PallasMatmulTile(cluster=2), PallasOuterTile(cluster=2)),
+}
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+
+@functools.cache
+def compiled(backend):
+    @jax.jit
+    def run(rows, w, dout, sizes):
+        out, pullback = jax.vjp(lambda rows, w: grouped_matmul(rows, w, sizes, backend=backend), rows, w)
+        return out, *pullback(dout)
+
+    return run
+
+
+def float64(array):
+    return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+def check(backend, rng, dtype, sizes, num_rows, in_features, out_features):
+    """Values, both gradients, exact zeros and equal bits; the rows of nobody hold NaN."""
+    total = int(np.sum(sizes))
+    shapes = (num_rows, in_features), (len(sizes), in_features, out_features), (num_rows, out_features)
+    rows, w, dout = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    rows[total:] = dout[total:] = np.nan
+    rows, w, dout = (jnp.asarray(x, dtype) for x in (rows, w, dout))
+    args = rows, w, dout, jnp.asarray(sizes, jnp.int32)
+    out, drows, dw = compiled(backend)(*args)
+    expected = (
+        reference.grouped_matmul(float64(rows), float64(w), sizes),
+        reference.grouped_matmul(float64(dout), float64(w), sizes, transpose_w=True),
+        reference.grouped_outer(float64(rows), float64(dout), sizes),
+    )
+    for value, ref in zip((out, drows, dw), expected, strict=True):
+        assert_close(float64(value), ref, dtype, f"group sizes {np.asarray(sizes).tolist()}")
+    assert not out[total:].any()
+    assert not drows[total:].any()
+    assert not dw[np.asarray(sizes) == 0].any()
+    for first, again in zip((out, drows, dw), compiled(backend)(*args), strict=True):
+        assert (np.asarray(first) == np.asarray(again)).all()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_random_groups_with_empty_experts(rng, backend, dtype):
+    for total in (1517, 900, 1):
+        sizes = rng.multinomial(total, rng.dirichlet(np.full(16, 0.3)))
+        check(backend, rng, dtype, sizes, 1517, 256, 320)
+
+
+@every_backend
+def test_one_expert_has_all_and_none_has_any(rng, backend):
+    for sizes in (np.eye(16, dtype=int)[11] * 1517, np.zeros(16, int)):
+        check(backend, rng, "bfloat16", sizes, 1517, 256, 320)
+
+
+@every_backend
+@pytest.mark.parametrize("num_rows", [1, 8, 22])
+def test_few_rows(rng, backend, num_rows):
+    check(backend, rng, "bfloat16", rng.multinomial(num_rows, np.full(40, 1 / 40)), num_rows, 128, 192)
+
+
+def test_weights_beyond_two_to_the_31_elements(rng):
+    experts, in_features, out_features = 520, 2048, 2112
+    assert experts * in_features * out_features > 2**31
+    sizes = np.zeros(experts, np.int32)
+    sizes[[0, 259, 518, 519]] = [3, 130, 200, 67]
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 3)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    rows, dout = draw(keys[0], (400, in_features), jnp.bfloat16), draw(keys[1], (400, out_features), jnp.bfloat16)
+    w = draw(keys[2], (experts, in_features, out_features), jnp.bfloat16)
+    out, drows, dw = compiled(PallasBackend())(rows, w, dout, jnp.asarray(sizes))
+    start = 0
+    for expert in np.flatnonzero(sizes):
+        group, kernel = slice(start, start + sizes[expert]), float64(w[expert])
+        assert_close(float64(out[group]), float64(rows[group]) @ kernel, "bfloat16")
+        assert_close(float64(drows[group]), float64(dout[group]) @ kernel.T, "bfloat16")
+        assert_close(float64(dw[expert]), float64(rows[group]).T @ float64(dout[group]), "bfloat16")
+        start += sizes[expert]
+    assert float(jnp.max(jnp.abs(dw[np.flatnonzero(sizes == 0)]))) == 0
+
+
+def test_auto_picks_it():
+    chosen = select(problem("rows_w", 4096, (64, 256, 512), jnp.bfloat16))
+    assert type(chosen).__name__ == "Pallas"
+
+
+def test_outer_differentiates(rng):
+    """The gradient of an outer product is two grouped matmuls."""
+    sizes = jnp.asarray([100, 0, 28], jnp.int32)
+    rows, dout = (jnp.asarray(rng.normal(size=(128, size)), jnp.bfloat16) for size in (64, 128))
+    weights = jnp.asarray(rng.normal(size=(3, 64, 128)), jnp.bfloat16)
+
+    def loss(backend):
+        return lambda rows, dout: jnp.sum(
+            (grouped_outer(rows, dout, sizes, backend=backend) * weights).astype(jnp.float32)
+        )
+
+    for ours, xla in zip(
+        jax.grad(loss("pallas"), (0, 1))(rows, dout), jax.grad(loss("xla"), (0, 1))(rows, dout), strict=True
+    ):
+        assert_close(float64(ours), float64(xla), "bfloat16")

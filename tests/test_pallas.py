@@ -1,0 +1,235 @@
+"""The Pallas kernels without a GPU: interpreted against the oracle with race detection, and lowered for CUDA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
+from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul import Problem, explain, reference, tuning
+from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
+from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import rows_w
+from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
+from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import max_row_tiles, row_tiles
+from tests.tolerances import assert_close
+
+EXPERTS, ROWS, IN, OUT = 5, 100, 128, 192
+GROUPS = {
+    "uneven with empty experts": [0, 75, 1, 0, 17],
+    "one expert has all": [0, 0, 100, 0, 0],
+    "no rows": [0, 0, 0, 0, 0],
+}
+MATMUL_TILES = [
+    PallasMatmulTile(rows=64, columns=192, stages=2, out_slots=2),
+    PallasMatmulTile(rows=192, columns=64, stages=2, out_slots=1, band=2, cluster=2),
+]
+OUTER_TILES = [
+    PallasOuterTile(rows=128, columns=192, stages=2, out_slots=2),
+    PallasOuterTile(rows=64, columns=64, stages=2, out_slots=1, cluster=2),
+]
+
+
+def problem(**changes):
+    h200 = Problem("rows_w", 4096, 64, 256, 512, "bfloat16", "gpu", "NVIDIA H200")
+    return dataclasses.replace(h200, **changes)
+
+
+def operands(dtype, sizes, num_rows=ROWS, seed=0):
+    """Rows, weights, output gradients and group sizes in NumPy; NaN in the rows that belong to no expert."""
+    rng = np.random.default_rng(seed)
+    shapes = (num_rows, IN), (EXPERTS, IN, OUT), (num_rows, OUT)
+    rows, w, dout = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    rows[sum(sizes) :] = dout[sum(sizes) :] = np.nan
+    return *(x.astype(jnp.dtype(dtype)) for x in (rows, w, dout)), np.asarray(sizes, np.int32)
+
+
+def run_matmul(rows, w, group_sizes, **settings):
+    return rows_w(*map(jnp.asarray, (rows, w, group_sizes)), **settings)
+
+
+def run_outer(rows, dout, group_sizes, **settings):
+    return outer(*map(jnp.asarray, (rows, dout, group_sizes)), **settings)
+
+
+@pytest.fixture
+def interpreter():
+    """Parameters of the interpreter; no race may have been found when the test ends."""
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "transpose_w"), [(sizes, i != 1) for i, sizes in enumerate(GROUPS.values())], ids=GROUPS
+)
+def test_matmul_interpreted(sizes, transpose_w, interpreter):
+    rows, w, dout, group_sizes = operands("bfloat16", sizes)
+    left = dout if transpose_w else rows
+    out = run_matmul(
+        left, w, group_sizes, transpose_w=transpose_w, tile=MATMUL_TILES[0], num_sms=2, interpret=interpreter
+    )
+    assert_close(out, reference.grouped_matmul(left, w, group_sizes, transpose_w=transpose_w), "bfloat16")
+    assert not out[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
+def test_outer_interpreted(sizes, interpreter):
+    rows, _, dout, group_sizes = operands("bfloat16", sizes)
+    out = run_outer(rows, dout, group_sizes, tile=OUTER_TILES[0], num_sms=2, interpret=interpreter)
+    assert_close(out, reference.grouped_outer(rows, dout, group_sizes), "bfloat16")
+    assert not out[np.asarray(sizes) == 0].any()
+
+
+@pytest.mark.parametrize("num_rows", [7, 75])
+def test_clusters_and_rows_that_no_block_divides(num_rows, interpreter):
+    sizes = [num_rows // 2, 0, 0, num_rows - num_rows // 2, 0]
+    rows, w, dout, group_sizes = operands("float16", sizes, num_rows)
+    out = run_matmul(rows, w, group_sizes, transpose_w=False, tile=MATMUL_TILES[1], num_sms=4, interpret=interpreter)
+    assert_close(out, reference.grouped_matmul(rows, w, group_sizes), "float16")
+    out = run_outer(rows, dout, group_sizes, tile=OUTER_TILES[1], num_sms=4, interpret=interpreter)
+    assert_close(out, reference.grouped_outer(rows, dout, group_sizes), "float16")
+
+
+@pytest.mark.parametrize("sizes", [[-5, 10, 0, 3, 0], [60, 0, 35, 30, 35]], ids=["negative", "more than there are"])
+def test_impossible_group_sizes_stay_in_bounds(sizes, interpreter):
+    """Under jit they cannot be refused: a negative size counts as 0, and rows that do not exist are left out."""
+    rows, w, _, _ = operands("bfloat16", [ROWS, 0, 0, 0, 0])
+    out = run_matmul(
+        rows, w, np.asarray(sizes), transpose_w=False, tile=MATMUL_TILES[0], num_sms=2, interpret=interpreter
+    )
+    ends = np.minimum(np.cumsum(np.maximum(sizes, 0)), ROWS)
+    assert_close(out, reference.grouped_matmul(rows, w, np.diff(ends, prepend=0)), "bfloat16")
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128, 192])
+def test_row_tiles_cover_each_row_once(tile_rows):
+    rng = np.random.default_rng(1)
+    for experts, num_rows in ((1, 1), (7, 40), (16, 700)):
+        for total in (0, num_rows // 2, num_rows):
+            sizes = rng.multinomial(total, rng.dirichlet(np.full(experts, 0.3)))
+            table, counts = jax.tree.map(np.asarray, row_tiles(jnp.asarray(sizes), num_rows, tile_rows))
+            assert counts[1] <= max_row_tiles(experts, num_rows, tile_rows) == table.shape[1]
+            owner = np.repeat(np.arange(experts), sizes)
+            covered = np.zeros(num_rows, int)
+            for tile, (expert, row, begin, end) in enumerate(table.T[: counts[1]]):
+                assert row % 8 == 0
+                assert 0 <= begin < end <= tile_rows
+                covered[row + begin : row + end] += 1
+                if tile < counts[0]:
+                    assert (owner[row + begin : row + end] == expert).all()
+                else:
+                    assert row + begin >= total
+            assert (covered == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("w_shape", [(512, 1024, 2688), (128, 2048, 1536), (512, 2048, 5120), (8, 64, 128)])
+@pytest.mark.parametrize("num_rows", [22, 180224])
+def test_lowers_for_cuda(dtype, w_shape, num_rows):
+    """Layouts, transforms and shared memory are checked by the lowering, which needs no GPU."""
+    backend = Pallas(PallasBackend())
+    experts, in_features, out_features = w_shape
+    rows, dout = (jax.ShapeDtypeStruct((num_rows, size), dtype) for size in (in_features, out_features))
+    w, sizes = jax.ShapeDtypeStruct(w_shape, dtype), jax.ShapeDtypeStruct((experts,), jnp.int32)
+
+    def run(rows, w, dout, sizes):
+        return (
+            backend.matmul(rows, w, sizes, transpose_w=False),
+            backend.matmul(dout, w, sizes, transpose_w=True),
+            backend.outer(rows, dout, sizes),
+        )
+
+    text = jax.jit(run).trace(rows, w, dout, sizes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 3
+
+
+FIELDS = {
+    "matmul_tile": {"rows": 64, "columns": 128, "stages": 3, "out_slots": 1, "band": 2, "cluster": 2},
+    "outer_tile": {"rows": 64, "columns": 128, "stages": 3, "out_slots": 1, "cluster": 2},
+}
+
+
+def test_each_field_of_a_tile_is_read():
+    def kernels(backend):
+        shapes = (512, 128), (4, 128, 256), (512, 256)
+        rows, w, dout = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+        return str(
+            jax.make_jaxpr(
+                lambda rows, w, dout, sizes: (
+                    Pallas(backend).matmul(rows, w, sizes, transpose_w=False),
+                    Pallas(backend).outer(rows, dout, sizes),
+                )
+            )(rows, w, dout, jax.ShapeDtypeStruct((4,), jnp.int32))
+        )
+
+    base = PallasBackend(PallasMatmulTile(), PallasOuterTile())
+    before = kernels(base)
+    assert FIELDS.keys() == {field.name for field in dataclasses.fields(base)}
+    for name, changes in FIELDS.items():
+        tile = getattr(base, name)
+        assert changes.keys() == {field.name for field in dataclasses.fields(tile)}
+        for field, value in changes.items():
+            changed = dataclasses.replace(base, **{name: dataclasses.replace(tile, **{field: value})})
+            assert kernels(changed) != before, f"{name}.{field} is not read"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(platform="cpu", device_kind="cpu"), "for NVIDIA Hopper GPUs .* not 'cpu'"),
+        (dict(device_kind="NVIDIA A100-SXM4-80GB"), "not 'NVIDIA A100-SXM4-80GB'"),
+        (dict(device_kind="NVIDIA B200"), "not 'NVIDIA B200'"),
+        (dict(dtype="float32"), "multiply bfloat16 and float16, not float32"),
+        (dict(in_features=1000), "in_features=1000 is not a multiple of 64"),
+        (dict(out_features=2696), "out_features=2696 is not a multiple of 64"),
+        (dict(num_rows=0), "num_rows=0 leaves"),
+        (dict(num_experts=0), "num_experts=0 leaves"),
+    ],
+)
+def test_refuses(changes, reason):
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(Pallas(PallasBackend()).supports(problem(**changes)))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"])
+def test_auto_takes_it_on_hopper(kind):
+    assert "PallasBackend(matmul_tile=None, outer_tile=None): runs it" in explain(problem(device_kind=kind))
+
+
+def test_a_measured_tile_comes_from_the_table():
+    super_up = (512, 1024, 2688)
+    assert tuning.matmul_tile(180224, super_up, True).band == 4
+    assert tuning.matmul_tile(100000, super_up, True).band == 4
+    assert tuning.matmul_tile(45056, super_up, True).band == 1
+
+
+@pytest.mark.parametrize("columns", [64, 128, 192, 320, 1024, 2688, 5120])
+def test_a_tile_pads_little(columns):
+    for num_rows in (64, 100000):
+        tile = tuning.matmul_tile(num_rows, (64, 512, columns), False)
+        width = tile.columns * tile.cluster
+        assert -(-columns // width) * width <= max(1.25 * columns, 256)
+        tile = tuning.outer_tile(num_rows, (64, columns, 512))
+        height = tile.rows * tile.cluster
+        assert -(-columns // height) * height <= max(1.25 * columns, 256)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (PallasMatmulTile, dict(rows=100), "rows=100 and columns=192 must be multiples of 64"),
+        (PallasMatmulTile, dict(rows=192, columns=192), "does not fit the registers"),
+        (PallasMatmulTile, dict(rows=64, columns=320), "columns are at most 256"),
+        (PallasOuterTile, dict(stages=6), "bytes of shared memory, more than"),
+        (PallasOuterTile, dict(cluster=4), "cluster=4 must be 1 or 2"),
+        (PallasMatmulTile, dict(band=0), "band=0 must be an integer"),
+        (PallasBackend, dict(matmul_tile=PallasOuterTile()), "must be a PallasMatmulTile"),
+    ],
+)
+def test_config_refuses(cls, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**fields)
