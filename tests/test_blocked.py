@@ -66,3 +66,14 @@ def test_rows_beyond_the_groups_leak_nowhere(rng, products):
     matmul, outer = products
     assert_close(matmul(rows, w, group_sizes), expected[0], "float32")
     assert_close(outer(rows, dout, group_sizes), expected[1], "float32")
+
+
+def test_a_row_of_nan_stays_with_its_expert(rng, products):
+    rows, w, dout = draw(rng)
+    group_sizes = np.array([5, 0, 7, 1, 6, 3], np.int32)
+    expected = oracle_outer(rows, dout, group_sizes)
+    rows[8] = np.nan  # of expert 2
+    out = np.asarray(products[1](rows, dout, group_sizes))
+    others = [0, 1, 3, 4, 5]
+    assert np.isnan(out[2]).all()
+    assert_close(out[others], expected[others], "float32")

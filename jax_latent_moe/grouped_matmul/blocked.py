@@ -70,8 +70,6 @@ def blocked_outer(
     wide = _wide(rows.dtype)
     step_bytes = out[0].size * wide.itemsize
     steps = _steps(group_sizes, num_rows, block_rows, _platform_sizes().outer_bytes // step_bytes)
-    # Partial sums of 16-bit operands may be added on the tensor cores; wider ones may not lose bits there.
-    precision = lax.Precision.DEFAULT if rows.dtype.itemsize == 2 else lax.Precision.HIGHEST
 
     def step(carry, blocks):
         out, total, last_expert = carry
@@ -84,16 +82,21 @@ def blocked_outer(
         )
         # Blocks stand in the experts' order, so an expert goes on from the step before in the first block alone.
         product = product.at[0].add(jnp.where(expert[0] == last_expert, total, 0))
-        if len(expert) > 1:  # each block gets the sum over its expert's blocks, in a fixed order
-            same = (expert[:, None] == expert).astype(wide)
-            product = jnp.einsum("ab,bkn->akn", same, product, precision=precision)
-        last = jnp.append(expert[1:] != expert[:-1], True)
+        changes = expert[1:] != expert[:-1]
+        first, last = jnp.append(True, changes), jnp.append(changes, True)
+        product = lax.associative_scan(_sum_within_expert, (first[:, None, None], product))[1]
         slot = jnp.where(last, expert, num_experts + jnp.arange(len(expert)))
         out = out.at[slot].set(product.astype(out.dtype), mode="drop", unique_indices=True)
         return (out, product[-1], expert[-1]), None
 
     carry = (out, jnp.zeros(out.shape[1:], wide), jnp.full((), -1, jnp.int32))
     return lax.scan(step, carry, steps)[0][0]
+
+
+def _sum_within_expert(left, right):
+    """Running sum that starts anew where an expert does: a product with 0 would spread one expert's NaN to others."""
+    (left_starts, left_sum), (right_starts, right_sum) = left, right
+    return left_starts | right_starts, jnp.where(right_starts, right_sum, left_sum + right_sum)
 
 
 def _steps(
