@@ -294,7 +294,7 @@ class LatentMoEConfig:
     init: InitConfig = InitConfig()
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
-    backend: Literal["auto"] | BackendConfig = "auto"
+    backend: Literal["auto", "xla", "pallas", "cutlass"] | BackendConfig = "auto"
 
     def __post_init__(self):
         for name in ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"):
