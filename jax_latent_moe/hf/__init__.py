@@ -10,16 +10,19 @@ Example::
 """
 
 from jax_latent_moe.errors import CheckpointError
+from jax_latent_moe.hf import names
 from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, open_checkpoint, plan_layer
 from jax_latent_moe.hf.exporting import differing_tensors, replace_layers, write_layers
 from jax_latent_moe.hf.importing import import_layer, import_layers
-from jax_latent_moe.hf.names import MEGATRON, Layer, Names
+from jax_latent_moe.hf.names import Names
+
+MEGATRON = names.MEGATRON
+"""Megatron-LM's names, as `write_layers` takes them."""
 
 __all__ = [
     "MEGATRON",
     "Checkpoint",
     "CheckpointError",
-    "Layer",
     "LayerPlan",
     "Names",
     "differing_tensors",

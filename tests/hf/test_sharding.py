@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from jax_latent_moe import hf
-from tests.engineering.sandbox import ROOT
 from tests.hf.checkpoints import make
 from tests.hf.test_round_trip import same_trees
 
@@ -43,8 +42,9 @@ def test_shards_hold_their_part(mapping, rng, tmp_path):
     naming, _ = make(tmp_path, rng, mapping)
     script = SHARDED.replace("sys.argv[1])", f"sys.argv[1], naming={naming!r})")
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags["PYTHONPATH"] = os.pathsep.join(sys.path)
     run = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], cwd=ROOT, env=os.environ | flags, capture_output=True, text=True
+        [sys.executable, "-c", script, tmp_path], env=os.environ | flags, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
 
