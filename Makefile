@@ -19,9 +19,10 @@ test: setup ## run the whole test suite, on the CPU; ARGS go to pytest
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
 
 # Without tf32, which XLA takes for float32 matmuls on a GPU and the tolerances do not allow for.
-test-gpu: setup ## run the conformance suite and the layer's tests on an NVIDIA GPU
+test-gpu: setup ## run the tests of the GPU kernels, the conformance suite and the layer's tests on an NVIDIA GPU
 	@scripts/device.sh | grep -q cuda || { echo "error: nvidia-smi shows no GPU with driver 525 or newer." >&2; exit 1; }
-	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest $(PYTHON) -m pytest tests/conformance tests/test_layer.py $(ARGS)
+	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest $(PYTHON) -m pytest \
+	  tests/gpu tests/conformance tests/test_layer.py $(ARGS)
 
 bench: setup ## time the layer and its matmuls
 	$(PYTHON) -m benchmarks $(ARGS)

@@ -4,7 +4,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ENVIRONMENT=.tools/oldest
-TESTS=(tests/conformance tests/test_layer.py tests/test_composition.py tests/test_linen.py tests/test_nnx.py)
+TESTS=(
+  tests/conformance tests/test_layer.py tests/test_composition.py tests/test_linen.py tests/test_nnx.py
+  tests/test_pallas.py
+)
 
 uv=$(scripts/uv.sh)
 python=$(scripts/python.sh "$uv")

@@ -23,7 +23,7 @@ def dry_run(target: str) -> str:
     [
         ("train", "-m examples.train"),
         ("test", "JAX_PLATFORMS=cpu .venv/bin/python -m pytest -n auto"),
-        ("test-gpu", "-m pytest tests/conformance tests/test_layer.py"),
+        ("test-gpu", "tests/gpu tests/conformance tests/test_layer.py"),
         ("bench", "-m benchmarks"),
         ("lint", "-m pyright"),
         ("docs", "-m sphinx -W"),
