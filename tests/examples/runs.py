@@ -19,7 +19,7 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "rats", "a
 
 def write_text(folder: Path, size: int = 20_000) -> Path:
     """A text of few words, easy to learn."""
-    drawn = np.random.default_rng(0).choice(WORDS, size // 4)
+    drawn = np.random.default_rng(0).choice(WORDS, size // 2)
     path = folder / "text.txt"
     path.write_text(" ".join(drawn)[:size])
     return path
