@@ -134,8 +134,8 @@ def main() -> None:
             layer = rows["import"]["nbytes"]
             to_read, to_load = (rows["import"]["seconds"] / rows[what]["seconds"] for what in ("read", "load"))
             print(
-                f"{source}: import takes {to_read:.2f} x the time of reading, {to_load:.2f} x reading into memory; peak "
-                f"memory of its process {rows['import']['peak'] / layer:.3f} x the layer ({layer / 1e9:.2f} GB)"
+                f"{source}: import takes {to_read:.2f} x the time of reading, {to_load:.2f} x reading into memory; "
+                f"peak memory of its process {rows['import']['peak'] / layer:.3f} x the layer ({layer / 1e9:.2f} GB)"
             )
     finally:
         shutil.rmtree(options.folder)
