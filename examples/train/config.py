@@ -112,7 +112,7 @@ class Config:
     """Step of the correction bias that balances the experts."""
     log_every: int = 20
     """Steps between lines of metrics."""
-    eval_every: int = 100
+    eval_every: int = 50
     """Steps between looks at a part of the validation text; the whole of it is read at the end."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""

@@ -29,7 +29,7 @@ def plot_loss(records: Records, references: Mapping[str, float], path: Path):
     for style, (name, value) in zip((":", "--", "-."), references.items(), strict=False):
         axes.axhline(value, color="grey", linestyle=style, linewidth=1, label=f"{name} ({value:.2f})")
     axes.set(xlabel="step", ylabel="bits per byte")
-    _zoom(axes, records)
+    _zoom(axes, records, "bits_per_byte", "validation_bits_per_byte")
     axes.legend()
     figure.savefig(path, dpi=DPI)
 
@@ -61,14 +61,13 @@ def plot_comparison(runs: Mapping[str, Records], path: Path):
             axes.plot(*series(records, unit, "validation_bits_per_byte"), marker="o", markersize=3, label=name)
         axes.set(xlabel=unit)
     panels[0].set(ylabel="validation bits per byte")
-    _zoom(panels[0], [record for records in runs.values() for record in records])
+    _zoom(panels[0], [record for records in runs.values() for record in records], "validation_bits_per_byte")
     panels[0].legend()
     figure.savefig(path, dpi=DPI)
 
 
-def _zoom(axes, records):
+def _zoom(axes, records, *names):
     """Cuts off the first steps' losses, beside which nothing else could be told apart."""
-    names = ("validation_bits_per_byte", "bits_per_byte")
     values = np.concatenate([series(records, "step", name)[1] for name in names])
     if len(values):
         axes.set_ylim(values.min() - 0.1, min(values.max(), values.min() + 2) + 0.1)
