@@ -5,6 +5,7 @@ installed, and JAX's own Pallas kernel for the weight gradient; all in turn, in 
 """
 
 import dataclasses
+import functools
 import importlib.util
 import statistics
 import sys
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Row, record
-from jax_latent_moe import PallasBackend, init_params, latent_moe, presets
+from jax_latent_moe import PallasBackend, XlaBackend, init_params, latent_moe, presets
 from jax_latent_moe.cost import matmul_flops_per_token
 from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, select
 
@@ -29,7 +30,12 @@ SHAPES = {
 }
 DECODE = {f"super_up_t{tokens}": (22 * tokens, 512, 1024, 2688) for tokens in (1, 8, 64)}
 PASSES = ("forward", "dgrad", "wgrad")
-BACKEND = PallasBackend()
+BACKENDS = {"pallas": PallasBackend(), "xla": XlaBackend()}
+OURS = {
+    "forward": lambda backend, x, w, dout, sizes: grouped_matmul(x, w, sizes, backend=backend),
+    "dgrad": lambda backend, x, w, dout, sizes: grouped_matmul(dout, w, sizes, transpose_w=True, backend=backend),
+    "wgrad": lambda backend, x, w, dout, sizes: grouped_outer(x, dout, sizes, backend=backend),
+}
 RNG = np.random.default_rng(0)
 
 
@@ -83,7 +89,7 @@ def torch_calls(x, w, dout, sizes):
 
 
 def jax_transposed_ragged_dot(x, dout, sizes):
-    """JAX's own Pallas kernel for the weight gradient, at the best of its tiles for these shapes."""
+    """JAX's own Pallas kernel for the weight gradient, at one tile that was not swept."""
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     return transposed_ragged_dot(
@@ -116,11 +122,6 @@ def kernels(suite, shapes, rate, bandwidth, batch) -> list[Row]:
         w = draw(keys[1], (experts, in_features, out_features), jnp.bfloat16)
         dout = draw(keys[2], (rows, out_features), jnp.bfloat16)
         groups, kernel = jnp.asarray(sizes), w[0]
-        ours = {
-            "forward": (lambda x, w, d, g: grouped_matmul(x, w, g, backend=BACKEND)),
-            "dgrad": (lambda x, w, d, g: grouped_matmul(d, w, g, transpose_w=True, backend=BACKEND)),
-            "wgrad": (lambda x, w, d, g: grouped_outer(x, d, g, backend=BACKEND)),
-        }
         dense = {
             "forward": (lambda x, k, d: x @ k),
             "dgrad": (lambda x, k, d: d @ k.T),
@@ -130,8 +131,9 @@ def kernels(suite, shapes, rate, bandwidth, batch) -> list[Row]:
         traffic = 2 * (rows * (in_features + out_features) + int((sizes > 0).sum()) * in_features * out_features)
         for pass_ in PASSES if suite == "kernel" else PASSES[:1]:
             calls, temp, errors = {}, {}, {}
-            calls["pallas"], temp["pallas"] = jax_call(ours[pass_], x, w, dout, groups)
-            errors["pallas"] = max_error(pass_, calls["pallas"][0](), x, w, dout, sizes)
+            for name, backend in BACKENDS.items():
+                calls[name], temp[name] = jax_call(functools.partial(OURS[pass_], backend), x, w, dout, groups)
+                errors[name] = max_error(pass_, calls[name][0](), x, w, dout, sizes)
             if suite == "kernel":
                 calls["dense"], temp["dense"] = jax_call(dense[pass_], x, kernel, dout)
             if importlib.util.find_spec("torch"):
@@ -156,7 +158,7 @@ def layer(rate: float) -> list[Row]:
         shared_expert_intermediate_size=0,
         dtype="bfloat16",
         param_dtype="bfloat16",
-        backend=BACKEND,
+        backend=BACKENDS["pallas"],
     )
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
     x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
@@ -205,7 +207,7 @@ def show(row: Row):
 def main(suites):
     """Measures, prints a table and records the rows."""
     device = jax.devices()[0].device_kind
-    check = select(problem("rows_w", 8, (1, 64, 64), jnp.bfloat16), BACKEND)
+    check = select(problem("rows_w", 8, (1, 64, 64), jnp.bfloat16), BACKENDS["pallas"])
     rate, bandwidth = ceilings()
     print(f"{device}: {type(check).__name__}, matmul {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
     rows = []

@@ -69,7 +69,7 @@ def test_rows_beyond_the_groups_leak_nowhere(rng, products):
 
 
 def test_a_row_of_nan_stays_with_its_expert(rng, products):
-    rows, w, dout = draw(rng)
+    rows, _, dout = draw(rng)
     group_sizes = np.array([5, 0, 7, 1, 6, 3], np.int32)
     expected = oracle_outer(rows, dout, group_sizes)
     rows[8] = np.nan  # of expert 2
