@@ -47,7 +47,7 @@ def latent_moe(
     token_mask: Bool[Array, "*batch"] | None = None,
     expert_ids: Int[Array, "*batch k"] | None = None,
 ) -> tuple[Float[Array, "*batch d"], LatentMoEAux]:
-    """Y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), the router reading x (arXiv 2601.18089).
+    """Computes y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), routed by x (arXiv 2601.18089).
 
     Args:
         params: as `init_params` makes them.

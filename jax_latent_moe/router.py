@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
 
 def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str) -> Float[Array, "t e"]:
-    """X @ kernel with operands in `dtype`, accumulated and returned in at least float32, never in tf32."""
+    """Logits x @ kernel: operands in `dtype`, accumulated and returned in at least float32, never in tf32."""
     wide = jnp.promote_types(dtype, jnp.float32)
     return jnp.matmul(
         x.astype(dtype), kernel.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide

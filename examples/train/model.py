@@ -14,7 +14,7 @@ from jax_latent_moe.linen import LatentMoE
 
 VOCABULARY = 256
 ROTARY_BASE = 10_000.0
-ATTENTION_BLOCK = 64
+ATTENTION_BLOCKS = 4
 
 
 def rotate(x: Float[Array, "batch time heads width"]) -> Float[Array, "batch time heads width"]:
@@ -37,8 +37,9 @@ def causal_attention(
     Queries go in blocks, each against the keys that it may see: on a CPU half the time of a masked square.
     """
     outputs = []
-    for start in range(0, q.shape[1], ATTENTION_BLOCK):
-        queries = q[:, start : start + ATTENTION_BLOCK]
+    block = -(-q.shape[1] // ATTENTION_BLOCKS)
+    for start in range(0, q.shape[1], block):
+        queries = q[:, start : start + block]
         end = start + queries.shape[1]
         scores = jnp.einsum("bqhw,bkhw->bhqk", queries, k[:, :end], preferred_element_type=jnp.float32)
         visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]

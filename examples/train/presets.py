@@ -47,7 +47,7 @@ GPU = Config(
         dropout=0.1,
         dtype="bfloat16",
     ),
-    optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, warmup_steps=100),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
 )
 
 PRESETS = {"toy": TOY, "cpu": CPU, "gpu": GPU}
