@@ -62,4 +62,4 @@ def test_explain_says_who_was_asked_and_what_they_said():
     assert lines[1].strip().startswith("CutlassBackend(")
     assert all("refuses: " in line or "runs it" in line for line in lines[1:])
     assert lines[-1].endswith("runs it")
-    assert "refuses: the Pallas kernels" in explain(PROBLEM, PallasBackend())
+    assert "refuses: its kernels are for NVIDIA Hopper GPUs" in explain(PROBLEM, PallasBackend())

@@ -9,12 +9,13 @@ import pytest
 from tests.engineering.sandbox import ROOT
 
 
-def dry_run(target: str) -> str:
-    make = shutil.which("make")
-    assert make
+def make(*arguments: str) -> str:
+    program = shutil.which("make")
+    assert program
+    # Under `make test` an inner make would take this one's flags and print which folder it enters.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     return subprocess.run(
-        [make, "-n", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout
 
 
@@ -30,7 +31,7 @@ def dry_run(target: str) -> str:
     ],
 )
 def test_a_target_sets_up_and_then_runs(target, command):
-    lines = dry_run(target).splitlines()
+    lines = make("-n", target).splitlines()
     assert lines[0] == "scripts/setup.sh"
     assert any(command in line for line in lines[1:])
 
@@ -38,7 +39,7 @@ def test_a_target_sets_up_and_then_runs(target, command):
 def test_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = [line for line in makefile.splitlines() if line.startswith(".PHONY:")]
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = make("help")
     assert {line.split()[1] for line in listed.splitlines()} == set(phony.split()[1:])
 
 
