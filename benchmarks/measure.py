@@ -47,12 +47,13 @@ def time_interleaved(calls: dict[str, tuple[Callable, tuple]], repeats: int) -> 
     """Median milliseconds and temporary bytes of jitted calls, taken in turn so that a drift hits all alike."""
     compiled = {name: (jax.jit(f).lower(*args).compile(), args) for name, (f, args) in calls.items()}
     times = {name: [] for name in compiled}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, (call, args) in compiled.items():
+            # Each timed call follows one of its own kind, or it would pay for the memory that its neighbour took.
+            jax.block_until_ready(call(*args))
             start = time.perf_counter()
             jax.block_until_ready(call(*args))
-            if repeat:  # the first call warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - start))
     return {name: (statistics.median(times[name]), _temp_bytes(call)) for name, (call, _) in compiled.items()}
 
 
