@@ -134,7 +134,7 @@ def main():
     for row in rows:
         print(
             f"{row.shape:>24} {row.impl:>15} {row.ms:9.1f} ms  floor {row.floor_ms:7.1f} ms  {row.tflops * 1e3:6.1f} "
-            f"GFLOP/s  temp {row.temp_bytes / 2**20:8.1f} MiB  error {row.max_error}"
+            f"GFLOP/s  temp {(row.temp_bytes or 0) / 2**20:8.1f} MiB  error {row.max_error}"
         )
     print(f"recorded in {record(rows, 'cpu')}")
 

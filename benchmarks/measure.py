@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -14,6 +15,9 @@ from collections.abc import Callable
 import jax
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "torch", "triton", "transformers", "tokamax")
+WRONG = 1e9
+"""What `Row.max_error` says of a result that holds no numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Row:
         tflops: 1e12 floating-point operations a second, by the operations the maths needs.
         floor_ms: the time that this device's measured matmul rate and bandwidth allow at best.
         max_error: ||out - ref|| / ||ref|| against a float32 or float64 reference; None where another row shows it.
-        temp_bytes: temporary memory, as XLA plans it.
+        temp_bytes: temporary memory beside arguments and results: as XLA plans it, or as torch's allocator saw it; None
+            where nobody measured it.
     """
 
     suite: str
@@ -40,7 +45,7 @@ class Row:
     tflops: float
     floor_ms: float
     max_error: float | None
-    temp_bytes: int
+    temp_bytes: int | None
 
 
 def time_interleaved(calls: dict[str, tuple[Callable, tuple]], repeats: int) -> dict[str, tuple[float, int]]:
@@ -63,16 +68,51 @@ def _temp_bytes(compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
+class Run:
+    """The rows of one run, each written as soon as it is measured: results/<device>-<date>.jsonl under one id.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, device: str, folder: pathlib.Path = RESULTS):
+        self.path = folder / f"{device}-{datetime.date.today()}.jsonl"
+        self._common = {"run": uuid.uuid4().hex[:12], "device": device, "versions": _versions()}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: Row) -> None:
+        """Appends a row."""
+        fields = {key.rstrip("_"): value for key, value in dataclasses.asdict(row).items()}
+        if row.max_error is not None and not math.isfinite(row.max_error):
+            fields["max_error"] = WRONG
+        with self.path.open("a") as file:
+            file.write(json.dumps(fields | self._common) + "\n")
+
+
 def record(rows: list[Row], device: str) -> pathlib.Path:
     """Appends the rows of one run to results/<device>-<date>.jsonl and returns that file."""
-    path = RESULTS / f"{device}-{datetime.date.today()}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")} | {
-        "python": platform.python_version()
-    }
-    run = uuid.uuid4().hex[:12]
-    with path.open("a") as file:
-        for row in rows:
-            fields = {key.rstrip("_"): value for key, value in dataclasses.asdict(row).items()}
-            file.write(json.dumps(fields | {"run": run, "device": device, "versions": versions}) + "\n")
-    return path
+    run = Run(device)
+    for row in rows:
+        run.add(row)
+    return run.path
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a peer that is not installed
+    return found
+
+
+def show(row: Row) -> None:
+    """Prints a row as a line of a table."""
+    error = "" if row.max_error is None else f"error {row.max_error:.1e}"
+    temp = "" if row.temp_bytes is None else f"temp {row.temp_bytes / 2**20:.0f} MiB"
+    print(
+        f"{row.suite:>7} {row.shape:>22} {row.pass_:>16} {row.impl:>30} {row.ms:8.3f} ms {row.tflops:6.0f} TFLOP/s "
+        f"floor {row.floor_ms:6.3f} ms {error} {temp}",
+        flush=True,
+    )

@@ -1,0 +1,73 @@
+"""Grouped matmuls and layers on a GPU beside their peers, all in one run: `python -m benchmarks.gpu [suite ...]`.
+
+Suites: kernel, layer, decode (by default all). Peers that are not installed and backends that refuse a problem are left
+out, with the reason. `--quick` keeps to Nemotron-3 Super at 8192 tokens and decode, with short sweeps.
+"""
+
+import argparse
+import os
+import pathlib
+import time
+
+import jax
+
+from benchmarks import kernels, layers, problems
+from benchmarks.measure import RESULTS, Run
+from benchmarks.timing import ceilings
+
+SUITES = ("kernel", "layer", "decode")
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
+    parser.add_argument("--quick", action="store_true", help="the judged shapes alone, short sweeps")
+    parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape; may be repeated")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER", help="where the rows go")
+    options = parser.parse_args()
+    if unknown := set(options.suites) - set(SUITES):
+        parser.error(f"no suite is called {', '.join(sorted(unknown))}: there are {', '.join(SUITES)}.")
+    known = {name for table in tables(quick=False).values() for name in (*table[0], *table[1])}
+    if unknown := set(options.shape or ()) - known:
+        parser.error(f"no shape is called {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}.")
+    return options
+
+
+def tables(*, quick: bool) -> dict[str, tuple[dict, dict]]:
+    """The kernels and the layers of each suite."""
+
+    def only(table, names):
+        return {name: table[name] for name in names} if quick else table
+
+    return {
+        "kernel": (only(problems.KERNELS, problems.QUICK_KERNELS), {}),
+        "layer": ({}, only(problems.LAYERS, problems.QUICK_LAYERS)),
+        "decode": (problems.DECODE_KERNELS, only(problems.DECODE_LAYERS, ("super_t64",))),
+    }
+
+
+def main() -> None:
+    """Measures, prints a line a row and records it."""
+    options = parse_options()
+    # torch allocates beside JAX in this process.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise SystemExit(f"this measures GPUs, and JAX found {device.device_kind!r}: `make bench` measures the CPU.")
+    run = Run(device.device_kind.lower().removeprefix("nvidia ").replace(" ", "-"), options.out)
+    limits = ceilings()
+    print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)
+    settings = dict(quick=options.quick, rounds=5 if options.quick else 7)
+    for suite in options.suites or SUITES:
+        for table, module in zip(tables(quick=options.quick)[suite], (kernels, layers), strict=True):
+            chosen = {name: value for name, value in table.items() if name in (options.shape or table)}
+            start = time.perf_counter()
+            module.measure(run, suite, chosen, limits, **settings)
+            if chosen:
+                print(f"{suite}: {', '.join(chosen)} in {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"recorded in {run.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The routed part of whole layers on a GPU beside its peers: the suites "layer" and "decode" of `benchmarks.gpu`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.kernels import CONTRACTIONS, PASSES, best_tokamax_tile, relative_error
+from benchmarks.measure import Row, Run, show
+from benchmarks.peers import jax_layer, tokamax_ragged_dot, transformers_layer
+from benchmarks.problems import BACKENDS, Grouped
+from benchmarks.timing import Candidate, jax_candidate, prepare, time_in_turn
+from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend, init_params, latent_moe
+from jax_latent_moe.cost import matmul_flops_per_token
+from jax_latent_moe.grouped_matmul import problem, select
+
+CHECKED_TOKENS = 256
+
+
+def products(config: LatentMoEConfig, tokens: int) -> dict[str, Grouped]:
+    """The two grouped matmuls of a layer: up to the hidden rows, down to the latent."""
+    width, inner = config.latent_width, config.expert_intermediate_size
+    up = Grouped(tokens, config.top_k, config.num_experts, width, inner * (2 if config.gated else 1))
+    return {"up": up, "down": dataclasses.replace(up, in_features=inner, out_features=width)}
+
+
+def refusal(config: LatentMoEConfig, tokens: int, pass_: str, backend) -> str | None:
+    """Why a backend cannot run the layer, as a sentence."""
+    contractions = tuple(CONTRACTIONS.values())[: None if pass_ == "forward_backward" else 1]
+    for shape in products(config, tokens).values():
+        for contraction in contractions:
+            w_shape = (shape.num_experts, shape.in_features, shape.out_features)
+            try:
+                select(problem(contraction, shape.rows, w_shape, config.dtype), backend)
+            except UnsupportedError as error:
+                return error.reason
+    return None
+
+
+def with_gradients(layer):
+    """The call that runs a layer and its reverse pass against dy: y and the gradients of the parameters and of x."""
+
+    def call(params, x, dy):
+        y, pullback = jax.vjp(layer, params, x)
+        return y, *pullback(dy)
+
+    return call
+
+
+def tokamax_layer(config: LatentMoEConfig, tiles: dict[str, list] | None):
+    """The plain JAX layer on tokamax, at its own tiles or at those given for "up" and "down", one a pass."""
+
+    def ragged_dot(rows, w, group_sizes):
+        operation = tokamax_ragged_dot.operation()
+        if tiles is not None:
+            operation = tokamax_ragged_dot.operation(*tiles["up" if w.shape[1] == config.latent_width else "down"])
+        return operation(rows, w, group_sizes=group_sizes)
+
+    return lambda params, x: jax_layer.layer(params, x, config, ragged_dot)
+
+
+def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, quick: bool) -> dict[str, Candidate]:
+    """What runs this pass of the layer, by name."""
+    layers, tokens = {}, x.shape[0]
+    for name, backend in BACKENDS.items():
+        if reason := refusal(config, tokens, pass_, backend):
+            print(f"{'left out':>10} {name}: {reason}", flush=True)
+        elif not (quick and name == "xla"):
+            layers[name] = functools.partial(our_layer, dataclasses.replace(config, backend=backend))
+    layers["jax_tokamax_default"] = tokamax_layer(config, None)
+    passes = PASSES if pass_ == "forward_backward" else PASSES[:1]
+    tiles = {
+        name: [best_tokamax_tile(shape, each, quick) for each in passes]
+        for name, shape in products(config, tokens).items()
+    }
+    layers["jax_tokamax_tuned"] = tokamax_layer(config, tiles)
+    args = (params, x) if pass_ == "forward" else (params, x, dy)
+    found = {
+        name: jax_candidate(layer if pass_ == "forward" else with_gradients(layer), *args)
+        for name, layer in layers.items()
+    }
+    return found | {"transformers_grouped_mm": transformers_layer.candidates(config, params, x, dy)[pass_]}
+
+
+def our_layer(config: LatentMoEConfig, params, x):
+    """The layer's output alone."""
+    return latent_moe(params, x, config)[0]
+
+
+def reference(config: LatentMoEConfig, params, x) -> tuple[np.ndarray, int]:
+    """The layer in float32 on portable operations, and the experts that its tokens reached."""
+    config = dataclasses.replace(config, dtype="float32", backend=XlaBackend())
+    with jax.default_matmul_precision("highest"):
+        y, aux = jax.jit(latent_moe, static_argnames="config")(params, x.astype(jnp.float32), config)
+    return np.asarray(y), int((aux.tokens_per_expert > 0).sum())
+
+
+def measure(
+    run: Run,
+    suite: str,
+    layers: dict[str, tuple[int, LatentMoEConfig]],
+    ceilings: tuple[float, float],
+    *,
+    quick: bool,
+    rounds: int,
+) -> None:
+    """One row a layer, pass and implementation.
+
+    Args:
+        run: takes the rows.
+        suite: "layer", or "decode" for the forward pass alone.
+        layers: tokens and configuration by name; without shared experts and latent norms.
+        ceilings: FLOP/s and bytes/s of the device.
+        quick: shorter sweeps, fewer peers.
+        rounds: batches whose median is taken.
+    """
+    for name, (tokens, config) in layers.items():
+        params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+        x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
+        checked = reference(config, params, x[:CHECKED_TOKENS])
+        for pass_ in ("forward",) if suite == "decode" else ("forward", "forward_backward"):
+            _measure_pass(run, suite, name, config, pass_, (params, x, dy), checked, ceilings, quick, rounds)
+
+
+def _measure_pass(run, suite, name, config, pass_, operands, checked, ceilings, quick, rounds):
+    (params, x, _), (expected, touched) = operands, checked
+    calls = prepare(candidates(config, pass_, *operands, quick=quick))
+    errors = {}
+    for impl, call in calls.items():
+        out = call.run()
+        y = out[0] if isinstance(out, tuple) else out
+        errors[impl] = relative_error(y.reshape(x.shape)[:CHECKED_TOKENS], expected)
+        del out, y
+    # A backward pass takes twice the operations, reads each weight again and writes its gradient.
+    times = 3 if pass_ == "forward_backward" else 1
+    experts = sum(leaf.nbytes for leaf in params["experts"].values())
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - experts + experts * touched / config.num_experts
+    flops = times * x.shape[0] * matmul_flops_per_token(config)
+    floor = 1e3 * max(flops / ceilings[0], times * weights / ceilings[1])
+    for impl, ms in time_in_turn(calls, 20 if suite == "decode" else 3, rounds).items():
+        row = Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, errors[impl], calls[impl].temp_bytes)
+        run.add(row)
+        show(row)

@@ -1,0 +1,4 @@
+"""What else computes the same. Each module imports its package when it is called.
+
+None of these packages is a dependency: where one is missing, the run goes on without it.
+"""

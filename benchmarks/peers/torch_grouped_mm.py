@@ -1,0 +1,43 @@
+"""torch's grouped matmul (CUTLASS) on the memory of JAX's arrays."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from benchmarks.timing import Call, Candidate
+
+
+def candidate(pass_: str, x, w, dout, sizes) -> Candidate:
+    """One pass of a grouped matmul: x [R, K], w [E, K, N], dout [R, N], sizes [E]."""
+
+    def lower():
+        import torch  # pyright: ignore[reportMissingImports]
+
+        offsets = torch.from_dlpack(jnp.cumsum(sizes).astype(jnp.int32))
+        rows, weights, cotangents = (torch.from_dlpack(array) for array in (x, w, dout))
+        grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+        run = {
+            "forward": lambda: grouped_mm(rows, weights, offs=offsets),
+            "dgrad": lambda: grouped_mm(cotangents, weights.transpose(1, 2), offs=offsets),
+            "wgrad": lambda: grouped_mm(rows.t(), cotangents, offs=offsets),
+        }[pass_]
+        return lambda: torch_call(run)
+
+    return lower
+
+
+def torch_call(run: Callable) -> Call:
+    """A call of torch with the memory that its allocator handed out beside the results, where a GPU counts it."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if not torch.cuda.is_available():
+        return Call(run, lambda _: None)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = run()
+    torch.cuda.synchronize()
+    results = out if isinstance(out, tuple) else (out,)
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in results if tensor is not None)
+    temp = max(0, torch.cuda.max_memory_allocated() - before - kept)
+    return Call(run, lambda _: torch.cuda.synchronize(), temp)

@@ -1,0 +1,103 @@
+"""Calls on a GPU: lowered in turn, compiled together, run once, then timed in turn.
+
+A candidate is a function that lowers something and returns a function that compiles it and returns a `Call`. One that
+fails at any step is left out, with the first line of its error: a peer that a machine lacks must not end a run.
+"""
+
+import concurrent.futures
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Something to time.
+
+    Attributes:
+        run: enqueues the work and returns its result.
+        wait: blocks until a result is there.
+        temp_bytes: peak memory beside arguments and results; None where nobody measured it.
+    """
+
+    run: Callable[[], Any]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    temp_bytes: int | None = None
+
+
+Candidate = Callable[[], Callable[[], Call]]
+
+
+def jax_candidate(function: Callable, *args) -> Candidate:
+    """A function to jit, with its arguments; its temporary memory is what XLA plans."""
+
+    def lower():
+        lowered = jax.jit(function).lower(*args)
+
+        def compile_():
+            compiled = lowered.compile()
+            analysis = compiled.memory_analysis()
+            assert analysis is not None, "XLA plans memory on CPUs and GPUs"
+            return Call(lambda: compiled(*args), temp_bytes=analysis.temp_size_in_bytes)
+
+        return compile_
+
+    return lower
+
+
+def prepare(candidates: dict[str, Candidate]) -> dict[str, Call]:
+    """The calls of the candidates that lower, compile and run; a line for each that does not."""
+    calls = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lowered = {name: _attempt(name, lower) for name, lower in candidates.items()}
+        compiling = {
+            name: pool.submit(_attempt, name, compile_) for name, compile_ in lowered.items() if compile_ is not None
+        }
+        for name, future in compiling.items():
+            call = future.result()
+            if call is not None and _attempt(name, lambda call=call: (call.wait(call.run()),)):
+                calls[name] = call
+    return calls
+
+
+def _attempt(name, step):
+    try:
+        return step()
+    except Exception as error:  # whatever a peer raises, the others are to be measured
+        first = next(iter(str(error).strip().splitlines()), "")
+        print(f"{'left out':>10} {name}: {type(error).__name__}: {first[:300]}", flush=True)
+        return None
+
+
+def time_in_turn(calls: dict[str, Call], batch: int, rounds: int = 7) -> dict[str, float]:
+    """Median milliseconds of a call, in batches enqueued back to back; the calls take turns, so a drift hits all."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, out = time.perf_counter(), None
+            for _ in range(batch):
+                out = call.run()
+            call.wait(out)
+            times[name].append(1e3 * (time.perf_counter() - start) / batch)
+            del out
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def fastest(calls: dict[str, Call], batch: int = 2, rounds: int = 3) -> str | None:
+    """Name of the quickest call; None of none."""
+    times = time_in_turn(calls, batch, rounds)
+    return min(times, key=lambda name: times[name], default=None)
+
+
+def ceilings(size: int = 8192, elements: int = 2**30) -> tuple[float, float]:
+    """FLOP/s of a large bfloat16 matmul and bytes/s of a large copy, read plus written."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (0, 1))
+    buffer = jnp.zeros((elements,), jnp.bfloat16)
+    calls = prepare({"matmul": jax_candidate(jnp.matmul, a, b), "copy": jax_candidate(lambda v: v + 1, buffer)})
+    times = time_in_turn(calls, 8)
+    return 2 * size**3 / times["matmul"] * 1e3, 2 * buffer.nbytes / times["copy"] * 1e3

@@ -1,0 +1,156 @@
+"""The GPU benchmark at sizes of a CPU: what it counts as an error, whom it leaves out, what it records."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import gpu, kernels, layers
+from benchmarks.measure import WRONG, Row, Run
+from benchmarks.peers import jax_layer
+from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
+from benchmarks.timing import Call, jax_candidate, prepare, time_in_turn
+from jax_latent_moe import init_params, latent_moe
+from jax_latent_moe.grouped_matmul import reference
+from tests.tolerances import assert_close
+
+CEILINGS = 1e12, 1e11
+SMALL = Grouped(20, 3, 8, 16, 24)
+SMALL_LAYER = dataclasses.replace(
+    SUPER, hidden_size=32, latent_size=16, num_experts=8, top_k=2, expert_intermediate_size=24
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run("some-gpu", tmp_path)
+
+
+def rows_of(run) -> list[dict]:
+    return [json.loads(line) for line in run.path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("shape", [SMALL, DECODE_KERNELS["super_up_t8"], Grouped(500, 4, 32, 8, 8, 1.5, 0.5)])
+def test_group_sizes_are_those_of_tokens_with_distinct_experts(rng, shape):
+    sizes = shape.group_sizes(rng)
+    assert sizes.shape == (shape.num_experts,)
+    assert sizes.sum() == shape.rows
+    assert sizes.max() <= shape.tokens
+    assert (sizes == 0).sum() >= int(shape.empty * shape.num_experts)
+
+
+@pytest.mark.parametrize("pass_", kernels.PASSES)
+def test_the_error_of_a_kernel(rng, pass_):
+    sizes = SMALL.group_sizes(rng)
+    sizes[-1] += sizes[0]
+    sizes[0] = 0
+    x, w, dout = (np.asarray(a, np.float32) for a in SMALL.operands(int(rng.integers(2**31))))
+    right = {
+        "forward": lambda: reference.grouped_matmul(x, w, sizes),
+        "dgrad": lambda: reference.grouped_matmul(dout, w, sizes, transpose_w=True),
+        "wgrad": lambda: reference.grouped_outer(x, dout, sizes),
+    }[pass_]()
+    args = x, w, dout, sizes
+    assert kernels.max_error(pass_, jnp.asarray(right), *args) < 1e-6
+    assert 0.009 < kernels.max_error(pass_, jnp.asarray(1.01 * right), *args) < 0.011
+    assert kernels.max_error(pass_, jnp.asarray(np.full_like(right, np.nan)), *args) == np.inf
+    if pass_ == "wgrad":
+        assert kernels.max_error(pass_, jnp.asarray(right + 1e-3), *args) == np.inf  # expert 0 has no rows
+
+
+def test_what_fails_is_left_out_and_said(capsys):
+    def lowers_not():
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    def compiles_not():
+        raise RuntimeError("no memory\nfor this")
+
+    def runs_not():
+        raise ValueError("not on this device")
+
+    good = jax_candidate(lambda x: x @ x, jnp.ones((4, 4)))
+    calls = prepare(
+        {"a": lowers_not, "b": lambda: compiles_not, "good": good, "c": lambda: lambda: Call(runs_not)},
+    )
+    assert calls.keys() == {"good"}
+    printed = capsys.readouterr().out
+    assert "left out a: ModuleNotFoundError: No module named 'peer'" in printed
+    assert "left out b: RuntimeError: no memory\n" in printed
+    assert "left out c: ValueError: not on this device" in printed
+    assert time_in_turn(calls, 2, 3)["good"] > 0
+
+
+def test_a_sweep_leaves_its_fastest(monkeypatch):
+    monkeypatch.setattr(kernels, "fastest", lambda calls: min(calls, key=lambda name: calls[name].temp_bytes))
+    slow, fast, default = (Call(lambda: None, temp_bytes=size) for size in (3, 2, 1))
+    calls = {"dense": slow, "jax/1": slow, "jax/2": fast, "tokamax_tuned/1": slow, "tokamax": default}
+    kept = kernels.keep_fastest_of_sweeps(calls)
+    assert kept == {"dense": slow, "tokamax": default, "jax": fast, "tokamax_tuned": default}
+
+
+def test_kernels_are_measured_and_recorded(run, capsys):
+    kernels.measure(run, "kernel", {"small": SMALL}, CEILINGS, quick=False, rounds=1)
+    rows = rows_of(run)
+    assert {(row["pass"], row["impl"]) for row in rows} >= {
+        (pass_, impl) for pass_ in kernels.PASSES for impl in ("xla", "dense", "lax_ragged_dot")
+    }
+    for row in rows:
+        assert row.keys() == {field.name.rstrip("_") for field in dataclasses.fields(Row)} | {
+            "run",
+            "device",
+            "versions",
+        }
+        assert row["max_error"] is None or row["max_error"] < 0.01
+        assert row["ms"] > 0
+    assert len({row["run"] for row in rows}) == 1
+    printed = capsys.readouterr().out
+    assert "left out pallas: its kernels are for NVIDIA Hopper GPUs" in printed
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_layers_are_measured_and_recorded(run, activation):
+    config = dataclasses.replace(SMALL_LAYER, activation=activation)
+    layers.measure(run, "layer", {"small": (30, config)}, CEILINGS, quick=False, rounds=1)
+    rows = rows_of(run)
+    assert {row["pass"] for row in rows if row["impl"] == "xla"} == {"forward", "forward_backward"}
+    assert all(row["max_error"] < 0.03 for row in rows)
+    forward, both = (next(row for row in rows if row["pass"] == name) for name in ("forward", "forward_backward"))
+    assert both["floor_ms"] == pytest.approx(3 * forward["floor_ms"])
+
+
+def test_a_result_without_numbers_is_recorded_as_wrong(run):
+    run.add(Row("kernel", "small", "forward", "peer", 1.0, 1.0, 1.0, float("inf"), None))
+    assert rows_of(run)[0]["max_error"] == WRONG
+
+
+@pytest.mark.parametrize("latent_size", [16, None])
+def test_the_plain_jax_layer_computes_the_layer(rng, latent_size):
+    config = dataclasses.replace(SMALL_LAYER, latent_size=latent_size, dtype="float32", param_dtype="float32")
+    params = init_params(jax.random.key(int(rng.integers(2**31))), config)
+    x, dy = (jnp.asarray(rng.normal(size=(30, config.hidden_size)), jnp.float32) for _ in range(2))
+
+    def plain(params, x):
+        return jax_layer.layer(params, x, config, jax.lax.ragged_dot)
+
+    ours = layers.with_gradients(lambda params, x: latent_moe(params, x, config)[0])(params, x, dy)
+    theirs = layers.with_gradients(plain)(params, x, dy)
+    for value, expected in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
+        assert_close(np.asarray(value), np.asarray(expected, np.float64), "float32")
+
+
+def test_quick_is_a_part_of_the_whole():
+    quick, whole = gpu.tables(quick=True), gpu.tables(quick=False)
+    for suite in gpu.SUITES:
+        for some, every in zip(quick[suite], whole[suite], strict=True):
+            assert some.items() <= every.items()
+    assert whole["kernel"][0] == KERNELS
+    assert whole["layer"][1] == LAYERS
+
+
+def test_a_machine_without_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu", "kernel"])
+    with pytest.raises(SystemExit, match="`make bench` measures the CPU"):
+        gpu.main()
