@@ -21,13 +21,17 @@ def candidate(pass_: str, x, w, dout, sizes) -> Candidate:
             "dgrad": lambda: grouped_mm(cotangents, weights.transpose(1, 2), offs=offsets),
             "wgrad": lambda: grouped_mm(rows.t(), cotangents, offs=offsets),
         }[pass_]
-        return lambda: torch_call(run)
+        call = torch_call(run)
+        return lambda: call
 
     return lower
 
 
 def torch_call(run: Callable) -> Call:
-    """A call of torch with the memory that its allocator handed out beside the results, where a GPU counts it."""
+    """A call of torch with the memory that its allocator handed out beside the results, where a GPU counts it.
+
+    To be made where a candidate is lowered: the others' compilers may be timing matmuls on the GPU afterwards.
+    """
     import torch  # pyright: ignore[reportMissingImports]
 
     if not torch.cuda.is_available():

@@ -34,7 +34,8 @@ def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:
             with torch.no_grad():
                 return block(tokens)
 
-        return lambda: torch_call(run)
+        call = torch_call(run)
+        return lambda: call
 
     def forward_backward():
         import torch  # pyright: ignore[reportMissingImports]
@@ -47,7 +48,8 @@ def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:
             y = block(tokens)
             return (y.detach(), *torch.autograd.grad(y, inputs, cotangents))
 
-        return lambda: torch_call(run)
+        call = torch_call(run)
+        return lambda: call
 
     return {"forward": forward, "forward_backward": forward_backward}
 
