@@ -17,6 +17,7 @@ CLASSES = (
     config.PallasBackend,
     config.PallasMatmulTile,
     config.PallasOuterTile,
+    config.ParallelConfig,
 )
 
 

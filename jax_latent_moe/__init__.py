@@ -4,7 +4,7 @@ The layer is a pure function, `latent_moe(params, x, config)`; Flax modules that
 `jax_latent_moe.linen` and `jax_latent_moe.nnx`, which are imported only when asked for.
 """
 
-from jax_latent_moe import cost, presets
+from jax_latent_moe import cost, parallel, presets
 from jax_latent_moe.config import (
     CutlassBackend,
     InitConfig,
@@ -12,6 +12,7 @@ from jax_latent_moe.config import (
     PallasBackend,
     PallasMatmulTile,
     PallasOuterTile,
+    ParallelConfig,
     RouterConfig,
     XlaBackend,
 )
@@ -33,12 +34,14 @@ __all__ = [
     "PallasBackend",
     "PallasMatmulTile",
     "PallasOuterTile",
+    "ParallelConfig",
     "RouterConfig",
     "UnsupportedError",
     "XlaBackend",
     "cost",
     "init_params",
     "latent_moe",
+    "parallel",
     "param_axes",
     "param_shapes",
     "presets",

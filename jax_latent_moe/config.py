@@ -13,6 +13,7 @@ from jax_latent_moe.errors import ConfigError
 ScoreFunction = Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"]
 Activation = Literal["relu2", "gelu", "swiglu", "geglu", "situ_glu"]
 LatentNorm = Literal["none", "pre", "post"]
+Dispatch = Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"]
 
 SCORE_FUNCTIONS = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
 ACTIVATIONS = ("relu2", "gelu", "swiglu", "geglu", "situ_glu")
@@ -23,6 +24,7 @@ DROP_POLICIES = ("probs", "position")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 XLA_METHODS = ("blocked", "ragged_dot")
+DISPATCHES = ("auto", "all_gather", "all_to_all", "ragged_all_to_all")
 
 # What a tile of the Pallas kernels may take: 192 float32 accumulators a thread, and shared memory less its barriers.
 PALLAS_TILE_AREA = 128 * 192
@@ -250,6 +252,46 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a layer is spread over the axes of the mesh that `jax.set_mesh` sets; an axis that it lacks has size 1.
+
+    Attributes:
+        data_axis: mesh axis that splits tokens.
+        fsdp_axis: mesh axis that splits tokens and every kernel, which is gathered before use.
+        expert_axis: mesh axis that splits tokens and experts; the latents travel over it.
+        tensor_axis: mesh axis that splits the inner width of the experts and of the shared expert.
+        dispatch: how latents reach their experts: "all_gather" of every latent and a reduce-scatter back, "all_to_all"
+            of buffers of equal size, "ragged_all_to_all" of the routed rows alone (no CPU has it), or "auto", the
+            faster of the first two by bytes and measured rates.
+        capacity_factor: a device sends at most ceil(capacity_factor * T * k / n) of its T tokens' rows to each of the
+            n devices of expert_axis, rounded up to a multiple of 8; rows of least weight over that are dropped and
+            counted in `LatentMoEAux.dropped_per_expert`. None drops nothing and makes room for the worst case.
+    """
+
+    data_axis: str = "data"
+    fsdp_axis: str = "fsdp"
+    expert_axis: str = "expert"
+    tensor_axis: str = "tensor"
+    dispatch: Dispatch = "auto"
+    capacity_factor: float | None = None
+
+    def __post_init__(self):
+        for name, axis in zip(("data_axis", "fsdp_axis", "expert_axis", "tensor_axis"), self.axes, strict=True):
+            if not isinstance(axis, str) or not axis:
+                raise ConfigError(f"parallel.{name}={axis!r} must be the name of a mesh axis.")
+        if len(set(self.axes)) < len(self.axes):
+            raise ConfigError(f"parallel axes {self.axes} must differ: each splits the layer in its own way.")
+        checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
+        if self.capacity_factor is not None:
+            checks.positive("parallel.capacity_factor", self.capacity_factor)
+
+    @property
+    def axes(self) -> tuple[str, str, str, str]:
+        """The names of the data, fsdp, expert and tensor axes."""
+        return self.data_axis, self.fsdp_axis, self.expert_axis, self.tensor_axis
+
+
+@dataclasses.dataclass(frozen=True)
 class LatentMoEConfig:
     """One latent mixture-of-experts layer.
 
@@ -274,6 +316,7 @@ class LatentMoEConfig:
         dtype: type of the computation and of y; accumulation is in float32.
         param_dtype: type of the stored parameters (the correction bias is always float32).
         backend: "auto", a backend's name, or its dataclass.
+        parallel: how the layer is spread over a mesh; None leaves that to XLA's own partitioning.
     """
 
     hidden_size: int
@@ -295,6 +338,7 @@ class LatentMoEConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     backend: Literal["auto", "xla", "pallas", "cutlass"] | BackendConfig = "auto"
+    parallel: ParallelConfig | None = None
 
     def __post_init__(self):
         for name in ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"):
@@ -313,6 +357,8 @@ class LatentMoEConfig:
         checks.positive("latent_norm_eps", self.latent_norm_eps)
         checks.instance("router", self.router, RouterConfig)
         checks.instance("init", self.init, InitConfig)
+        if self.parallel is not None:
+            checks.instance("parallel", self.parallel, ParallelConfig)
         object.__setattr__(self, "dtype", checks.dtype_name("dtype", self.dtype, COMPUTE_DTYPES))
         object.__setattr__(self, "param_dtype", checks.dtype_name("param_dtype", self.param_dtype, COMPUTE_DTYPES))
         object.__setattr__(self, "backend", as_backend(self.backend))

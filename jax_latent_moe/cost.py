@@ -2,6 +2,8 @@
 
 import math
 
+import jax.numpy as jnp
+
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.params import param_shapes
 
@@ -30,3 +32,45 @@ def matmul_flops_per_token(config: LatentMoEConfig) -> int:
                 share = config.top_k / config.num_experts if part == "experts" else 1
                 total += round(2 * math.prod(leaf.shape) * share)
     return total
+
+
+def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None) -> int:
+    """Rows of latents that a device may send to each device which holds experts.
+
+    Args:
+        config: the layer.
+        devices: n, devices that share the experts.
+        tokens: T, tokens of one device.
+        capacity_factor: as in `ParallelConfig`.
+
+    Returns:
+        T * min(k, E / n), which is never too few, or ceil(capacity_factor * T * k / n), rounded up to a multiple of 8
+        for the kernels' sake, if that is less.
+    """
+    enough = tokens * min(config.top_k, config.num_experts // devices)
+    if capacity_factor is None:
+        return enough
+    return min(enough, -(-math.ceil(capacity_factor * tokens * config.top_k / devices) // 8) * 8)
+
+
+def exchange_bytes(
+    config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None = None
+) -> dict[str, tuple[int, int]]:
+    """Bytes that one device sends to others by each dispatch in a forward pass: (latents to experts, results back).
+
+    The gradients take as many again, the other way round. Ids and weights of the rows count, 4 bytes each.
+
+    Args:
+        config: the layer; rows are latent_width wide, in its dtype.
+        devices: n, devices that share the experts.
+        tokens: T, tokens of one device.
+        capacity_factor: as in `ParallelConfig`; it bounds "all_to_all". "ragged_all_to_all" is counted at even loads.
+    """
+    row, others = config.latent_width * jnp.dtype(config.dtype).itemsize, devices - 1
+    capacity = exchange_capacity(config, devices, tokens, capacity_factor)
+    routed = min(tokens * config.top_k // devices, capacity)
+    return {
+        "all_gather": (others * tokens * (row + 8 * config.top_k), others * tokens * row),
+        "all_to_all": (others * capacity * (row + 8), others * capacity * row),
+        "ragged_all_to_all": (others * routed * (row + 8), others * routed * row),
+    }

@@ -1,6 +1,7 @@
 """The latent mixture-of-experts layer, top to bottom, as one pure function."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
+from jax_latent_moe.parallel.exchange import exchange
+from jax_latent_moe.parallel.mesh import over_mesh
+from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, check_params
 from jax_latent_moe.permute import count_experts, make_plan, within_capacity
 from jax_latent_moe.router import NO_EXPERT, auxiliary_losses, route, router_logits
@@ -27,8 +31,8 @@ class LatentMoEAux(NamedTuple):
     Attributes:
         expert_ids: [..., k] int32, the chosen experts; -1 reaches none. Give it back as `expert_ids` to replay.
         weights: [..., k] float32, their combine weights.
-        tokens_per_expert: [E] int32, tokens that chose each expert, before capacity drops any.
-        dropped_per_expert: [E] int32, of these, the ones dropped for capacity.
+        tokens_per_expert: [E] int32, tokens that chose each expert, before capacity drops any; of all devices.
+        dropped_per_expert: [E] int32, of these, the ones dropped for a capacity, the router's or the dispatch's.
         losses: auxiliary losses "switch", "sequence" and "z", coefficients applied.
     """
 
@@ -49,6 +53,8 @@ def latent_moe(
 ) -> tuple[Float[Array, "*batch d"], LatentMoEAux]:
     """Computes y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), routed by x (arXiv 2601.18089).
 
+    With config.parallel the layer is spread over the mesh that `jax.set_mesh` set: see `jax_latent_moe.parallel`.
+
     Args:
         params: as `init_params` makes them.
         x: [..., d], floating; read in config.dtype, by the router in the router's dtype.
@@ -63,11 +69,24 @@ def latent_moe(
         aux: `LatentMoEAux`.
 
     Raises:
-        InputError: the parameters or an array do not fit the config.
-        UnsupportedError: the named backend cannot run this layer.
+        InputError: the parameters or an array do not fit the config or the mesh.
+        ConfigError: an axis of the mesh does not divide what it splits.
+        UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
     """
     check_params(params, config)
     _check_inputs(x, config, token_mask, expert_ids)
+    run = partial(_layer, config)
+    if config.parallel is None:
+        by_token, totals = run(ONE_DEVICE, params, x, token_mask, expert_ids)
+    else:
+        by_token, totals = over_mesh(run, params, x, config, token_mask, expert_ids)
+    y, chosen_ids, weights = by_token
+    tokens_per_expert, dropped, losses = totals
+    return y, LatentMoEAux(chosen_ids, weights, tokens_per_expert, dropped, losses)
+
+
+def _layer(config, shards, params, x, token_mask, expert_ids):
+    """The layer on one device's tokens, experts and inner widths: (what is split as x is, what is one for all)."""
     batch, tokens = x.shape[:-1], x.reshape(-1, config.hidden_size)
     mask = None if token_mask is None else token_mask.reshape(-1)
     if mask is not None:
@@ -90,47 +109,65 @@ def latent_moe(
     latent = tokens if config.latent_size is None else _project(tokens, params["down_proj"])
     if config.latent_norm == "pre":
         latent = _rms_norm(latent, params["latent_norm"]["scale"], config.latent_norm_eps)
-    combined, dropped = _route_through_experts(params["experts"], checkpoint_name(latent, LATENT), routing, config)
+    latent = checkpoint_name(latent, LATENT)
+    combined, dropped = _route_through_experts(params["experts"], latent, routing, config, shards)
+    # Parts of the inner widths add up once, in y, if the shared expert has parts as well and no norm stands between.
+    sum_in_y = "shared" in params and config.latent_norm != "post"
+    if not sum_in_y:
+        combined = shards.sum_over_tensor(combined)
     if config.latent_norm == "post":
         combined = _rms_norm(combined, params["latent_norm"]["scale"], config.latent_norm_eps)
     if config.apply_routed_scale_to_output:
         combined *= config.router.routed_scaling_factor
     y = combined if config.latent_size is None else _project(combined, params["up_proj"])
     if "shared" in params:
-        y += _shared_expert(tokens, params["shared"], config)
+        shared = _shared_expert(tokens, params["shared"], config)
+        y = shards.sum_over_tensor(y + shared) if sum_in_y else y + shards.sum_over_tensor(shared)
 
     sequences = (math.prod(batch[:-1]), batch[-1] if batch else 1)
-    aux = LatentMoEAux(
-        expert_ids=routing.expert_ids.reshape(*batch, config.top_k),
-        weights=routing.weights.reshape(*batch, config.top_k),
-        tokens_per_expert=count_experts(routing.expert_ids, config.num_experts),
-        dropped_per_expert=dropped,
-        losses=auxiliary_losses(
-            logits.reshape(*sequences, config.num_experts),
-            config.router,
-            config.top_k,
-            None if mask is None else mask.reshape(sequences),
-        ),
+    losses = auxiliary_losses(
+        logits.reshape(*sequences, config.num_experts),
+        config.router,
+        config.top_k,
+        None if mask is None else mask.reshape(sequences),
+        all_tokens=shards.sum_over_tokens,
+        sequences_split=shards.sequences_split,
     )
-    return y.reshape(x.shape), aux
+    by_token = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing))
+    load = count_experts(routing.expert_ids, config.num_experts)
+    return by_token, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses)
 
 
-def _route_through_experts(experts, latent, routing, config):
-    """Weighted sum of the experts' outputs, [T, l], and the choices that capacity dropped, [E]."""
+def _route_through_experts(params, latent, routing, config, shards):
+    """Weighted sum of the experts' outputs, [T, l], and the choices of these tokens that capacity dropped, [E]."""
     expert_ids, weights = routing
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
-        capacity = math.ceil(config.router.capacity_factor * expert_ids.size / config.num_experts)
-        capacity = max(capacity, config.router.min_capacity)
-        kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
+        kept = _within_capacity(expert_ids, weights, config, shards)
         dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
         latent = (latent * weights).astype(latent.dtype)
-        weights = jnp.ones_like(weights)
-    plan = make_plan(expert_ids, config.num_experts)
-    w_in, w_out = (experts[name].astype(config.dtype) for name in ("w_in", "w_out"))
-    return routed_experts(config, latent, weights, w_in, w_out, plan), dropped
+        weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
+
+    w_in, w_out = (params[name].astype(config.dtype) for name in ("w_in", "w_out"))
+
+    def experts(latent, expert_ids, weights):
+        return routed_experts(config, latent, weights, w_in, w_out, make_plan(expert_ids, w_in.shape[0]))
+
+    if shards.expert_axis is None:
+        return experts(latent, expert_ids, weights), dropped
+    combined, not_sent = exchange(config, shards.expert_axis, experts, latent, expert_ids, weights)
+    return combined, dropped + not_sent
+
+
+def _within_capacity(expert_ids, weights, config, shards):
+    """Which choices of these tokens the experts keep, [T, k]: an expert's capacity is one over all tokens."""
+    expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
+    capacity = math.ceil(config.router.capacity_factor * expert_ids.size / config.num_experts)
+    capacity = max(capacity, config.router.min_capacity)
+    kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
+    return shards.own_tokens(kept)
 
 
 def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:

@@ -1,5 +1,6 @@
 """Which experts a token reaches and with what weight; the losses and the bias that keep the experts' loads even."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -118,7 +119,13 @@ def _masked_softmax(logits, mask):
 
 
 def auxiliary_losses(
-    logits: Float[Array, "b s e"], config: RouterConfig, top_k: int, token_mask: Bool[Array, "b s"] | None = None
+    logits: Float[Array, "b s e"],
+    config: RouterConfig,
+    top_k: int,
+    token_mask: Bool[Array, "b s"] | None = None,
+    *,
+    all_tokens: Callable[[Array], Array] = lambda values: values,
+    sequences_split: bool = False,
 ) -> dict[str, Float[Array, ""]]:
     """The losses "switch", "sequence" and "z", coefficients applied; 0 where a coefficient is 0.
 
@@ -126,18 +133,29 @@ def auxiliary_losses(
     unmasked tokens, with P the scores as probabilities and n_e the tokens whose top-k of P holds e (without bias or
     group limits); it equals its coefficient at perfect balance. sequence: the same for each sequence, averaged over
     them. z (ST-MoE, arXiv 2202.08906): mean_t logsumexp(logits_t)^2.
+
+    Args:
+        logits: [B, S, E], of this device's tokens.
+        config: the router.
+        top_k: k.
+        token_mask: [B, S]; tokens that are False do not count.
+        all_tokens: sums a value over the devices that hold the other tokens.
+        sequences_split: whether these hold other parts of the same sequences.
     """
     mask = jnp.ones(logits.shape[:2], bool) if token_mask is None else token_mask
     losses = {name: jnp.zeros((), logits.dtype) for name in ("switch", "sequence", "z")}
     if config.switch_loss_coef:
         whole_batch = logits.reshape(1, mask.size, logits.shape[2])
-        imbalance = _imbalance(whole_batch, mask.reshape(1, mask.size), config.score_function, top_k)
-        losses["switch"] = config.switch_loss_coef * imbalance
+        imbalance = _imbalance(whole_batch, mask.reshape(1, mask.size), config.score_function, top_k, all_tokens)
+        losses["switch"] = config.switch_loss_coef * jnp.sum(imbalance)
     if config.sequence_loss_coef:
-        losses["sequence"] = config.sequence_loss_coef * _imbalance(logits, mask, config.score_function, top_k)
+        within, between = (all_tokens, lambda n: n) if sequences_split else (lambda n: n, all_tokens)
+        imbalance = _imbalance(logits, mask, config.score_function, top_k, within)
+        sequences = between(jnp.full((), imbalance.size))
+        losses["sequence"] = config.sequence_loss_coef * between(jnp.sum(imbalance)) / jnp.maximum(sequences, 1)
     if config.z_loss_coef:
         squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
-        losses["z"] = config.z_loss_coef * jnp.sum(squared) / jnp.maximum(jnp.sum(mask), 1)
+        losses["z"] = config.z_loss_coef * all_tokens(jnp.sum(squared)) / jnp.maximum(all_tokens(jnp.sum(mask)), 1)
     return losses
 
 
@@ -148,17 +166,18 @@ def _probabilities(logits, score_function):
     return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
 
 
-def _imbalance(logits: Float[Array, "b s e"], mask: Bool[Array, "b s"], score_function, top_k) -> Float[Array, ""]:
-    """Mean over the batch of E / (k T^2) * sum_e n_e sum_t P[t, e]; a sequence without tokens counts as 0."""
+def _imbalance(
+    logits: Float[Array, "b s e"], mask: Bool[Array, "b s"], score_function, top_k, all_tokens
+) -> Float[Array, " b"]:
+    """E / (k T^2) * sum_e n_e sum_t P[t, e] of each sequence, which all_tokens completes; 0 for one without tokens."""
     batch, _, num_experts = logits.shape
     probs = jnp.where(mask[..., None], _probabilities(logits, score_function), 0)
     ids = lax.top_k(lax.stop_gradient(probs), top_k)[1]
     offset = num_experts * jnp.arange(batch)[:, None, None]
     ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
-    counts = count_experts(ids.reshape(-1, top_k), batch * num_experts).reshape(batch, num_experts)
-    tokens = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(probs.dtype)
-    per_sequence = jnp.sum(counts * jnp.sum(probs, axis=1), axis=1) * num_experts / (top_k * tokens**2)
-    return jnp.sum(per_sequence) / max(batch, 1)
+    counts = all_tokens(count_experts(ids.reshape(-1, top_k), batch * num_experts).reshape(batch, num_experts))
+    tokens = jnp.maximum(all_tokens(jnp.sum(mask, axis=1)), 1).astype(probs.dtype)
+    return jnp.sum(counts * all_tokens(jnp.sum(probs, axis=1)), axis=1) * num_experts / (top_k * tokens**2)
 
 
 def update_correction_bias(

@@ -1,9 +1,10 @@
-"""Settings of every test: fresh seeds, printed; hypothesis from the same seed."""
+"""Settings of every test: fresh seeds, printed; hypothesis from the same seed; eight virtual CPU devices."""
 
 import os
 import secrets
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    jax.config.update("jax_num_cpu_devices", 8)  # for tests/parallel; the others use the first
     os.environ.setdefault(seeds.VARIABLE, str(secrets.randbelow(2**31)))  # workers of xdist inherit it
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = os.environ[seeds.VARIABLE]

@@ -12,6 +12,7 @@ from jax_latent_moe import (
     InitConfig,
     LatentMoEConfig,
     PallasBackend,
+    ParallelConfig,
     RouterConfig,
     UnsupportedError,
     XlaBackend,
@@ -22,6 +23,7 @@ from jax_latent_moe import (
 )
 from tests import cases
 from tests.cases import TOY
+from tests.parallel.meshes import make_mesh
 
 GROUPS = RouterConfig(num_groups=2, topk_groups=1)
 CAPACITY = RouterConfig(capacity_factor=1.0)
@@ -49,6 +51,7 @@ LAYER = {
     "dtype": (TOY, "bfloat16"),
     "param_dtype": (TOY, "bfloat16"),
     "backend": (TOY, XlaBackend(method="ragged_dot")),
+    "parallel": (TOY, ParallelConfig()),
 }
 ROUTER = {
     "score_function": (RouterConfig(), "softmax"),
@@ -115,7 +118,8 @@ def test_no_field_is_forgotten(cls, table):
 @pytest.mark.parametrize("field", LAYER)
 def test_layer_field(field):
     base, value = LAYER[field]
-    assert_read(base, dataclasses.replace(base, **{field: value}))
+    with jax.set_mesh(make_mesh(2, names=("expert",))):  # which only "parallel" reads
+        assert_read(base, dataclasses.replace(base, **{field: value}))
 
 
 @pytest.mark.parametrize("field", ROUTER)

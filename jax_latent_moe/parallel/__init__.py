@@ -1,0 +1,19 @@
+"""A layer over many devices: tokens, experts and inner widths split over the axes of a mesh.
+
+`latent_moe` does it by itself where its config has `parallel` and `jax.set_mesh` set a mesh. Here is how to place
+parameters and inputs there, and how to ask which dispatch runs.
+"""
+
+from jax_latent_moe.parallel.choice import DispatchCost, choose_dispatch, dispatch_costs, explain
+from jax_latent_moe.parallel.mesh import axis_sizes, logical_axis_rules, param_specs, token_spec
+
+__all__ = [
+    "DispatchCost",
+    "axis_sizes",
+    "choose_dispatch",
+    "dispatch_costs",
+    "explain",
+    "logical_axis_rules",
+    "param_specs",
+    "token_spec",
+]

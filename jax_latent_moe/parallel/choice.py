@@ -1,0 +1,96 @@
+"""Which dispatch runs, and why: the bytes that each moves against the rates that were measured for it."""
+
+from typing import NamedTuple
+
+from jax_latent_moe import cost
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.errors import ConfigError, UnsupportedError
+from jax_latent_moe.grouped_matmul.device import default_device
+
+LATENCY_MS = 0.07
+"""Time of a collective that moves nothing."""
+
+GIGABYTES_PER_SECOND = {"all_gather": 277, "all_to_all": 298, "ragged_all_to_all": 2.6}
+"""What one device sends; both from medians on two H200 of one host (NVLink, NCCL, jax 0.11.2). Across hosts no rate
+was measured; only the ratios matter to the choice. ragged_all_to_all ran a hundred times slower than all_to_all."""
+
+
+class DispatchCost(NamedTuple):
+    """What a dispatch costs one device in a forward pass.
+
+    Attributes:
+        bytes_out: sent to the experts.
+        bytes_back: sent back.
+        ms: expected time of both at the measured rates.
+    """
+
+    bytes_out: int
+    bytes_back: int
+    ms: float
+
+
+def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[str, DispatchCost]:
+    """Bytes and expected time of each dispatch.
+
+    Args:
+        config: the layer, with `parallel` set.
+        devices: devices along the expert axis.
+        tokens: tokens of one device.
+
+    Raises:
+        ConfigError: config.parallel is None.
+    """
+    if config.parallel is None:
+        raise ConfigError("parallel=None has no dispatch: set parallel=ParallelConfig() in the layer's config.")
+    moved = cost.exchange_bytes(config, devices, tokens, config.parallel.capacity_factor)
+    return {
+        name: DispatchCost(out, back, 2 * LATENCY_MS + (out + back) / GIGABYTES_PER_SECOND[name] / 1e6)
+        for name, (out, back) in moved.items()
+    }
+
+
+def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
+    """The named dispatch, or for "auto" the faster of all_gather and all_to_all; decided before anything runs.
+
+    Args:
+        config: the layer, with `parallel` set.
+        devices: devices along the expert axis.
+        tokens: tokens of one device.
+
+    Raises:
+        ConfigError: config.parallel is None.
+        UnsupportedError: ragged_all_to_all is named on a CPU.
+    """
+    costs = dispatch_costs(config, devices, tokens)
+    assert config.parallel is not None
+    named = config.parallel.dispatch
+    if named == "ragged_all_to_all" and default_device()[0] == "cpu":
+        raise UnsupportedError(named, "XLA has no such collective on CPUs.", "Use dispatch='all_gather' or 'auto'.")
+    return min(("all_gather", "all_to_all"), key=lambda name: costs[name].ms) if named == "auto" else named
+
+
+def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
+    """What each dispatch would move and take, and which one runs: a line each.
+
+    Args:
+        config: the layer, with `parallel` set.
+        devices: devices along the expert axis.
+        tokens: tokens of one device.
+
+    Raises:
+        ConfigError: config.parallel is None.
+        UnsupportedError: ragged_all_to_all is named on a CPU.
+    """
+    costs = dispatch_costs(config, devices, tokens)
+    if devices == 1:
+        return "One device holds all experts: nothing travels."
+    assert config.parallel is not None
+    chosen = choose_dispatch(config, devices, tokens)
+    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
+    lines = [f"{tokens} tokens a device, {devices} devices share {config.num_experts} experts, {capacity} rows a pair:"]
+    for name, (out, back, ms) in costs.items():
+        note = "  <- runs" if name == chosen else ""
+        if name == "ragged_all_to_all" and config.parallel.dispatch == "auto":
+            note = "  never by auto: measured far slower than its bytes"
+        lines.append(f"  {name:<18} {out / 2**20:9.1f} MiB out {back / 2**20:9.1f} MiB back {ms:9.2f} ms{note}")
+    return "\n".join(lines)

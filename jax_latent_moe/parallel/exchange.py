@@ -1,0 +1,177 @@
+"""Latents to the devices that hold their experts and back: three strategies that give the same values.
+
+What a device computes for others it weighs at once, so that only sums of rows of latent width come back. Every
+movement of rows is one gather with another gather as its gradient: no scatter, and the same bits from run to run.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_latent_moe import cost
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.parallel.choice import choose_dispatch
+from jax_latent_moe.permute import count_experts, make_plan, within_capacity
+from jax_latent_moe.router import NO_EXPERT
+
+Experts = Callable[[Float[Array, "t l"], Int[Array, "t k"], Float[Array, "t k"]], Float[Array, "t l"]]
+
+
+def exchange(
+    config: LatentMoEConfig,
+    axis: str,
+    experts: Experts,
+    latent: Float[Array, "t l"],
+    expert_ids: Int[Array, "t k"],
+    weights: Float[Array, "t k"],
+) -> tuple[Float[Array, "t l"], Int[Array, " e"]]:
+    """sum_j weights[t, j] * expert_j(latent[t]) with the experts split over a mesh axis; under shard_map.
+
+    Args:
+        config: the layer; its `parallel` says how rows travel, and how many.
+        axis: mesh axis that splits the experts in equal runs.
+        experts: (rows [T, l], ids [T, k] of this device's experts, weights [T, k]) -> [T, l]; other ids are no expert.
+        latent: [T, l], this device's.
+        expert_ids: [T, k] over all experts.
+        weights: [T, k], 0 where there is no expert.
+
+    Returns:
+        [T, l], and the rows of this device that capacity dropped, [E] int32: the same for every dispatch.
+
+    Raises:
+        UnsupportedError: the named dispatch does not run on this platform.
+    """
+    assert config.parallel is not None
+    devices, (tokens, k) = lax.axis_size(axis), expert_ids.shape
+    local_experts = config.num_experts // devices
+    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
+    dropped = jnp.zeros(config.num_experts, jnp.int32)
+    if capacity < tokens * min(k, local_experts):
+        kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
+        dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts)
+        expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
+    move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}
+    strategy = choose_dispatch(config, devices, tokens)
+    return move[strategy](axis, capacity, local_experts, experts, latent, expert_ids, weights), dropped
+
+
+def _all_gather(axis, capacity, local_experts, experts, latent, expert_ids, weights):
+    """Every device reads all latents and computes its experts' part of each; a reduce-scatter adds the parts."""
+    latent, expert_ids, weights = (lax.all_gather(part, axis, tiled=True) for part in (latent, expert_ids, weights))
+    expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
+    weights = jnp.where(mine, weights, 0)
+    rows = capacity * lax.axis_size(axis)
+    if rows < expert_ids.size:  # fewer rows than choices: take those of this device alone
+        slot_of_row, row_of_slot = _used(make_plan(expert_ids, local_experts), mine)
+        slot_of_row, row_of_slot = slot_of_row[:rows], jnp.minimum(row_of_slot, rows)
+        ids, row_weights = (
+            _get(expert_ids.reshape(-1), slot_of_row, NO_EXPERT),
+            _get(weights.reshape(-1), slot_of_row, 0),
+        )
+        out = experts(_spread(latent, slot_of_row, row_of_slot), ids[:, None], row_weights[:, None])
+        total = _collect(out, slot_of_row, row_of_slot)
+    else:
+        total = experts(latent, expert_ids, weights)
+    return lax.psum_scatter(total, axis, tiled=True)
+
+
+def _all_to_all(axis, capacity, local_experts, experts, latent, expert_ids, weights):
+    """Each device sends every other a buffer of `capacity` rows, and gets them back weighted."""
+    devices, slots = lax.axis_size(axis), expert_ids.size
+    plan = make_plan(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
+    starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
+    place = jnp.arange(capacity)
+    filled = place < plan.group_sizes[:, None]
+    slot_of_place = jnp.where(filled, _get(plan.slot_of_row, starts[:, None] + place, slots), slots).reshape(-1)
+    device = jnp.clip(expert_ids // local_experts, 0)
+    place_of_slot = device * capacity + plan.row_of_slot - starts[device]
+    place_of_slot = jnp.where(expert_ids < 0, devices * capacity, place_of_slot)
+
+    swap = partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
+    ids = swap(_get(expert_ids.reshape(-1), slot_of_place, NO_EXPERT))
+    row_weights = swap(_get(weights.reshape(-1), slot_of_place, 0))
+    ids, mine = _own_experts(ids, axis, local_experts)
+    rows = swap(_spread(latent, slot_of_place, place_of_slot))
+    out = experts(rows, ids[:, None], jnp.where(mine, row_weights, 0)[:, None])
+    return _collect(swap(out), slot_of_place, place_of_slot)
+
+
+def _ragged_all_to_all(axis, capacity, local_experts, experts, latent, expert_ids, weights):
+    """Each device sends every other just the rows of its experts, and gets them back weighted."""
+    devices, me, slots = lax.axis_size(axis), lax.axis_index(axis), expert_ids.size
+    plan = make_plan(expert_ids, local_experts * devices)
+    sent = jnp.sum(plan.group_sizes.reshape(devices, local_experts), axis=1)
+    sizes = lax.all_gather(sent, axis)  # [from, to]
+    before_in_row = jnp.cumsum(sizes, axis=1) - sizes  # where the rows for each device stand at their sender
+    before_in_column = jnp.cumsum(sizes, axis=0) - sizes  # and at their receiver
+    there = (before_in_row[me], sizes[me], before_in_column[me], sizes[:, me])
+    back = (before_in_column[:, me], sizes[:, me], before_in_row[:, me], sizes[me])
+
+    def send(rows, count, fill, offsets):
+        room = jnp.full((count, *rows.shape[1:]), fill, rows.dtype)
+        return lax.ragged_all_to_all(rows, room, *offsets, axis_name=axis)
+
+    received = devices * capacity
+    slot_of_row, row_of_slot = _used(plan, expert_ids >= 0)
+    ids = send(_get(expert_ids.reshape(-1), slot_of_row, NO_EXPERT), received, NO_EXPERT, there)
+    ids, mine = _own_experts(ids, axis, local_experts)
+    row_weights = send(_get(weights.reshape(-1), slot_of_row, 0), received, 0, there)
+    rows = send(_spread(latent, slot_of_row, row_of_slot), received, 0, there)
+    out = experts(rows, ids[:, None], jnp.where(mine, row_weights, 0)[:, None])
+    return _collect(send(out, slots, 0, back), slot_of_row, row_of_slot)
+
+
+def _used(plan, chosen) -> tuple[Int[Array, " r"], Int[Array, "t k"]]:
+    """The plan's slot of each row and row of each slot, T * k where that row or slot is not in use."""
+    slots = plan.slot_of_row.size
+    rows = jnp.arange(slots)
+    slot_of_row = jnp.where(rows < jnp.sum(plan.group_sizes), plan.slot_of_row, slots)
+    return slot_of_row, jnp.where(chosen, plan.row_of_slot, slots)
+
+
+def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
+    """The ids as indices of this device's experts, and whether they are: NO_EXPERT where not."""
+    own = expert_ids - lax.axis_index(axis) * local_experts
+    mine = (expert_ids >= 0) & (own >= 0) & (own < local_experts)
+    return jnp.where(mine, own, NO_EXPERT), mine
+
+
+@jax.custom_vjp
+def _spread(
+    tokens: Float[Array, "t l"], slot_of_row: Int[Array, " r"], row_of_slot: Int[Array, "t k"]
+) -> Float[Array, "r l"]:
+    """The token of each row, [T, l] -> [R, l]; slot T * k is no token and gives zeros."""
+    return _get(tokens, slot_of_row // row_of_slot.shape[1], 0)
+
+
+@jax.custom_vjp
+def _collect(
+    rows: Float[Array, "r l"], slot_of_row: Int[Array, " r"], row_of_slot: Int[Array, "t k"]
+) -> Float[Array, "t l"]:
+    """The sum of each token's rows, [R, l] -> [T, l], in float32 and in the order of its choices; row R is no row."""
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    total = jnp.zeros((row_of_slot.shape[0], rows.shape[1]), wide)
+    for choice in range(row_of_slot.shape[1]):
+        total += _get(rows, row_of_slot[:, choice], 0).astype(wide)
+    return total.astype(rows.dtype)
+
+
+def _pair_fwd(function, values, slot_of_row, row_of_slot):
+    return function(values, slot_of_row, row_of_slot), (slot_of_row, row_of_slot)
+
+
+def _pair_bwd(transposed, indices, cotangent):
+    return transposed(cotangent, *indices), *(np.zeros(index.shape, jax.dtypes.float0) for index in indices)
+
+
+_spread.defvjp(partial(_pair_fwd, _spread), partial(_pair_bwd, _collect))
+_collect.defvjp(partial(_pair_fwd, _collect), partial(_pair_bwd, _spread))
+
+
+def _get(values, indices, fill):
+    return values.at[indices].get(mode="fill", fill_value=fill, wrap_negative_indices=False)

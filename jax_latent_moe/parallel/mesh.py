@@ -1,0 +1,176 @@
+"""The layer's parts on the axes of a mesh: who holds what, and how a function of one device's part is run on all."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
+from jax_latent_moe.errors import ConfigError, InputError
+from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
+from jax_latent_moe.params import Params, param_axes
+
+Body = Callable[..., tuple[Any, Any]]
+
+
+def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Devices along the data, fsdp, expert and tensor axes of the mesh; 1 where it has no such axis."""
+    return {axis: mesh.shape.get(axis, 1) for axis in parallel.axes}
+
+
+def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> list[tuple[str, str | None]]:
+    """The mesh axis of each logical axis of `param_axes`, as Flax takes such rules: the first that is free wins.
+
+    Args:
+        parallel: names the axes.
+        mesh: axes that it lacks, or has with size 1, split nothing.
+    """
+    sizes = axis_sizes(parallel, mesh)
+    rules = (
+        ("expert", parallel.expert_axis),
+        ("expert_intermediate", parallel.tensor_axis),
+        ("shared_intermediate", parallel.tensor_axis),
+        ("hidden", parallel.fsdp_axis),
+        ("latent", parallel.fsdp_axis),
+    )
+    return [(name, axis if sizes[axis] > 1 else None) for name, axis in rules]
+
+
+def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, PartitionSpec]]:
+    """How each parameter is split: experts over the expert axis, inner widths over tensor, the rest over fsdp.
+
+    Args:
+        config: the layer, with `parallel` set.
+        mesh: the mesh, whose sizes must divide what they split.
+
+    Raises:
+        ConfigError: config.parallel is None, or an axis does not divide what it splits.
+    """
+    if config.parallel is None:
+        raise ConfigError("parallel=None names no mesh axes: set parallel=ParallelConfig() in the layer's config.")
+    _check_divides(config, mesh)
+    rules = logical_axis_rules(config.parallel, mesh)
+    return {
+        part: {name: _spec(axes, rules) for name, axes in leaves.items()} for part, leaves in param_axes(config).items()
+    }
+
+
+def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How the first axis of x is split: over data, fsdp and expert, in this order."""
+    axes = _token_axes(parallel, mesh)
+    return PartitionSpec(axes) if axes else PartitionSpec()
+
+
+def over_mesh(
+    body: Body,
+    params: Params,
+    x: Float[Array, "*batch d"],
+    config: LatentMoEConfig,
+    token_mask: Bool[Array, "*batch"] | None,
+    expert_ids: Int[Array, "*batch k"] | None,
+) -> tuple[Any, Any]:
+    """Runs body(shards, params, x, token_mask, expert_ids) on each device's part of the arguments.
+
+    The mesh is the one that `jax.set_mesh` set. On one device, or without a mesh, the body is called as it is.
+
+    Args:
+        body: returns arrays that are split as the tokens are, and arrays that every device has whole.
+        params: as `init_params` makes them; the body sees kernels whole but for its own experts and inner widths.
+        x: [..., d]; the first axis is split.
+        config: the layer, with `parallel` set.
+        token_mask: [...].
+        expert_ids: [..., k].
+
+    Raises:
+        ConfigError: an axis of the mesh does not divide what it splits, or is not of type Auto.
+        InputError: the devices do not divide the first axis of x.
+    """
+    parallel, mesh = config.parallel, jax.sharding.get_abstract_mesh()
+    assert parallel is not None
+    sizes = axis_sizes(parallel, mesh)
+    if math.prod(sizes.values()) == 1:
+        return body(ONE_DEVICE, params, x, token_mask, expert_ids)
+    _check_axis_types(mesh, sizes)
+    tokens, splits = _token_axes(parallel, mesh), math.prod(sizes[axis] for axis in _token_axes(parallel, mesh))
+    if x.ndim < 2 or x.shape[0] % splits:
+        raise InputError(
+            f"x of shape {x.shape}: the first of at least two axes must be a multiple of the {splits} devices of "
+            f"{', '.join(f'{axis}={sizes[axis]}' for axis in tokens)}: pad it, with token_mask False there."
+        )
+    shards = Shards(
+        token_axes=tokens,
+        sequences_split=x.ndim == 2,
+        expert_axis=parallel.expert_axis if sizes[parallel.expert_axis] > 1 else None,
+        tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
+    )
+    specs = param_specs(config, mesh)
+
+    def local(params, x, token_mask, expert_ids):
+        return body(shards, _gather(params, specs, parallel), x, token_mask, expert_ids)
+
+    split, whole = token_spec(parallel, mesh), PartitionSpec()
+    mapped = jax.shard_map(
+        local,
+        in_specs=(specs, split, split, split),
+        out_specs=(split, whole),
+        axis_names={axis for axis in parallel.axes if axis in mesh.shape},
+        # Kernels say nothing of the axes over which their outputs vary; Shards' sums are right without.
+        check_vma=False,
+    )
+    return mapped(params, x, token_mask, expert_ids)
+
+
+def _token_axes(parallel, mesh) -> tuple[str, ...]:
+    sizes = axis_sizes(parallel, mesh)
+    return tuple(axis for axis in (parallel.data_axis, parallel.fsdp_axis, parallel.expert_axis) if sizes[axis] > 1)
+
+
+def _spec(axes, rules) -> PartitionSpec:
+    entries: list[str | None] = [None] * len(axes)
+    for name, mesh_axis in rules:
+        if name in axes and mesh_axis is not None and mesh_axis not in entries:
+            entries[axes.index(name)] = mesh_axis
+    return PartitionSpec(*entries)
+
+
+def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:
+    """Kernels whole but for the axes that split the work: the device's own experts and inner widths."""
+    split_work = (parallel.expert_axis, parallel.tensor_axis)
+
+    def whole(leaf, spec, kept):
+        for dimension, axis in enumerate(spec):
+            if axis is not None and axis not in kept:
+                leaf = jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
+        return leaf
+
+    return {
+        part: jax.tree.map(partial(whole, kept=() if part == "router" else split_work), leaves, specs[part])
+        for part, leaves in params.items()
+    }
+
+
+def _check_divides(config, mesh):
+    _, fsdp, expert, tensor = config.parallel.axes
+    sizes = axis_sizes(config.parallel, mesh)
+    for name, width, axis in (
+        ("num_experts", config.num_experts, expert),
+        ("expert_intermediate_size", config.expert_intermediate_size, tensor),
+        ("shared_expert_intermediate_size", config.shared_expert_intermediate_size, tensor),
+        ("hidden_size", config.hidden_size, fsdp),
+        ("latent_size", config.latent_width, fsdp),
+    ):
+        if width % sizes[axis]:
+            raise ConfigError(f"{name}={width} must be a multiple of the mesh's {axis}={sizes[axis]}, which splits it.")
+
+
+def _check_axis_types(mesh, sizes):
+    for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if axis in sizes and kind != AxisType.Auto:
+            raise ConfigError(
+                f"mesh axis '{axis}' is of type {kind.name}, and the layer maps over axes of type Auto: make the mesh "
+                "with axis_types=(AxisType.Auto,) * n, and leave parallel=None inside of a shard_map."
+            )

@@ -1,0 +1,139 @@
+"""The layer on a mesh under jit, scan, remat and vmap; and what it refuses there."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jax_latent_moe import ConfigError, InputError, ParallelConfig, init_params, latent_moe
+from jax_latent_moe.parallel import param_specs
+from tests import cases, layers
+from tests.parallel.meshes import BASE, make_mesh
+from tests.tolerances import assert_close, assert_trees_close
+
+LAYERS = 2
+DENSE = dataclasses.replace(BASE, parallel=None)
+
+
+def stack_loss(config, stacked, x):
+    """Layers under scan and remat, with their losses."""
+
+    @jax.checkpoint
+    def block(x, params):
+        y, aux = latent_moe(params, x, config)
+        return x + y, sum(aux.losses.values())
+
+    y, losses = jax.lax.scan(block, x, stacked)
+    return jnp.sum(jnp.sin(y)) + jnp.sum(losses)
+
+
+def test_scan_of_remat_under_jit(rng):
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), LAYERS)
+    stacked, x = jax.vmap(lambda key: init_params(key, BASE))(keys), jnp.float32(rng.normal(size=(8, 2, 16)))
+    gradient = jax.jit(jax.grad(stack_loss, (1, 2)), static_argnums=0)
+    dparams, dx = gradient(DENSE, stacked, x)
+    with jax.set_mesh(make_mesh(1, 2, 2, 2)):
+        dparams_mesh, dx_mesh = gradient(BASE, stacked, x)
+    assert_close(dx_mesh, dx, "float32")
+    assert_trees_close(dparams_mesh, dparams, "float32")
+
+
+def test_vmap(rng):
+    params, x = init_params(jax.random.key(int(rng.integers(2**31))), BASE), jnp.float32(rng.normal(size=(3, 8, 2, 16)))
+    over = jax.jit(jax.vmap(latent_moe, (None, 0, None)), static_argnums=2)
+    y, aux = over(params, x, DENSE)
+    with jax.set_mesh(make_mesh(2, 1, 2, 1)):
+        y_mesh, aux_mesh = over(params, x, BASE)
+    assert_close(y_mesh, y, "float32")
+    np.testing.assert_array_equal(aux_mesh.tokens_per_expert, aux.tokens_per_expert)
+
+
+def test_placed_parameters_stay_where_they_are(rng):
+    """Gradients come out as the parameters went in, and no expert ever leaves its device."""
+    mesh, config = make_mesh(1, 2, 4, 1), BASE
+    specs = param_specs(config, mesh)
+    placed = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+    params = jax.device_put(init_params(jax.random.key(0), config), placed)
+    x = jnp.float32(rng.normal(size=(8, 2, 16)))
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda params: latent_moe(params, x, config)[0].sum()))
+        grads = gradient(params)
+    del grads["router"]["bias"]  # it has none: zeros, wherever XLA puts them
+    for part, leaves in grads.items():
+        for name, leaf in leaves.items():
+            assert leaf.sharding.is_equivalent_to(placed[part][name], leaf.ndim), f"{part}/{name}"
+    assert {shard.data.shape for shard in grads["experts"]["w_in"].addressable_shards} == {(2, 4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        ((1, 1, 8, 1), {"num_experts": 6}, r"num_experts=6 must be a multiple of the mesh's expert=8"),
+        ((1, 1, 1, 4), {"expert_intermediate_size": 6}, r"expert_intermediate_size=6 must be .* tensor=4"),
+        ((1, 1, 1, 4), {"shared_expert_intermediate_size": 6}, r"shared_expert_intermediate_size=6 must .* tensor=4"),
+        ((1, 4, 1, 1), {"hidden_size": 18}, r"hidden_size=18 must be a multiple of the mesh's fsdp=4"),
+        ((1, 4, 1, 1), {"latent_size": 6}, r"latent_size=6 must be a multiple of the mesh's fsdp=4"),
+    ],
+)
+def test_what_an_axis_does_not_divide_is_refused(sizes, changes, message):
+    config = dataclasses.replace(BASE, **changes)
+    params, x = init_params(jax.random.key(0), config), jnp.zeros((8, 2, config.hidden_size))
+    with jax.set_mesh(make_mesh(*sizes)), pytest.raises(ConfigError, match=message):
+        latent_moe(params, x, config)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 16), (16,)])
+def test_tokens_that_the_devices_do_not_divide_are_refused(shape):
+    message = r"must be a multiple of the 4 devices of data=2, expert=2: pad it"
+    with jax.set_mesh(make_mesh(2, 1, 2, 2)), pytest.raises(InputError, match=message):
+        latent_moe(init_params(jax.random.key(0), BASE), jnp.zeros(shape), BASE)
+
+
+def test_other_kinds_of_axes_are_refused(rng):
+    case = cases.draw(rng, BASE, (4, 2))
+    run = functools.partial(latent_moe, layers.cast(case.params, "float32"), case.x, BASE)
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="'expert' is of type Explicit"):
+        run()
+    inside = jax.shard_map(lambda: run()[0], in_specs=(), out_specs=jax.sharding.PartitionSpec(), check_vma=False)
+    with jax.set_mesh(make_mesh(1, 1, 2, 1)), pytest.raises(ConfigError, match="leave parallel=None inside of a shard"):
+        inside()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_axis": "data"}, "must differ"),
+        ({"data_axis": ""}, "must be the name of a mesh axis"),
+        ({"dispatch": "broadcast"}, "parallel.dispatch='broadcast' is unknown"),
+        ({"capacity_factor": 0.0}, "parallel.capacity_factor=0.0 must be more than 0"),
+    ],
+)
+def test_wrong_fields_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "axis"),
+    [
+        ("data_axis", "rows", "rows"),
+        ("fsdp_axis", "zero", "zero"),
+        ("expert_axis", "experts", "experts"),
+        ("tensor_axis", "model", "model"),
+        ("dispatch", "all_to_all", "expert"),
+        ("capacity_factor", 0.5, "expert"),
+    ],
+)
+def test_every_field_is_read(field, value, axis):
+    """Changing it changes the program on a mesh with that axis."""
+    config = dataclasses.replace(BASE, parallel=dataclasses.replace(ParallelConfig(), **{field: value}))
+    params, x = init_params(jax.random.key(0), BASE), jnp.zeros((8, 4, 16))
+    with jax.set_mesh(make_mesh(2, names=(axis,))):
+        programs = {str(jax.make_jaxpr(latent_moe, static_argnums=2)(params, x, c)) for c in (BASE, config)}
+    assert len(programs) == 2
+    assert field in {f.name for f in dataclasses.fields(ParallelConfig)}
