@@ -10,10 +10,11 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import kernels, layers, problems
 from benchmarks.measure import RESULTS, Run
-from benchmarks.timing import ceilings
+from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
 
 SUITES = ("kernel", "layer", "decode")
 
@@ -45,6 +46,15 @@ def tables(*, quick: bool) -> dict[str, tuple[dict, dict]]:
         "layer": ({}, only(problems.LAYERS, problems.QUICK_LAYERS)),
         "decode": (problems.DECODE_KERNELS, only(problems.DECODE_LAYERS, ("super_t64",))),
     }
+
+
+def ceilings(size: int = 8192, elements: int = 2**30) -> tuple[float, float]:
+    """FLOP/s of a large bfloat16 matmul and bytes/s of a large copy, read plus written."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (0, 1))
+    buffer = jnp.zeros((elements,), jnp.bfloat16)
+    calls = prepare({"matmul": jax_candidate(jnp.matmul, a, b), "copy": jax_candidate(lambda v: v + 1, buffer)})
+    times = time_in_turn(calls, 8)
+    return 2 * size**3 / times["matmul"] * 1e3, 2 * buffer.nbytes / times["copy"] * 1e3
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from benchmarks.kernels import CONTRACTIONS, PASSES, best_tokamax_tile, relative
 from benchmarks.measure import Row, Run, show
 from benchmarks.peers import jax_layer, tokamax_ragged_dot, transformers_layer
 from benchmarks.problems import BACKENDS, Grouped
-from benchmarks.timing import Candidate, jax_candidate, prepare, time_in_turn
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend, init_params, latent_moe
 from jax_latent_moe.cost import matmul_flops_per_token
 from jax_latent_moe.grouped_matmul import problem, select
+from jax_latent_moe.grouped_matmul.timing import Candidate, jax_candidate, prepare, time_in_turn
 
 CHECKED_TOKENS = 256
 

@@ -18,6 +18,7 @@ hypothesis.settings.load_profile("tests")
 def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", 8)  # for tests/parallel; the others use the first
     os.environ.setdefault(seeds.VARIABLE, str(secrets.randbelow(2**31)))  # workers of xdist inherit it
+    os.environ["JAX_LATENT_MOE_TUNING"] = os.path.join(os.sep, "nonexistent", "tuning.json")  # the user's own tiles
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = os.environ[seeds.VARIABLE]
 

@@ -12,9 +12,9 @@ from benchmarks import gpu, kernels, layers
 from benchmarks.measure import WRONG, Row, Run
 from benchmarks.peers import jax_layer
 from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
-from benchmarks.timing import Call, jax_candidate, prepare, time_in_turn
 from jax_latent_moe import init_params, latent_moe
 from jax_latent_moe.grouped_matmul import reference
+from jax_latent_moe.grouped_matmul.timing import Call, jax_candidate, prepare, time_in_turn
 from tests.tolerances import assert_close
 
 CEILINGS = 1e12, 1e11

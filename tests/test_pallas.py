@@ -11,11 +11,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
 from jax_latent_moe.errors import ConfigError
-from jax_latent_moe.grouped_matmul import Problem, explain, reference, tuning
+from jax_latent_moe.grouped_matmul import Problem, explain, reference
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import rows_w
 from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
 from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import max_row_tiles, row_tiles
+from jax_latent_moe.grouped_matmul.pallas_hopper_tiles import choose
 from tests.tolerances import assert_close
 
 EXPERTS, ROWS, IN, OUT = 5, 100, 128, 192
@@ -201,19 +202,19 @@ def test_auto_takes_it_on_hopper(kind):
 
 
 def test_a_measured_tile_comes_from_the_table():
-    super_up = (512, 1024, 2688)
-    assert tuning.matmul_tile(180224, super_up, True).band == 4
-    assert tuning.matmul_tile(100000, super_up, True).band == 4
-    assert tuning.matmul_tile(45056, super_up, True).band == 1
+    for num_rows, band in ((180224, 4), (100000, 4), (45056, 1)):
+        choice = choose("rows_wt", num_rows, (512, 1024, 2688), "NVIDIA H200")
+        assert choice.tile.band == band
+        assert ("committed table" in choice.source) == (band == 4)
 
 
 @pytest.mark.parametrize("columns", [64, 128, 192, 320, 1024, 2688, 5120])
 def test_a_tile_pads_little(columns):
     for num_rows in (64, 100000):
-        tile = tuning.matmul_tile(num_rows, (64, 512, columns), False)
+        tile = choose("rows_w", num_rows, (64, 512, columns), "NVIDIA H200").tile
         width = tile.columns * tile.cluster
         assert -(-columns // width) * width <= max(1.25 * columns, 256)
-        tile = tuning.outer_tile(num_rows, (64, columns, 512))
+        tile = choose("outer", num_rows, (64, columns, 512), "NVIDIA H200").tile
         height = tile.rows * tile.cluster
         assert -(-columns // height) * height <= max(1.25 * columns, 256)
 

@@ -3,8 +3,8 @@
 import functools
 
 from benchmarks.peers.torch_grouped_mm import torch_call
-from benchmarks.timing import Candidate
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.grouped_matmul.timing import Candidate
 
 
 def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:

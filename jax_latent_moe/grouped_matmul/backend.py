@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, XlaBackend, as_backend
 from jax_latent_moe.errors import UnsupportedError
 from jax_latent_moe.grouped_matmul import pallas_hopper, xla
+from jax_latent_moe.grouped_matmul.tuning import Choice
 
 Contraction = Literal["rows_w", "rows_wt", "outer"]
 
@@ -47,6 +48,14 @@ class Backend(Protocol):
 
     def supports(self, problem: Problem) -> str | None:
         """None when this backend runs the problem, else the reason, as a sentence."""
+        ...
+
+    def tile(self, problem: Problem) -> Choice | None:
+        """The tile that would run the problem and where it comes from; None where there is none to choose."""
+        ...
+
+    def candidates(self, problem: Problem) -> tuple[BackendConfig, ...]:
+        """Configurations that differ in the tile of the problem's contraction, for `tune` to time; empty for none."""
         ...
 
     def matmul(
@@ -110,13 +119,17 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Backend:
 
 
 def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:
-    """Who is asked to run the problem, in order, and what each says: one line a backend."""
+    """Who is asked to run the problem, in order, and what each says: one line a backend, and one for the tile."""
     lines = [f"{problem.contraction} on {problem.platform} ({problem.device_kind}), backend={backend!r}:"]
     for config in _candidates(problem, backend):
-        reason = _BACKENDS[type(config)](config).supports(problem)
-        lines.append(f"  {config!r}: {'runs it' if reason is None else f'refuses: {reason}'}")
+        chosen = _BACKENDS[type(config)](config)
+        reason = chosen.supports(problem)
         if reason is None:
+            lines.append(f"  {config!r}: runs it")
+            if choice := chosen.tile(problem):
+                lines.append(f"    {choice.tile!r}, from {choice.source}")
             break
+        lines.append(f"  {config!r}: refuses: {reason}")
     return "\n".join(lines)
 
 

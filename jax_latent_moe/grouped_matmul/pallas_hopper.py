@@ -1,8 +1,9 @@
 """The `pallas` backend: Mosaic GPU kernels for Hopper. Pallas itself is imported when a kernel is built."""
 
 from jax_latent_moe.config import PallasBackend
-from jax_latent_moe.grouped_matmul import tuning
-from jax_latent_moe.grouped_matmul.device import num_multiprocessors
+from jax_latent_moe.grouped_matmul import pallas_hopper_tiles
+from jax_latent_moe.grouped_matmul.device import default_device, num_multiprocessors
+from jax_latent_moe.grouped_matmul.tuning import Choice
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 DTYPES = ("bfloat16", "float16")
@@ -29,11 +30,21 @@ class Pallas:
                 return f"{name}=0 leaves its kernels nothing to do."
         return None
 
+    def tile(self, problem) -> Choice:
+        """See `Backend.tile`."""
+        w_shape = problem.num_experts, problem.in_features, problem.out_features
+        return self._tile(problem.contraction, problem.num_rows, w_shape, problem.device_kind)
+
+    def candidates(self, problem) -> tuple[PallasBackend, ...]:
+        """See `Backend.candidates`."""
+        return pallas_hopper_tiles.candidates(problem.contraction)
+
     def matmul(self, rows, w, group_sizes, *, transpose_w):
         """See `Backend.matmul`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import rows_w
 
-        tile = self.config.matmul_tile or tuning.matmul_tile(rows.shape[0], w.shape, transpose_w)
+        contraction = "rows_wt" if transpose_w else "rows_w"
+        tile = self._tile(contraction, rows.shape[0], w.shape, default_device()[1]).tile
         return rows_w(rows, w, group_sizes, transpose_w=transpose_w, tile=tile, num_sms=num_multiprocessors())
 
     def outer(self, rows, dout, group_sizes):
@@ -41,5 +52,11 @@ class Pallas:
         from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
 
         shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-        tile = self.config.outer_tile or tuning.outer_tile(rows.shape[0], shape)
+        tile = self._tile("outer", rows.shape[0], shape, default_device()[1]).tile
         return outer(rows, dout, group_sizes, tile=tile, num_sms=num_multiprocessors())
+
+    def _tile(self, contraction, num_rows, w_shape, device):
+        given = self.config.outer_tile if contraction == "outer" else self.config.matmul_tile
+        if given is not None:
+            return Choice(given, "the config")
+        return pallas_hopper_tiles.choose(contraction, num_rows, w_shape, device)

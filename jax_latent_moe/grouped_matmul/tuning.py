@@ -1,69 +1,112 @@
-"""Tiles of the Pallas kernels: measured ones from a table, else the one that pads least."""
+"""Measured tiles: a table committed for Hopper GPUs, and the user's own, which `tune` writes and which comes first.
+
+An entry has a device, backend, contraction, num_rows, w_shape [E, K, N], tile (the fields of the backend's dataclass)
+and ms: the fastest tile that was measured there. It serves the same weights at up to twice or half as many rows.
+"""
 
 import functools
 import importlib.resources
 import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from jax_latent_moe.config import PallasMatmulTile, PallasOuterTile
+from jax_latent_moe.errors import ConfigError
 
-SMALL_GROUP = 64
-"""Mean rows per expert up to which a call is bound by reading weights."""
-
-# Fastest first on wide shapes; the factor is the measured cost of the others at equal padding.
-_MATMUL_TILES = (
-    (1.0, PallasMatmulTile(rows=128, columns=192, stages=4, out_slots=2, cluster=2)),
-    (1.0, PallasMatmulTile(rows=128, columns=128, stages=5, out_slots=2, cluster=2)),
-    (1.1, PallasMatmulTile(rows=128, columns=64, stages=7, out_slots=1, cluster=1)),
-)
-_SMALL_MATMUL_TILES = (
-    (1.0, PallasMatmulTile(rows=64, columns=192, stages=6, out_slots=1, cluster=1)),
-    (1.0, PallasMatmulTile(rows=64, columns=128, stages=8, out_slots=1, cluster=1)),
-)
-_OUTER_TILES = (
-    (1.0, PallasOuterTile(rows=128, columns=192, stages=4, out_slots=2, cluster=2)),
-    (1.06, PallasOuterTile(rows=192, columns=128, stages=4, out_slots=1, cluster=2)),
-    (1.15, PallasOuterTile(rows=128, columns=128, stages=5, out_slots=2, cluster=2)),
-    (1.5, PallasOuterTile(rows=64, columns=64, stages=8, out_slots=2, cluster=1)),
-)
+VARIABLE = "JAX_LATENT_MOE_TUNING"
+KEY = ("device", "backend", "contraction", "num_rows", "w_shape")
+Entry = dict[str, Any]
 
 
-def matmul_tile(num_rows: int, w_shape: tuple[int, int, int], transpose_w: bool) -> PallasMatmulTile:
-    """The tile for rows[num_rows, .] x w of shape [E, K, N], or x w^T."""
-    contraction, columns = ("rows_wt", w_shape[1]) if transpose_w else ("rows_w", w_shape[2])
-    if entry := _measured(contraction, num_rows, w_shape):
-        return PallasMatmulTile(**entry["tile"])
-    tiles = _SMALL_MATMUL_TILES if num_rows <= SMALL_GROUP * w_shape[0] else _MATMUL_TILES
-    return min(tiles, key=lambda choice: choice[0] * _padded(columns, choice[1].columns * choice[1].cluster))[1]
+class Choice(NamedTuple):
+    """The tile that runs a problem.
+
+    Attributes:
+        tile: the backend's dataclass.
+        source: where it comes from: the config, a table or a heuristic.
+    """
+
+    tile: Any
+    source: str
 
 
-def outer_tile(num_rows: int, w_shape: tuple[int, int, int]) -> PallasOuterTile:
-    """The tile for the products rows^T x rows that make a [E, K, N]."""
-    if entry := _measured("outer", num_rows, w_shape):
-        return PallasOuterTile(**entry["tile"])
+def measured(backend: str, contraction: str, num_rows: int, w_shape: Sequence[int], device: str) -> Entry | None:
+    """The entry for these weights and the nearest number of rows, with "source" added; None where no table has one.
 
-    def cost(choice):
-        factor, tile = choice
-        return factor * _padded(w_shape[1], tile.rows * tile.cluster) * _padded(w_shape[2], tile.columns)
+    The user's table is asked first, and serves the device that it was measured on; the committed one serves all devices
+    of its architecture, the same device first.
 
-    return min(_OUTER_TILES, key=cost)[1]
+    Raises:
+        ConfigError: the user's table cannot be read.
+    """
+    path = user_table()
+    for source, entries in (
+        (f"your table {path}", [entry for entry in _read(path) if entry["device"] == device]),
+        ("the committed table", _committed()),
+    ):
+        near = [
+            entry
+            for entry in entries
+            if (entry["backend"], entry["contraction"], *entry["w_shape"]) == (backend, contraction, *w_shape)
+            and entry["num_rows"] <= 2 * num_rows <= 4 * entry["num_rows"]
+        ]
+        if near:
+            entry = min(near, key=lambda entry: (entry["device"] != device, abs(entry["num_rows"] - num_rows)))
+            return entry | {"source": f"{source}, measured at {entry['num_rows']} rows on {entry['device']}"}
+    return None
 
 
-def _padded(size, tile):
-    """Size in whole tiles over size."""
-    return -(-size // tile) * tile / size
+def user_table() -> pathlib.Path:
+    """Path of the user's table, there or not: $JAX_LATENT_MOE_TUNING, or tuning.json in their configuration folder."""
+    if path := os.environ.get(VARIABLE):
+        return pathlib.Path(path)
+    base = os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config"
+    return pathlib.Path(base) / "jax_latent_moe" / "tuning.json"
 
 
-def _measured(contraction, num_rows, w_shape) -> dict | None:
-    """The table's entry for the same weights and at most twice or half the rows, the nearest first."""
-    near = [
-        entry
-        for entry in _table()
-        if (entry["contraction"], *entry["w_shape"]) == (contraction, *w_shape)
-        and entry["num_rows"] <= 2 * num_rows <= 4 * entry["num_rows"]
-    ]
-    return min(near, key=lambda entry: abs(entry["num_rows"] - num_rows), default=None)
+def add_to_table(path: pathlib.Path, entries: Sequence[Entry]) -> None:
+    """Writes entries into a table, over those of the same key; the file is replaced whole, so nobody reads half of it.
+
+    Raises:
+        ConfigError: there is a file that is no table.
+    """
+    new = [_key(entry) for entry in entries]
+    table = [entry for entry in _read(path) if _key(entry) not in new] + list(entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        file.write("[\n  " + ",\n  ".join(json.dumps(entry) for entry in table) + "\n]\n")
+    os.replace(file.name, path)
+
+
+def _key(entry) -> tuple:
+    return tuple(str(entry[name]) for name in KEY)
+
+
+def _read(path: pathlib.Path) -> list[Entry]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return []
+    return _parse(path, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _parse(path, modified) -> list[Entry]:
+    """The entries of a file, read again when it changes."""
+    del modified
+    try:
+        entries = json.loads(path.read_text())
+        complete = isinstance(entries, list) and all({*KEY, "tile", "ms"} <= entry.keys() for entry in entries)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is no table of tiles: {error}. Remove it, or write one with `tune`.") from error
+    if not complete:
+        fields = ", ".join((*KEY, "tile", "ms"))
+        raise ConfigError(f"{path} must be a list of entries with {fields}. Remove it, or write one with `tune`.")
+    return entries
 
 
 @functools.cache
-def _table() -> list[dict]:
+def _committed() -> list[Entry]:
     return json.loads(importlib.resources.files(__package__).joinpath("tuning_hopper.json").read_text())

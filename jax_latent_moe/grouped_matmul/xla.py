@@ -20,6 +20,15 @@ class Xla:
         """Every problem: nothing here depends on shape, dtype or device."""
         del problem
 
+    def tile(self, problem) -> None:
+        """Nothing to choose from a table."""
+        del problem
+
+    def candidates(self, problem) -> tuple[()]:
+        """Nothing to tune."""
+        del problem
+        return ()
+
     def matmul(self, rows, w, group_sizes, *, transpose_w):
         """See `Backend.matmul`."""
         if self.config.method == "ragged_dot":

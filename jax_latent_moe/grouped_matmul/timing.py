@@ -1,7 +1,7 @@
-"""Calls on a GPU: lowered in turn, compiled together, run once, then timed in turn.
+"""Timing of calls on a device: lowered in turn, compiled together, run once, then timed in turn.
 
 A candidate is a function that lowers something and returns a function that compiles it and returns a `Call`. One that
-fails at any step is left out, with the first line of its error: a peer that a machine lacks must not end a run.
+fails at any step is left out, with the first line of its error: one tile that a compiler refuses must not end a run.
 """
 
 import concurrent.futures
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def prepare(candidates: dict[str, Candidate]) -> dict[str, Call]:
 def _attempt(name, step):
     try:
         return step()
-    except Exception as error:  # whatever a peer raises, the others are to be measured
+    except Exception as error:  # whatever one raises, the others are to be measured
         first = next(iter(str(error).strip().splitlines()), "")
         print(f"{'left out':>10} {name}: {type(error).__name__}: {first[:300]}", flush=True)
         return None
@@ -92,12 +91,3 @@ def fastest(calls: dict[str, Call], batch: int = 2, rounds: int = 3) -> str | No
     """Name of the quickest call; None of none."""
     times = time_in_turn(calls, batch, rounds)
     return min(times, key=lambda name: times[name], default=None)
-
-
-def ceilings(size: int = 8192, elements: int = 2**30) -> tuple[float, float]:
-    """FLOP/s of a large bfloat16 matmul and bytes/s of a large copy, read plus written."""
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (0, 1))
-    buffer = jnp.zeros((elements,), jnp.bfloat16)
-    calls = prepare({"matmul": jax_candidate(jnp.matmul, a, b), "copy": jax_candidate(lambda v: v + 1, buffer)})
-    times = time_in_turn(calls, 8)
-    return 2 * size**3 / times["matmul"] * 1e3, 2 * buffer.nbytes / times["copy"] * 1e3

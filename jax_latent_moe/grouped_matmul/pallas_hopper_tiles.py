@@ -1,0 +1,87 @@
+"""Which tile the Pallas kernels take for a shape: a measured one, else the one that pads least."""
+
+from collections.abc import Sequence
+
+from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
+from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul.tuning import Choice, measured
+
+SMALL_GROUP = 64
+"""Mean rows per expert up to which a call is bound by reading weights."""
+
+# Fastest first on wide shapes; the factor is the measured cost of the others at equal padding.
+_MATMUL_TILES = (
+    (1.0, PallasMatmulTile(rows=128, columns=192, stages=4, out_slots=2, cluster=2)),
+    (1.0, PallasMatmulTile(rows=128, columns=128, stages=5, out_slots=2, cluster=2)),
+    (1.1, PallasMatmulTile(rows=128, columns=64, stages=7, out_slots=1, cluster=1)),
+)
+_SMALL_MATMUL_TILES = (
+    (1.0, PallasMatmulTile(rows=64, columns=192, stages=6, out_slots=1, cluster=1)),
+    (1.0, PallasMatmulTile(rows=64, columns=128, stages=8, out_slots=1, cluster=1)),
+)
+_OUTER_TILES = (
+    (1.0, PallasOuterTile(rows=128, columns=192, stages=4, out_slots=2, cluster=2)),
+    (1.06, PallasOuterTile(rows=192, columns=128, stages=4, out_slots=1, cluster=2)),
+    (1.15, PallasOuterTile(rows=128, columns=128, stages=5, out_slots=2, cluster=2)),
+    (1.5, PallasOuterTile(rows=64, columns=64, stages=8, out_slots=2, cluster=1)),
+)
+# (rows, columns, stages, out_slots) as large as shared memory allows, for `tune`.
+_SHAPES = (
+    (128, 192, 4, 2),
+    (128, 128, 5, 2),
+    (192, 128, 4, 1),
+    (128, 64, 7, 1),
+    (64, 256, 5, 1),
+    (64, 192, 6, 1),
+    (64, 128, 8, 1),
+    (64, 64, 8, 2),
+)
+
+
+def choose(contraction: str, num_rows: int, w_shape: Sequence[int], device: str) -> Choice:
+    """The tile for rows[num_rows, .] and weights, or their gradient, of shape [E, K, N].
+
+    Raises:
+        ConfigError: a table of the user's holds a tile that no kernel could run.
+    """
+    tile_type = PallasOuterTile if contraction == "outer" else PallasMatmulTile
+    if entry := measured("pallas", contraction, num_rows, w_shape, device):
+        try:
+            return Choice(tile_type(**entry["tile"]), entry["source"])
+        except (TypeError, ConfigError) as error:
+            raise ConfigError(f"{entry['tile']} of {entry['source']} is no tile: {error} Run `tune` again.") from error
+    return Choice(_least_padding(contraction, num_rows, w_shape), "a heuristic: no table has this shape")
+
+
+def candidates(contraction: str) -> tuple[PallasBackend, ...]:
+    """What `tune` times: every shape of tile, alone and in clusters, and in bands where tiles can be."""
+    if contraction == "outer":
+        return tuple(
+            PallasBackend(outer_tile=PallasOuterTile(*shape, cluster=cluster))
+            for shape in _SHAPES
+            for cluster in (1, 2)
+        )
+    return tuple(
+        PallasBackend(matmul_tile=PallasMatmulTile(*shape, band=band, cluster=cluster))
+        for shape in _SHAPES
+        for cluster in (1, 2)
+        for band in (1, 4)
+    )
+
+
+def _least_padding(contraction, num_rows, w_shape):
+    if contraction == "outer":
+
+        def cost(choice):
+            factor, tile = choice
+            return factor * _padded(w_shape[1], tile.rows * tile.cluster) * _padded(w_shape[2], tile.columns)
+
+        return min(_OUTER_TILES, key=cost)[1]
+    columns = w_shape[2] if contraction == "rows_w" else w_shape[1]
+    tiles = _SMALL_MATMUL_TILES if num_rows <= SMALL_GROUP * w_shape[0] else _MATMUL_TILES
+    return min(tiles, key=lambda choice: choice[0] * _padded(columns, choice[1].columns * choice[1].cluster))[1]
+
+
+def _padded(size, tile):
+    """Size in whole tiles over size."""
+    return -(-size // tile) * tile / size
