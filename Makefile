@@ -4,7 +4,7 @@ WORKERS ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu bench lint lint-bazel format docs clean
+.PHONY: help setup train plan test test-gpu bench lint lint-bazel format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -14,6 +14,9 @@ setup: ## make .venv from uv.lock (Python and uv are found or fetched)
 
 train: setup ## train the example; ARGS="--help" lists its options
 	$(PYTHON) -m examples.train $(ARGS)
+
+plan: setup ## what a layer takes on a mesh of GPUs, on paper; ARGS="--help" lists the options
+	JAX_PLATFORMS=cpu $(PYTHON) -m jax_latent_moe.plan $(ARGS)
 
 test: setup ## run the whole test suite, on the CPU; ARGS go to pytest
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) $(ARGS)

@@ -22,6 +22,7 @@ PUBLIC = (
     "jax_latent_moe.linen",
     "jax_latent_moe.nnx",
     "jax_latent_moe.parallel",
+    "jax_latent_moe.plan",
     "jax_latent_moe.presets",
 )
 END_OF_BLOCK = "=== end of block ==="

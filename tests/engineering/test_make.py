@@ -25,6 +25,7 @@ def make(*arguments: str) -> str:
         ("train", "-m examples.train"),
         ("test", "JAX_PLATFORMS=cpu .venv/bin/python -m pytest -n auto"),
         ("test-gpu", "tests/gpu tests/conformance tests/test_layer.py"),
+        ("plan", "-m jax_latent_moe.plan"),
         ("bench", "-m benchmarks"),
         ("lint", "-m pyright"),
         ("docs", "-m sphinx -W"),

@@ -21,7 +21,7 @@ ORDER = (
     ("router", "cost"),
     ("experts", "parallel"),
     ("layer",),
-    ("linen", "nnx", "hf"),
+    ("linen", "nnx", "hf", "plan"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"grouped_matmul/cutlass"}, "safetensors": set()}
@@ -60,7 +60,7 @@ def test_imports_go_one_way(module):
             continue
         other = name.split(".")[1]
         assert other in RANK, f"{module} imports {name}: name the module it comes from"
-        inside = room(module) == other and other in ("grouped_matmul", "hf", "parallel")
+        inside = room(module) == other and other in ("grouped_matmul", "hf", "parallel", "plan")
         assert inside or RANK[other] < RANK[room(module)], f"{module} imports {name}, which is not below it"
 
 

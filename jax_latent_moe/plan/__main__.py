@@ -1,0 +1,66 @@
+"""Prints a plan: `python -m jax_latent_moe.plan --preset kimi_k3 --mesh data=8,expert=64 --gpu h200`."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from jax_latent_moe import presets
+from jax_latent_moe.config import DISPATCHES, LatentMoEConfig, ParallelConfig
+from jax_latent_moe.errors import ConfigError, LatentMoEError
+from jax_latent_moe.plan import GPUS, make_plan, render
+
+PRESETS = {name.lower(): value for name, value in vars(presets).items() if isinstance(value, LatentMoEConfig)}
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes that "data=2,expert=4" names.
+
+    Raises:
+        ConfigError: it does not read so, or names an axis that the layer does not know.
+    """
+    sizes = {}
+    for entry in filter(None, text.split(",")):
+        axis, _, size = entry.partition("=")
+        if axis not in ParallelConfig().axes or axis in sizes or not size.isdigit() or int(size) < 1:
+            raise ConfigError(
+                f"--mesh {text!r}: {entry!r} must be AXIS=SIZE, each of {', '.join(ParallelConfig().axes)} at most "
+                "once, such as data=2,expert=4."
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def main(arguments: Sequence[str] | None = None):
+    """Parses the command line and prints the plan."""
+    parser = argparse.ArgumentParser(prog="python -m jax_latent_moe.plan", description=__doc__)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="nemotron_3_super", help="the layer")
+    parser.add_argument("--mesh", default="", help="devices along each axis: data=2,fsdp=2,expert=4,tensor=2")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h200")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of one device")
+    parser.add_argument("--layers", type=int, default=1, help="MoE layers, for memory")
+    parser.add_argument("--dispatch", choices=DISPATCHES, default="auto")
+    parser.add_argument("--capacity-factor", type=float, default=None, help="see ParallelConfig")
+    parser.add_argument("--param-dtype", default="bfloat16", help="type of stored parameters and gradients")
+    parser.add_argument("--forward", action="store_true", help="without backward pass and optimiser")
+    parser.add_argument("--remat", action="store_true", help="layers keep their input alone")
+    options = parser.parse_args(arguments)
+    try:
+        parallel = ParallelConfig(dispatch=options.dispatch, capacity_factor=options.capacity_factor)
+        config = dataclasses.replace(PRESETS[options.preset], parallel=parallel, param_dtype=options.param_dtype)
+        plan = make_plan(
+            config,
+            mesh_sizes(options.mesh),
+            options.tokens,
+            GPUS[options.gpu],
+            layers=options.layers,
+            training=not options.forward,
+            remat=options.remat,
+        )
+    except LatentMoEError as error:
+        sys.exit(f"error: {error}")
+    print(render(plan))
+
+
+if __name__ == "__main__":
+    main()

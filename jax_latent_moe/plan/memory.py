@@ -1,0 +1,83 @@
+"""Bytes of one device: what stays from step to step, what layers keep for the backward pass, what one layer needs."""
+
+import math
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from jax_latent_moe import cost
+from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
+from jax_latent_moe.parallel import axis_sizes, param_specs
+from jax_latent_moe.params import param_shapes
+
+ADAM_BYTES = 8
+"""Two float32 moments a parameter."""
+
+
+def parameters_per_device(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
+    """Parameters of one layer that one device stores; what an axis does not split is stored by each."""
+    specs = param_specs(config, mesh)
+    return sum(
+        math.prod(leaf.shape) // math.prod(mesh.shape[axis] for axis in specs[part][name] if axis is not None)
+        for part, leaves in param_shapes(config).items()
+        for name, leaf in leaves.items()
+    )
+
+
+def gathered_parameters(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
+    """Parameters of one layer that one device computes with, once fsdp has gathered them."""
+    parallel = _parallel(config)
+    mesh_without = AbstractMesh(
+        tuple(1 if name == parallel.fsdp_axis else size for name, size in mesh.shape.items()), tuple(mesh.shape)
+    )
+    return parameters_per_device(config, mesh_without)
+
+
+def allocated_rows(config: LatentMoEConfig, mesh: AbstractMesh, tokens: int) -> int:
+    """Rows that one device's experts have room for: the routed ones of its own tokens, or what it may be sent."""
+    parallel = _parallel(config)
+    devices = axis_sizes(parallel, mesh)[parallel.expert_axis]
+    if devices == 1:
+        return tokens * config.top_k
+    return devices * cost.exchange_capacity(config, devices, tokens, parallel.capacity_factor)
+
+
+def memory(
+    config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, layers: int, *, training: bool, remat: bool
+) -> dict[str, int]:
+    """Bytes of one device by use, for the MoE layers alone.
+
+    Args:
+        config: the layer, with `parallel` set.
+        mesh: axes and sizes.
+        tokens: tokens of one device.
+        layers: MoE layers that the device holds.
+        training: with gradients, Adam's moments and what the backward pass keeps.
+        remat: the layers keep their input alone and are computed twice.
+    """
+    stored, param_bytes = layers * parameters_per_device(config, mesh), jnp.dtype(config.param_dtype).itemsize
+    item, d, latent = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
+    tensor = axis_sizes(_parallel(config), mesh)[_parallel(config).tensor_axis]
+    inner = config.expert_intermediate_size // tensor
+    rows = allocated_rows(config, mesh, tokens)
+    pre = rows * inner * (2 if config.gated else 1) * item
+    per_token = tokens * (2 * (d + latent) * item + 4 * config.num_experts)
+    # Forward, the gathered rows and the pre-activation stand together; backward, the pre-activation with the hidden
+    # rows and their gradient. Of a layer that fsdp gathers, the whole kernels stand beside.
+    working = 2 * rows * inner * item + per_token if training else rows * latent * item
+    used = {"parameters": stored * param_bytes}
+    if training:
+        shared = tokens * config.shared_expert_intermediate_size // tensor * (2 if config.gated else 1) * item
+        kept = tokens * d * item if remat else tokens * (d + latent) * item + pre + shared
+        used |= {"gradients": stored * param_bytes, "optimiser": stored * ADAM_BYTES}
+        used |= {"kept for the backward pass": kept * layers + (pre if remat else 0)}
+    else:
+        working += pre
+    cast = gathered_parameters(config, mesh)
+    copies = param_bytes * (cast > parameters_per_device(config, mesh)) + item * (config.param_dtype != config.dtype)
+    return used | {"working memory of a layer": working + cast * copies}
+
+
+def _parallel(config) -> ParallelConfig:
+    assert config.parallel is not None
+    return config.parallel

@@ -1,0 +1,124 @@
+"""A plan: a layer on a mesh of GPUs on paper, and how it reads."""
+
+import dataclasses
+
+from jax.sharding import AbstractMesh
+
+from jax_latent_moe import cost
+from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
+from jax_latent_moe.parallel import explain
+from jax_latent_moe.plan.gpus import GPU
+from jax_latent_moe.plan.memory import memory
+from jax_latent_moe.plan.timing import Part, layer_parts
+
+COMPUTE = ("arithmetic", "memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `make_plan` found, for one device.
+
+    Attributes:
+        config: the layer, with `parallel` set.
+        sizes: devices along each mesh axis.
+        tokens: tokens of one device.
+        gpu: the device.
+        layers: MoE layers counted.
+        training: whether the backward pass and the optimiser are.
+        memory: bytes by use.
+        parts: time by part, of one layer.
+    """
+
+    config: LatentMoEConfig
+    sizes: dict[str, int]
+    tokens: int
+    gpu: GPU
+    layers: int
+    training: bool
+    memory: dict[str, int]
+    parts: tuple[Part, ...]
+
+    @property
+    def compute_ms(self) -> float:
+        """Time of one layer's kernels, one after the other."""
+        return sum(part.ms for part in self.parts if part.bound in COMPUTE)
+
+    @property
+    def communication_ms(self) -> float:
+        """Time of one layer's collectives, one after the other."""
+        return sum(part.ms for part in self.parts if part.bound not in COMPUTE)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of one device."""
+        return sum(self.memory.values())
+
+    @property
+    def binds(self) -> str:
+        """The first thing to change, as a sentence."""
+        if self.bytes > self.gpu.memory:
+            use = max(self.memory, key=lambda name: self.memory[name])
+            return f"Memory: {self.bytes / 1e9:.0f} of {self.gpu.memory / 1e9:.0f} GB, most of it {use}."
+        worst = max(self.parts, key=lambda part: part.ms)
+        share = worst.ms / (self.compute_ms + self.communication_ms)
+        return f"{worst.name}, bound by {worst.bound}: {share:.0%} of the time."
+
+
+def make_plan(
+    config: LatentMoEConfig,
+    sizes: dict[str, int],
+    tokens: int,
+    gpu: GPU,
+    *,
+    layers: int = 1,
+    training: bool = True,
+    remat: bool = False,
+) -> Plan:
+    """What MoE layers on a mesh take of each GPU, by the roofline of each part.
+
+    Args:
+        config: the layer; without `parallel`, its defaults.
+        sizes: devices along each mesh axis, such as {"data": 8, "expert": 8}.
+        tokens: tokens of one device.
+        gpu: one of `GPUS`, or another.
+        layers: MoE layers; memory counts them all, times are of one.
+        training: with gradients and Adam.
+        remat: layers keep their input alone and are computed again.
+
+    Raises:
+        ConfigError: an axis does not divide what it splits.
+        UnsupportedError: the named dispatch does not run here.
+    """
+    if config.parallel is None:
+        config = dataclasses.replace(config, parallel=ParallelConfig())
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    used = memory(config, mesh, tokens, layers, training=training, remat=remat)
+    parts = layer_parts(config, mesh, tokens, gpu, training=training, remat=remat)
+    return Plan(config, sizes, tokens, gpu, layers, training, used, tuple(parts))
+
+
+def render(plan: Plan) -> str:
+    """The plan as text."""
+    config, layers = plan.config, plan.layers
+    total, active = layers * cost.parameters(config), layers * cost.active_parameters(config)
+    flops = layers * cost.matmul_flops_per_token(config) * (3 if plan.training else 1)
+    axes = ", ".join(f"{axis}={size}" for axis, size in plan.sizes.items()) or "one device"
+    assert config.parallel is not None
+    lines = [
+        f"{layers} MoE layer(s) on {axes}; {plan.tokens} tokens a device, {'training' if plan.training else 'forward'}",
+        f"  parameters {total / 1e9:.2f} B, active {active / 1e9:.2f} B, {flops / 1e9:.2f} GFLOP a token",
+        "Memory of a device, GB",
+        *(f"  {name:<32}{size / 1e9:9.2f}" for name, size in plan.memory.items()),
+        f"  {'all, of ' + format(plan.gpu.memory / 1e9, '.0f'):<32}{plan.bytes / 1e9:9.2f}",
+        "Dispatch, forward",
+        *(f"  {line}" for line in explain(config, _expert_devices(plan), plan.tokens).splitlines()),
+        "Time of a layer, ms",
+        *(f"  {part.name:<32}{part.ms:9.2f}  {part.bound}" for part in plan.parts),
+        f"  {'kernels + collectives':<32}{plan.compute_ms:9.2f} + {plan.communication_ms:.2f}",
+        f"Binds: {plan.binds}",
+    ]
+    return "\n".join(lines)
+
+
+def _expert_devices(plan) -> int:
+    return plan.sizes.get(plan.config.parallel.expert_axis, 1)

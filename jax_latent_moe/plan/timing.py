@@ -1,0 +1,141 @@
+"""Time that each part of a layer needs at the rates of a GPU, and what binds it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from jax_latent_moe import cost
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.parallel import axis_sizes, choose_dispatch
+from jax_latent_moe.plan.gpus import GPU
+from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, parameters_per_device
+
+OVERLAP = 0.3
+"""Of arithmetic and memory traffic of one kernel, the part of the shorter that shows; fitted to measured kernels."""
+
+COLLECTIVE_MS = 0.07
+"""A collective that moves nothing, as measured on two GPUs."""
+
+
+class Part(NamedTuple):
+    """One part of a layer on one device.
+
+    Attributes:
+        name: what it is.
+        ms: expected time.
+        bound: what it waits for: "arithmetic", "memory", "link" (within a host) or "network" (between hosts).
+        flops: its operations.
+        bytes: what it moves, through memory or over the bound wires.
+    """
+
+    name: str
+    ms: float
+    bound: str
+    flops: float
+    bytes: float
+
+
+def kernel(name: str, gpu: GPU, flops: float, moved: float, rate: float) -> Part:
+    """A kernel of so many operations at a rate, that moves so many bytes through memory."""
+    arithmetic, traffic = 1e3 * flops / rate, 1e3 * moved / gpu.bandwidth
+    shorter, longer = sorted((arithmetic, traffic))
+    return Part(name, longer + OVERLAP * shorter, "arithmetic" if arithmetic > traffic else "memory", flops, moved)
+
+
+def collective(name: str, gpu: GPU, sent: float, span: int, calls: int = 1) -> Part:
+    """Collectives in which one device sends so many bytes; span is the number of devices that they reach over."""
+    bound, rate = ("link", gpu.link) if span <= gpu.host else ("network", gpu.network)
+    return Part(name, calls * COLLECTIVE_MS + 1e3 * sent / rate, bound, 0.0, sent)
+
+
+def grouped_matmuls(config: LatentMoEConfig, gpu: GPU, rows: int, experts: int, tensor: int) -> dict[str, Part]:
+    """The products of the experts of one device, by contraction: "forward", "dgrad" and "wgrad", up and down each."""
+    inner, width = config.expert_intermediate_size // tensor, config.latent_width
+    item, gate = jnp.dtype(config.dtype).itemsize, 2 if config.gated else 1
+    found = {}
+    for name, k, n in (("up", width, inner * gate), ("down", inner, width)):
+        # A contraction reads or writes rows of both widths and every reached expert's weight.
+        moved = item * (rows * (k + n) + min(experts, max(rows, 1)) * k * n)
+        for contraction in ("forward", "dgrad", "wgrad"):
+            found[f"{name} {contraction}"] = kernel(
+                f"{name} {contraction}", gpu, 2.0 * rows * k * n, moved, gpu.grouped_flops
+            )
+    return found
+
+
+def layer_parts(
+    config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, gpu: GPU, *, training: bool, remat: bool
+) -> list[Part]:
+    """Every part of one layer and pass, on one device at even loads.
+
+    Args:
+        config: the layer, with `parallel` set.
+        mesh: axes and sizes.
+        tokens: tokens of one device.
+        gpu: what it runs on.
+        training: with the backward pass.
+        remat: the forward pass a second time.
+    """
+    return [*_kernels(config, mesh, tokens, gpu, training, remat), *_collectives(config, mesh, tokens, gpu, training)]
+
+
+def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
+    sizes = axis_sizes(config.parallel, mesh)
+    _, _, expert, tensor = (sizes[axis] for axis in config.parallel.axes)
+    rows, room = tokens * config.top_k, allocated_rows(config, mesh, tokens)
+    item, d, width = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
+    inner, gate = config.expert_intermediate_size // tensor, 2 if config.gated else 1
+    forward = 1 + (training and remat)
+    passes = forward + 2 * training
+
+    router = 2.0 * tokens * d * config.num_experts
+    yield kernel("router", gpu, passes * router, passes * tokens * (4 * d + 8 * config.num_experts), gpu.float32_flops)
+    if config.latent_size is not None:
+        flops, moved = 4.0 * tokens * d * width, 2 * item * (tokens * (d + width) + d * width)
+        yield kernel("projections", gpu, passes * flops, passes * moved, gpu.dense_flops)
+    if config.shared_expert_intermediate_size:
+        shared = config.shared_expert_intermediate_size // tensor
+        flops = 2.0 * tokens * d * shared * (gate + 1)
+        moved = item * (shared * (gate + 1) * (d + 2 * tokens) + 2 * tokens * d)
+        yield kernel("shared expert", gpu, passes * flops, passes * moved, gpu.dense_flops)
+    products = grouped_matmuls(config, gpu, rows, config.num_experts // expert, tensor)
+    counted = {"forward": forward, "dgrad": int(training), "wgrad": int(training)}
+    parts = [(part, counted[name.split()[1]]) for name, part in products.items()]
+    longest = max((part for part, _ in parts), key=lambda part: part.ms)
+    yield Part(
+        "experts",
+        sum(part.ms * count for part, count in parts),
+        longest.bound,
+        sum(part.flops * count for part, count in parts),
+        sum(part.bytes * count for part, count in parts),
+    )
+    # Forward reads the pre-activation and writes the hidden rows; backward five more passes over rows of that width.
+    activation = item * room * inner * ((gate + 1) * forward + (gate + 4) * training)
+    yield kernel("activation", gpu, 0.0, activation, gpu.dense_flops)
+    gathers = 3 * forward + 5 * training  # rows written and read, sums read; backward both gathers and a sum
+    yield kernel("gather and combine", gpu, 0.0, item * room * width * gathers, gpu.dense_flops)
+
+
+def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:
+    sizes = axis_sizes(config.parallel, mesh)
+    data, fsdp, expert, tensor = (sizes[axis] for axis in config.parallel.axes)
+    passes, item = 1 + training, jnp.dtype(config.dtype).itemsize
+    # Devices stand on hosts with tensor innermost, then expert, fsdp and data.
+    if expert > 1:
+        dispatch = choose_dispatch(config, expert, tokens)
+        sent = sum(cost.exchange_bytes(config, expert, tokens, config.parallel.capacity_factor)[dispatch])
+        yield collective(f"exchange by {dispatch}", gpu, passes * sent, expert * tensor, 2 * passes)
+    if tensor > 1:
+        late = config.shared_expert_intermediate_size and config.latent_norm != "post"
+        width = config.hidden_size if late else config.latent_width
+        sent = 2 * tokens * width * item * (tensor - 1) / tensor
+        yield collective("sum over tensor", gpu, passes * sent, tensor, passes)
+    stored = parameters_per_device(config, mesh) * jnp.dtype(config.param_dtype).itemsize
+    whole = gathered_parameters(config, mesh) * jnp.dtype(config.param_dtype).itemsize
+    if fsdp > 1:
+        yield collective("fsdp gather and scatter", gpu, passes * (whole - stored), fsdp * expert * tensor, 6 * passes)
+    if training and data > 1:
+        span = data * fsdp * expert * tensor
+        yield collective("gradients over data", gpu, 2 * stored * (data - 1) / data, span)

@@ -1,0 +1,128 @@
+"""Plans against what was published and what was measured, and against the sharded parameters of a real mesh."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+
+from jax_latent_moe import ConfigError, ParallelConfig, cost, param_shapes, presets
+from jax_latent_moe.parallel import param_specs
+from jax_latent_moe.plan import GPUS, make_plan, render
+from jax_latent_moe.plan.__main__ import main, mesh_sizes
+from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
+from jax_latent_moe.plan.timing import grouped_matmuls
+from tests.parallel.meshes import BASE, make_mesh
+
+H200 = GPUS["h200"]
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (presets.NEMOTRON_3_SUPER, 2.82),
+        (presets.NEMOTRON_3_ULTRA, 10.74),
+        (presets.KIMI_K3, 29.60),
+        (presets.DEEPSEEK_V3, 11.27),
+        (presets.QWEN3_30B_A3B, 0.60),
+        (presets.NEMOTRON_3_NANO, 1.28),
+    ],
+)
+def test_expert_parameters_of_published_models(config, billions):
+    experts = sum(math.prod(leaf.shape) for leaf in param_shapes(config)["experts"].values())
+    assert experts / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "total", "active"),
+    [(presets.NEMOTRON_3_SUPER, 40, 120e9, 12e9), (presets.NEMOTRON_3_ULTRA, 48, 550e9, 55e9)],
+)
+def test_moe_layers_are_most_of_the_published_totals(config, layers, total, active):
+    """The rest is attention, Mamba layers and embeddings, which no config here describes."""
+    assert 0.93 * total < layers * cost.parameters(config) < total
+    assert 0.4 * active < layers * cost.active_parameters(config) < active
+
+
+# benchmarks/results/h200-2026-11-23.jsonl, implementation "pallas", runs 1cb887b7c1b7 and d943ba8fb8f7.
+@pytest.mark.parametrize(("training", "ms", "temp_bytes"), [(False, 5.757, 1339457968), (True, 16.078, 3096123320)])
+def test_a_layer_as_measured_on_one_gpu(training, ms, temp_bytes):
+    """The routed part of a Super layer at 8192 tokens: time within 30 %, temporary memory within 15 %."""
+    layer = dataclasses.replace(presets.NEMOTRON_3_SUPER, shared_expert_intermediate_size=0, param_dtype="bfloat16")
+    plan = make_plan(layer, {}, 8192, H200, training=training)
+    assert plan.communication_ms == 0
+    assert plan.compute_ms == pytest.approx(ms, rel=0.3)
+    temporary = plan.memory["working memory of a layer"] + plan.memory.get("kept for the backward pass", 0)
+    assert temporary == pytest.approx(temp_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "name", "ms"),
+    [
+        ("NEMOTRON_3_SUPER", 8192, "up", (1.950, 1.882, 1.759)),
+        ("NEMOTRON_3_SUPER", 8192, "down", (1.906, 1.889, 1.818)),
+        ("NEMOTRON_3_SUPER", 2048, "up", (0.854, 0.856, 1.184)),
+        ("NEMOTRON_3_ULTRA", 4096, "up", (4.560, 4.655, 4.114)),
+        ("QWEN3_30B_A3B", 16384, "up", (1.269, 1.325, 1.272)),
+    ],
+)
+def test_kernels_as_measured_on_one_gpu(preset, tokens, name, ms):
+    config = getattr(presets, preset)
+    parts = grouped_matmuls(config, H200, tokens * config.top_k, config.num_experts, 1)
+    for contraction, measured in zip(("forward", "dgrad", "wgrad"), ms, strict=True):
+        assert parts[f"{name} {contraction}"].ms == pytest.approx(measured, rel=0.3), contraction
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 4, 1, 2)])
+def test_parameters_of_a_device_are_those_that_a_mesh_gives_it(sizes):
+    mesh = make_mesh(*sizes)
+    shapes = jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, spec).shard_shape(leaf.shape),
+        param_shapes(BASE),
+        param_specs(BASE, mesh),
+    )
+    held = sum(map(math.prod, jax.tree.leaves(shapes, is_leaf=lambda shape: isinstance(shape, tuple))))
+    abstract = AbstractMesh(sizes, mesh.axis_names)
+    assert parameters_per_device(BASE, abstract) == held
+    without_fsdp = AbstractMesh((sizes[0], 1, *sizes[2:]), mesh.axis_names)
+    assert gathered_parameters(BASE, abstract) == parameters_per_device(BASE, without_fsdp)
+
+
+def test_what_binds():
+    super_layer = dataclasses.replace(presets.NEMOTRON_3_SUPER, param_dtype="bfloat16")
+    assert make_plan(super_layer, {}, 8192, H200).binds.startswith("experts, bound by arithmetic")
+    assert "most of it optimiser" in make_plan(super_layer, {}, 8192, H200, layers=40).binds
+    assert make_plan(super_layer, {}, 1, H200, training=False).binds.startswith("experts, bound by memory")
+    wide = make_plan(super_layer, {"expert": 64}, 8192, H200)
+    assert wide.binds.startswith("exchange by all_gather, bound by network")
+
+
+def test_more_devices_share_what_they_split_and_no_more():
+    layer = presets.KIMI_K3
+    few, many = (make_plan(layer, {"expert": n}, 4096, H200, layers=92) for n in (8, 64))
+    assert many.memory["optimiser"] < 0.2 * few.memory["optimiser"]
+    assert [part.name for part in few.parts if part.bound == "link"] == ["exchange by all_gather"]
+    recomputed = make_plan(layer, {"expert": 8}, 4096, H200, layers=92, remat=True)
+    assert recomputed.memory["kept for the backward pass"] < 0.1 * few.memory["kept for the backward pass"]
+    assert recomputed.compute_ms > few.compute_ms
+
+
+def test_text_says_every_part(capsys):
+    main(["--preset", "nemotron_3_super", "--mesh", "data=2,fsdp=2,expert=4,tensor=2", "--layers", "40"])
+    text = capsys.readouterr().out
+    for words in ("114.92 B, active 7.03 B", "optimiser", "fsdp gather and scatter", "sum over tensor", "Binds:"):
+        assert words in text
+    plan = make_plan(dataclasses.replace(BASE, parallel=ParallelConfig(dispatch="all_to_all")), {"expert": 2}, 64, H200)
+    assert re.search(r"all_to_all .*<- runs", render(plan))
+
+
+@pytest.mark.parametrize("mesh", ["expert", "rows=2", "expert=0", "expert=2,expert=2"])
+def test_a_mesh_that_does_not_read_is_refused(mesh):
+    with pytest.raises(ConfigError, match="must be AXIS=SIZE"):
+        mesh_sizes(mesh)
+
+
+def test_a_mesh_that_does_not_divide_ends_in_one_sentence():
+    with pytest.raises(SystemExit, match=r"error: num_experts=512 must be a multiple of the mesh's expert=7"):
+        main(["--mesh", "expert=7"])
