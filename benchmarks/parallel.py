@@ -1,7 +1,7 @@
 """A layer on several GPUs of one host against one of them: `python -m benchmarks.parallel`.
 
-Each GPU holds its share of the experts and its own tokens; the one-GPU layer has the same tokens, and as many experts as
-one of the others holds, so that both do the same arithmetic. Scaling is devices * ms of one / ms of all: 1 GPU gives 1.
+Each GPU holds its share of the experts and its own tokens; the layer on one GPU has as many tokens, and as many experts
+as one of the others holds, so that both do the same arithmetic. Scaling is devices * ms of one / ms of all.
 """
 
 import argparse

@@ -39,6 +39,3 @@ H100 = GPU(80e9, 7.3e14, 6.0e14, 5.0e13, 3.0e12, 2.77e11, 5.0e10)
 
 B200 = GPU(180e9, 1.6e15, 1.3e15, 7.0e13, 6.8e12, 5.5e11, 5.0e10, measured=False)
 """B200: the datasheet's rates times the fractions that the H200 reaches; no kernel of this library was tried on it."""
-
-GPUS = {"h100": H100, "h200": H200, "b200": B200}
-"""The GPUs above, by name."""
