@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.measure import RESULTS, Row, Run, show
-from benchmarks.timing import Call, jax_candidate, prepare, time_in_turn
 from jax_latent_moe import LatentMoEConfig, ParallelConfig, init_params, latent_moe, presets
 from jax_latent_moe.cost import exchange_bytes, matmul_flops_per_token
+from jax_latent_moe.grouped_matmul.timing import Call, jax_candidate, prepare, time_in_turn
 from jax_latent_moe.parallel import choose_dispatch, explain, param_specs, token_spec
 from jax_latent_moe.plan import GPUS, make_plan
 
