@@ -107,8 +107,8 @@ def _layout(config) -> Layout:
     if config.router.per_expert_scale:
         layout["router"]["scale"] = ((experts,), ("expert",))
     layout["experts"] = {
-        "w_in": ((experts, width, *gate, m), ("expert", latent, *gate_axis, "expert_intermediate")),
-        "w_out": ((experts, m, width), ("expert", "expert_intermediate", latent)),
+        "w_in": ((experts, width, *gate, m), ("expert", "expert_latent", *gate_axis, "expert_intermediate")),
+        "w_out": ((experts, m, width), ("expert", "expert_intermediate", "expert_latent")),
     }
     if config.latent_size is not None:
         layout["down_proj"] = {"kernel": ((d, width), ("hidden", "latent"))}

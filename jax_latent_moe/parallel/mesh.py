@@ -23,7 +23,7 @@ def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str,
 
 
 def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> list[tuple[str, str | None]]:
-    """The mesh axis of each logical axis of `param_axes`, as Flax takes such rules: the first that is free wins.
+    """The mesh axis of each logical axis of `param_axes`, as Flax takes such rules.
 
     Args:
         parallel: names the axes.
@@ -35,9 +35,10 @@ def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> l
         ("expert_intermediate", parallel.tensor_axis),
         ("shared_intermediate", parallel.tensor_axis),
         ("hidden", parallel.fsdp_axis),
-        ("latent", parallel.fsdp_axis),
+        ("expert_latent", parallel.fsdp_axis),
+        ("latent", None),
     )
-    return [(name, axis if sizes[axis] > 1 else None) for name, axis in rules]
+    return [(name, axis if sizes.get(axis, 1) > 1 else None) for name, axis in rules]
 
 
 def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, PartitionSpec]]:
@@ -53,9 +54,10 @@ def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str,
     if config.parallel is None:
         raise ConfigError("parallel=None names no mesh axes: set parallel=ParallelConfig() in the layer's config.")
     _check_divides(config, mesh)
-    rules = logical_axis_rules(config.parallel, mesh)
+    rules = dict(logical_axis_rules(config.parallel, mesh))
     return {
-        part: {name: _spec(axes, rules) for name, axes in leaves.items()} for part, leaves in param_axes(config).items()
+        part: {name: PartitionSpec(*(rules.get(axis) for axis in axes)) for name, axes in leaves.items()}
+        for part, leaves in param_axes(config).items()
     }
 
 
@@ -127,14 +129,6 @@ def over_mesh(
 def _token_axes(parallel, mesh) -> tuple[str, ...]:
     sizes = axis_sizes(parallel, mesh)
     return tuple(axis for axis in (parallel.data_axis, parallel.fsdp_axis, parallel.expert_axis) if sizes[axis] > 1)
-
-
-def _spec(axes, rules) -> PartitionSpec:
-    entries: list[str | None] = [None] * len(axes)
-    for name, mesh_axis in rules:
-        if name in axes and mesh_axis is not None and mesh_axis not in entries:
-            entries[axes.index(name)] = mesh_axis
-    return PartitionSpec(*entries)
 
 
 def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:
