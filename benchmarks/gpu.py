@@ -1,7 +1,7 @@
 """Grouped matmuls and layers on a GPU beside their peers, all in one run: `python -m benchmarks.gpu [suite ...]`.
 
 Suites: kernel, layer, decode (by default all). Peers that are not installed and backends that refuse a problem are left
-out, with the reason. `--quick` keeps to Nemotron-3 Super at 8192 tokens and decode, with short sweeps.
+out, with the reason. `--quick` keeps to Nemotron-3 Super at 8192 tokens and decode, and to the first tile of a sweep.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
-    parser.add_argument("--quick", action="store_true", help="the judged shapes alone, short sweeps")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and peers, no sweeps")
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape; may be repeated")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER", help="where the rows go")
     options = parser.parse_args()

@@ -69,7 +69,8 @@ def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, quick: boo
             print(f"{'left out':>10} {name}: {reason}", flush=True)
         elif not (quick and name == "xla"):
             layers[name] = functools.partial(our_layer, dataclasses.replace(config, backend=backend))
-    layers["jax_tokamax_default"] = tokamax_layer(config, None)
+    if not quick:
+        layers["jax_tokamax_default"] = tokamax_layer(config, None)
     passes = PASSES if pass_ == "forward_backward" else PASSES[:1]
     tiles = {
         name: [best_tokamax_tile(shape, each, quick) for each in passes]

@@ -6,12 +6,17 @@ fails at any step is left out, with the first line of its error: one tile that a
 
 import concurrent.futures
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+
+LONG_BATCH_MS = 200
+"""A batch longer than this is cut."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +79,26 @@ def _attempt(name, step):
 
 
 def time_in_turn(calls: dict[str, Call], batch: int, rounds: int = 7) -> dict[str, float]:
-    """Median milliseconds of a call, in batches enqueued back to back; the calls take turns, so a drift hits all."""
+    """Median milliseconds of a call, in batches enqueued back to back; the calls take turns, so a drift hits all.
+
+    A call so slow that the gap between two of them is nothing to it gets a smaller batch.
+    """
+    batches = {
+        name: max(1, min(batch, math.floor(LONG_BATCH_MS / max(_time(call, 1), 1e-3)))) for name, call in calls.items()
+    }
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start, out = time.perf_counter(), None
-            for _ in range(batch):
-                out = call.run()
-            call.wait(out)
-            times[name].append(1e3 * (time.perf_counter() - start) / batch)
-            del out
+            times[name].append(_time(call, batches[name]))
     return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def _time(call, batch):
+    start, out = time.perf_counter(), None
+    for _ in range(batch):
+        out = call.run()
+    call.wait(out)
+    return 1e3 * (time.perf_counter() - start) / batch
 
 
 def fastest(calls: dict[str, Call], batch: int = 2, rounds: int = 3) -> str | None:
