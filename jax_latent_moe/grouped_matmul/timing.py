@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-
 LONG_BATCH_MS = 200
 """A batch longer than this is cut."""
 
