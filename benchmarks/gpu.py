@@ -1,22 +1,24 @@
 """Grouped matmuls and layers on a GPU beside their peers, all in one run: `python -m benchmarks.gpu [suite ...]`.
 
-Suites: kernel, layer, decode (by default all). Peers that are not installed and backends that refuse a problem are left
-out, with the reason. `--quick` keeps to Nemotron-3 Super at 8192 tokens and decode, and to the first tile of a sweep.
+Suites: kernel, layer, decode, step (all by default). A peer that is not installed, or a backend that refuses, is left out
+with the reason. `--quick` keeps to Nemotron-3 Super at 8192 tokens and decode, and to the first tile of a sweep.
 """
 
 import argparse
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import kernels, layers, problems
+from benchmarks import kernels, layers, problems, steps
 from benchmarks.measure import RESULTS, Run
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("kernel", "layer", "decode")
+SUITES = ("kernel", "layer", "decode", "step")
+Measure = Callable[..., None]
 
 
 def parse_options() -> argparse.Namespace:
@@ -29,22 +31,26 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"no suite is called {', '.join(sorted(unknown))}: there are {', '.join(SUITES)}.")
-    known = {name for table in tables(quick=False).values() for name in (*table[0], *table[1])}
+    known = {name for measured in tables(quick=False).values() for _, table in measured for name in table}
     if unknown := set(options.shape or ()) - known:
         parser.error(f"no shape is called {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}.")
     return options
 
 
-def tables(*, quick: bool) -> dict[str, tuple[dict, dict]]:
-    """The kernels and the layers of each suite."""
+def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
+    """What each suite measures: functions, and the problems that they are given by name."""
 
     def only(table, names):
         return {name: table[name] for name in names} if quick else table
 
     return {
-        "kernel": (only(problems.KERNELS, problems.QUICK_KERNELS), {}),
-        "layer": ({}, only(problems.LAYERS, problems.QUICK_LAYERS)),
-        "decode": (problems.DECODE_KERNELS, only(problems.DECODE_LAYERS, ("super_t64",))),
+        "kernel": [(kernels.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
+        "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
+        "decode": [
+            (kernels.measure, problems.DECODE_KERNELS),
+            (layers.measure, only(problems.DECODE_LAYERS, problems.QUICK_DECODE_LAYERS)),
+        ],
+        "step": [(steps.measure, problems.STEPS)],
     }
 
 
@@ -70,10 +76,10 @@ def main() -> None:
     print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)
     settings = dict(quick=options.quick, rounds=5 if options.quick else 7)
     for suite in options.suites or SUITES:
-        for table, module in zip(tables(quick=options.quick)[suite], (kernels, layers), strict=True):
+        for measure, table in tables(quick=options.quick)[suite]:
             chosen = {name: value for name, value in table.items() if name in (options.shape or table)}
             start = time.perf_counter()
-            module.measure(run, suite, chosen, limits, **settings)
+            measure(run, suite, chosen, limits, **settings)
             if chosen:
                 print(f"{suite}: {', '.join(chosen)} in {time.perf_counter() - start:.0f} s", flush=True)
     print(f"recorded in {run.path}")

@@ -92,3 +92,6 @@ LAYERS = {
 }
 QUICK_LAYERS = ("super_t8192",)
 DECODE_LAYERS = {f"super_t{tokens}": (tokens, SUPER) for tokens in (1, 8, 64)}
+QUICK_DECODE_LAYERS = ("super_t64",)
+STEPS = {"trainer_preset_gpu": {}}
+"""Fields of the trainer's preset to change."""

@@ -17,21 +17,29 @@ FIGURE = ROOT / "docs/figures/performance.svg"
 DEVICE = "h200"
 
 
-def of_every_gpu(make: Callable[[tables.Rows, str], str]) -> Callable[[tables.Rows], str]:
-    """The section that holds a table of every GPU, each under its name."""
+def of_every_gpu(make: Callable[[tables.Rows, str], str], *suites: str) -> Callable[[tables.Rows], str]:
+    """The section that holds a table of every GPU that any of the suites was measured on, each under its name."""
 
     def section(rows: tables.Rows) -> str:
-        return "\n\n".join(f"**{device.upper()}**\n\n{make(rows, device)}" for device in tables.devices(rows))
+        found = tables.devices([row for row in rows if row["suite"] in suites])
+        parts = [f"**{device.upper()}**\n\n{make(rows, device)}" for device in found]
+        return "\n\n".join(parts) or "Not measured yet."
 
     return section
 
 
+def table_of(suite: str, *, memory: bool = False) -> Callable[[tables.Rows], str]:
+    """The section that holds a suite's table of every GPU."""
+    return of_every_gpu(lambda rows, device: tables.table(rows, suite, device, memory=memory), suite)
+
+
 SECTIONS: dict[str, Callable[[tables.Rows], str]] = {
-    "kernels": of_every_gpu(lambda rows, device: tables.table(rows, "kernel", device)),
-    "layers": of_every_gpu(lambda rows, device: tables.table(rows, "layer", device, memory=True)),
-    "decode": of_every_gpu(lambda rows, device: tables.table(rows, "decode", device)),
-    "errors": of_every_gpu(tables.errors),
-    "runs": of_every_gpu(tables.runs),
+    "kernels": table_of("kernel"),
+    "layers": table_of("layer", memory=True),
+    "decode": table_of("decode"),
+    "step": table_of("step", memory=True),
+    "errors": of_every_gpu(tables.errors, *tables.SUITES),
+    "runs": of_every_gpu(tables.runs, *tables.SUITES),
     "cpu": tables.cpu_table,
     "super kernels": lambda rows: tables.table(
         [row for row in rows if row["shape"] == "super_up_t8192"], "kernel", DEVICE

@@ -9,6 +9,7 @@ from benchmarks.measure import RESULTS
 from benchmarks.problems import BACKENDS
 
 Rows = list[dict]
+SUITES = ("kernel", "layer", "decode", "step")
 # What ran, in the order of the columns, and what a reader calls it.
 LABELS = {
     "cutlass": "cutlass",
@@ -42,8 +43,8 @@ def load(folder: pathlib.Path = RESULTS) -> Rows:
 
 
 def devices(rows: Rows) -> list[str]:
-    """The GPUs that kernels or layers were measured on."""
-    return sorted({row["device"] for row in rows if row["suite"] in ("kernel", "layer", "decode")} - {"cpu"})
+    """The GPUs that any suite was measured on."""
+    return sorted({row["device"] for row in rows if row["suite"] in SUITES} - {"cpu"})
 
 
 def problems(rows: Rows, suite: str, device: str) -> dict[tuple[str, str], dict[str, dict]]:
@@ -133,7 +134,7 @@ def _is_layer(suite: str, shape: str) -> bool:
 def runs(rows: Rows, device: str) -> str:
     """The runs behind a device's tables, with the versions of what they ran."""
     found = {}
-    for suite in ("kernel", "layer", "decode"):
+    for suite in SUITES:
         for (shape, _), impls in problems(rows, suite, device).items():
             row = next(iter(impls.values()))
             found.setdefault(row["run"], (row["versions"], set()))[1].add(shape)

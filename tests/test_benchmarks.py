@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, kernels, layers
+from benchmarks import gpu, kernels, layers, steps
 from benchmarks.measure import WRONG, Row, Run
 from benchmarks.peers import jax_layer
 from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
+from examples.train import presets
 from jax_latent_moe import init_params, latent_moe
 from jax_latent_moe.grouped_matmul import reference
 from jax_latent_moe.grouped_matmul.timing import Call, jax_candidate, prepare, time_in_turn
@@ -143,11 +144,21 @@ def test_the_plain_jax_layer_computes_the_layer(rng, latent_size):
 
 def test_quick_is_a_part_of_the_whole():
     quick, whole = gpu.tables(quick=True), gpu.tables(quick=False)
+    assert tuple(quick) == tuple(whole) == gpu.SUITES
     for suite in gpu.SUITES:
-        for some, every in zip(quick[suite], whole[suite], strict=True):
+        for (measure, some), (same, every) in zip(quick[suite], whole[suite], strict=True):
+            assert measure == same
             assert some.items() <= every.items()
-    assert whole["kernel"][0] == KERNELS
-    assert whole["layer"][1] == LAYERS
+    assert whole["kernel"] == [(kernels.measure, KERNELS)]
+    assert whole["layer"] == [(layers.measure, LAYERS)]
+
+
+def test_steps_are_measured_and_recorded(run, monkeypatch):
+    monkeypatch.setattr(presets, "GPU", presets.TOY)
+    monkeypatch.setattr(steps, "CHECKED_STEPS", 3)
+    steps.measure(run, "step", {"toy": {"steps": 7}}, CEILINGS, quick=False, rounds=1)
+    (row,) = rows_of(run)
+    assert (row["suite"], row["impl"], row["max_error"]) == ("step", "xla", 0.0)
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch):
