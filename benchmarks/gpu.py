@@ -1,7 +1,7 @@
 """Grouped matmuls and layers on a GPU beside their peers, all in one run: `python -m benchmarks.gpu [suite ...]`.
 
-Suites: kernel, layer, decode, step (all by default). A peer that is not installed, or a backend that refuses, is left out
-with the reason. `--quick` keeps to Nemotron-3 Super at 8192 tokens and decode, and to the first tile of a sweep.
+Suites: kernel, layer, decode, step (all by default). A peer that is not installed or fails, and a backend that refuses,
+is left out with the reason. `--quick` keeps to few shapes and to the first tile of a sweep.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import kernels, layers, problems, steps
-from benchmarks.measure import RESULTS, Run
+from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
 
 SUITES = ("kernel", "layer", "decode", "step")
-Measure = Callable[..., None]
+Measure = Callable[[Session, str, dict], None]
 
 
 def parse_options() -> argparse.Namespace:
@@ -28,6 +28,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and peers, no sweeps")
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape; may be repeated")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER", help="where the rows go")
+    parser.add_argument("--without", action="append", default=[], metavar="IMPL", help="not this; may be repeated")
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"no suite is called {', '.join(sorted(unknown))}: there are {', '.join(SUITES)}.")
@@ -74,12 +75,13 @@ def main() -> None:
     run = Run(device.device_kind.lower().removeprefix("nvidia ").replace(" ", "-"), options.out)
     limits = ceilings()
     print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)
-    settings = dict(quick=options.quick, rounds=5 if options.quick else 7)
+    rounds = 5 if options.quick else 7
+    session = Session(run, *limits, options.quick, rounds, frozenset(options.without))
     for suite in options.suites or SUITES:
         for measure, table in tables(quick=options.quick)[suite]:
             chosen = {name: value for name, value in table.items() if name in (options.shape or table)}
             start = time.perf_counter()
-            measure(run, suite, chosen, limits, **settings)
+            measure(session, suite, chosen)
             if chosen:
                 print(f"{suite}: {', '.join(chosen)} in {time.perf_counter() - start:.0f} s", flush=True)
     print(f"recorded in {run.path}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Row, Run, show
+from benchmarks.measure import Row, Session
 from benchmarks.peers import pallas_wgrad, tokamax_ragged_dot, torch_grouped_mm
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import UnsupportedError, XlaBackend
@@ -153,31 +153,20 @@ def relative_error(value, expected: np.ndarray) -> float:
     return float(distance / size) if size else 0.0
 
 
-def measure(
-    run: Run, suite: str, shapes: dict[str, Grouped], ceilings: tuple[float, float], *, quick: bool, rounds: int
-) -> None:
-    """One row a shape, pass and implementation.
-
-    Args:
-        run: takes the rows.
-        suite: "kernel", or "decode" for the forward pass alone.
-        shapes: by name.
-        ceilings: FLOP/s and bytes/s of the device.
-        quick: shorter sweeps, fewer peers.
-        rounds: batches whose median is taken.
-    """
+def measure(session: Session, suite: str, shapes: dict[str, Grouped]) -> None:
+    """One row a shape, pass and implementation; of the suite "decode", the forward pass alone."""
     for name, shape in shapes.items():
         sizes = shape.group_sizes(np.random.default_rng(0))
         operands = shape.operands(0)
         for pass_ in PASSES[:1] if suite == "decode" else PASSES:
-            _measure_pass(run, suite, name, shape, pass_, operands, sizes, ceilings, quick, rounds)
+            _measure_pass(session, suite, name, shape, pass_, operands, sizes)
 
 
-def _measure_pass(run, suite, name, shape, pass_, operands, sizes, ceilings, quick, rounds):
+def _measure_pass(session, suite, name, shape, pass_, operands, sizes):
     x, w, dout = operands
     decode = suite == "decode"
-    found = candidates(shape, pass_, x, w, dout, jnp.asarray(sizes), quick=quick, decode=decode)
-    calls = keep_fastest_of_sweeps(prepare(found))
+    found = candidates(shape, pass_, x, w, dout, jnp.asarray(sizes), quick=session.quick, decode=decode)
+    calls = keep_fastest_of_sweeps(prepare(session.wanted(found)))
     expected = reference(pass_, x, w, dout, sizes)
     errors = {
         impl: max_error(pass_, call.run(), expected, sizes)
@@ -188,9 +177,7 @@ def _measure_pass(run, suite, name, shape, pass_, operands, sizes, ceilings, qui
     matrices = shape.num_experts if pass_ == "wgrad" else int((sizes > 0).sum())
     widths = shape.in_features + shape.out_features
     traffic = 2 * (shape.rows * widths + matrices * shape.in_features * shape.out_features)
-    floor = 1e3 * max(flops / ceilings[0], traffic / ceilings[1])
-    for impl, ms in time_in_turn(calls, 20 if decode else 5, rounds).items():
-        temp = calls[impl].temp_bytes
-        row = Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, errors.get(impl), temp)
-        run.add(row)
-        show(row)
+    floor = session.floor_ms(flops, traffic)
+    for impl, ms in time_in_turn(calls, 20 if decode else 5, session.rounds).items():
+        error, temp = errors.get(impl), calls[impl].temp_bytes
+        session.record(Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, error, temp))

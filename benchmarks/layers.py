@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kernels import CONTRACTIONS, PASSES, best_tokamax_tile, relative_error
-from benchmarks.measure import Row, Run, show
+from benchmarks.measure import Row, Session
 from benchmarks.peers import jax_layer, tokamax_ragged_dot, transformers_layer
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend, init_params, latent_moe
@@ -61,22 +61,23 @@ def tokamax_layer(config: LatentMoEConfig, tiles: dict[str, list] | None):
     return lambda params, x: jax_layer.layer(params, x, config, ragged_dot)
 
 
-def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, quick: bool) -> dict[str, Candidate]:
+def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: Session) -> dict[str, Candidate]:
     """What runs this pass of the layer, by name."""
     layers, tokens = {}, x.shape[0]
     for name, backend in BACKENDS.items():
         if reason := refusal(config, tokens, pass_, backend):
             print(f"{'left out':>10} {name}: {reason}", flush=True)
-        elif not (quick and name == "xla"):
+        elif not (session.quick and name == "xla"):
             layers[name] = functools.partial(our_layer, dataclasses.replace(config, backend=backend))
-    if not quick:
+    if not session.quick:
         layers["jax_tokamax_default"] = tokamax_layer(config, None)
     passes = PASSES if pass_ == "forward_backward" else PASSES[:1]
-    tiles = {
-        name: [best_tokamax_tile(shape, each, quick) for each in passes]
-        for name, shape in products(config, tokens).items()
-    }
-    layers["jax_tokamax_tuned"] = tokamax_layer(config, tiles)
+    if "jax_tokamax_tuned" not in session.without:
+        tiles = {
+            name: [best_tokamax_tile(shape, each, session.quick) for each in passes]
+            for name, shape in products(config, tokens).items()
+        }
+        layers["jax_tokamax_tuned"] = tokamax_layer(config, tiles)
     args = (params, x) if pass_ == "forward" else (params, x, dy)
     found = {
         name: jax_candidate(layer if pass_ == "forward" else with_gradients(layer), *args)
@@ -98,36 +99,19 @@ def reference(config: LatentMoEConfig, params, x) -> tuple[np.ndarray, int]:
     return np.asarray(y), int((aux.tokens_per_expert > 0).sum())
 
 
-def measure(
-    run: Run,
-    suite: str,
-    layers: dict[str, tuple[int, LatentMoEConfig]],
-    ceilings: tuple[float, float],
-    *,
-    quick: bool,
-    rounds: int,
-) -> None:
-    """One row a layer, pass and implementation.
-
-    Args:
-        run: takes the rows.
-        suite: "layer", or "decode" for the forward pass alone.
-        layers: tokens and configuration by name; without shared experts and latent norms.
-        ceilings: FLOP/s and bytes/s of the device.
-        quick: shorter sweeps, fewer peers.
-        rounds: batches whose median is taken.
-    """
+def measure(session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]]) -> None:
+    """One row a layer (its tokens and configuration), pass and implementation; of "decode", the forward pass alone."""
     for name, (tokens, config) in layers.items():
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
         x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
         checked = reference(config, params, x[:CHECKED_TOKENS])
         for pass_ in ("forward",) if suite == "decode" else ("forward", "forward_backward"):
-            _measure_pass(run, suite, name, config, pass_, (params, x, dy), checked, ceilings, quick, rounds)
+            _measure_pass(session, suite, name, config, pass_, (params, x, dy), checked)
 
 
-def _measure_pass(run, suite, name, config, pass_, operands, checked, ceilings, quick, rounds):
+def _measure_pass(session, suite, name, config, pass_, operands, checked):
     (params, x, _), (expected, touched) = operands, checked
-    calls = prepare(candidates(config, pass_, *operands, quick=quick))
+    calls = prepare(session.wanted(candidates(config, pass_, *operands, session=session)))
     errors = {}
     for impl, call in calls.items():
         out = call.run()
@@ -139,8 +123,7 @@ def _measure_pass(run, suite, name, config, pass_, operands, checked, ceilings, 
     experts = sum(leaf.nbytes for leaf in params["experts"].values())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - experts + experts * touched / config.num_experts
     flops = times * x.shape[0] * matmul_flops_per_token(config)
-    floor = 1e3 * max(flops / ceilings[0], times * weights / ceilings[1])
-    for impl, ms in time_in_turn(calls, 20 if suite == "decode" else 3, rounds).items():
-        row = Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, errors[impl], calls[impl].temp_bytes)
-        run.add(row)
-        show(row)
+    floor = session.floor_ms(flops, times * weights)
+    for impl, ms in time_in_turn(calls, 20 if suite == "decode" else 3, session.rounds).items():
+        temp = calls[impl].temp_bytes
+        session.record(Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, errors[impl], temp))

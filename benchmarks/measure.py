@@ -116,3 +116,37 @@ def show(row: Row) -> None:
         f"floor {row.floor_ms:6.3f} ms {error} {temp}",
         flush=True,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How one run of the GPU benchmark measures.
+
+    Attributes:
+        run: takes the rows.
+        rate: FLOP/s of the device, measured.
+        bandwidth: bytes/s of the device, measured.
+        quick: fewer peers, no sweeps.
+        rounds: batches whose median is taken.
+        without: implementations to leave out.
+    """
+
+    run: Run
+    rate: float
+    bandwidth: float
+    quick: bool = False
+    rounds: int = 7
+    without: frozenset[str] = frozenset()
+
+    def floor_ms(self, flops: float, traffic: float) -> float:
+        """The time that so many operations and bytes take at best."""
+        return 1e3 * max(flops / self.rate, traffic / self.bandwidth)
+
+    def wanted[T](self, candidates: dict[str, T]) -> dict[str, T]:
+        """Those that are not to be left out; a sweep's are named "<implementation>/<tile>"."""
+        return {name: value for name, value in candidates.items() if name.split("/")[0] not in self.without}
+
+    def record(self, row: Row) -> None:
+        """Records and prints a row."""
+        self.run.add(row)
+        show(row)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Row, Run, show
+from benchmarks.measure import Row, Session
 from benchmarks.problems import BACKENDS
 from jax_latent_moe.grouped_matmul.timing import Call, Candidate, prepare, time_in_turn
 
@@ -21,30 +21,18 @@ CHECKED_STEPS = 200
 Losses = Callable[[], np.ndarray]
 
 
-def measure(
-    run: Run, suite: str, steps: dict[str, dict], ceilings: tuple[float, float], *, quick: bool, rounds: int
-) -> None:
-    """One row a backend.
-
-    Args:
-        run: takes the rows.
-        suite: "step".
-        steps: fields of the preset "gpu" to change, by name.
-        ceilings: FLOP/s and bytes/s of the device.
-        quick: leaves the losses unchecked.
-        rounds: batches whose median is taken.
-    """
+def measure(session: Session, suite: str, steps: dict[str, dict]) -> None:
+    """One row a preset, changed in some fields, and backend; a quick session leaves the losses unchecked."""
     for name, changes in steps.items():
         first_losses: dict[str, Losses] = {}
-        calls = prepare({backend: candidate(changes, backend, first_losses) for backend in BACKENDS})
-        losses = {} if quick else {backend: first_losses[backend]() for backend in calls}
-        for backend, ms in time_in_turn(calls, 5, rounds).items():
+        found = {backend: candidate(changes, backend, first_losses) for backend in BACKENDS}
+        calls = prepare(session.wanted(found))
+        losses = {} if session.quick else {backend: first_losses[backend]() for backend in calls}
+        for backend, ms in time_in_turn(calls, 5, session.rounds).items():
             flops = operations(changes)
             error = float(np.max(np.abs(losses[backend] / losses["xla"] - 1))) if "xla" in losses else None
-            floor, temp = 1e3 * flops / ceilings[0], calls[backend].temp_bytes
-            row = Row(suite, name, "forward_backward", backend, ms, flops / ms / 1e9, floor, error, temp)
-            run.add(row)
-            show(row)
+            floor, temp = session.floor_ms(flops, 0), calls[backend].temp_bytes
+            session.record(Row(suite, name, "forward_backward", backend, ms, flops / ms / 1e9, floor, error, temp))
 
 
 def configuration(changes: dict, backend: str):
