@@ -1,6 +1,6 @@
 """Grouped matmuls and layers on a GPU beside their peers, all in one run: `python -m benchmarks.gpu [suite ...]`.
 
-Suites: kernel, layer, decode, step (all by default). A peer that is not installed or fails, and a backend that refuses,
+Suites: compile, kernel, layer, decode, step (by default all). A peer that is not installed or fails, and a backend that refuses,
 is left out with the reason. `--quick` keeps to few shapes and to the first tile of a sweep.
 """
 
@@ -17,7 +17,7 @@ from benchmarks import kernels, layers, problems, steps
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("kernel", "layer", "decode", "step")
+SUITES = ("compile", "kernel", "layer", "decode", "step")
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -45,6 +45,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         return {name: table[name] for name in names} if quick else table
 
     return {
+        "compile": [(layers.measure_compilation, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "kernel": [(kernels.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "decode": [

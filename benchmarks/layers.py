@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax_latent_moe.grouped_matmul import problem, select
 from jax_latent_moe.grouped_matmul.timing import Candidate, jax_candidate, prepare, time_in_turn
 
 CHECKED_TOKENS = 256
+PASSES_OF_LAYERS = ("forward", "forward_backward")
 
 
 def products(config: LatentMoEConfig, tokens: int) -> dict[str, Grouped]:
@@ -99,13 +101,31 @@ def reference(config: LatentMoEConfig, params, x) -> tuple[np.ndarray, int]:
     return np.asarray(y), int((aux.tokens_per_expert > 0).sum())
 
 
+def measure_compilation(session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]]) -> None:
+    """One row a layer, pass and backend: how long tracing and compiling take, one after the other."""
+    for name, (tokens, config) in layers.items():
+        params = jax.eval_shape(lambda config=config: init_params(jax.random.key(0), config))
+        x = jax.ShapeDtypeStruct((tokens, config.hidden_size), jnp.bfloat16)
+        for pass_ in PASSES_OF_LAYERS:
+            for impl, backend in session.wanted(BACKENDS).items():
+                if refusal(config, tokens, pass_, backend):
+                    continue
+                layer = functools.partial(our_layer, dataclasses.replace(config, backend=backend))
+                forward = pass_ == "forward"
+                function, args = (layer, (params, x)) if forward else (with_gradients(layer), (params, x, x))
+                start = time.perf_counter()
+                jax.jit(function).lower(*args).compile()
+                ms = 1e3 * (time.perf_counter() - start)
+                session.record(Row(suite, name, pass_, impl, ms, 0.0, 0.0, None, None))
+
+
 def measure(session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]]) -> None:
     """One row a layer (its tokens and configuration), pass and implementation; of "decode", the forward pass alone."""
     for name, (tokens, config) in layers.items():
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
         x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
         checked = reference(config, params, x[:CHECKED_TOKENS])
-        for pass_ in ("forward",) if suite == "decode" else ("forward", "forward_backward"):
+        for pass_ in PASSES_OF_LAYERS[: 1 if suite == "decode" else None]:
             _measure_pass(session, suite, name, config, pass_, (params, x, dy), checked)
 
 

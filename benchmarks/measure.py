@@ -25,11 +25,11 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "kernel", "layer", "decode" or "step".
+        suite: "compile", "kernel", "layer", "decode", "step" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file).
         impl: what ran.
-        ms: median time of one call, in milliseconds.
+        ms: median time of one call, or of one compilation, in milliseconds.
         tflops: 1e12 floating-point operations a second, by the operations the maths needs.
         floor_ms: the time that this device's measured matmul rate and bandwidth allow at best.
         max_error: ||out - ref|| / ||ref|| against a float32 or float64 reference; None where another row shows it.

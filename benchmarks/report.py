@@ -38,6 +38,7 @@ SECTIONS: dict[str, Callable[[tables.Rows], str]] = {
     "layers": table_of("layer", memory=True),
     "decode": table_of("decode"),
     "step": table_of("step", memory=True),
+    "compile": of_every_gpu(tables.compile_table, "compile"),
     "errors": of_every_gpu(tables.errors, *tables.SUITES),
     "runs": of_every_gpu(tables.runs, *tables.SUITES),
     "cpu": tables.cpu_table,

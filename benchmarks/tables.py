@@ -9,7 +9,7 @@ from benchmarks.measure import RESULTS
 from benchmarks.problems import BACKENDS
 
 Rows = list[dict]
-SUITES = ("kernel", "layer", "decode", "step")
+SUITES = ("compile", "kernel", "layer", "decode", "step")
 # What ran, in the order of the columns, and what a reader calls it.
 LABELS = {
     "cutlass": "cutlass",
@@ -94,6 +94,17 @@ def _cell(row: dict | None, ours: dict | None, memory: bool) -> str:
 def three_digits(value: float) -> str:
     """Three significant digits, none of them after a point once there are three before it."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def compile_table(rows: Rows, device: str) -> str:
+    """Seconds that the layers take to trace and compile, by backend."""
+    found = problems(rows, "compile", device)
+    names = [name for name in BACKENDS if any(name in impls for impls in found.values())]
+    lines = [
+        [f"`{shape}`", PASSES[pass_], *(f"{impls[name]['ms'] / 1e3:.1f} s" if name in impls else "" for name in names)]
+        for (shape, pass_), impls in found.items()
+    ]
+    return markdown(["layer", "pass", *names], lines)
 
 
 def cpu_table(rows: Rows) -> str:

@@ -157,6 +157,14 @@ def test_quick_is_a_part_of_the_whole():
     assert whole["layer"] == [(layers.measure, LAYERS)]
 
 
+def test_compilation_is_measured_and_recorded(run, session):
+    layers.measure_compilation(session, "compile", {"small": (30, SMALL_LAYER)})
+    assert [(row["suite"], row["pass"], row["impl"]) for row in rows_of(run)] == [
+        ("compile", "forward", "xla"),
+        ("compile", "forward_backward", "xla"),
+    ]
+
+
 def test_steps_are_measured_and_recorded(run, session, monkeypatch):
     monkeypatch.setattr(presets, "GPU", presets.TOY)
     monkeypatch.setattr(steps, "CHECKED_STEPS", 3)
