@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import kernels, layers, problems, steps
+from benchmarks import layers, matmuls, problems, steps
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
 
@@ -46,10 +46,10 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
 
     return {
         "compile": [(layers.measure_compilation, only(problems.LAYERS, problems.QUICK_LAYERS))],
-        "kernel": [(kernels.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
+        "kernel": [(matmuls.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "decode": [
-            (kernels.measure, problems.DECODE_KERNELS),
+            (matmuls.measure, problems.DECODE_KERNELS),
             (layers.measure, only(problems.DECODE_LAYERS, problems.QUICK_DECODE_LAYERS)),
         ],
         "step": [(steps.measure, problems.STEPS)],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Row, Session
+from benchmarks.measure import Row, Run, show
 from benchmarks.peers import pallas_wgrad, tokamax_ragged_dot, torch_grouped_mm
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import UnsupportedError, XlaBackend
@@ -62,12 +62,12 @@ def candidates(shape: Grouped, pass_: str, x, w, dout, sizes, *, quick: bool, de
     if expanded <= MOST_EXPANDED_BYTES and not quick:
         backend = XlaBackend(method="ragged_dot")
         found["lax_ragged_dot"] = jax_candidate(functools.partial(ours, pass_, backend), x, w, dout, sizes)
-    for tile in (() if quick else (None,)) + tokamax_ragged_dot.sweep(pass_, quick):
+    for tile in (None, *tokamax_ragged_dot.sweep(pass_, quick)):
         name = "tokamax" if tile is None else f"tokamax_tuned/{tile}"
         call = functools.partial(tokamax_ragged_dot.one_pass, pass_, tile)
         found[name] = jax_candidate(call, x, w, dout, sizes)
     if pass_ == "wgrad":
-        for tile in pallas_wgrad.SWEEP[: 1 if quick else None]:
+        for tile in pallas_wgrad.SWEEP[: 2 if quick else None]:
             call = functools.partial(pallas_wgrad.transposed_ragged_dot, tile)
             found[f"jax_transposed_ragged_dot_mgpu/{tile}"] = jax_candidate(call, x, dout, sizes)
     return found
@@ -80,7 +80,7 @@ def keep_fastest_of_sweeps(calls: dict) -> dict:
         swept = {name: call for name, call in calls.items() if name.startswith(f"{peer}/")}
         if peer == "tokamax_tuned" and "tokamax" in calls:
             swept["tokamax"] = calls["tokamax"]
-        best = fastest(swept) if len(swept) > 1 else next(iter(swept))
+        best = fastest(swept)
         assert best is not None, "a peer is named for one of its calls"
         print(f"{'best of':>10} {len(swept)}: {best}", flush=True)
         kept[peer] = swept[best]
@@ -89,9 +89,7 @@ def keep_fastest_of_sweeps(calls: dict) -> dict:
 
 @functools.cache
 def best_tokamax_tile(shape: Grouped, pass_: str, quick: bool) -> tuple | None:
-    """The fastest tile of tokamax's sweep, the first where quick; None, its own choice, where none of them runs."""
-    if quick:
-        return tokamax_ragged_dot.sweep(pass_, quick)[0]
+    """The fastest tile of tokamax's sweep; None, its own choice, where none of the sweep runs."""
     x, w, dout = shape.operands(0)
     sizes = jnp.asarray(shape.group_sizes(np.random.default_rng(0)))
     tiles = {f"tokamax at {tile}": tile for tile in tokamax_ragged_dot.sweep(pass_, quick)}
@@ -100,76 +98,56 @@ def best_tokamax_tile(shape: Grouped, pass_: str, quick: bool) -> tuple | None:
     return None if best is None else tiles[best]
 
 
-def reference(pass_, x, w, dout, sizes) -> dict[int, np.ndarray]:
-    """By expert, its part of the result in float32: of the largest group, an empty one, and the ends."""
-    starts = np.cumsum(sizes) - sizes
-    experts = {int(sizes.argmax()), int(sizes.argmin()), 0, len(sizes) - 1}
-    formula = {"forward": lambda a, b, k: a @ k, "dgrad": lambda a, b, k: b @ k.T, "wgrad": lambda a, b, k: a.T @ b}
-    expected = {}
-    for expert in experts:
-        group = int(starts[expert]), int(sizes[expert])
-        a, b = (in_float32(rows_of_group(array, *group, int(sizes.max()))) for array in (x, dout))
-        expected[expert] = formula[pass_](a, b, in_float32(rows_of_group(w, expert, 1, 1)[0]))
-    return expected
-
-
-def rows_of_group(array, start: int, size: int, longest: int) -> np.ndarray:
-    """array[start : start + size] in NumPy, where no size is above `longest`: one compiled slice serves all groups."""
-    if not isinstance(array, jax.Array):
-        return in_float32(array[start : start + size])
-    first = min(start, array.shape[0] - longest)
-    return np.asarray(_slice(array, first, longest))[start - first : start - first + size]
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _slice(array, first, length):
-    return jax.lax.dynamic_slice_in_dim(array, first, length)
-
-
-def max_error(pass_, out, expected: dict[int, np.ndarray], sizes) -> float:
-    """The largest relative error over the experts of `reference`; infinite where an empty expert is not zero."""
+def max_error(pass_, out, x, w, dout, sizes) -> float:
+    """The largest relative error over five experts against float32; infinite where an empty expert is not zero."""
     starts = np.cumsum(sizes) - sizes
     worst = 0.0
-    for expert, right in expected.items():
-        if pass_ == "wgrad":
-            part = rows_of_group(out, expert, 1, 1)[0]
-        else:
-            part = rows_of_group(out, int(starts[expert]), int(sizes[expert]), int(sizes.max()))
-        worst = max(worst, relative_error(part, right))
+    for expert in {int(sizes.argmax()), 0, len(sizes) // 2, len(sizes) - 1, int(np.flatnonzero(sizes)[0])}:
+        group = slice(int(starts[expert]), int(starts[expert] + sizes[expert]))
+        a, b, kernel = (np.asarray(v, np.float32) for v in (x[group], dout[group], w[expert]))
+        ref = {"forward": lambda a, b, k: a @ k, "dgrad": lambda a, b, k: b @ k.T, "wgrad": lambda a, b, k: a.T @ b}
+        expected = ref[pass_](a, b, kernel)
+        error = relative_error(out[expert] if pass_ == "wgrad" else out[group], expected)
+        worst = max(worst, error)
     return worst
-
-
-def in_float32(value) -> np.ndarray:
-    """An array of NumPy or JAX, or a tensor of torch, as float32 in NumPy."""
-    return np.asarray(value, np.float32) if isinstance(value, np.ndarray | jax.Array) else value.float().cpu().numpy()
 
 
 def relative_error(value, expected: np.ndarray) -> float:
     """||value - expected|| / ||expected||; infinite for NaN, and for anything but zeros where zeros are expected."""
-    value = in_float32(value)
+    value = np.asarray(value, np.float32) if isinstance(value, jax.Array) else value.float().cpu().numpy()
     distance, size = np.linalg.norm(value - expected), np.linalg.norm(expected)
     if not np.isfinite(distance) or (size == 0 and distance > 0):
         return float("inf")
     return float(distance / size) if size else 0.0
 
 
-def measure(session: Session, suite: str, shapes: dict[str, Grouped]) -> None:
-    """One row a shape, pass and implementation; of the suite "decode", the forward pass alone."""
+def measure(
+    run: Run, suite: str, shapes: dict[str, Grouped], ceilings: tuple[float, float], *, quick: bool, rounds: int
+) -> None:
+    """One row a shape, pass and implementation.
+
+    Args:
+        run: takes the rows.
+        suite: "kernel", or "decode" for the forward pass alone.
+        shapes: by name.
+        ceilings: FLOP/s and bytes/s of the device.
+        quick: shorter sweeps, fewer peers.
+        rounds: batches whose median is taken.
+    """
     for name, shape in shapes.items():
         sizes = shape.group_sizes(np.random.default_rng(0))
         operands = shape.operands(0)
         for pass_ in PASSES[:1] if suite == "decode" else PASSES:
-            _measure_pass(session, suite, name, shape, pass_, operands, sizes)
+            _measure_pass(run, suite, name, shape, pass_, operands, sizes, ceilings, quick, rounds)
 
 
-def _measure_pass(session, suite, name, shape, pass_, operands, sizes):
+def _measure_pass(run, suite, name, shape, pass_, operands, sizes, ceilings, quick, rounds):
     x, w, dout = operands
     decode = suite == "decode"
-    found = candidates(shape, pass_, x, w, dout, jnp.asarray(sizes), quick=session.quick, decode=decode)
-    calls = keep_fastest_of_sweeps(prepare(session.wanted(found)))
-    expected = reference(pass_, x, w, dout, sizes)
+    found = candidates(shape, pass_, x, w, dout, jnp.asarray(sizes), quick=quick, decode=decode)
+    calls = keep_fastest_of_sweeps(prepare(found))
     errors = {
-        impl: max_error(pass_, call.run(), expected, sizes)
+        impl: max_error(pass_, call.run(), x, w, dout, sizes)
         for impl, call in calls.items()
         if not impl.startswith("dense")
     }
@@ -177,7 +155,9 @@ def _measure_pass(session, suite, name, shape, pass_, operands, sizes):
     matrices = shape.num_experts if pass_ == "wgrad" else int((sizes > 0).sum())
     widths = shape.in_features + shape.out_features
     traffic = 2 * (shape.rows * widths + matrices * shape.in_features * shape.out_features)
-    floor = session.floor_ms(flops, traffic)
-    for impl, ms in time_in_turn(calls, 20 if decode else 5, session.rounds).items():
-        error, temp = errors.get(impl), calls[impl].temp_bytes
-        session.record(Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, error, temp))
+    floor = 1e3 * max(flops / ceilings[0], traffic / ceilings[1])
+    for impl, ms in time_in_turn(calls, 20 if decode else 5, rounds).items():
+        temp = calls[impl].temp_bytes
+        row = Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, errors.get(impl), temp)
+        run.add(row)
+        show(row)

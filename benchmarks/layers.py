@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.kernels import CONTRACTIONS, PASSES, best_tokamax_tile, relative_error
+from benchmarks.matmuls import CONTRACTIONS, PASSES, best_tokamax_tile, relative_error
 from benchmarks.measure import Row, Session
 from benchmarks.peers import jax_layer, tokamax_ragged_dot, transformers_layer
 from benchmarks.problems import BACKENDS, Grouped

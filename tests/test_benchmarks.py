@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, kernels, layers, steps
+from benchmarks import gpu, layers, matmuls, steps
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer
 from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
@@ -47,7 +47,7 @@ def test_group_sizes_are_those_of_tokens_with_distinct_experts(rng, shape):
     assert (sizes == 0).sum() >= int(shape.empty * shape.num_experts)
 
 
-@pytest.mark.parametrize("pass_", kernels.PASSES)
+@pytest.mark.parametrize("pass_", matmuls.PASSES)
 def test_the_error_of_a_kernel(rng, pass_):
     sizes = SMALL.group_sizes(rng)
     sizes[-1] += sizes[0]
@@ -58,12 +58,12 @@ def test_the_error_of_a_kernel(rng, pass_):
         "dgrad": lambda: reference.grouped_matmul(dout, w, sizes, transpose_w=True),
         "wgrad": lambda: reference.grouped_outer(x, dout, sizes),
     }[pass_]()
-    args = kernels.reference(pass_, *map(jnp.asarray, (x, w, dout)), sizes), sizes
-    assert kernels.max_error(pass_, jnp.asarray(right), *args) < 1e-6
-    assert 0.009 < kernels.max_error(pass_, jnp.asarray(1.01 * right), *args) < 0.011
-    assert kernels.max_error(pass_, jnp.asarray(np.full_like(right, np.nan)), *args) == np.inf
+    args = matmuls.reference(pass_, *map(jnp.asarray, (x, w, dout)), sizes), sizes
+    assert matmuls.max_error(pass_, jnp.asarray(right), *args) < 1e-6
+    assert 0.009 < matmuls.max_error(pass_, jnp.asarray(1.01 * right), *args) < 0.011
+    assert matmuls.max_error(pass_, jnp.asarray(np.full_like(right, np.nan)), *args) == np.inf
     if pass_ == "wgrad":
-        assert kernels.max_error(pass_, jnp.asarray(right + 1e-3), *args) == np.inf  # expert 0 has no rows
+        assert matmuls.max_error(pass_, jnp.asarray(right + 1e-3), *args) == np.inf  # expert 0 has no rows
 
 
 def test_what_fails_is_left_out_and_said(capsys):
@@ -89,18 +89,18 @@ def test_what_fails_is_left_out_and_said(capsys):
 
 
 def test_a_sweep_leaves_its_fastest(monkeypatch):
-    monkeypatch.setattr(kernels, "fastest", lambda calls: min(calls, key=lambda name: calls[name].temp_bytes))
+    monkeypatch.setattr(matmuls, "fastest", lambda calls: min(calls, key=lambda name: calls[name].temp_bytes))
     slow, fast, default = (Call(lambda: None, temp_bytes=size) for size in (3, 2, 1))
     calls = {"dense": slow, "jax/1": slow, "jax/2": fast, "tokamax_tuned/1": slow, "tokamax": default}
-    kept = kernels.keep_fastest_of_sweeps(calls)
+    kept = matmuls.keep_fastest_of_sweeps(calls)
     assert kept == {"dense": slow, "tokamax": default, "jax": fast, "tokamax_tuned": default}
 
 
 def test_kernels_are_measured_and_recorded(run, session, capsys):
-    kernels.measure(session, "kernel", {"small": SMALL})
+    matmuls.measure(session, "kernel", {"small": SMALL})
     rows = rows_of(run)
     measured = {(row["pass"], row["impl"]) for row in rows}
-    assert measured >= {(pass_, impl) for pass_ in kernels.PASSES for impl in ("xla", "dense")}
+    assert measured >= {(pass_, impl) for pass_ in matmuls.PASSES for impl in ("xla", "dense")}
     assert not any(impl == "lax_ragged_dot" for _, impl in measured)
     for row in rows:
         assert row.keys() == {field.name.rstrip("_") for field in dataclasses.fields(Row)} | {
@@ -153,7 +153,7 @@ def test_quick_is_a_part_of_the_whole():
         for (measure, some), (same, every) in zip(quick[suite], whole[suite], strict=True):
             assert measure == same
             assert some.items() <= every.items()
-    assert whole["kernel"] == [(kernels.measure, KERNELS)]
+    assert whole["kernel"] == [(matmuls.measure, KERNELS)]
     assert whole["layer"] == [(layers.measure, LAYERS)]
 
 
