@@ -4,7 +4,7 @@ WORKERS ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train plan test test-gpu bench lint lint-bazel format docs clean
+.PHONY: help setup cuda train plan test test-gpu bench lint lint-bazel format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test-gpu: setup ## run the tests of the GPU kernels, the conformance suite and t
 
 bench: setup ## time the layer and its matmuls
 	$(PYTHON) -m benchmarks $(ARGS)
+
+cuda: ## compile the kernels of the cutlass backend into the package; fetches a compiler where there is none
+	@scripts/build-cuda.sh
 
 lint: setup ## ruff, pyright and shellcheck
 	$(PYTHON) -m ruff check

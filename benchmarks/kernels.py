@@ -11,7 +11,7 @@ from benchmarks.peers import pallas_wgrad, tokamax_ragged_dot, torch_grouped_mm
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import UnsupportedError, XlaBackend
 from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, select
-from jax_latent_moe.grouped_matmul.backend import Contraction
+from jax_latent_moe.grouped_matmul.problems import Contraction
 from jax_latent_moe.grouped_matmul.timing import Candidate, fastest, jax_candidate, prepare, time_in_turn
 
 CONTRACTIONS: dict[str, Contraction] = {"forward": "rows_w", "dgrad": "rows_wt", "wgrad": "outer"}

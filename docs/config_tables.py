@@ -17,6 +17,8 @@ CLASSES = (
     config.PallasBackend,
     config.PallasMatmulTile,
     config.PallasOuterTile,
+    config.CutlassBackend,
+    config.CutlassTile,
     config.ParallelConfig,
 )
 

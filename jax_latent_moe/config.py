@@ -144,8 +144,48 @@ class PallasBackend:
 
 
 @dataclasses.dataclass(frozen=True)
+class CutlassTile:
+    """Tile and schedule of a compiled kernel of the `cutlass` backend; only the combinations that were compiled run.
+
+    Attributes:
+        rows: rows of a tile; of rows^T x rows, of the first feature axis (K).
+        columns: output columns of a tile; of rows^T x rows, of the second feature axis (N).
+        stages: loads in flight, in a ring through shared memory.
+        cluster_rows: multiprocessors, one above the other, that share the loads of a column tile (rows^T x rows only).
+        cluster_columns: multiprocessors, side by side, that share the loads of a row tile.
+        rows_first: walk down the rows of an expert before its columns (not of rows^T x rows).
+    """
+
+    rows: int = 128
+    columns: int = 192
+    stages: int = 4
+    cluster_rows: int = 1
+    cluster_columns: int = 2
+    rows_first: bool = False
+
+    def __post_init__(self):
+        for field in ("rows", "columns", "stages", "cluster_rows", "cluster_columns"):
+            checks.positive_int(f"CutlassTile.{field}", getattr(self, field))
+        checks.instance("CutlassTile.rows_first", self.rows_first, bool)
+
+
+@dataclasses.dataclass(frozen=True)
 class CutlassBackend:
-    """Expert matmuls as CUTLASS grouped GEMMs behind XLA FFI custom calls."""
+    """Expert matmuls as compiled Hopper kernels on CUTLASS' instruction wrappers, behind XLA FFI custom calls.
+
+    Attributes:
+        matmul_tile: tile of rows x w and rows x w^T without a fused activation; None takes the measured one for the
+            shape, or a heuristic.
+        outer_tile: tile of rows^T x rows; None likewise.
+    """
+
+    matmul_tile: CutlassTile | None = None
+    outer_tile: CutlassTile | None = None
+
+    def __post_init__(self):
+        for field in ("matmul_tile", "outer_tile"):
+            if getattr(self, field) is not None:
+                checks.instance(f"CutlassBackend.{field}", getattr(self, field), CutlassTile)
 
 
 BackendConfig = XlaBackend | PallasBackend | CutlassBackend

@@ -2,7 +2,8 @@
 
 One differentiation rule covers the block. It keeps the tokens, the routing and the pre-activation; gathered rows and
 hidden rows are made again in the backward pass, and the experts' outputs are never needed there: the gradient of a
-weight is <dc w_out^T, h> as in SonicMoE (arXiv 2512.14080).
+weight is <dc w_out^T, h> as in SonicMoE (arXiv 2512.14080). A backend that fuses the activation, or its gradient, into
+a product is asked to; of the others the two are composed.
 """
 
 import functools
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer
+from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, grouped_outer, problem, select_fusing
 from jax_latent_moe.permute import Plan, combine, gather_rows
 
 PREACTIVATION = "latent_moe_preactivation"
@@ -47,31 +48,55 @@ def _routed(config, tokens, weights, w_in, w_out, plan):
 
 
 def _routed_fwd(config, tokens, weights, w_in, w_out, plan):
-    matmul = functools.partial(grouped_matmul, group_sizes=plan.group_sizes, backend=config.backend)
-    pre = checkpoint_name(matmul(gather_rows(tokens, plan), w_in), PREACTIVATION)
-    out = matmul(activate(pre, config).astype(tokens.dtype), w_out)
+    pre, hidden = _up(config, gather_rows(tokens, plan), w_in, plan.group_sizes)
+    out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
     combined = combine(out, plan, weights).astype(tokens.dtype)
     return combined, (tokens, weights, w_in, w_out, plan, pre)
 
 
 def _routed_bwd(config, residuals, dcombined):
     tokens, weights, w_in, w_out, plan, pre = residuals
-    matmul = functools.partial(grouped_matmul, group_sizes=plan.group_sizes, backend=config.backend)
     outer = functools.partial(grouped_outer, group_sizes=plan.group_sizes, backend=config.backend)
-    dtype = tokens.dtype
-
     dout = gather_rows(dcombined, plan)
-    hidden, activation_vjp = jax.vjp(functools.partial(activate, config=config), pre)
-    dhidden = matmul(dout, w_out, transpose_w=True).astype(hidden.dtype)
-    row_weights = weights.reshape(-1)[plan.slot_of_row, None].astype(hidden.dtype)
-    dw_out = outer((row_weights * hidden).astype(dtype), dout)
-    dweights = jnp.sum(dhidden * hidden, axis=1)[plan.row_of_slot].astype(weights.dtype)
-    (dpre,) = activation_vjp(row_weights * dhidden)
-    dpre = dpre.astype(dtype)
-
+    row_weights = weights.reshape(-1)[plan.slot_of_row]
+    dpre, weighted_hidden, drow_weights = _down_gradient(config, dout, w_out, plan.group_sizes, pre, row_weights)
+    dw_out = outer(weighted_hidden, dout)
+    dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
     dw_in = outer(gather_rows(tokens, plan), dpre)
-    dtokens = combine(matmul(dpre, w_in, transpose_w=True), plan).astype(dtype)
+    drows = grouped_matmul(dpre, w_in, plan.group_sizes, transpose_w=True, backend=config.backend)
+    dtokens = combine(drows, plan).astype(tokens.dtype)
     return dtokens, dweights, dw_in, dw_out, None
+
+
+def _up(config, rows, w_in, group_sizes):
+    """The pre-activation rows x w_in and the hidden rows, in the dtype of rows."""
+    activation = _fused_activation(config)
+    fusing = select_fusing(problem("rows_w", rows.shape[0], w_in.shape, rows.dtype, activation), config.backend)
+    if fusing:
+        pre, hidden = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation)
+        return checkpoint_name(pre, PREACTIVATION), hidden
+    pre = checkpoint_name(grouped_matmul(rows, w_in, group_sizes, backend=config.backend), PREACTIVATION)
+    return pre, activate(pre, config).astype(rows.dtype)
+
+
+def _down_gradient(config, dout, w_out, group_sizes, pre, row_weights):
+    """The gradient of pre and the hidden rows, both times the rows' weights, and the gradient of these weights."""
+    activation = _fused_activation(config)
+    fusing = select_fusing(problem("rows_wt", dout.shape[0], w_out.shape, dout.dtype, activation), config.backend)
+    if fusing:
+        return fusing.matmul_activation_grad(dout, w_out, group_sizes, pre, row_weights, activation=activation)
+    hidden, activation_vjp = jax.vjp(functools.partial(activate, config=config), pre)
+    dhidden = grouped_matmul(dout, w_out, group_sizes, transpose_w=True, backend=config.backend).astype(hidden.dtype)
+    row_weights = row_weights[:, None].astype(hidden.dtype)
+    (dpre,) = activation_vjp(row_weights * dhidden)
+    return dpre.astype(dout.dtype), (row_weights * hidden).astype(dout.dtype), jnp.sum(dhidden * hidden, axis=1)
+
+
+def _fused_activation(config) -> FusedActivation:
+    approximate = "_tanh" if config.activation in ("gelu", "geglu") and config.gelu_approximate else ""
+    if config.activation != "situ_glu":
+        return FusedActivation(config.activation + approximate)
+    return FusedActivation("situ_glu", config.situ_beta, config.situ_linear_beta or 0.0)
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)

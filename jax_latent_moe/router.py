@@ -9,7 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import RouterConfig
+from jax_latent_moe.grouped_matmul.device import default_device
 from jax_latent_moe.permute import count_experts
+from jax_latent_moe.split_matmul import split_matmul
 
 NO_EXPERT = -1
 
@@ -28,6 +30,8 @@ class Routing(NamedTuple):
 
 def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str) -> Float[Array, "t e"]:
     """Logits x @ kernel: operands in `dtype`, accumulated and returned in at least float32, never in tf32."""
+    if dtype == "float32" and x.dtype == jnp.bfloat16 and default_device()[0] == "gpu":
+        return split_matmul(x, kernel)
     wide = jnp.promote_types(dtype, jnp.float32)
     return jnp.matmul(
         x.astype(dtype), kernel.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide

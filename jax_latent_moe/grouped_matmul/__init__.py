@@ -13,10 +13,22 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, as_backend
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.grouped_matmul.backend import Backend, Contraction, Problem, explain, select
-from jax_latent_moe.grouped_matmul.device import default_device
+from jax_latent_moe.grouped_matmul.backend import Backend, FusingBackend, explain, select, select_fusing
+from jax_latent_moe.grouped_matmul.fused import FusedActivation
+from jax_latent_moe.grouped_matmul.problems import Problem, problem
 
-__all__ = ["Backend", "Problem", "explain", "grouped_matmul", "grouped_outer", "problem", "select"]
+__all__ = [
+    "Backend",
+    "FusedActivation",
+    "FusingBackend",
+    "Problem",
+    "explain",
+    "grouped_matmul",
+    "grouped_outer",
+    "problem",
+    "select",
+    "select_fusing",
+]
 
 
 def grouped_matmul(
@@ -88,11 +100,6 @@ def grouped_outer(
     _check_same_dtype(rows=rows, dout=dout)
     group_sizes = _check_group_sizes(group_sizes, None, rows.shape[0])
     return _outer(as_backend(backend), rows, dout, group_sizes)
-
-
-def problem(contraction: Contraction, num_rows: int, w_shape: tuple[int, int, int], dtype) -> Problem:
-    """The `Problem` that a call on the default device poses: what `explain` and `select` ask for."""
-    return Problem(contraction, num_rows, *w_shape, jnp.dtype(dtype).name, *default_device())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,41 +1,15 @@
 """What a grouped-matmul backend is, which ones there are, and how one is chosen."""
 
 import dataclasses
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, XlaBackend, as_backend
 from jax_latent_moe.errors import UnsupportedError
-from jax_latent_moe.grouped_matmul import pallas_hopper, xla
+from jax_latent_moe.grouped_matmul import cutlass, pallas_hopper, xla
+from jax_latent_moe.grouped_matmul.problems import Problem
 from jax_latent_moe.grouped_matmul.tuning import Choice
-
-Contraction = Literal["rows_w", "rows_wt", "outer"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One grouped matmul, as far as it is known before it runs.
-
-    Attributes:
-        contraction: "rows_w" is rows x w, "rows_wt" is rows x w^T, "outer" is rows^T x rows, each per expert.
-        num_rows: R, rows in all.
-        num_experts: E, experts with rows or without.
-        in_features: K of the weight [E, K, N].
-        out_features: N of the weight [E, K, N].
-        dtype: type of rows and weights.
-        platform: "cpu", "gpu" or "tpu".
-        device_kind: the device's own name, such as "NVIDIA H100 80GB HBM3".
-    """
-
-    contraction: Contraction
-    num_rows: int
-    num_experts: int
-    in_features: int
-    out_features: int
-    dtype: str
-    platform: str
-    device_kind: str
 
 
 @runtime_checkable
@@ -71,27 +45,44 @@ class Backend(Protocol):
         ...
 
 
-class _NotBuiltIn:
-    """A name that configurations accept and this version cannot run."""
+@runtime_checkable
+class FusingBackend(Backend, Protocol):
+    """A backend that may also run problems with an activation; `supports` says which."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def matmul_activation(
+        self, rows: Float[Array, "r k"], w: Float[Array, "e k n"], group_sizes: Int[Array, " e"], *, activation
+    ) -> tuple[Float[Array, "r n"], Float[Array, "r m"]]:
+        """The pre-activation rows x w and the activation of it, both in the dtype of rows; zero beyond the sum."""
+        ...
 
-    def supports(self, problem: Problem) -> str:
-        del problem
-        return f"the {self.name} kernels are not built into this version of jax_latent_moe."
+    def matmul_activation_grad(
+        self,
+        dout: Float[Array, "r n"],
+        w: Float[Array, "e m n"],
+        group_sizes: Int[Array, " e"],
+        pre: Float[Array, "r p"],
+        row_weights: Float[Array, " r"],
+        *,
+        activation,
+    ) -> tuple[Float[Array, "r p"], Float[Array, "r m"], Float[Array, " r"]]:
+        """With dhidden = dout x w^T and h = activation(pre): the gradient of pre, the rows of h, and <dhidden, h>.
+
+        The first two are multiplied by row_weights, the gradient of which is the third, in float32.
+        """
+        ...
 
 
 _BACKENDS = {
     XlaBackend: xla.Xla,
     PallasBackend: pallas_hopper.Pallas,
-    CutlassBackend: lambda config: _NotBuiltIn("CUTLASS"),
+    CutlassBackend: cutlass.Cutlass,
 }
 
-# What "auto" asks, in order, by platform: the first that supports the problem runs.
+# What "auto" asks, in order, by platform: the first that supports the problem runs. The compiled kernels are not among
+# them until they are proved on a GPU (docs/cutlass.md).
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
-    "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
+    "gpu": (PallasBackend(), XlaBackend()),
     "tpu": (XlaBackend(method="ragged_dot"),),
 }
 
@@ -116,6 +107,17 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Backend:
         refusal = UnsupportedError(_name(config), reason, "Use backend='auto' or XlaBackend(), which runs everywhere.")
     assert refusal is not None
     raise refusal
+
+
+def select_fusing(problem: Problem, backend: str | BackendConfig = "auto") -> FusingBackend | None:
+    """The backend that runs the problem without its activation, if it also runs it with; else None: compose the two.
+
+    Raises:
+        UnsupportedError: the named backend cannot even run the plain problem.
+        ConfigError: the name is unknown.
+    """
+    chosen = select(dataclasses.replace(problem, activation=None), backend)
+    return chosen if isinstance(chosen, FusingBackend) and chosen.supports(problem) is None else None
 
 
 def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:

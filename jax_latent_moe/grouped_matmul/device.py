@@ -2,6 +2,8 @@
 
 import jax
 
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+"""Words of which one stands in the device kind of a Hopper GPU."""
 HOPPER_MULTIPROCESSORS = 132
 
 

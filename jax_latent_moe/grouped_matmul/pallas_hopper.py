@@ -2,10 +2,9 @@
 
 from jax_latent_moe.config import PallasBackend
 from jax_latent_moe.grouped_matmul import pallas_hopper_tiles
-from jax_latent_moe.grouped_matmul.device import default_device, num_multiprocessors
+from jax_latent_moe.grouped_matmul.device import HOPPER, default_device, num_multiprocessors
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 DTYPES = ("bfloat16", "float16")
 FEATURE_MULTIPLE = 64
 

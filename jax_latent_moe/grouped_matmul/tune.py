@@ -19,7 +19,7 @@ import numpy as np
 from jax_latent_moe.config import NAMED_BACKENDS, BackendConfig
 from jax_latent_moe.errors import LatentMoEError, UnsupportedError
 from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, select
-from jax_latent_moe.grouped_matmul.backend import Contraction, Problem
+from jax_latent_moe.grouped_matmul.problems import Contraction, Problem
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
 from jax_latent_moe.grouped_matmul.tuning import Entry, add_to_table, user_table
 

@@ -17,14 +17,14 @@ ORDER = (
     ("errors",),
     ("checks",),
     ("config",),
-    ("params", "permute", "activations", "grouped_matmul", "presets"),
+    ("params", "permute", "activations", "grouped_matmul", "presets", "split_matmul"),
     ("router", "cost"),
     ("experts", "parallel"),
     ("layer",),
     ("linen", "nnx", "hf", "plan"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"grouped_matmul/cutlass"}, "safetensors": set()}
+ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"grouped_matmul/cutlass_library"}, "safetensors": set()}
 
 
 def modules() -> dict[str, pathlib.Path]:

@@ -1,0 +1,376 @@
+// The XLA FFI handlers: they check what they are given, describe it to the copy engine and launch a compiled kernel.
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "instance.h"
+#include "tensor_maps.h"
+#include "xla/ffi/api/ffi.h"
+
+#define LATENT_MOE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace latent_moe {
+namespace {
+
+namespace ffi = xla::ffi;
+
+struct Compiled {
+  cudaError_t (*launch)(Args const&, int, cudaStream_t);
+  int (*max_experts)();
+};
+
+template <size_t... I>
+constexpr std::array<Compiled, sizeof...(I)> compiled(std::index_sequence<I...>) {
+  return {Compiled{&launch<I>, &max_experts<I>}...};
+}
+constexpr auto kCompiled = compiled(std::make_index_sequence<kNumInstances>{});
+
+std::string to_string(Tile const& t) {
+  return std::to_string(t.rows) + "x" + std::to_string(t.columns) + " stages " + std::to_string(t.stages) + " cluster " +
+         std::to_string(t.cluster_rows) + "x" + std::to_string(t.cluster_columns);
+}
+
+bool same(Tile const& a, Tile const& b) {
+  return a.rows == b.rows && a.columns == b.columns && a.stages == b.stages && a.cluster_rows == b.cluster_rows &&
+         a.cluster_columns == b.cluster_columns;
+}
+
+// What a call asks for: the attributes that all handlers share.
+struct Request {
+  Contraction contraction;
+  Epilogue epilogue = Epilogue::kStore;
+  Activation activation = Activation::kNone;
+  Tile tile;
+};
+
+ffi::Error refuse(std::string const& what) { return ffi::Error::InvalidArgument("jax_latent_moe: " + what); }
+
+std::string shape(ffi::AnyBuffer const& buffer) {
+  std::string text = "[";
+  for (int64_t size : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+// Collects the first rule that a call breaks.
+class Check {
+ public:
+  void that(bool holds, std::string const& otherwise) {
+    if (!holds && error_.empty()) error_ = otherwise;
+  }
+
+  void buffer(char const* name, ffi::AnyBuffer const& buffer, ffi::DataType type, std::initializer_list<int64_t> sizes) {
+    auto const dims = buffer.dimensions();
+    std::string expected = "[";
+    for (int64_t size : sizes) expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);
+    bool const fits = dims.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), dims.begin());
+    that(fits, std::string(name) + " of shape " + shape(buffer) + " must be of shape " + expected + "]");
+    that(buffer.element_type() == type, std::string(name) + " is of element type " +
+                                            std::to_string(static_cast<int>(buffer.element_type())) + ", not " +
+                                            std::to_string(static_cast<int>(type)));
+    that(reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 == 0, std::string(name) + " is not aligned to 16 bytes");
+  }
+
+  void features(char const* name, int64_t size) {
+    that(size > 0 && size % 8 == 0, std::string(name) + "=" + std::to_string(size) + " is not a positive multiple of 8");
+  }
+
+  void operator()(Error const& error) { that(error.empty(), error); }
+
+  std::string const& error() const { return error_; }
+
+ private:
+  std::string error_;
+};
+
+std::optional<Type> type_of(ffi::AnyBuffer const& buffer) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::BF16:
+      return Type::kBf16;
+    case ffi::DataType::F16:
+      return Type::kF16;
+    default:
+      return std::nullopt;
+  }
+}
+
+ffi::Error run(Request const& request, Type type, Args const& args, cudaStream_t stream) {
+  std::string tiles;
+  for (int i = 0; i < kNumInstances; ++i) {
+    Instance const& instance = kInstances[i];
+    if (instance.type != type || instance.contraction != request.contraction || instance.epilogue != request.epilogue ||
+        instance.activation != request.activation) {
+      continue;
+    }
+    if (!same(instance.tile, request.tile)) {
+      tiles += (tiles.empty() ? "" : "; ") + to_string(instance.tile);
+      continue;
+    }
+    if (int const most = kCompiled[i].max_experts(); args.num_experts > most) {
+      return refuse(std::to_string(args.num_experts) + " experts are more than the " + std::to_string(most) +
+                    " of tile " + to_string(request.tile));
+    }
+    int device = 0, num_sms = 0;
+    auto error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = kCompiled[i].launch(args, num_sms, stream);
+    if (error == cudaSuccess) return ffi::Error::Success();
+    return ffi::Error::Internal(std::string("jax_latent_moe: ") + cudaGetErrorString(error) + ", tile " +
+                                to_string(request.tile) + ", " + std::to_string(args.num_experts) + " experts");
+  }
+  return refuse("no kernel was compiled for tile " + to_string(request.tile) + "; there are: " +
+                (tiles.empty() ? "none" : tiles));
+}
+
+// rows x w or rows x w^T: what the plain and the fused products have in common.
+struct Product {
+  Check check;
+  Args args = {};
+  Type type = Type::kBf16;
+  int64_t rows = 0, in = 0, out = 0;
+
+  // `halves` columns of output stand in each row of the product for one of the tile's.
+  Product(Request const& request, ffi::AnyBuffer const& x, ffi::AnyBuffer const& w, ffi::AnyBuffer const& sizes,
+          bool rows_first) {
+    check.that(type_of(x).has_value(), "rows must be bfloat16 or float16");
+    check.that(x.dimensions().size() == 2, "rows of shape " + shape(x) + " must have 2 axes");
+    check.that(w.dimensions().size() == 3, "w of shape " + shape(w) + " must have 3 axes");
+    if (!check.error().empty()) return;
+    bool const transpose = request.contraction == Contraction::kRowsWt;
+    int64_t const experts = w.dimensions()[0], k = w.dimensions()[1], n = w.dimensions()[2];
+    type = *type_of(x);
+    rows = x.dimensions()[0];
+    in = transpose ? n : k;
+    out = transpose ? k : n;
+    check.buffer("rows", x, x.element_type(), {rows, in});
+    check.buffer("w", w, x.element_type(), {experts, k, n});
+    check.buffer("group_sizes", sizes, ffi::DataType::S32, {experts});
+    check.features("the second axis of w", k);
+    check.features("the third axis of w", n);
+    check.that(rows < (int64_t{1} << 31) - 256, "there are " + std::to_string(rows) + " rows, 2^31 or more");
+    check.that(experts > 0, "there are no experts");
+    if (!check.error().empty() || rows == 0) return;
+    check(dense_map(&args.a, type, x.untyped_data(), 1, rows, in, 64));
+    check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, transpose ? request.tile.columns : 64));
+    args.group_sizes = sizes.typed_data<int32_t>();
+    args.num_experts = experts;
+    args.num_rows = rows;
+    args.contracted = in;
+    args.rows_first = rows_first;
+  }
+
+  ffi::Error finish(Request const& request, cudaStream_t stream) {
+    if (!check.error().empty()) return refuse(check.error());
+    return rows == 0 ? ffi::Error::Success() : run(request, type, args, stream);
+  }
+};
+
+Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows, int32_t cluster_columns) {
+  return {rows, columns, stages, 0, cluster_rows, cluster_columns};
+}
+
+ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
+                  ffi::Result<ffi::AnyBuffer> out, bool transpose_w, int32_t tile_rows, int32_t tile_columns,
+                  int32_t stages, int32_t cluster, bool rows_first) {
+  Request request{transpose_w ? Contraction::kRowsWt : Contraction::kRowsW};
+  request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
+  Product product(request, rows, w, sizes, rows_first);
+  if (product.check.error().empty()) {
+    product.check.buffer("the result", *out, rows.element_type(), {product.rows, product.out});
+    product.args.out_columns = product.out;
+    product.check(window_map(&product.args.out, product.type, out->untyped_data(), product.rows, product.out, product.out));
+  }
+  return product.finish(request, stream);
+}
+
+// Both fused products store pre-activations (or their gradients) and hidden rows side by side.
+void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& pre, ffi::AnyBuffer const& hidden,
+                int64_t width, int32_t activation, float beta, float linear_beta) {
+  Check& check = product.check;
+  if (!check.error().empty()) return;
+  bool const gated = is_gated(request.activation);
+  auto const type = product.type == Type::kF16 ? ffi::DataType::F16 : ffi::DataType::BF16;
+  check.that(activation > 0 && activation <= static_cast<int32_t>(Activation::kSituGlu),
+             "activation=" + std::to_string(activation) + " is not known");
+  check.that(request.activation != Activation::kSituGlu || (beta > 0 && linear_beta >= 0),
+             "beta=" + std::to_string(beta) + " must be positive, linear_beta=" + std::to_string(linear_beta) +
+                 " at least 0");
+  check.features("the width of hidden rows", width);
+  check.buffer("pre-activations", pre, type, {product.rows, gated ? 2 * width : width});
+  check.buffer("hidden rows", hidden, type, {product.rows, width});
+  if (!check.error().empty()) return;
+  int64_t const pitch = gated ? 2 * width : width;
+  auto const* start = static_cast<char const*>(pre.untyped_data());
+  Args& args = product.args;
+  args.out_columns = width;
+  args.beta = beta;
+  args.linear_beta = linear_beta;
+  check(window_map(&args.out, product.type, start, product.rows, width, pitch));
+  check(window_map(&args.out2, product.type, hidden.untyped_data(), product.rows, width, width));
+  check(window_map(&args.out3, product.type, start + (gated ? 2 * width : 0), product.rows, width, pitch));
+}
+
+ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
+                             ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden, int32_t activation,
+                             float beta, float linear_beta, int32_t tile_rows, int32_t tile_columns, int32_t stages,
+                             int32_t cluster, bool rows_first) {
+  Request request{Contraction::kRowsW, Epilogue::kActivation, static_cast<Activation>(activation)};
+  request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
+  Product product(request, rows, w, sizes, rows_first);
+  fused_maps(product, request, *pre, *hidden, is_gated(request.activation) ? product.out / 2 : product.out, activation,
+             beta, linear_beta);
+  return product.finish(request, stream);
+}
+
+ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
+                                  ffi::AnyBuffer pre, ffi::AnyBuffer row_weights, ffi::Result<ffi::AnyBuffer> dpre,
+                                  ffi::Result<ffi::AnyBuffer> weighted, ffi::Result<ffi::AnyBuffer> partial,
+                                  int32_t activation, float beta, float linear_beta, int32_t tile_rows,
+                                  int32_t tile_columns, int32_t stages, int32_t cluster,
+                                  bool rows_first) {
+  Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
+  request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
+  Product product(request, dout, w, sizes, rows_first);
+  fused_maps(product, request, *dpre, *weighted, product.out, activation, beta, linear_beta);
+  if (product.check.error().empty()) {
+    int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
+    product.check.buffer("pre", pre, dpre->element_type(), {product.rows, dpre->dimensions()[1]});
+    product.check.buffer("row_weights", row_weights, ffi::DataType::F32, {product.rows});
+    product.check.buffer("the sums", *partial, ffi::DataType::F32, {column_tiles, product.rows});
+    product.args.pre = pre.untyped_data();
+    product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
+    product.args.partial = static_cast<float*>(partial->untyped_data());
+  }
+  return product.finish(request, stream);
+}
+
+ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, ffi::AnyBuffer sizes,
+                 ffi::Result<ffi::AnyBuffer> out, int32_t tile_rows, int32_t tile_columns, int32_t stages,
+                 int32_t cluster_rows, int32_t cluster_columns) {
+  Request request{Contraction::kOuter};
+  request.tile = tile_of(tile_rows, tile_columns, stages, cluster_rows, cluster_columns);
+  Check check;
+  check.that(type_of(rows).has_value(), "rows must be bfloat16 or float16");
+  check.that(rows.dimensions().size() == 2, "rows of shape " + shape(rows) + " must have 2 axes");
+  check.that(dout.dimensions().size() == 2, "dout of shape " + shape(dout) + " must have 2 axes");
+  check.that(sizes.dimensions().size() == 1, "group_sizes of shape " + shape(sizes) + " must have 1 axis");
+  if (!check.error().empty()) return refuse(check.error());
+  int64_t const experts = sizes.dimensions()[0], num_rows = rows.dimensions()[0];
+  int64_t const k = rows.dimensions()[1], n = dout.dimensions()[1];
+  check.buffer("rows", rows, rows.element_type(), {num_rows, k});
+  check.buffer("dout", dout, rows.element_type(), {num_rows, n});
+  check.buffer("group_sizes", sizes, ffi::DataType::S32, {experts});
+  check.buffer("the result", *out, rows.element_type(), {experts, k, n});
+  check.features("the width of rows", k);
+  check.features("the width of dout", n);
+  check.that(experts > 0, "there are no experts");
+  check.that(num_rows < (int64_t{1} << 31) - 256, "there are " + std::to_string(num_rows) + " rows, 2^31 or more");
+  if (!check.error().empty()) return refuse(check.error());
+  if (num_rows == 0) {
+    auto const error = cudaMemsetAsync(out->untyped_data(), 0, out->size_bytes(), stream);
+    return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
+  }
+  Type const type = *type_of(rows);
+  Args args = {};
+  check(window_map(&args.a, type, rows.untyped_data(), num_rows, k, k));
+  check(window_map(&args.b, type, dout.untyped_data(), num_rows, n, n));
+  check(dense_map(&args.out, type, out->untyped_data(), experts, k, n, 64));
+  args.group_sizes = sizes.typed_data<int32_t>();
+  args.num_experts = experts;
+  args.num_rows = num_rows;
+  args.out_rows = k;
+  args.out_columns = n;
+  if (!check.error().empty()) return refuse(check.error());
+  return run(request, type, args, stream);
+}
+
+auto bind_rows() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Arg<ffi::AnyBuffer>()   // rows
+      .Arg<ffi::AnyBuffer>()   // w, or dout
+      .Arg<ffi::AnyBuffer>();  // group_sizes
+}
+
+template <class Binding>
+auto with_activation(Binding&& binding) {
+  return std::move(binding)
+      .template Attr<int32_t>("activation")
+      .template Attr<float>("beta")
+      .template Attr<float>("linear_beta");
+}
+
+template <class Binding>
+auto with_tile(Binding&& binding) {
+  return std::move(binding)
+      .template Attr<int32_t>("tile_rows")
+      .template Attr<int32_t>("tile_columns")
+      .template Attr<int32_t>("stages");
+}
+
+template <class Binding>
+auto with_matmul_tile(Binding&& binding) {
+  return with_tile(std::move(binding))
+      .template Attr<int32_t>("cluster")
+      .template Attr<bool>("rows_first");
+}
+
+auto bind_matmul() { return with_matmul_tile(bind_rows().Ret<ffi::AnyBuffer>().Attr<bool>("transpose_w")); }
+
+auto bind_activation() {
+  return with_matmul_tile(with_activation(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()));
+}
+
+auto bind_activation_grad() {
+  return with_matmul_tile(with_activation(bind_rows()
+                                              .Arg<ffi::AnyBuffer>()  // pre
+                                              .Arg<ffi::AnyBuffer>()  // row_weights
+                                              .Ret<ffi::AnyBuffer>()
+                                              .Ret<ffi::AnyBuffer>()
+                                              .Ret<ffi::AnyBuffer>()));
+}
+
+auto bind_outer() {
+  return with_tile(bind_rows().Ret<ffi::AnyBuffer>())
+      .Attr<int32_t>("cluster_rows")
+      .Attr<int32_t>("cluster_columns");
+}
+
+}  // namespace
+}  // namespace latent_moe
+
+#define LATENT_MOE_HANDLER(name, function, binding)                \
+  LATENT_MOE_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame* frame); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, binding, {xla::ffi::Traits::kCmdBufferCompatible})
+
+LATENT_MOE_HANDLER(latent_moe_matmul, latent_moe::matmul, latent_moe::bind_matmul());
+LATENT_MOE_HANDLER(latent_moe_matmul_activation, latent_moe::matmul_activation, latent_moe::bind_activation());
+LATENT_MOE_HANDLER(latent_moe_matmul_activation_grad, latent_moe::matmul_activation_grad,
+                   latent_moe::bind_activation_grad());
+LATENT_MOE_HANDLER(latent_moe_outer, latent_moe::outer, latent_moe::bind_outer());
+
+// Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.
+LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 1; }
+
+LATENT_MOE_EXPORT int32_t latent_moe_num_instances() { return latent_moe::kNumInstances; }
+
+// type, contraction, epilogue, activation, rows, columns, stages, cluster_rows, cluster_columns, most experts.
+LATENT_MOE_EXPORT void latent_moe_instance(int32_t index, int32_t* fields) {
+  latent_moe::Instance const& instance = latent_moe::kInstances[index];
+  latent_moe::Tile const& tile = instance.tile;
+  int32_t const values[] = {static_cast<int32_t>(instance.type),
+                            static_cast<int32_t>(instance.contraction),
+                            static_cast<int32_t>(instance.epilogue),
+                            static_cast<int32_t>(instance.activation),
+                            tile.rows,
+                            tile.columns,
+                            tile.stages,
+                            tile.cluster_rows,
+                            tile.cluster_columns,
+                            latent_moe::kCompiled[index].max_experts()};
+  for (int i = 0; i < 10; ++i) fields[i] = values[i];
+}

@@ -1,0 +1,310 @@
+// One persistent, warp-specialised kernel for the three contractions of rows that are sorted by expert.
+//
+// A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
+// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end anywhere: tensor maps of overlapping windows (tensor_maps.h) clip each box at the end of
+// its expert, so that a partial tile is stored, and a partial step of a weight gradient loaded, like any other.
+#pragma once
+
+#include "epilogue.cuh"
+#include "schedule.cuh"
+
+namespace latent_moe {
+
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kSharedMemory = 227 * 1024;  // what one block may take of a Hopper multiprocessor
+
+template <int I>
+struct Kernel {
+  static constexpr Instance kInstance = kInstances[I];
+  static constexpr Tile kTile = kInstance.tile;
+  static constexpr Contraction kContraction = kInstance.contraction;
+  using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
+  static constexpr bool kOuter = kContraction == Contraction::kOuter;
+  static constexpr Major kMajorA = kOuter ? Major::MN : Major::K;
+  static constexpr Major kMajorB = kContraction == Contraction::kRowsWt ? Major::K : Major::MN;
+  using Op = Wgmma<T, kTile.columns, kMajorA, kMajorB>;
+
+  static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
+  static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
+  static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
+  static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
+  static constexpr int kBarrierBytes = (2 * kTile.stages + kConsumers) * sizeof(uint64_t);
+  static_assert(kTile.columns * kBlocksA <= 384 && kBlocksA <= 3, "the accumulators fill the registers");
+  static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
+
+  static constexpr int shared_bytes(int num_experts) {
+    return 1024 + kTile.stages * kStageBytes + kConsumers * kTile.slots * kBlockBytes + kBarrierBytes +
+           Schedule<I>::shared_bytes(num_experts);
+  }
+
+  // Where everything lies in shared memory.
+  struct Shared {
+    char* stages;
+    char* slots;
+    Barrier* full;
+    Barrier* empty;
+    Barrier* turn;
+    int* schedule;
+
+    __device__ explicit Shared(char* base) {
+      stages = base + (-cute::cast_smem_ptr_to_uint(base) & 1023);
+      slots = stages + kTile.stages * kStageBytes;
+      full = reinterpret_cast<Barrier*>(slots + kConsumers * kTile.slots * kBlockBytes);
+      empty = full + kTile.stages;
+      turn = empty + kTile.stages;
+      schedule = reinterpret_cast<int*>(turn + kConsumers);
+    }
+
+    __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
+    __device__ char* b(int stage, int block) const { return a(stage, kBlocksA + block); }
+  };
+
+  // A place in the ring of stages, and how often the ring was walked.
+  struct Place {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+      if (++stage == kTile.stages) stage = 0, phase ^= 1;
+    }
+    __device__ void skip(int steps) {
+      int to = stage + steps;
+      phase ^= (to / kTile.stages) & 1;
+      stage = to % kTile.stages;
+    }
+  };
+
+  // The 64-row blocks of a tile that hold rows of the expert; the others are neither loaded nor multiplied.
+  static __device__ __forceinline__ int active_blocks(Work const& work) {
+    return kOuter ? kBlocksA : min(kBlocksA, (work.valid + kBlock - 1) / kBlock);
+  }
+
+  static __device__ __forceinline__ void produce(Args const& args, Shared const& shared, Schedule<I> const& schedule,
+                                 int rank) {
+    const int rank_row = rank / kTile.cluster_columns, rank_column = rank % kTile.cluster_columns;
+    // Blocks in one row of the cluster share A, blocks in one column share B.
+    const uint16_t mask_a = ((1 << kTile.cluster_columns) - 1) << (rank_row * kTile.cluster_columns);
+    uint16_t mask_b = 0;
+    for (int r = 0; r < kTile.cluster_rows; ++r) mask_b |= 1 << (r * kTile.cluster_columns + rank_column);
+
+    Place place;
+    for (int id = schedule.first(); id < schedule.count(); id += schedule.stride()) {
+      const Work work = schedule.work(id, rank);
+      const int blocks = active_blocks(work);
+      const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
+      for (int step = 0; step < work.steps; ++step, place.next()) {
+        Barrier& full = shared.full[place.stage];
+        shared.empty[place.stage].wait(place.phase ^ 1);
+        full.arrive_and_expect_tx(bytes);
+        const int at = step * kBlock;
+        // A window of 64 rows that ends with the expert: its first row stands at y, in the window z.
+        const int y = kOuter ? max(0, kBlock - (work.valid - at)) : 0;
+        const int z = work.row + at - y + kBlock;
+#pragma unroll
+        for (int block = 0; block < kBlocksA; ++block) {
+          if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
+          char* smem = shared.a(place.stage, block);
+          if constexpr (kOuter) {
+            load_box<kTile.cluster_columns>(args.a, full, smem, mask_a, work.out_row + block * kBlock, y, z);
+          } else {
+            load_box<kTile.cluster_columns>(args.a, full, smem, mask_a, at, work.row + block * kBlock, 0);
+          }
+        }
+        if constexpr (kContraction == Contraction::kRowsWt) {
+          load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
+        } else {
+#pragma unroll
+          for (int block = 0; block < kBlocksB; ++block) {
+            if (block % kTile.cluster_rows != rank_row) continue;
+            char* smem = shared.b(place.stage, block);
+            if constexpr (kOuter) {
+              load_box<kTile.cluster_rows>(args.b, full, smem, mask_b, work.column + block * kBlock, y, z);
+            } else {
+              load_box<1>(args.b, full, smem, 0, column_of_block(args, work, block), at, work.expert);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // First column of a block of w. The tile of a gated activation is half gate, half up.
+  static __device__ int column_of_block(Args const& args, Work const& work, int block) {
+    if constexpr (kInstance.epilogue == Epilogue::kActivation && is_gated(kInstance.activation)) {
+      constexpr int half = kBlocksB / 2;
+      return work.column + block % half * kBlock + (block < half ? 0 : args.out_columns);
+    } else {
+      return work.column + block * kBlock;
+    }
+  }
+
+  // One tile, of which `Blocks` 64-row blocks hold rows: multiplies and stores them.
+  template <int Blocks>
+  static __device__ __forceinline__ void tile(Args const& args, Shared const& shared,
+                                              typename EpilogueOf<I>::Slots& slots, Work const& work, Place& place,
+                                              uint32_t turn_phase, int warpgroup, int thread) {
+    constexpr bool gradient = kInstance.epilogue == Epilogue::kActivationGrad;
+    float acc[Blocks][kTile.columns / 2] = {};
+    typename EpilogueOf<I>::PreActivation pre;
+    if constexpr (gradient) pre.read(args, work, 0, 0, thread);
+    shared.turn[warpgroup].wait(turn_phase);
+    const auto multiply = [&](int k16) {
+      const uint32_t a = cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0));
+      const uint64_t b = operand<kMajorB>(cute::cast_smem_ptr_to_uint(shared.b(place.stage, 0)), k16);
+#pragma unroll
+      for (int block = 0; block < Blocks; ++block) {
+        wgmma<Op>(operand<kMajorA>(a + block * kBlockBytes, k16), b, acc[block]);
+      }
+    };
+    // The last step of a weight gradient holds only so many rows of the expert.
+    const int full_steps = kOuter ? work.valid / kBlock : work.steps;
+    int previous = -1;
+    for (int step = 0; step < full_steps; ++step, place.next()) {
+      shared.full[place.stage].wait(place.phase);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k16 = 0; k16 < kBlock / 16; ++k16) multiply(k16);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<1>();
+      if (previous >= 0) release(shared, previous, thread);
+      previous = place.stage;
+    }
+    if (full_steps < work.steps) {
+      shared.full[place.stage].wait(place.phase);
+#pragma unroll 1
+      for (int row = full_steps * kBlock; row < work.valid; row += 16) {
+        cute::warpgroup_arrive();
+        multiply(row % kBlock / 16);
+        cute::warpgroup_commit_batch();
+      }
+    }
+    // From here on every stage of this tile has been full: only now may the other warpgroup wait for the next round of
+    // the same stages, whose barriers tell rounds apart by parity alone. Products keep the four warps together; where
+    // there was none, a barrier does.
+    if (work.steps == 0) sync_warpgroup(warpgroup);
+    if (thread == 0) shared.turn[1 - warpgroup].arrive();
+    cute::warpgroup_wait<0>();
+    if (previous >= 0) release(shared, previous, thread);
+    if (full_steps < work.steps) {
+      release(shared, place.stage, thread);
+      place.next();
+    }
+    if constexpr (gradient) {
+      EpilogueOf<I>::store_gradient(args, slots, pre, acc, work, warpgroup, thread);
+    } else {
+#pragma unroll
+      for (int block = 0; block < Blocks; ++block) {
+        EpilogueOf<I>::store(args, slots, acc[block], work, block, warpgroup, thread);
+      }
+    }
+  }
+
+  // Tells every producer of the cluster that this warpgroup has read the stage.
+  static __device__ __forceinline__ void release(Shared const& shared, int stage, int thread) {
+    if (kCluster == 1) {
+      if (thread == 0) shared.empty[stage].arrive();
+    } else if (thread < kCluster) {
+      shared.empty[stage].arrive(thread);
+    }
+  }
+
+  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule<I> const& schedule,
+                                 int rank, int warpgroup) {
+    const int thread = threadIdx.x % kWarpgroup;
+    typename EpilogueOf<I>::Slots slots(shared.slots + warpgroup * kTile.slots * kBlockBytes);
+    Place place;
+    int turn = 0;
+    uint32_t turn_phase = warpgroup;  // flipped before each turn: the first warpgroup does not wait for its first
+    for (int id = schedule.first(); id < schedule.count(); id += schedule.stride(), turn ^= 1) {
+      const Work work = schedule.work(id, rank);
+      if (turn != warpgroup) {
+        place.skip(work.steps);
+        continue;
+      }
+      turn_phase ^= 1;
+      const int blocks = active_blocks(work);
+      if (blocks == kBlocksA) {
+        tile<kBlocksA>(args, shared, slots, work, place, turn_phase, warpgroup, thread);
+      } else if (kBlocksA > 2 && blocks == 2) {
+        tile<(kBlocksA > 2 ? 2 : 1)>(args, shared, slots, work, place, turn_phase, warpgroup, thread);
+      } else {
+        tile<1>(args, shared, slots, work, place, turn_phase, warpgroup, thread);
+      }
+    }
+    slots.drain(thread);
+  }
+};
+
+template <int I>
+__global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
+  using K = Kernel<I>;
+  extern __shared__ char base[];
+  const typename K::Shared shared(base);
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int rank = K::kCluster == 1 ? 0 : cute::block_rank_in_cluster();
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < K::kTile.stages; ++stage) {
+      shared.full[stage].init(1);
+      shared.empty[stage].init(K::kCluster);
+    }
+    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
+    cutlass::arch::fence_barrier_init();
+  }
+  const Schedule<I> schedule(args, shared.schedule);
+  __syncthreads();
+  if constexpr (K::kCluster > 1) {
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+  }
+
+  if (warpgroup == kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    if (threadIdx.x == kConsumers * kWarpgroup) K::produce(args, shared, schedule, rank);
+    __syncwarp();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<232>();
+    K::consume(args, shared, schedule, rank, warpgroup);
+  }
+  // A block may end only when nobody writes into its shared memory any more.
+  if constexpr (K::kCluster > 1) {
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+}
+
+template <int I>
+cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
+  using K = Kernel<I>;
+  const int shared_bytes = K::shared_bytes(args.num_experts);
+  if (auto error = cudaFuncSetAttribute(grouped_kernel<I>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
+    return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = K::kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  // All blocks run at once: of a cluster size, the GPU may hold fewer than its multiprocessors would make.
+  int clusters = num_sms / K::kCluster;
+  if constexpr (K::kCluster > 2) {
+    config.gridDim = clusters * K::kCluster;
+    if (auto error = cudaOccupancyMaxActiveClusters(&clusters, grouped_kernel<I>, &config)) return error;
+  }
+  config.gridDim = clusters * K::kCluster;
+  return cudaLaunchKernelEx(&config, grouped_kernel<I>, args);
+}
+
+template <int I>
+int max_experts() {
+  using K = Kernel<I>;
+  static_assert(K::shared_bytes(1) <= kSharedMemory);
+  return (kSharedMemory - K::shared_bytes(0)) / (K::shared_bytes(1) - K::shared_bytes(0));
+}
+
+}  // namespace latent_moe

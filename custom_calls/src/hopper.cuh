@@ -1,0 +1,105 @@
+// What the kernels ask of a Hopper multiprocessor, as thin calls over CuTe's instruction wrappers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "cute/arch/cluster_sm90.hpp"
+#include "cute/arch/copy_sm90.hpp"
+#include "cute/arch/copy_sm90_tma.hpp"
+#include "cute/arch/mma_sm90_desc.hpp"
+#include "cute/arch/mma_sm90_gmma.hpp"
+#include "cutlass/arch/barrier.h"
+#include "cutlass/arch/reg_reconfig.h"
+
+namespace latent_moe {
+
+using cute::SM90::GMMA::Major;
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+constexpr int kWarpgroup = 128;
+constexpr int kBlock = 64;                 // elements of a 128-byte swizzled row, and rows of one wgmma
+constexpr int kBlockBytes = kBlock * 128;  // one [64][64] block of 16-bit elements
+
+// One 64 x N x 16 product of two operands in shared memory, accumulated in registers.
+template <class T, int N, Major A, Major B>
+struct Wgmma;
+
+#define LATENT_MOE_WGMMA(N)                                                               \
+  template <Major A, Major B>                                                             \
+  struct Wgmma<__nv_bfloat16, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<A, B> {}; \
+  template <Major A, Major B>                                                             \
+  struct Wgmma<__half, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<A, B> {};
+LATENT_MOE_WGMMA(64)
+LATENT_MOE_WGMMA(128)
+LATENT_MOE_WGMMA(192)
+LATENT_MOE_WGMMA(256)
+#undef LATENT_MOE_WGMMA
+
+template <class Op, int N, int... I>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[N],
+                                      std::integer_sequence<int, I...>) {
+  Op::fma(a, b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);
+}
+
+// acc += a x b; the descriptors address [64][64] blocks with 128-byte swizzle.
+template <class Op, int N>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[N]) {
+  wgmma<Op>(a, b, acc, std::make_integer_sequence<int, N>{});
+}
+
+// Descriptor of an operand of swizzled [64][64] blocks. A K-major operand walks 16 columns on as 32 bytes, an MN-major
+// one as 16 rows of 128 bytes; blocks beside each other along M or N lie kBlockBytes apart.
+template <Major major>
+__device__ __forceinline__ uint64_t operand(uint32_t address, int k16) {
+  cute::GmmaDescriptor descriptor;
+  descriptor.bitfield.start_address_ = (address + k16 * (major == Major::K ? 32 : 16 * 128)) >> 4;
+  descriptor.bitfield.leading_byte_offset_ = kBlockBytes >> 4;
+  descriptor.bitfield.stride_byte_offset_ = (8 * 128) >> 4;
+  descriptor.bitfield.base_offset_ = 0;
+  descriptor.bitfield.layout_type_ = 1;  // 128-byte swizzle
+  return descriptor;
+}
+
+// Loads one box; with Multicast > 1 into the same place of every block of the cluster that `mask` names.
+template <int Multicast>
+__device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, void* smem, uint16_t mask, int x, int y,
+                                         int z) {
+  auto* barrier = reinterpret_cast<uint64_t*>(&full);
+  constexpr auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  if constexpr (Multicast > 1) {
+    cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, barrier, mask, hint, smem, x, y, z);
+  } else {
+    cute::SM90_TMA_LOAD_3D::copy(&map, barrier, hint, smem, x, y, z);
+  }
+}
+
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroup) : "memory");
+}
+
+// Two floats as a register of two 16-bit elements, rounded to nearest even, and back.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<uint32_t&>(pair);
+  } else {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t&>(pair);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(reinterpret_cast<__half2&>(pair));
+  } else {
+    return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(pair));
+  }
+}
+
+}  // namespace latent_moe

@@ -1,0 +1,64 @@
+// The kernels that are compiled: what each multiplies, with which tile, and how it is launched.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace latent_moe {
+
+enum class Type : int32_t { kBf16, kF16 };
+enum class Contraction : int32_t { kRowsW, kRowsWt, kOuter };
+enum class Epilogue : int32_t { kStore, kActivation, kActivationGrad };
+enum class Activation : int32_t { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeglu, kGegluTanh, kSituGlu };
+
+constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
+
+// A tile of `rows` x `columns` is computed by one block; blocks of a cluster share what they load: cluster_rows of them
+// lie one above the other, cluster_columns side by side. `slots` 64x64 blocks wait to be stored.
+struct Tile {
+  int32_t rows, columns, stages, slots, cluster_rows, cluster_columns;
+};
+
+struct Instance {
+  Type type;
+  Contraction contraction;
+  Epilogue epilogue;
+  Activation activation;
+  Tile tile;
+};
+
+#define LATENT_MOE_INSTANCE(type, contraction, epilogue, activation, rows, columns, stages, slots, cluster_rows, \
+                            cluster_columns)                                                           \
+  Instance{Type::type, Contraction::contraction, Epilogue::epilogue, Activation::activation,                    \
+           Tile{rows, columns, stages, slots, cluster_rows, cluster_columns}},
+constexpr Instance kInstances[] = {
+#include LATENT_MOE_INSTANCES
+};
+#undef LATENT_MOE_INSTANCE
+constexpr int kNumInstances = sizeof(kInstances) / sizeof(Instance);
+
+// What one launch works on. Tensor maps address 16-bit elements; see tensor_maps.h for what each covers.
+struct Args {
+  CUtensorMap a, b, out, out2, out3;
+  int32_t const* group_sizes;
+  int32_t num_experts, num_rows;
+  int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)
+  int32_t out_rows;     // outer: rows of one product
+  int32_t out_columns;  // columns of one product; of a gated activation, of one half
+  bool rows_first;      // walk down the rows of an expert before its columns
+  float beta, linear_beta;
+  void const* pre;           // activation gradient: [rows, out_columns or twice that]
+  float const* row_weights;  // activation gradient: [rows]
+  float* partial;            // activation gradient: [column tiles, rows]
+};
+
+template <int I>
+cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream);
+
+// Experts whose bounds fit beside the stages in a multiprocessor's shared memory.
+template <int I>
+int max_experts();
+
+}  // namespace latent_moe

@@ -1,0 +1,120 @@
+// Which tile a block works on: found on the device from group_sizes, which never travel to the host.
+#pragma once
+
+#include "hopper.cuh"
+#include "instance.h"
+
+namespace latent_moe {
+
+constexpr int kConsumers = 2;
+
+// A tile of the output: whose it is, where it begins, and how much of it there is.
+struct Work {
+  int expert;
+  int row;      // first row of the tile (outer: of the expert)
+  int valid;    // rows of the tile that belong to the expert (outer: rows of the expert)
+  int out_row;  // outer: first row of the tile within the product
+  int column;   // first column of the tile within the product
+  int steps;    // 64-wide steps along the contracted axis; 0 where the product is zero
+};
+
+constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Clusters take tiles in turn. Rows beyond the sum of the groups are one more group, whose product is zero.
+template <int I>
+class Schedule {
+  static constexpr Instance kInstance = kInstances[I];
+  static constexpr Tile kTile = kInstance.tile;
+  static constexpr bool kOuter = kInstance.contraction == Contraction::kOuter;
+  // The tile of a gated activation is half gate, half up.
+  static constexpr bool kHalves = kInstance.epilogue == Epilogue::kActivation && is_gated(kInstance.activation);
+  static constexpr int kColumns = kHalves ? kTile.columns / 2 : kTile.columns;
+  static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
+
+ public:
+  static constexpr int shared_bytes(int num_experts) { return (kOuter ? 1 : 2) * (num_experts + 2) * sizeof(int); }
+
+  // Sums the groups; every thread of the block takes part, and __syncthreads() must follow.
+  __device__ Schedule(Args const& args, int* shared)
+      : args_(args), starts_(shared), tiles_(shared + args.num_experts + 2) {
+    cluster_columns_ = ceil_div(args.out_columns, kColumns * kTile.cluster_columns);
+    cluster_rows_ = kOuter ? ceil_div(args.out_rows, kTile.rows * kTile.cluster_rows) : 0;
+    if (threadIdx.x < 32) sum(threadIdx.x);
+    __syncthreads();
+    count_ = kOuter ? args.num_experts * cluster_rows_ * cluster_columns_ : tiles_[args.num_experts + 1];
+  }
+
+  __device__ int first() const { return blockIdx.x / kCluster; }
+  __device__ int stride() const { return gridDim.x / kCluster; }
+  __device__ int count() const { return count_; }
+
+  __device__ __forceinline__ Work work(int id, int rank) const {
+    const int rank_row = rank / kTile.cluster_columns, rank_column = rank % kTile.cluster_columns;
+    Work work;
+    if constexpr (kOuter) {
+      work.expert = id / (cluster_rows_ * cluster_columns_);
+      const int local = id % (cluster_rows_ * cluster_columns_);
+      work.out_row = (local / cluster_columns_ * kTile.cluster_rows + rank_row) * kTile.rows;
+      work.column = (local % cluster_columns_ * kTile.cluster_columns + rank_column) * kTile.columns;
+      work.row = starts_[work.expert];
+      work.valid = starts_[work.expert + 1] - work.row;
+      work.steps = ceil_div(work.valid, kBlock);
+    } else {
+      int low = 0, high = args_.num_experts;  // the last group whose first tile is not beyond id
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        tiles_[middle] <= id ? low = middle : high = middle - 1;
+      }
+      const int local = id - tiles_[low], row_tiles = (tiles_[low + 1] - tiles_[low]) / cluster_columns_;
+      const int row = args_.rows_first ? local % row_tiles : local / cluster_columns_;
+      const int column = args_.rows_first ? local / row_tiles : local % cluster_columns_;
+      work.expert = low;
+      work.row = starts_[low] + row * kTile.rows;
+      work.valid = min(kTile.rows, starts_[low + 1] - work.row);
+      work.column = (column * kTile.cluster_columns + rank_column) * kColumns;
+      work.steps = low == args_.num_experts ? 0 : ceil_div(args_.contracted, kBlock);
+    }
+    return work;
+  }
+
+ private:
+  // starts_[e] is the first row of expert e, tiles_[e] its first tile; one warp, 32 experts at a time.
+  __device__ void sum(int lane) {
+    int row = 0, tile = 0;
+    for (int base = 0; base <= args_.num_experts; base += 32) {
+      const int expert = base + lane;
+      int size = expert < args_.num_experts ? max(0, args_.group_sizes[expert]) : 0;
+      int end = row + inclusive_sum(size, lane);
+      const int start = min(end - size, args_.num_rows);
+      end = min(end, args_.num_rows);
+      if (expert == args_.num_experts) end = args_.num_rows;
+      const int tiles = kOuter ? 0 : ceil_div(end - start, kTile.rows) * cluster_columns_;
+      const int last = tile + inclusive_sum(tiles, lane);
+      if (expert <= args_.num_experts) {
+        starts_[expert] = start;
+        if (!kOuter) tiles_[expert] = last - tiles;
+        if (expert == args_.num_experts) {
+          starts_[expert + 1] = end;
+          if (!kOuter) tiles_[expert + 1] = last;
+        }
+      }
+      row = __shfl_sync(~0u, end, 31);
+      tile = __shfl_sync(~0u, last, 31);
+    }
+  }
+
+  static __device__ int inclusive_sum(int value, int lane) {
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(~0u, value, offset);
+      if (lane >= offset) value += other;
+    }
+    return value;
+  }
+
+  Args const& args_;
+  int* starts_;
+  int* tiles_;
+  int cluster_columns_, cluster_rows_, count_;
+};
+
+}  // namespace latent_moe

@@ -1,0 +1,135 @@
+"""The `cutlass` backend: compiled Hopper kernels behind XLA FFI custom calls (custom_calls/)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_latent_moe.config import CutlassBackend, CutlassTile
+from jax_latent_moe.grouped_matmul import cutlass_tiles
+from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe.grouped_matmul.device import HOPPER
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation
+from jax_latent_moe.grouped_matmul.problems import Problem, problem
+from jax_latent_moe.grouped_matmul.tuning import Choice
+
+DTYPES = ("bfloat16", "float16")
+FEATURE_MULTIPLE = 8
+MAX_ROWS = 2**31 - 256
+
+
+class Cutlass:
+    """The `cutlass` backend: see `CutlassBackend` for its settings."""
+
+    def __init__(self, config: CutlassBackend):
+        self.config = config
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or what keeps the kernels from running the problem."""
+        if problem.platform != "gpu" or not set(HOPPER) & set(problem.device_kind.split()):
+            return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device_kind!r}."
+        if problem.dtype not in DTYPES:
+            return f"its kernels multiply {' and '.join(DTYPES)}, not {problem.dtype}."
+        for name in ("in_features", "out_features"):
+            if (size := getattr(problem, name)) % FEATURE_MULTIPLE or not size:
+                return (
+                    f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}: rows are read 16 bytes at a time."
+                )
+        if problem.num_experts == 0 or problem.num_rows >= MAX_ROWS:
+            return f"num_experts={problem.num_experts} must be at least 1 and num_rows={problem.num_rows} below 2^31."
+        if _halves(problem) % FEATURE_MULTIPLE:
+            return f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}."
+        if library().missing:
+            return library().missing
+        return cutlass_tiles.refusal(problem, self._given(problem))
+
+    def tile(self, problem) -> Choice:
+        """See `Backend.tile`."""
+        if given := self._given(problem):
+            return Choice(given, "the config")
+        return cutlass_tiles.choose(problem)
+
+    def candidates(self, problem) -> tuple[CutlassBackend, ...]:
+        """See `Backend.candidates`."""
+        field = "outer_tile" if problem.contraction == "outer" else "matmul_tile"
+        return tuple(CutlassBackend(**{field: tile}) for tile in cutlass_tiles.compiled(problem))
+
+    def matmul(self, rows, w, group_sizes, *, transpose_w):
+        """See `Backend.matmul`."""
+        tile = self._tile("rows_wt" if transpose_w else "rows_w", rows, w.shape)
+        out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
+        call = _call("matmul", out)
+        return call(rows, w, group_sizes, transpose_w=transpose_w, **_matmul_attributes(tile))
+
+    def outer(self, rows, dout, group_sizes):
+        """See `Backend.outer`."""
+        shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
+        tile = self._tile("outer", rows, shape)
+        call = _call("outer", jax.ShapeDtypeStruct(shape, rows.dtype))
+        return call(
+            rows,
+            dout,
+            group_sizes,
+            **_tile_attributes(tile),
+            cluster_rows=np.int32(tile.cluster_rows),
+            cluster_columns=np.int32(tile.cluster_columns),
+        )
+
+    def matmul_activation(self, rows, w, group_sizes, *, activation):
+        """See `FusingBackend.matmul_activation`."""
+        tile = self._tile("rows_w", rows, w.shape, activation)
+        width = w.shape[2] // (2 if activation.gated else 1)
+        outs = [jax.ShapeDtypeStruct((rows.shape[0], size), rows.dtype) for size in (w.shape[2], width)]
+        call = _call("matmul_activation", outs)
+        return tuple(call(rows, w, group_sizes, **_activation_attributes(activation), **_matmul_attributes(tile)))
+
+    def matmul_activation_grad(self, dout, w, group_sizes, pre, row_weights, *, activation):
+        """See `FusingBackend.matmul_activation_grad`."""
+        tile = self._tile("rows_wt", dout, w.shape, activation)
+        num_rows, width = dout.shape[0], w.shape[1]
+        outs = [
+            jax.ShapeDtypeStruct(pre.shape, pre.dtype),
+            jax.ShapeDtypeStruct((num_rows, width), dout.dtype),
+            jax.ShapeDtypeStruct((-(-width // tile.columns), num_rows), jnp.float32),
+        ]
+        # The gradient takes the place of the pre-activation, which nobody reads afterwards.
+        call = _call("matmul_activation_grad", outs, input_output_aliases={3: 0})
+        attributes = _activation_attributes(activation) | _matmul_attributes(tile)
+        dpre, hidden, sums = call(dout, w, group_sizes, pre, row_weights.astype(jnp.float32), **attributes)
+        return dpre, hidden, jnp.sum(sums, axis=0)
+
+    def _given(self, problem):
+        if problem.activation is not None:
+            return None
+        return self.config.outer_tile if problem.contraction == "outer" else self.config.matmul_tile
+
+    def _tile(self, contraction, rows, w_shape, activation=None) -> CutlassTile:
+        return self.tile(problem(contraction, rows.shape[0], w_shape, rows.dtype, activation)).tile
+
+
+def _halves(problem) -> int:
+    gated = problem.activation is not None and problem.activation.gated
+    return problem.out_features // 2 if gated and problem.contraction == "rows_w" else 0
+
+
+def _call(target, outs, **options):
+    return jax.ffi.ffi_call(f"latent_moe_{target}", outs, vmap_method="sequential", **options)
+
+
+def _tile_attributes(tile: CutlassTile) -> dict:
+    sizes = {"tile_rows": tile.rows, "tile_columns": tile.columns, "stages": tile.stages}
+    return {name: np.int32(size) for name, size in sizes.items()}
+
+
+def _matmul_attributes(tile: CutlassTile) -> dict:
+    return _tile_attributes(tile) | {
+        "cluster": np.int32(tile.cluster_columns),
+        "rows_first": tile.rows_first,
+    }
+
+
+def _activation_attributes(activation: FusedActivation) -> dict:
+    return {
+        "activation": np.int32(ACTIVATIONS.index(activation.name) + 1),
+        "beta": np.float32(activation.beta),
+        "linear_beta": np.float32(activation.linear_beta),
+    }

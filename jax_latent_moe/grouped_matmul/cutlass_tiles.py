@@ -1,0 +1,86 @@
+"""Which compiled kernel of the `cutlass` backend a problem takes: a measured one, else the one that wastes least."""
+
+from jax_latent_moe.config import CutlassTile
+from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul.cutlass_library import Instance, library
+from jax_latent_moe.grouped_matmul.tuning import Choice, measured
+
+SMALL_GROUP = 64
+"""Mean rows per expert up to which a call is bound by reading weights."""
+
+
+def compiled(problem) -> tuple[CutlassTile, ...]:
+    """The tiles that were compiled for the problem's contraction, type and activation and hold all its experts."""
+    orders = (False,) if problem.contraction == "outer" else (False, True)
+    return tuple(_tile(instance, order) for instance in _instances(problem) for order in orders)
+
+
+def refusal(problem, given: CutlassTile | None) -> str | None:
+    """None, or why no compiled kernel runs the problem with the given tile, or with any."""
+    tiles = compiled(problem)
+    what = f"{problem.contraction} of {problem.dtype}"
+    if problem.activation is not None:
+        what += f" with {problem.activation.name}"
+    if not tiles:
+        return f"no kernel was compiled for {what} and {problem.num_experts} experts."
+    if given is not None and given not in tiles:
+        return f"{given!r} was not compiled for {what}; there are {', '.join(repr(tile) for tile in tiles)}."
+    return None
+
+
+def choose(problem) -> Choice:
+    """The tile for a problem that `refusal` lets pass.
+
+    Raises:
+        ConfigError: a table of the user's holds a tile that was not compiled.
+    """
+    w_shape = problem.num_experts, problem.in_features, problem.out_features
+    tiles = compiled(problem)
+    if problem.activation is None and (
+        entry := measured("cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
+    ):
+        tile = CutlassTile(**entry["tile"])
+        if tile in tiles:
+            return Choice(tile, entry["source"])
+        if "your table" in entry["source"]:
+            raise ConfigError(f"{tile} of {entry['source']} was not compiled. Run `tune` again.")
+    return Choice(min(tiles, key=lambda tile: _cost(problem, tile)), "a heuristic: no table has this shape")
+
+
+def _instances(problem) -> list[Instance]:
+    name = None if problem.activation is None else problem.activation.name
+    return [
+        instance
+        for instance in library().instances
+        if (instance.dtype, instance.contraction, instance.activation) == (problem.dtype, problem.contraction, name)
+        and problem.num_experts <= instance.max_experts
+    ]
+
+
+def _tile(instance: Instance, rows_first: bool) -> CutlassTile:
+    return CutlassTile(
+        instance.rows,
+        instance.columns,
+        instance.stages,
+        instance.cluster_rows,
+        instance.cluster_columns,
+        rows_first,
+    )
+
+
+def _cost(problem, tile: CutlassTile) -> float:
+    """Multiplied elements over wanted ones, and what small tiles cost: they load more for each product."""
+    k, n = problem.in_features, problem.out_features
+    if problem.contraction == "outer":
+        wasted = _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns)
+        return wasted * (1 + 16 / tile.rows + 16 / tile.columns)
+    columns = n if problem.contraction == "rows_w" else k
+    small = problem.num_rows <= SMALL_GROUP * problem.num_experts
+    # Of a group smaller than a tile, the tile's unused rows are neither loaded nor multiplied, but their buffers idle.
+    loads = 64 / tile.rows if not small else tile.rows / 64
+    return _padded(columns, tile.columns * tile.cluster_columns) * (1 + loads / 4 + 16 / tile.columns)
+
+
+def _padded(size, tile):
+    """Size in whole tiles over size."""
+    return -(-size // tile) * tile / size

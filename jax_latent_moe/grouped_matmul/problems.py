@@ -1,0 +1,49 @@
+"""One grouped matmul, as far as it is known before it runs: what backends are asked about."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jax_latent_moe.grouped_matmul.device import default_device
+from jax_latent_moe.grouped_matmul.fused import FusedActivation
+
+Contraction = Literal["rows_w", "rows_wt", "outer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One grouped matmul, as far as it is known before it runs.
+
+    Attributes:
+        contraction: "rows_w" is rows x w, "rows_wt" is rows x w^T, "outer" is rows^T x rows, each per expert.
+        num_rows: R, rows in all.
+        num_experts: E, experts with rows or without.
+        in_features: K of the weight [E, K, N].
+        out_features: N of the weight [E, K, N].
+        dtype: type of rows and weights.
+        platform: "cpu", "gpu" or "tpu".
+        device_kind: the device's own name, such as "NVIDIA H100 80GB HBM3".
+        activation: fused into the product: with "rows_w" its value, with "rows_wt" its gradient. None for a plain one.
+    """
+
+    contraction: Contraction
+    num_rows: int
+    num_experts: int
+    in_features: int
+    out_features: int
+    dtype: str
+    platform: str
+    device_kind: str
+    activation: FusedActivation | None = None
+
+
+def problem(
+    contraction: Contraction,
+    num_rows: int,
+    w_shape: tuple[int, int, int],
+    dtype,
+    activation: FusedActivation | None = None,
+) -> Problem:
+    """The `Problem` that a call on the default device poses: what `explain` and `select` ask for."""
+    return Problem(contraction, num_rows, *w_shape, jnp.dtype(dtype).name, *default_device(), activation)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Builds the compiled kernels of the `cutlass` backend into the package, with the machine's nvcc or one from PyPI.
+# usage: scripts/build-cuda.sh [--few]    --few compiles one kernel of each kind, as continuous integration does
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+FEW=OFF
+case ${1:-} in
+--few) FEW=ON ;;
+"") ;;
+*) die "unknown argument $1: there is only --few." ;;
+esac
+[[ $(uname -s)-$(uname -m) == Linux-x86_64 ]] || die "the CUDA library is built on Linux on x86_64 alone."
+
+TOOLS=$PWD/.tools/cuda
+BUILD=build/cuda
+# The FFI headers of the oldest jaxlib: a library built with newer ones is refused by older runtimes.
+HEADERS=(nvidia-cutlass==4.2.0.0 jaxlib==0.11.2)
+# One compiler in five packages, which work in these versions together.
+NVCC=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96
+  nvidia-cuda-cccl==13.0.85)
+
+uv=$(scripts/uv.sh)
+python=$(scripts/python.sh "$uv")
+
+fetch() { # folder, packages
+  local folder=$1 stamp=$1/.fetched
+  shift
+  [[ -f $stamp && $(<"$stamp") == "$*" ]] && return
+  echo "Fetching $*" >&2
+  rm -rf "$folder"
+  "$uv" pip install --quiet --no-deps --python "$python" --target "$folder" "$@" ||
+    die "uv could not fetch $*, for the reason it gives above."
+  echo "$*" >"$stamp"
+}
+
+fetch "$TOOLS/headers" "${HEADERS[@]}"
+fetch "$TOOLS/build" cmake==4.1.2 ninja==1.13.0
+
+if nvcc=$(command -v nvcc) && [[ $("$nvcc" --version) =~ release\ ([0-9]+)\.([0-9]+) ]] &&
+  ((BASH_REMATCH[1] * 100 + BASH_REMATCH[2] >= 1204)); then
+  nvcc=$(readlink -f "$nvcc")
+else
+  fetch "$TOOLS/nvcc" "${NVCC[@]}"
+  nvcc=$TOOLS/nvcc/nvidia/cu13/bin/nvcc
+  ln -sfn lib "$TOOLS/nvcc/nvidia/cu13/lib64"               # where nvcc looks for its libraries
+  ln -sfn libcudart.so.13 "$TOOLS/nvcc/nvidia/cu13/lib/libcudart.so" # what CMake looks for, though none links it
+fi
+echo "Compiling with $nvcc" >&2
+
+mkdir -p build
+export PATH=$TOOLS/build/bin:$PATH PYTHONPATH=$TOOLS/build
+cmake -G Ninja -S custom_calls -B "$BUILD" -DCMAKE_CUDA_COMPILER="$nvcc" -DLATENT_MOE_FEW_KERNELS=$FEW \
+  -DLATENT_MOE_CUTLASS_INCLUDE="$TOOLS/headers/cutlass_library/source/include" \
+  -DLATENT_MOE_XLA_INCLUDE="$TOOLS/headers/jaxlib/include" >"$BUILD.log" 2>&1 ||
+  die "cmake could not configure the build ($BUILD.log says why)."
+cmake --build "$BUILD" >>"$BUILD.log" 2>&1 || die "the kernels did not compile ($BUILD.log says why)."
+cp "$BUILD/libjax_latent_moe_cuda.so" jax_latent_moe/grouped_matmul/
+echo "jax_latent_moe/grouped_matmul/libjax_latent_moe_cuda.so"

@@ -1,0 +1,130 @@
+"""The `cutlass` backend as far as it goes without a GPU: refusals, loading, the choice of kernel, lowering."""
+
+import ctypes
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_latent_moe import CutlassBackend, UnsupportedError
+from jax_latent_moe.config import CutlassTile
+from jax_latent_moe.grouped_matmul import FusedActivation, Problem, explain, select, select_fusing
+from jax_latent_moe.grouped_matmul import cutlass_library as loader
+from jax_latent_moe.grouped_matmul.cutlass import Cutlass
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
+
+H200 = Problem("rows_w", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
+BUILT = loader.library()
+needs_library = pytest.mark.skipif(BUILT.missing is not None, reason=f"{BUILT.missing}")
+
+
+@pytest.fixture
+def library_at(monkeypatch):
+    """Has the library looked for elsewhere."""
+
+    def look(path: pathlib.Path):
+        monkeypatch.setenv(loader.VARIABLE, str(path))
+        loader.library.cache_clear()
+
+    yield look
+    monkeypatch.undo()
+    loader.library.cache_clear()
+
+
+def test_without_its_library_it_says_how_to_get_it(library_at, tmp_path):
+    library_at(tmp_path / loader.FILE)
+    with pytest.raises(UnsupportedError, match=r"libjax_latent_moe_cuda.so is not there: `make cuda`"):
+        select(H200, CutlassBackend())
+
+
+def test_a_file_that_is_no_library_is_named(library_at, tmp_path):
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    library_at(tmp_path / "broken.so")
+    with pytest.raises(UnsupportedError, match=r"broken.so cannot be loaded .* `make cuda`"):
+        select(H200, CutlassBackend())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device_kind": "NVIDIA A100-SXM4-80GB"}, "for NVIDIA Hopper GPUs"),
+        ({"platform": "cpu", "device_kind": "cpu"}, "for NVIDIA Hopper GPUs"),
+        ({"dtype": "float32"}, "not float32"),
+        ({"in_features": 1004}, "in_features=1004 is not a positive multiple of 8"),
+        ({"out_features": 0}, "out_features=0 is not a positive multiple of 8"),
+        ({"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ({"num_rows": 2**31}, "below 2"),
+        ({"out_features": 2696, "activation": FusedActivation("swiglu")}, "half of out_features=2696"),
+    ],
+)
+def test_what_it_cannot_run_it_refuses(changes, reason):
+    assert reason in (Cutlass(CutlassBackend()).supports(dataclasses.replace(H200, **changes)) or "")
+
+
+def test_auto_does_not_take_what_is_not_proved():
+    assert "CutlassBackend" not in explain(H200)
+
+
+@needs_library
+def test_the_library_lists_kernels_of_each_kind():
+    kinds = {(instance.contraction, instance.activation is not None) for instance in BUILT.instances}
+    assert kinds == {("rows_w", False), ("rows_wt", False), ("outer", False), ("rows_w", True), ("rows_wt", True)}
+    for instance in BUILT.instances:
+        assert instance.dtype in ("bfloat16", "float16")
+        assert instance.activation in (None, *ACTIVATIONS)
+        assert instance.max_experts >= 896, "Kimi K3's experts do not fit beside the stages"
+        assert instance.rows % 64 == instance.columns % 64 == 0
+
+
+@needs_library
+def test_xla_accepts_the_handlers():
+    """Registering asks a handler for the version of its interface, which must not be newer than XLA's."""
+    handlers = ctypes.CDLL(str(loader._path()))
+    for target in loader.TARGETS:
+        capsule = jax.ffi.pycapsule(getattr(handlers, f"latent_moe_{target}"))
+        jax.ffi.register_ffi_target(f"test_{target}", capsule, platform="cpu")
+
+
+@needs_library
+def test_a_tile_that_was_not_compiled_is_refused_with_those_that_were():
+    backend = CutlassBackend(matmul_tile=CutlassTile(rows=128, columns=64))
+    with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled .*; there are CutlassTile\("):
+        select(H200, backend)
+    chosen = select(H200, CutlassBackend())
+    assert set(chosen.candidates(H200)) >= {CutlassBackend(matmul_tile=chosen.tile(H200).tile)}
+
+
+@needs_library
+def test_only_what_was_compiled_is_fused():
+    fused = {instance.activation for instance in BUILT.instances}
+    for name in ACTIVATIONS:
+        problem = dataclasses.replace(H200, activation=FusedActivation(name, 4.0, 25.0))
+        assert (select_fusing(problem, CutlassBackend()) is not None) == (name in fused)
+
+
+@needs_library
+def test_lowers_for_cuda():
+    backend, activation = Cutlass(CutlassBackend()), FusedActivation("relu2")
+    num_rows, (experts, k, n) = 300, (8, 72, 136)
+    rows, dout, pre = (jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16) for width in (k, n, n))
+    w, w_out = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((experts, k, n), (experts, n, k)))
+    sizes, weights = jax.ShapeDtypeStruct((experts,), jnp.int32), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+
+    def run(rows, w, dout, sizes, w_out, pre, weights):
+        return (
+            backend.matmul(rows, w, sizes, transpose_w=False),
+            backend.matmul(dout, w, sizes, transpose_w=True),
+            backend.outer(rows, dout, sizes),
+            backend.matmul_activation(rows, w, sizes, activation=activation),
+            backend.matmul_activation_grad(rows, w_out, sizes, pre, weights, activation=activation),
+        )
+
+    lowered = jax.jit(run).trace(rows, w, dout, sizes, w_out, pre, weights).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    for target in ("matmul", "outer", "matmul_activation", "matmul_activation_grad"):
+        assert f"@latent_moe_{target}(" in text
+    shapes = [value.shape for value in jax.tree.leaves(lowered.out_info)]
+    assert shapes[:3] == [(num_rows, n), (num_rows, k), (experts, k, n)]
+    assert shapes[3:] == [(num_rows, n)] * 4 + [(num_rows,)]

@@ -1,0 +1,35 @@
+"""The float32 matmul by bfloat16 parts, against float64."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.split_matmul import split_matmul
+
+
+def relative_error(value, exact):
+    return np.linalg.norm(np.asarray(value, np.float64) - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("kernel_dtype", ["float32", "bfloat16"])
+def test_it_is_as_exact_as_a_float32_matmul(rng, kernel_dtype):
+    x = jnp.asarray(rng.standard_normal((40, 300)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((300, 24)), kernel_dtype)
+    dlogits = jnp.asarray(rng.standard_normal((40, 24)), jnp.float32)
+    logits, vjp = jax.jit(lambda x, kernel: jax.vjp(split_matmul, x, kernel))(x, kernel)
+    dx, dkernel = vjp(dlogits)
+    chex.assert_type([logits, dx, dkernel], [jnp.float32, jnp.bfloat16, kernel_dtype])
+
+    exact_x, exact_kernel, exact_dlogits = (np.asarray(v, np.float64) for v in (x, kernel, dlogits))
+    assert relative_error(logits, exact_x @ exact_kernel) < 1e-6
+    assert relative_error(dkernel, exact_x.T @ exact_dlogits) < (1e-6 if kernel_dtype == "float32" else 4e-3)
+    assert relative_error(dx, exact_dlogits @ exact_kernel.T) < 4e-3
+
+
+def test_no_part_is_lost_to_a_dropped_cast(rng):
+    """One bfloat16 part alone would be off by 2^-9, two by 2^-17."""
+    x = jnp.eye(16, dtype=jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)
+    np.testing.assert_array_equal(jax.jit(split_matmul)(x, kernel), kernel)
