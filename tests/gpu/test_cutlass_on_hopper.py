@@ -1,0 +1,117 @@
+"""The compiled kernels on a Hopper GPU: `CUDA_LAUNCH_BLOCKING=1` has an error point at the call that made it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.activations import activate
+from jax_latent_moe.config import CutlassBackend, LatentMoEConfig
+from jax_latent_moe.experts import _fused_activation
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, reference, select_fusing
+from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe.grouped_matmul.cutlass_tiles import compiled as compiled_tiles
+from tests.gpu.grouped import check, float64, needs_hopper
+from tests.tolerances import assert_close
+
+pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
+BACKEND = CutlassBackend()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("features", [(256, 320), (72, 136), (1000, 2696)])
+def test_random_groups_with_empty_experts(rng, dtype, features):
+    for total in (1517, 900, 1):
+        sizes = rng.multinomial(total, rng.dirichlet(np.full(16, 0.3)))
+        check(BACKEND, rng, dtype, sizes, 1517, *features)
+
+
+def test_one_expert_has_all_and_none_has_any(rng):
+    for sizes in (np.eye(16, dtype=int)[11] * 1517, np.zeros(16, int)):
+        check(BACKEND, rng, "bfloat16", sizes, 1517, 256, 320)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 22])
+def test_few_rows(rng, num_rows):
+    check(BACKEND, rng, "bfloat16", rng.multinomial(num_rows, np.full(40, 1 / 40)), num_rows, 128, 192)
+
+
+def test_more_tiles_than_multiprocessors(rng):
+    check(BACKEND, rng, "bfloat16", rng.multinomial(2500, np.full(40, 1 / 40)), 3000, 264, 1032)
+
+
+@pytest.mark.parametrize("contraction", ["rows_w", "rows_wt", "outer"])
+def test_every_compiled_tile(rng, contraction):
+    sizes = rng.multinomial(2500, rng.dirichlet(np.full(40, 0.5)))
+    w_shape = 40, 264, 1032
+    for tile in compiled_tiles(problem(contraction, 3000, w_shape, "bfloat16")):
+        kind = "outer_tile" if contraction == "outer" else "matmul_tile"
+        check(dataclasses.replace(BACKEND, **{kind: tile}), rng, "bfloat16", sizes, 3000, *w_shape[1:])
+
+
+def test_many_calls_in_one_program(rng):
+    """Enough of them that XLA may put them into one CUDA graph."""
+    sizes = rng.multinomial(2500, np.full(40, 1 / 40))
+    shapes = (3000, 264), (40, 264, 1032), (3000, 1032)
+    rows, w, dout = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+
+    @jax.jit
+    def run(rows, w, dout, sizes):
+        return [
+            (
+                grouped_matmul(rows * i, w, sizes, backend=BACKEND),
+                grouped_matmul(dout * i, w, sizes, transpose_w=True, backend=BACKEND),
+                grouped_outer(rows * i, dout, sizes, backend=BACKEND),
+            )
+            for i in (1, 2, 4, 8, 16, 32)
+        ]
+
+    first = run(rows, w, dout, jnp.asarray(sizes, jnp.int32))
+    again = run(rows, w, dout, jnp.asarray(sizes, jnp.int32))
+    out = reference.grouped_matmul(float64(rows), float64(w), sizes)
+    dw = reference.grouped_outer(float64(rows), float64(dout), sizes)
+    for i, (one, two) in enumerate(zip(first, again, strict=True)):
+        assert_close(float64(one[0]) / 2**i, out, "bfloat16")
+        assert_close(float64(one[2]) / 2**i, dw, "bfloat16")
+        for a, b in zip(one, two, strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LatentMoEConfig(8, 4, 8, 2, 8, activation="relu2"),
+        LatentMoEConfig(8, 4, 8, 2, 8, activation="gelu"),
+        LatentMoEConfig(8, 4, 8, 2, 8, activation="gelu", gelu_approximate=True),
+        LatentMoEConfig(8, 4, 8, 2, 8, activation="swiglu"),
+        LatentMoEConfig(8, 4, 8, 2, 8, activation="geglu"),
+        LatentMoEConfig(8, 4, 8, 2, 8, activation="situ_glu"),
+    ],
+    ids=lambda config: f"{config.activation}{'-tanh' * config.gelu_approximate}",
+)
+def test_fused_activations(rng, config):
+    """Values and gradients are those of the activation of the rounded pre-activation."""
+    activation, sizes, hidden_size = _fused_activation(config), np.asarray([0, 300, 1, 77, 200]), 200
+    width = 2 * hidden_size if config.gated else hidden_size
+    rows = jnp.asarray(rng.normal(size=(700, 72)), jnp.bfloat16)
+    w_in = jnp.asarray(rng.normal(size=(5, 72, width)) / 8, jnp.bfloat16)
+    fusing = select_fusing(problem("rows_w", 700, w_in.shape, rows.dtype, activation), BACKEND)
+    assert fusing is not None
+    groups = jnp.asarray(sizes, jnp.int32)
+    pre, hidden = jax.jit(lambda *args: fusing.matmul_activation(*args, activation=activation))(rows, w_in, groups)
+    assert_close(float64(pre), reference.grouped_matmul(float64(rows), float64(w_in), sizes), "bfloat16")
+    assert_close(float64(hidden), float64(activate(pre, config)), "bfloat16")
+
+    dout = jnp.asarray(rng.normal(size=(700, 72)), jnp.bfloat16)
+    w_out = jnp.asarray(rng.normal(size=(5, hidden_size, 72)) / 8, jnp.bfloat16)
+    weights = jnp.asarray(rng.random(700), jnp.float32)
+    gradients = jax.jit(lambda *args: fusing.matmul_activation_grad(*args, activation=activation))
+    dpre, weighted, dweights = gradients(dout, w_out, groups, pre, weights)
+    dhidden = reference.grouped_matmul(float64(dout), float64(w_out), sizes, transpose_w=True)
+    exact, pullback = jax.vjp(lambda pre: activate(pre, config), pre.astype(jnp.float32))
+    (expected,) = pullback(jnp.asarray(dhidden * float64(weights)[:, None], jnp.float32))
+    assert_close(float64(dpre), float64(expected), "bfloat16")
+    assert_close(float64(weighted), float64(exact) * float64(weights)[:, None], "bfloat16")
+    assert_close(float64(dweights), np.sum(dhidden * float64(exact), axis=1), "bfloat16")
