@@ -30,15 +30,14 @@ def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> l
         mesh: axes that it lacks, or has with size 1, split nothing.
     """
     sizes = axis_sizes(parallel, mesh)
-    rules = (
+    split = (
         ("expert", parallel.expert_axis),
         ("expert_intermediate", parallel.tensor_axis),
         ("shared_intermediate", parallel.tensor_axis),
         ("hidden", parallel.fsdp_axis),
         ("expert_latent", parallel.fsdp_axis),
-        ("latent", None),
     )
-    return [(name, axis if sizes.get(axis, 1) > 1 else None) for name, axis in rules]
+    return [*((name, axis if sizes[axis] > 1 else None) for name, axis in split), ("latent", None)]
 
 
 def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, PartitionSpec]]:
@@ -54,9 +53,9 @@ def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str,
     if config.parallel is None:
         raise ConfigError("parallel=None names no mesh axes: set parallel=ParallelConfig() in the layer's config.")
     _check_divides(config, mesh)
-    rules = dict(logical_axis_rules(config.parallel, mesh))
+    rules = {None: None, **dict(logical_axis_rules(config.parallel, mesh))}
     return {
-        part: {name: PartitionSpec(*(rules.get(axis) for axis in axes)) for name, axes in leaves.items()}
+        part: {name: PartitionSpec(*(rules[axis] for axis in axes)) for name, axes in leaves.items()}
         for part, leaves in param_axes(config).items()
     }
 
