@@ -1,5 +1,6 @@
 """Checkpoints: written aside and renamed when complete, so that a run killed at any moment finds its newest one."""
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from examples.train.errors import TrainError
+from examples.train.processes import first_line
 from examples.train.step import TrainState
 
 KEPT = 2
@@ -34,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, once a parameter, what _written raises
         self.folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
@@ -43,10 +46,30 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
+    def drop_newest(self):
+        """Deletes the newest checkpoint, so that the one before it is the newest.
+
+        Raises:
+            TrainError: there is none before it.
+        """
+        steps = sorted(self._manager.all_steps())
+        if len(steps) < 2:
+            raise TrainError(
+                f"--restore previous: {self.folder} holds {len(steps)} checkpoint(s), and none before the newest: give "
+                "another folder with --run to start anew."
+            )
+        self._manager.delete(steps[-1])
+
     def save(self, snapshot: Snapshot):
-        """Starts to write the snapshot under its step; does nothing if that step is there."""
+        """Starts to write the snapshot under its step; does nothing if that step is there.
+
+        Raises:
+            TrainError: this one, or the one before it, cannot be written.
+        """
         step = int(snapshot.state.step)
-        if step != self.newest:
+        if step == self.newest:
+            return
+        with self._written():
             progress = {"data": snapshot.data, "seconds": snapshot.seconds}
             arguments = ocp.args.Composite(
                 state=ocp.args.StandardSave(snapshot.state._asdict()), progress=ocp.args.JsonSave(progress)
@@ -62,20 +85,37 @@ class Checkpoints:
         Raises:
             TrainError: it cannot be read, or holds other shapes.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like._asdict())
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like._asdict()
+        )
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(self.newest, args=arguments)
         except Exception as error:  # orbax and tensorstore raise whatever they meet in a damaged file
             damaged = self.folder / str(self.newest)
             raise TrainError(
-                f"The checkpoint {damaged} is damaged or was written with other options: delete that folder to go on "
-                f"from the one before it, or choose another --run ({type(error).__name__})."
+                f"The checkpoint {damaged} is damaged or was written with other options: --restore previous deletes it "
+                f"and goes on from the one before it; another --run starts anew ({type(error).__name__})."
             ) from error
         return Snapshot(TrainState(**restored["state"]), **restored["progress"])
 
     def close(self):
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk.
+
+        Raises:
+            TrainError: it cannot be written.
+        """
+        with self._written():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self):
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise whatever they meet on a full disk
+            raise TrainError(
+                f"A checkpoint cannot be written to {self.folder} ({first_line(error)}): make room there. The same "
+                "command then goes on from the newest complete one."
+            ) from error

@@ -9,6 +9,7 @@ import tyro
 from examples.train.config import Config
 from examples.train.errors import TrainError
 from examples.train.presets import PRESETS, preset
+from examples.train.processes import join
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -20,7 +21,12 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="auto")
-    name = early.parse_known_args(arguments)[0].preset
+    early.add_argument("--coordinator", default="")
+    early.add_argument("--processes", type=int, default=1)
+    early.add_argument("--process", type=int, default=0)
+    options = early.parse_known_args(arguments)[0]
+    join(options.coordinator, options.processes, options.process)  # before anything asks JAX for its devices
+    name = options.preset
     if name not in ("auto", *PRESETS):
         raise TrainError(f"--preset {name} is unknown: use one of auto, {', '.join(PRESETS)}.")
     default = preset(name)

@@ -116,6 +116,21 @@ class Config:
     """Steps between looks at a part of the validation text; the whole of it is read at the end."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    restore: Literal["newest", "previous"] = "newest"
+    """Checkpoint that a run goes on from; previous deletes the newest, for when that is damaged."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is not finite, or spikes: end the run, or leave the state as it was."""
+    spike_factor: float = 0.0
+    """A loss this many times the smoothed loss before it is a spike; 0 looks for none."""
+    mesh: str = ""
+    """Devices along the axes data, fsdp, expert, tensor, such as data=2,expert=4; empty is one device, or data over all
+    devices of several processes."""
+    coordinator: str = ""
+    """HOST:PORT of process 0 where several processes train together; auto asks SLURM, Kubernetes or Open MPI."""
+    processes: int = 1
+    """Processes that train together, with --coordinator HOST:PORT."""
+    process: int = 0
+    """Index of this process among them."""
     sample_bytes: int = 400
     """Length of the text generated at the end."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -126,6 +141,8 @@ class Config:
     def __post_init__(self):
         for field in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "sample_bytes"):
             _at_least_one(field, getattr(self, field))
+        if self.spike_factor and not self.spike_factor > 1:
+            raise TrainError(f"spike_factor={self.spike_factor} must be more than 1, or 0 to look for no spikes.")
 
     @property
     def folder(self) -> Path:

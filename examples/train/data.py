@@ -28,13 +28,20 @@ class Windows(grain.sources.RandomAccessDataSource):
         return self._text[start : start + self._context + 1]
 
 
-def train_batches(text: bytes, context: int, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Endless batches [batch_size, context + 1], shuffled anew in each epoch.
+def train_batches(
+    text: bytes, context: int, batch_size: int, seed: int, *, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches [batch_size / processes, context + 1] of one process, shuffled anew in each epoch.
 
-    The iterator's `get_state` and `set_state` continue the same sequence from any step.
+    A step's batches of all processes hold the windows that one process alone would read in that step. The iterator's
+    `get_state` and `set_state` continue the same sequence from any step, also with another number of processes.
     """
     windows = grain.MapDataset.source(Windows(text, context)).seed(seed).shuffle().repeat()
-    batches = windows.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    batches = (
+        windows[process::processes]
+        .batch(batch_size // processes)
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    )
     return iter(batches)
 
 

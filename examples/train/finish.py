@@ -4,6 +4,7 @@ import bz2
 import lzma
 
 import jax
+from jax.sharding import Mesh
 
 from examples.train import plots
 from examples.train.checkpoint import Snapshot
@@ -13,6 +14,8 @@ from examples.train.data import validation_windows
 from examples.train.generate import make_generate
 from examples.train.metrics import read_records
 from examples.train.model import LanguageModel
+from examples.train.placing import whole_on_one_device
+from examples.train.processes import is_first_process
 from examples.train.step import make_bits_per_byte
 
 LOSS_PLOT, LOAD_PLOT, SAMPLE = "loss.png", "expert_load.png", "sample.txt"
@@ -28,15 +31,19 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def finish(config: Config, model: LanguageModel, corpus: Corpus, last: Snapshot) -> float:
-    """Writes the plots and a sample, prints the sample and the last line.
+def finish(config: Config, model: LanguageModel, corpus: Corpus, last: Snapshot, mesh: Mesh) -> float:
+    """Writes the plots and a sample, prints the sample and the last line; of several processes, the first does.
 
     Returns:
         Validation bits per byte: each byte of the held-out text scored once, from at most `context` bytes before it.
     """
-    folder, state, records = config.folder, last.state, read_records(config.folder)
     windows = validation_windows(corpus.validation, config.model.context)
-    bits = make_bits_per_byte(model, config.batch_size)(state, windows)
+    with jax.set_mesh(mesh):
+        bits = make_bits_per_byte(model, config.batch_size, mesh)(last.state, windows)
+        state = whole_on_one_device(last.state)
+    if not is_first_process():
+        return bits
+    folder, records = config.folder, read_records(config.folder)
     references = compressed_bits_per_byte(corpus.validation)
 
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from examples.train.processes import is_first_process
 from examples.train.step import Metrics
 
 FILE = "metrics.jsonl"
@@ -35,6 +36,9 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, step: int):
+        self._file = None
+        if not is_first_process():
+            return  # the numbers are the same in all of them
         kept = [json.dumps(record) + "\n" for record in read_records(folder) if record["step"] <= step]
         partial = folder / f"{FILE}.part"
         partial.write_text("".join(kept))
@@ -44,6 +48,8 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]):
         """One record: a "step", numbers, and lists of numbers."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
@@ -52,6 +58,8 @@ class MetricsWriter:
 
     def close(self):
         """Flushes both."""
+        if self._file is None:
+            return
         self._file.close()
         self._board.close()
 
@@ -60,10 +68,10 @@ class ProgressReport:
     """Step, loss, speed, balance of the experts and time left."""
 
     def __init__(self, steps: int, done: int):
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, quiet=not is_first_process())
         self._steps, self._started, self._first = steps, time.monotonic(), done
         self._bar = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.quiet:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("compiling", total=steps, completed=done)
@@ -111,15 +119,17 @@ class Interval:
         jax.block_until_ready(self._steps[-2:-1])
 
     def record(self, step: int, seconds: float, rate: float) -> dict[str, Any]:
-        """Means over the gathered steps, which are then forgotten."""
-        steps = jax.device_get(self._steps)
+        """Means over the gathered steps, or over the good ones if there are any; the steps are then forgotten."""
+        steps: list[Any] = jax.device_get(self._steps)
+        good = [metrics for metrics in steps if not metrics.bad] or steps
         now = time.monotonic()
         record = {
             "step": step,
             "seconds": seconds,
-            "loss": float(np.mean([metrics.loss for metrics in steps])),
-            "auxiliary_loss": float(np.mean([metrics.auxiliary_loss for metrics in steps])),
-            "grad_norm": float(np.mean([metrics.grad_norm for metrics in steps])),
+            "loss": float(np.mean([metrics.loss for metrics in good])),
+            "auxiliary_loss": float(np.mean([metrics.auxiliary_loss for metrics in good])),
+            "grad_norm": float(np.mean([metrics.grad_norm for metrics in good])),
+            "bad_steps": int(sum(metrics.bad for metrics in steps)),
             "learning_rate": rate,
             "bytes_per_second": self._bytes * len(steps) / (now - self._started),
         }

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from examples.train.config import Config, ModelConfig, OptimizerConfig
 from examples.train.errors import TrainError
+from examples.train.processes import is_first_process
 
 FILE = "config.json"
 FREE = {
     *("preset", "run", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
+    *("restore", "bad_step", "spike_factor", "mesh", "coordinator", "processes", "process"),
     *("model.backend", "optimizer.learning_rate", "optimizer.final_fraction", "optimizer.warmup_steps"),
 }
 """Options that may change when a run is resumed: state and data go on as they are."""
@@ -26,9 +28,10 @@ def open_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_config(folder) if (folder / FILE).exists() else config
         _check_same(folder, before, config)
-        partial = folder / f"{FILE}.part"
-        partial.write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
-        partial.replace(folder / FILE)
+        if is_first_process():
+            partial = folder / f"{FILE}.part"
+            partial.write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
+            partial.replace(folder / FILE)
     except OSError as error:
         raise TrainError(f"The run folder {folder} cannot be used ({error}): choose another with --run.") from error
     return folder

@@ -4,9 +4,11 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from examples.train.checkpoint import Checkpoints, Snapshot
 from examples.train.cli import parse
@@ -19,9 +21,11 @@ from examples.train.metrics import Interval, MetricsWriter, ProgressReport
 from examples.train.mlp import moe_config
 from examples.train.model import LanguageModel
 from examples.train.optimizer import learning_rate, make_optimizer
+from examples.train.placing import from_own_part, make_mesh
+from examples.train.processes import any_process, first_line, is_first_process, leave, several_processes
 from examples.train.run_folder import open_folder
 from examples.train.signals import StopRequest
-from examples.train.step import TrainState, all_finite, init_state, make_bits_per_byte, make_train_step
+from examples.train.step import TrainState, all_finite, init_state_on, make_bits_per_byte, make_train_step
 from jax_latent_moe.errors import LatentMoEError
 
 VALIDATION_WINDOWS = 128
@@ -33,7 +37,14 @@ def main(arguments: Sequence[str] | None = None):
     try:
         train(parse(arguments))
     except (TrainError, LatentMoEError) as error:
-        sys.exit(f"error: {error}")
+        leave(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if not several_processes():
+            raise
+        leave(
+            f"error: a process of this run was lost, or the way to it ({first_line(error)}): start all of them again, "
+            "and they go on from the newest checkpoint."
+        )
     except KeyboardInterrupt:
         sys.exit("Interrupted: the same command goes on from the newest checkpoint.")
 
@@ -47,25 +58,28 @@ def train(config: Config) -> float | None:
     Raises:
         TrainError: the data, the folder or the options are unusable, or the loss is not finite.
     """
+    mesh = make_mesh(config.mesh, config.batch_size)
     model = LanguageModel(config.model, moe_config(config))
     corpus = load_corpus(config.data)
     check_length(corpus, config.model.context)
     folder = open_folder(config)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        with StopRequest() as stop:
-            last = run_steps(config, model, corpus, checkpoints, stop)
+        with StopRequest() as stop, jax.set_mesh(mesh):
+            last = run_steps(config, model, corpus, checkpoints, stop, mesh)
     finally:
         checkpoints.close()
     done = int(last.state.step)
     if done < config.steps:
-        print(f"Stopped by {stop.name} with step {done} of {config.steps} saved: the same command goes on from there.")
+        if is_first_process():
+            signal = stop.name or "a signal to another process"
+            print(f"Stopped by {signal} with step {done} of {config.steps} saved: the same command goes on from there.")
         return None
-    return finish(config, model, corpus, last)
+    return finish(config, model, corpus, last, mesh)
 
 
 def run_steps(
-    config: Config, model: LanguageModel, corpus: Corpus, checkpoints: Checkpoints, stop: StopRequest
+    config: Config, model: LanguageModel, corpus: Corpus, checkpoints: Checkpoints, stop: StopRequest, mesh: Mesh
 ) -> Snapshot:
     """Trains up to the last step, or to the first after a signal, and leaves a checkpoint of it.
 
@@ -73,31 +87,39 @@ def run_steps(
         TrainError: the loss, the parameters or the optimiser are no longer finite: nothing of that is saved.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    batches = train_batches(corpus.train, config.model.context, config.batch_size, config.seed)
-    snapshot = Snapshot(init_state(model, optimizer, config.seed), batches.get_state(), 0.0)
+    own = {"process": jax.process_index(), "processes": jax.process_count()}
+    batches = train_batches(corpus.train, config.model.context, config.batch_size, config.seed, **own)
+    snapshot = Snapshot(init_state_on(model, optimizer, config.seed, mesh), batches.get_state(), 0.0)
+    if config.restore == "previous":
+        checkpoints.drop_newest()
     if checkpoints.newest is not None:
         snapshot = checkpoints.restore(snapshot.state)
         batches.set_state(snapshot.data)
     state, first = snapshot.state, int(snapshot.state.step)
     report, writer = ProgressReport(config.steps, first), MetricsWriter(config.folder, first)
-    report.say(description(config, state))
+    report.say(description(config, state, mesh))
 
-    train_step, bits_per_byte = make_train_step(model, optimizer), make_bits_per_byte(model, config.batch_size)
+    policy = {"skip_bad": config.bad_step == "skip", "spike_factor": config.spike_factor}
+    train_step = make_train_step(model, optimizer, mesh, **policy)
+    bits_per_byte = make_bits_per_byte(model, config.batch_size, mesh)
     windows = validation_windows(corpus.validation, config.model.context).subset(VALIDATION_WINDOWS)
     schedule = learning_rate(config.optimizer, config.steps)
     started = time.monotonic() - snapshot.seconds
     interval = Interval(config.batch_size * config.model.context)
     try:
         for step in range(first + 1, config.steps + 1):
-            state, metrics = train_step(state, next(batches))
+            state, metrics = train_step(state, from_own_part(next(batches), mesh))
             interval.add(metrics)
-            last = step == config.steps or stop.name is not None
+            last = any_process(stop.name is not None) or step == config.steps
             if step % config.log_every == 0 or last:
                 record = interval.record(step, time.monotonic() - started, np.asarray(schedule(step)).item())
-                if not math.isfinite(record["loss"]):
-                    raise TrainError(diverged(step, checkpoints))
                 writer.write(record)
                 report.update(record)
+                judge(record, config, checkpoints)
+                if record["bad_steps"]:
+                    report.say(
+                        f"step {step}/{config.steps}  {record['bad_steps']} bad step(s) skipped since the last line"
+                    )
             if step % config.eval_every == 0 or step == config.steps:
                 with interval.paused():
                     bits = bits_per_byte(state, windows)
@@ -117,11 +139,29 @@ def run_steps(
     return Snapshot(state, batches.get_state(), time.monotonic() - started)
 
 
-def description(config: Config, state: TrainState) -> str:
+def judge(record: dict[str, Any], config: Config, checkpoints: Checkpoints):
+    """Ends a run whose loss is not finite, or that had a bad step which its options do not skip.
+
+    Raises:
+        TrainError: it did, or skipped every step of an interval.
+    """
+    if not math.isfinite(record["loss"]):
+        raise TrainError(diverged(record["step"], checkpoints))
+    if record["bad_steps"] and config.bad_step == "stop":
+        raise TrainError(
+            f"{record['bad_steps']} step(s) up to step {record['step']} had a gradient that is not finite or a loss "
+            f"over {config.spike_factor:g} times the smoothed one: --bad-step skip leaves such steps out."
+        )
+
+
+def description(config: Config, state: TrainState, mesh: Mesh) -> str:
     """What is trained, where, and from which step."""
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     begun = f"resumed at step {int(state.step)}" if state.step else "started"
     device = jax.devices()[0].device_kind
+    if mesh.size > 1:
+        axes = ", ".join(f"{axis}={width}" for axis, width in mesh.shape.items() if width > 1)
+        device = f"{mesh.size} x {device} ({axes}), {jax.process_count()} process(es)"
     return f"{config.mlp} with {size / 1e6:.2f} M parameters on {config.data}, {device}: {begun} in {config.folder}"
 
 

@@ -5,7 +5,7 @@ parameters and inputs there, and how to ask which dispatch runs.
 """
 
 from jax_latent_moe.parallel.choice import DispatchCost, choose_dispatch, dispatch_costs, explain
-from jax_latent_moe.parallel.mesh import axis_sizes, logical_axis_rules, param_specs, token_spec
+from jax_latent_moe.parallel.mesh import axis_sizes, logical_axis_rules, mesh_sizes, param_specs, token_spec
 
 __all__ = [
     "DispatchCost",
@@ -14,6 +14,7 @@ __all__ = [
     "dispatch_costs",
     "explain",
     "logical_axis_rules",
+    "mesh_sizes",
     "param_specs",
     "token_spec",
 ]

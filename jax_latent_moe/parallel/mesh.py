@@ -17,6 +17,24 @@ from jax_latent_moe.params import Params, param_axes
 Body = Callable[..., tuple[Any, Any]]
 
 
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes that a text such as "data=2,expert=4" names, axes as `ParallelConfig` calls them by default.
+
+    Raises:
+        ConfigError: it does not read so, or names an axis that the layer does not know, or one twice.
+    """
+    known, sizes = ParallelConfig().axes, {}
+    for entry in filter(None, text.split(",")):
+        axis, _, size = entry.partition("=")
+        if axis not in known or axis in sizes or not size.isdigit() or int(size) < 1:
+            raise ConfigError(
+                f"--mesh {text!r}: {entry!r} must be AXIS=SIZE, each of {', '.join(known)} at most once, such as "
+                "data=2,expert=4."
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
 def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Devices along the data, fsdp, expert and tensor axes of the mesh; 1 where it has no such axis."""
     return {axis: mesh.shape.get(axis, 1) for axis in parallel.axes}

@@ -7,28 +7,11 @@ from collections.abc import Sequence
 
 from jax_latent_moe import presets
 from jax_latent_moe.config import DISPATCHES, LatentMoEConfig, ParallelConfig
-from jax_latent_moe.errors import ConfigError, LatentMoEError
+from jax_latent_moe.errors import LatentMoEError
+from jax_latent_moe.parallel import mesh_sizes
 from jax_latent_moe.plan import GPUS, make_plan, render
 
 PRESETS = {name.lower(): value for name, value in vars(presets).items() if isinstance(value, LatentMoEConfig)}
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """The sizes that "data=2,expert=4" names.
-
-    Raises:
-        ConfigError: it does not read so, or names an axis that the layer does not know.
-    """
-    sizes = {}
-    for entry in filter(None, text.split(",")):
-        axis, _, size = entry.partition("=")
-        if axis not in ParallelConfig().axes or axis in sizes or not size.isdigit() or int(size) < 1:
-            raise ConfigError(
-                f"--mesh {text!r}: {entry!r} must be AXIS=SIZE, each of {', '.join(ParallelConfig().axes)} at most "
-                "once, such as data=2,expert=4."
-            )
-        sizes[axis] = int(size)
-    return sizes
 
 
 def main(arguments: Sequence[str] | None = None):

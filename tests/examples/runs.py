@@ -45,10 +45,14 @@ def assert_same_bits(actual, expected):
         assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes(), jax.tree_util.keystr(path)
 
 
+def cpu_alone() -> dict[str, str]:
+    """The environment of a process that computes on the CPU."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
 def start(*arguments: object) -> subprocess.Popen:
     """The trainer's command line in a process of its own, on the CPU."""
     command = [sys.executable, "-m", "examples.train", *map(str, arguments)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env=cpu_alone(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

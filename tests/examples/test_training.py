@@ -119,7 +119,7 @@ def test_damaged_checkpoint_is_named(folder, finished):
     for path in (copy.folder / "checkpoints" / "40" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(TrainError, match=r"checkpoints/40 is damaged.*delete that folder"):
+    with pytest.raises(TrainError, match=r"checkpoints/40 is damaged.*--restore previous deletes it"):
         train(copy)
 
 

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from jax_latent_moe import ConfigError, ParallelConfig, cost, param_shapes, presets
-from jax_latent_moe.parallel import param_specs
+from jax_latent_moe.parallel import mesh_sizes, param_specs
 from jax_latent_moe.plan import GPUS, make_plan, render
-from jax_latent_moe.plan.__main__ import main, mesh_sizes
+from jax_latent_moe.plan.__main__ import main
 from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
 from jax_latent_moe.plan.timing import grouped_matmuls
 from tests.parallel.meshes import BASE, make_mesh

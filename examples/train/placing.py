@@ -1,0 +1,114 @@
+"""The run's mesh, and where state and batches lie on it."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from examples.train.errors import TrainError
+from jax_latent_moe import ParallelConfig
+from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.parallel import axis_sizes, logical_axis_rules, mesh_sizes, token_spec
+
+PARALLEL = ParallelConfig()
+
+
+def make_mesh(text: str, batch_size: int) -> Mesh:
+    """The mesh that --mesh names: axes data, fsdp, expert and tensor in this order, tensor within a host.
+
+    Args:
+        text: such as "data=2,expert=4"; empty is the first device, or data over all devices of several processes.
+        batch_size: windows of a step, which the devices and processes must divide.
+
+    Raises:
+        TrainError: it does not read, or does not fit the devices, the processes or the batch.
+    """
+    try:
+        named = mesh_sizes(text)
+    except ConfigError as error:
+        raise TrainError(str(error)) from error
+    if not text and jax.process_count() > 1:
+        named = {PARALLEL.data_axis: jax.device_count()}
+    sizes = [named.get(axis, 1) for axis in PARALLEL.axes]
+    needed, there = math.prod(sizes), jax.device_count()
+    if needed > there or (jax.process_count() > 1 and needed < there):
+        raise TrainError(
+            f"--mesh {text} takes {needed} devices and there are {there}: several processes must use all of theirs."
+        )
+    if jax.process_count() > 1 and jax.local_device_count() % sizes[-1]:
+        raise TrainError(f"--mesh {text}: tensor={sizes[-1]} must divide the {jax.local_device_count()} of a process.")
+    mesh = jax.make_mesh(sizes, PARALLEL.axes, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:needed])
+    splits = math.prod(sizes[:3])
+    if batch_size % splits or batch_size % jax.process_count():
+        raise TrainError(
+            f"--batch-size {batch_size} must be a multiple of the {splits} devices that split it "
+            f"(data x fsdp x expert) and of the {jax.process_count()} processes."
+        )
+    return mesh
+
+
+def variable_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+    """Where variables lie: by their logical axes; kernels without any are split over fsdp where it divides them.
+
+    Args:
+        boxed: the shapes that `init` gives, in Flax's boxes.
+        mesh: the run's.
+    """
+    rules, fsdp = logical_axis_rules(PARALLEL, mesh), PARALLEL.fsdp_axis
+    size = axis_sizes(PARALLEL, mesh)[fsdp]
+
+    def place(leaf) -> NamedSharding:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, nn.logical_to_mesh_axes(leaf.names, rules) or PartitionSpec())
+        divided = [i for i, width in enumerate(leaf.shape) if leaf.ndim > 1 and size > 1 and width % size == 0]
+        return NamedSharding(mesh, PartitionSpec(*[fsdp if i in divided[:1] else None for i in range(leaf.ndim)]))
+
+    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def optimizer_shardings(opt_state: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+    """Where an optimiser's state lies: what ends in a parameter's path with that parameter, all else on every device.
+
+    Args:
+        opt_state: its shapes.
+        params: shardings of the parameters.
+        mesh: the run's.
+    """
+    whole, of_param = NamedSharding(mesh, PartitionSpec()), dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def place(path, leaf) -> NamedSharding:
+        del leaf
+        return next((of_param[path[i:]] for i in range(len(path)) if path[i:] in of_param), whole)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How the first axis of a batch is split."""
+    return NamedSharding(mesh, token_spec(PARALLEL, mesh))
+
+
+def from_own_part(part: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The batch of which each process read its part."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), part)
+
+
+def from_whole(batch: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A batch that every process has whole."""
+    return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda index: batch[index])
+
+
+def whole_on_one_device(tree: Any) -> Any:
+    """The tree on this process's first device; every process must ask."""
+
+    def gathered(leaf):
+        if leaf.is_fully_addressable:
+            return leaf
+        replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return jax.jit(lambda x: x, out_shardings=replicated)(leaf).addressable_data(0)
+
+    return jax.device_put(jax.tree.map(gathered, tree), jax.local_devices()[0])
