@@ -1,8 +1,8 @@
 """A training run that is killed again and again: `python -m benchmarks.kills --kills 50`.
 
 A tiny model is trained with a checkpoint every second step; SIGKILL comes at a random moment of starting, training or
-saving, and the same command starts it again. Every start must go on from the newest complete checkpoint, and the end must
-have the bits of a run that nobody killed. The counts go to benchmarks/results as JSON.
+saving, and the same command starts it again. Every start must go on from the newest complete checkpoint, and the end
+must have the bits of a run that nobody killed. The counts go to benchmarks/results as JSON.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def started_at(log: str) -> int | None:
 
 
 def kill_once(arguments, cache, folder: pathlib.Path, dice: random.Random) -> tuple[str, bool]:
-    """Starts the run and kills it at a random moment, one in five while it starts: (its output, whether it had ended)."""
+    """Starts the run and kills it at a random moment, one in five while it starts: its output, whether it had ended."""
     log = folder / "log.txt"
     with log.open("w") as output, start(arguments, cache, output) as process:
         if dice.random() < 0.2:

@@ -73,7 +73,7 @@ def init_state(model: LanguageModel, optimizer: optax.GradientTransformation, se
         correction_bias=variables.get("correction_bias", {}),
         opt_state=optimizer.init(params),
         key=jax.random.key_data(key),
-        smoothed_loss=jnp.full((), jnp.nan),
+        smoothed_loss=jnp.full((), jnp.nan, jnp.float32),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from examples.train.config import Config
 from examples.train.generate import load
@@ -56,3 +57,13 @@ def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=cpu_alone(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def wait_for(process, words):
+    """Reads the process's output up to a line with these words."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return
+    pytest.fail(f"no line with {words!r} in:\n{''.join(lines)}")

@@ -5,23 +5,13 @@ import signal
 import pytest
 
 from examples.train.train import main, train
-from tests.examples.runs import assert_same_bits, start, state_of, toy_config, write_text
+from tests.examples.runs import assert_same_bits, start, state_of, toy_config, wait_for, write_text
 
 
 def options(config):
     fields = {"preset": "toy", "data": config.data, "run": config.run, "steps": config.steps}
     fields |= {"checkpoint-every": config.checkpoint_every, "log-every": config.log_every}
     return [text for name, value in fields.items() for text in (f"--{name}", value)]
-
-
-def wait_for(process, words):
-    """Reads the process's output up to a line with these words."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if words in line:
-            return
-    pytest.fail(f"no line with {words!r} in:\n{''.join(lines)}")
 
 
 def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
