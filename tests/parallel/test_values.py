@@ -16,7 +16,7 @@ from tests.tolerances import assert_close, assert_trees_close
 LOSSES = RouterConfig(switch_loss_coef=0.3, sequence_loss_coef=0.2, z_loss_coef=0.1)
 STRATEGIES = ("all_gather", "all_to_all")
 NORMS = ("none", "pre", "post")
-DRAWN = 14
+DRAWN = 8
 
 
 def with_dispatch(config, dispatch, capacity_factor=None):
