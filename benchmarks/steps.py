@@ -47,7 +47,7 @@ def candidate(changes: dict, backend: str, first_losses: dict[str, Losses]) -> C
     """The step with a backend; leaves in `first_losses` what runs it from the start, once it is compiled."""
 
     def lower():
-        from examples.train import corpus, data, mlp, model, optimizer, step
+        from examples.train import corpus, data, mlp, model, optimizer, placing, step
 
         config = configuration(changes, backend)
         network = model.LanguageModel(config.model, mlp.moe_config(config))
@@ -55,8 +55,9 @@ def candidate(changes: dict, backend: str, first_losses: dict[str, Losses]) -> C
         text = corpus.load_corpus("stdlib").train
         batches = data.train_batches(text, config.model.context, config.batch_size, config.seed)
         batches = list(itertools.islice(batches, CHECKED_STEPS))
-        start = step.init_state(network, optimiser, config.seed)
-        train_step = cast(jax.stages.Wrapped, step.make_train_step(network, optimiser))
+        mesh = placing.make_mesh(config.mesh, config.batch_size)
+        start = step.init_state_on(network, optimiser, config.seed, mesh)
+        train_step = cast(jax.stages.Wrapped, step.make_train_step(network, optimiser, mesh))
         lowered = train_step.lower(start, batches[0])
 
         def compile_():
