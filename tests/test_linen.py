@@ -284,7 +284,7 @@ def test_one_trace_per_shape(rng):
 def test_names_shard_on_a_mesh(rng):
     module, x = linen.LatentMoE(SMALL), inputs(rng)
     mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    rules = [("expert", "x"), ("hidden", "y")]
+    rules = [("expert", "x"), ("expert_latent", "y")]
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         specs = nn.get_partition_spec(jax.eval_shape(module.init, jax.random.key(0), x))
         shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)

@@ -291,7 +291,7 @@ def test_one_trace_per_shape(rng):
 
 def test_names_shard_on_a_mesh_with_rules_and_are_only_names_elsewhere(rng):
     mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    rules = [("expert", "x"), ("hidden", "y"), ("expert_intermediate", None)]
+    rules = [("expert", "x"), ("expert_latent", "y"), ("hidden", None), ("expert_intermediate", None)]
 
     def make():
         return moe.LatentMoE(SMALL, rngs=nnx.Rngs(0))
