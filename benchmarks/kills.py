@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=2500, help="of the run; more than it does between all kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "survival", metavar="FOLDER")
     options = parser.parse_args()
     dice = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
@@ -110,7 +110,7 @@ def main() -> None:
         }  # fmt: skip
         print("\n".join([*failures, json.dumps(result)]))
         options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / f"survival-cpu-{datetime.date.today()}.jsonl").open("a") as file:
+        with (options.out / f"cpu-{datetime.date.today()}.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
         if failures or not same:
             sys.exit(1)

@@ -261,12 +261,12 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   if (warpgroup == kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (threadIdx.x == kConsumers * kWarpgroup) K::produce(args, shared, schedule, rank);
-    __syncwarp();
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
     K::consume(args, shared, schedule, rank, warpgroup);
   }
   // A block may end only when nobody writes into its shared memory any more.
+  __syncwarp();
   if constexpr (K::kCluster > 1) {
     cute::cluster_arrive();
     cute::cluster_wait();
