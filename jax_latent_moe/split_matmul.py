@@ -1,8 +1,8 @@
 """float32 products on matrix units that multiply bfloat16: the router's matmul on a GPU.
 
 A float32 number is the sum of three bfloat16 numbers, and a product of two bfloat16 numbers is exact in float32, so a
-float32 matmul with one operand in bfloat16 is three bfloat16 matmuls (Henry, Tang, Heinecke, arXiv 1904.06376). On an
-H100 they take a fifth of the time of the float32 one, which runs outside of the matrix units.
+float32 matmul with one operand in bfloat16 is three bfloat16 matmuls (Henry, Tang, Heinecke, arXiv 1904.06376),
+where XLA runs a float32 one outside of the matrix units.
 """
 
 import jax

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_latent_moe import router
 from jax_latent_moe.split_matmul import split_matmul
 
 
@@ -33,3 +34,15 @@ def test_no_part_is_lost_to_a_dropped_cast(rng):
     x = jnp.eye(16, dtype=jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)
     np.testing.assert_array_equal(jax.jit(split_matmul)(x, kernel), kernel)
+
+
+def test_the_router_takes_it_on_a_gpu_alone(rng, monkeypatch):
+    x = jnp.asarray(rng.standard_normal((5, 64)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((64, 8)), jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    programs = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(router, "default_device", lambda platform=platform: (platform, ""))
+        assert relative_error(router.router_logits(x, kernel, "float32"), exact) < 1e-6
+        programs.append(str(jax.make_jaxpr(lambda x, k: router.router_logits(x, k, "float32"))(x, kernel)))
+    assert ["reduce_precision" in program for program in programs] == [False, True]

@@ -7,12 +7,10 @@ import numpy as np
 from jax_latent_moe.config import CutlassBackend, CutlassTile
 from jax_latent_moe.grouped_matmul import cutlass_tiles
 from jax_latent_moe.grouped_matmul.cutlass_library import library
-from jax_latent_moe.grouped_matmul.device import HOPPER
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation
-from jax_latent_moe.grouped_matmul.problems import Problem, problem
+from jax_latent_moe.grouped_matmul.problems import Problem, hopper_refusal, problem
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
-DTYPES = ("bfloat16", "float16")
 FEATURE_MULTIPLE = 8
 MAX_ROWS = 2**31 - 256
 
@@ -25,10 +23,8 @@ class Cutlass:
 
     def supports(self, problem: Problem) -> str | None:
         """None, or what keeps the kernels from running the problem."""
-        if problem.platform != "gpu" or not set(HOPPER) & set(problem.device_kind.split()):
-            return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device_kind!r}."
-        if problem.dtype not in DTYPES:
-            return f"its kernels multiply {' and '.join(DTYPES)}, not {problem.dtype}."
+        if reason := hopper_refusal(problem):
+            return reason
         for name in ("in_features", "out_features"):
             if (size := getattr(problem, name)) % FEATURE_MULTIPLE or not size:
                 return (

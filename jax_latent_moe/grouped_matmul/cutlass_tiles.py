@@ -32,19 +32,23 @@ def choose(problem) -> Choice:
     """The tile for a problem that `refusal` lets pass.
 
     Raises:
-        ConfigError: a table of the user's holds a tile that was not compiled.
+        ConfigError: a table of the user's holds what is no tile.
     """
     w_shape = problem.num_experts, problem.in_features, problem.out_features
     tiles = compiled(problem)
-    if problem.activation is None and (
-        entry := measured("cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
-    ):
+    best = min(tiles, key=lambda tile: _cost(problem, tile))
+    if problem.activation is not None:
+        return Choice(best, "a heuristic: tables hold no fused products")
+    entry = measured("cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
+    if entry is None:
+        return Choice(best, "a heuristic: no table has this shape")
+    try:
         tile = CutlassTile(**entry["tile"])
-        if tile in tiles:
-            return Choice(tile, entry["source"])
-        if "your table" in entry["source"]:
-            raise ConfigError(f"{tile} of {entry['source']} was not compiled. Run `tune` again.")
-    return Choice(min(tiles, key=lambda tile: _cost(problem, tile)), "a heuristic: no table has this shape")
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{entry['tile']} of {entry['source']} is no tile: {error} Run `tune` again.") from error
+    if tile not in tiles:
+        return Choice(best, f"a heuristic: this library lacks {tile!r} of {entry['source']}")
+    return Choice(tile, entry["source"])
 
 
 def _instances(problem) -> list[Instance]:

@@ -2,10 +2,10 @@
 
 from jax_latent_moe.config import PallasBackend
 from jax_latent_moe.grouped_matmul import pallas_hopper_tiles
-from jax_latent_moe.grouped_matmul.device import HOPPER, default_device, num_multiprocessors
+from jax_latent_moe.grouped_matmul.device import default_device, num_multiprocessors
+from jax_latent_moe.grouped_matmul.problems import hopper_refusal
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
-DTYPES = ("bfloat16", "float16")
 FEATURE_MULTIPLE = 64
 
 
@@ -17,10 +17,8 @@ class Pallas:
 
     def supports(self, problem) -> str | None:
         """None, or what keeps the kernels from running the problem."""
-        if problem.platform != "gpu" or not set(HOPPER) & set(problem.device_kind.split()):
-            return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device_kind!r}."
-        if problem.dtype not in DTYPES:
-            return f"its kernels multiply {' and '.join(DTYPES)}, not {problem.dtype}."
+        if reason := hopper_refusal(problem):
+            return reason
         for name in ("in_features", "out_features"):
             if (size := getattr(problem, name)) % FEATURE_MULTIPLE or not size:
                 return f"{name}={size} is not a multiple of {FEATURE_MULTIPLE}, the columns of one swizzled block."

@@ -5,10 +5,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jax_latent_moe.grouped_matmul.device import default_device
+from jax_latent_moe.grouped_matmul.device import HOPPER, default_device
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
 
 Contraction = Literal["rows_w", "rows_wt", "outer"]
+HOPPER_DTYPES = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +48,12 @@ def problem(
 ) -> Problem:
     """The `Problem` that a call on the default device poses: what `explain` and `select` ask for."""
     return Problem(contraction, num_rows, *w_shape, jnp.dtype(dtype).name, *default_device(), activation)
+
+
+def hopper_refusal(asked: Problem) -> str | None:
+    """None, or what keeps kernels for 16-bit types on Hopper GPUs from running the asked."""
+    if asked.platform != "gpu" or not set(HOPPER) & set(asked.device_kind.split()):
+        return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {asked.device_kind!r}."
+    if asked.dtype not in HOPPER_DTYPES:
+        return f"its kernels multiply {' and '.join(HOPPER_DTYPES)}, not {asked.dtype}."
+    return None
