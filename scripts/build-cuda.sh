@@ -47,6 +47,8 @@ else
 fi
 echo "Compiling with $nvcc" >&2
 
+# CMake forgets its other settings when the compiler changes.
+[[ -f $BUILD/CMakeCache.txt ]] && ! grep -q "^CMAKE_CUDA_COMPILER:.*=$nvcc$" "$BUILD/CMakeCache.txt" && rm -rf "$BUILD"
 mkdir -p build
 export PATH=$TOOLS/build/bin:$PATH PYTHONPATH=$TOOLS/build
 cmake -G Ninja -S custom_calls -B "$BUILD" -DCMAKE_CUDA_COMPILER="$nvcc" -DLATENT_MOE_FEW_KERNELS=$FEW \

@@ -26,7 +26,9 @@ struct EpilogueOf {
    public:
     __device__ explicit Slots(char* base) : base_(base) {}
 
-    __device__ __forceinline__ void put(Pairs const& pairs, CUtensorMap const& map, int x, int y, int z, int warpgroup, int thread) {
+    template <class... Coordinates>
+    __device__ __forceinline__ void put(Pairs const& pairs, CUtensorMap const& map, int warpgroup, int thread,
+                                        Coordinates... at_box) {
       char* slot = base_ + next_ * kBlockBytes;
       next_ = next_ + 1 == kTile.slots ? 0 : next_ + 1;
       if (thread == 0) cute::tma_store_wait<kTile.slots - 1>();
@@ -41,7 +43,7 @@ struct EpilogueOf {
       cute::tma_store_fence();
       sync_warpgroup(warpgroup);
       if (thread == 0) {
-        cute::SM90_TMA_STORE_3D::copy(&map, slot, x, y, z);
+        cute::SM90_TMA_STORE::copy(&map, slot, at_box...);
         cute::tma_store_arrive();
       }
     }
@@ -63,12 +65,14 @@ struct EpilogueOf {
   // Stores one 64-row block of the tile.
   static __device__ __forceinline__ void store(Args const& args, Slots& slots, Accumulator const& acc, Work const& work,
                                                int block, int warpgroup, int thread) {
-    // A window of 64 rows that ends with the expert: what lies beyond it is clipped.
     const int first = block * kBlock;
-    const int y = kOuter ? work.out_row + first : max(0, kBlock - (work.valid - first));
-    const int z = kOuter ? work.expert : work.row + first - y + kBlock;
+    const Window window(work.row + first, min(kBlock, work.valid - first));  // ends with the expert
     const auto put = [&](Pairs const& pairs, CUtensorMap const& map, int x) {
-      slots.put(pairs, map, x, y, z, warpgroup, thread);
+      if constexpr (kOuter) {
+        slots.put(pairs, map, warpgroup, thread, x, work.out_row + first, work.expert);
+      } else {
+        slots.put(pairs, map, warpgroup, thread, x, window.y, window.z, Window::kAxis);
+      }
     };
 
     if constexpr (kInstance.epilogue == Epilogue::kStore) {
@@ -155,7 +159,10 @@ struct EpilogueOf {
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
       const int first = block * kBlock, row_in_tile = first + thread / 32 * 16 + lane / 4;
-      const int y = max(0, kBlock - (work.valid - first)), z = work.row + first - y + kBlock;
+      const Window window(work.row + first, min(kBlock, work.valid - first));
+      const auto put = [&](Pairs const& pairs, CUtensorMap const& map, int x) {
+        slots.put(pairs, map, warpgroup, thread, x, window.y, window.z, Window::kAxis);
+      };
       float weight[2], dot[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -184,9 +191,9 @@ struct EpilogueOf {
           if constexpr (kGated) pre.up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
         }
         const int x = work.column + c * kBlock;
-        slots.put(pre.gate, args.out, x, y, z, warpgroup, thread);
-        if constexpr (kGated) slots.put(pre.up, args.out3, x, y, z, warpgroup, thread);
-        slots.put(weighted, args.out2, x, y, z, warpgroup, thread);
+        put(pre.gate, args.out, x);
+        if constexpr (kGated) put(pre.up, args.out3, x);
+        put(weighted, args.out2, x);
         pre = next;
       }
 #pragma unroll

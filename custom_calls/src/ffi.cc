@@ -182,7 +182,7 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ff
   if (product.check.error().empty()) {
     product.check.buffer("the result", *out, rows.element_type(), {product.rows, product.out});
     product.args.out_columns = product.out;
-    product.check(window_map(&product.args.out, product.type, out->untyped_data(), product.rows, product.out, product.out));
+    product.check(window_map(&product.args.out, product.type, out->untyped_data(), product.out, product.out));
   }
   return product.finish(request, stream);
 }
@@ -209,9 +209,9 @@ void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& 
   args.out_columns = width;
   args.beta = beta;
   args.linear_beta = linear_beta;
-  check(window_map(&args.out, product.type, start, product.rows, width, pitch));
-  check(window_map(&args.out2, product.type, hidden.untyped_data(), product.rows, width, width));
-  check(window_map(&args.out3, product.type, start + (gated ? 2 * width : 0), product.rows, width, pitch));
+  check(window_map(&args.out, product.type, start, width, pitch));
+  check(window_map(&args.out2, product.type, hidden.untyped_data(), width, width));
+  check(window_map(&args.out3, product.type, start + (gated ? 2 * width : 0), width, pitch));
 }
 
 ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
@@ -276,8 +276,8 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   }
   Type const type = *type_of(rows);
   Args args = {};
-  check(window_map(&args.a, type, rows.untyped_data(), num_rows, k, k));
-  check(window_map(&args.b, type, dout.untyped_data(), num_rows, n, n));
+  check(window_map(&args.a, type, rows.untyped_data(), k, k));
+  check(window_map(&args.b, type, dout.untyped_data(), n, n));
   check(dense_map(&args.out, type, out->untyped_data(), experts, k, n, 64));
   args.group_sizes = sizes.typed_data<int32_t>();
   args.num_experts = experts;

@@ -97,15 +97,13 @@ struct Kernel {
         shared.empty[place.stage].wait(place.phase ^ 1);
         full.arrive_and_expect_tx(bytes);
         const int at = step * kBlock;
-        // A window of 64 rows that ends with the expert: its first row stands at y, in the window z.
-        const int y = kOuter ? max(0, kBlock - (work.valid - at)) : 0;
-        const int z = work.row + at - y + kBlock;
+        const Window window(work.row + at, min(kBlock, work.valid - at));  // of a weight gradient: ends with the expert
 #pragma unroll
         for (int block = 0; block < kBlocksA; ++block) {
           if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
           char* smem = shared.a(place.stage, block);
           if constexpr (kOuter) {
-            load_box<kTile.cluster_columns>(args.a, full, smem, mask_a, work.out_row + block * kBlock, y, z);
+            load_window<kTile.cluster_columns>(args.a, full, smem, mask_a, work.out_row + block * kBlock, window);
           } else {
             load_box<kTile.cluster_columns>(args.a, full, smem, mask_a, at, work.row + block * kBlock, 0);
           }
@@ -118,7 +116,7 @@ struct Kernel {
             if (block % kTile.cluster_rows != rank_row) continue;
             char* smem = shared.b(place.stage, block);
             if constexpr (kOuter) {
-              load_box<kTile.cluster_rows>(args.b, full, smem, mask_b, work.column + block * kBlock, y, z);
+              load_window<kTile.cluster_rows>(args.b, full, smem, mask_b, work.column + block * kBlock, window);
             } else {
               load_box<1>(args.b, full, smem, 0, column_of_block(args, work, block), at, work.expert);
             }

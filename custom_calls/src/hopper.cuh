@@ -14,6 +14,7 @@
 #include "cute/arch/mma_sm90_gmma.hpp"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/arch/reg_reconfig.h"
+#include "instance.h"
 
 namespace latent_moe {
 
@@ -65,16 +66,22 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, int k16) {
 }
 
 // Loads one box; with Multicast > 1 into the same place of every block of the cluster that `mask` names.
-template <int Multicast>
-__device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, void* smem, uint16_t mask, int x, int y,
-                                         int z) {
+template <int Multicast, class... Coordinates>
+__device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, void* smem, uint16_t mask,
+                                         Coordinates... at) {
   auto* barrier = reinterpret_cast<uint64_t*>(&full);
   constexpr auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   if constexpr (Multicast > 1) {
-    cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, barrier, mask, hint, smem, x, y, z);
+    cute::SM90_TMA_LOAD_MULTICAST::copy(&map, barrier, mask, hint, smem, at...);
   } else {
-    cute::SM90_TMA_LOAD_3D::copy(&map, barrier, hint, smem, x, y, z);
+    cute::SM90_TMA_LOAD::copy(&map, barrier, hint, smem, at...);
   }
+}
+
+template <int Multicast>
+__device__ __forceinline__ void load_window(CUtensorMap const& map, Barrier& full, void* smem, uint16_t mask, int x,
+                                            Window const& window) {
+  load_box<Multicast>(map, full, smem, mask, x, window.y, window.z, Window::kAxis);
 }
 
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {

@@ -39,6 +39,18 @@ constexpr Instance kInstances[] = {
 #undef LATENT_MOE_INSTANCE
 constexpr int kNumInstances = sizeof(kInstances) / sizeof(Instance);
 
+// Where a box of `window_map` stands that holds the rows first ... first + count - 1 (count <= 64), and no others: its
+// last row is the last of the map's second axis, so that the copy engine clips it there. The third axis steps through
+// rows as the second does, and the fourth, at kAxis, takes kAxis rows off again: its stride is 2^34 bytes less a row's,
+// and addresses wrap at 2^64 (Triton's ragged_tma.py moves boxes so).
+struct Window {
+  static constexpr int32_t kAxis = 1 << 30;
+  int32_t y, z;
+#ifdef __CUDACC__
+  __device__ Window(int first, int count) : y(kAxis - count), z(first + count) {}
+#endif
+};
+
 // What one launch works on. Tensor maps address 16-bit elements; see tensor_maps.h for what each covers.
 struct Args {
   CUtensorMap a, b, out, out2, out3;

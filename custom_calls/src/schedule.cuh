@@ -2,7 +2,6 @@
 #pragma once
 
 #include "hopper.cuh"
-#include "instance.h"
 
 namespace latent_moe {
 

@@ -20,18 +20,20 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return function;
 }
 
-Error encode(CUtensorMap* map, Type type, void const* data, cuuint64_t const (&sizes)[3],
-             cuuint64_t const (&strides)[2], int box_rows) {
+template <size_t Rank>
+Error encode(CUtensorMap* map, Type type, void const* data, cuuint64_t const (&sizes)[Rank],
+             cuuint64_t const (&strides)[Rank - 1], int box_rows) {
   auto const encode_tiled = encoder();
   if (encode_tiled == nullptr) return "the driver has no cuTensorMapEncodeTiled: it needs to be of CUDA 12 or newer";
-  cuuint32_t const box[3] = {kBlock, static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
+  cuuint32_t const box[4] = {kBlock, static_cast<cuuint32_t>(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   auto const result = encode_tiled(
-      map, type == Type::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+      map, type == Type::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Rank,
       const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return "";
-  return "cuTensorMapEncodeTiled refuses sizes [" + std::to_string(sizes[2]) + ", " + std::to_string(sizes[1]) + ", " +
-         std::to_string(sizes[0]) + "] with error " + std::to_string(result);
+  std::string axes;
+  for (auto size : sizes) axes += " " + std::to_string(size);
+  return "cuTensorMapEncodeTiled refuses axes of" + axes + " with error " + std::to_string(result);
 }
 
 }  // namespace
@@ -43,10 +45,10 @@ Error dense_map(CUtensorMap* map, Type type, void const* data, int64_t depth, in
                 box_rows);
 }
 
-Error window_map(CUtensorMap* map, Type type, void const* data, int64_t rows, int64_t columns, int64_t pitch) {
-  cuuint64_t const bytes = pitch * 2;
-  auto const* start = static_cast<char const*>(data) - kBlock * bytes;
-  return encode(map, type, start, {cuuint64_t(columns), kBlock, cuuint64_t(rows + kBlock)}, {bytes, bytes}, kBlock);
+Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int64_t pitch) {
+  cuuint64_t const bytes = pitch * 2, most = cuuint64_t{1} << 31;
+  return encode(map, type, data, {cuuint64_t(columns), Window::kAxis, most, most},
+                {bytes, bytes, (cuuint64_t{1} << 34) - bytes}, kBlock);
 }
 
 }  // namespace latent_moe

@@ -17,10 +17,8 @@ using Error = std::string;
 Error dense_map(CUtensorMap* map, Type type, void const* data, int64_t depth, int64_t rows, int64_t columns,
                 int box_rows);
 
-// Windows of 64 rows over [rows][columns], whose rows lie `pitch` elements apart: window z begins 64 rows before row z.
-// A box at (x, y, z) is the rows z + y - 64 ... z - 1, that many and no more: what lies beyond the window is read as
-// zero and never written. So rows first ... first + n - 1 (n <= 64) are the box y = 64 - n, z = first + n.
-// The window's address may lie before the data; no byte there is ever touched.
-Error window_map(CUtensorMap* map, Type type, void const* data, int64_t rows, int64_t columns, int64_t pitch);
+// [rows][columns], whose rows lie `pitch` elements apart, for boxes that end at any row: `Window` places the box of rows
+// first ... first + n - 1 (n <= 64); what lies beyond them is read as zero and never written.
+Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int64_t pitch);
 
 }  // namespace latent_moe
