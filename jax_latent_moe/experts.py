@@ -44,14 +44,18 @@ def routed_experts(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(config, tokens, weights, w_in, w_out, plan):
-    return _routed_fwd(config, tokens, weights, w_in, w_out, plan)[0]
+    return _forward(config, tokens, weights, w_in, w_out, plan, keep_pre=False)[0]
 
 
 def _routed_fwd(config, tokens, weights, w_in, w_out, plan):
-    pre, hidden = _up(config, gather_rows(tokens, plan), w_in, plan.group_sizes)
-    out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
-    combined = combine(out, plan, weights).astype(tokens.dtype)
+    combined, pre = _forward(config, tokens, weights, w_in, w_out, plan, keep_pre=True)
     return combined, (tokens, weights, w_in, w_out, plan, pre)
+
+
+def _forward(config, tokens, weights, w_in, w_out, plan, *, keep_pre):
+    pre, hidden = _up(config, gather_rows(tokens, plan), w_in, plan.group_sizes, keep_pre=keep_pre)
+    out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
+    return combine(out, plan, weights).astype(tokens.dtype), pre
 
 
 def _routed_bwd(config, residuals, dcombined):
@@ -68,13 +72,13 @@ def _routed_bwd(config, residuals, dcombined):
     return dtokens, dweights, dw_in, dw_out, None
 
 
-def _up(config, rows, w_in, group_sizes):
-    """The pre-activation rows x w_in and the hidden rows, in the dtype of rows."""
+def _up(config, rows, w_in, group_sizes, *, keep_pre):
+    """The pre-activation rows x w_in, None where a fused product need not keep it, and the hidden rows."""
     activation = _fused_activation(config)
     fusing = select_fusing(problem("rows_w", rows.shape[0], w_in.shape, rows.dtype, activation), config.backend)
     if fusing:
-        pre, hidden = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation)
-        return checkpoint_name(pre, PREACTIVATION), hidden
+        pre, hidden = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation, keep_pre=keep_pre)
+        return checkpoint_name(pre, PREACTIVATION) if keep_pre else None, hidden
     pre = checkpoint_name(grouped_matmul(rows, w_in, group_sizes, backend=config.backend), PREACTIVATION)
     return pre, activate(pre, config).astype(rows.dtype)
 

@@ -117,7 +117,7 @@ def test_lowers_for_cuda():
             backend.matmul(rows, w, sizes, transpose_w=False),
             backend.matmul(dout, w, sizes, transpose_w=True),
             backend.outer(rows, dout, sizes),
-            backend.matmul_activation(rows, w, sizes, activation=activation),
+            backend.matmul_activation(rows, w, sizes, activation=activation, keep_pre=True),
             backend.matmul_activation_grad(rows, w_out, sizes, pre, weights, activation=activation),
         )
 

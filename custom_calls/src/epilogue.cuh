@@ -6,9 +6,27 @@
 
 namespace latent_moe {
 
-// The 64 columns of accumulators that one thread of a warpgroup holds of a [64][64] block, as pairs of 16-bit elements:
-// pair 4 q + i stands in row 8 (i % 2) + lane / 4 of its warp's 16 rows, at column 16 q + 8 (i / 2) + 2 (lane % 4).
+// The accumulators that one thread of a warpgroup holds of a [64][64] block, as pairs of 16-bit elements: pair 4 q + i
+// stands in row 8 (i % 2) + lane / 4 of its warp's 16 rows, at column 16 q + 8 (i / 2) + 2 (lane % 4).
 using Pairs = uint32_t[16];
+
+// Where a thread's 16 bytes of the q-th quarter stand in a block, swizzled as the copy engine expects.
+__device__ __forceinline__ cute::uint128_t* quarter(char* block, int q, int thread) {
+  const int lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = 2 * q + lane / 16;
+  return reinterpret_cast<cute::uint128_t*>(block + row * 128 + ((column ^ (row & 7)) << 4));
+}
+
+__device__ __forceinline__ void store_pairs(uint32_t const (&p)[4], char* block, int q, int thread) {
+  cute::SM90_U32x4_STSM_N::copy(p[0], p[1], p[2], p[3], *quarter(block, q, thread));
+}
+
+__device__ __forceinline__ void load_pairs(uint32_t (&p)[4], char* block, int q, int thread) {
+  cute::SM75_U32x4_LDSM_N::copy(*quarter(block, q, thread), p[0], p[1], p[2], p[3]);
+}
+
+__device__ __forceinline__ void store_window(CUtensorMap const& map, char* block, int x, Window const& window) {
+  cute::SM90_TMA_STORE::copy(&map, block, x, window.y, window.z, int32_t{Window::kAxis});
+}
 
 template <int I>
 struct EpilogueOf {
@@ -33,23 +51,14 @@ struct EpilogueOf {
       next_ = next_ + 1 == kTile.slots ? 0 : next_ + 1;
       if (thread == 0) cute::tma_store_wait<kTile.slots - 1>();
       sync_warpgroup(warpgroup);
-      const int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const int column = 2 * q + lane / 16;  // in units of 16 bytes, swizzled as the copy engine expects
-        auto* at = reinterpret_cast<cute::uint128_t*>(slot + row * 128 + ((column ^ (row & 7)) << 4));
-        cute::SM90_U32x4_STSM_N::copy(pairs[4 * q], pairs[4 * q + 1], pairs[4 * q + 2], pairs[4 * q + 3], *at);
-      }
+      for (int q = 0; q < 4; ++q) store_pairs(reinterpret_cast<uint32_t const(&)[4]>(pairs[4 * q]), slot, q, thread);
       cute::tma_store_fence();
       sync_warpgroup(warpgroup);
       if (thread == 0) {
         cute::SM90_TMA_STORE::copy(&map, slot, at_box...);
         cute::tma_store_arrive();
       }
-    }
-
-    __device__ void drain(int thread) {
-      if (thread == 0) cute::tma_store_wait<0>();
     }
 
    private:
@@ -89,10 +98,10 @@ struct EpilogueOf {
         const int x = work.column + c * kBlock;
         Pairs gate, up;
         pairs_of(gate, acc, c);
-        put(gate, args.out, x);
+        if (args.keep_pre) put(gate, args.out, x);
         if constexpr (kGated) {
           pairs_of(up, acc, blocks + c);
-          put(up, args.out3, x);
+          if (args.keep_pre) put(up, args.out3, x);
         }
         // The activation reads what was rounded, as the backward pass will.
 #pragma unroll
@@ -112,89 +121,109 @@ struct EpilogueOf {
     return pack<T>(gate_value<kActivation>(g.x, params).value * u.x, gate_value<kActivation>(g.y, params).value * u.y);
   }
 
-  // What the gradient of one 64-row block needs of the pre-activation: read ahead, one [64][64] block at a time.
-  class PreActivation {
+  // Blocks of the pre-activation on their way in, and of its gradient and the weighted hidden rows on their way out. The
+  // gradient takes the place of what it is computed from, and while one block is worked on, the next is loaded: beside
+  // the kPre slots of each stands one for the hidden rows.
+  class GradientSlots {
    public:
-    Pairs gate, up;
+    static constexpr int kPre = kGated ? 2 : 1;
+    static_assert(kInstance.epilogue != Epilogue::kActivationGrad || kTile.slots == 2 * kPre + 1);
 
-    __device__ __forceinline__ void read(Args const& args, Work const& work, int first, int column_block, int thread) {
-      const int lane = thread % 32;
-      const int64_t width = static_cast<int64_t>(kGated ? 2 : 1) * args.out_columns;
-      const int x = work.column + column_block * kBlock + 2 * (lane % 4);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first + thread / 32 * 16 + lane / 4 + 8 * half;
-        T const* from = static_cast<T const*>(args.pre) + (work.row + row) * width + x;
-        const bool inside = row < work.valid && work.steps > 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const bool read = inside && x + 8 * i < args.out_columns;
-          gate[2 * i + half] = load(from + 8 * i, read);
-          if constexpr (kGated) up[2 * i + half] = load(from + args.out_columns + 8 * i, read);
-        }
-      }
+    __device__ GradientSlots(char* base, Barrier* full) : base_(base), full_(full) {}
+
+    // The block of the step-th turn; `half` 1 is the up half of a gated pre-activation.
+    __device__ __forceinline__ char* pre(int step, int half) const { return slot(kPre * step + half); }
+    __device__ __forceinline__ char* hidden(int step) const { return slot(kPre * (step + 2)); }
+
+    // Starts the load; by one thread, when all stores from here have been read.
+    __device__ __forceinline__ void load(Args const& args, int step, int x, int row) {
+      full_->arrive_and_expect_tx(kPre * kBlockBytes);
+      load_box<1>(args.pre, *full_, pre(step, 0), 0, x, row, 0);
+      if constexpr (kGated) load_box<1>(args.pre_up, *full_, pre(step, 1), 0, x, row, 0);
+    }
+
+    __device__ __forceinline__ void wait() {
+      full_->wait(phase_);
+      phase_ ^= 1;
     }
 
    private:
-    // Volatile, so that the compiler leaves it where it was written: ahead of the products that hide its latency.
-    static __device__ __forceinline__ uint32_t load(T const* from, bool read) {
-      uint32_t pair;
-      asm volatile(
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.b32 %0, 0;\n@p ld.global.b32 %0, [%1];\n}"
-          : "=&r"(pair)  // written before the address is read
-          : "l"(from), "r"(static_cast<int>(read)));
-      return pair;
-    }
+    __device__ __forceinline__ char* slot(int i) const { return base_ + i % kTile.slots * kBlockBytes; }
+
+    char* base_;
+    Barrier* full_;
+    uint32_t phase_ = 0;
   };
 
+  // Before the products of a tile: the first block of its pre-activation is sent for.
+  static __device__ __forceinline__ void begin_gradient(Args const& args, GradientSlots& slots, Work const& work,
+                                                        int thread) {
+    if (thread != 0 || work.steps == 0) return;
+    cute::tma_store_wait<0>();
+    slots.load(args, 0, work.column, work.row);
+  }
+
   // From the gradient of hidden rows (accumulated) to that of the pre-activation; the rows' weights enter here, and
-  // their own gradient <dhidden, hidden> leaves as one partial sum a column tile (SonicMoE, arXiv 2512.14080). `pre`
-  // holds the first block; the next is read while one is worked on.
+  // their own gradient <dhidden, hidden> leaves as one partial sum a column tile (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
-  static __device__ __forceinline__ void store_gradient(Args const& args, Slots& slots, PreActivation& pre,
+  static __device__ __forceinline__ void store_gradient(Args const& args, GradientSlots& slots,
                                                         float const (&acc)[Blocks][kTile.columns / 2], Work const& work,
                                                         int warpgroup, int thread) {
     const ActivationParams params{args.beta, args.linear_beta};
     const int lane = thread % 32;
+    const bool rows_of_nobody = work.steps == 0;
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
       const int first = block * kBlock, row_in_tile = first + thread / 32 * 16 + lane / 4;
       const Window window(work.row + first, min(kBlock, work.valid - first));
-      const auto put = [&](Pairs const& pairs, CUtensorMap const& map, int x) {
-        slots.put(pairs, map, warpgroup, thread, x, window.y, window.z, Window::kAxis);
-      };
       float weight[2], dot[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const bool inside = row_in_tile + 8 * half < work.valid && work.steps > 0;
+        const bool inside = row_in_tile + 8 * half < work.valid && !rows_of_nobody;
         weight[half] = inside ? args.row_weights[work.row + row_in_tile + 8 * half] : 0.0f;
       }
 #pragma unroll
       for (int c = 0; c < kColumnBlocks; ++c) {
-        PreActivation next;
-        if (c + 1 < kColumnBlocks) {
-          next.read(args, work, first, c + 1, thread);
-        } else if (block + 1 < Blocks) {
-          next.read(args, work, first + kBlock, 0, thread);
+        const int step = block * kColumnBlocks + c, x = work.column + c * kBlock;
+        if (!rows_of_nobody) slots.wait();
+        if (thread == 0) cute::tma_store_wait<0>();
+        sync_warpgroup(warpgroup);
+        if (thread == 0 && !rows_of_nobody && step + 1 < Blocks * kColumnBlocks) {
+          const int next = (step + 1) % kColumnBlocks, next_block = (step + 1) / kColumnBlocks;
+          slots.load(args, step + 1, work.column + next * kBlock, work.row + next_block * kBlock);
         }
-        Pairs weighted;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          const float2 g = unpack<T>(pre.gate[i]), u = kGated ? unpack<T>(pre.up[i]) : float2{1.0f, 1.0f};
-          const float dx = acc[block][c * 32 + 2 * i], dy = acc[block][c * 32 + 2 * i + 1], w = weight[i % 2];
-          const Value gx = gate_value<kActivation>(g.x, params), gy = gate_value<kActivation>(g.y, params);
-          const Value ux = up_value<kActivation>(u.x, params), uy = up_value<kActivation>(u.y, params);
-          const float hx = gx.value * ux.value, hy = gy.value * uy.value;
-          dot[i % 2] += dx * hx + dy * hy;
-          weighted[i] = pack<T>(w * hx, w * hy);
-          pre.gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
-          if constexpr (kGated) pre.up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
+        for (int q = 0; q < 4; ++q) {
+          uint32_t gate[4] = {}, up[4] = {}, hidden[4];
+          if (!rows_of_nobody) {
+            load_pairs(gate, slots.pre(step, 0), q, thread);
+            if constexpr (kGated) load_pairs(up, slots.pre(step, 1), q, thread);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 g = unpack<T>(gate[i]), u = kGated ? unpack<T>(up[i]) : float2{1.0f, 1.0f};
+            const float dx = acc[block][c * 32 + 8 * q + 2 * i], dy = acc[block][c * 32 + 8 * q + 2 * i + 1];
+            const float w = weight[i % 2];
+            const Value gx = gate_value<kActivation>(g.x, params), gy = gate_value<kActivation>(g.y, params);
+            const Value ux = up_value<kActivation>(u.x, params), uy = up_value<kActivation>(u.y, params);
+            const float hx = gx.value * ux.value, hy = gy.value * uy.value;
+            dot[i % 2] += dx * hx + dy * hy;
+            hidden[i] = pack<T>(w * hx, w * hy);
+            gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
+            if constexpr (kGated) up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
+          }
+          store_pairs(gate, slots.pre(step, 0), q, thread);
+          if constexpr (kGated) store_pairs(up, slots.pre(step, 1), q, thread);
+          store_pairs(hidden, slots.hidden(step), q, thread);
         }
-        const int x = work.column + c * kBlock;
-        put(pre.gate, args.out, x);
-        if constexpr (kGated) put(pre.up, args.out3, x);
-        put(weighted, args.out2, x);
-        pre = next;
+        cute::tma_store_fence();
+        sync_warpgroup(warpgroup);
+        if (thread == 0) {
+          store_window(args.out, slots.pre(step, 0), x, window);
+          if constexpr (kGated) store_window(args.out3, slots.pre(step, 1), x, window);
+          store_window(args.out2, slots.hidden(step), x, window);
+          cute::tma_store_arrive();
+        }
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

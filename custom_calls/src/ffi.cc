@@ -154,8 +154,8 @@ struct Product {
     check.that(rows < (int64_t{1} << 31) - 256, "there are " + std::to_string(rows) + " rows, 2^31 or more");
     check.that(experts > 0, "there are no experts");
     if (!check.error().empty() || rows == 0) return;
-    check(dense_map(&args.a, type, x.untyped_data(), 1, rows, in, 64));
-    check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, transpose ? request.tile.columns : 64));
+    check(dense_map(&args.a, type, x.untyped_data(), 1, rows, in, in, 64));
+    check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, n, transpose ? request.tile.columns : 64));
     args.group_sizes = sizes.typed_data<int32_t>();
     args.num_experts = experts;
     args.num_rows = rows;
@@ -188,8 +188,8 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ff
 }
 
 // Both fused products store pre-activations (or their gradients) and hidden rows side by side.
-void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& pre, ffi::AnyBuffer const& hidden,
-                int64_t width, int32_t activation, float beta, float linear_beta) {
+void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& pre, bool keep_pre,
+                ffi::AnyBuffer const& hidden, int64_t width, int32_t activation, float beta, float linear_beta) {
   Check& check = product.check;
   if (!check.error().empty()) return;
   bool const gated = is_gated(request.activation);
@@ -200,7 +200,7 @@ void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& 
              "beta=" + std::to_string(beta) + " must be positive, linear_beta=" + std::to_string(linear_beta) +
                  " at least 0");
   check.features("the width of hidden rows", width);
-  check.buffer("pre-activations", pre, type, {product.rows, gated ? 2 * width : width});
+  check.buffer("pre-activations", pre, type, {keep_pre ? product.rows : 0, gated ? 2 * width : width});
   check.buffer("hidden rows", hidden, type, {product.rows, width});
   if (!check.error().empty()) return;
   int64_t const pitch = gated ? 2 * width : width;
@@ -209,6 +209,7 @@ void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& 
   args.out_columns = width;
   args.beta = beta;
   args.linear_beta = linear_beta;
+  args.keep_pre = keep_pre;
   check(window_map(&args.out, product.type, start, width, pitch));
   check(window_map(&args.out2, product.type, hidden.untyped_data(), width, width));
   check(window_map(&args.out3, product.type, start + (gated ? 2 * width : 0), width, pitch));
@@ -216,13 +217,13 @@ void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& 
 
 ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                              ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden, int32_t activation,
-                             float beta, float linear_beta, int32_t tile_rows, int32_t tile_columns, int32_t stages,
-                             int32_t cluster, bool rows_first) {
+                             float beta, float linear_beta, bool keep_pre, int32_t tile_rows, int32_t tile_columns,
+                             int32_t stages, int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsW, Epilogue::kActivation, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Product product(request, rows, w, sizes, rows_first);
-  fused_maps(product, request, *pre, *hidden, is_gated(request.activation) ? product.out / 2 : product.out, activation,
-             beta, linear_beta);
+  fused_maps(product, request, *pre, keep_pre, *hidden,
+             is_gated(request.activation) ? product.out / 2 : product.out, activation, beta, linear_beta);
   return product.finish(request, stream);
 }
 
@@ -235,13 +236,17 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
   Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Product product(request, dout, w, sizes, rows_first);
-  fused_maps(product, request, *dpre, *weighted, product.out, activation, beta, linear_beta);
+  fused_maps(product, request, *dpre, true, *weighted, product.out, activation, beta, linear_beta);
   if (product.check.error().empty()) {
     int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
     product.check.buffer("pre", pre, dpre->element_type(), {product.rows, dpre->dimensions()[1]});
     product.check.buffer("row_weights", row_weights, ffi::DataType::F32, {product.rows});
     product.check.buffer("the sums", *partial, ffi::DataType::F32, {column_tiles, product.rows});
-    product.args.pre = pre.untyped_data();
+    int64_t const width = product.out, pitch = dpre->dimensions()[1];
+    auto const* start = static_cast<char const*>(pre.untyped_data());
+    auto const* up = start + (pitch > width ? 2 * width : 0);
+    product.check(dense_map(&product.args.pre, product.type, start, 1, product.rows, width, pitch, 64));
+    product.check(dense_map(&product.args.pre_up, product.type, up, 1, product.rows, width, pitch, 64));
     product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
     product.args.partial = static_cast<float*>(partial->untyped_data());
   }
@@ -278,7 +283,7 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   Args args = {};
   check(window_map(&args.a, type, rows.untyped_data(), k, k));
   check(window_map(&args.b, type, dout.untyped_data(), n, n));
-  check(dense_map(&args.out, type, out->untyped_data(), experts, k, n, 64));
+  check(dense_map(&args.out, type, out->untyped_data(), experts, k, n, n, 64));
   args.group_sizes = sizes.typed_data<int32_t>();
   args.num_experts = experts;
   args.num_rows = num_rows;
@@ -322,7 +327,8 @@ auto with_matmul_tile(Binding&& binding) {
 auto bind_matmul() { return with_matmul_tile(bind_rows().Ret<ffi::AnyBuffer>().Attr<bool>("transpose_w")); }
 
 auto bind_activation() {
-  return with_matmul_tile(with_activation(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()));
+  return with_matmul_tile(
+      with_activation(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()).Attr<bool>("keep_pre"));
 }
 
 auto bind_activation_grad() {

@@ -1,8 +1,9 @@
 // One persistent, warp-specialised kernel for the three contractions of rows that are sorted by expert.
 //
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
-// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end anywhere: tensor maps of overlapping windows (tensor_maps.h) clip each box at the end of
-// its expert, so that a partial tile is stored, and a partial step of a weight gradient loaded, like any other.
+// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end anywhere: boxes
+// that the copy engine clips there (`Window`) let a partial tile be stored, and a partial step of a weight gradient be
+// loaded, like any other.
 #pragma once
 
 #include "epilogue.cuh"
@@ -28,7 +29,9 @@ struct Kernel {
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
-  static constexpr int kBarrierBytes = (2 * kTile.stages + kConsumers) * sizeof(uint64_t);
+  static constexpr int kBarrierBytes = (2 * kTile.stages + 2 * kConsumers) * sizeof(uint64_t);
+  static constexpr bool kGradient = kInstance.epilogue == Epilogue::kActivationGrad;
+  using Slots = std::conditional_t<kGradient, typename EpilogueOf<I>::GradientSlots, typename EpilogueOf<I>::Slots>;
   static_assert(kTile.columns * kBlocksA <= 384 && kBlocksA <= 3, "the accumulators fill the registers");
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
@@ -44,6 +47,7 @@ struct Kernel {
     Barrier* full;
     Barrier* empty;
     Barrier* turn;
+    Barrier* pre;
     int* schedule;
 
     __device__ explicit Shared(char* base) {
@@ -52,7 +56,8 @@ struct Kernel {
       full = reinterpret_cast<Barrier*>(slots + kConsumers * kTile.slots * kBlockBytes);
       empty = full + kTile.stages;
       turn = empty + kTile.stages;
-      schedule = reinterpret_cast<int*>(turn + kConsumers);
+      pre = turn + kConsumers;
+      schedule = reinterpret_cast<int*>(pre + kConsumers);
     }
 
     __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
@@ -139,12 +144,10 @@ struct Kernel {
   // One tile, of which `Blocks` 64-row blocks hold rows: multiplies and stores them.
   template <int Blocks>
   static __device__ __forceinline__ void tile(Args const& args, Shared const& shared,
-                                              typename EpilogueOf<I>::Slots& slots, Work const& work, Place& place,
-                                              uint32_t turn_phase, int warpgroup, int thread) {
-    constexpr bool gradient = kInstance.epilogue == Epilogue::kActivationGrad;
+                                              Slots& slots, Work const& work, Place& place, uint32_t turn_phase,
+                                              int warpgroup, int thread) {
     float acc[Blocks][kTile.columns / 2] = {};
-    typename EpilogueOf<I>::PreActivation pre;
-    if constexpr (gradient) pre.read(args, work, 0, 0, thread);
+    if constexpr (kGradient) EpilogueOf<I>::begin_gradient(args, slots, work, thread);
     shared.turn[warpgroup].wait(turn_phase);
     const auto multiply = [&](int k16) {
       const uint32_t a = cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0));
@@ -187,8 +190,8 @@ struct Kernel {
       release(shared, place.stage, thread);
       place.next();
     }
-    if constexpr (gradient) {
-      EpilogueOf<I>::store_gradient(args, slots, pre, acc, work, warpgroup, thread);
+    if constexpr (kGradient) {
+      EpilogueOf<I>::store_gradient(args, slots, acc, work, warpgroup, thread);
     } else {
 #pragma unroll
       for (int block = 0; block < Blocks; ++block) {
@@ -209,7 +212,7 @@ struct Kernel {
   static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule<I> const& schedule,
                                  int rank, int warpgroup) {
     const int thread = threadIdx.x % kWarpgroup;
-    typename EpilogueOf<I>::Slots slots(shared.slots + warpgroup * kTile.slots * kBlockBytes);
+    Slots slots = slots_of(shared, warpgroup);
     Place place;
     int turn = 0;
     uint32_t turn_phase = warpgroup;  // flipped before each turn: the first warpgroup does not wait for its first
@@ -229,7 +232,16 @@ struct Kernel {
         tile<1>(args, shared, slots, work, place, turn_phase, warpgroup, thread);
       }
     }
-    slots.drain(thread);
+    if (thread == 0) cute::tma_store_wait<0>();
+  }
+
+  static __device__ __forceinline__ Slots slots_of(Shared const& shared, int warpgroup) {
+    char* base = shared.slots + warpgroup * kTile.slots * kBlockBytes;
+    if constexpr (kGradient) {
+      return Slots(base, &shared.pre[warpgroup]);
+    } else {
+      return Slots(base);
+    }
   }
 };
 
@@ -246,7 +258,10 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
       shared.full[stage].init(1);
       shared.empty[stage].init(K::kCluster);
     }
-    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
+    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
+      shared.turn[warpgroup].init(1);
+      shared.pre[warpgroup].init(1);
+    }
     cutlass::arch::fence_barrier_init();
   }
   const Schedule<I> schedule(args, shared.schedule);

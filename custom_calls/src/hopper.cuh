@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cute/arch/cluster_sm90.hpp"
+#include "cute/arch/copy_sm75.hpp"
 #include "cute/arch/copy_sm90.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
 #include "cute/arch/mma_sm90_desc.hpp"

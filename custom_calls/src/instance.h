@@ -16,7 +16,7 @@ enum class Activation : int32_t { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeg
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 
 // A tile of `rows` x `columns` is computed by one block; blocks of a cluster share what they load: cluster_rows of them
-// lie one above the other, cluster_columns side by side. `slots` 64x64 blocks wait to be stored.
+// lie one above the other, cluster_columns side by side. `slots` 64x64 blocks of each warpgroup wait to be stored.
 struct Tile {
   int32_t rows, columns, stages, slots, cluster_rows, cluster_columns;
 };
@@ -53,7 +53,7 @@ struct Window {
 
 // What one launch works on. Tensor maps address 16-bit elements; see tensor_maps.h for what each covers.
 struct Args {
-  CUtensorMap a, b, out, out2, out3;
+  CUtensorMap a, b, out, out2, out3, pre, pre_up;
   int32_t const* group_sizes;
   int32_t num_experts, num_rows;
   int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)
@@ -61,7 +61,7 @@ struct Args {
   int32_t out_columns;  // columns of one product; of a gated activation, of one half
   bool rows_first;      // walk down the rows of an expert before its columns
   float beta, linear_beta;
-  void const* pre;           // activation gradient: [rows, out_columns or twice that]
+  bool keep_pre;             // activation: the pre-activation is stored beside the hidden rows
   float const* row_weights;  // activation gradient: [rows]
   float* partial;            // activation gradient: [column tiles, rows]
 };

@@ -39,9 +39,9 @@ Error encode(CUtensorMap* map, Type type, void const* data, cuuint64_t const (&s
 }  // namespace
 
 Error dense_map(CUtensorMap* map, Type type, void const* data, int64_t depth, int64_t rows, int64_t columns,
-                int box_rows) {
-  cuuint64_t const pitch = columns * 2;
-  return encode(map, type, data, {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(depth)}, {pitch, pitch * rows},
+                int64_t pitch, int box_rows) {
+  cuuint64_t const bytes = pitch * 2;
+  return encode(map, type, data, {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(depth)}, {bytes, bytes * rows},
                 box_rows);
 }
 

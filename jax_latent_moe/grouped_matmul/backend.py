@@ -50,9 +50,15 @@ class FusingBackend(Backend, Protocol):
     """A backend that may also run problems with an activation; `supports` says which."""
 
     def matmul_activation(
-        self, rows: Float[Array, "r k"], w: Float[Array, "e k n"], group_sizes: Int[Array, " e"], *, activation
-    ) -> tuple[Float[Array, "r n"], Float[Array, "r m"]]:
-        """The pre-activation rows x w and the activation of it, both in the dtype of rows; zero beyond the sum."""
+        self,
+        rows: Float[Array, "r k"],
+        w: Float[Array, "e k n"],
+        group_sizes: Int[Array, " e"],
+        *,
+        activation,
+        keep_pre: bool,
+    ) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"]]:
+        """The pre-activation rows x w, None unless it is to be kept, and the activation of it; zero beyond the sum."""
         ...
 
     def matmul_activation_grad(

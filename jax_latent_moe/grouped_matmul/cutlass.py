@@ -70,13 +70,16 @@ class Cutlass:
             cluster_columns=np.int32(tile.cluster_columns),
         )
 
-    def matmul_activation(self, rows, w, group_sizes, *, activation):
+    def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
         tile = self._tile("rows_w", rows, w.shape, activation)
         width = w.shape[2] // (2 if activation.gated else 1)
-        outs = [jax.ShapeDtypeStruct((rows.shape[0], size), rows.dtype) for size in (w.shape[2], width)]
-        call = _call("matmul_activation", outs)
-        return tuple(call(rows, w, group_sizes, **_activation_attributes(activation), **_matmul_attributes(tile)))
+        num_rows = rows.shape[0]
+        kept = jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype)
+        call = _call("matmul_activation", [kept, jax.ShapeDtypeStruct((num_rows, width), rows.dtype)])
+        attributes = _activation_attributes(activation) | {"keep_pre": keep_pre} | _matmul_attributes(tile)
+        pre, hidden = call(rows, w, group_sizes, **attributes)
+        return pre if keep_pre else None, hidden
 
     def matmul_activation_grad(self, dout, w, group_sizes, pre, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""

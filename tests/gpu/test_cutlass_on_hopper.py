@@ -1,6 +1,7 @@
 """The compiled kernels on a Hopper GPU: `CUDA_LAUNCH_BLOCKING=1` has an error point at the call that made it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,15 @@ def test_fused_activations(rng, config):
     fusing = select_fusing(problem("rows_w", 700, w_in.shape, rows.dtype, activation), BACKEND)
     assert fusing is not None
     groups = jnp.asarray(sizes, jnp.int32)
-    pre, hidden = jax.jit(lambda *args: fusing.matmul_activation(*args, activation=activation))(rows, w_in, groups)
+
+    def up(keep_pre):
+        run = jax.jit(functools.partial(fusing.matmul_activation, activation=activation, keep_pre=keep_pre))
+        return run(rows, w_in, groups)
+
+    pre, hidden = up(keep_pre=True)
+    nothing, same = up(keep_pre=False)
+    assert nothing is None
+    np.testing.assert_array_equal(np.asarray(hidden), np.asarray(same))
     assert_close(float64(pre), reference.grouped_matmul(float64(rows), float64(w_in), sizes), "bfloat16")
     assert_close(float64(hidden), float64(activate(pre, config)), "bfloat16")
 
