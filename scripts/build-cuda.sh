@@ -13,8 +13,7 @@ esac
 
 TOOLS=$PWD/.tools/cuda
 BUILD=build/cuda
-# The FFI headers of the oldest jaxlib: a library built with newer ones is refused by older runtimes.
-HEADERS=(nvidia-cutlass==4.2.0.0 jaxlib==0.11.2)
+mapfile -t HEADERS < <(grep -v '^#' custom_calls/headers.txt)
 # One compiler in five packages, which work in these versions together.
 NVCC=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96
   nvidia-cuda-cccl==13.0.85)
@@ -36,10 +35,7 @@ fetch() { # folder, packages
 fetch "$TOOLS/headers" "${HEADERS[@]}"
 fetch "$TOOLS/build" cmake==4.1.2 ninja==1.13.0
 
-if nvcc=$(command -v nvcc) && [[ $("$nvcc" --version) =~ release\ ([0-9]+)\.([0-9]+) ]] &&
-  ((BASH_REMATCH[1] * 100 + BASH_REMATCH[2] >= 1204)); then
-  nvcc=$(readlink -f "$nvcc")
-else
+if ! nvcc=$("$python" custom_calls/nvcc.py 2>/dev/null); then
   fetch "$TOOLS/nvcc" "${NVCC[@]}"
   nvcc=$TOOLS/nvcc/nvidia/cu13/bin/nvcc
   ln -sfn lib "$TOOLS/nvcc/nvidia/cu13/lib64"               # where nvcc looks for its libraries

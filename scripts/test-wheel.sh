@@ -1,17 +1,42 @@
 #!/usr/bin/env bash
-# Builds the package and runs a layer from the wheel, with nothing installed but the core dependencies.
+# Builds the package and runs a layer from the wheel, with nothing installed but the core dependencies; where there is an nvcc,
+# builds a wheel with one compiled kernel of each kind too, and has the cutlass backend find them in it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-BUILT=.tools/dist
+BUILT=$PWD/.tools/dist
 
 uv=$(scripts/uv.sh)
 python=$(scripts/python.sh "$uv")
+
+installed() { # folder of the wheel, code to run with it: out of the checkout, which python would import instead
+  (cd "$1" && "$uv" run --quiet --isolated --no-project --python "$python" --with ./*.whl python -c "$2")
+}
+
 rm -rf "$BUILT"
-"$uv" build --quiet --python "$python" --out-dir "$BUILT"
-cd "$BUILT" # out of the checkout, which python would import instead
-"$uv" run --quiet --isolated --no-project --python "$python" --with ./*.whl python -c '
+"$uv" build --quiet --python "$python" -C wheel.cmake=false --out-dir "$BUILT/pure"
+[[ -f $(echo "$BUILT"/pure/*-py3-none-any.whl) ]] || die "the wheel without kernels is not tagged py3-none-any."
+diff <(git ls-files jax_latent_moe | grep -v 'BUILD.bazel$' | sort) \
+  <("$python" -m zipfile -l "$BUILT"/pure/*.whl | grep -o '^jax_latent_moe/[^ ]*' | sort) ||
+  die "the wheel without kernels does not hold the package's files alone."
+installed "$BUILT/pure" '
 import jax, jax_latent_moe as lm
 config = lm.LatentMoEConfig(hidden_size=16, latent_size=8, num_experts=4, top_k=2, expert_intermediate_size=8)
 y, aux = lm.latent_moe(lm.init_params(jax.random.key(0), config), jax.numpy.ones((3, 16)), config)
 assert y.shape == (3, 16) and aux.tokens_per_expert.sum() == 6
 print("jax_latent_moe", lm.__version__, "runs from its wheel")'
+
+if ! nvcc=$("$python" custom_calls/nvcc.py 2>&1); then
+  echo "skipped: the wheel with CUDA kernels ($nvcc)"
+  exit
+fi
+# From the source archive, which must hold what is compiled.
+"$uv" build --quiet --python "$python" -C cmake.define.LATENT_MOE_FEW_KERNELS=ON --wheel \
+  --out-dir "$BUILT/cuda" "$BUILT"/pure/*.tar.gz
+[[ -f $(echo "$BUILT"/cuda/*-py3-none-linux_x86_64.whl) ]] || die "the wheel with kernels is not tagged py3-none-linux_x86_64."
+installed "$BUILT/cuda" '
+from jax_latent_moe import CutlassBackend
+from jax_latent_moe.grouped_matmul import Problem, cutlass_library, select
+library = cutlass_library.library()
+assert library.missing is None, library.missing
+select(Problem("rows_w", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200"), CutlassBackend())
+print("its cutlass backend finds", len(library.instances), "kernels in a wheel")'
