@@ -1,17 +1,15 @@
-"""Builds the package (PEP 517) by scikit-build-core, with the kernels in the wheel where there is an nvcc for them.
+"""Builds the package (PEP 517) by hatchling, or with the kernels by scikit-build-core: a wheel, where there is an nvcc.
 
-`-C wheel.cmake=false` leaves the kernels out, `-C wheel.cmake=true` fails where they cannot be compiled; so does
-$SKBUILD_WHEEL_CMAKE, which is scikit-build-core's and goes first. Editable installs go
-without: `make cuda` adds them there.
+`-C wheel.cmake=false` leaves the kernels out, `-C wheel.cmake=true` fails where they cannot be compiled. Editable
+installs go without: `make cuda` adds them there.
 """
 
 import importlib.util
-import os
 import pathlib
 
 import nvcc
-from scikit_build_core import build as scikit_build
-from scikit_build_core.build import (
+from hatchling import build as pure
+from hatchling.build import (
     build_editable,
     build_sdist,
     get_requires_for_build_editable,
@@ -31,50 +29,58 @@ __all__ = [
 ]
 
 HEADERS = pathlib.Path(__file__).with_name("headers.txt")
+TOOLS = ["scikit-build-core>=1.1,<2", "cmake>=3.24", "ninja>=1.11"]
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """CMake and the headers, where kernels are compiled."""
-    settings, why_none = _settings(config_settings)
-    headers = [line for line in HEADERS.read_text().splitlines() if not line.startswith("#")]
-    return scikit_build.get_requires_for_build_wheel(settings) + ([] if why_none else headers)
+    """What compiling takes, where kernels are compiled."""
+    if _compiler(config_settings)[0] is None:
+        return pure.get_requires_for_build_wheel(config_settings)
+    return TOOLS + [line for line in HEADERS.read_text().splitlines() if not line.startswith("#")]
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     """The wheel's metadata: its tag says whether there are kernels."""
-    return scikit_build.prepare_metadata_for_build_wheel(metadata_directory, _settings(config_settings)[0])
+    if _compiler(config_settings)[0] is None:
+        return pure.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+    from scikit_build_core import build
+
+    return build.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     """The wheel, and a line about the kernels."""
-    settings, why_none = _settings(config_settings)
-    if why_none:
+    compiler, why_none = _compiler(config_settings)
+    if compiler is None:
         print(f"Without CUDA kernels: {why_none}.", flush=True)
-    else:
-        compiler = settings["cmake.define.CMAKE_CUDA_COMPILER"]
-        print(f"Compiling CUDA kernels with {compiler}, for minutes; -C wheel.cmake=false does without.", flush=True)
-        settings = {
-            "cmake.define.LATENT_MOE_CUTLASS_INCLUDE": _folder("cutlass_library", "source/include"),
-            "cmake.define.LATENT_MOE_XLA_INCLUDE": _folder("jaxlib", "include"),
-            **settings,
-        }
-    return scikit_build.build_wheel(wheel_directory, settings, metadata_directory)
+        return pure.build_wheel(wheel_directory, config_settings, metadata_directory)
+    from scikit_build_core import build
+
+    print(f"Compiling CUDA kernels with {compiler}, for minutes; -C wheel.cmake=false does without.", flush=True)
+    settings = {
+        "cmake.define.CMAKE_CUDA_COMPILER": compiler,
+        "cmake.define.LATENT_MOE_CUTLASS_INCLUDE": _folder("cutlass_library", "source/include"),
+        "cmake.define.LATENT_MOE_XLA_INCLUDE": _folder("jaxlib", "include"),
+        **(config_settings or {}),
+    }
+    return build.build_wheel(wheel_directory, settings, metadata_directory)
 
 
-def _settings(config_settings):
-    """The user's settings and what they leave open, and why no kernels are compiled (None: they are)."""
-    settings = dict(config_settings or {})
-    choice = os.environ.get("SKBUILD_WHEEL_CMAKE") or settings.get("wheel.cmake")
+def _compiler(config_settings):
+    """The nvcc to compile kernels with, or None and why."""
+    choice = (config_settings or {}).get("wheel.cmake")
     if choice not in (None, "true", "false"):
-        raise SystemExit(f"error: wheel.cmake={choice!r} must be true or false (or not set: where there is an nvcc).")
+        raise SystemExit(
+            f"error: wheel.cmake={choice!r} must be true or false, or be left out (true if there is an nvcc)."
+        )
     if choice == "false":
-        return {**settings, "wheel.cmake": "false"}, "wheel.cmake=false"
+        return None, "wheel.cmake=false"
     try:
-        return {"cmake.define.CMAKE_CUDA_COMPILER": nvcc.find(), **settings, "wheel.cmake": "true"}, None
+        return nvcc.find(), None
     except nvcc.NotFoundError as error:
         if choice == "true":
             raise SystemExit(f"error: wheel.cmake=true asks for CUDA kernels, but {error}.") from None
-        return {**settings, "wheel.cmake": "false"}, str(error)
+        return None, str(error)
 
 
 def _folder(module, path):

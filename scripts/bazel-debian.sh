@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the Bazel of Debian 12 (4.2.3) on the targets here, without a download: scripts/bazel-debian.sh test //tests/...
 # It knows no MODULE.bazel and cannot fetch rules: its native Python rules and the packages of .venv stand in for them.
-# Needs: apt-get install bazel-bootstrap bazel-platforms bazel-rules-java; make setup
+# Needs: apt-get install bazel-bootstrap bazel-platforms bazel-rules-java; make setup; make cuda for the CUDA targets
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 REPOSITORIES=$PWD/.tools/bazel
@@ -26,6 +26,12 @@ while IFS='=' read -r name _; do
   name=${name//[-.]/_}
   echo "py_library(name = \"$name\", visibility = [\"//visibility:public\"])" | write "pypi/$name/BUILD"
 done < <(grep -v '^#' tests/requirements-bazel.txt)
+headers() { # headers REPOSITORY FOLDER: those that `make cuda` fetched
+  write "$1/BUILD" <custom_calls/headers.BUILD
+  ln -s "$PWD/.tools/cuda/headers/$2/include" "$REPOSITORIES/$1/include"
+}
+headers cutlass cutlass_library/source
+headers xla_ffi jaxlib
 for repository in "$REPOSITORIES"/*; do : | write "$(basename "$repository")/WORKSPACE"; done
 
 cat >"$REPOSITORIES/bazelrc" <<EOF
@@ -33,6 +39,8 @@ build --override_repository=rules_python=$REPOSITORIES/rules_python
 build --override_repository=rules_cc=$REPOSITORIES/rules_cc
 build --override_repository=pypi=$REPOSITORIES/pypi
 build --override_repository=remote_coverage_tools=$REPOSITORIES/remote_coverage_tools
+build --override_repository=cutlass=$REPOSITORIES/cutlass
+build --override_repository=xla_ffi=$REPOSITORIES/xla_ffi
 build --override_repository=platforms=/usr/share/bazel/tools/platforms
 build --override_repository=rules_java=/usr/share/bazel/rules/java
 build --symlink_prefix=/

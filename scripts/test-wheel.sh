@@ -8,6 +8,10 @@ BUILT=$PWD/.tools/dist
 uv=$(scripts/uv.sh)
 python=$(scripts/python.sh "$uv")
 
+files() { # folder of the wheel
+  "$python" -m zipfile -l "$1"/*.whl | grep -o '^jax_latent_moe/[^ ]*' | sort
+}
+
 installed() { # folder of the wheel, code to run with it: out of the checkout, which python would import instead
   (cd "$1" && "$uv" run --quiet --isolated --no-project --python "$python" --with ./*.whl python -c "$2")
 }
@@ -15,8 +19,7 @@ installed() { # folder of the wheel, code to run with it: out of the checkout, w
 rm -rf "$BUILT"
 "$uv" build --quiet --python "$python" -C wheel.cmake=false --out-dir "$BUILT/pure"
 [[ -f $(echo "$BUILT"/pure/*-py3-none-any.whl) ]] || die "the wheel without kernels is not tagged py3-none-any."
-diff <(git ls-files jax_latent_moe | grep -v 'BUILD.bazel$' | sort) \
-  <("$python" -m zipfile -l "$BUILT"/pure/*.whl | grep -o '^jax_latent_moe/[^ ]*' | sort) ||
+diff <(git ls-files jax_latent_moe | grep -v 'BUILD.bazel$' | sort) <(files "$BUILT/pure") ||
   die "the wheel without kernels does not hold the package's files alone."
 installed "$BUILT/pure" '
 import jax, jax_latent_moe as lm
@@ -33,6 +36,8 @@ fi
 "$uv" build --quiet --python "$python" -C cmake.define.LATENT_MOE_FEW_KERNELS=ON --wheel \
   --out-dir "$BUILT/cuda" "$BUILT"/pure/*.tar.gz
 [[ -f $(echo "$BUILT"/cuda/*-py3-none-linux_x86_64.whl) ]] || die "the wheel with kernels is not tagged py3-none-linux_x86_64."
+diff <(files "$BUILT/pure") <(files "$BUILT/cuda" | grep -v 'libjax_latent_moe_cuda.so$') ||
+  die "the wheel with kernels does not hold what the one without does."
 installed "$BUILT/cuda" '
 from jax_latent_moe import CutlassBackend
 from jax_latent_moe.grouped_matmul import Problem, cutlass_library, select

@@ -19,6 +19,14 @@ def test_the_pins_are_those_of_the_lock():
     assert not stale, "run the command at the top of tests/requirements-bazel.txt"
 
 
+def test_the_headers_are_those_of_the_other_builds():
+    module = (ROOT / "MODULE.bazel").read_text()
+    for line in (ROOT / "custom_calls/headers.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            assert f"/{name.replace('-', '_')}-{version}-" in module, f"MODULE.bazel has another {name}"
+
+
 def test_every_package_that_a_target_needs_is_pinned():
     names = {name.replace("-", "_") for name in pins()}
     for build in ROOT.glob("*/BUILD.bazel"):

@@ -2,8 +2,8 @@
 
 import importlib
 import platform
+import re
 import sys
-import tomllib
 import types
 
 import pytest
@@ -27,7 +27,7 @@ def machine(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    for name in ("CUDACXX", "CUDA_HOME", "SKBUILD_WHEEL_CMAKE"):
+    for name in ("CUDACXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
     return install
 
@@ -39,19 +39,20 @@ def nvcc(monkeypatch):
 
 @pytest.fixture
 def backend(machine, monkeypatch):
-    """The build backend over a scikit-build-core that answers with the settings it was given."""
-    stub = types.ModuleType("scikit_build_core.build")
-    for name in ("build_sdist", "build_editable", "prepare_metadata_for_build_editable"):
-        setattr(stub, name, lambda *_: None)
-    for kind in ("editable", "sdist"):
-        setattr(stub, f"get_requires_for_build_{kind}", lambda *_: [])
-    stub.get_requires_for_build_wheel = lambda settings: [f"cmake={settings['wheel.cmake']}"]
-    stub.build_wheel = lambda folder, settings, metadata: settings
-    stub.prepare_metadata_for_build_wheel = lambda folder, settings: settings
-    package = types.ModuleType("scikit_build_core")
-    package.build = stub
-    monkeypatch.setitem(sys.modules, "scikit_build_core", package)
-    monkeypatch.setitem(sys.modules, "scikit_build_core.build", stub)
+    """The build backend over builders that answer with their name and the settings they were given."""
+    for name in ("hatchling", "scikit_build_core"):
+        build = types.ModuleType(f"{name}.build")
+        for hook in ("build_sdist", "build_editable", "prepare_metadata_for_build_editable"):
+            setattr(build, hook, lambda *_: None)
+        for kind in ("editable", "sdist"):
+            setattr(build, f"get_requires_for_build_{kind}", None)
+        build.get_requires_for_build_wheel = lambda settings: []
+        build.build_wheel = lambda folder, settings, metadata, name=name: (name, settings)
+        build.prepare_metadata_for_build_wheel = lambda folder, settings, name=name: (name, settings)
+        package = types.ModuleType(name)
+        package.build = build
+        monkeypatch.setitem(sys.modules, name, package)
+        monkeypatch.setitem(sys.modules, f"{name}.build", build)
     monkeypatch.setitem(sys.modules, "nvcc", module("nvcc", monkeypatch))
     backend = module("build_backend", monkeypatch)
     monkeypatch.setattr(backend, "_folder", lambda name, path: f"{name}/{path}")
@@ -86,8 +87,9 @@ def test_named_compilers_go_before_the_path_and_old_ones_are_passed_over(machine
 
 @LINUX
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(backend, capsys):
-    assert backend.get_requires_for_build_wheel() == ["cmake=false"]
-    assert backend.build_wheel("folder") == {"wheel.cmake": "false"}
+    assert backend.get_requires_for_build_wheel() == []
+    assert backend.prepare_metadata_for_build_wheel("folder")[0] == "hatchling"
+    assert backend.build_wheel("folder")[0] == "hatchling"
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("Without CUDA kernels: there is no nvcc (version 12.4 or newer)")
 
@@ -95,39 +97,34 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(backend, capsys):
 @LINUX
 def test_with_a_compiler_the_wheel_has_kernels(backend, machine, capsys):
     path = machine("bin", "13.0")
-    cmake, *headers = backend.get_requires_for_build_wheel()
-    assert cmake == "cmake=true"
-    assert [line.split("==")[0] for line in headers] == ["nvidia-cutlass", "jaxlib"]
-    settings = backend.build_wheel("folder", {"cmake.define.LATENT_MOE_FEW_KERNELS": "ON"})
+    requires = {re.split("[=>]", line)[0] for line in backend.get_requires_for_build_wheel()}
+    assert requires == {"scikit-build-core", "cmake", "ninja", "nvidia-cutlass", "jaxlib"}
+    assert backend.prepare_metadata_for_build_wheel("folder")[0] == "scikit_build_core"
+    builder, settings = backend.build_wheel("folder", {"cmake.define.LATENT_MOE_FEW_KERNELS": "ON"})
+    assert builder == "scikit_build_core"
     assert settings == {
-        "wheel.cmake": "true",
         "cmake.define.CMAKE_CUDA_COMPILER": str(path),
         "cmake.define.LATENT_MOE_CUTLASS_INCLUDE": "cutlass_library/source/include",
         "cmake.define.LATENT_MOE_XLA_INCLUDE": "jaxlib/include",
         "cmake.define.LATENT_MOE_FEW_KERNELS": "ON",
     }
     assert f"Compiling CUDA kernels with {path}" in capsys.readouterr().out
-    assert backend.prepare_metadata_for_build_wheel("folder")["wheel.cmake"] == "true"
 
 
-def test_the_user_decides(backend, machine, monkeypatch):
+def test_the_user_decides(backend, machine):
     with pytest.raises(SystemExit, match=r"wheel\.cmake=true asks for CUDA kernels, but "):
         backend.get_requires_for_build_wheel({"wheel.cmake": "true"})
     machine("bin", "13.0")
-    assert backend.build_wheel("folder", {"wheel.cmake": "false"}) == {"wheel.cmake": "false"}
-    monkeypatch.setenv("SKBUILD_WHEEL_CMAKE", "false")
-    assert backend.build_wheel("folder") == {"wheel.cmake": "false"}
-    monkeypatch.setenv("SKBUILD_WHEEL_CMAKE", "perhaps")
+    assert backend.build_wheel("folder", {"wheel.cmake": "false"})[0] == "hatchling"
     with pytest.raises(SystemExit, match=r"wheel\.cmake='perhaps' must be true or false"):
-        backend.build_wheel("folder")
+        backend.build_wheel("folder", {"wheel.cmake": "perhaps"})
 
 
 def test_another_platform_gets_no_kernels(backend, machine, monkeypatch):
     machine("bin", "13.0")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert backend.build_wheel("folder") == {"wheel.cmake": "false"}
+    assert backend.build_wheel("folder")[0] == "hatchling"
 
 
-def test_an_editable_install_compiles_nothing():
-    """The backend hands editable installs to scikit-build-core as they are, which reads this setting."""
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]["cmake"] is False
+def test_an_editable_install_compiles_nothing(backend):
+    assert backend.build_editable is sys.modules["hatchling.build"].build_editable
