@@ -14,7 +14,6 @@ from hatchling.build import (
     build_sdist,
     get_requires_for_build_editable,
     get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
 )
 
 __all__ = [
@@ -24,8 +23,6 @@ __all__ = [
     "get_requires_for_build_editable",
     "get_requires_for_build_sdist",
     "get_requires_for_build_wheel",
-    "prepare_metadata_for_build_editable",
-    "prepare_metadata_for_build_wheel",
 ]
 
 HEADERS = pathlib.Path(__file__).with_name("headers.txt")
@@ -37,15 +34,6 @@ def get_requires_for_build_wheel(config_settings=None):
     if _compiler(config_settings)[0] is None:
         return pure.get_requires_for_build_wheel(config_settings)
     return TOOLS + [line for line in HEADERS.read_text().splitlines() if not line.startswith("#")]
-
-
-def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    """The wheel's metadata: its tag says whether there are kernels."""
-    if _compiler(config_settings)[0] is None:
-        return pure.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
-    from scikit_build_core import build
-
-    return build.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

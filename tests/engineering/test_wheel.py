@@ -42,13 +42,12 @@ def backend(machine, monkeypatch):
     """The build backend over builders that answer with their name and the settings they were given."""
     for name in ("hatchling", "scikit_build_core"):
         build = types.ModuleType(f"{name}.build")
-        for hook in ("build_sdist", "build_editable", "prepare_metadata_for_build_editable"):
+        for hook in ("build_sdist", "build_editable"):
             setattr(build, hook, lambda *_: None)
         for kind in ("editable", "sdist"):
             setattr(build, f"get_requires_for_build_{kind}", None)
         build.get_requires_for_build_wheel = lambda settings: []
         build.build_wheel = lambda folder, settings, metadata, name=name: (name, settings)
-        build.prepare_metadata_for_build_wheel = lambda folder, settings, name=name: (name, settings)
         package = types.ModuleType(name)
         package.build = build
         monkeypatch.setitem(sys.modules, name, package)
@@ -88,7 +87,6 @@ def test_named_compilers_go_before_the_path_and_old_ones_are_passed_over(machine
 @LINUX
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(backend, capsys):
     assert backend.get_requires_for_build_wheel() == []
-    assert backend.prepare_metadata_for_build_wheel("folder")[0] == "hatchling"
     assert backend.build_wheel("folder")[0] == "hatchling"
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("Without CUDA kernels: there is no nvcc (version 12.4 or newer)")
@@ -99,7 +97,6 @@ def test_with_a_compiler_the_wheel_has_kernels(backend, machine, capsys):
     path = machine("bin", "13.0")
     requires = {re.split("[=>]", line)[0] for line in backend.get_requires_for_build_wheel()}
     assert requires == {"scikit-build-core", "cmake", "ninja", "nvidia-cutlass", "jaxlib"}
-    assert backend.prepare_metadata_for_build_wheel("folder")[0] == "scikit_build_core"
     builder, settings = backend.build_wheel("folder", {"cmake.define.LATENT_MOE_FEW_KERNELS": "ON"})
     assert builder == "scikit_build_core"
     assert settings == {
