@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the package and runs a layer from the wheel, with nothing installed but the core dependencies; where there is an nvcc,
-# builds a wheel with one compiled kernel of each kind too, and has the cutlass backend find them in it.
+# Builds the package from its source archive and runs a layer from the wheel, with nothing installed but the core dependencies.
+# Where there is an nvcc, it builds a wheel with a compiled kernel of each kind too, and the cutlass backend finds them in it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 BUILT=$PWD/.tools/dist
@@ -17,7 +17,10 @@ installed() { # folder of the wheel, code to run with it: out of the checkout, w
 }
 
 rm -rf "$BUILT"
-"$uv" build --quiet --python "$python" -C wheel.cmake=false --out-dir "$BUILT/pure"
+"$uv" build --quiet --python "$python" --sdist --out-dir "$BUILT"
+# By pip, and the other wheel by uv: they ask the build backend for different things.
+"$uv" run --quiet --isolated --no-project --python "$python" --with pip \
+  python -m pip wheel --quiet --no-deps -C wheel.cmake=false --wheel-dir "$BUILT/pure" "$BUILT"/*.tar.gz
 [[ -f $(echo "$BUILT"/pure/*-py3-none-any.whl) ]] || die "the wheel without kernels is not tagged py3-none-any."
 diff <(git ls-files jax_latent_moe | grep -v 'BUILD.bazel$' | sort) <(files "$BUILT/pure") ||
   die "the wheel without kernels does not hold the package's files alone."
@@ -32,9 +35,8 @@ if ! nvcc=$("$python" custom_calls/nvcc.py 2>&1); then
   echo "skipped: the wheel with CUDA kernels ($nvcc)"
   exit
 fi
-# From the source archive, which must hold what is compiled.
 "$uv" build --quiet --python "$python" -C cmake.define.LATENT_MOE_FEW_KERNELS=ON --wheel \
-  --out-dir "$BUILT/cuda" "$BUILT"/pure/*.tar.gz
+  --out-dir "$BUILT/cuda" "$BUILT"/*.tar.gz
 [[ -f $(echo "$BUILT"/cuda/*-py3-none-linux_x86_64.whl) ]] || die "the wheel with kernels is not tagged py3-none-linux_x86_64."
 diff <(files "$BUILT/pure") <(files "$BUILT/cuda" | grep -v 'libjax_latent_moe_cuda.so$') ||
   die "the wheel with kernels does not hold what the one without does."
