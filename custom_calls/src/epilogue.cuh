@@ -1,4 +1,7 @@
-// From accumulators to memory: rounded, through the expert's activation or its gradient, by the copy engine.
+// From accumulators to memory: rounded, through the expert's activation or its gradient.
+//
+// Each warp sends its 16 rows through 2 KB of shared memory of its own, to write 128 bytes of a row at a time. Stores of
+// the copy engine would wait in its queue behind the loads of the coming tiles, and the warpgroup with them.
 #pragma once
 
 #include "activation.cuh"
@@ -6,237 +9,267 @@
 
 namespace latent_moe {
 
-// The accumulators that one thread of a warpgroup holds of a [64][64] block, as pairs of 16-bit elements: pair 4 q + i
-// stands in row 8 (i % 2) + lane / 4 of its warp's 16 rows, at column 16 q + 8 (i / 2) + 2 (lane % 4).
-using Pairs = uint32_t[16];
+constexpr int kWarpRows = 16;
+constexpr int kPieceBytes = kWarpRows * 128;  // a warp's part of a [64][64] block
 
-// Where a thread's 16 bytes of the q-th quarter stand in a block, swizzled as the copy engine expects.
-__device__ __forceinline__ cute::uint128_t* quarter(char* block, int q, int thread) {
-  const int lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = 2 * q + lane / 16;
-  return reinterpret_cast<cute::uint128_t*>(block + row * 128 + ((column ^ (row & 7)) << 4));
-}
+// Part of a matrix of 16-bit elements in memory: `rows` rows of `columns`, from `start` on; others are not touched.
+template <class T>
+struct Part {
+  T* start;
+  int64_t pitch;
+  int rows, columns;
+};
 
-__device__ __forceinline__ void store_pairs(uint32_t const (&p)[4], char* block, int q, int thread) {
-  cute::SM90_U32x4_STSM_N::copy(p[0], p[1], p[2], p[3], *quarter(block, q, thread));
-}
+// A warp's [16][64] elements in shared memory, swizzled so that neither way of access meets a bank twice.
+template <class T>
+class Piece {
+ public:
+  __device__ explicit Piece(char* base) : base_(base) {}
 
-__device__ __forceinline__ void load_pairs(uint32_t (&p)[4], char* block, int q, int thread) {
-  cute::SM75_U32x4_LDSM_N::copy(*quarter(block, q, thread), p[0], p[1], p[2], p[3]);
-}
+  // As one thread of a warpgroup holds them after a product, as pairs, 16 columns (a quarter) at a time: pair i stands
+  // in row 8 (i % 2) + lane / 4, at column 16 quarter + 8 (i / 2) + 2 (lane % 4).
+  __device__ __forceinline__ void put(uint32_t const (&p)[4], int quarter, int lane) const {
+    cute::SM90_U32x4_STSM_N::copy(p[0], p[1], p[2], p[3], *at(lane % 16, 2 * quarter + lane / 16));
+  }
+  __device__ __forceinline__ void get(uint32_t (&p)[4], int quarter, int lane) const {
+    cute::SM75_U32x4_LDSM_N::copy(*at(lane % 16, 2 * quarter + lane / 16), p[0], p[1], p[2], p[3]);
+  }
 
-__device__ __forceinline__ void store_window(CUtensorMap const& map, char* block, int x, Window const& window) {
-  cute::SM90_TMA_STORE::copy(&map, block, x, window.y, window.z, int32_t{Window::kAxis});
-}
+  // Writes what the whole warp has put.
+  __device__ __forceinline__ void write(Part<T> const& to, int lane) const {
+    const int column = lane % 8;
+    if (column * 8 >= to.columns) return;
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 4; ++i) {
+      const int row = lane / 8 + 4 * i;
+      if (row < to.rows) *reinterpret_cast<cute::uint128_t*>(to.start + row * to.pitch + column * 8) = *at(row, column);
+    }
+  }
+
+  // Starts to read, for the whole warp; rows and columns beyond the part become zero.
+  __device__ __forceinline__ void read(Part<T> const& from, int lane) const {
+    const int column = lane % 8;
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 4; ++i) {
+      const int row = lane / 8 + 4 * i;
+      const bool inside = row < from.rows && column * 8 < from.columns;
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+          *reinterpret_cast<cute::uint128_t const*>(inside ? from.start + row * from.pitch + column * 8 : from.start),
+          *at(row, column), inside);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ cute::uint128_t* at(int row, int column) const {
+    return reinterpret_cast<cute::uint128_t*>(base_ + row * 128 + ((column ^ (row & 7)) << 4));
+  }
+
+  char* base_;
+};
 
 template <int I>
-struct EpilogueOf {
+class EpilogueOf {
   static constexpr Instance kInstance = kInstances[I];
   static constexpr Tile kTile = kInstance.tile;
   static constexpr Activation kActivation = kInstance.activation;
   static constexpr bool kOuter = kInstance.contraction == Contraction::kOuter;
+  static constexpr bool kGradient = kInstance.epilogue == Epilogue::kActivationGrad;
   static constexpr int kColumnBlocks = kTile.columns / kBlock;
   static constexpr bool kGated = is_gated(kActivation);
+  static constexpr int kHalves = kGated ? 2 : 1;
+  static constexpr int kAhead = 2;  // blocks of pre-activations that are on their way while others are worked on
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.columns / 2];
 
-  // A ring of [64][64] blocks in shared memory, on their way to memory.
-  class Slots {
-   public:
-    __device__ explicit Slots(char* base) : base_(base) {}
+ public:
+  static constexpr int kPiecesOfWarp = kGradient ? 1 + kAhead * kHalves : 1;
+  static constexpr int kSharedBytes = kConsumers * 4 * kPiecesOfWarp * kPieceBytes;
 
-    template <class... Coordinates>
-    __device__ __forceinline__ void put(Pairs const& pairs, CUtensorMap const& map, int warpgroup, int thread,
-                                        Coordinates... at_box) {
-      char* slot = base_ + next_ * kBlockBytes;
-      next_ = next_ + 1 == kTile.slots ? 0 : next_ + 1;
-      if (thread == 0) cute::tma_store_wait<kTile.slots - 1>();
-      sync_warpgroup(warpgroup);
+  __device__ EpilogueOf(Args const& args, char* shared)
+      : args_(args),
+        params_{args.beta, args.linear_beta},
+        base_(shared + threadIdx.x / 32 * kPiecesOfWarp * kPieceBytes),
+        warp_(threadIdx.x / 32 % 4),
+        lane_(threadIdx.x % 32) {}
+
+  // Before the products of a tile: the first blocks of its pre-activation are sent for.
+  __device__ __forceinline__ void begin(Work const& work) const {
+    if constexpr (kGradient) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) store_pairs(reinterpret_cast<uint32_t const(&)[4]>(pairs[4 * q]), slot, q, thread);
-      cute::tma_store_fence();
-      sync_warpgroup(warpgroup);
-      if (thread == 0) {
-        cute::SM90_TMA_STORE::copy(&map, slot, at_box...);
-        cute::tma_store_arrive();
-      }
+      for (int step = 0; step < kAhead; ++step) read_pre(work, step);
     }
-
-   private:
-    char* base_;
-    int next_ = 0;
-  };
-
-  static __device__ __forceinline__ void pairs_of(Pairs& pairs, Accumulator const& acc, int column_block) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(acc[column_block * 32 + 2 * i], acc[column_block * 32 + 2 * i + 1]);
   }
 
-  // Stores one 64-row block of the tile.
-  static __device__ __forceinline__ void store(Args const& args, Slots& slots, Accumulator const& acc, Work const& work,
-                                               int block, int warpgroup, int thread) {
-    const int first = block * kBlock;
-    const Window window(work.row + first, min(kBlock, work.valid - first));  // ends with the expert
-    const auto put = [&](Pairs const& pairs, CUtensorMap const& map, int x) {
-      if constexpr (kOuter) {
-        slots.put(pairs, map, warpgroup, thread, x, work.out_row + first, work.expert);
-      } else {
-        slots.put(pairs, map, warpgroup, thread, x, window.y, window.z, Window::kAxis);
-      }
-    };
-
-    if constexpr (kInstance.epilogue == Epilogue::kStore) {
-#pragma unroll
-      for (int c = 0; c < kColumnBlocks; ++c) {
-        Pairs pairs;
-        pairs_of(pairs, acc, c);
-        put(pairs, args.out, work.column + c * kBlock);
-      }
+  // Stores a tile of which `Blocks` 64-row blocks hold rows.
+  template <int Blocks>
+  __device__ __forceinline__ void finish(Accumulator const (&acc)[Blocks], Work const& work) const {
+    if constexpr (kGradient) {
+      store_gradient<Blocks>(acc, work);
     } else {
-      constexpr int blocks = kGated ? kColumnBlocks / 2 : kColumnBlocks;
 #pragma unroll
-      for (int c = 0; c < blocks; ++c) {
-        const int x = work.column + c * kBlock;
-        Pairs gate, up;
-        pairs_of(gate, acc, c);
-        if (args.keep_pre) put(gate, args.out, x);
-        if constexpr (kGated) {
-          pairs_of(up, acc, blocks + c);
-          if (args.keep_pre) put(up, args.out3, x);
+      for (int block = 0; block < Blocks; ++block) {
+#pragma unroll
+        for (int c = 0; c < (kGated ? kColumnBlocks / 2 : kColumnBlocks); ++c) {
+          if constexpr (kInstance.epilogue == Epilogue::kStore) {
+            store(acc[block], c, args_.out, work, block, c);
+          } else {
+            store_activation(acc[block], work, block, c);
+          }
         }
-        // The activation reads what was rounded, as the backward pass will.
-#pragma unroll
-        for (int i = 0; i < 16; ++i) gate[i] = hidden(args, gate[i], kGated ? up[i] : 0);
-        put(gate, args.out2, x);
       }
     }
   }
 
-  static __device__ __forceinline__ uint32_t hidden(Args const& args, uint32_t gate, uint32_t up) {
-    const ActivationParams params{args.beta, args.linear_beta};
+ private:
+  __device__ __forceinline__ Piece<T> piece(int i) const { return Piece<T>(base_ + i * kPieceBytes); }
+
+  // This warp's part of a column block of the tile; `half` 1 is the up half of gated pre-activations.
+  __device__ __forceinline__ Part<T> part(void* matrix, Work const& work, int block, int c, int width, int half) const {
+    const int first = block * kBlock + warp_ * kWarpRows, column = work.column + c * kBlock;
+    const int64_t row = kOuter ? int64_t{work.expert} * args_.out_rows + work.out_row + first : work.row + first;
+    const int rows = (kOuter ? args_.out_rows - work.out_row : work.valid) - first;
+    auto* start = static_cast<T*>(matrix) + row * width + half * args_.out_columns + column;
+    return {start, width, rows, args_.out_columns - column};
+  }
+
+  __device__ __forceinline__ void write(Piece<T> const& piece, Part<T> const& to) const {
+    __syncwarp();
+    piece.write(to, lane_);
+    __syncwarp();
+  }
+
+  static __device__ __forceinline__ void round(uint32_t (&p)[4], Accumulator const& acc, int column_block, int quarter) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = column_block * 32 + quarter * 8 + 2 * i;
+      p[i] = pack<T>(acc[at], acc[at + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void store(Accumulator const& acc, int acc_block, void* out, Work const& work, int block,
+                                        int c, int half = 0) const {
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      uint32_t p[4];
+      round(p, acc, acc_block, quarter);
+      piece(0).put(p, quarter, lane_);
+    }
+    write(piece(0), part(out, work, block, c, kHalves * args_.out_columns, half));
+  }
+
+  __device__ __forceinline__ void store_activation(Accumulator const& acc, Work const& work, int block, int c) const {
+    if (args_.keep_pre) {
+      store(acc, c, args_.out, work, block, c);
+      if constexpr (kGated) store(acc, kColumnBlocks / 2 + c, args_.out, work, block, c, 1);
+    }
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      uint32_t gate[4], up[4] = {};
+      round(gate, acc, c, quarter);
+      if constexpr (kGated) round(up, acc, kColumnBlocks / 2 + c, quarter);
+      // The activation reads what was rounded, as the backward pass will.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) gate[i] = hidden(gate[i], up[i]);
+      piece(0).put(gate, quarter, lane_);
+    }
+    write(piece(0), part(args_.hidden, work, block, c, args_.out_columns, 0));
+  }
+
+  __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up) const {
     float2 g = unpack<T>(gate), u = {1.0f, 1.0f};
     if constexpr (kGated) {
       u = unpack<T>(up);
-      u = {up_value<kActivation>(u.x, params).value, up_value<kActivation>(u.y, params).value};
+      u = {up_value<kActivation>(u.x, params_).value, up_value<kActivation>(u.y, params_).value};
     }
-    return pack<T>(gate_value<kActivation>(g.x, params).value * u.x, gate_value<kActivation>(g.y, params).value * u.y);
+    return pack<T>(gate_value<kActivation>(g.x, params_).value * u.x, gate_value<kActivation>(g.y, params_).value * u.y);
   }
 
-  // Blocks of the pre-activation on their way in, and of its gradient and the weighted hidden rows on their way out. The
-  // gradient takes the place of what it is computed from, and while one block is worked on, the next is loaded: beside
-  // the kPre slots of each stands one for the hidden rows.
-  class GradientSlots {
-   public:
-    static constexpr int kPre = kGated ? 2 : 1;
-    static_assert(kInstance.epilogue != Epilogue::kActivationGrad || kTile.slots == 2 * kPre + 1);
-
-    __device__ GradientSlots(char* base, Barrier* full) : base_(base), full_(full) {}
-
-    // The block of the step-th turn; `half` 1 is the up half of a gated pre-activation.
-    __device__ __forceinline__ char* pre(int step, int half) const { return slot(kPre * step + half); }
-    __device__ __forceinline__ char* hidden(int step) const { return slot(kPre * (step + 2)); }
-
-    // Starts the load; by one thread, when all stores from here have been read.
-    __device__ __forceinline__ void load(Args const& args, int step, int x, int row) {
-      full_->arrive_and_expect_tx(kPre * kBlockBytes);
-      load_box<1>(args.pre, *full_, pre(step, 0), 0, x, row, 0);
-      if constexpr (kGated) load_box<1>(args.pre_up, *full_, pre(step, 1), 0, x, row, 0);
-    }
-
-    __device__ __forceinline__ void wait() {
-      full_->wait(phase_);
-      phase_ ^= 1;
-    }
-
-   private:
-    __device__ __forceinline__ char* slot(int i) const { return base_ + i % kTile.slots * kBlockBytes; }
-
-    char* base_;
-    Barrier* full_;
-    uint32_t phase_ = 0;
-  };
-
-  // Before the products of a tile: the first block of its pre-activation is sent for.
-  static __device__ __forceinline__ void begin_gradient(Args const& args, GradientSlots& slots, Work const& work,
-                                                        int thread) {
-    if (thread != 0 || work.steps == 0) return;
-    cute::tma_store_wait<0>();
-    slots.load(args, 0, work.column, work.row);
+  // Piece of a step's pre-activation: a step is a column block, row block after row block.
+  __device__ __forceinline__ Piece<T> pre(int step, int half) const {
+    return piece(1 + step % kAhead * kHalves + half);
   }
 
-  // From the gradient of hidden rows (accumulated) to that of the pre-activation; the rows' weights enter here, and
-  // their own gradient <dhidden, hidden> leaves as one partial sum a column tile (SonicMoE, arXiv 2512.14080).
+  __device__ __forceinline__ void read_pre(Work const& work, int step) const {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int block = step / kColumnBlocks, c = step % kColumnBlocks;
+      Part<T> from = part(const_cast<void*>(args_.pre), work, block, c, kHalves * args_.out_columns, half);
+      if (work.steps == 0) from.rows = 0;  // rows of nobody may hold anything
+      pre(step, half).read(from, lane_);
+    }
+    cute::cp_async_fence();
+  }
+
+  // From the gradient of hidden rows (accumulated) to that of the pre-activation, which takes the place of the latter;
+  // the rows' weights enter here, and their own gradient <dhidden, hidden> leaves as one partial sum a column tile
+  // (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
-  static __device__ __forceinline__ void store_gradient(Args const& args, GradientSlots& slots,
-                                                        float const (&acc)[Blocks][kTile.columns / 2], Work const& work,
-                                                        int warpgroup, int thread) {
-    const ActivationParams params{args.beta, args.linear_beta};
-    const int lane = thread % 32;
-    const bool rows_of_nobody = work.steps == 0;
+  __device__ __forceinline__ void store_gradient(Accumulator const (&acc)[Blocks], Work const& work) const {
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
-      const int first = block * kBlock, row_in_tile = first + thread / 32 * 16 + lane / 4;
-      const Window window(work.row + first, min(kBlock, work.valid - first));
+      const int row = block * kBlock + warp_ * kWarpRows + lane_ / 4;
       float weight[2], dot[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const bool inside = row_in_tile + 8 * half < work.valid && !rows_of_nobody;
-        weight[half] = inside ? args.row_weights[work.row + row_in_tile + 8 * half] : 0.0f;
+        const bool inside = row + 8 * half < work.valid && work.steps > 0;
+        weight[half] = inside ? args_.row_weights[work.row + row + 8 * half] : 0.0f;
       }
 #pragma unroll
       for (int c = 0; c < kColumnBlocks; ++c) {
-        const int step = block * kColumnBlocks + c, x = work.column + c * kBlock;
-        if (!rows_of_nobody) slots.wait();
-        if (thread == 0) cute::tma_store_wait<0>();
-        sync_warpgroup(warpgroup);
-        if (thread == 0 && !rows_of_nobody && step + 1 < Blocks * kColumnBlocks) {
-          const int next = (step + 1) % kColumnBlocks, next_block = (step + 1) / kColumnBlocks;
-          slots.load(args, step + 1, work.column + next * kBlock, work.row + next_block * kBlock);
-        }
+        const int step = block * kColumnBlocks + c;
+        cute::cp_async_wait<kAhead - 1>();
+        __syncwarp();
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          uint32_t gate[4] = {}, up[4] = {}, hidden[4];
-          if (!rows_of_nobody) {
-            load_pairs(gate, slots.pre(step, 0), q, thread);
-            if constexpr (kGated) load_pairs(up, slots.pre(step, 1), q, thread);
-          }
+        for (int quarter = 0; quarter < 4; ++quarter) {
+          uint32_t gate[4], up[4], hidden[4];
+          pre(step, 0).get(gate, quarter, lane_);
+          if constexpr (kGated) pre(step, 1).get(up, quarter, lane_);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
+            const int at = c * 32 + quarter * 8 + 2 * i;
             const float2 g = unpack<T>(gate[i]), u = kGated ? unpack<T>(up[i]) : float2{1.0f, 1.0f};
-            const float dx = acc[block][c * 32 + 8 * q + 2 * i], dy = acc[block][c * 32 + 8 * q + 2 * i + 1];
-            const float w = weight[i % 2];
-            const Value gx = gate_value<kActivation>(g.x, params), gy = gate_value<kActivation>(g.y, params);
-            const Value ux = up_value<kActivation>(u.x, params), uy = up_value<kActivation>(u.y, params);
+            const float dx = acc[block][at], dy = acc[block][at + 1], w = weight[i % 2];
+            const Value gx = gate_value<kActivation>(g.x, params_), gy = gate_value<kActivation>(g.y, params_);
+            const Value ux = up_value<kActivation>(u.x, params_), uy = up_value<kActivation>(u.y, params_);
             const float hx = gx.value * ux.value, hy = gy.value * uy.value;
             dot[i % 2] += dx * hx + dy * hy;
             hidden[i] = pack<T>(w * hx, w * hy);
             gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
             if constexpr (kGated) up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
           }
-          store_pairs(gate, slots.pre(step, 0), q, thread);
-          if constexpr (kGated) store_pairs(up, slots.pre(step, 1), q, thread);
-          store_pairs(hidden, slots.hidden(step), q, thread);
+          pre(step, 0).put(gate, quarter, lane_);
+          if constexpr (kGated) pre(step, 1).put(up, quarter, lane_);
+          piece(0).put(hidden, quarter, lane_);
         }
-        cute::tma_store_fence();
-        sync_warpgroup(warpgroup);
-        if (thread == 0) {
-          store_window(args.out, slots.pre(step, 0), x, window);
-          if constexpr (kGated) store_window(args.out3, slots.pre(step, 1), x, window);
-          store_window(args.out2, slots.hidden(step), x, window);
-          cute::tma_store_arrive();
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          pre(step, half).write(part(args_.out, work, block, c, kHalves * args_.out_columns, half), lane_);
+        }
+        piece(0).write(part(args_.hidden, work, block, c, args_.out_columns, 0), lane_);
+        __syncwarp();
+        if (step + kAhead < Blocks * kColumnBlocks) {
+          read_pre(work, step + kAhead);
+        } else {
+          cute::cp_async_fence();  // an empty group: waits count groups
         }
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         dot[half] += __shfl_xor_sync(~0u, dot[half], 1);
         dot[half] += __shfl_xor_sync(~0u, dot[half], 2);
-        const int row = row_in_tile + 8 * half;
-        if (lane % 4 == 0 && row < work.valid && work.column < args.out_columns) {
+        if (lane_ % 4 == 0 && row + 8 * half < work.valid && work.column < args_.out_columns) {
           const int64_t column_tile = work.column / kTile.columns;
-          args.partial[column_tile * args.num_rows + work.row + row] = dot[half];
+          args_.partial[column_tile * args_.num_rows + work.row + row + 8 * half] = dot[half];
         }
       }
     }
   }
+
+  Args const& args_;
+  ActivationParams params_;
+  char* base_;
+  int warp_, lane_;
 };
 
 }  // namespace latent_moe

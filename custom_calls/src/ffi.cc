@@ -154,8 +154,14 @@ struct Product {
     check.that(rows < (int64_t{1} << 31) - 256, "there are " + std::to_string(rows) + " rows, 2^31 or more");
     check.that(experts > 0, "there are no experts");
     if (!check.error().empty() || rows == 0) return;
-    check(dense_map(&args.a, type, x.untyped_data(), 1, rows, in, in, 64));
-    check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, n, transpose ? request.tile.columns : 64));
+    check(dense_map(&args.a, type, x.untyped_data(), 1, rows, in, 64));
+    bool const gated = request.epilogue == Epilogue::kActivation && is_gated(request.activation);
+    args.whole_b = !transpose && n % (gated ? 128 : 64) == 0;
+    if (args.whole_b) {
+      check(blocks_map(&args.b, type, w.untyped_data(), experts, k, n, request.tile.columns / (gated ? 128 : 64)));
+    } else {
+      check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, transpose ? request.tile.columns : 64));
+    }
     args.group_sizes = sizes.typed_data<int32_t>();
     args.num_experts = experts;
     args.num_rows = rows;
@@ -170,7 +176,7 @@ struct Product {
 };
 
 Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows, int32_t cluster_columns) {
-  return {rows, columns, stages, 0, cluster_rows, cluster_columns};
+  return {rows, columns, stages, cluster_rows, cluster_columns};
 }
 
 ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
@@ -182,7 +188,7 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ff
   if (product.check.error().empty()) {
     product.check.buffer("the result", *out, rows.element_type(), {product.rows, product.out});
     product.args.out_columns = product.out;
-    product.check(window_map(&product.args.out, product.type, out->untyped_data(), product.out, product.out));
+    product.args.out = out->untyped_data();
   }
   return product.finish(request, stream);
 }
@@ -203,16 +209,13 @@ void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& 
   check.buffer("pre-activations", pre, type, {keep_pre ? product.rows : 0, gated ? 2 * width : width});
   check.buffer("hidden rows", hidden, type, {product.rows, width});
   if (!check.error().empty()) return;
-  int64_t const pitch = gated ? 2 * width : width;
-  auto const* start = static_cast<char const*>(pre.untyped_data());
   Args& args = product.args;
+  args.out = pre.untyped_data();
+  args.hidden = hidden.untyped_data();
   args.out_columns = width;
   args.beta = beta;
   args.linear_beta = linear_beta;
   args.keep_pre = keep_pre;
-  check(window_map(&args.out, product.type, start, width, pitch));
-  check(window_map(&args.out2, product.type, hidden.untyped_data(), width, width));
-  check(window_map(&args.out3, product.type, start + (gated ? 2 * width : 0), width, pitch));
 }
 
 ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
@@ -242,11 +245,7 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
     product.check.buffer("pre", pre, dpre->element_type(), {product.rows, dpre->dimensions()[1]});
     product.check.buffer("row_weights", row_weights, ffi::DataType::F32, {product.rows});
     product.check.buffer("the sums", *partial, ffi::DataType::F32, {column_tiles, product.rows});
-    int64_t const width = product.out, pitch = dpre->dimensions()[1];
-    auto const* start = static_cast<char const*>(pre.untyped_data());
-    auto const* up = start + (pitch > width ? 2 * width : 0);
-    product.check(dense_map(&product.args.pre, product.type, start, 1, product.rows, width, pitch, 64));
-    product.check(dense_map(&product.args.pre_up, product.type, up, 1, product.rows, width, pitch, 64));
+    product.args.pre = pre.untyped_data();
     product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
     product.args.partial = static_cast<float*>(partial->untyped_data());
   }
@@ -281,9 +280,14 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   }
   Type const type = *type_of(rows);
   Args args = {};
-  check(window_map(&args.a, type, rows.untyped_data(), k, k));
-  check(window_map(&args.b, type, dout.untyped_data(), n, n));
-  check(dense_map(&args.out, type, out->untyped_data(), experts, k, n, n, 64));
+  auto const map = [&](CUtensorMap* to, void const* data, int64_t columns, bool whole, int tile) {
+    check(whole ? blocks_window_map(to, type, data, columns, tile / 64) : window_map(to, type, data, columns));
+  };
+  args.whole_a = cluster_columns == 1 && k % 64 == 0;
+  args.whole_b = cluster_rows == 1 && n % 64 == 0;
+  map(&args.a, rows.untyped_data(), k, args.whole_a, tile_rows);
+  map(&args.b, dout.untyped_data(), n, args.whole_b, tile_columns);
+  args.out = out->untyped_data();
   args.group_sizes = sizes.typed_data<int32_t>();
   args.num_experts = experts;
   args.num_rows = num_rows;

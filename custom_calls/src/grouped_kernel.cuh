@@ -1,9 +1,9 @@
 // One persistent, warp-specialised kernel for the three contractions of rows that are sorted by expert.
 //
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
-// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end anywhere: boxes
-// that the copy engine clips there (`Window`) let a partial tile be stored, and a partial step of a weight gradient be
-// loaded, like any other.
+// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end anywhere: a
+// partial tile is stored row by row, and a partial step of a weight gradient is loaded as a box that the copy engine
+// clips there (`Window`).
 #pragma once
 
 #include "epilogue.cuh"
@@ -29,35 +29,31 @@ struct Kernel {
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
-  static constexpr int kBarrierBytes = (2 * kTile.stages + 2 * kConsumers) * sizeof(uint64_t);
-  static constexpr bool kGradient = kInstance.epilogue == Epilogue::kActivationGrad;
-  using Slots = std::conditional_t<kGradient, typename EpilogueOf<I>::GradientSlots, typename EpilogueOf<I>::Slots>;
+  static constexpr int kBarrierBytes = (2 * kTile.stages + kConsumers) * sizeof(uint64_t);
   static_assert(kTile.columns * kBlocksA <= 384 && kBlocksA <= 3, "the accumulators fill the registers");
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
   static constexpr int shared_bytes(int num_experts) {
-    return 1024 + kTile.stages * kStageBytes + kConsumers * kTile.slots * kBlockBytes + kBarrierBytes +
+    return 1024 + kTile.stages * kStageBytes + EpilogueOf<I>::kSharedBytes + kBarrierBytes +
            Schedule<I>::shared_bytes(num_experts);
   }
 
   // Where everything lies in shared memory.
   struct Shared {
     char* stages;
-    char* slots;
+    char* epilogue;
     Barrier* full;
     Barrier* empty;
     Barrier* turn;
-    Barrier* pre;
     int* schedule;
 
     __device__ explicit Shared(char* base) {
       stages = base + (-cute::cast_smem_ptr_to_uint(base) & 1023);
-      slots = stages + kTile.stages * kStageBytes;
-      full = reinterpret_cast<Barrier*>(slots + kConsumers * kTile.slots * kBlockBytes);
+      epilogue = stages + kTile.stages * kStageBytes;
+      full = reinterpret_cast<Barrier*>(epilogue + EpilogueOf<I>::kSharedBytes);
       empty = full + kTile.stages;
       turn = empty + kTile.stages;
-      pre = turn + kConsumers;
-      schedule = reinterpret_cast<int*>(pre + kConsumers);
+      schedule = reinterpret_cast<int*>(turn + kConsumers);
     }
 
     __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
@@ -93,8 +89,9 @@ struct Kernel {
     for (int r = 0; r < kTile.cluster_rows; ++r) mask_b |= 1 << (r * kTile.cluster_columns + rank_column);
 
     Place place;
+    int expert = 0;
     for (int id = schedule.first(); id < schedule.count(); id += schedule.stride()) {
-      const Work work = schedule.work(id, rank);
+      const Work work = schedule.work(id, rank, expert);
       const int blocks = active_blocks(work);
       const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
       for (int step = 0; step < work.steps; ++step, place.next()) {
@@ -103,51 +100,72 @@ struct Kernel {
         full.arrive_and_expect_tx(bytes);
         const int at = step * kBlock;
         const Window window(work.row + at, min(kBlock, work.valid - at));  // of a weight gradient: ends with the expert
-#pragma unroll
-        for (int block = 0; block < kBlocksA; ++block) {
-          if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
-          char* smem = shared.a(place.stage, block);
-          if constexpr (kOuter) {
-            load_window<kTile.cluster_columns>(args.a, full, smem, mask_a, work.out_row + block * kBlock, window);
-          } else {
-            load_box<kTile.cluster_columns>(args.a, full, smem, mask_a, at, work.row + block * kBlock, 0);
-          }
-        }
-        if constexpr (kContraction == Contraction::kRowsWt) {
-          load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
+        if constexpr (kOuter) {
+          load_outer<kTile.cluster_columns, kBlocksA>(args.a, args.whole_a, full, shared.a(place.stage, 0), mask_a,
+                                                      rank_column, work.out_row, window);
+          load_outer<kTile.cluster_rows, kBlocksB>(args.b, args.whole_b, full, shared.b(place.stage, 0), mask_b,
+                                                   rank_row, work.column, window);
         } else {
 #pragma unroll
-          for (int block = 0; block < kBlocksB; ++block) {
-            if (block % kTile.cluster_rows != rank_row) continue;
-            char* smem = shared.b(place.stage, block);
-            if constexpr (kOuter) {
-              load_window<kTile.cluster_rows>(args.b, full, smem, mask_b, work.column + block * kBlock, window);
-            } else {
-              load_box<1>(args.b, full, smem, 0, column_of_block(args, work, block), at, work.expert);
-            }
+          for (int block = 0; block < kBlocksA; ++block) {
+            if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
+            load_box<kTile.cluster_columns>(args.a, full, shared.a(place.stage, block), mask_a, at,
+                                            work.row + block * kBlock, 0);
+          }
+          if constexpr (kContraction == Contraction::kRowsWt) {
+            load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
+          } else {
+            load_halves(args, full, shared.b(place.stage, 0), work, at);
           }
         }
       }
     }
   }
 
-  // First column of a block of w. The tile of a gated activation is half gate, half up.
-  static __device__ int column_of_block(Args const& args, Work const& work, int block) {
-    if constexpr (kInstance.epilogue == Epilogue::kActivation && is_gated(kInstance.activation)) {
-      constexpr int half = kBlocksB / 2;
-      return work.column + block % half * kBlock + (block < half ? 0 : args.out_columns);
-    } else {
-      return work.column + block * kBlock;
+  // Columns of an operand of a weight gradient, in [64][64] blocks side by side: all in one box where they are whole and
+  // no other block of the cluster loads a part of them.
+  template <int Sharers, int Blocks>
+  static __device__ __forceinline__ void load_outer(CUtensorMap const& map, bool whole, Barrier& full, char* smem,
+                                                    uint16_t mask, int rank, int column, Window const& window) {
+    if (Sharers == 1 && whole) {
+      load_box<1>(map, full, smem, 0, 0, window.y, column / kBlock, window.z, Window::kAxis);
+      return;
+    }
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) {
+      if (block % Sharers != rank) continue;
+      load_box<Sharers>(map, full, smem + block * kBlockBytes, mask, column + block * kBlock, window.y, window.z,
+                        Window::kAxis);
+    }
+  }
+
+  // Columns of w, in [64][64] blocks side by side. The tile of a gated activation is half gate, half up.
+  static __device__ __forceinline__ void load_halves(Args const& args, Barrier& full, char* smem, Work const& work,
+                                                     int row) {
+    constexpr int kHalves = kInstance.epilogue == Epilogue::kActivation && is_gated(kInstance.activation) ? 2 : 1;
+    constexpr int kBlocks = kBlocksB / kHalves;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int column = work.column + half * args.out_columns;
+      char* to = smem + half * kBlocks * kBlockBytes;
+      if (args.whole_b) {
+        load_box<1>(args.b, full, to, 0, 0, row, column / kBlock, work.expert);
+      } else {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          load_box<1>(args.b, full, to + block * kBlockBytes, 0, column + block * kBlock, row, work.expert);
+        }
+      }
     }
   }
 
   // One tile, of which `Blocks` 64-row blocks hold rows: multiplies and stores them.
   template <int Blocks>
   static __device__ __forceinline__ void tile(Args const& args, Shared const& shared,
-                                              Slots& slots, Work const& work, Place& place, uint32_t turn_phase,
-                                              int warpgroup, int thread) {
+                                              EpilogueOf<I> const& epilogue, Work const& work, Place& place,
+                                              uint32_t turn_phase, int warpgroup, int thread) {
     float acc[Blocks][kTile.columns / 2] = {};
-    if constexpr (kGradient) EpilogueOf<I>::begin_gradient(args, slots, work, thread);
+    epilogue.begin(work);
     shared.turn[warpgroup].wait(turn_phase);
     const auto multiply = [&](int k16) {
       const uint32_t a = cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0));
@@ -190,14 +208,7 @@ struct Kernel {
       release(shared, place.stage, thread);
       place.next();
     }
-    if constexpr (kGradient) {
-      EpilogueOf<I>::store_gradient(args, slots, acc, work, warpgroup, thread);
-    } else {
-#pragma unroll
-      for (int block = 0; block < Blocks; ++block) {
-        EpilogueOf<I>::store(args, slots, acc[block], work, block, warpgroup, thread);
-      }
-    }
+    epilogue.template finish<Blocks>(acc, work);
   }
 
   // Tells every producer of the cluster that this warpgroup has read the stage.
@@ -212,12 +223,12 @@ struct Kernel {
   static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule<I> const& schedule,
                                  int rank, int warpgroup) {
     const int thread = threadIdx.x % kWarpgroup;
-    Slots slots = slots_of(shared, warpgroup);
+    const EpilogueOf<I> epilogue(args, shared.epilogue);
     Place place;
-    int turn = 0;
+    int turn = 0, expert = 0;
     uint32_t turn_phase = warpgroup;  // flipped before each turn: the first warpgroup does not wait for its first
     for (int id = schedule.first(); id < schedule.count(); id += schedule.stride(), turn ^= 1) {
-      const Work work = schedule.work(id, rank);
+      const Work work = schedule.work(id, rank, expert);
       if (turn != warpgroup) {
         place.skip(work.steps);
         continue;
@@ -225,22 +236,12 @@ struct Kernel {
       turn_phase ^= 1;
       const int blocks = active_blocks(work);
       if (blocks == kBlocksA) {
-        tile<kBlocksA>(args, shared, slots, work, place, turn_phase, warpgroup, thread);
+        tile<kBlocksA>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
       } else if (kBlocksA > 2 && blocks == 2) {
-        tile<(kBlocksA > 2 ? 2 : 1)>(args, shared, slots, work, place, turn_phase, warpgroup, thread);
+        tile<(kBlocksA > 2 ? 2 : 1)>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
       } else {
-        tile<1>(args, shared, slots, work, place, turn_phase, warpgroup, thread);
+        tile<1>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
       }
-    }
-    if (thread == 0) cute::tma_store_wait<0>();
-  }
-
-  static __device__ __forceinline__ Slots slots_of(Shared const& shared, int warpgroup) {
-    char* base = shared.slots + warpgroup * kTile.slots * kBlockBytes;
-    if constexpr (kGradient) {
-      return Slots(base, &shared.pre[warpgroup]);
-    } else {
-      return Slots(base);
     }
   }
 };
@@ -258,10 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
       shared.full[stage].init(1);
       shared.empty[stage].init(K::kCluster);
     }
-    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) {
-      shared.turn[warpgroup].init(1);
-      shared.pre[warpgroup].init(1);
-    }
+    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
     cutlass::arch::fence_barrier_init();
   }
   const Schedule<I> schedule(args, shared.schedule);

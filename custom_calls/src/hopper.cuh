@@ -9,6 +9,7 @@
 
 #include "cute/arch/cluster_sm90.hpp"
 #include "cute/arch/copy_sm75.hpp"
+#include "cute/arch/copy_sm80.hpp"
 #include "cute/arch/copy_sm90.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
 #include "cute/arch/mma_sm90_desc.hpp"
@@ -77,12 +78,6 @@ __device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, 
   } else {
     cute::SM90_TMA_LOAD::copy(&map, barrier, hint, smem, at...);
   }
-}
-
-template <int Multicast>
-__device__ __forceinline__ void load_window(CUtensorMap const& map, Barrier& full, void* smem, uint16_t mask, int x,
-                                            Window const& window) {
-  load_box<Multicast>(map, full, smem, mask, x, window.y, window.z, Window::kAxis);
 }
 
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {

@@ -16,9 +16,9 @@ enum class Activation : int32_t { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeg
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 
 // A tile of `rows` x `columns` is computed by one block; blocks of a cluster share what they load: cluster_rows of them
-// lie one above the other, cluster_columns side by side. `slots` 64x64 blocks of each warpgroup wait to be stored.
+// lie one above the other, cluster_columns side by side.
 struct Tile {
-  int32_t rows, columns, stages, slots, cluster_rows, cluster_columns;
+  int32_t rows, columns, stages, cluster_rows, cluster_columns;
 };
 
 struct Instance {
@@ -29,10 +29,10 @@ struct Instance {
   Tile tile;
 };
 
-#define LATENT_MOE_INSTANCE(type, contraction, epilogue, activation, rows, columns, stages, slots, cluster_rows, \
-                            cluster_columns)                                                           \
-  Instance{Type::type, Contraction::contraction, Epilogue::epilogue, Activation::activation,                    \
-           Tile{rows, columns, stages, slots, cluster_rows, cluster_columns}},
+#define LATENT_MOE_INSTANCE(type, contraction, epilogue, activation, rows, columns, stages, cluster_rows, \
+                            cluster_columns)                                                             \
+  Instance{Type::type, Contraction::contraction, Epilogue::epilogue, Activation::activation,               \
+           Tile{rows, columns, stages, cluster_rows, cluster_columns}},
 constexpr Instance kInstances[] = {
 #include LATENT_MOE_INSTANCES
 };
@@ -51,9 +51,13 @@ struct Window {
 #endif
 };
 
-// What one launch works on. Tensor maps address 16-bit elements; see tensor_maps.h for what each covers.
+// What one launch works on; all matrices are of 16-bit elements.
 struct Args {
-  CUtensorMap a, b, out, out2, out3, pre, pre_up;
+  CUtensorMap a, b;
+  bool whole_a, whole_b;  // the map's columns are cut into blocks of 64 (tensor_maps.h)
+  void* out;        // the product; of a fused one the pre-activation, or its gradient
+  void* hidden;     // of a fused product: hidden rows [rows, out_columns]
+  void const* pre;  // activation gradient: what `out` is the gradient of
   int32_t const* group_sizes;
   int32_t num_experts, num_rows;
   int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)

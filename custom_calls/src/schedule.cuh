@@ -1,6 +1,7 @@
 // Which tile a block works on: found on the device from group_sizes, which never travel to the host.
 #pragma once
 
+#include "cutlass/fast_math.h"
 #include "hopper.cuh"
 
 namespace latent_moe {
@@ -36,49 +37,72 @@ class Schedule {
   // Sums the groups; every thread of the block takes part, and __syncthreads() must follow.
   __device__ Schedule(Args const& args, int* shared)
       : args_(args), starts_(shared), tiles_(shared + args.num_experts + 2) {
-    cluster_columns_ = ceil_div(args.out_columns, kColumns * kTile.cluster_columns);
-    cluster_rows_ = kOuter ? ceil_div(args.out_rows, kTile.rows * kTile.cluster_rows) : 0;
-    if (threadIdx.x < 32) sum(threadIdx.x);
+    const int columns = ceil_div(args.out_columns, kColumns * kTile.cluster_columns);
+    const int rows = kOuter ? ceil_div(args.out_rows, kTile.rows * kTile.cluster_rows) : 1;
+    by_column_ = cutlass::FastDivmod(columns);
+    by_expert_ = cutlass::FastDivmod(rows * columns);
+    if (threadIdx.x < 32) sum(threadIdx.x, columns);
     __syncthreads();
-    count_ = kOuter ? args.num_experts * cluster_rows_ * cluster_columns_ : tiles_[args.num_experts + 1];
+    count_ = kOuter ? args.num_experts * rows * columns : tiles_[args.num_experts + 1];
   }
 
   __device__ int first() const { return blockIdx.x / kCluster; }
   __device__ int stride() const { return gridDim.x / kCluster; }
   __device__ int count() const { return count_; }
 
-  __device__ __forceinline__ Work work(int id, int rank) const {
+  // The tile of this block in its cluster; `expert` is that of an earlier tile, or 0, and becomes this one's.
+  __device__ __forceinline__ Work work(int id, int rank, int& expert) const {
     const int rank_row = rank / kTile.cluster_columns, rank_column = rank % kTile.cluster_columns;
     Work work;
+    int local, row, column;
     if constexpr (kOuter) {
-      work.expert = id / (cluster_rows_ * cluster_columns_);
-      const int local = id % (cluster_rows_ * cluster_columns_);
-      work.out_row = (local / cluster_columns_ * kTile.cluster_rows + rank_row) * kTile.rows;
-      work.column = (local % cluster_columns_ * kTile.cluster_columns + rank_column) * kTile.columns;
+      by_expert_(work.expert, local, id);
+      by_column_(row, column, local);
+      work.out_row = (row * kTile.cluster_rows + rank_row) * kTile.rows;
+      work.column = (column * kTile.cluster_columns + rank_column) * kTile.columns;
       work.row = starts_[work.expert];
       work.valid = starts_[work.expert + 1] - work.row;
       work.steps = ceil_div(work.valid, kBlock);
     } else {
-      int low = 0, high = args_.num_experts;  // the last group whose first tile is not beyond id
-      while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        tiles_[middle] <= id ? low = middle : high = middle - 1;
+      expert = find(id, expert);
+      local = id - tiles_[expert];
+      const int start = starts_[expert], end = starts_[expert + 1];
+      if (args_.rows_first) {
+        const int row_tiles = ceil_div(end - start, kTile.rows);
+        column = local / row_tiles;
+        row = local - column * row_tiles;
+      } else {
+        by_column_(row, column, local);
       }
-      const int local = id - tiles_[low], row_tiles = (tiles_[low + 1] - tiles_[low]) / cluster_columns_;
-      const int row = args_.rows_first ? local % row_tiles : local / cluster_columns_;
-      const int column = args_.rows_first ? local / row_tiles : local % cluster_columns_;
-      work.expert = low;
-      work.row = starts_[low] + row * kTile.rows;
-      work.valid = min(kTile.rows, starts_[low + 1] - work.row);
+      work.expert = expert;
+      work.row = start + row * kTile.rows;
+      work.valid = min(kTile.rows, end - work.row);
       work.column = (column * kTile.cluster_columns + rank_column) * kColumns;
-      work.steps = low == args_.num_experts ? 0 : ceil_div(args_.contracted, kBlock);
+      work.steps = expert == args_.num_experts ? 0 : ceil_div(args_.contracted, kBlock);
     }
     return work;
   }
 
  private:
+  // The last group whose first tile is not beyond id, from an earlier one on: mostly a step or two.
+  __device__ __forceinline__ int find(int id, int low) const {
+    int high = args_.num_experts;
+    for (int step = 1; low + step <= high; step *= 2) {
+      if (tiles_[low + step] > id) {
+        high = low + step - 1;
+      } else {
+        low += step;
+      }
+    }
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      tiles_[middle] <= id ? low = middle : high = middle - 1;
+    }
+    return low;
+  }
+
   // starts_[e] is the first row of expert e, tiles_[e] its first tile; one warp, 32 experts at a time.
-  __device__ void sum(int lane) {
+  __device__ void sum(int lane, int columns) {
     int row = 0, tile = 0;
     for (int base = 0; base <= args_.num_experts; base += 32) {
       const int expert = base + lane;
@@ -87,7 +111,7 @@ class Schedule {
       const int start = min(end - size, args_.num_rows);
       end = min(end, args_.num_rows);
       if (expert == args_.num_experts) end = args_.num_rows;
-      const int tiles = kOuter ? 0 : ceil_div(end - start, kTile.rows) * cluster_columns_;
+      const int tiles = kOuter ? 0 : ceil_div(end - start, kTile.rows) * columns;
       const int last = tile + inclusive_sum(tiles, lane);
       if (expert <= args_.num_experts) {
         starts_[expert] = start;
@@ -113,7 +137,8 @@ class Schedule {
   Args const& args_;
   int* starts_;
   int* tiles_;
-  int cluster_columns_, cluster_rows_, count_;
+  cutlass::FastDivmod by_column_, by_expert_;
+  int count_;
 };
 
 }  // namespace latent_moe
