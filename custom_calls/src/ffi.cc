@@ -126,6 +126,11 @@ ffi::Error run(Request const& request, Type type, Args const& args, cudaStream_t
                 (tiles.empty() ? "none" : tiles));
 }
 
+void take_counter(Check& check, Args& args, ffi::AnyBuffer const& counter) {
+  check.buffer("the counter", counter, ffi::DataType::S32, {1});
+  args.counter = static_cast<int32_t*>(counter.untyped_data());
+}
+
 // rows x w or rows x w^T: what the plain and the fused products have in common.
 struct Product {
   Check check;
@@ -169,7 +174,8 @@ struct Product {
     args.rows_first = rows_first;
   }
 
-  ffi::Error finish(Request const& request, cudaStream_t stream) {
+  ffi::Error finish(Request const& request, ffi::AnyBuffer const& counter, cudaStream_t stream) {
+    take_counter(check, args, counter);
     if (!check.error().empty()) return refuse(check.error());
     return rows == 0 ? ffi::Error::Success() : run(request, type, args, stream);
   }
@@ -180,7 +186,7 @@ Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows
 }
 
 ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                  ffi::Result<ffi::AnyBuffer> out, bool transpose_w, int32_t tile_rows, int32_t tile_columns,
+                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> counter, bool transpose_w, int32_t tile_rows, int32_t tile_columns,
                   int32_t stages, int32_t cluster, bool rows_first) {
   Request request{transpose_w ? Contraction::kRowsWt : Contraction::kRowsW};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
@@ -190,7 +196,7 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ff
     product.args.out_columns = product.out;
     product.args.out = out->untyped_data();
   }
-  return product.finish(request, stream);
+  return product.finish(request, *counter, stream);
 }
 
 // Both fused products store pre-activations (or their gradients) and hidden rows side by side.
@@ -219,21 +225,21 @@ void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& 
 }
 
 ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                             ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden, int32_t activation,
-                             float beta, float linear_beta, bool keep_pre, int32_t tile_rows, int32_t tile_columns,
+                             ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden,
+                             ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta, float linear_beta, bool keep_pre, int32_t tile_rows, int32_t tile_columns,
                              int32_t stages, int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsW, Epilogue::kActivation, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Product product(request, rows, w, sizes, rows_first);
   fused_maps(product, request, *pre, keep_pre, *hidden,
              is_gated(request.activation) ? product.out / 2 : product.out, activation, beta, linear_beta);
-  return product.finish(request, stream);
+  return product.finish(request, *counter, stream);
 }
 
 ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                                   ffi::AnyBuffer pre, ffi::AnyBuffer row_weights, ffi::Result<ffi::AnyBuffer> dpre,
                                   ffi::Result<ffi::AnyBuffer> weighted, ffi::Result<ffi::AnyBuffer> partial,
-                                  int32_t activation, float beta, float linear_beta, int32_t tile_rows,
+                                  ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta, float linear_beta, int32_t tile_rows,
                                   int32_t tile_columns, int32_t stages, int32_t cluster,
                                   bool rows_first) {
   Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
@@ -249,12 +255,12 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
     product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
     product.args.partial = static_cast<float*>(partial->untyped_data());
   }
-  return product.finish(request, stream);
+  return product.finish(request, *counter, stream);
 }
 
 ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, ffi::AnyBuffer sizes,
-                 ffi::Result<ffi::AnyBuffer> out, int32_t tile_rows, int32_t tile_columns, int32_t stages,
-                 int32_t cluster_rows, int32_t cluster_columns) {
+                 ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> counter, int32_t tile_rows,
+                 int32_t tile_columns, int32_t stages, int32_t cluster_rows, int32_t cluster_columns) {
   Request request{Contraction::kOuter};
   request.tile = tile_of(tile_rows, tile_columns, stages, cluster_rows, cluster_columns);
   Check check;
@@ -291,6 +297,7 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   args.group_sizes = sizes.typed_data<int32_t>();
   args.num_experts = experts;
   args.num_rows = num_rows;
+  take_counter(check, args, *counter);
   args.out_rows = k;
   args.out_columns = n;
   if (!check.error().empty()) return refuse(check.error());
@@ -328,11 +335,11 @@ auto with_matmul_tile(Binding&& binding) {
       .template Attr<bool>("rows_first");
 }
 
-auto bind_matmul() { return with_matmul_tile(bind_rows().Ret<ffi::AnyBuffer>().Attr<bool>("transpose_w")); }
+auto bind_matmul() { return with_matmul_tile(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<bool>("transpose_w")); }
 
 auto bind_activation() {
   return with_matmul_tile(
-      with_activation(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()).Attr<bool>("keep_pre"));
+      with_activation(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()).Attr<bool>("keep_pre"));
 }
 
 auto bind_activation_grad() {
@@ -341,11 +348,12 @@ auto bind_activation_grad() {
                                               .Arg<ffi::AnyBuffer>()  // row_weights
                                               .Ret<ffi::AnyBuffer>()
                                               .Ret<ffi::AnyBuffer>()
+                                              .Ret<ffi::AnyBuffer>()
                                               .Ret<ffi::AnyBuffer>()));
 }
 
 auto bind_outer() {
-  return with_tile(bind_rows().Ret<ffi::AnyBuffer>())
+  return with_tile(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>())
       .Attr<int32_t>("cluster_rows")
       .Attr<int32_t>("cluster_columns");
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "queue.cuh"
 #include "schedule.cuh"
 
 namespace latent_moe {
@@ -26,6 +27,9 @@ struct Kernel {
   using Op = Wgmma<T, kTile.columns, kMajorA, kMajorB>;
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
+  // A kernel of small tiles is bound by reading weights, each once: it need not wait for a counter to be cleared.
+  static constexpr bool kCounts = kTile.rows > kBlock;
+  using Tiles = Queue<kCounts ? kCluster : 0>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
@@ -34,7 +38,7 @@ struct Kernel {
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
   static constexpr int shared_bytes(int num_experts) {
-    return 1024 + kTile.stages * kStageBytes + EpilogueOf<I>::kSharedBytes + kBarrierBytes +
+    return 1024 + kTile.stages * kStageBytes + EpilogueOf<I>::kSharedBytes + kBarrierBytes + Tiles::kSharedBytes +
            Schedule<I>::shared_bytes(num_experts);
   }
 
@@ -45,6 +49,7 @@ struct Kernel {
     Barrier* full;
     Barrier* empty;
     Barrier* turn;
+    void* queue;
     int* schedule;
 
     __device__ explicit Shared(char* base) {
@@ -53,7 +58,8 @@ struct Kernel {
       full = reinterpret_cast<Barrier*>(epilogue + EpilogueOf<I>::kSharedBytes);
       empty = full + kTile.stages;
       turn = empty + kTile.stages;
-      schedule = reinterpret_cast<int*>(turn + kConsumers);
+      queue = turn + kConsumers;
+      schedule = reinterpret_cast<int*>(static_cast<char*>(queue) + Tiles::kSharedBytes);
     }
 
     __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
@@ -81,16 +87,17 @@ struct Kernel {
   }
 
   static __device__ __forceinline__ void produce(Args const& args, Shared const& shared, Schedule<I> const& schedule,
-                                 int rank) {
+                                                 int rank) {
     const int rank_row = rank / kTile.cluster_columns, rank_column = rank % kTile.cluster_columns;
     // Blocks in one row of the cluster share A, blocks in one column share B.
     const uint16_t mask_a = ((1 << kTile.cluster_columns) - 1) << (rank_row * kTile.cluster_columns);
     uint16_t mask_b = 0;
     for (int r = 0; r < kTile.cluster_rows; ++r) mask_b |= 1 << (r * kTile.cluster_columns + rank_column);
 
+    Tiles tiles(shared.queue);
     Place place;
-    int expert = 0;
-    for (int id = schedule.first(); id < schedule.count(); id += schedule.stride()) {
+    int id, expert = 0;
+    while ((id = tiles.template take<true>()) < schedule.count()) {
       const Work work = schedule.work(id, rank, expert);
       const int blocks = active_blocks(work);
       const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
@@ -221,14 +228,16 @@ struct Kernel {
   }
 
   static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule<I> const& schedule,
-                                 int rank, int warpgroup) {
+                                                 int rank, int warpgroup) {
     const int thread = threadIdx.x % kWarpgroup;
     const EpilogueOf<I> epilogue(args, shared.epilogue);
+    Tiles tiles(shared.queue);
     Place place;
-    int turn = 0, expert = 0;
+    int id, expert = 0, turn = 1;
     uint32_t turn_phase = warpgroup;  // flipped before each turn: the first warpgroup does not wait for its first
-    for (int id = schedule.first(); id < schedule.count(); id += schedule.stride(), turn ^= 1) {
+    while ((id = tiles.template take<false>()) < schedule.count()) {
       const Work work = schedule.work(id, rank, expert);
+      turn ^= 1;
       if (turn != warpgroup) {
         place.skip(work.steps);
         continue;
@@ -260,6 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
       shared.empty[stage].init(K::kCluster);
     }
     for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
+    typename K::Tiles(shared.queue).init();
     cutlass::arch::fence_barrier_init();
   }
   const Schedule<I> schedule(args, shared.schedule);
@@ -272,6 +282,9 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   if (warpgroup == kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (threadIdx.x == kConsumers * kWarpgroup) K::produce(args, shared, schedule, rank);
+    if (K::kCounts && rank == 0 && threadIdx.x == kConsumers * kWarpgroup + 32) {
+      typename K::Tiles(shared.queue).serve(args.counter, schedule.count());
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
     K::consume(args, shared, schedule, rank, warpgroup);
@@ -301,6 +314,9 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = 1;
+  if (K::kCounts) {
+    if (auto error = cudaMemsetAsync(args.counter, 0, sizeof(int), stream)) return error;
+  }
   // All blocks run at once: of a cluster size, the GPU may hold fewer than its multiprocessors would make.
   int clusters = num_sms / K::kCluster;
   if constexpr (K::kCluster > 2) {

@@ -24,6 +24,7 @@ using cute::SM90::GMMA::Major;
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;              // warpgroups
 constexpr int kBlock = 64;                 // elements of a 128-byte swizzled row, and rows of one wgmma
 constexpr int kBlockBytes = kBlock * 128;  // one [64][64] block of 16-bit elements
 

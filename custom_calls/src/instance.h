@@ -63,6 +63,7 @@ struct Args {
   int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)
   int32_t out_rows;     // outer: rows of one product
   int32_t out_columns;  // columns of one product; of a gated activation, of one half
+  int32_t* counter;     // one number, the kernel's own
   bool rows_first;      // walk down the rows of an expert before its columns
   float beta, linear_beta;
   bool keep_pre;             // activation: the pre-activation is stored beside the hidden rows

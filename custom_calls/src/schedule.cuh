@@ -6,8 +6,6 @@
 
 namespace latent_moe {
 
-constexpr int kConsumers = 2;
-
 // A tile of the output: whose it is, where it begins, and how much of it there is.
 struct Work {
   int expert;
@@ -20,7 +18,7 @@ struct Work {
 
 constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Clusters take tiles in turn. Rows beyond the sum of the groups are one more group, whose product is zero.
+// All tiles, in order. Rows beyond the sum of the groups are one more group, whose product is zero.
 template <int I>
 class Schedule {
   static constexpr Instance kInstance = kInstances[I];
@@ -29,7 +27,6 @@ class Schedule {
   // The tile of a gated activation is half gate, half up.
   static constexpr bool kHalves = kInstance.epilogue == Epilogue::kActivation && is_gated(kInstance.activation);
   static constexpr int kColumns = kHalves ? kTile.columns / 2 : kTile.columns;
-  static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
 
  public:
   static constexpr int shared_bytes(int num_experts) { return (kOuter ? 1 : 2) * (num_experts + 2) * sizeof(int); }
@@ -46,8 +43,6 @@ class Schedule {
     count_ = kOuter ? args.num_experts * rows * columns : tiles_[args.num_experts + 1];
   }
 
-  __device__ int first() const { return blockIdx.x / kCluster; }
-  __device__ int stride() const { return gridDim.x / kCluster; }
   __device__ int count() const { return count_; }
 
   // The tile of this block in its cluster; `expert` is that of an earlier tile, or 0, and becomes this one's.

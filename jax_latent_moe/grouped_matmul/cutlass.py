@@ -53,15 +53,15 @@ class Cutlass:
         """See `Backend.matmul`."""
         tile = self._tile("rows_wt" if transpose_w else "rows_w", rows, w.shape)
         out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
-        call = _call("matmul", out)
-        return call(rows, w, group_sizes, transpose_w=transpose_w, **_matmul_attributes(tile))
+        call = _call("matmul", [out])
+        return call(rows, w, group_sizes, transpose_w=transpose_w, **_matmul_attributes(tile))[0]
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
         shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
         tile = self._tile("outer", rows, shape)
-        call = _call("outer", jax.ShapeDtypeStruct(shape, rows.dtype))
-        return call(
+        call = _call("outer", [jax.ShapeDtypeStruct(shape, rows.dtype)])
+        (out, _) = call(
             rows,
             dout,
             group_sizes,
@@ -69,6 +69,7 @@ class Cutlass:
             cluster_rows=np.int32(tile.cluster_rows),
             cluster_columns=np.int32(tile.cluster_columns),
         )
+        return out
 
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
@@ -78,7 +79,7 @@ class Cutlass:
         kept = jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype)
         call = _call("matmul_activation", [kept, jax.ShapeDtypeStruct((num_rows, width), rows.dtype)])
         attributes = _activation_attributes(activation) | {"keep_pre": keep_pre} | _matmul_attributes(tile)
-        pre, hidden = call(rows, w, group_sizes, **attributes)
+        pre, hidden, _ = call(rows, w, group_sizes, **attributes)
         return pre if keep_pre else None, hidden
 
     def matmul_activation_grad(self, dout, w, group_sizes, pre, row_weights, *, activation):
@@ -93,7 +94,7 @@ class Cutlass:
         # The gradient takes the place of the pre-activation, which nobody reads afterwards.
         call = _call("matmul_activation_grad", outs, input_output_aliases={3: 0})
         attributes = _activation_attributes(activation) | _matmul_attributes(tile)
-        dpre, hidden, sums = call(dout, w, group_sizes, pre, row_weights.astype(jnp.float32), **attributes)
+        dpre, hidden, sums, _ = call(dout, w, group_sizes, pre, row_weights.astype(jnp.float32), **attributes)
         return dpre, hidden, jnp.sum(sums, axis=0)
 
     def _given(self, problem):
@@ -111,6 +112,8 @@ def _halves(problem) -> int:
 
 
 def _call(target, outs, **options):
+    """The target with its results, the last of which is the kernel's own: the number of the next tile."""
+    outs = [*outs, jax.ShapeDtypeStruct((1,), jnp.int32)]
     return jax.ffi.ffi_call(f"latent_moe_{target}", outs, vmap_method="sequential", **options)
 
 

@@ -1,0 +1,77 @@
+// In which order tiles are taken: each cluster the next that nobody has.
+//
+// Tiles differ in their rows, and clusters that took every n-th one would drift apart until the weights that neighbouring
+// tiles share had left the L2 cache in between. One thread of a cluster counts in memory and tells its blocks.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace latent_moe {
+
+// With Cluster 0 nobody counts: block b takes tiles b, b + gridDim.x, ..., for kernels of few tiles.
+template <int Cluster>
+class Queue {
+  static constexpr int kSlots = Cluster == 0 ? 0 : 4;
+  static constexpr int kReaders = kConsumers * 4 + 1;  // warps of consumers, and the producer's thread
+
+ public:
+  static constexpr int kSharedBytes = kSlots * (2 * sizeof(uint64_t) + sizeof(int));
+
+  __device__ explicit Queue(void* shared)
+      : full_(static_cast<Barrier*>(shared)), empty_(full_ + kSlots), ids_(reinterpret_cast<int*>(empty_ + kSlots)) {}
+
+  // By one thread, before the blocks of the cluster meet.
+  __device__ void init() const {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      full_[slot].init(1);
+      empty_[slot].init(Cluster * kReaders);
+    }
+  }
+
+  // By the thread that counts, in the first block of a cluster.
+  __device__ void serve(int* counter, int count) {
+    int id = 0;
+    do {
+      empty_[slot_].wait(phase_ ^ 1);
+      id = atomicAdd(counter, 1);
+      for (int block = 0; block < Cluster; ++block) {
+        cute::store_shared_remote(id, cute::cast_smem_ptr_to_uint(ids_ + slot_),
+                                  cute::cast_smem_ptr_to_uint(full_ + slot_), block);
+      }
+      next();
+    } while (id < count);
+  }
+
+  // The next tile; from the count of tiles on there is none. By each warp of the consumers and one more thread of each
+  // block, of which the latter has Producer true.
+  template <bool Producer>
+  __device__ __forceinline__ int take() {
+    if constexpr (kSlots == 0) {
+      const int id = blockIdx.x + taken_ * gridDim.x;
+      ++taken_;
+      return id;
+    } else {
+      Barrier& full = full_[slot_];
+      if (Producer) full.arrive_and_expect_tx(sizeof(int));
+      full.wait(phase_);
+      const int id = *reinterpret_cast<int volatile*>(ids_ + slot_);
+      if (!Producer) __syncwarp();
+      if (Producer || threadIdx.x % 32 == 0) empty_[slot_].arrive(0u);
+      next();
+      return id;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void next() {
+    if (++slot_ == kSlots) slot_ = 0, phase_ ^= 1;
+  }
+
+  Barrier* full_;
+  Barrier* empty_;
+  int* ids_;
+  int slot_ = 0, taken_ = 0;
+  uint32_t phase_ = 0;
+};
+
+}  // namespace latent_moe
