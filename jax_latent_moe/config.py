@@ -24,6 +24,7 @@ DROP_POLICIES = ("probs", "position")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 XLA_METHODS = ("blocked", "ragged_dot")
+FUSE = ("measured", "always", "never")
 DISPATCHES = ("auto", "all_gather", "all_to_all", "ragged_all_to_all")
 
 # What a tile of the Pallas kernels may take: 192 float32 accumulators a thread, and shared memory less its barriers.
@@ -177,12 +178,16 @@ class CutlassBackend:
         matmul_tile: tile of rows x w and rows x w^T without a fused activation; None takes the measured one for the
             shape, or a heuristic.
         outer_tile: tile of rows^T x rows; None likewise.
+        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
+            where they were measured, "always" all that were compiled, which takes the least memory, "never" none.
     """
 
     matmul_tile: CutlassTile | None = None
     outer_tile: CutlassTile | None = None
+    fuse: str = "measured"
 
     def __post_init__(self):
+        checks.one_of("CutlassBackend.fuse", self.fuse, FUSE)
         for field in ("matmul_tile", "outer_tile"):
             if getattr(self, field) is not None:
                 checks.instance(f"CutlassBackend.{field}", getattr(self, field), CutlassTile)

@@ -1,6 +1,7 @@
 """Settings of every test: fresh seeds, printed; hypothesis from the same seed; eight virtual CPU devices."""
 
 import os
+import pathlib
 import secrets
 
 import hypothesis
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jax_latent_moe.grouped_matmul import cutlass_library
 from tests import seeds
 
 hypothesis.settings.register_profile("tests", deadline=None, database=None, print_blob=True)
@@ -25,6 +27,19 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"random inputs: repeat with {seeds.VARIABLE}={seeds.base_seed()}")
+
+
+@pytest.fixture
+def library_at(monkeypatch):
+    """Has the compiled kernels looked for elsewhere."""
+
+    def look(path: pathlib.Path):
+        monkeypatch.setenv(cutlass_library.VARIABLE, str(path))
+        cutlass_library.library.cache_clear()
+
+    yield look
+    monkeypatch.undo()
+    cutlass_library.library.cache_clear()
 
 
 @pytest.fixture

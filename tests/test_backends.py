@@ -60,7 +60,7 @@ def test_auto_ends_with_a_backend_that_runs_anything(platform):
 def test_explain_says_who_was_asked_and_what_they_said():
     lines = explain(dataclasses.replace(PROBLEM, platform="gpu")).splitlines()
     assert "rows_w on gpu" in lines[0]
-    assert lines[1].strip().startswith("PallasBackend(")
+    assert lines[1].strip().startswith("CutlassBackend(")
     assert all("refuses: " in line or "runs it" in line for line in lines[1:])
     assert lines[-1].endswith("runs it")
     assert "refuses: its kernels are for NVIDIA Hopper GPUs" in explain(PROBLEM, PallasBackend())

@@ -2,35 +2,21 @@
 
 import ctypes
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_latent_moe import CutlassBackend, UnsupportedError
+from jax_latent_moe import ConfigError, CutlassBackend, UnsupportedError
 from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.grouped_matmul import FusedActivation, Problem, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul import cutlass_library as loader
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
 
 H200 = Problem("rows_w", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
 BUILT = loader.library()
 needs_library = pytest.mark.skipif(BUILT.missing is not None, reason=f"{BUILT.missing}")
-
-
-@pytest.fixture
-def library_at(monkeypatch):
-    """Has the library looked for elsewhere."""
-
-    def look(path: pathlib.Path):
-        monkeypatch.setenv(loader.VARIABLE, str(path))
-        loader.library.cache_clear()
-
-    yield look
-    monkeypatch.undo()
-    loader.library.cache_clear()
 
 
 def test_without_its_library_it_says_how_to_get_it(library_at, tmp_path):
@@ -63,8 +49,11 @@ def test_what_it_cannot_run_it_refuses(changes, reason):
     assert reason in (Cutlass(CutlassBackend()).supports(dataclasses.replace(H200, **changes)) or "")
 
 
-def test_auto_does_not_take_what_is_not_proved():
-    assert "CutlassBackend" not in explain(H200)
+def test_auto_goes_on_where_there_is_no_library(library_at, tmp_path):
+    library_at(tmp_path / loader.FILE)
+    text = explain(H200)
+    assert "is not there: `make cuda`" in text
+    assert type(select(H200)).__name__ == "Pallas"
 
 
 @needs_library
@@ -97,16 +86,33 @@ def test_a_tile_that_was_not_compiled_is_refused_with_those_that_were():
 
 
 @needs_library
-def test_only_what_was_compiled_is_fused():
-    fused = {instance.activation for instance in BUILT.instances}
+@pytest.mark.parametrize("contraction", ["rows_w", "rows_wt"])
+def test_fuse_says_what_is_fused(contraction):
+    fused = {instance.activation for instance in BUILT.instances if instance.contraction == contraction}
     for name in ACTIVATIONS:
-        problem = dataclasses.replace(H200, activation=FusedActivation(name, 4.0, 25.0))
-        assert (select_fusing(problem, CutlassBackend()) is not None) == (name in fused)
+        problem = dataclasses.replace(H200, contraction=contraction, activation=FusedActivation(name, 4.0, 25.0))
+        for fuse, expected in (
+            ("always", name in fused),
+            ("measured", name in fused and (contraction, name) in FASTER["cutlass"]),
+            ("never", False),
+        ):
+            assert (select_fusing(problem, CutlassBackend(fuse=fuse)) is not None) == expected
+
+
+def test_what_fuse_leaves_to_xla_is_said():
+    with pytest.raises(ConfigError, match=r"CutlassBackend.fuse='sometimes' .*measured"):
+        CutlassBackend(fuse="sometimes")
+    assert "fuse='always' has the kernel" in (fusing_refusal("cutlass", "never", "rows_w", "relu2") or "")
+
+
+@needs_library
+def test_auto_takes_it():
+    assert type(select(H200)).__name__ == "Cutlass"
 
 
 @needs_library
 def test_lowers_for_cuda():
-    backend, activation = Cutlass(CutlassBackend()), FusedActivation("relu2")
+    backend, activation = Cutlass(CutlassBackend(fuse="always")), FusedActivation("relu2")
     num_rows, (experts, k, n) = 300, (8, 72, 136)
     rows, dout, pre = (jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16) for width in (k, n, n))
     w, w_out = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((experts, k, n), (experts, n, k)))

@@ -77,7 +77,7 @@ class EpilogueOf {
   static constexpr int kColumnBlocks = kTile.columns / kBlock;
   static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kHalves = kGated ? 2 : 1;
-  static constexpr int kAhead = 2;  // blocks of pre-activations that are on their way while others are worked on
+  static constexpr int kAhead = 2;  // blocks of pre-activations that are on their way while the tile is multiplied
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.columns / 2];
 

@@ -2,7 +2,6 @@
 
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
-#include <cstdlib>
 
 namespace latent_moe {
 namespace {
@@ -30,7 +29,7 @@ Error encode(CUtensorMap* map, Type type, void const* data, cuuint64_t const (&s
   auto const result = encode_tiled(
       map, type == Type::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, Rank,
       const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      getenv("LM_PROMO") ? CUtensorMapL2promotion(atoi(getenv("LM_PROMO"))) : CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return "";
   std::string axes;
   for (auto size : sizes) axes += " " + std::to_string(size);

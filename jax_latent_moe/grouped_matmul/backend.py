@@ -84,11 +84,10 @@ _BACKENDS = {
     CutlassBackend: cutlass.Cutlass,
 }
 
-# What "auto" asks, in order, by platform: the first that supports the problem runs. The compiled kernels are not among
-# them until they are proved on a GPU (docs/cutlass.md).
+# What "auto" asks, in order, by platform: the first that supports the problem runs. By the layers of benchmarks/results.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
-    "gpu": (PallasBackend(), XlaBackend()),
+    "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
     "tpu": (XlaBackend(method="ragged_dot"),),
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax_latent_moe.config import CutlassBackend, CutlassTile
 from jax_latent_moe.grouped_matmul import cutlass_tiles
 from jax_latent_moe.grouped_matmul.cutlass_library import library
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation, fusing_refusal
 from jax_latent_moe.grouped_matmul.problems import Problem, hopper_refusal, problem
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
@@ -36,6 +36,10 @@ class Cutlass:
             return f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}."
         if library().missing:
             return library().missing
+        if problem.activation is not None and (
+            reason := fusing_refusal("cutlass", self.config.fuse, problem.contraction, problem.activation.name)
+        ):
+            return reason
         return cutlass_tiles.refusal(problem, self._given(problem))
 
     def tile(self, problem) -> Choice:

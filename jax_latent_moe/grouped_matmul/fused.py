@@ -1,9 +1,23 @@
-"""Activations that a kernel can fuse into a product."""
+"""Activations that a kernel can fuse into a product, and when it should."""
 
 import dataclasses
 
 # In the order by which the compiled kernels know them (custom_calls/src/instance.h).
 ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
+
+
+# (contraction, activation) that gained time on an H200: "rows_w" fuses the activation, "rows_wt" its gradient. The
+# others took longer than the plain product and XLA's own pass after it (benchmarks/results, suite "fused").
+FASTER = {
+    "cutlass": (("rows_w", "relu2"),),
+}
+
+
+def fusing_refusal(backend: str, fuse: str, contraction: str, activation: str) -> str | None:
+    """None, or why a backend leaves an activation that its kernels may fuse to XLA; `fuse` is the config's setting."""
+    if fuse == "always" or (fuse == "measured" and (contraction, activation) in FASTER[backend]):
+        return None
+    return f"fuse={fuse!r} leaves {activation} of {contraction} to XLA: fuse='always' has the kernel take it."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,8 @@ def test_weights_beyond_two_to_the_31_elements(rng):
     assert float(jnp.max(jnp.abs(dw[np.flatnonzero(sizes == 0)]))) == 0
 
 
-def test_auto_picks_it():
+def test_auto_picks_it_where_no_kernels_are_compiled(library_at, tmp_path):
+    library_at(tmp_path / "none.so")
     chosen = select(problem("rows_w", 4096, (64, 256, 512), jnp.bfloat16))
     assert type(chosen).__name__ == "Pallas"
 
