@@ -91,6 +91,7 @@ LAYERS = {
     "qwen3_t16384": (16384, _routed_part(presets.QWEN3_30B_A3B)),
 }
 QUICK_LAYERS = ("super_t8192",)
+FUSED = {name: LAYERS[name] for name in ("super_t8192", "super_swiglu_m1792_t8192")}
 DECODE_LAYERS = {f"super_t{tokens}": (tokens, SUPER) for tokens in (1, 8, 64)}
 QUICK_DECODE_LAYERS = ("super_t64",)
 STEPS = {"trainer_preset_gpu": {}}

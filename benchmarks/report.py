@@ -35,6 +35,7 @@ def table_of(suite: str, *, memory: bool = False) -> Callable[[tables.Rows], str
 
 SECTIONS: dict[str, Callable[[tables.Rows], str]] = {
     "kernels": table_of("kernel"),
+    "fused": table_of("fused", memory=True),
     "layers": table_of("layer", memory=True),
     "decode": table_of("decode"),
     "step": table_of("step", memory=True),

@@ -9,11 +9,13 @@ from benchmarks.measure import RESULTS
 from benchmarks.problems import BACKENDS
 
 Rows = list[dict]
-SUITES = ("compile", "kernel", "layer", "decode", "step")
+SUITES = ("compile", "kernel", "fused", "layer", "decode", "step")
 # What ran, in the order of the columns, and what a reader calls it.
 LABELS = {
     "cutlass": "cutlass",
+    "cutlass_fused": 'cutlass, `fuse="always"`',
     "pallas": "pallas",
+    "pallas_fused": 'pallas, `fuse="always"`',
     "xla": "xla",
     "torch_grouped_mm": "torch `grouped_mm`",
     "transformers_grouped_mm": "transformers on `grouped_mm`",

@@ -53,7 +53,7 @@ def _routed_fwd(config, tokens, weights, w_in, w_out, plan):
 
 
 def _forward(config, tokens, weights, w_in, w_out, plan, *, keep_pre):
-    pre, hidden = _up(config, gather_rows(tokens, plan), w_in, plan.group_sizes, keep_pre=keep_pre)
+    pre, hidden = up(config, gather_rows(tokens, plan), w_in, plan.group_sizes, keep_pre=keep_pre)
     out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
     return combine(out, plan, weights).astype(tokens.dtype), pre
 
@@ -63,7 +63,7 @@ def _routed_bwd(config, residuals, dcombined):
     outer = functools.partial(grouped_outer, group_sizes=plan.group_sizes, backend=config.backend)
     dout = gather_rows(dcombined, plan)
     row_weights = weights.reshape(-1)[plan.slot_of_row]
-    dpre, weighted_hidden, drow_weights = _down_gradient(config, dout, w_out, plan.group_sizes, pre, row_weights)
+    dpre, weighted_hidden, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, pre, row_weights)
     dw_out = outer(weighted_hidden, dout)
     dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
     dw_in = outer(gather_rows(tokens, plan), dpre)
@@ -72,8 +72,16 @@ def _routed_bwd(config, residuals, dcombined):
     return dtokens, dweights, dw_in, dw_out, None
 
 
-def _up(config, rows, w_in, group_sizes, *, keep_pre):
-    """The pre-activation rows x w_in, None where a fused product need not keep it, and the hidden rows."""
+def up(config, rows, w_in, group_sizes, *, keep_pre):
+    """The pre-activation rows x w_in, None where a fused product need not keep it, and the hidden rows.
+
+    Args:
+        config: read for the activation and the backend.
+        rows: [R, l], sorted by expert.
+        w_in: [E, l, m], gated [E, l, 2 m].
+        group_sizes: [E].
+        keep_pre: whether the pre-activation is wanted.
+    """
     activation = _fused_activation(config)
     fusing = select_fusing(problem("rows_w", rows.shape[0], w_in.shape, rows.dtype, activation), config.backend)
     if fusing:
@@ -83,8 +91,17 @@ def _up(config, rows, w_in, group_sizes, *, keep_pre):
     return pre, activate(pre, config).astype(rows.dtype)
 
 
-def _down_gradient(config, dout, w_out, group_sizes, pre, row_weights):
-    """The gradient of pre and the hidden rows, both times the rows' weights, and the gradient of these weights."""
+def down_gradient(config, dout, w_out, group_sizes, pre, row_weights):
+    """The gradient of pre and the hidden rows, both times the rows' weights, and the gradient of these weights.
+
+    Args:
+        config: read for the activation and the backend.
+        dout: [R, l], gradient of the experts' outputs before they are weighted.
+        w_out: [E, m, l].
+        group_sizes: [E].
+        pre: [R, m], gated [R, 2 m].
+        row_weights: [R].
+    """
     activation = _fused_activation(config)
     fusing = select_fusing(problem("rows_wt", dout.shape[0], w_out.shape, dout.dtype, activation), config.backend)
     if fusing:

@@ -84,7 +84,7 @@ _BACKENDS = {
     CutlassBackend: cutlass.Cutlass,
 }
 
-# What "auto" asks, in order, by platform: the first that supports the problem runs. By the layers of benchmarks/results.
+# What "auto" asks, in order, by platform: the first that supports the problem runs (measured: docs/performance.md).
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
     "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),

@@ -50,8 +50,10 @@ class Cutlass:
 
     def candidates(self, problem) -> tuple[CutlassBackend, ...]:
         """See `Backend.candidates`."""
-        field = "outer_tile" if problem.contraction == "outer" else "matmul_tile"
-        return tuple(CutlassBackend(**{field: tile}) for tile in cutlass_tiles.compiled(problem))
+        tiles = cutlass_tiles.compiled(problem)
+        if problem.contraction == "outer":
+            return tuple(CutlassBackend(outer_tile=tile) for tile in tiles)
+        return tuple(CutlassBackend(matmul_tile=tile) for tile in tiles)
 
     def matmul(self, rows, w, group_sizes, *, transpose_w):
         """See `Backend.matmul`."""

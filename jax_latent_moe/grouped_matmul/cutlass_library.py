@@ -58,7 +58,8 @@ def library() -> Library:
     """Loads the library and registers its FFI targets, once a process."""
     path = _path()
     if not path.is_file():
-        return Library((), f"its compiled library {path.name} is not there: `make cuda` in the repository builds it, or `pip install .` with an nvcc.")
+        ways = "`make cuda` in the repository builds it, or `pip install .` with an nvcc."
+        return Library((), f"its compiled library {path.name} is not there: {ways}")
     try:
         loaded = ctypes.CDLL(str(path))
         version = loaded.latent_moe_interface_version()
