@@ -130,14 +130,19 @@ class PallasBackend:
     """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs.
 
     Attributes:
-        matmul_tile: tile of rows x w and rows x w^T; None takes the measured one for the shape, or a heuristic.
+        matmul_tile: tile of rows x w and rows x w^T without a fused activation; None takes the measured one for the
+            shape, or a heuristic.
         outer_tile: tile of rows^T x rows; None likewise.
+        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
+            where they were measured, "always" all, which takes the least memory, "never" none.
     """
 
     matmul_tile: PallasMatmulTile | None = None
     outer_tile: PallasOuterTile | None = None
+    fuse: str = "measured"
 
     def __post_init__(self):
+        checks.one_of("PallasBackend.fuse", self.fuse, FUSE)
         if self.matmul_tile is not None:
             checks.instance("PallasBackend.matmul_tile", self.matmul_tile, PallasMatmulTile)
         if self.outer_tile is not None:

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ENVIRONMENT=.tools/oldest
 TESTS=(
   tests/conformance tests/test_layer.py tests/test_composition.py tests/test_linen.py tests/test_nnx.py
-  tests/test_pallas.py tests/parallel/test_transforms.py
+  tests/test_pallas.py tests/test_pallas_fused.py tests/parallel/test_transforms.py
 )
 
 uv=$(scripts/uv.sh)

@@ -199,7 +199,9 @@ def test_refuses(changes, reason):
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"])
 def test_auto_takes_it_on_hopper_without_compiled_kernels(kind, library_at, tmp_path):
     library_at(tmp_path / "none.so")
-    assert "PallasBackend(matmul_tile=None, outer_tile=None): runs it" in explain(problem(device_kind=kind))
+    assert "PallasBackend(matmul_tile=None, outer_tile=None, fuse='measured'): runs it" in explain(
+        problem(device_kind=kind)
+    )
 
 
 def test_a_measured_tile_comes_from_the_table():

@@ -10,6 +10,7 @@ ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "s
 # others took longer than the plain product and XLA's own pass after it (benchmarks/results, suite "fused").
 FASTER = {
     "cutlass": (("rows_w", "relu2"),),
+    "pallas": (),
 }
 
 

@@ -3,6 +3,7 @@
 from jax_latent_moe.config import PallasBackend
 from jax_latent_moe.grouped_matmul import pallas_hopper_tiles
 from jax_latent_moe.grouped_matmul.device import default_device, num_multiprocessors
+from jax_latent_moe.grouped_matmul.fused import fusing_refusal
 from jax_latent_moe.grouped_matmul.problems import hopper_refusal
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
@@ -25,11 +26,16 @@ class Pallas:
         for name in ("num_rows", "num_experts"):
             if getattr(problem, name) == 0:
                 return f"{name}=0 leaves its kernels nothing to do."
+        if problem.activation is not None:
+            return _fused_refusal(problem, self.config.fuse)
         return None
 
     def tile(self, problem) -> Choice:
         """See `Backend.tile`."""
         w_shape = problem.num_experts, problem.in_features, problem.out_features
+        if problem.activation is not None:
+            tile = pallas_hopper_tiles.choose_fused(problem.contraction, problem.num_rows, w_shape, problem.activation)
+            return Choice(tile, "a heuristic: fused products are not tuned")
         return self._tile(problem.contraction, problem.num_rows, w_shape, problem.device_kind)
 
     def candidates(self, problem) -> tuple[PallasBackend, ...]:
@@ -44,6 +50,23 @@ class Pallas:
         tile = self._tile(contraction, rows.shape[0], w.shape, default_device()[1]).tile
         return rows_w(rows, w, group_sizes, transpose_w=transpose_w, tile=tile, num_sms=num_multiprocessors())
 
+    def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
+        """See `FusingBackend.matmul_activation`."""
+        from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation
+
+        tile = pallas_hopper_tiles.choose_fused("rows_w", rows.shape[0], w.shape, activation)
+        sms = num_multiprocessors()
+        return matmul_activation(rows, w, group_sizes, activation=activation, keep_pre=keep_pre, tile=tile, num_sms=sms)
+
+    def matmul_activation_grad(self, dout, w, group_sizes, pre, row_weights, *, activation):
+        """See `FusingBackend.matmul_activation_grad`."""
+        from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation_grad
+
+        tile = pallas_hopper_tiles.choose_fused("rows_wt", dout.shape[0], w.shape, activation)
+        return matmul_activation_grad(
+            dout, w, group_sizes, pre, row_weights, activation=activation, tile=tile, num_sms=num_multiprocessors()
+        )
+
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
@@ -57,3 +80,10 @@ class Pallas:
         if given is not None:
             return Choice(given, "the config")
         return pallas_hopper_tiles.choose(contraction, num_rows, w_shape, device)
+
+
+def _fused_refusal(problem, fuse) -> str | None:
+    half = problem.out_features // 2
+    if problem.activation.gated and problem.contraction == "rows_w" and half % FEATURE_MULTIPLE:
+        return f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}."
+    return fusing_refusal("pallas", fuse, problem.contraction, problem.activation.name)

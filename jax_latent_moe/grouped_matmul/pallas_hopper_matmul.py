@@ -1,16 +1,20 @@
 """rows x w and rows x w^T per expert as one persistent, warp-specialised Mosaic GPU kernel for Hopper."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jax_latent_moe.config import PallasMatmulTile
 from jax_latent_moe.grouped_matmul import pallas_hopper_mgpu as mgpu_code
+from jax_latent_moe.grouped_matmul.fused import FusedActivation
+from jax_latent_moe.grouped_matmul.pallas_hopper_epilogues import Place, Product, Slots, zero
 from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
 from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import ROW_ALIGNMENT, row_tiles
 
@@ -42,30 +46,98 @@ def rows_w(
         [R, N] (or [R, K]) in the dtype of rows, accumulated in float32; zero rows beyond sum(group_sizes).
     """
     num_rows, out_features = rows.shape[0], w.shape[1 if transpose_w else 2]
-    rows = jnp.pad(rows, ((0, -num_rows % ROW_ALIGNMENT), (0, 0)))
-    tiles = row_tiles(group_sizes, num_rows, tile.rows)
-    b_shape = (tile.columns, CONTRACTED) if transpose_w else (CONTRACTED, tile.columns)
-    transforms = mgpu_code.swizzled(rows.dtype)
-    kernel = functools.partial(
-        _kernel,
+    (out,) = multiply(
+        Product,
+        rows,
+        w,
+        group_sizes,
+        out_types=[jax.ShapeDtypeStruct((num_rows, out_features), rows.dtype)],
         transpose_w=transpose_w,
         tile=tile,
+        num_sms=num_sms,
+        interpret=interpret,
+    )
+    return out
+
+
+def multiply(
+    epilogue: type,
+    rows: Float[Array, "r a"],
+    w: Float[Array, "e k n"],
+    group_sizes: Int[Array, " e"],
+    *,
+    operands: Sequence[Array] = (),
+    out_types: Sequence[jax.ShapeDtypeStruct],
+    scratch_types: Sequence = (),
+    activation: FusedActivation | None = None,
+    transpose_w: bool,
+    tile: PallasMatmulTile,
+    num_sms: int,
+    interpret=None,
+) -> Sequence[Array]:
+    """The kernel with any epilogue; see `rows_w` for the arguments that they share.
+
+    Args:
+        epilogue: of `pallas_hopper_epilogues`; each consumer makes its own.
+        rows: [R, K] (or [R, N]).
+        w: [E, K, N].
+        group_sizes: [E].
+        operands: arrays that the epilogue reads.
+        out_types: shapes and types of what it stores.
+        scratch_types: shared memory and barriers that it needs beside the slots of the tile.
+        activation: what it fuses. With a gated one and w not transposed, a tile holds 64 gate and 64 up columns.
+        transpose_w: contract the last axis of w.
+        tile: tile shape and schedule.
+        num_sms: multiprocessors to run on.
+        interpret: parameters of Pallas' GPU interpreter.
+
+    Returns:
+        Arrays of out_types.
+    """
+    num_rows, dtype = rows.shape[0], rows.dtype
+    halves = activation is not None and activation.gated and not transpose_w
+    width = w.shape[1] if transpose_w else w.shape[2] // (2 if halves else 1)
+    tiles = row_tiles(group_sizes, num_rows, tile.rows)
+    rows = pad_rows(rows)
+    swizzled, native = mgpu_code.swizzled(dtype), interpret is not None
+    if halves:
+        assert tile.columns == 2 * COLUMN_BLOCK
+        # TMA has 5 dimensions: two for the rows of all experts, cut in eights, two for the columns, and the halves.
+        w = w.reshape(-1, 2, width)
+        b_smem = mgpu_code.halves_smem(tile.stages, dtype, native=native)
+    else:
+        b_shape = (tile.columns, CONTRACTED) if transpose_w else (CONTRACTED, tile.columns)
+        b_smem = plgpu.SMEM((tile.stages, *b_shape), dtype, transforms=swizzled)
+    kernel = functools.partial(
+        _kernel,
+        epilogue=functools.partial(epilogue, activation),
+        counts_of_refs=(len(operands), len(out_types), len(scratch_types)),
+        width=width,
+        transpose_w=transpose_w,
+        halves=halves,
+        tile=tile,
         clusters=num_sms // tile.cluster,
-        native=interpret is not None,
+        native=native,
     )
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((num_rows, out_features), rows.dtype),
+        out_type=tuple(out_types),
         scratch_types=[
-            plgpu.SMEM((tile.stages, tile.rows, CONTRACTED), rows.dtype, transforms=transforms),
-            plgpu.SMEM((tile.stages, *b_shape), rows.dtype, transforms=transforms),
-            plgpu.SMEM((CONSUMERS, tile.out_slots, tile.rows, COLUMN_BLOCK), rows.dtype, transforms=transforms),
-            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS * tile.stages),
+            *scratch_types,
+            plgpu.SMEM((tile.stages, tile.rows, CONTRACTED), dtype, transforms=swizzled),
+            b_smem,
+            plgpu.SMEM((CONSUMERS, tile.out_slots, tile.rows, COLUMN_BLOCK), dtype, transforms=swizzled),
+            plgpu.Barrier(num_arrivals=3 if halves and native else 2, num_barriers=CONSUMERS * tile.stages),
             mgpu_code.freed_barrier(tile.cluster, tile.stages),
         ],
         interpret=interpret,
         **mgpu_code.launch(num_sms, tile.cluster),
-    )(*tiles, rows, w)
+    )(*tiles, rows, w, *operands)
+
+
+def pad_rows(rows: Shaped[Array, "r ..."]) -> Shaped[Array, "padded ..."]:
+    """Rows up to a multiple of 8, which is how TMA reads them: no copy where they are."""
+    return jnp.pad(rows, ((0, -rows.shape[0] % ROW_ALIGNMENT), *((0, 0),) * (rows.ndim - 1)))
 
 
 def _kernel(
@@ -73,14 +145,12 @@ def _kernel(
     counts,
     rows,
     w,
-    out,
-    a_smem,
-    b_smem,
-    out_smem,
-    filled,
-    freed,
-    *,
+    *refs,
+    epilogue,
+    counts_of_refs,
+    width,
     transpose_w,
+    halves,
     tile,
     clusters,
     native,
@@ -91,8 +161,12 @@ def _kernel(
     that each consumer sees every phase of its own barriers; `freed` has one per stage. The multiprocessors of a
     cluster take neighbouring columns of one row tile, and each loads its part of the rows for all of them.
     """
+    ends = list(itertools.accumulate(counts_of_refs))
+    operands, outs, scratch = (refs[end - count : end] for end, count in zip(ends, counts_of_refs, strict=True))
+    a_smem, b_smem, out_smem, filled, freed = refs[ends[-1] :]
+    out_columns = tile.columns // (2 if halves else 1)
     warpgroup, cluster, rank = (lax.axis_index(name) for name in ("wg", "cluster_grid", "cluster"))
-    column_tiles = pl.cdiv(out.shape[1], tile.columns * tile.cluster)
+    column_tiles = pl.cdiv(width, out_columns * tile.cluster)
     steps = pl.cdiv(rows.shape[1], CONTRACTED)
     expert_tiles = counts[0]
     my_tiles = lax.div(expert_tiles * column_tiles - cluster + (clusters - 1), clusters)
@@ -104,20 +178,27 @@ def _kernel(
         within = linear - band * (tile.band * column_tiles)
         height = jnp.minimum(expert_tiles - band * tile.band, tile.band)
         column = lax.div(within, height)
-        return band * tile.band + within - column * height, (column * tile.cluster + rank) * tile.columns
+        return band * tile.band + within - column * height, (column * tile.cluster + rank) * out_columns
+
+    def load_w(expert, k, column, slot, barrier):
+        inner, outer, b = k * CONTRACTED, pl.ds(column, out_columns), b_smem.at[slot]
+        if halves:
+            half_rows = w.at[pl.ds(expert * rows.shape[1] + inner, CONTRACTED), :, outer]
+            mgpu_code.load_halves(half_rows, b, barrier, native=native)
+            return
+        inner = pl.ds(inner, CONTRACTED)
+        plgpu.copy_gmem_to_smem(w.at[(expert, outer, inner) if transpose_w else (expert, inner, outer)], b, barrier)
+
+    def stage_of_w(slot):
+        """[contracted, columns]."""
+        if halves:
+            return mgpu_code.joined_halves(b_smem.at[slot], native=native)
+        return b_smem.at[slot].transpose((1, 0)) if transpose_w else b_smem.at[slot]
 
     def for_height(end, body):
         """Rows that a tile does not have are not multiplied: the code exists for each multiple of 64 rows."""
         for height in range(WGMMA_ROWS, tile.rows + 1, WGMMA_ROWS):
             pl.when((end > height - WGMMA_ROWS) & (end <= height))(functools.partial(body, height))
-
-    def store(row, column, begin, end, height, value_of_block):
-        for block in range(tile.columns // COLUMN_BLOCK):
-            smem = out_smem.at[warpgroup, block % tile.out_slots, pl.ds(0, height)]
-            plgpu.wait_smem_to_gmem(min(block, tile.out_slots - 1), wait_read_only=True)
-            smem[...] = value_of_block(block)
-            plgpu.commit_smem()
-            mgpu_code.store_rows(smem, out, row, column + block * COLUMN_BLOCK, begin, end, native=native)
 
     @pl.when(warpgroup == PRODUCER)
     def _produce():
@@ -131,20 +212,14 @@ def _kernel(
 
             def load(height):
                 def step(k, slot):
-                    inner = pl.ds(k * CONTRACTED, CONTRACTED)
-                    outer = pl.ds(column, tile.columns)
                     plgpu.barrier_wait(freed.at[slot])
                     plgpu.copy_gmem_to_smem(
-                        rows.at[pl.ds(row, height), inner],
+                        rows.at[pl.ds(row, height), pl.ds(k * CONTRACTED, CONTRACTED)],
                         a_smem.at[slot, pl.ds(0, height)],
                         filled.at[mine + slot],
                         collective_axes="cluster" if tile.cluster > 1 else None,
                     )
-                    plgpu.copy_gmem_to_smem(
-                        w.at[(expert, outer, inner) if transpose_w else (expert, inner, outer)],
-                        b_smem.at[slot],
-                        filled.at[mine + slot],
-                    )
+                    load_w(expert, k, column, slot, filled.at[mine + slot])
                     return mgpu_code.next_slot(slot, tile.stages)
 
                 lax.fori_loop(0, steps, step, slot)
@@ -159,6 +234,8 @@ def _kernel(
         plgpu.set_max_registers(mgpu_code.CONSUMER_REGISTERS, action="increase")
         mgpu_code.free_all(freed, tile.stages, warpgroup == 0)
         mine = warpgroup * tile.stages
+        slots = Slots(out_smem.at[warpgroup], out_columns // COLUMN_BLOCK, width, native=native)
+        fused = epilogue(slots, operands, outs, scratch, warpgroup)
 
         @pl.loop(warpgroup, my_tiles, step=CONSUMERS)
         def _tile(i):
@@ -166,12 +243,14 @@ def _kernel(
             row, begin, end = table[1, row_tile], table[2, row_tile], table[3, row_tile]
             first_slot = lax.rem(i * steps, tile.stages)
 
-            def multiply(height):
+            def compute(height):
+                place = Place(row, column, begin, end, height)
+                fused.start(place)
+
                 def accumulate(acc):
                     def one(slot):
-                        b = b_smem.at[slot]
                         plgpu.barrier_wait(filled.at[mine + slot])
-                        plgpu.wgmma(acc, a_smem.at[slot, pl.ds(0, height)], b.transpose((1, 0)) if transpose_w else b)
+                        plgpu.wgmma(acc, a_smem.at[slot, pl.ds(0, height)], stage_of_w(slot))
 
                     def step(_, slot):
                         after = mgpu_code.next_slot(slot, tile.stages)
@@ -186,17 +265,16 @@ def _kernel(
 
                 value, last_slot = pl.run_scoped(accumulate, plgpu.ACC((height, tile.columns), jnp.float32))
                 plgpu.barrier_arrive(freed.at[last_slot])
-                value = value.astype(out.dtype)
-                store(row, column, begin, end, height, lambda b: value[:, b * COLUMN_BLOCK : (b + 1) * COLUMN_BLOCK])
+                fused.finish(place, value)
 
-            for_height(end, multiply)
+            for_height(end, compute)
 
         # Rows of nobody: zeros, shared out over all consumers.
         @pl.loop(cluster * CONSUMERS + warpgroup, (counts[1] - expert_tiles) * column_tiles, step=clusters * CONSUMERS)
         def _zero_tile(i):
             row_tile = expert_tiles + lax.div(i, column_tiles)
-            column = (lax.rem(i, column_tiles) * tile.cluster + rank) * tile.columns
-            zeros = plgpu.layout_cast(jnp.zeros((tile.rows, COLUMN_BLOCK), out.dtype), plgpu.Layout.WGMMA)
-            store(table[1, row_tile], column, table[2, row_tile], table[3, row_tile], tile.rows, lambda _: zeros)
+            column = (lax.rem(i, column_tiles) * tile.cluster + rank) * out_columns
+            place = Place(table[1, row_tile], column, table[2, row_tile], table[3, row_tile], tile.rows)
+            zero(fused, place)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

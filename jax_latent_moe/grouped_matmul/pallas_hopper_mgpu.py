@@ -1,8 +1,11 @@
-"""The two things the kernels need that Pallas does not offer, as inlined Mosaic GPU code, and their plain twins.
+"""What the kernels need that Pallas does not offer, as inlined Mosaic GPU code, and plain twins of it.
 
-Pallas moves rows of a swizzled tile only from and to multiples of 8. The kernels store and clear any range of rows.
-Interpret mode knows no inlined code, so there (`native=True`) the same is said with Pallas operations.
+Pallas moves rows of a swizzled tile only from and to multiples of 8, and row values in multiples of 16 bytes. The
+kernels store and clear any range of rows. Interpret mode knows no inlined code, so there (`native=True`) the same is
+said with Pallas operations.
 """
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +14,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
 CONSUMERS = 2
 PRODUCER = 2
@@ -44,6 +47,8 @@ def launch(num_sms: int, cluster: int) -> dict:
         cluster_names=("cluster",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
+        # The kernels sum within a warp alone.
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
     )
 
 
@@ -73,6 +78,33 @@ def drain(freed, stages: int, slot):
 def next_slot(slot, stages: int):
     """The stage after this one in the ring."""
     return jnp.where(slot == stages - 1, 0, slot + 1)
+
+
+def halves_smem(stages: int, dtype, *, native: bool):
+    """Stages for 64 gate and 64 up columns, which one load fills and wgmma reads as 128 columns.
+
+    They lie as `swizzled` [64, 128] does, seen as [64, 2, 64]. Interpreted, where refs keep their shape, it is that.
+    """
+    if native:
+        return plgpu.SMEM((stages, CONTRACTED, 2 * COLUMN_BLOCK), dtype, transforms=swizzled(dtype))
+    tiling, swizzle = swizzled(dtype)
+    tiling = plgpu.TilingTransform((tiling.tiling[0], 1, tiling.tiling[1]))  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM((stages, CONTRACTED, 2, COLUMN_BLOCK), dtype, transforms=(tiling, swizzle))
+
+
+def load_halves(gmem, smem, barrier, *, native: bool):
+    """Start loading gmem [64, 2, 64] into a stage of `halves_smem`; it arrives once, or natively twice."""
+    if not native:
+        plgpu.copy_gmem_to_smem(gmem, smem, barrier)
+        return
+    for half in range(2):
+        columns = pl.ds(half * COLUMN_BLOCK, COLUMN_BLOCK)
+        plgpu.copy_gmem_to_smem(gmem.at[:, half], smem.at[:, columns], barrier)
+
+
+def joined_halves(smem, *, native: bool):
+    """A stage of `halves_smem` as [64, 128]."""
+    return smem if native else smem.reshape(CONTRACTED, 2 * COLUMN_BLOCK)
 
 
 def powers_of_two(limit: int) -> list[int]:
@@ -121,20 +153,49 @@ def store_rows(smem, gmem, row, column, begin, end, *, native: bool):
 
 
 def _store_rows_native(smem, gmem, row, column, begin, end):
-    count = jnp.maximum(end - begin, 0)
-    for size in powers_of_two(smem.shape[0]):
-        taken = count & size
+    def store(first, size):
+        target = gmem.at[pl.ds(row + first, size), pl.ds(column, smem.shape[1])]
+        plgpu.copy_smem_to_gmem(smem.at[pl.ds(first, size)], target, commit_group=False)
 
-        @pl.when(taken != 0)
-        def _(begin=begin, size=size):
-            plgpu.copy_smem_to_gmem(
-                smem.at[pl.ds(begin, size)],
-                gmem.at[pl.ds(row + begin, size), pl.ds(column, smem.shape[1])],
-                commit_group=False,
-            )
-
-        begin = begin + taken
+    _in_boxes(begin, end, smem.shape[0], store)
     plgpu.commit_smem_to_gmem_group()
+
+
+def _in_boxes(begin, end, limit, store):
+    count = jnp.maximum(end - begin, 0)
+    for size in powers_of_two(limit):
+        taken = count & size
+        pl.when(taken != 0)(functools.partial(store, begin, size))
+        begin = begin + taken
+
+
+def store_row_values(smem, gmem, line, row, begin, end, *, native: bool):
+    """Store values [begin, end) of smem [h] to gmem [lines, r] at [line, row + begin], a thread each."""
+    if native:
+
+        def store_box(first, size):
+            target = gmem.at[line, pl.ds(row + first, size)]
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(first, size)], target, commit_group=False)
+
+        _in_boxes(begin, end, smem.shape[0], store_box)
+        plgpu.commit_smem_to_gmem_group()
+        return
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), scalar, scalar, scalar, scalar))
+    def store(ctx, values, out, line, row, begin, end):
+        del ctx
+        line, row, begin, end = (x.registers.item() for x in (line, row, begin, end))
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        thread = arith.remui(mgpu_utils.thread_idx(), mgpu.c(WARPGROUP_THREADS, i32))
+        for first in range(0, ir.MemRefType(values.type).shape[0], WARPGROUP_THREADS):
+            i = arith.addi(thread, mgpu.c(first, i32))
+            own = arith.andi(arith.cmpi(arith.CmpIPredicate.sge, i, begin), arith.cmpi(arith.CmpIPredicate.slt, i, end))
+            with mgpu_utils.when(own):
+                value = memref.load(values, [arith.index_cast(index, i)])
+                memref.store(value, out, [arith.index_cast(index, x) for x in (line, arith.addi(row, i))])
+
+    store(smem, gmem, *(jnp.asarray(x, jnp.int32) for x in (line, row, begin, end)))
 
 
 def clear_rows(smem, begin, end, *, native: bool):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
 from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul.fused import FusedActivation
 from jax_latent_moe.grouped_matmul.tuning import Choice, measured
 
 SMALL_GROUP = 64
@@ -25,6 +26,21 @@ _OUTER_TILES = (
     (1.15, PallasOuterTile(rows=128, columns=128, stages=5, out_slots=2, cluster=2)),
     (1.5, PallasOuterTile(rows=64, columns=64, stages=8, out_slots=2, cluster=1)),
 )
+# Of fused products no table holds any. With a gradient, and where a tile is half gate and half up columns, three slots
+# of 64 columns are at work at once, and what the accumulator leaves of the registers goes to the activation.
+_ACTIVATION_TILES = (
+    (1.0, PallasMatmulTile(rows=128, columns=192, stages=4, out_slots=2, cluster=2)),
+    (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, out_slots=3, cluster=2)),
+)
+_SMALL_ACTIVATION_TILES = (
+    (1.0, PallasMatmulTile(rows=64, columns=192, stages=6, out_slots=2, cluster=1)),
+    (1.0, PallasMatmulTile(rows=64, columns=128, stages=7, out_slots=3, cluster=1)),
+)
+_THREE_SLOT_TILES = (
+    (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, out_slots=3, cluster=2)),
+    (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, out_slots=3, cluster=1)),
+)
+_SMALL_THREE_SLOT_TILES = ((1.0, PallasMatmulTile(rows=64, columns=128, stages=7, out_slots=3, cluster=1)),)
 # (rows, columns, stages, out_slots) as large as shared memory allows, for `tune`.
 _SHAPES = (
     (128, 192, 4, 2),
@@ -53,6 +69,19 @@ def choose(contraction: str, num_rows: int, w_shape: Sequence[int], device: str)
     return Choice(_least_padding(contraction, num_rows, w_shape), "a heuristic: no table has this shape")
 
 
+def choose_fused(
+    contraction: str, num_rows: int, w_shape: Sequence[int], activation: FusedActivation
+) -> PallasMatmulTile:
+    """The tile for a product with an activation, or its gradient, in the epilogue: the one that pads least."""
+    columns, small = w_shape[1], num_rows <= SMALL_GROUP * w_shape[0]
+    tiles = _SMALL_THREE_SLOT_TILES if small else _THREE_SLOT_TILES
+    if contraction == "rows_w":
+        columns = w_shape[2]
+        if not activation.gated:
+            tiles = _SMALL_ACTIVATION_TILES if small else _ACTIVATION_TILES
+    return _narrowest(tiles, columns)
+
+
 def candidates(contraction: str) -> tuple[PallasBackend, ...]:
     """What `tune` times: every shape of tile, alone and in clusters, and in bands where tiles can be."""
     if contraction == "outer":
@@ -79,6 +108,10 @@ def _least_padding(contraction, num_rows, w_shape):
         return min(_OUTER_TILES, key=cost)[1]
     columns = w_shape[2] if contraction == "rows_w" else w_shape[1]
     tiles = _SMALL_MATMUL_TILES if num_rows <= SMALL_GROUP * w_shape[0] else _MATMUL_TILES
+    return _narrowest(tiles, columns)
+
+
+def _narrowest(tiles, columns):
     return min(tiles, key=lambda choice: choice[0] * _padded(columns, choice[1].columns * choice[1].cluster))[1]
 
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.grouped_matmul import grouped_matmul, reference
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, reference
+from tests.oracle.fused import activation_of_rows, matmul_activation_grad
 from tests.tolerances import assert_close
 
 DEVICE = jax.devices()[0]
@@ -28,6 +30,45 @@ def compiled(backend):
 
 def float64(array):
     return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+def check_fused(fusing, rng, name, dtype, sizes, num_rows, in_features, hidden_size):
+    """Both fused products: values, those of the rounded pre-activation; exact zeros and equal bits."""
+    activation = FusedActivation(name, *((4.0, 25.0) if name == "situ_glu" else ()))
+    config = LatentMoEConfig(
+        8, 4, 8, 2, 8, activation=name.removesuffix("_tanh"), gelu_approximate=name.endswith("_tanh")
+    )
+    total, width = int(np.sum(sizes)), hidden_size * (2 if activation.gated else 1)
+    shapes = (num_rows, in_features), (num_rows, in_features), (num_rows, width)
+    rows, dout, pre = (rng.normal(size=shape) for shape in shapes)
+    row_weights = rng.random(num_rows)
+    for x in (rows, dout, pre, row_weights):
+        x[total:] = np.nan
+    w_in = rng.normal(size=(len(sizes), in_features, width)) / 8
+    w_out = rng.normal(size=(len(sizes), hidden_size, in_features)) / 8
+    rows, dout, pre, w_in, w_out = (jnp.asarray(x, dtype) for x in (rows, dout, pre, w_in, w_out))
+    row_weights, groups = jnp.asarray(row_weights, jnp.float32), jnp.asarray(sizes, jnp.int32)
+
+    forward = jax.jit(functools.partial(fusing.matmul_activation, activation=activation), static_argnames="keep_pre")
+    out, hidden = values = forward(rows, w_in, groups, keep_pre=True)
+    nothing, same = forward(rows, w_in, groups, keep_pre=False)
+    assert nothing is None
+    assert (np.asarray(hidden) == np.asarray(same)).all()
+    assert_close(float64(out), reference.grouped_matmul(float64(rows), float64(w_in), sizes), dtype, "pre")
+    assert_close(float64(hidden), activation_of_rows(config, float64(out))[0], dtype, "hidden")
+    backward = jax.jit(lambda *args: fusing.matmul_activation_grad(*args, activation=activation))
+    arguments = dout, w_out, groups, pre, row_weights
+    gradients = backward(*arguments)
+    expected = matmul_activation_grad(
+        config, float64(dout), float64(w_out), sizes, float64(pre), np.asarray(row_weights, np.float64)
+    )
+    for label, value, ref in zip(("dpre", "weighted hidden", "drow_weights"), gradients, expected, strict=True):
+        assert_close(np.asarray(value, np.float64), ref, dtype, label)
+    for value in (*values, *gradients):
+        assert not value[total:].any()
+    again = *forward(rows, w_in, groups, keep_pre=True), *backward(*arguments)
+    for first, second in zip((*values, *gradients), again, strict=True):
+        assert (np.asarray(first) == np.asarray(second)).all()
 
 
 def check(backend, rng, dtype, sizes, num_rows, in_features, out_features):

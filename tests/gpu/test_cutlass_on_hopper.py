@@ -1,20 +1,19 @@
 """The compiled kernels on a Hopper GPU: `CUDA_LAUNCH_BLOCKING=1` has an error point at the call that made it."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.activations import activate
-from jax_latent_moe.config import CutlassBackend, LatentMoEConfig
-from jax_latent_moe.experts import _fused_activation
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, reference, select_fusing
+from jax_latent_moe.config import CutlassBackend
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, reference
+from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_library import library
 from jax_latent_moe.grouped_matmul.cutlass_tiles import compiled as compiled_tiles
-from tests.gpu.grouped import check, float64, needs_hopper
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
+from tests.gpu.grouped import check, check_fused, float64, needs_hopper
 from tests.tolerances import assert_close
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
@@ -80,47 +79,8 @@ def test_many_calls_in_one_program(rng):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LatentMoEConfig(8, 4, 8, 2, 8, activation="relu2"),
-        LatentMoEConfig(8, 4, 8, 2, 8, activation="gelu"),
-        LatentMoEConfig(8, 4, 8, 2, 8, activation="gelu", gelu_approximate=True),
-        LatentMoEConfig(8, 4, 8, 2, 8, activation="swiglu"),
-        LatentMoEConfig(8, 4, 8, 2, 8, activation="geglu"),
-        LatentMoEConfig(8, 4, 8, 2, 8, activation="situ_glu"),
-    ],
-    ids=lambda config: f"{config.activation}{'-tanh' * config.gelu_approximate}",
-)
-def test_fused_activations(rng, config):
-    """Values and gradients are those of the activation of the rounded pre-activation."""
-    activation, sizes, hidden_size = _fused_activation(config), np.asarray([0, 300, 1, 77, 200]), 200
-    width = 2 * hidden_size if config.gated else hidden_size
-    rows = jnp.asarray(rng.normal(size=(700, 72)), jnp.bfloat16)
-    w_in = jnp.asarray(rng.normal(size=(5, 72, width)) / 8, jnp.bfloat16)
-    fusing = select_fusing(problem("rows_w", 700, w_in.shape, rows.dtype, activation), CutlassBackend(fuse="always"))
-    assert fusing is not None
-    groups = jnp.asarray(sizes, jnp.int32)
-
-    def up(keep_pre):
-        run = jax.jit(functools.partial(fusing.matmul_activation, activation=activation, keep_pre=keep_pre))
-        return run(rows, w_in, groups)
-
-    pre, hidden = up(keep_pre=True)
-    nothing, same = up(keep_pre=False)
-    assert nothing is None
-    np.testing.assert_array_equal(np.asarray(hidden), np.asarray(same))
-    assert_close(float64(pre), reference.grouped_matmul(float64(rows), float64(w_in), sizes), "bfloat16")
-    assert_close(float64(hidden), float64(activate(pre, config)), "bfloat16")
-
-    dout = jnp.asarray(rng.normal(size=(700, 72)), jnp.bfloat16)
-    w_out = jnp.asarray(rng.normal(size=(5, hidden_size, 72)) / 8, jnp.bfloat16)
-    weights = jnp.asarray(rng.random(700), jnp.float32)
-    gradients = jax.jit(lambda *args: fusing.matmul_activation_grad(*args, activation=activation))
-    dpre, weighted, dweights = gradients(dout, w_out, groups, pre, weights)
-    dhidden = reference.grouped_matmul(float64(dout), float64(w_out), sizes, transpose_w=True)
-    exact, pullback = jax.vjp(lambda pre: activate(pre, config), pre.astype(jnp.float32))
-    (expected,) = pullback(jnp.asarray(dhidden * float64(weights)[:, None], jnp.float32))
-    assert_close(float64(dpre), float64(expected), "bfloat16")
-    assert_close(float64(weighted), float64(exact) * float64(weights)[:, None], "bfloat16")
-    assert_close(float64(dweights), np.sum(dhidden * float64(exact), axis=1), "bfloat16")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fused_activations(rng, name):
+    fusing = Cutlass(CutlassBackend(fuse="always"))
+    check_fused(fusing, rng, name, "bfloat16", np.asarray([0, 300, 1, 77, 200]), 700, 72, 200)
+    check_fused(fusing, rng, name, "bfloat16", rng.multinomial(900, rng.dirichlet(np.full(16, 0.3))), 1517, 128, 704)

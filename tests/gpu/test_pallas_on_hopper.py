@@ -7,7 +7,9 @@ import pytest
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
 from jax_latent_moe.grouped_matmul import grouped_outer, problem, select
-from tests.gpu.grouped import check, compiled, float64, needs_hopper
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
+from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
+from tests.gpu.grouped import check, check_fused, compiled, float64, needs_hopper
 from tests.tolerances import assert_close
 
 pytestmark = needs_hopper
@@ -66,6 +68,21 @@ def test_auto_picks_it_where_no_kernels_are_compiled(library_at, tmp_path):
     library_at(tmp_path / "none.so")
     chosen = select(problem("rows_w", 4096, (64, 256, 512), jnp.bfloat16))
     assert type(chosen).__name__ == "Pallas"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_fused_activations(rng, name, dtype):
+    sizes = rng.multinomial(900, rng.dirichlet(np.full(16, 0.3)))
+    check_fused(Pallas(PallasBackend()), rng, name, dtype, sizes, 1517, 128, 192)
+    check_fused(Pallas(PallasBackend()), rng, name, dtype, np.asarray([0, 700, 1, 77, 222]), 1000, 256, 704)
+
+
+@pytest.mark.parametrize("name", ["relu2", "swiglu"])
+def test_fused_activations_of_few_rows(rng, name):
+    for num_rows, total in ((1, 1), (22, 22), (22, 13), (9, 0)):
+        sizes = rng.multinomial(total, np.full(40, 1 / 40))
+        check_fused(Pallas(PallasBackend()), rng, name, "bfloat16", sizes, num_rows, 128, 192)
 
 
 def test_outer_differentiates(rng):

@@ -1,0 +1,240 @@
+"""What a consumer of the Pallas matmul kernel does with a tile it has accumulated: store it, or fuse an activation.
+
+Each consumer warpgroup makes its own epilogue, in the kernel, from references. It works through a tile in blocks of 64
+columns by way of slots of shared memory. Stores are asynchronous, and a consumer waits for one only when it needs the
+slot again; meanwhile the other consumer multiplies. Within a block it computes 64 rows at a time: the accumulator
+leaves few registers to an activation.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_latent_moe.grouped_matmul import pallas_hopper_mgpu as mgpu_code
+from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes
+from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS
+from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import ROW_ALIGNMENT
+
+ROW_BLOCK = 64
+
+
+class Place(NamedTuple):
+    """Where a tile lies: its first row (a multiple of 8) and column, its own rows counted from there, rows computed."""
+
+    row: int
+    column: int
+    begin: int
+    end: int
+    height: int
+
+    def block(self, index):
+        """First column of a block of 64 columns of the tile."""
+        return self.column + index * COLUMN_BLOCK
+
+    def row_blocks(self) -> list[slice]:
+        """The rows computed, 64 at a time."""
+        return [slice(first, first + ROW_BLOCK) for first in range(0, self.height, ROW_BLOCK)]
+
+
+class Slots:
+    """The slots of one consumer, smem [slots, rows, 64]; the blocks of its tiles and the width that these cut."""
+
+    def __init__(self, smem, blocks: int, width: int, *, native: bool):
+        self.smem, self.blocks, self.width, self.native = smem, blocks, width, native
+        self.count = smem.shape[0]
+
+    def at(self, slot, place):
+        """The rows of a slot that a tile computes."""
+        return self.smem.at[slot, pl.ds(0, place.height)]
+
+    def inside(self, place, block):
+        """Whether the output has the block."""
+        return place.block(block) < self.width
+
+    def send(self, slot, place, block, out, column):
+        """Starts storing the tile's own rows of a slot, which holds a block, at a column of out."""
+        end = jnp.where(self.inside(place, block), place.end, place.begin)
+        mgpu_code.store_rows(self.at(slot, place), out, place.row, column, place.begin, end, native=self.native)
+
+    def store(self, place, block, values_of_rows, targets):
+        """Stores the values of one block, each to its (out, column), through the slots in turn.
+
+        Args:
+            place: of the tile.
+            block: of the tile's columns.
+            values_of_rows: a value [64, 64] for each target, for 64 rows of the tile.
+            targets: (out, column) for each value.
+        """
+        sets = self.count // len(targets)
+        first = block % sets * len(targets)
+        plgpu.wait_smem_to_gmem(min(block, sets - 1) * len(targets), wait_read_only=True)
+        for rows in place.row_blocks():
+            for i, value in enumerate(values_of_rows(rows)):
+                self.smem[first + i, rows] = value
+        plgpu.commit_smem()
+        for i, (out, column) in enumerate(targets):
+            self.send(first + i, place, block, out, column)
+
+
+class Product:
+    """Stores the product; `operands` and `scratch` are empty."""
+
+    def __init__(self, activation, slots: Slots, operands, outs, scratch, warpgroup):
+        del activation, operands, scratch, warpgroup
+        self.slots, (self.out,) = slots, outs
+
+    def start(self, place):
+        """Before the tile is multiplied."""
+
+    def targets(self, place, block):
+        """Where the values of a block are stored: (out, column) of each."""
+        return [(self.out, place.block(block))]
+
+    def finish(self, place, accumulated):
+        """After the tile was multiplied: float32 [height, columns]."""
+        value = accumulated.astype(self.out.dtype)
+        for block in range(self.slots.blocks):
+            self.slots.store(
+                place, block, lambda rows, block=block: [_tile(value, rows, block)], self.targets(place, block)
+            )
+
+
+class Activation:
+    """Stores the pre-activation, if it has an output, and the activation of it as rounded.
+
+    Gated tiles hold 64 gate columns, then the 64 up columns of the same hidden ones.
+    """
+
+    def __init__(self, activation, slots: Slots, operands, outs, scratch, warpgroup):
+        del operands, scratch, warpgroup
+        self.activation, self.slots, (*self.pre, self.hidden) = activation, slots, outs
+
+    def start(self, place):
+        """See `Product.start`."""
+
+    def targets(self, place, block):
+        """See `Product.targets`."""
+        column = place.block(block)
+        kept = [part for pre in self.pre for part in _parts_of(pre, column, self.activation, self.slots)]
+        return [*kept, (self.hidden, column)]
+
+    def finish(self, place, accumulated):
+        """See `Product.finish`."""
+        pre = accumulated.astype(self.hidden.dtype)
+        num_parts = _num_parts(self.activation)
+        for block in range(self.slots.blocks):
+
+            def values(rows, block=block):
+                parts = [_tile(pre, rows, block * num_parts + part) for part in range(num_parts)]
+                hidden, _ = value_and_slopes(self.activation, [part.astype(jnp.float32) for part in parts])
+                return [*(parts if self.pre else []), hidden.astype(pre.dtype)]
+
+            self.slots.store(place, block, values, self.targets(place, block))
+
+
+class ActivationGradient:
+    """Turns the gradient of hidden rows into that of the pre-activation, weighted hidden rows and their inner product.
+
+    The blocks of the pre-activation are loaded into slots before the tile is multiplied, as many as there are slots,
+    and the gradient is stored from where they lay. The last slot is for hidden rows.
+    """
+
+    def __init__(self, activation, slots: Slots, operands, outs, scratch, warpgroup):
+        self.activation, self.slots = activation, slots
+        self.pre, self.row_weights = operands
+        self.dpre, self.hidden, self.sums = outs
+        row_smem, pre_loaded, weights_loaded = scratch
+        self.weights_smem, self.sums_smem = row_smem.at[warpgroup, 0], row_smem.at[warpgroup, 1]
+        self.sets = pre_loaded.shape[0] // CONSUMERS
+        self.pre_loaded, self.first_barrier = pre_loaded, warpgroup * self.sets
+        self.weights_loaded = weights_loaded.at[warpgroup]
+
+    def targets(self, place, block):
+        """See `Product.targets`."""
+        column = place.block(block)
+        return [(self.hidden, column), *_parts_of(self.dpre, column, self.activation, self.slots)]
+
+    def start(self, place):
+        """See `Product.start`."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.copy_gmem_to_smem(
+            self.row_weights.at[_rows(place)], self.weights_smem.at[pl.ds(0, place.height)], self.weights_loaded
+        )
+        for block in range(self.sets):
+            self._load(place, block)
+
+    def _load(self, place, block):
+        current = block % self.sets
+        parts = _parts_of(self.pre, place.block(block), self.activation, self.slots)
+        for part, (pre, column) in enumerate(parts):
+            # A column that does not exist reads as zeros.
+            column = jnp.where(self.slots.inside(place, block), column, pre.shape[1])
+            plgpu.copy_gmem_to_smem(
+                pre.at[_rows(place), pl.ds(pl.multiple_of(column, COLUMN_BLOCK), COLUMN_BLOCK)],
+                self.slots.at(current * len(parts) + part, place),
+                self.pre_loaded.at[self.first_barrier + current],
+            )
+
+    def finish(self, place, accumulated):
+        """See `Product.finish`."""
+        num_parts, blocks = _num_parts(self.activation), self.slots.blocks
+        sums = [jnp.zeros((ROW_BLOCK,), jnp.float32) for _ in place.row_blocks()]
+        plgpu.barrier_wait(self.weights_loaded)
+        for block in range(blocks):
+            current = block % self.sets
+            plgpu.barrier_wait(self.pre_loaded.at[self.first_barrier + current])
+            slots = [self.slots.count - 1, *range(current * num_parts, (current + 1) * num_parts)]
+            for i, rows in enumerate(place.row_blocks()):
+                dhidden = _tile(accumulated, rows, block)
+                parts = [self.slots.smem[slot, rows].astype(jnp.float32) for slot in slots[1:]]
+                hidden, slopes = value_and_slopes(self.activation, parts)
+                sums[i] += jnp.sum(dhidden * hidden, axis=1)
+                weights = plgpu.layout_cast(self.weights_smem[rows], plgpu.Layout.WGMMA.reduce(1))
+                weights = lax.broadcast_in_dim(weights, dhidden.shape, (0,))
+                dhidden *= weights
+                # The hidden rows of the block before have left their slot, and all threads have read these parts.
+                plgpu.wait_smem_to_gmem(num_parts, wait_read_only=True)
+                values = [weights * hidden, *(dhidden * slope for slope in slopes)]
+                for slot, value in zip(slots, values, strict=True):
+                    self.slots.smem[slot, rows] = value.astype(self.dpre.dtype)
+                if block == blocks - 1:
+                    self.sums_smem[rows] = sums[i]
+            plgpu.commit_smem()
+            for slot, (out, column) in zip(slots, self.targets(place, block), strict=True):
+                self.slots.send(slot, place, block, out, column)
+            if block + self.sets < blocks:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                self._load(place, block + self.sets)
+        line = lax.div(place.column, accumulated.shape[1])
+        mgpu_code.store_row_values(
+            self.sums_smem, self.sums, line, place.row, place.begin, place.end, native=self.slots.native
+        )
+
+
+def zero(epilogue, place):
+    """Stores zeros in every output that is stored in blocks."""
+    zeros = plgpu.layout_cast(jnp.zeros((ROW_BLOCK, COLUMN_BLOCK), epilogue.slots.smem.dtype), plgpu.Layout.WGMMA)
+    for block in range(epilogue.slots.blocks):
+        targets = epilogue.targets(place, block)
+        values = [zeros] * len(targets)
+        epilogue.slots.store(place, block, lambda _, values=values: values, targets)
+
+
+def _num_parts(activation) -> int:
+    return 2 if activation.gated else 1
+
+
+def _parts_of(pre, column, activation, slots):
+    """(ref, column) of the blocks of a pre-activation, or its gradient, that belong to a block of hidden columns."""
+    return [(pre, column + part * slots.width) for part in range(_num_parts(activation))]
+
+
+def _rows(place):
+    return pl.ds(pl.multiple_of(place.row, ROW_ALIGNMENT), place.height)
+
+
+def _tile(value, rows, block):
+    return value[rows, block * COLUMN_BLOCK : (block + 1) * COLUMN_BLOCK]

@@ -1,0 +1,121 @@
+"""The Pallas kernel with an activation in its epilogue: the value after rows x w, the gradient after rows x w^T."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from jax_latent_moe.config import PallasMatmulTile
+from jax_latent_moe.grouped_matmul.fused import FusedActivation
+from jax_latent_moe.grouped_matmul.pallas_hopper_epilogues import Activation, ActivationGradient
+from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import multiply, pad_rows
+from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS
+from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import group_bounds
+
+
+def matmul_activation(
+    rows: Float[Array, "r k"],
+    w: Float[Array, "e k n"],
+    group_sizes: Int[Array, " e"],
+    *,
+    activation: FusedActivation,
+    keep_pre: bool,
+    tile: PallasMatmulTile,
+    num_sms: int,
+    interpret=None,
+) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"]]:
+    """See `FusingBackend.matmul_activation`; K, N and, gated, N / 2 are multiples of 64.
+
+    Args:
+        rows: [R, K], bfloat16 or float16, sorted by expert.
+        w: [E, K, N]; gated, N = 2 M, the gate half first.
+        group_sizes: [E], on the device.
+        activation: applied to the pre-activation as rounded to the dtype of rows.
+        keep_pre: store the pre-activation, for the backward pass.
+        tile: tile shape and schedule; gated, of 128 columns, with at least 3 out_slots, else 2.
+        num_sms: multiprocessors to run on.
+        interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
+
+    Returns:
+        The pre-activation [R, N], or None, and its activation [R, M], in the dtype of rows.
+    """
+    num_rows, out_features = rows.shape[0], w.shape[2]
+    width = out_features // (2 if activation.gated else 1)
+    *pre, hidden = multiply(
+        Activation,
+        rows,
+        w,
+        group_sizes,
+        out_types=[
+            jax.ShapeDtypeStruct((num_rows, size), rows.dtype)
+            for size in ((out_features, width) if keep_pre else (width,))
+        ],
+        activation=activation,
+        transpose_w=False,
+        tile=tile,
+        num_sms=num_sms,
+        interpret=interpret,
+    )
+    return pre[0] if keep_pre else None, hidden
+
+
+def matmul_activation_grad(
+    dout: Float[Array, "r n"],
+    w: Float[Array, "e m n"],
+    group_sizes: Int[Array, " e"],
+    pre: Float[Array, "r p"],
+    row_weights: Float[Array, " r"],
+    *,
+    activation: FusedActivation,
+    tile: PallasMatmulTile,
+    num_sms: int,
+    interpret=None,
+) -> tuple[Float[Array, "r p"], Float[Array, "r m"], Float[Array, " r"]]:
+    """See `FusingBackend.matmul_activation_grad`; M and N are multiples of 64.
+
+    Args:
+        dout: [R, N], bfloat16 or float16, sorted by expert.
+        w: [E, M, N].
+        group_sizes: [E], on the device.
+        pre: [R, M], gated [R, 2 M], in the dtype of dout.
+        row_weights: [R].
+        activation: of which the gradient is taken.
+        tile: tile shape and schedule; gated with at least 3 out_slots, else 2.
+        num_sms: multiprocessors to run on.
+        interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
+
+    Returns:
+        The gradient of pre in its shape and the hidden rows [R, M], both times row_weights and in the dtype of dout;
+        the gradient of row_weights [R] in float32, summed in a fixed order.
+    """
+    num_rows, width = dout.shape[0], w.shape[1]
+    # With those that a cluster computes beyond the last column, which are zero.
+    column_tiles = -(-width // (tile.columns * tile.cluster)) * tile.cluster
+    num_parts = 2 if activation.gated else 1
+    # Blocks of pre that are in shared memory at once; the last slot is for hidden rows.
+    sets = min((tile.out_slots - 1) // num_parts, tile.columns // COLUMN_BLOCK)
+    dpre, hidden, sums = multiply(
+        ActivationGradient,
+        dout,
+        w,
+        group_sizes,
+        operands=[pad_rows(pre), pad_rows(row_weights.astype(jnp.float32))],
+        out_types=[
+            jax.ShapeDtypeStruct(pre.shape, dout.dtype),
+            jax.ShapeDtypeStruct((num_rows, width), dout.dtype),
+            jax.ShapeDtypeStruct((column_tiles, num_rows), jnp.float32),
+        ],
+        scratch_types=[
+            plgpu.SMEM((CONSUMERS, 2, tile.rows), jnp.float32),
+            plgpu.Barrier(num_arrivals=num_parts, num_barriers=CONSUMERS * sets),
+            plgpu.Barrier(num_barriers=CONSUMERS),
+        ],
+        activation=activation,
+        transpose_w=True,
+        tile=tile,
+        num_sms=num_sms,
+        interpret=interpret,
+    )
+    # Nobody writes the sums of rows of nobody.
+    owned = jnp.arange(num_rows) < group_bounds(group_sizes, num_rows)[1][-1]
+    return dpre, hidden, jnp.where(owned, jnp.sum(sums, axis=0), 0)
