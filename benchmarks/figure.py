@@ -9,7 +9,7 @@ FAMILIES = {
     "cutlass": ("#1b5e20", "cutlass", "cutlass"),
     "pallas": ("#43a047", "pallas", "pallas"),
     "torch grouped_mm (layer: transformers)": ("#ee8a2b", "torch_grouped_mm", "transformers_grouped_mm"),
-    "tokamax, best of a sweep (layer: in plain JAX)": ("#5b8bd0", "tokamax_tuned", "jax_tokamax_tuned"),
+    "tokamax, one tile (layer: in plain JAX)": ("#5b8bd0", "tokamax_one_tile", "jax_tokamax_one_tile"),
     "one dense matmul": ("#9e9e9e", "dense", "dense"),
 }
 KERNELS = {

@@ -74,12 +74,13 @@ def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: S
     if not session.quick:
         layers["jax_tokamax_default"] = tokamax_layer(config, None)
     passes = PASSES if pass_ == "forward_backward" else PASSES[:1]
-    if "jax_tokamax_tuned" not in session.without:
+    tuned = f"jax_tokamax_{'one_tile' if session.quick else 'tuned'}"
+    if tuned not in session.without:
         tiles = {
             name: [best_tokamax_tile(shape, each, session.quick) for each in passes]
             for name, shape in products(config, tokens).items()
         }
-        layers["jax_tokamax_tuned"] = tokamax_layer(config, tiles)
+        layers[tuned] = tokamax_layer(config, tiles)
     args = (params, x) if pass_ == "forward" else (params, x, dy)
     found = {
         name: jax_candidate(layer if pass_ == "forward" else with_gradients(layer), *args)

@@ -67,7 +67,7 @@ def candidates(shape: Grouped, pass_: str, x, w, dout, sizes, *, quick: bool, de
         backend = XlaBackend(method="ragged_dot")
         found["lax_ragged_dot"] = jax_candidate(functools.partial(ours, pass_, backend), x, w, dout, sizes)
     for tile in (() if quick else (None,)) + tokamax_ragged_dot.sweep(pass_, quick):
-        name = "tokamax" if tile is None else f"tokamax_tuned/{tile}"
+        name = "tokamax" if tile is None else f"tokamax_{'one_tile' if quick else 'tuned'}/{tile}"
         call = functools.partial(tokamax_ragged_dot.one_pass, pass_, tile)
         found[name] = jax_candidate(call, x, w, dout, sizes)
     if pass_ == "wgrad":
