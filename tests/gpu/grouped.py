@@ -92,3 +92,24 @@ def check(backend, rng, dtype, sizes, num_rows, in_features, out_features):
     assert not dw[np.asarray(sizes) == 0].any()
     for first, again in zip((out, drows, dw), compiled(backend)(*args), strict=True):
         assert (np.asarray(first) == np.asarray(again)).all()
+
+
+def check_weights_beyond_two_to_the_31_elements(backend, rng):
+    """Values and gradients of the few experts that have rows, at either end of the weights; zeros for the others."""
+    experts, in_features, out_features = 520, 2048, 2112
+    assert experts * in_features * out_features > 2**31
+    sizes = np.zeros(experts, np.int32)
+    sizes[[0, 259, 518, 519]] = [3, 130, 200, 67]
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 3)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    rows, dout = draw(keys[0], (400, in_features), jnp.bfloat16), draw(keys[1], (400, out_features), jnp.bfloat16)
+    w = draw(keys[2], (experts, in_features, out_features), jnp.bfloat16)
+    out, drows, dw = compiled(backend)(rows, w, dout, jnp.asarray(sizes))
+    start = 0
+    for expert in np.flatnonzero(sizes):
+        group, kernel = slice(start, start + sizes[expert]), float64(w[expert])
+        assert_close(float64(out[group]), float64(rows[group]) @ kernel, "bfloat16")
+        assert_close(float64(drows[group]), float64(dout[group]) @ kernel.T, "bfloat16")
+        assert_close(float64(dw[expert]), float64(rows[group]).T @ float64(dout[group]), "bfloat16")
+        start += sizes[expert]
+    assert float(jnp.max(jnp.abs(dw[np.flatnonzero(sizes == 0)]))) == 0

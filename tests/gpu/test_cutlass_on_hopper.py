@@ -13,7 +13,13 @@ from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_library import library
 from jax_latent_moe.grouped_matmul.cutlass_tiles import compiled as compiled_tiles
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
-from tests.gpu.grouped import check, check_fused, float64, needs_hopper
+from tests.gpu.grouped import (
+    check,
+    check_fused,
+    check_weights_beyond_two_to_the_31_elements,
+    float64,
+    needs_hopper,
+)
 from tests.tolerances import assert_close
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
@@ -40,6 +46,10 @@ def test_few_rows(rng, num_rows):
 
 def test_more_tiles_than_multiprocessors(rng):
     check(BACKEND, rng, "bfloat16", rng.multinomial(2500, np.full(40, 1 / 40)), 3000, 264, 1032)
+
+
+def test_weights_beyond_two_to_the_31_elements(rng):
+    check_weights_beyond_two_to_the_31_elements(BACKEND, rng)
 
 
 @pytest.mark.parametrize("contraction", ["rows_w", "rows_wt", "outer"])

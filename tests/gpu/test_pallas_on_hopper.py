@@ -9,7 +9,13 @@ from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTi
 from jax_latent_moe.grouped_matmul import grouped_outer, problem, select
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
-from tests.gpu.grouped import check, check_fused, compiled, float64, needs_hopper
+from tests.gpu.grouped import (
+    check,
+    check_fused,
+    check_weights_beyond_two_to_the_31_elements,
+    float64,
+    needs_hopper,
+)
 from tests.tolerances import assert_close
 
 pytestmark = needs_hopper
@@ -45,23 +51,7 @@ def test_few_rows(rng, backend, num_rows):
 
 
 def test_weights_beyond_two_to_the_31_elements(rng):
-    experts, in_features, out_features = 520, 2048, 2112
-    assert experts * in_features * out_features > 2**31
-    sizes = np.zeros(experts, np.int32)
-    sizes[[0, 259, 518, 519]] = [3, 130, 200, 67]
-    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 3)
-    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    rows, dout = draw(keys[0], (400, in_features), jnp.bfloat16), draw(keys[1], (400, out_features), jnp.bfloat16)
-    w = draw(keys[2], (experts, in_features, out_features), jnp.bfloat16)
-    out, drows, dw = compiled(PallasBackend())(rows, w, dout, jnp.asarray(sizes))
-    start = 0
-    for expert in np.flatnonzero(sizes):
-        group, kernel = slice(start, start + sizes[expert]), float64(w[expert])
-        assert_close(float64(out[group]), float64(rows[group]) @ kernel, "bfloat16")
-        assert_close(float64(drows[group]), float64(dout[group]) @ kernel.T, "bfloat16")
-        assert_close(float64(dw[expert]), float64(rows[group]).T @ float64(dout[group]), "bfloat16")
-        start += sizes[expert]
-    assert float(jnp.max(jnp.abs(dw[np.flatnonzero(sizes == 0)]))) == 0
+    check_weights_beyond_two_to_the_31_elements(PallasBackend(), rng)
 
 
 def test_auto_picks_it_where_no_kernels_are_compiled(library_at, tmp_path):
