@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile, XlaBackend
+from jax_latent_moe.config import CutlassTile, PallasBackend, PallasMatmulTile, PallasOuterTile, XlaBackend
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul import Problem, explain, select, tune, tuning
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
@@ -44,6 +44,8 @@ def test_the_committed_table_holds_tiles_that_exist():
     for entry in tuning._committed():
         assert entry.keys() == ENTRY.keys()
         cls = PallasOuterTile if entry["contraction"] == "outer" else PallasMatmulTile
+        if entry["backend"] == "cutlass":
+            cls = CutlassTile
         assert cls(**entry["tile"])
 
 
@@ -136,7 +138,7 @@ def test_where_the_users_table_lies(monkeypatch, tmp_path):
 
 def test_explain_names_the_tile_and_its_source(table):
     tuning.add_to_table(table, [ENTRY])
-    last = explain(SUPER_UP).splitlines()[-1]
+    last = explain(SUPER_UP, "pallas").splitlines()[-1]
     assert last.strip().startswith("PallasMatmulTile(rows=64, columns=64, stages=3")
     assert f"from your table {table}" in last
     assert explain(SUPER_UP, XlaBackend()).splitlines()[-1].endswith("runs it")
