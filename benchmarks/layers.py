@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.matmuls import CONTRACTIONS, PASSES, best_tokamax_tile, relative_error
 from benchmarks.measure import Row, Session
-from benchmarks.peers import jax_layer, tokamax_ragged_dot, transformers_layer
+from benchmarks.peers import jax_layer, sonicmoe_layer, tokamax_ragged_dot, transformers_layer
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend, init_params, latent_moe
 from jax_latent_moe.cost import matmul_flops_per_token
@@ -86,7 +86,8 @@ def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: S
         name: jax_candidate(layer if pass_ == "forward" else with_gradients(layer), *args)
         for name, layer in layers.items()
     }
-    return found | {"transformers_grouped_mm": transformers_layer.candidates(config, params, x, dy)[pass_]}
+    in_torch = {"transformers_grouped_mm": transformers_layer, "sonicmoe": sonicmoe_layer}
+    return found | {name: peer.candidates(config, params, x, dy)[pass_] for name, peer in in_torch.items()}
 
 
 def our_layer(config: LatentMoEConfig, params, x):

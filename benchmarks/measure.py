@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-PACKAGES = ("jax", "jaxlib", "torch", "triton", "transformers", "tokamax")
+PACKAGES = ("jax", "jaxlib", "torch", "triton", "transformers", "tokamax", "sonic-moe", "quack-kernels")
 WRONG = 1e9
 """What `Row.max_error` says of a result that holds no numbers."""
 

@@ -19,6 +19,7 @@ LABELS = {
     "xla": "xla",
     "torch_grouped_mm": "torch `grouped_mm`",
     "transformers_grouped_mm": "transformers on `grouped_mm`",
+    "sonicmoe": "SonicMoE",
     "tokamax": "tokamax",
     "tokamax_tuned": "tokamax, best of a sweep",
     "tokamax_one_tile": "tokamax, one tile",

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import gpu, layers, matmuls, steps
 from benchmarks.measure import WRONG, Row, Run, Session
-from benchmarks.peers import jax_layer
+from benchmarks.peers import jax_layer, sonicmoe_layer
 from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
 from examples.train import presets
 from jax_latent_moe import init_params, latent_moe
@@ -144,6 +144,30 @@ def test_the_plain_jax_layer_computes_the_layer(rng, latent_size):
     theirs = layers.with_gradients(plain)(params, x, dy)
     for value, expected in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
         assert_close(np.asarray(value), np.asarray(expected, np.float64), "float32")
+
+
+def test_sonicmoe_reads_our_experts_with_gate_and_up_interleaved(rng):
+    num_experts, width, inner = 3, 5, 4
+    w_in = rng.normal(size=(num_experts, width, 2, inner))
+    w_out = rng.normal(size=(num_experts, inner, width))
+    x = rng.normal(size=(num_experts, 7, width))
+    gate, up = (np.einsum("etl,elm->etm", x, w_in[:, :, i]) for i in (0, 1))
+    expected = np.einsum("etm,eml->etl", gate / (1 + np.exp(-gate)) * up, w_out)
+    theirs = sonicmoe_layer.expert_weights(jnp.asarray(w_in), jnp.asarray(w_out))
+    theirs_in, theirs_out = (np.asarray(w, np.float64) for w in theirs)
+    pre = np.einsum("etl,enl->etn", x, theirs_in)
+    hidden = pre[..., 0::2] / (1 + np.exp(-pre[..., 0::2])) * pre[..., 1::2]
+    assert_close(np.einsum("etm,elm->etl", hidden, theirs_out), expected, "float32")
+
+
+def test_sonicmoe_is_left_out_of_layers_that_it_refuses(capsys):
+    params = init_params(jax.random.key(0), SMALL_LAYER)
+    x = jnp.ones((4, SMALL_LAYER.hidden_size), jnp.bfloat16)
+    assert not prepare(sonicmoe_layer.candidates(SMALL_LAYER, params, x, x))
+    printed = capsys.readouterr().out
+    for pass_ in layers.PASSES_OF_LAYERS:
+        assert f"left out {pass_}: ValueError: SonicMoE's experts are gated" in printed
+    assert "relu2" in printed
 
 
 def test_quick_is_a_part_of_the_whole():

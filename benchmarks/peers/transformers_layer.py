@@ -1,8 +1,6 @@
 """The MoE blocks of transformers with its experts on torch's grouped matmul, holding the values of our parameters."""
 
-import functools
-
-from benchmarks.peers.torch_grouped_mm import torch_call
+from benchmarks.peers import torch_layer
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.grouped_matmul.timing import Candidate
 
@@ -18,40 +16,12 @@ def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:
         dy: [T, d].
     """
 
-    @functools.cache
-    def build():
-        import torch  # pyright: ignore[reportMissingImports]
+    def make():
+        block = _block(config, params)
+        parameters = tuple(leaf for leaf in block.parameters() if leaf.requires_grad)
+        return lambda tokens: block(tokens[None])[0], parameters
 
-        tokens, cotangents = (torch.from_dlpack(array)[None] for array in (x, dy))
-        return _block(config, params), tokens, cotangents
-
-    def forward():
-        import torch  # pyright: ignore[reportMissingImports]
-
-        block, tokens, _ = build()
-
-        def run():
-            with torch.no_grad():
-                return block(tokens)
-
-        call = torch_call(run)
-        return lambda: call
-
-    def forward_backward():
-        import torch  # pyright: ignore[reportMissingImports]
-
-        block, tokens, cotangents = build()
-        tokens = tokens.detach().clone().requires_grad_()
-        inputs = (tokens, *(leaf for leaf in block.parameters() if leaf.requires_grad))
-
-        def run():
-            y = block(tokens)
-            return (y.detach(), *torch.autograd.grad(y, inputs, cotangents))
-
-        call = torch_call(run)
-        return lambda: call
-
-    return {"forward": forward, "forward_backward": forward_backward}
+    return torch_layer.candidates(make, x, dy)
 
 
 def _block(config, params):
