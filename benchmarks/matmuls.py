@@ -182,6 +182,6 @@ def _measure_pass(session, suite, name, shape, pass_, operands, sizes):
     widths = shape.in_features + shape.out_features
     traffic = 2 * (shape.rows * widths + matrices * shape.in_features * shape.out_features)
     floor = session.floor_ms(flops, traffic)
-    for impl, ms in time_in_turn(calls, 20 if decode else 5, session.rounds).items():
+    for impl, ms in time_in_turn(calls, 20 if decode else 12, session.rounds).items():
         error, temp = errors.get(impl), calls[impl].temp_bytes
         session.record(Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, error, temp))

@@ -153,6 +153,9 @@ class PallasBackend:
 class CutlassTile:
     """Tile and schedule of a compiled kernel of the `cutlass` backend; only the combinations that were compiled run.
 
+    A tile of more than 192 x 128 elements is shared by both warpgroups of a multiprocessor, which otherwise take tiles in
+    turn, one storing while the other multiplies.
+
     Attributes:
         rows: rows of a tile; of rows^T x rows, of the first feature axis (K).
         columns: output columns of a tile; of rows^T x rows, of the second feature axis (N).
@@ -173,6 +176,11 @@ class CutlassTile:
         for field in ("rows", "columns", "stages", "cluster_rows", "cluster_columns"):
             checks.positive_int(f"CutlassTile.{field}", getattr(self, field))
         checks.instance("CutlassTile.rows_first", self.rows_first, bool)
+
+    @property
+    def shared(self) -> bool:
+        """Whether both warpgroups of a multiprocessor work on one tile."""
+        return self.rows * self.columns > 192 * 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,10 +70,9 @@ def test_the_library_lists_kernels_of_each_kind():
 @needs_library
 def test_xla_accepts_the_handlers():
     """Registering asks a handler for the version of its interface, which must not be newer than XLA's."""
-    handlers = ctypes.CDLL(str(loader._path()))
+    loaded = ctypes.CDLL(str(loader._path()))
     for target in loader.TARGETS:
-        capsule = jax.ffi.pycapsule(getattr(handlers, f"latent_moe_{target}"))
-        jax.ffi.register_ffi_target(f"test_{target}", capsule, platform="cpu")
+        jax.ffi.register_ffi_target(f"test_{target}", loader.handlers(loaded, target), platform="cpu")
 
 
 @needs_library
@@ -83,6 +82,13 @@ def test_a_tile_that_was_not_compiled_is_refused_with_those_that_were():
         select(H200, backend)
     chosen = select(H200, CutlassBackend())
     assert set(chosen.candidates(H200)) >= {CutlassBackend(matmul_tile=chosen.tile(H200).tile)}
+
+
+@needs_library
+@pytest.mark.parametrize(("contracted", "shared"), [(64, False), (16384, True)])
+def test_tiles_whose_stores_nothing_hides_are_for_long_products(contracted, shared):
+    problem = dataclasses.replace(H200, num_rows=64 * 1024, in_features=contracted, out_features=1024)
+    assert select(problem, CutlassBackend()).tile(problem).tile.shared == shared
 
 
 @needs_library

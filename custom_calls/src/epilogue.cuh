@@ -68,7 +68,7 @@ class Piece {
 };
 
 template <int I>
-class EpilogueOf {
+class RowEpilogue {
   static constexpr Instance kInstance = kInstances[I];
   static constexpr Tile kTile = kInstance.tile;
   static constexpr Activation kActivation = kInstance.activation;
@@ -85,7 +85,7 @@ class EpilogueOf {
   static constexpr int kPiecesOfWarp = kGradient ? 1 + kAhead * kHalves : 1;
   static constexpr int kSharedBytes = kConsumers * 4 * kPiecesOfWarp * kPieceBytes;
 
-  __device__ EpilogueOf(Args const& args, char* shared)
+  __device__ RowEpilogue(Args const& args, char* shared)
       : args_(args),
         params_{args.beta, args.linear_beta},
         base_(shared + threadIdx.x / 32 * kPiecesOfWarp * kPieceBytes),

@@ -1,6 +1,7 @@
 // The XLA FFI handlers: they check what they are given, describe it to the copy engine and launch a compiled kernel.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -98,7 +99,7 @@ std::optional<Type> type_of(ffi::AnyBuffer const& buffer) {
   }
 }
 
-ffi::Error run(Request const& request, Type type, Args const& args, cudaStream_t stream) {
+ffi::Error run(Request const& request, Type type, Args const& given, cudaStream_t stream) {
   std::string tiles;
   for (int i = 0; i < kNumInstances; ++i) {
     Instance const& instance = kInstances[i];
@@ -110,13 +111,15 @@ ffi::Error run(Request const& request, Type type, Args const& args, cudaStream_t
       tiles += (tiles.empty() ? "" : "; ") + to_string(instance.tile);
       continue;
     }
-    if (int const most = kCompiled[i].max_experts(); args.num_experts > most) {
-      return refuse(std::to_string(args.num_experts) + " experts are more than the " + std::to_string(most) +
+    if (int const most = kCompiled[i].max_experts(); given.num_experts > most) {
+      return refuse(std::to_string(given.num_experts) + " experts are more than the " + std::to_string(most) +
                     " of tile " + to_string(request.tile));
     }
     int device = 0, num_sms = 0;
     auto error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    Args args = given;
+    args.sides = sides_of(device);
     if (error == cudaSuccess) error = kCompiled[i].launch(args, num_sms, stream);
     if (error == cudaSuccess) return ffi::Error::Success();
     return ffi::Error::Internal(std::string("jax_latent_moe: ") + cudaGetErrorString(error) + ", tile " +
@@ -127,8 +130,8 @@ ffi::Error run(Request const& request, Type type, Args const& args, cudaStream_t
 }
 
 void take_counter(Check& check, Args& args, ffi::AnyBuffer const& counter) {
-  check.buffer("the counter", counter, ffi::DataType::S32, {1});
-  args.counter = static_cast<int32_t*>(counter.untyped_data());
+  check.buffer("the counter", counter, ffi::DataType::S32, {2});
+  args.counter = static_cast<uint64_t*>(counter.untyped_data());
 }
 
 // rows x w or rows x w^T: what the plain and the fused products have in common.
@@ -159,7 +162,8 @@ struct Product {
     check.that(rows < (int64_t{1} << 31) - 256, "there are " + std::to_string(rows) + " rows, 2^31 or more");
     check.that(experts > 0, "there are no experts");
     if (!check.error().empty() || rows == 0) return;
-    check(dense_map(&args.a, type, x.untyped_data(), 1, rows, in, 64));
+    check(is_shared(request.tile) ? window_map(&args.a, type, x.untyped_data(), in)
+                                  : dense_map(&args.a, type, x.untyped_data(), 1, rows, in, 64));
     bool const gated = request.epilogue == Epilogue::kActivation && is_gated(request.activation);
     args.whole_b = !transpose && n % (gated ? 128 : 64) == 0;
     if (args.whole_b) {
@@ -304,6 +308,22 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   return run(request, type, args, stream);
 }
 
+// XLA calls this before it records or runs a program, when one may still wait for the device.
+ffi::Error prepare(cudaStream_t stream, int32_t device, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  auto const error = measure_sides(device, stream);
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_latent_moe: ") + cudaGetErrorString(error) + " while timing the L2 cache");
+}
+
+auto bind_prepare() {
+  return ffi::Ffi::BindInitialize()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
+}
+
 auto bind_rows() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::PlatformStream<cudaStream_t>>()
@@ -370,9 +390,16 @@ LATENT_MOE_HANDLER(latent_moe_matmul_activation, latent_moe::matmul_activation, 
 LATENT_MOE_HANDLER(latent_moe_matmul_activation_grad, latent_moe::matmul_activation_grad,
                    latent_moe::bind_activation_grad());
 LATENT_MOE_HANDLER(latent_moe_outer, latent_moe::outer, latent_moe::bind_outer());
+LATENT_MOE_HANDLER(latent_moe_prepare, latent_moe::prepare, latent_moe::bind_prepare());
 
 // Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.
-LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 1; }
+LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 2; }
+
+// For tests: Sides::kMost bits, by multiprocessor.
+LATENT_MOE_EXPORT void latent_moe_sides(int32_t device, uint32_t* bits) {
+  latent_moe::Sides const sides = latent_moe::sides_of(device);
+  std::copy(std::begin(sides.bits), std::end(sides.bits), bits);
+}
 
 LATENT_MOE_EXPORT int32_t latent_moe_num_instances() { return latent_moe::kNumInstances; }
 

@@ -6,11 +6,15 @@
 // clips there (`Window`).
 #pragma once
 
+#include "column_epilogue.cuh"
 #include "epilogue.cuh"
 #include "queue.cuh"
 #include "schedule.cuh"
 
 namespace latent_moe {
+
+template <int I>
+using EpilogueOf = std::conditional_t<is_shared(kInstances[I].tile), ColumnEpilogue<I>, RowEpilogue<I>>;
 
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kSharedMemory = 227 * 1024;  // what one block may take of a Hopper multiprocessor
@@ -22,9 +26,9 @@ struct Kernel {
   static constexpr Contraction kContraction = kInstance.contraction;
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   static constexpr bool kOuter = kContraction == Contraction::kOuter;
+  static constexpr bool kShared = is_shared(kTile);
   static constexpr Major kMajorA = kOuter ? Major::MN : Major::K;
   static constexpr Major kMajorB = kContraction == Contraction::kRowsWt ? Major::K : Major::MN;
-  using Op = Wgmma<T, kTile.columns, kMajorA, kMajorB>;
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
   // A kernel of small tiles is bound by reading weights, each once: it need not wait for a counter to be cleared.
@@ -34,7 +38,10 @@ struct Kernel {
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
   static constexpr int kBarrierBytes = (2 * kTile.stages + kConsumers) * sizeof(uint64_t);
-  static_assert(kTile.columns * kBlocksA <= 384 && kBlocksA <= 3, "the accumulators fill the registers");
+  static constexpr int kBlocksOfWarpgroup = kShared ? kBlocksB / kConsumers : kBlocksB;
+  static_assert(kTile.rows * kBlocksOfWarpgroup <= 192 * 2 && kTile.rows <= 192 && kBlocksOfWarpgroup <= 3,
+                "the accumulators fill the registers");
+  static_assert(!kShared || (!kOuter && kInstance.epilogue == Epilogue::kStore), "only products of rows are shared");
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
   static constexpr int shared_bytes(int num_experts) {
@@ -96,9 +103,15 @@ struct Kernel {
 
     Tiles tiles(shared.queue);
     Place place;
-    int id, expert = 0;
-    while ((id = tiles.template take<true>()) < schedule.count()) {
-      const Work work = schedule.work(id, rank, expert);
+    int expert = 0;
+    int id = tiles.template take<true>();
+    Work next = {};
+    if (id < schedule.count()) next = schedule.work(id, rank, expert);
+    while (id < schedule.count()) {
+      // The next tile is looked up while this one's loads are on their way.
+      const Work work = next;
+      id = tiles.template take<true>();
+      if (id < schedule.count()) next = schedule.work(id, rank, expert);
       const int blocks = active_blocks(work);
       const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
       for (int step = 0; step < work.steps; ++step, place.next()) {
@@ -106,8 +119,8 @@ struct Kernel {
         shared.empty[place.stage].wait(place.phase ^ 1);
         full.arrive_and_expect_tx(bytes);
         const int at = step * kBlock;
-        const Window window(work.row + at, min(kBlock, work.valid - at));  // of a weight gradient: ends with the expert
         if constexpr (kOuter) {
+          const Window window(work.row + at, min(kBlock, work.valid - at));
           load_outer<kTile.cluster_columns, kBlocksA>(args.a, args.whole_a, full, shared.a(place.stage, 0), mask_a,
                                                       rank_column, work.out_row, window);
           load_outer<kTile.cluster_rows, kBlocksB>(args.b, args.whole_b, full, shared.b(place.stage, 0), mask_b,
@@ -116,8 +129,14 @@ struct Kernel {
 #pragma unroll
           for (int block = 0; block < kBlocksA; ++block) {
             if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
-            load_box<kTile.cluster_columns>(args.a, full, shared.a(place.stage, block), mask_a, at,
-                                            work.row + block * kBlock, 0);
+            char* to = shared.a(place.stage, block);
+            const int first = block * kBlock;
+            if constexpr (kShared) {
+              const Window window(work.row + first, min(kBlock, work.valid - first));
+              load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
+            } else {
+              load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, work.row + first, 0);
+            }
           }
           if constexpr (kContraction == Contraction::kRowsWt) {
             load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
@@ -166,22 +185,11 @@ struct Kernel {
     }
   }
 
-  // One tile, of which `Blocks` 64-row blocks hold rows: multiplies and stores them.
-  template <int Blocks>
-  static __device__ __forceinline__ void tile(Args const& args, Shared const& shared,
-                                              EpilogueOf<I> const& epilogue, Work const& work, Place& place,
-                                              uint32_t turn_phase, int warpgroup, int thread) {
-    float acc[Blocks][kTile.columns / 2] = {};
-    epilogue.begin(work);
-    shared.turn[warpgroup].wait(turn_phase);
-    const auto multiply = [&](int k16) {
-      const uint32_t a = cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0));
-      const uint64_t b = operand<kMajorB>(cute::cast_smem_ptr_to_uint(shared.b(place.stage, 0)), k16);
-#pragma unroll
-      for (int block = 0; block < Blocks; ++block) {
-        wgmma<Op>(operand<kMajorA>(a + block * kBlockBytes, k16), b, acc[block]);
-      }
-    };
+  // The products of a tile: `multiply(k16)` issues those of 16 elements of the contracted axis. Hands the turn over when
+  // all are issued, and ends when all are done.
+  template <class Multiply>
+  static __device__ __forceinline__ void products(Shared const& shared, Work const& work, Place& place, int warpgroup,
+                                                  int thread, Multiply const& multiply) {
     // The last step of a weight gradient holds only so many rows of the expert.
     const int full_steps = kOuter ? work.valid / kBlock : work.steps;
     int previous = -1;
@@ -207,15 +215,57 @@ struct Kernel {
     // From here on every stage of this tile has been full: only now may the other warpgroup wait for the next round of
     // the same stages, whose barriers tell rounds apart by parity alone. Products keep the four warps together; where
     // there was none, a barrier does.
-    if (work.steps == 0) sync_warpgroup(warpgroup);
-    if (thread == 0) shared.turn[1 - warpgroup].arrive();
+    if (!kShared) {
+      if (work.steps == 0) sync_warpgroup(warpgroup);
+      if (thread == 0) shared.turn[1 - warpgroup].arrive();
+    }
     cute::warpgroup_wait<0>();
     if (previous >= 0) release(shared, previous, thread);
     if (full_steps < work.steps) {
       release(shared, place.stage, thread);
       place.next();
     }
+  }
+
+  // One tile, of which `Blocks` 64-row blocks hold rows: multiplies and stores them.
+  template <int Blocks>
+  static __device__ __forceinline__ void tile(Args const& args, Shared const& shared, EpilogueOf<I> const& epilogue,
+                                              Work const& work, Place& place, uint32_t turn_phase, int warpgroup,
+                                              int thread) {
+    float acc[Blocks][kTile.columns / 2] = {};
+    epilogue.begin(work);
+    shared.turn[warpgroup].wait(turn_phase);
+    products(shared, work, place, warpgroup, thread, [&](int k16) {
+      const uint32_t a = cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0));
+      const uint64_t b = operand<kMajorB>(cute::cast_smem_ptr_to_uint(shared.b(place.stage, 0)), k16);
+#pragma unroll
+      for (int block = 0; block < Blocks; ++block) {
+        wgmma<T, kTile.columns, kMajorA, kMajorB>(operand<kMajorA>(a + block * kBlockBytes, k16), b, acc[block]);
+      }
+    });
     epilogue.template finish<Blocks>(acc, work);
+  }
+
+  // One tile that both warpgroups share. Its rows lie along the axis of wgmma that may be any multiple of 8, rather than
+  // along that of 64, so that an expert's tiles are hardly higher than its rows.
+  template <int... I8>
+  static __device__ __forceinline__ void shared_tile(Args const& args, Shared const& shared,
+                                                     EpilogueOf<I> const& epilogue, Work const& work, Place& place,
+                                                     int warpgroup, int thread, std::integer_sequence<int, I8...>) {
+    float acc[kBlocksOfWarpgroup][kTile.rows / 2] = {};
+    const int first_block = warpgroup * kBlocksOfWarpgroup, eights = ceil_div(work.valid, 8);
+    const auto with = [&](auto n) {
+      products(shared, work, place, warpgroup, thread, [&](int k16) {
+        const uint64_t a = operand<Major::K>(cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0)), k16);
+        const uint32_t b = cute::cast_smem_ptr_to_uint(shared.b(place.stage, first_block));
+#pragma unroll
+        for (int block = 0; block < kBlocksOfWarpgroup; ++block) {
+          wgmma<T, n(), kMajorB, Major::K>(operand<kMajorB>(b + block * kBlockBytes, k16), a, acc[block]);
+        }
+      });
+    };
+    ((eights == I8 + 1 ? with(std::integral_constant<int, 8 * (I8 + 1)>{}) : void()), ...);
+    epilogue.finish(acc, work);
   }
 
   // Tells every producer of the cluster that this warpgroup has read the stage.
@@ -236,20 +286,23 @@ struct Kernel {
     int id, expert = 0, turn = 1;
     uint32_t turn_phase = warpgroup;  // flipped before each turn: the first warpgroup does not wait for its first
     while ((id = tiles.template take<false>()) < schedule.count()) {
-      const Work work = schedule.work(id, rank, expert);
-      turn ^= 1;
-      if (turn != warpgroup) {
+      Work work = schedule.work(id, rank, expert);
+      if constexpr (kShared) {
+        work.column += warpgroup * (kTile.columns / kConsumers);
+        shared_tile(args, shared, epilogue, work, place, warpgroup, thread,
+                    std::make_integer_sequence<int, kTile.rows / 8>{});
+      } else if ((turn ^= 1) != warpgroup) {
         place.skip(work.steps);
-        continue;
-      }
-      turn_phase ^= 1;
-      const int blocks = active_blocks(work);
-      if (blocks == kBlocksA) {
-        tile<kBlocksA>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
-      } else if (kBlocksA > 2 && blocks == 2) {
-        tile<(kBlocksA > 2 ? 2 : 1)>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
       } else {
-        tile<1>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
+        turn_phase ^= 1;
+        const int blocks = active_blocks(work);
+        if (blocks == kBlocksA) {
+          tile<kBlocksA>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
+        } else if (kBlocksA > 2 && blocks == 2) {
+          tile<(kBlocksA > 2 ? 2 : 1)>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
+        } else {
+          tile<1>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
+        }
       }
     }
   }
@@ -266,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < K::kTile.stages; ++stage) {
       shared.full[stage].init(1);
-      shared.empty[stage].init(K::kCluster);
+      shared.empty[stage].init(K::kCluster * (K::kShared ? kConsumers : 1));
     }
     for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
     typename K::Tiles(shared.queue).init();
@@ -283,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (threadIdx.x == kConsumers * kWarpgroup) K::produce(args, shared, schedule, rank);
     if (K::kCounts && rank == 0 && threadIdx.x == kConsumers * kWarpgroup + 32) {
-      typename K::Tiles(shared.queue).serve(args.counter, schedule.count());
+      typename K::Tiles(shared.queue).serve(args.counter, schedule.count(), args.sides);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
@@ -315,7 +368,7 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
   config.attrs = &cluster;
   config.numAttrs = 1;
   if (K::kCounts) {
-    if (auto error = cudaMemsetAsync(args.counter, 0, sizeof(int), stream)) return error;
+    if (auto error = cudaMemsetAsync(args.counter, 0, sizeof(*args.counter), stream)) return error;
   }
   // All blocks run at once: of a cluster size, the GPU may hold fewer than its multiprocessors would make.
   int clusters = num_sms / K::kCluster;

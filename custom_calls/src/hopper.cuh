@@ -14,6 +14,7 @@
 #include "cute/arch/copy_sm90_tma.hpp"
 #include "cute/arch/mma_sm90_desc.hpp"
 #include "cute/arch/mma_sm90_gmma.hpp"
+#include "cute/arch/mma_sm90_gmma_ext.hpp"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/arch/reg_reconfig.h"
 #include "instance.h"
@@ -32,27 +33,46 @@ constexpr int kBlockBytes = kBlock * 128;  // one [64][64] block of 16-bit eleme
 template <class T, int N, Major A, Major B>
 struct Wgmma;
 
-#define LATENT_MOE_WGMMA(N)                                                               \
-  template <Major A, Major B>                                                             \
+#define LATENT_MOE_WGMMA(N)                                                                         \
+  template <Major A, Major B>                                                                       \
   struct Wgmma<__nv_bfloat16, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<A, B> {}; \
-  template <Major A, Major B>                                                             \
+  template <Major A, Major B>                                                                       \
   struct Wgmma<__half, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<A, B> {};
+LATENT_MOE_WGMMA(8)
+LATENT_MOE_WGMMA(16)
+LATENT_MOE_WGMMA(24)
+LATENT_MOE_WGMMA(32)
+LATENT_MOE_WGMMA(40)
+LATENT_MOE_WGMMA(48)
+LATENT_MOE_WGMMA(56)
 LATENT_MOE_WGMMA(64)
+LATENT_MOE_WGMMA(72)
+LATENT_MOE_WGMMA(80)
+LATENT_MOE_WGMMA(88)
+LATENT_MOE_WGMMA(96)
+LATENT_MOE_WGMMA(104)
+LATENT_MOE_WGMMA(112)
+LATENT_MOE_WGMMA(120)
 LATENT_MOE_WGMMA(128)
+LATENT_MOE_WGMMA(136)
+LATENT_MOE_WGMMA(144)
+LATENT_MOE_WGMMA(152)
+LATENT_MOE_WGMMA(160)
+LATENT_MOE_WGMMA(168)
+LATENT_MOE_WGMMA(176)
+LATENT_MOE_WGMMA(184)
 LATENT_MOE_WGMMA(192)
-LATENT_MOE_WGMMA(256)
 #undef LATENT_MOE_WGMMA
 
-template <class Op, int N, int... I>
-__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[N],
-                                      std::integer_sequence<int, I...>) {
+template <class Op, int Size, int... I>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size], std::integer_sequence<int, I...>) {
   Op::fma(a, b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);
 }
 
-// acc += a x b; the descriptors address [64][64] blocks with 128-byte swizzle.
-template <class Op, int N>
-__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[N]) {
-  wgmma<Op>(a, b, acc, std::make_integer_sequence<int, N>{});
+// acc += a x b, N columns wide; the descriptors address [64][64] blocks with 128-byte swizzle.
+template <class T, int N, Major A, Major B, int Size>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size]) {
+  wgmma<Wgmma<T, N, A, B>>(a, b, acc, std::make_integer_sequence<int, N / 2>{});
 }
 
 // Descriptor of an operand of swizzled [64][64] blocks. A K-major operand walks 16 columns on as 32 bytes, an MN-major

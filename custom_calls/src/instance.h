@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "sides.h"
+
 namespace latent_moe {
 
 enum class Type : int32_t { kBf16, kF16 };
@@ -20,6 +22,10 @@ constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 struct Tile {
   int32_t rows, columns, stages, cluster_rows, cluster_columns;
 };
+
+// Whether a tile is too large for the registers of one warpgroup: then both work on it, each on half of its columns.
+// Smaller tiles they take in turn.
+constexpr bool is_shared(Tile const& tile) { return tile.rows * tile.columns > 192 * 128; }
 
 struct Instance {
   Type type;
@@ -63,7 +69,8 @@ struct Args {
   int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)
   int32_t out_rows;     // outer: rows of one product
   int32_t out_columns;  // columns of one product; of a gated activation, of one half
-  int32_t* counter;     // one number, the kernel's own
+  uint64_t* counter;    // two numbers, the kernel's own: tiles taken from the first and from the last on
+  Sides sides;
   bool rows_first;      // walk down the rows of an expert before its columns
   float beta, linear_beta;
   bool keep_pre;             // activation: the pre-activation is stored beside the hidden rows

@@ -1,7 +1,9 @@
 // In which order tiles are taken: each cluster the next that nobody has.
 //
 // Tiles differ in their rows, and clusters that took every n-th one would drift apart until the weights that neighbouring
-// tiles share had left the L2 cache in between. One thread of a cluster counts in memory and tells its blocks.
+// tiles share had left the L2 cache in between. One thread of a cluster counts in memory and tells its blocks. Clusters
+// on one side of the L2 cache take tiles from the first on, those on the other from the last, so that nearly all tiles
+// of an expert run on one side (sides.h).
 #pragma once
 
 #include "hopper.cuh"
@@ -29,14 +31,25 @@ class Queue {
   }
 
   // By the thread that counts, in the first block of a cluster.
-  __device__ void serve(int* counter, int count) {
+  __device__ void serve(uint64_t* counter, int count, Sides const& sides) {
+    uint32_t sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    const bool last_first = sm < Sides::kMost && (sides.bits[sm / 32] >> sm % 32 & 1);
+    const unsigned long long one = last_first ? 1ull << 32 : 1;
     int id = 0;
     do {
       empty_[slot_].wait(phase_ ^ 1);
-      id = atomicAdd(counter, 1);
-      for (int block = 0; block < Cluster; ++block) {
-        cute::store_shared_remote(id, cute::cast_smem_ptr_to_uint(ids_ + slot_),
-                                  cute::cast_smem_ptr_to_uint(full_ + slot_), block);
+      const unsigned long long taken = atomicAdd(reinterpret_cast<unsigned long long*>(counter), one);
+      const int from_first = static_cast<int>(taken), from_last = static_cast<int>(taken >> 32);
+      id = from_first + from_last >= count ? count : last_first ? count - 1 - from_last : from_first;
+      if constexpr (Cluster == 1) {
+        *const_cast<int volatile*>(ids_ + slot_) = id;
+        full_[slot_].arrive();
+      } else {
+        for (int block = 0; block < Cluster; ++block) {
+          cute::store_shared_remote(id, cute::cast_smem_ptr_to_uint(ids_ + slot_),
+                                    cute::cast_smem_ptr_to_uint(full_ + slot_), block);
+        }
       }
       next();
     } while (id < count);
@@ -52,11 +65,11 @@ class Queue {
       return id;
     } else {
       Barrier& full = full_[slot_];
-      if (Producer) full.arrive_and_expect_tx(sizeof(int));
+      if (Producer && Cluster > 1) full.arrive_and_expect_tx(sizeof(int));
       full.wait(phase_);
       const int id = *reinterpret_cast<int volatile*>(ids_ + slot_);
       if (!Producer) __syncwarp();
-      if (Producer || threadIdx.x % 32 == 0) empty_[slot_].arrive(0u);
+      if (Producer || threadIdx.x % 32 == 0) Cluster == 1 ? empty_[slot_].arrive() : empty_[slot_].arrive(0u);
       next();
       return id;
     }

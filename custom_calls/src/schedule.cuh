@@ -45,7 +45,7 @@ class Schedule {
 
   __device__ int count() const { return count_; }
 
-  // The tile of this block in its cluster; `expert` is that of an earlier tile, or 0, and becomes this one's.
+  // The tile of this block in its cluster; `expert` is that of another tile, or 0, and becomes this one's.
   __device__ __forceinline__ Work work(int id, int rank, int& expert) const {
     const int rank_row = rank / kTile.cluster_columns, rank_column = rank % kTile.cluster_columns;
     Work work;
@@ -62,16 +62,18 @@ class Schedule {
       expert = find(id, expert);
       local = id - tiles_[expert];
       const int start = starts_[expert], end = starts_[expert + 1];
+      const int row_tiles = ceil_div(end - start, kTile.rows);
       if (args_.rows_first) {
-        const int row_tiles = ceil_div(end - start, kTile.rows);
         column = local / row_tiles;
         row = local - column * row_tiles;
       } else {
         by_column_(row, column, local);
       }
+      // The rows of shared tiles may be any multiple of 8: those of an expert are of equal height.
+      const int height = is_shared(kTile) ? ceil_div(ceil_div(end - start, row_tiles), 8) * 8 : kTile.rows;
       work.expert = expert;
-      work.row = start + row * kTile.rows;
-      work.valid = min(kTile.rows, end - work.row);
+      work.row = start + row * height;
+      work.valid = min(height, end - work.row);
       work.column = (column * kTile.cluster_columns + rank_column) * kColumns;
       work.steps = expert == args_.num_experts ? 0 : ceil_div(args_.contracted, kBlock);
     }
@@ -79,14 +81,21 @@ class Schedule {
   }
 
  private:
-  // The last group whose first tile is not beyond id, from an earlier one on: mostly a step or two.
-  __device__ __forceinline__ int find(int id, int low) const {
-    int high = args_.num_experts;
-    for (int step = 1; low + step <= high; step *= 2) {
-      if (tiles_[low + step] > id) {
-        high = low + step - 1;
-      } else {
-        low += step;
+  // The last group whose first tile is not beyond id, from another one on: mostly a step or two.
+  __device__ __forceinline__ int find(int id, int from) const {
+    int low = from, high = args_.num_experts;
+    if (tiles_[from] > id) {
+      for (int step = 1; tiles_[low] > id; step *= 2) {
+        high = low - 1;
+        low = max(0, low - step);
+      }
+    } else {
+      for (int step = 1; low + step <= high; step *= 2) {
+        if (tiles_[low + step] > id) {
+          high = low + step - 1;
+        } else {
+          low += step;
+        }
       }
     }
     while (low < high) {

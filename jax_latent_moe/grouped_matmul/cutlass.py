@@ -118,8 +118,8 @@ def _halves(problem) -> int:
 
 
 def _call(target, outs, **options):
-    """The target with its results, the last of which is the kernel's own: the number of the next tile."""
-    outs = [*outs, jax.ShapeDtypeStruct((1,), jnp.int32)]
+    """The target with its results, the last of which is the kernel's own: how many tiles were taken from either end."""
+    outs = [*outs, jax.ShapeDtypeStruct((2,), jnp.int32)]
     return jax.ffi.ffi_call(f"latent_moe_{target}", outs, vmap_method="sequential", **options)
 
 

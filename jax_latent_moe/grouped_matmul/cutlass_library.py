@@ -12,8 +12,10 @@ from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 
 VARIABLE = "JAX_LATENT_MOE_CUDA_LIBRARY"
 FILE = "libjax_latent_moe_cuda.so"
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 TARGETS = ("matmul", "matmul_activation", "matmul_activation_grad", "outer")
+INITIALIZE = "latent_moe_prepare"
+"""Handler that XLA calls for each target before it records or runs a program."""
 
 TYPES = ("bfloat16", "float16")
 CONTRACTIONS = ("rows_w", "rows_wt", "outer")
@@ -71,9 +73,14 @@ def library() -> Library:
             f"its library {path} is of interface {version}, not {INTERFACE_VERSION}: build it anew with `make cuda`.",
         )
     for target in TARGETS:
-        handler = jax.ffi.pycapsule(getattr(loaded, f"latent_moe_{target}"))
-        jax.ffi.register_ffi_target(f"latent_moe_{target}", handler, platform="CUDA")
+        jax.ffi.register_ffi_target(f"latent_moe_{target}", handlers(loaded, target), platform="CUDA")
     return Library(tuple(_instance(loaded, index) for index in range(loaded.latent_moe_num_instances())), None)
+
+
+def handlers(loaded: ctypes.CDLL, target: str) -> dict:
+    """What XLA calls for a target, by stage."""
+    stages = {"initialize": INITIALIZE, "execute": f"latent_moe_{target}"}
+    return {stage: jax.ffi.pycapsule(getattr(loaded, symbol)) for stage, symbol in stages.items()}
 
 
 def _path() -> pathlib.Path:

@@ -8,8 +8,9 @@ from jax_latent_moe.grouped_matmul.tuning import Choice, measured
 SMALL_GROUP = 64
 """Mean rows per expert up to which a call is bound by reading weights."""
 
-# Measured time at equal padding, over that of the best: what smaller tiles load more for each product.
-_FACTORS = {(128, 192): 1.0, (192, 128): 1.05, (128, 128): 1.15, (64, 192): 1.35, (64, 128): 1.55}
+# Fitted to measured times at equal padding: what a tile loads for each product, and the part of a tile's time that a
+# shared one, whose stores nothing hides, takes for them, in elements of the contracted axis.
+_LOADS_EXPONENT, _SHARED_STORES = 0.75, 160
 
 
 def compiled(problem) -> tuple[CutlassTile, ...]:
@@ -78,10 +79,12 @@ def _tile(instance: Instance, rows_first: bool) -> CutlassTile:
 def _cost(problem, tile: CutlassTile) -> float:
     """Multiplied elements over wanted ones, times what tiles of this shape cost."""
     k, n = problem.in_features, problem.out_features
-    factor = _FACTORS[tile.rows, tile.columns]
+    factor = ((1 / tile.rows + 1 / tile.columns) / (1 / 128 + 1 / 192)) ** _LOADS_EXPONENT
     if problem.contraction == "outer":
         return factor * _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns)
-    columns = n if problem.contraction == "rows_w" else k
+    contracted, columns = (k, n) if problem.contraction == "rows_w" else (n, k)
+    if tile.shared:
+        factor += _SHARED_STORES / contracted
     # Where weights are read once whatever the tile, small tiles do without a counter of tiles.
     small = problem.num_rows <= SMALL_GROUP * problem.num_experts
     return (tile.rows if small else factor) * _padded(columns, tile.columns * tile.cluster_columns)

@@ -1,5 +1,6 @@
 """The compiled kernels on a Hopper GPU: `CUDA_LAUNCH_BLOCKING=1` has an error point at the call that made it."""
 
+import ctypes
 import dataclasses
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from jax_latent_moe.config import CutlassBackend
 from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, reference
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
-from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe.grouped_matmul.cutlass_library import _path, library
 from jax_latent_moe.grouped_matmul.cutlass_tiles import compiled as compiled_tiles
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 from tests.gpu.grouped import (
@@ -59,6 +60,15 @@ def test_every_compiled_tile(rng, contraction):
     for tile in compiled_tiles(problem(contraction, 3000, w_shape, "bfloat16")):
         kind = "outer_tile" if contraction == "outer" else "matmul_tile"
         check(dataclasses.replace(BACKEND, **{kind: tile}), rng, "bfloat16", sizes, 3000, *w_shape[1:])
+
+
+def test_the_halves_of_the_l2_cache_are_told_apart(rng):
+    check(BACKEND, rng, "bfloat16", np.asarray([3, 5]), 8, 64, 64)
+    bits = (ctypes.c_uint32 * 8)()
+    ctypes.CDLL(str(_path())).latent_moe_sides(0, bits)
+    multiprocessors = jax.devices()[0].core_count
+    ones = sum(bin(word).count("1") for word in bits)
+    assert 0.4 < ones / multiprocessors < 0.6
 
 
 def test_many_calls_in_one_program(rng):
