@@ -114,6 +114,8 @@ def test_bad_router_is_refused(fields, message):
         (XlaBackend, dict(method="dense"), "XlaBackend.method='dense' is unknown: use one of 'blocked', 'ragged_dot'"),
         (XlaBackend, dict(block_rows=0), "XlaBackend.block_rows=0 must be"),
         (XlaBackend, dict(method="ragged_dot", block_rows=8), "XlaBackend.block_rows=8 needs method='blocked'"),
+        (PallasBackend, dict(fuse="sometimes"), "PallasBackend.fuse='sometimes' is unknown: use one of 'measured'"),
+        (CutlassBackend, dict(fuse="sometimes"), "CutlassBackend.fuse='sometimes' is unknown: use one of 'measured'"),
     ],
 )
 def test_bad_parts_are_refused(build, fields, message):
