@@ -60,6 +60,8 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
 
 
 def _measure_pass(session, suite, name, pass_, calls, flops):
+    if not calls:
+        return
     outs = {impl: [part[:CHECKED_ROWS] for part in call.run()] for impl, call in calls.items()}
     first = next(iter(outs.values()))
     for impl, ms in time_in_turn(calls, 3, session.rounds).items():

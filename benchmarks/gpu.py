@@ -1,7 +1,7 @@
 """Grouped matmuls and layers on a GPU beside their peers, all in one run: `python -m benchmarks.gpu [suite ...]`.
 
-Suites: compile, kernel, layer, decode, step (by default all). A peer that is not installed or fails, and a backend that
-refuses, is left out with the reason. `--quick` keeps to few shapes and to the first tile of a sweep.
+All suites by default. A peer that is not installed or fails, and a backend that refuses, is left out with the reason.
+`--quick` keeps to few shapes and to the first tile of a sweep.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from jax_latent_moe.errors import ConfigError
 ScoreFunction = Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"]
 Activation = Literal["relu2", "gelu", "swiglu", "geglu", "situ_glu"]
 LatentNorm = Literal["none", "pre", "post"]
+Fuse = Literal["measured", "always", "never"]
 Dispatch = Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"]
 
 SCORE_FUNCTIONS = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
@@ -139,7 +140,7 @@ class PallasBackend:
 
     matmul_tile: PallasMatmulTile | None = None
     outer_tile: PallasOuterTile | None = None
-    fuse: str = "measured"
+    fuse: Fuse = "measured"
 
     def __post_init__(self):
         checks.one_of("PallasBackend.fuse", self.fuse, FUSE)
@@ -197,7 +198,7 @@ class CutlassBackend:
 
     matmul_tile: CutlassTile | None = None
     outer_tile: CutlassTile | None = None
-    fuse: str = "measured"
+    fuse: Fuse = "measured"
 
     def __post_init__(self):
         checks.one_of("CutlassBackend.fuse", self.fuse, FUSE)

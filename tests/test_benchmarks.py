@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, layers, matmuls, steps
+from benchmarks import fusing, gpu, layers, matmuls, steps
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
 from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
 from examples.train import presets
-from jax_latent_moe import init_params, latent_moe
+from jax_latent_moe import XlaBackend, init_params, latent_moe
 from jax_latent_moe.grouped_matmul import reference
 from jax_latent_moe.grouped_matmul.timing import Call, jax_candidate, prepare, time_in_turn
 from tests.tolerances import assert_close
@@ -124,6 +124,28 @@ def test_layers_are_measured_and_recorded(run, session, activation):
     assert all(row["max_error"] < 0.03 for row in rows)
     forward, both = (next(row for row in rows if row["pass"] == name) for name in ("forward", "forward_backward"))
     assert both["floor_ms"] == pytest.approx(3 * forward["floor_ms"])
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_activations_are_measured_and_recorded(run, session, monkeypatch, activation):
+    """On a CPU nothing fuses: two ways of one backend stand in, and are compared with each other."""
+    ways = {"xla": XlaBackend(), "xla_fused": XlaBackend(block_rows=8)}
+    monkeypatch.setattr(fusing, "backends", lambda config, shape: ways)
+    fusing.measure(session, "fused", {"small": (30, dataclasses.replace(SMALL_LAYER, activation=activation))})
+    rows = rows_of(run)
+    assert [(row["pass"], row["impl"]) for row in rows] == [
+        (pass_, impl) for pass_ in ("forward", "dgrad") for impl in ways
+    ]
+    assert all(row["max_error"] < 0.01 for row in rows)
+    forward, gradient = rows[0], rows[2]
+    halves = 2 if activation == "swiglu" else 1
+    assert forward["floor_ms"] == pytest.approx(halves * gradient["floor_ms"])
+
+
+def test_without_a_backend_that_fuses_nothing_is_recorded(run, session, capsys):
+    fusing.measure(session, "fused", {"small": (30, SMALL_LAYER)})
+    assert not run.path.exists()
+    assert "left out pallas: its kernels are for NVIDIA Hopper GPUs" in capsys.readouterr().out
 
 
 def test_a_result_without_numbers_is_recorded_as_wrong(run):

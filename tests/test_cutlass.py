@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_latent_moe import ConfigError, CutlassBackend, UnsupportedError
+from jax_latent_moe import CutlassBackend, UnsupportedError
 from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.grouped_matmul import FusedActivation, Problem, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul import cutlass_library as loader
@@ -106,8 +106,6 @@ def test_fuse_says_what_is_fused(contraction):
 
 
 def test_what_fuse_leaves_to_xla_is_said():
-    with pytest.raises(ConfigError, match=r"CutlassBackend.fuse='sometimes' .*measured"):
-        CutlassBackend(fuse="sometimes")
     assert "fuse='always' has the kernel" in (fusing_refusal("cutlass", "never", "rows_w", "relu2") or "")
 
 

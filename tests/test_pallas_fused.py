@@ -56,8 +56,6 @@ def operands(rng, dtype, config, sizes, num_rows=ROWS):
 @pytest.fixture
 def interpreter():
     """Parameters of the interpreter; no race may have been found when the test ends."""
-    if jax.__version_info__ < (0, 12):
-        pytest.skip("each passes alone, but after a few the interpreter of JAX 0.11.2 crashes in threads of its own")
     yield plgpu.InterpretGPUParams(detect_races=True)
     assert not gpu_callbacks.get_races().races_found
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+from jax_latent_moe import checks
+
 # In the order by which the compiled kernels know them (custom_calls/src/instance.h).
 ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
-
 
 # (contraction, activation) that gained time on an H200: "rows_w" fuses the activation, "rows_wt" its gradient. The
 # others took longer than the plain product and XLA's own pass after it (benchmarks/results, suite "fused").
@@ -29,11 +30,17 @@ class FusedActivation:
         name: one of ACTIVATIONS; those that end in "glu" or "glu_tanh" are gated.
         beta: situ_glu's bound of the gate; 0 otherwise.
         linear_beta: situ_glu's bound of the up half, 0 for none.
+
+    Raises:
+        ConfigError: no kernel knows the name.
     """
 
     name: str
     beta: float = 0.0
     linear_beta: float = 0.0
+
+    def __post_init__(self):
+        checks.one_of("FusedActivation.name", self.name, ACTIVATIONS)
 
     @property
     def gated(self) -> bool:

@@ -4,6 +4,6 @@ Written from the published formulas and from the docstrings of `jax_latent_moe.c
 library and imports nothing of it but that configuration.
 """
 
-from tests.oracle.layer import Result, backward, forward, update_correction_bias
+from tests.oracle.layer import Result, backward, forward, norm_sums, update_correction_bias
 
-__all__ = ["Result", "backward", "forward", "update_correction_bias"]
+__all__ = ["Result", "backward", "forward", "norm_sums", "update_correction_bias"]

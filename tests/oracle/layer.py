@@ -194,6 +194,12 @@ def token_backward(params, x, config, saved, dy, grads):
     return dx + dz, dweights
 
 
+def norm_sums(result) -> list[float]:
+    """mean(row^2) + eps of every token's latent norm, but of rows that are zero."""
+    norms = [norm for _, pre_norm, _, post_norm, *_ in result.tape[5] for norm in (pre_norm, post_norm) if norm]
+    return [inverse**-2 for row, inverse in norms if row.any()]
+
+
 def update_correction_bias(bias, tokens_per_expert, rate):
     """b_e + rate * sign(mean(n) - n_e): DeepSeek-V3's balancing without an auxiliary loss (arXiv 2412.19437)."""
     mean = sum(tokens_per_expert) / len(tokens_per_expert)
