@@ -37,10 +37,14 @@ def test_expert_parameters_of_published_models(config, billions):
 
 @pytest.mark.parametrize(
     ("config", "layers", "total", "active"),
-    [(presets.NEMOTRON_3_SUPER, 40, 120e9, 12e9), (presets.NEMOTRON_3_ULTRA, 48, 550e9, 55e9)],
+    [
+        (presets.NEMOTRON_3_SUPER, 40, 120e9, 12e9),
+        (presets.NEMOTRON_3_ULTRA, 48, 550e9, 55e9),
+        (presets.KIMI_K3, 92, 2.8e12, 104e9),  # docs.nvidia.com/nemo/automodel, page of Kimi K3
+    ],
 )
 def test_moe_layers_are_most_of_the_published_totals(config, layers, total, active):
-    """The rest is attention, Mamba layers and embeddings, which no config here describes."""
+    """The rest is attention, Mamba and dense layers and embeddings, which no config here describes."""
     assert 0.93 * total < layers * cost.parameters(config) < total
     assert 0.4 * active < layers * cost.active_parameters(config) < active
 
