@@ -37,7 +37,7 @@ lint: setup ## ruff, pyright and shellcheck
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m pyright
-	.venv/bin/shellcheck -x -P SCRIPTDIR scripts/*.sh .ci/run
+	.venv/bin/shellcheck -x -P SCRIPTDIR scripts/*.sh examples/launch/*.sh .ci/run
 
 lint-bazel: ## buildifier over the Bazel files (needs npm)
 	npx --yes @bazel/buildifier@8.2.1 -mode=check -lint=warn MODULE.bazel WORKSPACE.bazel BUILD.bazel */BUILD.bazel

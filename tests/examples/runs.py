@@ -1,7 +1,9 @@
 """Small runs of the trainer for its tests."""
 
+import contextlib
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +53,35 @@ def cpu_alone() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    """The trainer's command line in a process of its own, on the CPU."""
+def start(*arguments: object, devices: int = 1) -> subprocess.Popen:
+    """The trainer's command line in a process of its own, on virtual devices of the CPU."""
     command = [sys.executable, "-m", "examples.train", *map(str, arguments)]
+    environment = cpu_alone() | {"JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.Popen(
-        command, cwd=ROOT, env=cpu_alone(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def options(config: Config) -> list[object]:
+    """The toy preset's command line for what `toy_config` changes."""
+    names = ("preset", "data", "run", "steps", "mesh", "log_every", "checkpoint_every", "sample_bytes")
+    return [part for name in names for part in ("--" + name.replace("_", "-"), getattr(config, name))]
+
+
+@contextlib.contextmanager
+def together(config: Config, processes: int):
+    """The trainer in that many processes, each with one device; none of them outlives the test."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    joined = [*options(config), "--coordinator", address, "--processes", processes]
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(start(*joined, "--process", i)) for i in range(processes)]
+        try:
+            yield started
+        finally:
+            for process in started:
+                process.kill()
 
 
 def wait_for(process, words):

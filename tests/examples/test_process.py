@@ -5,13 +5,7 @@ import signal
 import pytest
 
 from examples.train.train import main, train
-from tests.examples.runs import assert_same_bits, start, state_of, toy_config, wait_for, write_text
-
-
-def options(config):
-    fields = {"preset": "toy", "data": config.data, "run": config.run, "steps": config.steps}
-    fields |= {"checkpoint-every": config.checkpoint_every, "log-every": config.log_every}
-    return [text for name, value in fields.items() for text in (f"--{name}", value)]
+from tests.examples.runs import assert_same_bits, options, start, state_of, toy_config, wait_for, write_text
 
 
 def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):

@@ -1,0 +1,53 @@
+"""N steps equal N / 2 steps, SIGKILL and the rest, to the bit: on virtual devices of one process, on two processes.
+
+For one device see `test_process.py`. What was killed and what goes on compile each for itself, so that sums whose order
+fell otherwise in another compilation, or from one collective to the next, would show.
+"""
+
+import dataclasses
+
+import pytest
+
+from examples.train import train as training
+from examples.train.train import train
+from tests.examples.runs import assert_same_bits, options, start, state_of, together, toy_config, wait_for, write_text
+
+STEPS, HALF = 8, 4
+
+
+def runs(folder, mesh):
+    """A run that nobody touches, and the same one to be killed."""
+    write_text(folder)
+    whole = toy_config(folder, run=folder / "whole", mesh=mesh, steps=STEPS, log_every=1, checkpoint_every=2)
+    whole = dataclasses.replace(whole, sample_bytes=4)
+    return whole, dataclasses.replace(whole, run=folder / "killed")
+
+
+def assert_killed_halfway(folder):
+    complete = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+    assert HALF - 2 <= max(complete) < STEPS
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=4", "fsdp=2,expert=2,tensor=2"])
+def test_on_eight_virtual_devices(tmp_path, monkeypatch, mesh):
+    monkeypatch.setattr(training, "finish", lambda *_: None)
+    whole, killed = runs(tmp_path, mesh)
+    with start(*options(killed), devices=8) as process:
+        wait_for(process, f"step {HALF + 1}/")
+        process.kill()
+    assert_killed_halfway(killed.folder)
+    train(killed)
+    train(whole)
+    assert_same_bits(state_of(killed.folder), state_of(whole.folder))
+
+
+def test_on_two_processes(tmp_path):
+    whole, killed = runs(tmp_path, "expert=2")
+    with together(killed, 2) as processes:
+        wait_for(processes[0], f"step {HALF + 1}/")
+    assert_killed_halfway(killed.folder)
+    for config in (killed, whole):
+        with together(config, 2) as processes:
+            outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    assert_same_bits(state_of(killed.folder), state_of(whole.folder))
