@@ -109,8 +109,11 @@ def _check_pallas_tile(tile):
     name = type(tile).__name__
     for field in ("rows", "columns", "stages", "out_slots", "cluster"):
         checks.positive_int(f"{name}.{field}", getattr(tile, field))
-    if tile.rows % 64 or tile.columns % 64:
-        raise ConfigError(f"{name}.rows={tile.rows} and columns={tile.columns} must be multiples of 64.")
+    if tile.rows not in (64, 128, 192) or tile.columns % 64:
+        raise ConfigError(
+            f"{name}.rows={tile.rows} must be 64, 128 or 192 and columns={tile.columns} a multiple of 64: a product of "
+            "matrix units has 64 of either."
+        )
     if tile.columns > 256 or tile.rows * tile.columns > PALLAS_TILE_AREA:
         raise ConfigError(
             f"{name}.rows={tile.rows} x columns={tile.columns} does not fit the registers: columns are at most 256 "
@@ -154,8 +157,8 @@ class PallasBackend:
 class CutlassTile:
     """Tile and schedule of a compiled kernel of the `cutlass` backend; only the combinations that were compiled run.
 
-    A tile of more than 192 x 128 elements is shared by both warpgroups of a multiprocessor, which otherwise take tiles in
-    turn, one storing while the other multiplies.
+    A tile of more than 192 x 128 elements is shared by both warpgroups of a multiprocessor, which otherwise take tiles
+    in turn, one storing while the other multiplies.
 
     Attributes:
         rows: rows of a tile; of rows^T x rows, of the first feature axis (K).
@@ -168,7 +171,7 @@ class CutlassTile:
 
     rows: int = 128
     columns: int = 192
-    stages: int = 4
+    stages: int = 5
     cluster_rows: int = 1
     cluster_columns: int = 2
     rows_first: bool = False

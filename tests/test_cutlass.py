@@ -41,7 +41,7 @@ def test_a_file_that_is_no_library_is_named(library_at, tmp_path):
         ({"in_features": 1004}, "in_features=1004 is not a positive multiple of 8"),
         ({"out_features": 0}, "out_features=0 is not a positive multiple of 8"),
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
-        ({"num_rows": 2**31}, "below 2"),
+        ({"num_rows": 2**31}, "must be below 2147483392"),
         ({"out_features": 2696, "activation": FusedActivation("swiglu")}, "half of out_features=2696"),
     ],
 )

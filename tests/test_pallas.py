@@ -225,7 +225,7 @@ def test_a_tile_pads_little(columns):
 @pytest.mark.parametrize(
     ("cls", "fields", "message"),
     [
-        (PallasMatmulTile, dict(rows=100), "rows=100 and columns=192 must be multiples of 64"),
+        (PallasMatmulTile, dict(rows=100), "rows=100 must be 64, 128 or 192 and columns=192 a multiple of 64"),
         (PallasMatmulTile, dict(rows=192, columns=192), "does not fit the registers"),
         (PallasMatmulTile, dict(rows=64, columns=320), "columns are at most 256"),
         (PallasOuterTile, dict(stages=6), "bytes of shared memory, more than"),

@@ -30,10 +30,15 @@ class Cutlass:
                 return (
                     f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}: rows are read 16 bytes at a time."
                 )
-        if problem.num_experts == 0 or problem.num_rows >= MAX_ROWS:
-            return f"num_experts={problem.num_experts} must be at least 1 and num_rows={problem.num_rows} below 2^31."
+        if problem.num_experts == 0:
+            return "num_experts=0 must be at least 1."
+        if problem.num_rows >= MAX_ROWS:
+            return f"num_rows={problem.num_rows} must be below {MAX_ROWS}: tiles count rows in 32 bits."
         if _halves(problem) % FEATURE_MULTIPLE:
-            return f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}."
+            return (
+                f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}: pad it, or let "
+                "fuse='never' leave the activation to XLA."
+            )
         if library().missing:
             return library().missing
         if problem.activation is not None and (

@@ -1,9 +1,8 @@
 """Which compiled kernel of the `cutlass` backend a problem takes: a measured one, else the one that wastes least."""
 
 from jax_latent_moe.config import CutlassTile
-from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul.cutlass_library import Instance, library
-from jax_latent_moe.grouped_matmul.tuning import Choice, measured
+from jax_latent_moe.grouped_matmul.tuning import Choice, measured_tile
 
 SMALL_GROUP = 64
 """Mean rows per expert up to which a call is bound by reading weights."""
@@ -43,16 +42,12 @@ def choose(problem) -> Choice:
     best = min(tiles, key=lambda tile: _cost(problem, tile))
     if problem.activation is not None:
         return Choice(best, "a heuristic: tables hold no fused products")
-    entry = measured("cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
-    if entry is None:
+    found = measured_tile(CutlassTile, "cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
+    if found is None:
         return Choice(best, "a heuristic: no table has this shape")
-    try:
-        tile = CutlassTile(**entry["tile"])
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{entry['tile']} of {entry['source']} is no tile: {error} Run `tune` again.") from error
-    if tile not in tiles:
-        return Choice(best, f"a heuristic: this library lacks {tile!r} of {entry['source']}")
-    return Choice(tile, entry["source"])
+    if found.tile not in tiles:
+        return Choice(best, f"a heuristic: this library lacks {found.tile!r} of {found.source}")
+    return found
 
 
 def _instances(problem) -> list[Instance]:

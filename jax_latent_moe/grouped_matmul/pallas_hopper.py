@@ -85,5 +85,8 @@ class Pallas:
 def _fused_refusal(problem, fuse) -> str | None:
     half = problem.out_features // 2
     if problem.activation.gated and problem.contraction == "rows_w" and half % FEATURE_MULTIPLE:
-        return f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}."
+        return (
+            f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}: pad it, or let "
+            "fuse='never' leave the activation to XLA."
+        )
     return fusing_refusal("pallas", fuse, problem.contraction, problem.activation.name)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
-from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
-from jax_latent_moe.grouped_matmul.tuning import Choice, measured
+from jax_latent_moe.grouped_matmul.tuning import Choice, measured_tile
 
 SMALL_GROUP = 64
 """Mean rows per expert up to which a call is bound by reading weights."""
@@ -61,11 +60,8 @@ def choose(contraction: str, num_rows: int, w_shape: Sequence[int], device: str)
         ConfigError: a table of the user's holds a tile that no kernel could run.
     """
     tile_type = PallasOuterTile if contraction == "outer" else PallasMatmulTile
-    if entry := measured("pallas", contraction, num_rows, w_shape, device):
-        try:
-            return Choice(tile_type(**entry["tile"]), entry["source"])
-        except (TypeError, ConfigError) as error:
-            raise ConfigError(f"{entry['tile']} of {entry['source']} is no tile: {error} Run `tune` again.") from error
+    if found := measured_tile(tile_type, "pallas", contraction, num_rows, w_shape, device):
+        return found
     return Choice(_least_padding(contraction, num_rows, w_shape), "a heuristic: no table has this shape")
 
 

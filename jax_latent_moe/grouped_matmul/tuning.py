@@ -58,6 +58,23 @@ def measured(backend: str, contraction: str, num_rows: int, w_shape: Sequence[in
     return None
 
 
+def measured_tile(
+    tile_type: type, backend: str, contraction: str, num_rows: int, w_shape: Sequence[int], device: str
+) -> Choice | None:
+    """The tile of the entry that `measured` finds, as the backend's dataclass; None where it finds none.
+
+    Raises:
+        ConfigError: the user's table cannot be read, or the entry holds what is no such tile.
+    """
+    entry = measured(backend, contraction, num_rows, w_shape, device)
+    if entry is None:
+        return None
+    try:
+        return Choice(tile_type(**entry["tile"]), entry["source"])
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{entry['tile']} of {entry['source']} is no tile: {error} Run `tune` again.") from error
+
+
 def user_table() -> pathlib.Path:
     """Path of the user's table, there or not: $JAX_LATENT_MOE_TUNING, or tuning.json in their configuration folder."""
     if path := os.environ.get(VARIABLE):

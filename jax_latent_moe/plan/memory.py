@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
-from jax_latent_moe.parallel import axis_sizes, param_specs
+from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
 
 ADAM_BYTES = 8
@@ -65,6 +65,7 @@ def memory(
     # Forward, the gathered rows and the pre-activation stand together; backward, the pre-activation with the hidden
     # rows and their gradient. Of a layer that fsdp gathers, the whole kernels stand beside.
     working = 2 * rows * inner * item + per_token if training else rows * latent * item
+    working += _gathered_latents(config, mesh, tokens) * (2 if training else 1)
     used = {"parameters": stored * param_bytes}
     if training:
         shared = tokens * config.shared_expert_intermediate_size // tensor * (2 if config.gated else 1) * item
@@ -76,6 +77,14 @@ def memory(
     cast = gathered_parameters(config, mesh)
     copies = param_bytes * (cast > parameters_per_device(config, mesh)) + item * (config.param_dtype != config.dtype)
     return used | {"working memory of a layer": working + cast * copies}
+
+
+def _gathered_latents(config, mesh, tokens) -> int:
+    """Bytes of all devices' latents, and of their sums in float32, where all_gather brings them together."""
+    devices = axis_sizes(_parallel(config), mesh)[_parallel(config).expert_axis]
+    if devices == 1 or choose_dispatch(config, devices, tokens) != "all_gather":
+        return 0
+    return devices * tokens * config.latent_width * (jnp.dtype(config.dtype).itemsize + 4)
 
 
 def _parallel(config) -> ParallelConfig:

@@ -1,7 +1,6 @@
 """Plans against what was published and what was measured, and against the sharded parameters of a real mesh."""
 
 import dataclasses
-import json
 import math
 import re
 
@@ -9,8 +8,9 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
-from benchmarks.measure import RESULTS
+from benchmarks.parallel import SHAPES
 from benchmarks.problems import DECODE_KERNELS, DECODE_LAYERS, KERNELS, LAYERS
+from benchmarks.tables import load
 from jax_latent_moe import ConfigError, LatentMoEConfig, ParallelConfig, cost, param_shapes, presets
 from jax_latent_moe.parallel import mesh_sizes, param_specs
 from jax_latent_moe.plan import GPUS, make_plan, render
@@ -52,12 +52,10 @@ def test_moe_layers_are_most_of_the_published_totals(config, layers, total, acti
     assert 0.4 * active < layers * cost.active_parameters(config) < active
 
 
-def measured(suites: dict) -> list:
-    """Every record of this library's kernels on an H200 whose suite and shape are among these."""
-    records = [
-        json.loads(line) for path in sorted(RESULTS.glob("h200-*.jsonl")) for line in path.read_text().splitlines()
-    ]
-    kept = [r for r in records if r["impl"] in ("pallas", "cutlass") and r["shape"] in suites.get(r["suite"], ())]
+def measured(suites: dict, device: str = "h200", impls: tuple[str, ...] = ("pallas", "cutlass")) -> list:
+    """Every record of these implementations on a device whose suite and shape are among these."""
+    rows = [row for row in load() if row["device"] == device and row["impl"] in impls]
+    kept = [row for row in rows if row["shape"] in suites.get(row["suite"], ())]
     return [pytest.param(r, id="-".join((r["run"], r["suite"], r["shape"], r["pass"], r["impl"]))) for r in kept]
 
 
@@ -69,6 +67,17 @@ def test_a_layer_as_measured_on_one_gpu(record):
     assert plan.communication_ms == 0
     assert plan.compute_ms == pytest.approx(record["ms"], rel=0.3)
     temporary = plan.memory["working memory of a layer"] + plan.memory.get("kept for the backward pass", 0)
+    assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
+
+
+@pytest.mark.parametrize("record", measured({"parallel": ("super_t8192_x2",)}, "h200-x2", ("all_gather", "all_to_all")))
+def test_a_layer_as_measured_on_two_gpus(record):
+    """Time within 30 %, temporary memory within 15 %, by either dispatch that `auto` may take."""
+    tokens, layer = SHAPES[record["shape"].removesuffix("_x2")]
+    layer = dataclasses.replace(layer, parallel=ParallelConfig(dispatch=record["impl"], capacity_factor=1.25))
+    plan = make_plan(layer, {"expert": 2}, tokens, H200)
+    assert plan.compute_ms + plan.communication_ms == pytest.approx(record["ms"], rel=0.3)
+    temporary = plan.memory["working memory of a layer"] + plan.memory["kept for the backward pass"]
     assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
 
 
