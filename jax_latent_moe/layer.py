@@ -152,11 +152,11 @@ def _route_through_experts(params, latent, routing, config, shards):
 
     w_in, w_out = (params[name].astype(config.dtype) for name in ("w_in", "w_out"))
 
-    def experts(latent, expert_ids, weights):
-        return routed_experts(config, latent, weights, w_in, w_out, make_plan(expert_ids, w_in.shape[0]))
+    def experts(latent, weights, plan):
+        return routed_experts(config, latent, weights, w_in, w_out, plan)
 
     if shards.expert_axis is None:
-        return experts(latent, expert_ids, weights), dropped
+        return experts(latent, weights, make_plan(expert_ids, config.num_experts)), dropped
     combined, not_sent = exchange(config, shards.expert_axis, experts, latent, expert_ids, weights)
     return combined, dropped + not_sent
 

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+ROW_MULTIPLE = 8
+"""Rows that kernels read without padding come in multiples of this."""
+
 
 class Plan(NamedTuple):
     """Where each choice (token t, its j-th expert) stands among the rows sorted by expert.
@@ -38,6 +41,15 @@ def make_plan(expert_ids: Int[Array, "t k"], num_experts: int) -> Plan:
     rows = jnp.arange(expert.size, dtype=jnp.int32)
     row_of_slot = jnp.zeros_like(rows).at[slot_of_row].set(rows, unique_indices=True)
     return Plan(count_experts(expert_ids, num_experts), slot_of_row, row_of_slot.reshape(expert_ids.shape))
+
+
+def first_rows(plan: Plan, num_rows: int) -> Plan:
+    """The plan with room for num_rows rows, all that experts have, and for at least one more.
+
+    A choice of no expert reads the last row, which is nobody's either: grouped matmuls leave it zero.
+    """
+    room = plan.slot_of_row[: num_rows + ROW_MULTIPLE - num_rows % ROW_MULTIPLE]
+    return Plan(plan.group_sizes, room, jnp.minimum(plan.row_of_slot, room.size - 1))
 
 
 def count_experts(expert_ids: Int[Array, "t k"], num_experts: int) -> Int[Array, " e"]:

@@ -1,9 +1,9 @@
 // One persistent, warp-specialised kernel for the three contractions of rows that are sorted by expert.
 //
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
-// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end anywhere: a
-// partial tile is stored row by row, and a partial step of a weight gradient is loaded as a box that the copy engine
-// clips there (`Window`).
+// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong), or share a larger one. Rows of an
+// expert end anywhere: a partial tile is stored row by row, and a partial step of a weight gradient, or the rows of a
+// shared tile, are loaded as a box that the copy engine clips there (`Window`).
 #pragma once
 
 #include "column_epilogue.cuh"

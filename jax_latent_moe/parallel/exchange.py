@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.parallel.choice import choose_dispatch
-from jax_latent_moe.permute import count_experts, make_plan, within_capacity
+from jax_latent_moe.permute import Plan, count_experts, first_rows, make_plan, within_capacity
 from jax_latent_moe.router import NO_EXPERT
 
-Experts = Callable[[Float[Array, "t l"], Int[Array, "t k"], Float[Array, "t k"]], Float[Array, "t l"]]
+Experts = Callable[[Float[Array, "t l"], Float[Array, "t k"], Plan], Float[Array, "t l"]]
 
 
 def exchange(
@@ -35,7 +35,7 @@ def exchange(
     Args:
         config: the layer; its `parallel` says how rows travel, and how many.
         axis: mesh axis that splits the experts in equal runs.
-        experts: (rows [T, l], ids [T, k] of this device's experts, weights [T, k]) -> [T, l]; other ids are no expert.
+        experts: (rows [T, l], weights [T, k], plan by this device's experts) -> [T, l].
         latent: [T, l], this device's.
         expert_ids: [T, k] over all experts.
         weights: [T, k], 0 where there is no expert.
@@ -65,18 +65,10 @@ def _all_gather(axis, capacity, local_experts, experts, latent, expert_ids, weig
     latent, expert_ids, weights = (lax.all_gather(part, axis, tiled=True) for part in (latent, expert_ids, weights))
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
     weights = jnp.where(mine, weights, 0)
-    rows = capacity * lax.axis_size(axis)
-    if rows < expert_ids.size:  # fewer rows than choices: take those of this device alone
-        slot_of_row, row_of_slot = _used(make_plan(expert_ids, local_experts), mine)
-        slot_of_row, row_of_slot = slot_of_row[:rows], jnp.minimum(row_of_slot, rows)
-        ids, row_weights = (
-            _get(expert_ids.reshape(-1), slot_of_row, NO_EXPERT),
-            _get(weights.reshape(-1), slot_of_row, 0),
-        )
-        out = experts(_spread(latent, slot_of_row, row_of_slot), ids[:, None], row_weights[:, None])
-        total = _collect(out, slot_of_row, row_of_slot)
-    else:
-        total = experts(latent, expert_ids, weights)
+    plan, rows = make_plan(expert_ids, local_experts), capacity * lax.axis_size(axis)
+    if rows < expert_ids.size:  # fewer rows than choices: room for those of this device alone
+        plan = first_rows(plan, rows)
+    total = experts(latent, weights, plan)
     return lax.psum_scatter(total, axis, tiled=True)
 
 
@@ -97,7 +89,7 @@ def _all_to_all(axis, capacity, local_experts, experts, latent, expert_ids, weig
     row_weights = swap(_get(weights.reshape(-1), slot_of_place, 0))
     ids, mine = _own_experts(ids, axis, local_experts)
     rows = swap(_spread(latent, slot_of_place, place_of_slot))
-    out = experts(rows, ids[:, None], jnp.where(mine, row_weights, 0)[:, None])
+    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], make_plan(ids[:, None], local_experts))
     return _collect(swap(out), slot_of_place, place_of_slot)
 
 
@@ -122,7 +114,7 @@ def _ragged_all_to_all(axis, capacity, local_experts, experts, latent, expert_id
     ids, mine = _own_experts(ids, axis, local_experts)
     row_weights = send(_get(weights.reshape(-1), slot_of_row, 0), received, 0, there)
     rows = send(_spread(latent, slot_of_row, row_of_slot), received, 0, there)
-    out = experts(rows, ids[:, None], jnp.where(mine, row_weights, 0)[:, None])
+    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], make_plan(ids[:, None], local_experts))
     return _collect(send(out, slots, 0, back), slot_of_row, row_of_slot)
 
 
