@@ -11,6 +11,7 @@ import pytest
 from examples.train import train as training
 from examples.train.train import train
 from tests.examples.runs import assert_same_bits, options, start, state_of, together, toy_config, wait_for, write_text
+from tests.parallel.meshes import WHOLE_MATRIX
 
 STEPS, HALF = 8, 4
 
@@ -28,7 +29,7 @@ def assert_killed_halfway(folder):
     assert HALF - 2 <= max(complete) < STEPS
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=4", "fsdp=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["data=2,expert=4", *(["fsdp=2,expert=2,tensor=2"] if WHOLE_MATRIX else [])])
 def test_on_eight_virtual_devices(tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(training, "finish", lambda *_: None)
     whole, killed = runs(tmp_path, mesh)
