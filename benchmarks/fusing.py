@@ -1,10 +1,14 @@
-"""An expert's activation and its gradient, inside of a product and after it: the suite "fused" of `benchmarks.gpu`."""
+"""The routed experts with their activation inside of a product and after it: the suite "fused" of `benchmarks.gpu`.
+
+Passes: "forward" is the up-projection with its activation, as a forward pass does it that a backward pass follows;
+"forward_backward" the whole routed block, from tokens to all gradients. A gradient that is fused takes the place of what
+was kept, so that no part of the backward pass can be timed alone: the copy that spares the argument would be timed too.
+"""
 
 import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.layers import products
@@ -12,9 +16,10 @@ from benchmarks.matmuls import relative_error
 from benchmarks.measure import Row, Session
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend
-from jax_latent_moe.experts import down_gradient, up
+from jax_latent_moe.experts import routed_experts, up
 from jax_latent_moe.grouped_matmul import problem, select
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
+from jax_latent_moe.permute import gather_rows, make_plan
 
 CHECKED_ROWS = 512
 
@@ -36,25 +41,36 @@ def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
     return found
 
 
+def block_with_gradients(config: LatentMoEConfig, tokens, weights, w_in, w_out, plan, dout):
+    """The routed block's output and the gradients of all that it reads."""
+    out, pullback = jax.vjp(lambda *args: routed_experts(config, *args, plan), tokens, weights, w_in, w_out)
+    out, dout = jax.lax.optimization_barrier((out, dout))  # as in training, where a loss stands between
+    return out, *pullback(dout)
+
+
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoEConfig]]) -> None:
     """One row a shape, pass and implementation; errors are distances from the first of them, which fuses nothing."""
-    for name, (tokens, config) in shapes.items():
-        pair = products(config, tokens)
-        sizes = jnp.asarray(pair["up"].group_sizes(np.random.default_rng(0)))
-        rows, w_in, _ = pair["up"].operands(0)
-        _, w_out, dout = pair["down"].operands(1)
-        pre = jax.jit(jax.random.normal, static_argnums=(1, 2))(
-            jax.random.key(2), (rows.shape[0], w_in.shape[2]), rows.dtype
-        )
-        row_weights = jax.random.uniform(jax.random.key(3), rows.shape[:1])
-        calls = {"forward": {}, "dgrad": {}}
+    for name, (num_tokens, config) in shapes.items():
+        pair = products(config, num_tokens)
+        w_in, w_out = (pair[each].weights(seed) for seed, each in enumerate(("up", "down")))
+        w_in, w_out = (w / w.shape[1] ** 0.5 for w in (w_in, w_out))
+        keys = jax.random.split(jax.random.key(2), 4)
+        _, ids = jax.lax.top_k(jax.random.normal(keys[0], (num_tokens, config.num_experts)), config.top_k)
+        plan = jax.jit(make_plan, static_argnums=1)(ids, config.num_experts)
+        weights = jax.random.uniform(keys[1], ids.shape)
+        tokens, dout = (jax.random.normal(key, (num_tokens, config.latent_width), w_in.dtype) for key in keys[2:])
+        calls = {"forward": {}, "forward_backward": {}}
         for impl, backend in session.wanted(backends(config, pair["up"])).items():
             layer = dataclasses.replace(config, backend=backend)
-            forward = functools.partial(up, layer, keep_pre=True)
-            calls["forward"][impl] = jax_candidate(forward, rows, w_in, sizes)
-            gradient = functools.partial(down_gradient, layer)
-            calls["dgrad"][impl] = jax_candidate(gradient, dout, w_out, sizes, pre, row_weights)
-        flops = {"forward": 2 * rows.size * w_in.shape[2], "dgrad": 2 * dout.size * w_out.shape[1]}
+            rows = gather_rows(tokens, plan)
+            calls["forward"][impl] = jax_candidate(
+                functools.partial(up, layer, keep=True), rows, w_in, plan.group_sizes
+            )
+            block = functools.partial(block_with_gradients, layer)
+            calls["forward_backward"][impl] = jax_candidate(block, tokens, weights, w_in, w_out, plan, dout)
+        up_flops = 2 * pair["up"].rows * w_in.shape[1] * w_in.shape[2]
+        down_flops = 2 * pair["down"].rows * w_out.shape[1] * w_out.shape[2]
+        flops = {"forward": up_flops, "forward_backward": 3 * (up_flops + down_flops)}
         for pass_, candidates in calls.items():
             _measure_pass(session, suite, name, pass_, prepare(candidates), flops[pass_])
 
@@ -62,11 +78,10 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
 def _measure_pass(session, suite, name, pass_, calls, flops):
     if not calls:
         return
-    outs = {impl: [part[:CHECKED_ROWS] for part in call.run()] for impl, call in calls.items()}
+    outs = {impl: [part[:CHECKED_ROWS] for part in jax.tree.leaves(call.run())] for impl, call in calls.items()}
     first = next(iter(outs.values()))
     for impl, ms in time_in_turn(calls, 3, session.rounds).items():
-        error = max(
-            relative_error(part, np.asarray(right, np.float32)) for part, right in zip(outs[impl], first, strict=True)
-        )
+        pairs = zip(outs[impl], first, strict=True)
+        error = max(relative_error(part, np.asarray(right, np.float32)) for part, right in pairs)
         floor = session.floor_ms(flops, 0)
         session.record(Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, error, calls[impl].temp_bytes))

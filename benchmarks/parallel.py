@@ -41,11 +41,13 @@ def parse_options() -> argparse.Namespace:
 def forward_backward(config: LatentMoEConfig, params, x, dy):
     """The layer's output and its gradients, and the rows that did not fit."""
 
-    def loss(params, x):
+    def layer(params, x):
         y, aux = latent_moe(params, x, config)
-        return jnp.vdot(y.astype(jnp.float32), dy.astype(jnp.float32)), jnp.sum(aux.dropped_per_expert)
+        return y, jnp.sum(aux.dropped_per_expert)
 
-    return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    y, pullback, dropped = jax.vjp(layer, params, x, has_aux=True)
+    y, dy = lax.optimization_barrier((y, dy))  # as in training, where a loss stands between
+    return (y, *pullback(dy)), dropped
 
 
 def one_device(config: LatentMoEConfig, tokens: int, devices: int, rounds: int) -> tuple[float, int | None]:

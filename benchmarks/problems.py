@@ -47,6 +47,11 @@ class Grouped:
         chosen = np.argpartition(-keys, self.top_k - 1, axis=1)[:, : self.top_k]
         return np.bincount(chosen.reshape(-1), minlength=self.num_experts).astype(np.int32)
 
+    def weights(self, seed: int) -> jax.Array:
+        """Normal bfloat16 weights [E, K, N]."""
+        shape = self.num_experts, self.in_features, self.out_features
+        return jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(seed), shape, jnp.bfloat16)
+
     def operands(self, seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normal bfloat16 rows [R, K], weights [E, K, N] and output gradients [R, N]."""
         shapes = (

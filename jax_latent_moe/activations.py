@@ -1,5 +1,7 @@
 """Activations of the experts, elementwise, in float32 (float64 for float64), from pre-activations to hidden rows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,6 +35,37 @@ def activate(pre: Float[Array, "*rows two_m"], config: LatentMoEConfig) -> Float
     if config.situ_linear_beta is not None:
         up = config.situ_linear_beta * jnp.tanh(up / config.situ_linear_beta)
     return config.situ_beta * jnp.tanh(gate / config.situ_beta) * jax.nn.sigmoid(gate) * up
+
+
+def keeps_hidden(config: LatentMoEConfig) -> bool:
+    """Whether the hidden rows alone tell the activation's slope, so that pre-activations need not be kept.
+
+    relu2's slope is 2 relu(u) = 2 sqrt(h), to half of h's rounding error.
+    """
+    return config.activation == "relu2"
+
+
+def activation_of_kept(
+    kept: Float[Array, "*rows two_m"], config: LatentMoEConfig
+) -> tuple[Float[Array, "*rows m"], Callable[[Float[Array, "*rows m"]], Float[Array, "*rows two_m"]]]:
+    """The hidden rows and the map from their gradient to that of the pre-activation, from what a forward pass keeps.
+
+    Args:
+        kept: hidden rows where `keeps_hidden`, else the pre-activation.
+        config: as for `activate`.
+
+    Returns:
+        Both in float32, or float64 for float64 input.
+    """
+    if not keeps_hidden(config):
+        hidden, vjp = jax.vjp(
+            lambda pre: activate(pre, config), kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+        )
+        return hidden, lambda dhidden: vjp(dhidden)[0]
+    hidden = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+    # The root at 0 is a constant, or its own derivative would be infinite there.
+    root = jnp.where(hidden > 0, jnp.sqrt(jnp.where(hidden > 0, hidden, 1)), 0)
+    return hidden, lambda dhidden: 2 * root * dhidden
 
 
 def _gelu(x, config):

@@ -1,9 +1,10 @@
 """The routed experts on latent rows: gather, two grouped matmuls around an activation, weighted combine.
 
-One differentiation rule covers the block. It keeps the tokens, the routing and the pre-activation; gathered rows and
-hidden rows are made again in the backward pass, and the experts' outputs are never needed there: the gradient of a
-weight is <dc w_out^T, h> as in SonicMoE (arXiv 2512.14080). A backend that fuses the activation, or its gradient, into
-a product is asked to; of the others the two are composed.
+One differentiation rule covers the block. It keeps the tokens, the routing and what the activation's gradient is made
+of: the pre-activation, or of relu2 the hidden rows, whose root is its slope. Gathered rows are made again in the
+backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h> as in
+SonicMoE (arXiv 2512.14080). A backend that fuses the activation, or its gradient, into a product is asked to; of the
+others the two are composed.
 """
 
 import functools
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jax_latent_moe.activations import activate
+from jax_latent_moe.activations import activate, activation_of_kept, keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, grouped_outer, problem, select_fusing
 from jax_latent_moe.permute import Plan, combine, gather_rows
 
-PREACTIVATION = "latent_moe_preactivation"
+RESIDUAL = "latent_moe_residual"
 
 
 def routed_experts(
@@ -44,73 +45,98 @@ def routed_experts(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(config, tokens, weights, w_in, w_out, plan):
-    return _forward(config, tokens, weights, w_in, w_out, plan, keep_pre=False)[0]
+    return _forward(config, tokens, weights, w_in, w_out, plan, keep=False)[0]
 
 
 def _routed_fwd(config, tokens, weights, w_in, w_out, plan):
-    combined, pre = _forward(config, tokens, weights, w_in, w_out, plan, keep_pre=True)
-    return combined, (tokens, weights, w_in, w_out, plan, pre)
+    combined, kept = _forward(config, tokens, weights, w_in, w_out, plan, keep=True)
+    return combined, (tokens, weights, w_in, w_out, plan, kept)
 
 
-def _forward(config, tokens, weights, w_in, w_out, plan, *, keep_pre):
-    pre, hidden = up(config, gather_rows(tokens, plan), w_in, plan.group_sizes, keep_pre=keep_pre)
+def _forward(config, tokens, weights, w_in, w_out, plan, *, keep):
+    kept, hidden = up(config, gather_rows(tokens, plan), w_in, plan.group_sizes, keep=keep)
     out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
-    return combine(out, plan, weights).astype(tokens.dtype), pre
+    return combine(out, plan, weights).astype(tokens.dtype), kept
 
 
 def _routed_bwd(config, residuals, dcombined):
-    tokens, weights, w_in, w_out, plan, pre = residuals
+    tokens, weights, w_in, w_out, plan, kept = residuals
     outer = functools.partial(grouped_outer, group_sizes=plan.group_sizes, backend=config.backend)
-    dout = gather_rows(dcombined, plan)
+    hidden = kept if keeps_hidden(config) else activate(kept, config).astype(kept.dtype)
+    dw_out = outer(hidden, gather_rows(dcombined, plan, weights))
+    if _fusing(config, "rows_wt", kept, w_out):
+        # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
+        kept, dcombined, dw_out = jax.lax.optimization_barrier((kept, dcombined, dw_out))
     row_weights = weights.reshape(-1)[plan.slot_of_row]
-    dpre, weighted_hidden, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, pre, row_weights)
-    dw_out = outer(weighted_hidden, dout)
+    dpre, drow_weights = down_gradient(config, gather_rows(dcombined, plan), w_out, plan.group_sizes, kept, row_weights)
     dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
+    # Rows of tokens are gathered no earlier than they are read.
+    dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
     dw_in = outer(gather_rows(tokens, plan), dpre)
     drows = grouped_matmul(dpre, w_in, plan.group_sizes, transpose_w=True, backend=config.backend)
     dtokens = combine(drows, plan).astype(tokens.dtype)
     return dtokens, dweights, dw_in, dw_out, None
 
 
-def up(config, rows, w_in, group_sizes, *, keep_pre):
-    """The pre-activation rows x w_in, None where a fused product need not keep it, and the hidden rows.
+def up(config, rows, w_in, group_sizes, *, keep):
+    """What the backward pass needs of the hidden rows' making, None unless it is to be kept; and the hidden rows.
 
     Args:
         config: read for the activation and the backend.
         rows: [R, l], sorted by expert.
         w_in: [E, l, m], gated [E, l, 2 m].
         group_sizes: [E].
-        keep_pre: whether the pre-activation is wanted.
+        keep: whether a backward pass follows.
+
+    Returns:
+        The hidden rows [R, m] of relu2, else the pre-activation [R, m], gated [R, 2 m], in the dtype of rows; and the
+        hidden rows, made of the pre-activation as rounded to it.
     """
-    activation = _fused_activation(config)
-    fusing = select_fusing(problem("rows_w", rows.shape[0], w_in.shape, rows.dtype, activation), config.backend)
-    if fusing:
-        pre, hidden = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation, keep_pre=keep_pre)
-        return checkpoint_name(pre, PREACTIVATION) if keep_pre else None, hidden
-    pre = checkpoint_name(grouped_matmul(rows, w_in, group_sizes, backend=config.backend), PREACTIVATION)
-    return pre, activate(pre, config).astype(rows.dtype)
+    if fusing := _fusing(config, "rows_w", rows, w_in):
+        keep_pre = keep and not keeps_hidden(config)
+        pre, hidden = fusing.matmul_activation(
+            rows, w_in, group_sizes, activation=_fused_activation(config), keep_pre=keep_pre
+        )
+    else:
+        pre = grouped_matmul(rows, w_in, group_sizes, backend=config.backend)
+        hidden = activate(pre, config).astype(rows.dtype)
+    if not keep:
+        return None, hidden
+    if not keeps_hidden(config):
+        return checkpoint_name(pre, RESIDUAL), hidden
+    hidden = checkpoint_name(hidden, RESIDUAL)
+    return hidden, hidden
 
 
-def down_gradient(config, dout, w_out, group_sizes, pre, row_weights):
-    """The gradient of pre and the hidden rows, both times the rows' weights, and the gradient of these weights.
+def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
+    """The gradient of the pre-activation, times the rows' weights, and the gradient of these weights.
 
     Args:
         config: read for the activation and the backend.
         dout: [R, l], gradient of the experts' outputs before they are weighted.
         w_out: [E, m, l].
         group_sizes: [E].
-        pre: [R, m], gated [R, 2 m].
+        kept: of `up`; a fusing kernel may leave the gradient in its place.
         row_weights: [R].
+
+    Returns:
+        [R, m], gated [R, 2 m], in the dtype of dout; and <dout w_out^T, hidden>, [R].
     """
-    activation = _fused_activation(config)
-    fusing = select_fusing(problem("rows_wt", dout.shape[0], w_out.shape, dout.dtype, activation), config.backend)
-    if fusing:
-        return fusing.matmul_activation_grad(dout, w_out, group_sizes, pre, row_weights, activation=activation)
-    hidden, activation_vjp = jax.vjp(functools.partial(activate, config=config), pre)
-    dhidden = grouped_matmul(dout, w_out, group_sizes, transpose_w=True, backend=config.backend).astype(hidden.dtype)
-    row_weights = row_weights[:, None].astype(hidden.dtype)
-    (dpre,) = activation_vjp(row_weights * dhidden)
-    return dpre.astype(dout.dtype), (row_weights * hidden).astype(dout.dtype), jnp.sum(dhidden * hidden, axis=1)
+    if fusing := _fusing(config, "rows_wt", dout, w_out):
+        return fusing.matmul_activation_grad(
+            dout, w_out, group_sizes, kept, row_weights, activation=_fused_activation(config)
+        )
+    dhidden = grouped_matmul(dout, w_out, group_sizes, transpose_w=True, backend=config.backend)
+    hidden, activation_vjp = activation_of_kept(kept, config)
+    dhidden = dhidden.astype(hidden.dtype)
+    dpre = activation_vjp(row_weights[:, None].astype(hidden.dtype) * dhidden)
+    return dpre.astype(dout.dtype), jnp.sum(dhidden * hidden, axis=1)
+
+
+def _fusing(config, contraction, rows, w):
+    """The backend that fuses the activation into rows x w, or its gradient into rows x w^T; None to compose them."""
+    asked = problem(contraction, rows.shape[0], w.shape, rows.dtype, _fused_activation(config))
+    return select_fusing(asked, config.backend)
 
 
 def _fused_activation(config) -> FusedActivation:

@@ -58,9 +58,16 @@ def count_experts(expert_ids: Int[Array, "t k"], num_experts: int) -> Int[Array,
     return jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
 
 
-def gather_rows(tokens: Float[Array, "t l"], plan: Plan) -> Float[Array, "r l"]:
-    """The rows that the plan sorts: [T, l] -> [T * k, l]."""
-    return _take(tokens, plan.token_of_row)
+def gather_rows(
+    tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"] | None = None
+) -> Float[Array, "r l"]:
+    """The rows that the plan sorts, [T, l] -> [T * k, l]; with weights, each times that of its choice."""
+    rows = _take(tokens, plan.token_of_row)
+    if weights is None:
+        return rows
+    wide = jnp.promote_types(tokens.dtype, jnp.float32)
+    row_weights = weights.reshape(-1)[plan.slot_of_row, None].astype(wide)
+    return (row_weights * rows.astype(wide)).astype(tokens.dtype)
 
 
 def combine(rows: Float[Array, "r l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> Float[Array, "t l"]:

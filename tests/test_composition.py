@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_latent_moe import RouterConfig, XlaBackend, init_params, latent_moe
-from jax_latent_moe.experts import PREACTIVATION
+from jax_latent_moe.experts import RESIDUAL
 from jax_latent_moe.layer import LATENT
 from tests.cases import TOY
 from tests.tolerances import assert_close, assert_trees_close
@@ -81,7 +81,7 @@ def test_vmap_of_the_gradient_over_layers(rng, config):
 def test_scan_over_layers(rng, config, remat):
     """Also with everything made again in the backward pass, and with all but the two named arrays."""
     params, x = stacked_params(rng, config), inputs(rng)
-    policy = jax.checkpoint_policies.save_only_these_names(LATENT, PREACTIVATION) if remat == "named" else None
+    policy = jax.checkpoint_policies.save_only_these_names(LATENT, RESIDUAL) if remat == "named" else None
 
     def block(x, params):
         y, aux = latent_moe(params, x, config)

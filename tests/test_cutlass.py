@@ -118,23 +118,23 @@ def test_auto_takes_it():
 def test_lowers_for_cuda():
     backend, activation = Cutlass(CutlassBackend(fuse="always")), FusedActivation("relu2")
     num_rows, (experts, k, n) = 300, (8, 72, 136)
-    rows, dout, pre = (jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16) for width in (k, n, n))
+    rows, dout, kept = (jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16) for width in (k, n, n))
     w, w_out = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((experts, k, n), (experts, n, k)))
     sizes, weights = jax.ShapeDtypeStruct((experts,), jnp.int32), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
 
-    def run(rows, w, dout, sizes, w_out, pre, weights):
+    def run(rows, w, dout, sizes, w_out, kept, weights):
         return (
             backend.matmul(rows, w, sizes, transpose_w=False),
             backend.matmul(dout, w, sizes, transpose_w=True),
             backend.outer(rows, dout, sizes),
             backend.matmul_activation(rows, w, sizes, activation=activation, keep_pre=True),
-            backend.matmul_activation_grad(rows, w_out, sizes, pre, weights, activation=activation),
+            backend.matmul_activation_grad(rows, w_out, sizes, kept, weights, activation=activation),
         )
 
-    lowered = jax.jit(run).trace(rows, w, dout, sizes, w_out, pre, weights).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(run).trace(rows, w, dout, sizes, w_out, kept, weights).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     for target in ("matmul", "outer", "matmul_activation", "matmul_activation_grad"):
         assert f"@latent_moe_{target}(" in text
     shapes = [value.shape for value in jax.tree.leaves(lowered.out_info)]
     assert shapes[:3] == [(num_rows, n), (num_rows, k), (experts, k, n)]
-    assert shapes[3:] == [(num_rows, n)] * 4 + [(num_rows,)]
+    assert shapes[3:] == [(num_rows, n)] * 3 + [(num_rows,)]

@@ -57,8 +57,8 @@ def test_gradients_equal_those_of_a_dense_formulation(rng, config):
 
 
 @both_kinds
-def test_residuals_are_tokens_weights_routing_and_the_preactivation(rng, config):
-    """No gathered copy of the tokens, no hidden rows, no expert outputs."""
+def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config):
+    """No gathered copy of the tokens, not both pre-activations and hidden rows, no expert outputs."""
     ids, arrays = draw(rng, config)
     plan = make_plan(jnp.asarray(ids), EXPERTS)
     _, pullback = jax.vjp(lambda *arrays: routed_experts(config, *arrays, plan), *arrays)

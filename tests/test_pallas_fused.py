@@ -14,8 +14,8 @@ from jax_latent_moe.config import LatentMoEConfig, PallasBackend, PallasMatmulTi
 from jax_latent_moe.grouped_matmul import Problem, explain, pallas_hopper_fused, reference, select_fusing
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, FusedActivation
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
-from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes
-from tests.oracle.fused import activation_of_rows, matmul_activation_grad
+from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes, value_and_slopes_of_kept
+from tests.oracle.fused import activation_of_rows, kept_of, matmul_activation_grad
 from tests.tolerances import assert_close
 
 EXPERTS, ROWS, IN, HIDDEN = 5, 100, 128, 192
@@ -43,14 +43,15 @@ def variant(name):
 
 
 def operands(rng, dtype, config, sizes, num_rows=ROWS):
-    """Rows, both weights, output gradients, pre-activations and rows' weights; NaN where rows belong to nobody."""
+    """Rows, both weights, output gradients, what is kept and rows' weights; NaN where rows belong to nobody."""
     width = HIDDEN * (2 if config.gated else 1)
     shapes = (num_rows, IN), (EXPERTS, IN, width), (num_rows, IN), (EXPERTS, HIDDEN, IN), (num_rows, width)
     rows, w_in, dout, w_out, pre = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     row_weights = rng.random(num_rows, np.float32)
     for x in (rows, dout, pre, row_weights):
         x[sum(sizes) :] = np.nan
-    return *(x.astype(jnp.dtype(dtype)) for x in (rows, w_in / 8, dout, w_out / 8, 2 * pre)), row_weights
+    kept = kept_of(config, 2 * pre)
+    return *(x.astype(jnp.dtype(dtype)) for x in (rows, w_in / 8, dout, w_out / 8, kept)), row_weights
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def interpreter():
 def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS):
     """Both fused products against the oracle; exact zeros in the rows of nobody."""
     activation, config = variant(name)
-    rows, w_in, dout, w_out, pre, row_weights = operands(rng, dtype, config, sizes, num_rows)
+    rows, w_in, dout, w_out, kept, row_weights = operands(rng, dtype, config, sizes, num_rows)
     settings = dict(activation=activation, tile=tile, num_sms=2 * tile.cluster, interpret=interpreter)
     groups = jnp.asarray(sizes, jnp.int32)
 
@@ -78,12 +79,12 @@ def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS):
     assert_close(out, reference.grouped_matmul(rows, w_in, sizes), dtype, "pre")
     assert_close(hidden, activation_of_rows(config, np.float64(out))[0], dtype, "hidden")
 
-    arguments = map(jnp.asarray, (dout, w_out, groups, pre, row_weights))
+    arguments = map(jnp.asarray, (dout, w_out, groups, kept, row_weights))
     grads = pallas_hopper_fused.matmul_activation_grad(*arguments, **settings)
-    expected = matmul_activation_grad(config, dout, w_out, sizes, np.float64(pre), np.float64(row_weights))
-    for label, value, ref in zip(("dpre", "weighted hidden", "drow_weights"), grads, expected, strict=True):
+    expected = matmul_activation_grad(config, dout, w_out, sizes, np.float64(kept), np.float64(row_weights))
+    for label, value, ref in zip(("dpre", "drow_weights"), grads, expected, strict=True):
         assert_close(value, ref, dtype, label)
-    assert grads[2].dtype == jnp.float32
+    assert grads[1].dtype == jnp.float32
     for value in (out, hidden, *grads):
         assert not value[sum(sizes) :].any()
 
@@ -116,12 +117,16 @@ def test_values_and_slopes(name):
     activation, config = variant(name)
     x = np.concatenate([np.linspace(-30, 30, 1001), np.logspace(-6, 2, 100), -np.logspace(-6, 2, 100)])
     parts = [x, x[::-1]] if config.gated else [x]
-    value, slopes = value_and_slopes(activation, [jnp.asarray(part[None], jnp.float32) for part in parts])
-    expected, expected_slopes = activation_of_rows(config, np.concatenate(parts)[None])
+    parts = [jnp.asarray(part[None], jnp.float32) for part in parts]
+    value, slopes = value_and_slopes(activation, parts)
+    expected, expected_slopes = activation_of_rows(config, np.concatenate(parts, axis=1, dtype=np.float64))
     assert_close(value, expected, "float32")
     assert_close(np.concatenate(slopes, axis=1), expected_slopes, "float32")
     np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(np.concatenate(slopes, axis=1), expected_slopes, rtol=1e-3, atol=1e-5)
+    same, slopes_of_kept = value_and_slopes_of_kept(activation, [value] if activation.keeps_hidden else parts)
+    np.testing.assert_array_equal(same, value)
+    assert_close(np.concatenate(slopes_of_kept, axis=1), expected_slopes, "float32")
 
 
 @every_activation
@@ -135,11 +140,11 @@ def test_lowers_for_cuda(name, dtype, large):
     width = hidden * (2 if activation.gated else 1)
     backend = Pallas(PallasBackend())
 
-    def run(rows, w_in, w_out, pre, row_weights, sizes):
+    def run(rows, w_in, w_out, kept, row_weights, sizes):
         return (
             backend.matmul_activation(rows, w_in, sizes, activation=activation, keep_pre=True),
             backend.matmul_activation(rows, w_in, sizes, activation=activation, keep_pre=False),
-            backend.matmul_activation_grad(rows, w_out, sizes, pre, row_weights, activation=activation),
+            backend.matmul_activation_grad(rows, w_out, sizes, kept, row_weights, activation=activation),
         )
 
     shapes = (rows, latent), (experts, latent, width), (experts, hidden, latent), (rows, width)

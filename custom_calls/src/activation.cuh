@@ -61,4 +61,16 @@ __device__ __forceinline__ Value up_value(float u, ActivationParams const& param
   return {u, 1.0f};
 }
 
+// The same from what a forward pass keeps: of relu2 hidden rows, whose root tells the slope, else what it was applied to.
+template <Activation A>
+__device__ __forceinline__ Value gate_value_of_kept(float kept, ActivationParams const& params) {
+  if constexpr (keeps_hidden(A)) {
+    float root;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(kept));
+    return {kept, 2.0f * root};
+  } else {
+    return gate_value<A>(kept, params);
+  }
+}
+
 }  // namespace latent_moe

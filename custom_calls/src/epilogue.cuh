@@ -77,12 +77,13 @@ class RowEpilogue {
   static constexpr int kColumnBlocks = kTile.columns / kBlock;
   static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kHalves = kGated ? 2 : 1;
-  static constexpr int kAhead = 2;  // blocks of pre-activations that are on their way while the tile is multiplied
+  // Blocks of what was kept that are in shared memory, or on their way there while the tile is multiplied.
+  static constexpr int kAhead = kGated ? 2 : 3;
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.columns / 2];
 
  public:
-  static constexpr int kPiecesOfWarp = kGradient ? 1 + kAhead * kHalves : 1;
+  static constexpr int kPiecesOfWarp = kGradient ? kAhead * kHalves : 1;
   static constexpr int kSharedBytes = kConsumers * 4 * kPiecesOfWarp * kPieceBytes;
 
   __device__ RowEpilogue(Args const& args, char* shared)
@@ -92,11 +93,11 @@ class RowEpilogue {
         warp_(threadIdx.x / 32 % 4),
         lane_(threadIdx.x % 32) {}
 
-  // Before the products of a tile: the first blocks of its pre-activation are sent for.
+  // Before the products of a tile: the first blocks of what was kept are sent for.
   __device__ __forceinline__ void begin(Work const& work) const {
     if constexpr (kGradient) {
 #pragma unroll
-      for (int step = 0; step < kAhead; ++step) read_pre(work, step);
+      for (int step = 0; step < kAhead; ++step) read_kept(work, step);
     }
   }
 
@@ -184,24 +185,22 @@ class RowEpilogue {
     return pack<T>(gate_value<kActivation>(g.x, params_).value * u.x, gate_value<kActivation>(g.y, params_).value * u.y);
   }
 
-  // Piece of a step's pre-activation: a step is a column block, row block after row block.
-  __device__ __forceinline__ Piece<T> pre(int step, int half) const {
-    return piece(1 + step % kAhead * kHalves + half);
-  }
+  // Piece of what was kept of a step: a step is a column block, row block after row block.
+  __device__ __forceinline__ Piece<T> kept(int step, int half) const { return piece(step % kAhead * kHalves + half); }
 
-  __device__ __forceinline__ void read_pre(Work const& work, int step) const {
+  __device__ __forceinline__ void read_kept(Work const& work, int step) const {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int block = step / kColumnBlocks, c = step % kColumnBlocks;
-      Part<T> from = part(const_cast<void*>(args_.pre), work, block, c, kHalves * args_.out_columns, half);
+      Part<T> from = part(const_cast<void*>(args_.kept), work, block, c, kHalves * args_.out_columns, half);
       if (work.steps == 0) from.rows = 0;  // rows of nobody may hold anything
-      pre(step, half).read(from, lane_);
+      kept(step, half).read(from, lane_);
     }
     cute::cp_async_fence();
   }
 
-  // From the gradient of hidden rows (accumulated) to that of the pre-activation, which takes the place of the latter;
-  // the rows' weights enter here, and their own gradient <dhidden, hidden> leaves as one partial sum a column tile
+  // From the gradient of hidden rows (accumulated) to that of the pre-activation, which takes the place of what was
+  // kept; the rows' weights enter here, and their own gradient <dhidden, hidden> leaves as one partial sum a column tile
   // (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
   __device__ __forceinline__ void store_gradient(Accumulator const (&acc)[Blocks], Work const& work) const {
@@ -221,35 +220,32 @@ class RowEpilogue {
         __syncwarp();
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
-          uint32_t gate[4], up[4], hidden[4];
-          pre(step, 0).get(gate, quarter, lane_);
-          if constexpr (kGated) pre(step, 1).get(up, quarter, lane_);
+          uint32_t gate[4], up[4];
+          kept(step, 0).get(gate, quarter, lane_);
+          if constexpr (kGated) kept(step, 1).get(up, quarter, lane_);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int at = c * 32 + quarter * 8 + 2 * i;
             const float2 g = unpack<T>(gate[i]), u = kGated ? unpack<T>(up[i]) : float2{1.0f, 1.0f};
             const float dx = acc[block][at], dy = acc[block][at + 1], w = weight[i % 2];
-            const Value gx = gate_value<kActivation>(g.x, params_), gy = gate_value<kActivation>(g.y, params_);
+            const Value gx = gate_value_of_kept<kActivation>(g.x, params_);
+            const Value gy = gate_value_of_kept<kActivation>(g.y, params_);
             const Value ux = up_value<kActivation>(u.x, params_), uy = up_value<kActivation>(u.y, params_);
-            const float hx = gx.value * ux.value, hy = gy.value * uy.value;
-            dot[i % 2] += dx * hx + dy * hy;
-            hidden[i] = pack<T>(w * hx, w * hy);
+            dot[i % 2] += dx * gx.value * ux.value + dy * gy.value * uy.value;
             gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
             if constexpr (kGated) up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
           }
-          pre(step, 0).put(gate, quarter, lane_);
-          if constexpr (kGated) pre(step, 1).put(up, quarter, lane_);
-          piece(0).put(hidden, quarter, lane_);
+          kept(step, 0).put(gate, quarter, lane_);
+          if constexpr (kGated) kept(step, 1).put(up, quarter, lane_);
         }
         __syncwarp();
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          pre(step, half).write(part(args_.out, work, block, c, kHalves * args_.out_columns, half), lane_);
+          kept(step, half).write(part(args_.out, work, block, c, kHalves * args_.out_columns, half), lane_);
         }
-        piece(0).write(part(args_.hidden, work, block, c, args_.out_columns, 0), lane_);
         __syncwarp();
         if (step + kAhead < Blocks * kColumnBlocks) {
-          read_pre(work, step + kAhead);
+          read_kept(work, step + kAhead);
         } else {
           cute::cp_async_fence();  // an empty group: waits count groups
         }

@@ -178,6 +178,8 @@ struct Product {
     args.rows_first = rows_first;
   }
 
+  ffi::DataType element_type() const { return type == Type::kF16 ? ffi::DataType::F16 : ffi::DataType::BF16; }
+
   ffi::Error finish(Request const& request, ffi::AnyBuffer const& counter, cudaStream_t stream) {
     take_counter(check, args, counter);
     if (!check.error().empty()) return refuse(check.error());
@@ -203,59 +205,59 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ff
   return product.finish(request, *counter, stream);
 }
 
-// Both fused products store pre-activations (or their gradients) and hidden rows side by side.
-void fused_maps(Product& product, Request const& request, ffi::AnyBuffer const& pre, bool keep_pre,
-                ffi::AnyBuffer const& hidden, int64_t width, int32_t activation, float beta, float linear_beta) {
+// What both fused products have in common: `out` is the pre-activation, or its gradient, if it is stored at all.
+void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, bool stored, int64_t width,
+          int32_t activation, float beta, float linear_beta) {
   Check& check = product.check;
   if (!check.error().empty()) return;
-  bool const gated = is_gated(request.activation);
-  auto const type = product.type == Type::kF16 ? ffi::DataType::F16 : ffi::DataType::BF16;
   check.that(activation > 0 && activation <= static_cast<int32_t>(Activation::kSituGlu),
              "activation=" + std::to_string(activation) + " is not known");
   check.that(request.activation != Activation::kSituGlu || (beta > 0 && linear_beta >= 0),
              "beta=" + std::to_string(beta) + " must be positive, linear_beta=" + std::to_string(linear_beta) +
                  " at least 0");
   check.features("the width of hidden rows", width);
-  check.buffer("pre-activations", pre, type, {keep_pre ? product.rows : 0, gated ? 2 * width : width});
-  check.buffer("hidden rows", hidden, type, {product.rows, width});
-  if (!check.error().empty()) return;
+  check.buffer("the pre-activation", out, product.element_type(),
+               {stored ? product.rows : 0, is_gated(request.activation) ? 2 * width : width});
   Args& args = product.args;
-  args.out = pre.untyped_data();
-  args.hidden = hidden.untyped_data();
+  args.out = out.untyped_data();
   args.out_columns = width;
   args.beta = beta;
   args.linear_beta = linear_beta;
-  args.keep_pre = keep_pre;
 }
 
 ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                              ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden,
-                             ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta, float linear_beta, bool keep_pre, int32_t tile_rows, int32_t tile_columns,
-                             int32_t stages, int32_t cluster, bool rows_first) {
+                             ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta, float linear_beta,
+                             bool keep_pre, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster,
+                             bool rows_first) {
   Request request{Contraction::kRowsW, Epilogue::kActivation, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Product product(request, rows, w, sizes, rows_first);
-  fused_maps(product, request, *pre, keep_pre, *hidden,
-             is_gated(request.activation) ? product.out / 2 : product.out, activation, beta, linear_beta);
+  int64_t const width = is_gated(request.activation) ? product.out / 2 : product.out;
+  fuse(product, request, *pre, keep_pre, width, activation, beta, linear_beta);
+  if (product.check.error().empty()) {
+    product.check.buffer("hidden rows", *hidden, product.element_type(), {product.rows, width});
+    product.args.hidden = hidden->untyped_data();
+    product.args.keep_pre = keep_pre;
+  }
   return product.finish(request, *counter, stream);
 }
 
 ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                                  ffi::AnyBuffer pre, ffi::AnyBuffer row_weights, ffi::Result<ffi::AnyBuffer> dpre,
-                                  ffi::Result<ffi::AnyBuffer> weighted, ffi::Result<ffi::AnyBuffer> partial,
-                                  ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta, float linear_beta, int32_t tile_rows,
-                                  int32_t tile_columns, int32_t stages, int32_t cluster,
-                                  bool rows_first) {
+                                  ffi::AnyBuffer kept, ffi::AnyBuffer row_weights, ffi::Result<ffi::AnyBuffer> dpre,
+                                  ffi::Result<ffi::AnyBuffer> partial, ffi::Result<ffi::AnyBuffer> counter,
+                                  int32_t activation, float beta, float linear_beta, int32_t tile_rows,
+                                  int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Product product(request, dout, w, sizes, rows_first);
-  fused_maps(product, request, *dpre, true, *weighted, product.out, activation, beta, linear_beta);
+  fuse(product, request, *dpre, true, product.out, activation, beta, linear_beta);
   if (product.check.error().empty()) {
     int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
-    product.check.buffer("pre", pre, dpre->element_type(), {product.rows, dpre->dimensions()[1]});
+    product.check.buffer("what was kept", kept, product.element_type(), {product.rows, dpre->dimensions()[1]});
     product.check.buffer("row_weights", row_weights, ffi::DataType::F32, {product.rows});
     product.check.buffer("the sums", *partial, ffi::DataType::F32, {column_tiles, product.rows});
-    product.args.pre = pre.untyped_data();
+    product.args.kept = kept.untyped_data();
     product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
     product.args.partial = static_cast<float*>(partial->untyped_data());
   }
@@ -364,9 +366,8 @@ auto bind_activation() {
 
 auto bind_activation_grad() {
   return with_matmul_tile(with_activation(bind_rows()
-                                              .Arg<ffi::AnyBuffer>()  // pre
+                                              .Arg<ffi::AnyBuffer>()  // kept
                                               .Arg<ffi::AnyBuffer>()  // row_weights
-                                              .Ret<ffi::AnyBuffer>()
                                               .Ret<ffi::AnyBuffer>()
                                               .Ret<ffi::AnyBuffer>()
                                               .Ret<ffi::AnyBuffer>()));
@@ -393,7 +394,7 @@ LATENT_MOE_HANDLER(latent_moe_outer, latent_moe::outer, latent_moe::bind_outer()
 LATENT_MOE_HANDLER(latent_moe_prepare, latent_moe::prepare, latent_moe::bind_prepare());
 
 // Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.
-LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 2; }
+LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 3; }
 
 // For tests: Sides::kMost bits, by multiprocessor.
 LATENT_MOE_EXPORT void latent_moe_sides(int32_t device, uint32_t* bits) {

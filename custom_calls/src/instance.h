@@ -17,6 +17,9 @@ enum class Activation : int32_t { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeg
 
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 
+// Whether the gradient is made of hidden rows rather than of pre-activations.
+constexpr bool keeps_hidden(Activation a) { return a == Activation::kRelu2; }
+
 // A tile of `rows` x `columns` is computed by one block; blocks of a cluster share what they load: cluster_rows of them
 // lie one above the other, cluster_columns side by side.
 struct Tile {
@@ -61,9 +64,9 @@ struct Window {
 struct Args {
   CUtensorMap a, b;
   bool whole_a, whole_b;  // the map's columns are cut into blocks of 64 (tensor_maps.h)
-  void* out;        // the product; of a fused one the pre-activation, or its gradient
-  void* hidden;     // of a fused product: hidden rows [rows, out_columns]
-  void const* pre;  // activation gradient: what `out` is the gradient of
+  void* out;         // the product; of a fused one the pre-activation, or its gradient
+  void* hidden;      // activation: hidden rows [rows, out_columns]
+  void const* kept;  // activation gradient: the pre-activation or hidden rows, in the shape of `out`
   int32_t const* group_sizes;
   int32_t num_experts, num_rows;
   int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)

@@ -66,14 +66,15 @@ class FusingBackend(Backend, Protocol):
         dout: Float[Array, "r n"],
         w: Float[Array, "e m n"],
         group_sizes: Int[Array, " e"],
-        pre: Float[Array, "r p"],
+        kept: Float[Array, "r p"],
         row_weights: Float[Array, " r"],
         *,
         activation,
-    ) -> tuple[Float[Array, "r p"], Float[Array, "r m"], Float[Array, " r"]]:
-        """With dhidden = dout x w^T and h = activation(pre): the gradient of pre, the rows of h, and <dhidden, h>.
+    ) -> tuple[Float[Array, "r p"], Float[Array, " r"]]:
+        """With dhidden = dout x w^T: row_weights times the gradient of the pre-activation, and <dhidden, hidden>.
 
-        The first two are multiplied by row_weights, the gradient of which is the third, in float32.
+        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, else the pre-activation; the gradient may take its
+        place. The second result, the gradient of row_weights, is in float32. Both are zero beyond the sum.
         """
         ...
 

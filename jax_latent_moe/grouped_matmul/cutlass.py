@@ -93,20 +93,18 @@ class Cutlass:
         pre, hidden, _ = call(rows, w, group_sizes, **attributes)
         return pre if keep_pre else None, hidden
 
-    def matmul_activation_grad(self, dout, w, group_sizes, pre, row_weights, *, activation):
+    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
         tile = self._tile("rows_wt", dout, w.shape, activation)
-        num_rows, width = dout.shape[0], w.shape[1]
+        column_tiles = -(-w.shape[1] // tile.columns)
         outs = [
-            jax.ShapeDtypeStruct(pre.shape, pre.dtype),
-            jax.ShapeDtypeStruct((num_rows, width), dout.dtype),
-            jax.ShapeDtypeStruct((-(-width // tile.columns), num_rows), jnp.float32),
+            jax.ShapeDtypeStruct(kept.shape, kept.dtype),
+            jax.ShapeDtypeStruct((column_tiles, dout.shape[0]), jnp.float32),
         ]
-        # The gradient takes the place of the pre-activation, which nobody reads afterwards.
         call = _call("matmul_activation_grad", outs, input_output_aliases={3: 0})
         attributes = _activation_attributes(activation) | _matmul_attributes(tile)
-        dpre, hidden, sums, _ = call(dout, w, group_sizes, pre, row_weights.astype(jnp.float32), **attributes)
-        return dpre, hidden, jnp.sum(sums, axis=0)
+        dpre, sums, _ = call(dout, w, group_sizes, kept, row_weights.astype(jnp.float32), **attributes)
+        return dpre, jnp.sum(sums, axis=0)
 
     def _given(self, problem):
         if problem.activation is not None:

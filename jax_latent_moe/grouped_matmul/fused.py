@@ -7,11 +7,11 @@ from jax_latent_moe import checks
 # In the order by which the compiled kernels know them (custom_calls/src/instance.h).
 ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
 
-# (contraction, activation) that gained time on an H200: "rows_w" fuses the activation, "rows_wt" its gradient. The
-# others took longer than the plain product and XLA's own pass after it (benchmarks/results, suite "fused").
+# (contraction, activation) that gained time: "rows_w" fuses the activation, "rows_wt" its gradient. The others took
+# longer than the plain product and XLA's own pass after it (benchmarks/results, suite "fused").
 FASTER = {
-    "cutlass": (("rows_w", "relu2"),),
-    "pallas": (),
+    "cutlass": (("rows_w", "relu2"), ("rows_wt", "relu2")),
+    "pallas": (("rows_w", "relu2"),),
 }
 
 
@@ -46,3 +46,8 @@ class FusedActivation:
     def gated(self) -> bool:
         """Whether the pre-activation holds a gate half and an up half."""
         return self.name.endswith(("glu", "glu_tanh"))
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether its gradient is made of hidden rows h rather than of pre-activations: relu2's slope is 2 sqrt(h)."""
+        return self.name == "relu2"

@@ -58,13 +58,13 @@ class Pallas:
         sms = num_multiprocessors()
         return matmul_activation(rows, w, group_sizes, activation=activation, keep_pre=keep_pre, tile=tile, num_sms=sms)
 
-    def matmul_activation_grad(self, dout, w, group_sizes, pre, row_weights, *, activation):
+    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation_grad
 
         tile = pallas_hopper_tiles.choose_fused("rows_wt", dout.shape[0], w.shape, activation)
         return matmul_activation_grad(
-            dout, w, group_sizes, pre, row_weights, activation=activation, tile=tile, num_sms=num_multiprocessors()
+            dout, w, group_sizes, kept, row_weights, activation=activation, tile=tile, num_sms=num_multiprocessors()
         )
 
     def outer(self, rows, dout, group_sizes):

@@ -21,6 +21,8 @@ _ERFC_COEFFICIENTS = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.06
 _GELU_SCALE, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 # Below, 2 sigmoid(2x) - 1 would lose digits that x - x^3 / 3 has.
 _SMALL_TANH = 0.02
+# Of float32, without its digits: its reciprocal root is finite.
+_SMALLEST = 1.2e-38
 
 
 def value_and_slopes(activation: FusedActivation, parts: list[Block]) -> tuple[Block, list[Block]]:
@@ -30,6 +32,14 @@ def value_and_slopes(activation: FusedActivation, parts: list[Block]) -> tuple[B
         return first, [slope]
     up, up_slope = _up(activation, parts[1])
     return first * up, [slope * up, first if up_slope is None else first * up_slope]
+
+
+def value_and_slopes_of_kept(activation: FusedActivation, parts: list[Block]) -> tuple[Block, list[Block]]:
+    """The same from what a forward pass keeps: hidden rows where activation.keeps_hidden, else the parts."""
+    if not activation.keeps_hidden:
+        return value_and_slopes(activation, parts)
+    (hidden,) = parts
+    return hidden, [2 * hidden * lax.rsqrt(jnp.maximum(hidden, _SMALLEST))]
 
 
 def _first(activation, x):

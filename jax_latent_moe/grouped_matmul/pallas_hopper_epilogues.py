@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_latent_moe.grouped_matmul import pallas_hopper_mgpu as mgpu_code
-from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes
+from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes, value_and_slopes_of_kept
 from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS
 from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import ROW_ALIGNMENT
 
@@ -136,26 +136,25 @@ class Activation:
 
 
 class ActivationGradient:
-    """Turns the gradient of hidden rows into that of the pre-activation, weighted hidden rows and their inner product.
+    """Turns the gradient of hidden rows into that of the pre-activation, and into its inner product with hidden rows.
 
-    The blocks of the pre-activation are loaded into slots before the tile is multiplied, as many as there are slots,
-    and the gradient is stored from where they lay. The last slot is for hidden rows.
+    The blocks of what was kept are loaded into slots before the tile is multiplied, as many as there are slots, and the
+    gradient is stored from where they lay.
     """
 
     def __init__(self, activation, slots: Slots, operands, outs, scratch, warpgroup):
         self.activation, self.slots = activation, slots
-        self.pre, self.row_weights = operands
-        self.dpre, self.hidden, self.sums = outs
-        row_smem, pre_loaded, weights_loaded = scratch
+        self.kept, self.row_weights = operands
+        self.dpre, self.sums = outs
+        row_smem, kept_loaded, weights_loaded = scratch
         self.weights_smem, self.sums_smem = row_smem.at[warpgroup, 0], row_smem.at[warpgroup, 1]
-        self.sets = pre_loaded.shape[0] // CONSUMERS
-        self.pre_loaded, self.first_barrier = pre_loaded, warpgroup * self.sets
+        self.sets = kept_loaded.shape[0] // CONSUMERS
+        self.kept_loaded, self.first_barrier = kept_loaded, warpgroup * self.sets
         self.weights_loaded = weights_loaded.at[warpgroup]
 
     def targets(self, place, block):
         """See `Product.targets`."""
-        column = place.block(block)
-        return [(self.hidden, column), *_parts_of(self.dpre, column, self.activation, self.slots)]
+        return _parts_of(self.dpre, place.block(block), self.activation, self.slots)
 
     def start(self, place):
         """See `Product.start`."""
@@ -168,14 +167,14 @@ class ActivationGradient:
 
     def _load(self, place, block):
         current = block % self.sets
-        parts = _parts_of(self.pre, place.block(block), self.activation, self.slots)
-        for part, (pre, column) in enumerate(parts):
+        parts = _parts_of(self.kept, place.block(block), self.activation, self.slots)
+        for part, (kept, column) in enumerate(parts):
             # A column that does not exist reads as zeros.
-            column = jnp.where(self.slots.inside(place, block), column, pre.shape[1])
+            column = jnp.where(self.slots.inside(place, block), column, kept.shape[1])
             plgpu.copy_gmem_to_smem(
-                pre.at[_rows(place), pl.ds(pl.multiple_of(column, COLUMN_BLOCK), COLUMN_BLOCK)],
+                kept.at[_rows(place), pl.ds(pl.multiple_of(column, COLUMN_BLOCK), COLUMN_BLOCK)],
                 self.slots.at(current * len(parts) + part, place),
-                self.pre_loaded.at[self.first_barrier + current],
+                self.kept_loaded.at[self.first_barrier + current],
             )
 
     def finish(self, place, accumulated):
@@ -185,21 +184,17 @@ class ActivationGradient:
         plgpu.barrier_wait(self.weights_loaded)
         for block in range(blocks):
             current = block % self.sets
-            plgpu.barrier_wait(self.pre_loaded.at[self.first_barrier + current])
-            slots = [self.slots.count - 1, *range(current * num_parts, (current + 1) * num_parts)]
+            plgpu.barrier_wait(self.kept_loaded.at[self.first_barrier + current])
+            slots = range(current * num_parts, (current + 1) * num_parts)
             for i, rows in enumerate(place.row_blocks()):
                 dhidden = _tile(accumulated, rows, block)
-                parts = [self.slots.smem[slot, rows].astype(jnp.float32) for slot in slots[1:]]
-                hidden, slopes = value_and_slopes(self.activation, parts)
+                parts = [self.slots.smem[slot, rows].astype(jnp.float32) for slot in slots]
+                hidden, slopes = value_and_slopes_of_kept(self.activation, parts)
                 sums[i] += jnp.sum(dhidden * hidden, axis=1)
                 weights = plgpu.layout_cast(self.weights_smem[rows], plgpu.Layout.WGMMA.reduce(1))
-                weights = lax.broadcast_in_dim(weights, dhidden.shape, (0,))
-                dhidden *= weights
-                # The hidden rows of the block before have left their slot, and all threads have read these parts.
-                plgpu.wait_smem_to_gmem(num_parts, wait_read_only=True)
-                values = [weights * hidden, *(dhidden * slope for slope in slopes)]
-                for slot, value in zip(slots, values, strict=True):
-                    self.slots.smem[slot, rows] = value.astype(self.dpre.dtype)
+                dhidden *= lax.broadcast_in_dim(weights, dhidden.shape, (0,))
+                for slot, slope in zip(slots, slopes, strict=True):
+                    self.slots.smem[slot, rows] = (dhidden * slope).astype(self.dpre.dtype)
                 if block == blocks - 1:
                     self.sums_smem[rows] = sums[i]
             plgpu.commit_smem()

@@ -63,46 +63,46 @@ def matmul_activation_grad(
     dout: Float[Array, "r n"],
     w: Float[Array, "e m n"],
     group_sizes: Int[Array, " e"],
-    pre: Float[Array, "r p"],
+    kept: Float[Array, "r p"],
     row_weights: Float[Array, " r"],
     *,
     activation: FusedActivation,
     tile: PallasMatmulTile,
     num_sms: int,
     interpret=None,
-) -> tuple[Float[Array, "r p"], Float[Array, "r m"], Float[Array, " r"]]:
+) -> tuple[Float[Array, "r p"], Float[Array, " r"]]:
     """See `FusingBackend.matmul_activation_grad`; M and N are multiples of 64.
 
     Args:
         dout: [R, N], bfloat16 or float16, sorted by expert.
         w: [E, M, N].
         group_sizes: [E], on the device.
-        pre: [R, M], gated [R, 2 M], in the dtype of dout.
+        kept: the pre-activation [R, M], gated [R, 2 M], or where activation.keeps_hidden the hidden rows [R, M], in the
+            dtype of dout.
         row_weights: [R].
         activation: of which the gradient is taken.
-        tile: tile shape and schedule; gated with at least 3 out_slots, else 2.
+        tile: tile shape and schedule; gated with at least 2 out_slots.
         num_sms: multiprocessors to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
-        The gradient of pre in its shape and the hidden rows [R, M], both times row_weights and in the dtype of dout;
-        the gradient of row_weights [R] in float32, summed in a fixed order.
+        The gradient of the pre-activation in the shape of kept, times row_weights and in the dtype of dout; the gradient
+        of row_weights [R] in float32, summed in a fixed order.
     """
     num_rows, width = dout.shape[0], w.shape[1]
     # With those that a cluster computes beyond the last column, which are zero.
     column_tiles = -(-width // (tile.columns * tile.cluster)) * tile.cluster
     num_parts = 2 if activation.gated else 1
-    # Blocks of pre that are in shared memory at once; the last slot is for hidden rows.
-    sets = min((tile.out_slots - 1) // num_parts, tile.columns // COLUMN_BLOCK)
-    dpre, hidden, sums = multiply(
+    # Blocks of what was kept that are in shared memory at once.
+    sets = min(tile.out_slots // num_parts, tile.columns // COLUMN_BLOCK)
+    dpre, sums = multiply(
         ActivationGradient,
         dout,
         w,
         group_sizes,
-        operands=[pad_rows(pre), pad_rows(row_weights.astype(jnp.float32))],
+        operands=[pad_rows(kept), pad_rows(row_weights.astype(jnp.float32))],
         out_types=[
-            jax.ShapeDtypeStruct(pre.shape, dout.dtype),
-            jax.ShapeDtypeStruct((num_rows, width), dout.dtype),
+            jax.ShapeDtypeStruct(kept.shape, dout.dtype),
             jax.ShapeDtypeStruct((column_tiles, num_rows), jnp.float32),
         ],
         scratch_types=[
@@ -118,4 +118,4 @@ def matmul_activation_grad(
     )
     # Nobody writes the sums of rows of nobody.
     owned = jnp.arange(num_rows) < group_bounds(group_sizes, num_rows)[1][-1]
-    return dpre, hidden, jnp.where(owned, jnp.sum(sums, axis=0), 0)
+    return dpre, jnp.where(owned, jnp.sum(sums, axis=0), 0)

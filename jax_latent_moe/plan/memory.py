@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
+from jax_latent_moe.activations import keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
@@ -60,20 +61,23 @@ def memory(
     tensor = axis_sizes(_parallel(config), mesh)[_parallel(config).tensor_axis]
     inner = config.expert_intermediate_size // tensor
     rows = allocated_rows(config, mesh, tokens)
-    pre = rows * inner * (2 if config.gated else 1) * item
+    hidden = rows * inner * item
+    kept_rows = hidden * (2 if config.gated else 1)
     per_token = tokens * (2 * (d + latent) * item + 4 * config.num_experts)
-    # Forward, the gathered rows and the pre-activation stand together; backward, the pre-activation with the hidden
-    # rows and their gradient. Of a layer that fsdp gathers, the whole kernels stand beside.
-    working = 2 * rows * inner * item + per_token if training else rows * latent * item
+    # What a backward pass needs stands beside gathered rows or the experts' outputs; and beside the hidden rows, unless
+    # they are all that it needs. Of a layer that fsdp gathers, the whole kernels stand beside.
+    working = rows * latent * item
+    if training:
+        working += per_token + hidden * (not keeps_hidden(config))
     working += _gathered_latents(config, mesh, tokens) * (2 if training else 1)
     used = {"parameters": stored * param_bytes}
     if training:
         shared = tokens * config.shared_expert_intermediate_size // tensor * (2 if config.gated else 1) * item
-        kept = tokens * d * item if remat else tokens * (d + latent) * item + pre + shared
+        kept = tokens * d * item if remat else tokens * (d + latent) * item + kept_rows + shared
         used |= {"gradients": stored * param_bytes, "optimiser": stored * ADAM_BYTES}
-        used |= {"kept for the backward pass": kept * layers + (pre if remat else 0)}
+        used |= {"kept for the backward pass": kept * layers + (kept_rows if remat else 0)}
     else:
-        working += pre
+        working += kept_rows
     cast = gathered_parameters(config, mesh)
     copies = param_bytes * (cast > parameters_per_device(config, mesh)) + item * (config.param_dtype != config.dtype)
     return used | {"working memory of a layer": working + cast * copies}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
+from jax_latent_moe.activations import keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
@@ -113,11 +114,20 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
         sum(part.flops * count for part, count in parts),
         sum(part.bytes * count for part, count in parts),
     )
-    # Forward reads the pre-activation and writes the hidden rows; backward five more passes over rows of that width.
-    activation = item * room * inner * ((gate + 1) * forward + (gate + 4) * training)
-    yield kernel("activation", gpu, 0.0, activation, gpu.dense_flops)
-    gathers = 3 * forward + 5 * training  # rows written and read, sums read; backward both gathers and a sum
+    yield kernel(
+        "activation", gpu, 0.0, item * room * inner * _activation_passes(config, forward, training), gpu.dense_flops
+    )
+    gathers = 3 * forward + 6 * training  # rows written and read, sums read; backward three gathers and a sum
     yield kernel("gather and combine", gpu, 0.0, item * room * width * gathers, gpu.dense_flops)
+
+
+def _activation_passes(config, forward, training) -> int:
+    """Passes over hidden rows that products do not make themselves."""
+    if keeps_hidden(config):
+        return int(training)  # a kernel reads them to put the gradient in their place
+    gate = 2 if config.gated else 1
+    made = (gate + 1) * (forward + training)  # the pre-activation read, hidden rows written, in either direction
+    return made + (2 * gate + 1) * training  # the pre-activation and two gradients
 
 
 def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:

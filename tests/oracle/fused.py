@@ -14,12 +14,22 @@ def activation_of_rows(config, pre):
     return hidden, np.concatenate(list(slopes), axis=1)
 
 
-def matmul_activation_grad(config, dout, w, sizes, pre, row_weights):
-    """The gradient of pre and hidden rows, both times row_weights, and its gradient; zeros beyond the sum."""
+def keeps_hidden(config):
+    """Whether a forward pass keeps hidden rows for the gradient: of relu2, whose slope they tell."""
+    return config.activation == "relu2"
+
+
+def kept_of(config, pre):
+    """What a forward pass keeps of pre-activations."""
+    return activation_of_rows(config, pre)[0] if keeps_hidden(config) else pre
+
+
+def matmul_activation_grad(config, dout, w, sizes, kept, row_weights):
+    """The gradient of the pre-activation times row_weights, and the gradient of row_weights; zeros beyond the sum."""
     owned = np.arange(len(dout)) < np.sum(sizes)
     dhidden = reference.grouped_matmul(dout, w, sizes, transpose_w=True)
-    hidden, slopes = activation_of_rows(config, np.where(owned[:, None], pre, 0))
-    hidden = hidden * owned[:, None]
+    kept = np.where(owned[:, None], kept, 0)
+    hidden, slopes = (kept, 2 * np.sqrt(kept)) if keeps_hidden(config) else activation_of_rows(config, kept)
     weights = np.where(owned, row_weights, 0)[:, None]
     dpre = slopes * np.tile(weights * dhidden, (1, 2 if config.gated else 1))
-    return dpre, weights * hidden, np.sum(dhidden * hidden, axis=1)
+    return dpre, np.sum(dhidden * hidden * owned[:, None], axis=1)
