@@ -57,15 +57,13 @@ def activation_of_kept(
     Returns:
         Both in float32, or float64 for float64 input.
     """
+    kept = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
     if not keeps_hidden(config):
-        hidden, vjp = jax.vjp(
-            lambda pre: activate(pre, config), kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
-        )
+        hidden, vjp = jax.vjp(lambda pre: activate(pre, config), kept)
         return hidden, lambda dhidden: vjp(dhidden)[0]
-    hidden = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
     # The root at 0 is a constant, or its own derivative would be infinite there.
-    root = jnp.where(hidden > 0, jnp.sqrt(jnp.where(hidden > 0, hidden, 1)), 0)
-    return hidden, lambda dhidden: 2 * root * dhidden
+    root = jnp.where(kept > 0, jnp.sqrt(jnp.where(kept > 0, kept, 1)), 0)
+    return kept, lambda dhidden: 2 * root * dhidden
 
 
 def _gelu(x, config):

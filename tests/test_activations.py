@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.activations import activate
+from jax_latent_moe.activations import activate, activation_of_kept, keeps_hidden
 from tests.cases import DTYPES, TOY
 from tests.oracle.activations import activation
 from tests.tolerances import assert_close
@@ -51,6 +51,33 @@ def test_values_and_slopes(rng, variant, dtype):
     (gradient,) = pullback(jnp.ones_like(out))
     assert gradient.dtype == dtype
     assert_close(gradient.reshape(pre.shape), slope, dtype)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_tells_values_and_slopes(rng, variant, dtype):
+    """Of relu2 the hidden rows as rounded, of others the pre-activation."""
+    config = dataclasses.replace(TOY, **VARIANTS[variant])
+    pre = pre_activations(rng, config, dtype)
+    hidden, slope = oracle(config, pre)
+    kept = hidden if keeps_hidden(config) else pre
+    value, pull = activation_of_kept(jnp.asarray(kept.reshape(9, -1), dtype), config)
+    assert value.dtype == jnp.float32
+    gradient = pull(jnp.ones_like(value))
+    tolerance = dtype if keeps_hidden(config) else "float32"
+    assert_close(value, hidden, tolerance)
+    assert_close(gradient.reshape(pre.shape), slope, dtype)
+    assert keeps_hidden(config) == (variant == "relu2")
+
+
+def test_the_slope_of_hidden_rows_can_be_differentiated_at_zero():
+    """The root's own derivative is infinite there, and a second derivative would be NaN."""
+
+    def slope(hidden):
+        return activation_of_kept(hidden, TOY)[1](jnp.ones_like(hidden)).sum()
+
+    assert TOY.activation == "relu2"
+    np.testing.assert_array_equal(jax.grad(slope)(jnp.array([0.0, 1.0, 4.0])), [0.0, 1.0, 0.5])
 
 
 @every_variant

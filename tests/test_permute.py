@@ -41,6 +41,16 @@ def test_gather_then_combine_weighs_each_token_by_its_sum(expert_ids, weight):
     np.testing.assert_array_equal(rows, tokens[np.asarray(plan.slot_of_row) // K])
     assert_close(combine(rows, plan, weight), tokens * weight.sum(axis=1, keepdims=True), "float32")
     assert_close(combine(rows, plan), tokens * K, "float32")
+    weighted = gather_rows(jnp.asarray(tokens), plan, weight)
+    assert_close(combine(weighted, plan), tokens * weight.sum(axis=1, keepdims=True), "float32")
+
+
+def test_rows_are_weighted_in_float32():
+    """2^-8 more than 1, which bfloat16 does not tell from 1, doubles as 2 + 2^-7 with a weight of 2 + 2^-7."""
+    plan = make_plan(jnp.zeros((1, 1), jnp.int32), 1)
+    rows = gather_rows(jnp.full((1, 1), 1.5, jnp.bfloat16), plan, jnp.full((1, 1), 1 + 2**-8, jnp.float32))
+    assert rows.dtype == jnp.bfloat16
+    assert float(rows[0, 0]) == 1.5078125
 
 
 def test_combine_sums_narrow_rows_in_float32():

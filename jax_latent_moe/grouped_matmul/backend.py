@@ -73,8 +73,8 @@ class FusingBackend(Backend, Protocol):
     ) -> tuple[Float[Array, "r p"], Float[Array, " r"]]:
         """With dhidden = dout x w^T: row_weights times the gradient of the pre-activation, and <dhidden, hidden>.
 
-        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, else the pre-activation; the gradient may take its
-        place. The second result, the gradient of row_weights, is in float32. Both are zero beyond the sum.
+        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, else the pre-activation; the gradient may take
+        its place. The second result, the gradient of row_weights, is in float32. Both are zero beyond the sum.
         """
         ...
 

@@ -86,8 +86,8 @@ def matmul_activation_grad(
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
-        The gradient of the pre-activation in the shape of kept, times row_weights and in the dtype of dout; the gradient
-        of row_weights [R] in float32, summed in a fixed order.
+        The gradient of the pre-activation in the shape of kept, times row_weights and in the dtype of dout; the
+        gradient of row_weights [R] in float32, summed in a fixed order.
     """
     num_rows, width = dout.shape[0], w.shape[1]
     # With those that a cluster computes beyond the last column, which are zero.

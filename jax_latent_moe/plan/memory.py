@@ -61,34 +61,42 @@ def memory(
     tensor = axis_sizes(_parallel(config), mesh)[_parallel(config).tensor_axis]
     inner = config.expert_intermediate_size // tensor
     rows = allocated_rows(config, mesh, tokens)
-    hidden = rows * inner * item
-    kept_rows = hidden * (2 if config.gated else 1)
+    kept_rows = rows * inner * (2 if config.gated else 1) * item
     per_token = tokens * (2 * (d + latent) * item + 4 * config.num_experts)
-    # What a backward pass needs stands beside gathered rows or the experts' outputs; and beside the hidden rows, unless
-    # they are all that it needs. Of a layer that fsdp gathers, the whole kernels stand beside.
-    working = rows * latent * item
-    if training:
-        working += per_token + hidden * (not keeps_hidden(config))
-    working += _gathered_latents(config, mesh, tokens) * (2 if training else 1)
+    # Of a layer that fsdp gathers, the whole kernels stand beside.
+    working = _beside_kept_rows(config, rows * latent * item, rows * inner * item, kept_rows)
+    working += per_token if training else kept_rows
+    working += _exchanged(config, mesh, tokens, rows)
     used = {"parameters": stored * param_bytes}
     if training:
         shared = tokens * config.shared_expert_intermediate_size // tensor * (2 if config.gated else 1) * item
         kept = tokens * d * item if remat else tokens * (d + latent) * item + kept_rows + shared
         used |= {"gradients": stored * param_bytes, "optimiser": stored * ADAM_BYTES}
         used |= {"kept for the backward pass": kept * layers + (kept_rows if remat else 0)}
-    else:
-        working += kept_rows
     cast = gathered_parameters(config, mesh)
     copies = param_bytes * (cast > parameters_per_device(config, mesh)) + item * (config.param_dtype != config.dtype)
     return used | {"working memory of a layer": working + cast * copies}
 
 
-def _gathered_latents(config, mesh, tokens) -> int:
-    """Bytes of all devices' latents, and of their sums in float32, where all_gather brings them together."""
-    devices = axis_sizes(_parallel(config), mesh)[_parallel(config).expert_axis]
-    if devices == 1 or choose_dispatch(config, devices, tokens) != "all_gather":
+def _beside_kept_rows(config, narrow: int, hidden: int, kept: int) -> int:
+    """Bytes of rows that stand beside those that a backward pass needs: gathered ones, outputs of experts, hidden ones.
+
+    Gathered rows and outputs share a place. It serves hidden rows too, where these are not kept, unless outputs are
+    larger than what was kept, whose place they then cannot take.
+    """
+    if keeps_hidden(config):
+        return narrow
+    return narrow + hidden if narrow >= kept else max(narrow, hidden)
+
+
+def _exchanged(config, mesh, tokens, rows) -> int:
+    """Bytes of what devices send each other: all latents and their sums in float32, or the rows that arrive."""
+    devices, item = axis_sizes(_parallel(config), mesh)[_parallel(config).expert_axis], jnp.dtype(config.dtype).itemsize
+    if devices == 1:
         return 0
-    return devices * tokens * config.latent_width * (jnp.dtype(config.dtype).itemsize + 4)
+    if choose_dispatch(config, devices, tokens) != "all_gather":
+        return rows * config.latent_width * item
+    return devices * tokens * config.latent_width * (item + 4)
 
 
 def _parallel(config) -> ParallelConfig:

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from benchmarks.parallel import SHAPES
 from benchmarks.problems import DECODE_KERNELS, DECODE_LAYERS, KERNELS, LAYERS
-from benchmarks.tables import load
+from benchmarks.tables import load, problems
 from jax_latent_moe import ConfigError, LatentMoEConfig, ParallelConfig, cost, param_shapes, presets
 from jax_latent_moe.parallel import mesh_sizes, param_specs
 from jax_latent_moe.plan import GPUS, make_plan, render
@@ -53,21 +53,27 @@ def test_moe_layers_are_most_of_the_published_totals(config, layers, total, acti
 
 
 def measured(suites: dict, device: str = "h200", impls: tuple[str, ...] = ("pallas", "cutlass")) -> list:
-    """Every record of these implementations on a device whose suite and shape are among these."""
-    rows = [row for row in load() if row["device"] == device and row["impl"] in impls]
-    kept = [row for row in rows if row["shape"] in suites.get(row["suite"], ())]
-    return [pytest.param(r, id="-".join((r["run"], r["suite"], r["shape"], r["pass"], r["impl"]))) for r in kept]
+    """Every record of these implementations in the newest run that measured the problem, on a device."""
+    kept = [
+        pytest.param(row, id="-".join((row["run"], suite, shape, pass_, impl)))
+        for suite, shapes in suites.items()
+        for (shape, pass_), rows in problems(load(), suite, device).items()
+        for impl, row in rows.items()
+        if shape in shapes and impl in impls
+    ]
+    assert kept, "there is nothing to compare with"
+    return kept
 
 
 @pytest.mark.parametrize("record", measured({"layer": LAYERS, "decode": DECODE_LAYERS}))
 def test_a_layer_as_measured_on_one_gpu(record):
-    """Time within 30 %, temporary memory within 15 %."""
+    """Time within 30 %; temporary memory within 15 %, or a workspace of some library's matmul."""
     tokens, layer = (LAYERS | DECODE_LAYERS)[record["shape"]]
     plan = make_plan(layer, {}, tokens, H200, training=record["pass"] == "forward_backward")
     assert plan.communication_ms == 0
     assert plan.compute_ms == pytest.approx(record["ms"], rel=0.3)
     temporary = plan.memory["working memory of a layer"] + plan.memory.get("kept for the backward pass", 0)
-    assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
+    assert temporary == pytest.approx(record["temp_bytes"], rel=0.15, abs=10e6)
 
 
 @pytest.mark.parametrize("record", measured({"parallel": ("super_t8192_x2",)}, "h200-x2", ("all_gather", "all_to_all")))
