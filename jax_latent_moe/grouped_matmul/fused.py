@@ -8,7 +8,7 @@ from jax_latent_moe import checks
 ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
 
 # (contraction, activation) that gained time: "rows_w" fuses the activation, "rows_wt" its gradient. The others took
-# longer than the plain product and XLA's own pass after it (benchmarks/results, suite "fused").
+# longer than the plain product and XLA's own pass after it (benchmarks/results: suite "fused", profiles).
 FASTER = {
     "cutlass": (("rows_w", "relu2"), ("rows_wt", "relu2")),
     "pallas": (("rows_w", "relu2"),),

@@ -25,8 +25,8 @@ _OUTER_TILES = (
     (1.15, PallasOuterTile(rows=128, columns=128, stages=5, out_slots=2, cluster=2)),
     (1.5, PallasOuterTile(rows=64, columns=64, stages=8, out_slots=2, cluster=1)),
 )
-# Of fused products no table holds any. With a gradient, and where a tile is half gate and half up columns, three slots
-# of 64 columns are at work at once, and what the accumulator leaves of the registers goes to the activation.
+# Of fused products no table holds any. With a gradient, and where a tile is half gate and half up columns, two or three
+# slots of 64 columns are at work at once, and what the accumulator leaves of the registers goes to the activation.
 _ACTIVATION_TILES = (
     (1.0, PallasMatmulTile(rows=128, columns=192, stages=4, out_slots=2, cluster=2)),
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, out_slots=3, cluster=2)),
