@@ -12,7 +12,7 @@ from jax_latent_moe import RouterConfig, latent_moe, update_correction_bias
 from jax_latent_moe.parallel import param_specs, token_spec
 from tests import cases, layers
 from tests.parallel.meshes import BASE, make_mesh
-from tests.tolerances import assert_close, assert_trees_close
+from tests.tolerances import RELATIVE, assert_close, assert_trees_close
 
 LOSSES = RouterConfig(switch_loss_coef=0.3, sequence_loss_coef=0.2, z_loss_coef=0.1)
 
@@ -53,7 +53,12 @@ def compare(rng, sizes, dispatch: str, norm: str):
         found = together(jax.tree.map(place, params, param_specs(config, mesh)), *tokens, config)
     ((value, (y, losses, load, bias)), grads), ((wanted_value, of_one), wanted_grads) = found, wanted
     assert_close(y, of_one[0], "float32", "y")
-    assert_trees_close({"objective": value, **losses}, {"objective": wanted_value, **of_one[1]}, "float32", "losses")
+    # The objective adds terms of either sign: rounding is of the size of the terms, not of what is left of them.
+    size = np.abs(np.asarray(of_one[0]) * dy).sum() + sum(of_one[1].values())
+    assert abs(float(value) - float(wanted_value)) <= RELATIVE["float32"] * size, (
+        f"objective {value}, not {wanted_value}"
+    )
+    assert_trees_close(losses, of_one[1], "float32", "losses")
     np.testing.assert_array_equal(load, of_one[2])
     np.testing.assert_array_equal(bias, of_one[3])
     assert_trees_close(grads[0], wanted_grads[0], "float32", "gradient")
