@@ -1,7 +1,7 @@
 """The routed experts on latent rows: gather, two grouped matmuls around an activation, weighted combine.
 
 One differentiation rule covers the block. It keeps the tokens, the routing and what the activation's gradient is made
-of: the pre-activation, or of relu2 the hidden rows, whose root is its slope. Gathered rows are made again in the
+of: the pre-activation, or of relu2 the hidden rows, whose root tells its slope. Gathered rows are made again in the
 backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h> as in
 SonicMoE (arXiv 2512.14080). A backend that fuses the activation, or its gradient, into a product is asked to; of the
 others the two are composed.

@@ -92,16 +92,6 @@ def test_tiles_whose_stores_nothing_hides_are_for_long_products(contracted, shar
 
 
 @needs_library
-@pytest.mark.parametrize(("device", "rows_first"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H200", False)])
-def test_a_fused_product_takes_its_tiles_in_the_order_measured_for_the_plain_one(device, rows_first):
-    """Super's up-projection, whose plain tile a table holds for either GPU."""
-    shape = Problem("rows_w", 180224, 512, 1024, 2688, "bfloat16", "gpu", device, FusedActivation("relu2"))
-    choice = select(shape, CutlassBackend(fuse="always")).tile(shape)
-    assert choice.tile.rows_first == rows_first
-    assert f"measured at 180224 rows on {device}" in choice.source
-
-
-@needs_library
 @pytest.mark.parametrize("contraction", ["rows_w", "rows_wt"])
 def test_fuse_says_what_is_fused(contraction):
     fused = {instance.activation for instance in BUILT.instances if instance.contraction == contraction}

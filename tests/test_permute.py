@@ -46,7 +46,7 @@ def test_gather_then_combine_weighs_each_token_by_its_sum(expert_ids, weight):
 
 
 def test_rows_are_weighted_in_float32():
-    """2^-8 more than 1, which bfloat16 does not tell from 1, doubles as 2 + 2^-7 with a weight of 2 + 2^-7."""
+    """A weight of 1 + 2^-8, which bfloat16 rounds to 1, still moves 1.5 to the next bfloat16 number."""
     plan = make_plan(jnp.zeros((1, 1), jnp.int32), 1)
     rows = gather_rows(jnp.full((1, 1), 1.5, jnp.bfloat16), plan, jnp.full((1, 1), 1 + 2**-8, jnp.float32))
     assert rows.dtype == jnp.bfloat16

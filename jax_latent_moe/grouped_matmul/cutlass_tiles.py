@@ -1,7 +1,5 @@
 """Which compiled kernel of the `cutlass` backend a problem takes: a measured one, else the one that wastes least."""
 
-import dataclasses
-
 from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.grouped_matmul.cutlass_library import Instance, library
 from jax_latent_moe.grouped_matmul.tuning import Choice, measured_tile
@@ -42,13 +40,9 @@ def choose(problem) -> Choice:
     w_shape = problem.num_experts, problem.in_features, problem.out_features
     tiles = compiled(problem)
     best = min(tiles, key=lambda tile: _cost(problem, tile))
-    found = measured_tile(CutlassTile, "cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
     if problem.activation is not None:
-        if found is None:
-            return Choice(best, "a heuristic: tables hold no fused products")
-        # What neighbouring tiles share is the same with and without an activation.
-        best = dataclasses.replace(best, rows_first=found.tile.rows_first)
-        return Choice(best, f"a heuristic, in the order of the plain product's tile in {found.source}")
+        return Choice(best, "a heuristic: tables hold no fused products")
+    found = measured_tile(CutlassTile, "cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
     if found is None:
         return Choice(best, "a heuristic: no table has this shape")
     if found.tile not in tiles:
