@@ -62,13 +62,17 @@ def _forward(config, tokens, weights, w_in, w_out, plan, *, keep):
 def _routed_bwd(config, residuals, dcombined):
     tokens, weights, w_in, w_out, plan, kept = residuals
     outer = functools.partial(grouped_outer, group_sizes=plan.group_sizes, backend=config.backend)
-    hidden = kept if keeps_hidden(config) else activate(kept, config).astype(kept.dtype)
-    dw_out = outer(hidden, gather_rows(dcombined, plan, weights))
-    if _fusing(config, "rows_wt", kept, w_out):
-        # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
-        kept, dcombined, dw_out = jax.lax.optimization_barrier((kept, dcombined, dw_out))
     row_weights = weights.reshape(-1)[plan.slot_of_row]
-    dpre, drow_weights = down_gradient(config, gather_rows(dcombined, plan), w_out, plan.group_sizes, kept, row_weights)
+    if keeps_hidden(config):
+        dw_out = outer(kept, gather_rows(dcombined, plan, weights))
+        if _fusing(config, "rows_wt", kept, w_out):
+            # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
+            kept, dcombined, dw_out = jax.lax.optimization_barrier((kept, dcombined, dw_out))
+    dout = gather_rows(dcombined, plan)
+    dpre, hidden, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, kept, row_weights)
+    if not keeps_hidden(config):
+        dpre, hidden, dcombined = jax.lax.optimization_barrier((dpre, hidden, dcombined))
+        dw_out = outer(hidden, gather_rows(dcombined, plan, weights))
     dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
     # Rows of tokens are gathered no earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
@@ -109,7 +113,7 @@ def up(config, rows, w_in, group_sizes, *, keep):
 
 
 def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
-    """The gradient of the pre-activation, times the rows' weights, and the gradient of these weights.
+    """The gradient of the pre-activation, times the rows' weights; the hidden rows; the gradient of these weights.
 
     Args:
         config: read for the activation and the backend.
@@ -120,7 +124,8 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
         row_weights: [R].
 
     Returns:
-        [R, m], gated [R, 2 m], in the dtype of dout; and <dout w_out^T, hidden>, [R].
+        [R, m], gated [R, 2 m], in the dtype of dout; the hidden rows [R, m], None where they were kept; and
+        <dout w_out^T, hidden>, [R].
     """
     if fusing := _fusing(config, "rows_wt", dout, w_out):
         return fusing.matmul_activation_grad(
@@ -130,7 +135,8 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
     hidden, activation_vjp = activation_of_kept(kept, config)
     dhidden = dhidden.astype(hidden.dtype)
     dpre = activation_vjp(row_weights[:, None].astype(hidden.dtype) * dhidden)
-    return dpre.astype(dout.dtype), jnp.sum(dhidden * hidden, axis=1)
+    remade = None if keeps_hidden(config) else hidden.astype(dout.dtype)
+    return dpre.astype(dout.dtype), remade, jnp.sum(dhidden * hidden, axis=1)
 
 
 def _fusing(config, contraction, rows, w):

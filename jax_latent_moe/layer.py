@@ -103,6 +103,7 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
         routed_scaling_factor=1.0 if config.apply_routed_scale_to_output else None,
         token_mask=mask,
         expert_ids=None if expert_ids is None else expert_ids.reshape(-1, config.top_k),
+        backend=config.backend,
     )
 
     tokens = tokens.astype(config.dtype)

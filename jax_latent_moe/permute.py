@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jax_latent_moe.grouped_matmul.device import default_device
 
 ROW_MULTIPLE = 8
 """Rows that kernels read without padding come in multiples of this."""
@@ -62,6 +64,12 @@ def gather_rows(
     tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"] | None = None
 ) -> Float[Array, "r l"]:
     """The rows that the plan sorts, [T, l] -> [T * k, l]; with weights, each times that of its choice."""
+    if default_device()[0] == "gpu" and tokens.dtype == jnp.bfloat16 and tokens.shape[1] % 2 == 0:
+        # XLA's kernel on a GPU has each thread move one element, so two at a time take 0.8 of the time.
+        pairs = _take(_as_pairs(tokens), plan.token_of_row)
+        if weights is not None:
+            pairs = _times(pairs, weights.reshape(-1)[plan.slot_of_row, None])
+        return lax.bitcast_convert_type(pairs, tokens.dtype).reshape(-1, tokens.shape[1])
     rows = _take(tokens, plan.token_of_row)
     if weights is None:
         return rows
@@ -103,6 +111,18 @@ def within_capacity(
     first = jnp.append(jnp.cumsum(sizes) - sizes, jnp.sum(sizes))[expert[order]]
     rank = jnp.zeros_like(expert).at[order].set(jnp.arange(expert.size) - first, unique_indices=True)
     return ((rank < capacity) & (expert < num_experts)).reshape(expert_ids.shape)
+
+
+def _as_pairs(rows: Float[Array, "t l"]) -> UInt32[Array, "t half"]:
+    return lax.bitcast_convert_type(rows.reshape(rows.shape[0], -1, 2), jnp.uint32)
+
+
+def _times(pairs: UInt32[Array, "r half"], weights: Float[Array, "r 1"]) -> UInt32[Array, "r half"]:
+    """Pairs of bfloat16 times weights. A bfloat16 is the upper half of a float32."""
+    halves = (lax.bitcast_convert_type(half, jnp.float32) for half in (pairs << 16, pairs & jnp.uint32(0xFFFF0000)))
+    products = ((weights.astype(jnp.float32) * half).astype(jnp.bfloat16) for half in halves)
+    low, high = (lax.bitcast_convert_type(product, jnp.uint16).astype(jnp.uint32) for product in products)
+    return low | high << 16
 
 
 def _take(rows, indices):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_latent_moe.config import RouterConfig
+from jax_latent_moe.config import BackendConfig, RouterConfig
 from jax_latent_moe.grouped_matmul.device import default_device
 from jax_latent_moe.permute import count_experts
 from jax_latent_moe.split_matmul import split_matmul
+from jax_latent_moe.top_k import top_k_ids
 
 NO_EXPERT = -1
 
@@ -48,6 +49,7 @@ def route(
     routed_scaling_factor: float | None = None,
     token_mask: Bool[Array, " t"] | None = None,
     expert_ids: Int[Array, "t k"] | None = None,
+    backend: str | BackendConfig = "auto",
 ) -> Routing:
     """Chooses top_k experts a token and weighs them; gradients flow through the weights alone.
 
@@ -64,11 +66,13 @@ def route(
         token_mask: [T]; tokens that are False choose no expert.
         expert_ids: [T, k], the choice to replay instead of making one; weights are the scores there. An id outside
             [0, E) is no expert.
+        backend: of the experts; it may hold a kernel for the choice, which it does not change.
     """
     num_experts = logits.shape[1]
     scores = _scores(logits, config.score_function)
     if expert_ids is None:
-        expert_ids = _choose(lax.stop_gradient(logits if config.selection == "logit" else scores), bias, config, top_k)
+        selected = lax.stop_gradient(logits if config.selection == "logit" else scores)
+        expert_ids = top_k_ids(_selection(selected, bias, config), top_k, backend)
     chosen = (expert_ids >= 0) & (expert_ids < num_experts)
     if token_mask is not None:
         chosen &= token_mask[:, None]
@@ -100,12 +104,11 @@ def _scores(logits, score_function):
     return logits
 
 
-def _choose(scores, bias, config, top_k):
+def _selection(scores, bias, config):
+    """The scores by which experts are chosen: with the bias, and -inf outside the best groups."""
     if bias is not None:
         scores = scores + lax.stop_gradient(bias).astype(scores.dtype)
-    if config.num_groups > 1:
-        scores = _limit_groups(scores, config)
-    return lax.top_k(scores, top_k)[1]
+    return _limit_groups(scores, config) if config.num_groups > 1 else scores
 
 
 def _limit_groups(scores, config):

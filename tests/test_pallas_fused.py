@@ -82,10 +82,12 @@ def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS):
     arguments = map(jnp.asarray, (dout, w_out, groups, kept, row_weights))
     grads = pallas_hopper_fused.matmul_activation_grad(*arguments, **settings)
     expected = matmul_activation_grad(config, dout, w_out, sizes, np.float64(kept), np.float64(row_weights))
-    for label, value, ref in zip(("dpre", "drow_weights"), grads, expected, strict=True):
-        assert_close(value, ref, dtype, label)
-    assert grads[1].dtype == jnp.float32
-    for value in (out, hidden, *grads):
+    assert [value is None for value in grads] == [ref is None for ref in expected]
+    for label, value, ref in zip(("dpre", "hidden", "drow_weights"), grads, expected, strict=True):
+        if ref is not None:
+            assert_close(value, ref, dtype, label)
+    assert grads[2].dtype == jnp.float32
+    for value in (out, hidden, *jax.tree.leaves(grads)):
         assert not value[sum(sizes) :].any()
 
 
@@ -162,7 +164,7 @@ def problem(contraction, name, **changes):
 @pytest.mark.parametrize("contraction", ["rows_w", "rows_wt"])
 def test_fuse_says_what_is_fused(contraction):
     for name in ACTIVATIONS:
-        faster = (contraction, name) in FASTER["pallas"]
+        faster = name in FASTER["pallas"][contraction]
         for fuse, expected in (("always", True), ("measured", faster), ("never", False)):
             chosen = select_fusing(problem(contraction, name), PallasBackend(fuse=fuse))
             assert (chosen is not None) == expected

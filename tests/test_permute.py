@@ -1,5 +1,7 @@
 """The plan, the gather, the combine and the capacity against plain loops."""
 
+import functools
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_latent_moe import permute
 from jax_latent_moe.permute import combine, count_experts, first_rows, gather_rows, make_plan, within_capacity
 from tests.tolerances import assert_close
 
@@ -96,3 +99,18 @@ def test_room_for_the_rows_of_experts_alone_combines_to_the_same(expert_ids, wei
     np.testing.assert_array_equal(
         combine(jnp.asarray(values[: room.slot_of_row.size]), room, jnp.asarray(weight)), whole
     )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pairs_on_a_gpu_are_the_same_rows(rng, monkeypatch, weighted):
+    """To the bit, infinities and NaN included; an odd width has no pairs."""
+    ids = jnp.asarray(rng.integers(-1, EXPERTS, size=(TOKENS, K)))
+    weights = jnp.asarray(rng.normal(size=ids.shape), jnp.float32) if weighted else None
+    for width in (6, 7):
+        tokens = rng.normal(size=(TOKENS, width)).astype(np.float32)
+        tokens[0, :3] = np.inf, -np.inf, np.nan
+        gather = functools.partial(gather_rows, jnp.asarray(tokens, jnp.bfloat16), make_plan(ids, EXPERTS), weights)
+        monkeypatch.setattr(permute, "default_device", lambda: ("cpu", "cpu"))
+        expected = gather()
+        monkeypatch.setattr(permute, "default_device", lambda: ("gpu", "NVIDIA H200"))
+        np.testing.assert_array_equal(np.asarray(gather(), np.float32), np.asarray(expected, np.float32))

@@ -6,32 +6,58 @@
 namespace latent_moe {
 
 struct ActivationParams {
-  float beta;         // situ_glu: of the gate
-  float linear_beta;  // situ_glu: of the up half; 0 leaves it linear
+  float beta, inverse_beta;                // situ_glu: of the gate
+  float linear_beta, inverse_linear_beta;  // situ_glu: of the up half; 0 leaves it linear
 };
 
-constexpr float kSqrtHalf = 0.70710678118654752f;
-constexpr float kInvSqrtTwoPi = 0.39894228040143268f;
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+// To a few units in the last place of float32, and without a branch: an exact division or tanh would keep the compiler
+// from computing several elements at a time, and an epilogue has few threads to hide that.
+__device__ __forceinline__ float exp_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_fast(-x)); }
+
+// Near 0 the difference would lose the digits that x - x^3 / 3 has.
+__device__ __forceinline__ float tanh_fast(float x) {
+  return fabsf(x) < 0.02f ? x - x * x * x * (1.0f / 3.0f) : 2.0f * sigmoid(2.0f * x) - 1.0f;
+}
 
 // A gate function's value and derivative.
 struct Value {
   float value, slope;
 };
 
+// erfc(y) = t (c0 + t (c1 + ...)) exp(-y^2) with t = 1 / (1 + p y), to 1.5e-7 (Abramowitz and Stegun, 1964, 7.1.26), of
+// y = |x| / sqrt(2); half of it is the normal distribution's tail beyond |x|.
 __device__ __forceinline__ Value gelu_exact(float x) {
-  float cdf = 0.5f * (1.0f + erff(x * kSqrtHalf));
-  return {x * cdf, cdf + x * kInvSqrtTwoPi * __expf(-0.5f * x * x)};
+  float density = exp_fast(-0.5f * x * x), t = reciprocal(1.0f + 0.3275911f * 0.70710678118654752f * fabsf(x));
+  float tail = 1.061405429f;
+  tail = tail * t - 1.453152027f;
+  tail = tail * t + 1.421413741f;
+  tail = tail * t - 0.284496736f;
+  tail = tail * t + 0.254829592f;
+  tail *= 0.5f * t * density;
+  float cdf = x < 0.0f ? tail : 1.0f - tail;
+  return {x * cdf, cdf + x * 0.39894228040143268f * density};
 }
 
+// (1 + tanh(z)) / 2 is sigmoid(2z).
 __device__ __forceinline__ Value gelu_tanh(float x) {
-  constexpr float scale = 0.79788456080286536f, cubic = 0.044715f;
-  float t = tanhf(scale * (x + cubic * x * x * x));
-  return {0.5f * x * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * scale * (1.0f + 3.0f * cubic * x * x)};
+  constexpr float scale = 2.0f * 0.79788456080286536f, cubic = 0.044715f;
+  float cdf = sigmoid(scale * (x + cubic * x * x * x));
+  return {x * cdf, cdf + x * cdf * (1.0f - cdf) * scale * (1.0f + 3.0f * cubic * x * x)};
 }
 
-// The ungated activation, or the gate's half of a gated one.
 template <Activation A>
 __device__ __forceinline__ Value gate_value(float x, ActivationParams const& params) {
   if constexpr (A == Activation::kRelu2) {
@@ -45,7 +71,7 @@ __device__ __forceinline__ Value gate_value(float x, ActivationParams const& par
     float s = sigmoid(x);
     return {x * s, s * (1.0f + x * (1.0f - s))};
   } else {
-    float s = sigmoid(x), t = tanhf(x / params.beta);
+    float s = sigmoid(x), t = tanh_fast(x * params.inverse_beta);
     return {params.beta * t * s, s * (1.0f - t * t) + params.beta * t * s * (1.0f - s)};
   }
 }
@@ -54,7 +80,7 @@ template <Activation A>
 __device__ __forceinline__ Value up_value(float u, ActivationParams const& params) {
   if constexpr (A == Activation::kSituGlu) {
     if (params.linear_beta != 0.0f) {
-      float t = tanhf(u / params.linear_beta);
+      float t = tanh_fast(u * params.inverse_linear_beta);
       return {params.linear_beta * t, 1.0f - t * t};
     }
   }

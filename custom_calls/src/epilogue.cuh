@@ -77,18 +77,20 @@ class RowEpilogue {
   static constexpr int kColumnBlocks = kTile.columns / kBlock;
   static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kHalves = kGated ? 2 : 1;
+  // Whether the gradient also makes the hidden rows again, of the pre-activation that it reads (SonicMoE does).
+  static constexpr bool kRemakes = kGradient && !keeps_hidden(kActivation);
   // Blocks of what was kept that are in shared memory, or on their way there while the tile is multiplied.
-  static constexpr int kAhead = kGated ? 2 : 3;
+  static constexpr int kAhead = kRemakes ? 2 : 3;
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.columns / 2];
 
  public:
-  static constexpr int kPiecesOfWarp = kGradient ? kAhead * kHalves : 1;
+  static constexpr int kPiecesOfWarp = kGradient ? kAhead * kHalves + kRemakes : 1;
   static constexpr int kSharedBytes = kConsumers * 4 * kPiecesOfWarp * kPieceBytes;
 
   __device__ RowEpilogue(Args const& args, char* shared)
       : args_(args),
-        params_{args.beta, args.linear_beta},
+        params_{args.beta, 1.0f / args.beta, args.linear_beta, 1.0f / args.linear_beta},
         base_(shared + threadIdx.x / 32 * kPiecesOfWarp * kPieceBytes),
         warp_(threadIdx.x / 32 % 4),
         lane_(threadIdx.x % 32) {}
@@ -200,8 +202,8 @@ class RowEpilogue {
   }
 
   // From the gradient of hidden rows (accumulated) to that of the pre-activation, which takes the place of what was
-  // kept; the rows' weights enter here, and their own gradient <dhidden, hidden> leaves as one partial sum a column tile
-  // (SonicMoE, arXiv 2512.14080).
+  // kept, and to the hidden rows where these were not; the rows' weights enter here, and their own gradient
+  // <dhidden, hidden> leaves as one partial sum a column tile (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
   __device__ __forceinline__ void store_gradient(Accumulator const (&acc)[Blocks], Work const& work) const {
 #pragma unroll
@@ -220,7 +222,7 @@ class RowEpilogue {
         __syncwarp();
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
-          uint32_t gate[4], up[4];
+          uint32_t gate[4], up[4], hidden[4];
           kept(step, 0).get(gate, quarter, lane_);
           if constexpr (kGated) kept(step, 1).get(up, quarter, lane_);
 #pragma unroll
@@ -231,14 +233,20 @@ class RowEpilogue {
             const Value gx = gate_value_of_kept<kActivation>(g.x, params_);
             const Value gy = gate_value_of_kept<kActivation>(g.y, params_);
             const Value ux = up_value<kActivation>(u.x, params_), uy = up_value<kActivation>(u.y, params_);
-            dot[i % 2] += dx * gx.value * ux.value + dy * gy.value * uy.value;
+            const float hx = gx.value * ux.value, hy = gy.value * uy.value;
+            dot[i % 2] += dx * hx + dy * hy;
+            hidden[i] = pack<T>(hx, hy);
             gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
             if constexpr (kGated) up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
           }
           kept(step, 0).put(gate, quarter, lane_);
           if constexpr (kGated) kept(step, 1).put(up, quarter, lane_);
+          if constexpr (kRemakes) piece(kAhead * kHalves).put(hidden, quarter, lane_);
         }
         __syncwarp();
+        if constexpr (kRemakes) {
+          piece(kAhead * kHalves).write(part(args_.hidden, work, block, c, args_.out_columns, 0), lane_);
+        }
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
           kept(step, half).write(part(args_.out, work, block, c, kHalves * args_.out_columns, half), lane_);

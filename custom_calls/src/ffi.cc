@@ -11,6 +11,7 @@
 
 #include "instance.h"
 #include "tensor_maps.h"
+#include "top_k.h"
 #include "xla/ffi/api/ffi.h"
 
 #define LATENT_MOE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -245,7 +246,7 @@ ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyB
 
 ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                                   ffi::AnyBuffer kept, ffi::AnyBuffer row_weights, ffi::Result<ffi::AnyBuffer> dpre,
-                                  ffi::Result<ffi::AnyBuffer> partial, ffi::Result<ffi::AnyBuffer> counter,
+                                  ffi::Result<ffi::AnyBuffer> hidden, ffi::Result<ffi::AnyBuffer> partial, ffi::Result<ffi::AnyBuffer> counter,
                                   int32_t activation, float beta, float linear_beta, int32_t tile_rows,
                                   int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
@@ -255,9 +256,12 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
   if (product.check.error().empty()) {
     int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
     product.check.buffer("what was kept", kept, product.element_type(), {product.rows, dpre->dimensions()[1]});
+    product.check.buffer("hidden rows", *hidden, product.element_type(),
+                         {keeps_hidden(request.activation) ? 0 : product.rows, product.out});
     product.check.buffer("row_weights", row_weights, ffi::DataType::F32, {product.rows});
     product.check.buffer("the sums", *partial, ffi::DataType::F32, {column_tiles, product.rows});
     product.args.kept = kept.untyped_data();
+    product.args.hidden = hidden->untyped_data();
     product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
     product.args.partial = static_cast<float*>(partial->untyped_data());
   }
@@ -308,6 +312,23 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   args.out_columns = n;
   if (!check.error().empty()) return refuse(check.error());
   return run(request, type, args, stream);
+}
+
+ffi::Error choose(cudaStream_t stream, ffi::AnyBuffer scores, ffi::Result<ffi::AnyBuffer> ids) {
+  Check check;
+  check.that(scores.dimensions().size() == 2, "scores of shape " + shape(scores) + " must have 2 axes");
+  check.that(ids->dimensions().size() == 2, "the result of shape " + shape(*ids) + " must have 2 axes");
+  if (!check.error().empty()) return refuse(check.error());
+  int64_t const rows = scores.dimensions()[0], columns = scores.dimensions()[1], k = ids->dimensions()[1];
+  check.buffer("scores", scores, ffi::DataType::F32, {rows, columns});
+  check.buffer("the result", *ids, ffi::DataType::S32, {rows, k});
+  check.that(columns <= kMostScores, std::to_string(columns) + " scores a row are more than " + std::to_string(kMostScores));
+  check.that(k <= columns, "k=" + std::to_string(k) + " is more than the " + std::to_string(columns) + " scores of a row");
+  check.that(rows < int64_t{1} << 31, "there are " + std::to_string(rows) + " rows, 2^31 or more");
+  if (!check.error().empty()) return refuse(check.error());
+  if (rows == 0 || k == 0) return ffi::Error::Success();
+  auto const error = top_k(scores.typed_data<float>(), ids->typed_data<int32_t>(), rows, columns, k, stream);
+  return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
 }
 
 // XLA calls this before it records or runs a program, when one may still wait for the device.
@@ -370,6 +391,7 @@ auto bind_activation_grad() {
                                               .Arg<ffi::AnyBuffer>()  // row_weights
                                               .Ret<ffi::AnyBuffer>()
                                               .Ret<ffi::AnyBuffer>()
+                                              .Ret<ffi::AnyBuffer>()
                                               .Ret<ffi::AnyBuffer>()));
 }
 
@@ -377,6 +399,10 @@ auto bind_outer() {
   return with_tile(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>())
       .Attr<int32_t>("cluster_rows")
       .Attr<int32_t>("cluster_columns");
+}
+
+auto bind_choose() {
+  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>();
 }
 
 }  // namespace
@@ -391,10 +417,11 @@ LATENT_MOE_HANDLER(latent_moe_matmul_activation, latent_moe::matmul_activation, 
 LATENT_MOE_HANDLER(latent_moe_matmul_activation_grad, latent_moe::matmul_activation_grad,
                    latent_moe::bind_activation_grad());
 LATENT_MOE_HANDLER(latent_moe_outer, latent_moe::outer, latent_moe::bind_outer());
+LATENT_MOE_HANDLER(latent_moe_top_k, latent_moe::choose, latent_moe::bind_choose());
 LATENT_MOE_HANDLER(latent_moe_prepare, latent_moe::prepare, latent_moe::bind_prepare());
 
 // Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.
-LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 3; }
+LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 4; }
 
 // For tests: Sides::kMost bits, by multiprocessor.
 LATENT_MOE_EXPORT void latent_moe_sides(int32_t device, uint32_t* bits) {

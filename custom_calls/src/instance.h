@@ -65,7 +65,7 @@ struct Args {
   CUtensorMap a, b;
   bool whole_a, whole_b;  // the map's columns are cut into blocks of 64 (tensor_maps.h)
   void* out;         // the product; of a fused one the pre-activation, or its gradient
-  void* hidden;      // activation: hidden rows [rows, out_columns]
+  void* hidden;      // activation, and gradient of a kept pre-activation: hidden rows [rows, out_columns]
   void const* kept;  // activation gradient: the pre-activation or hidden rows, in the shape of `out`
   int32_t const* group_sizes;
   int32_t num_experts, num_rows;

@@ -70,11 +70,12 @@ class FusingBackend(Backend, Protocol):
         row_weights: Float[Array, " r"],
         *,
         activation,
-    ) -> tuple[Float[Array, "r p"], Float[Array, " r"]]:
-        """With dhidden = dout x w^T: row_weights times the gradient of the pre-activation, and <dhidden, hidden>.
+    ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"]]:
+        """With dhidden = dout x w^T: row_weights times the gradient of the pre-activation; hidden; <dhidden, hidden>.
 
-        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, else the pre-activation; the gradient may take
-        its place. The second result, the gradient of row_weights, is in float32. Both are zero beyond the sum.
+        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, and the second result is None; else it holds the
+        pre-activation. The gradient may take its place. The third result, the gradient of row_weights, is in float32.
+        All are zero beyond the sum.
         """
         ...
 

@@ -96,15 +96,17 @@ class Cutlass:
     def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
         tile = self._tile("rows_wt", dout, w.shape, activation)
-        column_tiles = -(-w.shape[1] // tile.columns)
+        num_rows, width = dout.shape[0], w.shape[1]
+        column_tiles = -(-width // tile.columns)
         outs = [
             jax.ShapeDtypeStruct(kept.shape, kept.dtype),
-            jax.ShapeDtypeStruct((column_tiles, dout.shape[0]), jnp.float32),
+            jax.ShapeDtypeStruct((0 if activation.keeps_hidden else num_rows, width), kept.dtype),
+            jax.ShapeDtypeStruct((column_tiles, num_rows), jnp.float32),
         ]
         call = _call("matmul_activation_grad", outs, input_output_aliases={3: 0})
         attributes = _activation_attributes(activation) | _matmul_attributes(tile)
-        dpre, sums, _ = call(dout, w, group_sizes, kept, row_weights.astype(jnp.float32), **attributes)
-        return dpre, jnp.sum(sums, axis=0)
+        dpre, hidden, sums, _ = call(dout, w, group_sizes, kept, row_weights.astype(jnp.float32), **attributes)
+        return dpre, None if activation.keeps_hidden else hidden, jnp.sum(sums, axis=0)
 
     def _given(self, problem):
         if problem.activation is not None:

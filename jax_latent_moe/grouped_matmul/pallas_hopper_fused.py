@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import PallasMatmulTile
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
+from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes
 from jax_latent_moe.grouped_matmul.pallas_hopper_epilogues import Activation, ActivationGradient
 from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import multiply, pad_rows
 from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS
@@ -70,7 +71,7 @@ def matmul_activation_grad(
     tile: PallasMatmulTile,
     num_sms: int,
     interpret=None,
-) -> tuple[Float[Array, "r p"], Float[Array, " r"]]:
+) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"]]:
     """See `FusingBackend.matmul_activation_grad`; M and N are multiples of 64.
 
     Args:
@@ -86,8 +87,9 @@ def matmul_activation_grad(
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
-        The gradient of the pre-activation in the shape of kept, times row_weights and in the dtype of dout; the
-        gradient of row_weights [R] in float32, summed in a fixed order.
+        The gradient of the pre-activation in the shape of kept, times row_weights and in the dtype of dout; the hidden
+        rows [R, M], made beside the kernel, or None where they were kept; the gradient of row_weights [R] in float32,
+        summed in a fixed order.
     """
     num_rows, width = dout.shape[0], w.shape[1]
     # With those that a cluster computes beyond the last column, which are zero.
@@ -118,4 +120,8 @@ def matmul_activation_grad(
     )
     # Nobody writes the sums of rows of nobody.
     owned = jnp.arange(num_rows) < group_bounds(group_sizes, num_rows)[1][-1]
-    return dpre, jnp.where(owned, jnp.sum(sums, axis=0), 0)
+    drow_weights = jnp.where(owned, jnp.sum(sums, axis=0), 0)
+    if activation.keeps_hidden:
+        return dpre, None, drow_weights
+    hidden, _ = value_and_slopes(activation, jnp.split(kept.astype(jnp.float32), num_parts, axis=1))
+    return dpre, jnp.where(owned[:, None], hidden, 0).astype(dout.dtype), drow_weights

@@ -25,11 +25,12 @@ def kept_of(config, pre):
 
 
 def matmul_activation_grad(config, dout, w, sizes, kept, row_weights):
-    """The gradient of the pre-activation times row_weights, and the gradient of row_weights; zeros beyond the sum."""
+    """The pre-activation's gradient times row_weights, the hidden rows unless kept, and that of row_weights; else zeros."""
     owned = np.arange(len(dout)) < np.sum(sizes)
     dhidden = reference.grouped_matmul(dout, w, sizes, transpose_w=True)
     kept = np.where(owned[:, None], kept, 0)
     hidden, slopes = (kept, 2 * np.sqrt(kept)) if keeps_hidden(config) else activation_of_rows(config, kept)
     weights = np.where(owned, row_weights, 0)[:, None]
     dpre = slopes * np.tile(weights * dhidden, (1, 2 if config.gated else 1))
-    return dpre, np.sum(dhidden * hidden * owned[:, None], axis=1)
+    drow_weights = np.sum(dhidden * hidden * owned[:, None], axis=1)
+    return dpre, None if keeps_hidden(config) else hidden * owned[:, None], drow_weights

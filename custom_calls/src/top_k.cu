@@ -1,0 +1,69 @@
+// The k best of each row, for a router: XLA sorts whole rows for k above 16.
+#include "top_k.h"
+
+namespace latent_moe {
+namespace {
+
+constexpr int kWarp = 32, kWarps = 4;  // of a block, a row each
+constexpr uint32_t kNone = 0;          // below every score
+
+// An integer that is ordered as its float is in IEEE 754's total order, and above kNone.
+__device__ __forceinline__ uint32_t ordered(float score) {
+  uint32_t const bits = __float_as_uint(score);
+  return max(bits & 0x80000000 ? ~bits : bits | 0x80000000, kNone + 1);
+}
+
+// Lane l holds columns l, l + 32, ... Each round takes the best of all lanes; its own lane looks for its next best.
+template <int Each>
+__global__ void __launch_bounds__(kWarp* kWarps) choose(float const* scores, int32_t* ids, int rows, int columns, int k) {
+  const int row = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (row >= rows) return;
+  uint32_t keys[Each], best = kNone;
+  int at = 0;
+#pragma unroll
+  for (int i = 0; i < Each; ++i) {
+    const int column = i * kWarp + lane;
+    keys[i] = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
+    if (keys[i] > best) best = keys[i], at = i;
+  }
+  int chosen = 0;
+  for (int rank = 0; rank < k; ++rank) {
+    const uint32_t most = __reduce_max_sync(~0u, best);
+    const int column = __reduce_min_sync(~0u, best == most ? unsigned(at * kWarp + lane) : ~0u);
+    if (column == at * kWarp + lane) {
+      const int taken = at;
+      best = kNone;
+#pragma unroll
+      for (int i = 0; i < Each; ++i) {
+        if (i == taken) keys[i] = kNone;
+        if (keys[i] > best) best = keys[i], at = i;
+      }
+    }
+    if (rank % kWarp == lane) chosen = column;
+    if ((rank + 1) % kWarp == 0 || rank + 1 == k) {
+      const int first = rank / kWarp * kWarp;
+      if (first + lane < k) ids[int64_t{row} * k + first + lane] = chosen;
+    }
+  }
+}
+
+template <int Each>
+cudaError_t launch(float const* scores, int32_t* ids, int rows, int columns, int k, cudaStream_t stream) {
+  if (columns <= Each * kWarp) {
+    choose<Each><<<(rows + kWarps - 1) / kWarps, kWarp * kWarps, 0, stream>>>(scores, ids, rows, columns, k);
+    return cudaGetLastError();
+  }
+  if constexpr (Each * kWarp < kMostScores) {
+    return launch<2 * Each>(scores, ids, rows, columns, k, stream);
+  } else {
+    return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t top_k(float const* scores, int32_t* ids, int rows, int columns, int k, cudaStream_t stream) {
+  return launch<2>(scores, ids, rows, columns, k, stream);
+}
+
+}  // namespace latent_moe

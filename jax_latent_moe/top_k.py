@@ -1,0 +1,45 @@
+"""The k largest scores of each row: by XLA, or on a Hopper GPU by a compiled kernel.
+
+XLA sorts whole rows where k is above 16, which took longer than a projection of the layer.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jax_latent_moe.config import BackendConfig, CutlassBackend, as_backend
+from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe.grouped_matmul.device import HOPPER, default_device
+
+MOST_SCORES = 1024
+"""Of a row, in the compiled kernel: they stay in a warp's registers (custom_calls/src/top_k.h)."""
+
+
+def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig = "auto") -> Int[Array, "t k"]:
+    """Columns of the k largest scores of each row, best first, of equal ones the lower first, as `jax.lax.top_k`.
+
+    Args:
+        scores: [T, E]; no gradient flows.
+        k: at most E.
+        backend: of the experts. "auto" and `CutlassBackend` take the compiled kernel where it runs.
+
+    Returns:
+        [T, k] int32.
+    """
+    if not _compiled(scores, as_backend(backend)):
+        return lax.top_k(scores, k)[1]
+    out = jax.ShapeDtypeStruct((scores.shape[0], k), jnp.int32)
+    return jax.ffi.ffi_call("latent_moe_top_k", out, vmap_method="sequential")(scores)
+
+
+def _compiled(scores, backend) -> bool:
+    platform, kind = default_device()
+    return (
+        (backend == "auto" or isinstance(backend, CutlassBackend))
+        and platform == "gpu"
+        and not set(HOPPER).isdisjoint(kind.split())
+        and scores.dtype == jnp.float32
+        and scores.shape[1] <= MOST_SCORES
+        and not library().missing
+    )

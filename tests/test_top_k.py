@@ -1,0 +1,49 @@
+"""The choice of the best experts, as far as it goes without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend, top_k
+from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe.top_k import MOST_SCORES, top_k_ids
+
+needs_library = pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")
+KERNEL = "@latent_moe_top_k("
+
+
+def test_it_is_a_stable_sort_from_the_best(rng):
+    scores = rng.integers(0, 9, size=(7, 40)).astype(np.float32)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :11]
+    np.testing.assert_array_equal(top_k_ids(jnp.asarray(scores), 11), expected)
+
+
+def lowered(scores, backend):
+    function = jax.jit(lambda scores: top_k_ids(scores, 22, backend))
+    return function.trace(scores).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("kind", "backend", "dtype", "experts", "takes_it"),
+    [
+        ("NVIDIA H200", "auto", "float32", 512, True),
+        ("NVIDIA H100 80GB HBM3", CutlassBackend(), "float32", MOST_SCORES, True),
+        ("NVIDIA H200", PallasBackend(), "float32", 512, False),
+        ("NVIDIA H200", XlaBackend(), "float32", 512, False),
+        ("NVIDIA H200", "auto", "bfloat16", 512, False),
+        ("NVIDIA H200", "auto", "float32", MOST_SCORES + 1, False),
+        ("NVIDIA A100-SXM4-80GB", "auto", "float32", 512, False),
+    ],
+)
+def test_the_kernel_is_taken_where_it_runs(monkeypatch, kind, backend, dtype, experts, takes_it):
+    monkeypatch.setattr(top_k, "default_device", lambda: ("gpu", kind))
+    scores = jax.ShapeDtypeStruct((64, experts), dtype)
+    assert (KERNEL in lowered(scores, backend)) == takes_it
+
+
+def test_without_the_library_xla_sorts(monkeypatch, library_at, tmp_path):
+    monkeypatch.setattr(top_k, "default_device", lambda: ("gpu", "NVIDIA H200"))
+    library_at(tmp_path / "nothing.so")
+    assert KERNEL not in lowered(jax.ShapeDtypeStruct((64, 512), "float32"), "auto")
