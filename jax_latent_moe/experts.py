@@ -63,14 +63,18 @@ def _routed_bwd(config, residuals, dcombined):
     tokens, weights, w_in, w_out, plan, kept = residuals
     outer = functools.partial(grouped_outer, group_sizes=plan.group_sizes, backend=config.backend)
     row_weights = weights.reshape(-1)[plan.slot_of_row]
+
+    def down(kept, dcombined):
+        return down_gradient(config, gather_rows(dcombined, plan), w_out, plan.group_sizes, kept, row_weights)
+
     if keeps_hidden(config):
         dw_out = outer(kept, gather_rows(dcombined, plan, weights))
         if _fusing(config, "rows_wt", kept, w_out):
             # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
             kept, dcombined, dw_out = jax.lax.optimization_barrier((kept, dcombined, dw_out))
-    dout = gather_rows(dcombined, plan)
-    dpre, hidden, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, kept, row_weights)
-    if not keeps_hidden(config):
+        dpre, _, drow_weights = down(kept, dcombined)
+    else:
+        dpre, hidden, drow_weights = down(kept, dcombined)
         dpre, hidden, dcombined = jax.lax.optimization_barrier((dpre, hidden, dcombined))
         dw_out = outer(hidden, gather_rows(dcombined, plan, weights))
     dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)

@@ -14,7 +14,16 @@ pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, re
 
 @pytest.mark.parametrize(
     ("rows", "experts", "k"),
-    [(8192, 512, 22), (1, 512, 22), (3, 1, 1), (5, 33, 33), (70, 64, 40), (9, 130, 1), (65, 896, 16), (2, MOST_SCORES, 64)],
+    [
+        (8192, 512, 22),
+        (1, 512, 22),
+        (3, 1, 1),
+        (5, 33, 33),
+        (70, 64, 40),
+        (9, 130, 1),
+        (65, 896, 16),
+        (2, MOST_SCORES, 64),
+    ],
 )
 def test_it_is_a_stable_sort_from_the_best(rng, rows, experts, k):
     """Equal scores, both signs, both infinities; the kernel is what runs."""

@@ -25,7 +25,10 @@ def kept_of(config, pre):
 
 
 def matmul_activation_grad(config, dout, w, sizes, kept, row_weights):
-    """The pre-activation's gradient times row_weights, the hidden rows unless kept, and that of row_weights; else zeros."""
+    """The gradient of the pre-activation times row_weights; hidden rows, None where they were kept; that of row_weights.
+
+    Zeros beyond the sum.
+    """
     owned = np.arange(len(dout)) < np.sum(sizes)
     dhidden = reference.grouped_matmul(dout, w, sizes, transpose_w=True)
     kept = np.where(owned[:, None], kept, 0)
