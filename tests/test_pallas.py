@@ -1,6 +1,7 @@
 """The Pallas kernels without a GPU: interpreted against the oracle with race detection, and lowered for CUDA."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
 from jax_latent_moe.errors import ConfigError
-from jax_latent_moe.grouped_matmul import Problem, explain, reference
+from jax_latent_moe.grouped_matmul import (
+    Problem,
+    explain,
+    pallas_hopper,
+    pallas_hopper_matmul,
+    pallas_hopper_outer,
+    reference,
+)
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import rows_w
 from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
@@ -146,6 +154,24 @@ def test_lowers_for_cuda(dtype, w_shape, num_rows):
 
     text = jax.jit(run).trace(rows, w, dout, sizes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 3
+
+
+def test_vmap_runs_one_after_the_other(interpreter, monkeypatch):
+    """Group sizes of their own, one weight for all."""
+    sizes = np.asarray([GROUPS["uneven with empty experts"], GROUPS["one expert has all"]], np.int32)
+    drawn = [operands("bfloat16", each, seed=seed) for seed, each in enumerate(sizes)]
+    rows, dout, w = np.stack([d[0] for d in drawn]), np.stack([d[2] for d in drawn]), drawn[0][1]
+    backend = Pallas(
+        PallasBackend(matmul_tile=PallasMatmulTile(64, 64, 2, 1), outer_tile=PallasOuterTile(64, 64, 2, 1))
+    )
+    for module, kernel in ((pallas_hopper_matmul, rows_w), (pallas_hopper_outer, outer)):
+        monkeypatch.setattr(module, kernel.__name__, functools.partial(kernel, interpret=interpreter))
+    monkeypatch.setattr(pallas_hopper, "num_multiprocessors", lambda: 2)
+    products = jax.vmap(lambda *args: backend.matmul(*args, transpose_w=False), (0, None, 0))(rows, w, sizes)
+    outers = jax.vmap(backend.outer)(rows, dout, sizes)
+    for index, each in enumerate(sizes):
+        assert_close(products[index], reference.grouped_matmul(rows[index], w, each), "bfloat16")
+        assert_close(outers[index], reference.grouped_outer(rows[index], dout[index], each), "bfloat16")
 
 
 FIELDS = {

@@ -1,5 +1,9 @@
 """The `pallas` backend: Mosaic GPU kernels for Hopper. Pallas itself is imported when a kernel is built."""
 
+import functools
+
+from jax import custom_batching
+
 from jax_latent_moe.config import PallasBackend
 from jax_latent_moe.grouped_matmul import pallas_hopper_tiles
 from jax_latent_moe.grouped_matmul.device import default_device, num_multiprocessors
@@ -48,24 +52,22 @@ class Pallas:
 
         contraction = "rows_wt" if transpose_w else "rows_w"
         tile = self._tile(contraction, rows.shape[0], w.shape, default_device()[1]).tile
-        return rows_w(rows, w, group_sizes, transpose_w=transpose_w, tile=tile, num_sms=num_multiprocessors())
+        return _call(rows_w, rows, w, group_sizes, transpose_w=transpose_w, tile=tile)
 
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation
 
         tile = pallas_hopper_tiles.choose_fused("rows_w", rows.shape[0], w.shape, activation)
-        sms = num_multiprocessors()
-        return matmul_activation(rows, w, group_sizes, activation=activation, keep_pre=keep_pre, tile=tile, num_sms=sms)
+        return _call(matmul_activation, rows, w, group_sizes, activation=activation, keep_pre=keep_pre, tile=tile)
 
     def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation_grad
 
         tile = pallas_hopper_tiles.choose_fused("rows_wt", dout.shape[0], w.shape, activation)
-        return matmul_activation_grad(
-            dout, w, group_sizes, kept, row_weights, activation=activation, tile=tile, num_sms=num_multiprocessors()
-        )
+        arrays = dout, w, group_sizes, kept, row_weights
+        return _call(matmul_activation_grad, *arrays, activation=activation, tile=tile)
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
@@ -73,13 +75,19 @@ class Pallas:
 
         shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
         tile = self._tile("outer", rows.shape[0], shape, default_device()[1]).tile
-        return outer(rows, dout, group_sizes, tile=tile, num_sms=num_multiprocessors())
+        return _call(outer, rows, dout, group_sizes, tile=tile)
 
     def _tile(self, contraction, num_rows, w_shape, device):
         given = self.config.outer_tile if contraction == "outer" else self.config.matmul_tile
         if given is not None:
             return Choice(given, "the config")
         return pallas_hopper_tiles.choose(contraction, num_rows, w_shape, device)
+
+
+def _call(function, *arrays, **settings):
+    """Under vmap one call after the other: Pallas would add an axis to references, which the kernels do not expect."""
+    call = functools.partial(function, num_sms=num_multiprocessors(), **settings)
+    return custom_batching.sequential_vmap(call)(*arrays)
 
 
 def _fused_refusal(problem, fuse) -> str | None:

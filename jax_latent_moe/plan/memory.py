@@ -62,15 +62,17 @@ def memory(
     inner = config.expert_intermediate_size // tensor
     rows = allocated_rows(config, mesh, tokens)
     kept_rows = rows * inner * (2 if config.gated else 1) * item
-    per_token = tokens * (2 * (d + latent) * item + 4 * config.num_experts)
+    narrow = rows * latent * item
+    # Without a latent, tokens themselves go to the experts.
+    widths = d if config.latent_size is None else d + latent
+    per_token = tokens * (2 * widths * item + 4 * config.num_experts)
     # Of a layer that fsdp gathers, the whole kernels stand beside.
-    working = _beside_kept_rows(config, rows * latent * item, rows * inner * item, kept_rows)
-    working += per_token if training else kept_rows
+    working = _beside_kept_rows(config, narrow, kept_rows) + per_token if training else narrow + rows * inner * item
     working += _exchanged(config, mesh, tokens, rows)
     used = {"parameters": stored * param_bytes}
     if training:
         shared = tokens * config.shared_expert_intermediate_size // tensor * (2 if config.gated else 1) * item
-        kept = tokens * d * item if remat else tokens * (d + latent) * item + kept_rows + shared
+        kept = tokens * d * item if remat else tokens * widths * item + kept_rows + shared
         used |= {"gradients": stored * param_bytes, "optimiser": stored * ADAM_BYTES}
         used |= {"kept for the backward pass": kept * layers + (kept_rows if remat else 0)}
     cast = gathered_parameters(config, mesh)
@@ -78,15 +80,13 @@ def memory(
     return used | {"working memory of a layer": working + cast * copies}
 
 
-def _beside_kept_rows(config, narrow: int, hidden: int, kept: int) -> int:
-    """Bytes of rows that stand beside those that a backward pass needs: gathered ones, outputs of experts, hidden ones.
+def _beside_kept_rows(config, narrow: int, kept: int) -> int:
+    """Bytes of rows that stand beside those that a backward pass needs: gathered ones and outputs of experts.
 
-    Gathered rows and outputs share a place. It serves hidden rows too, where these are not kept, unless outputs are
-    larger than what was kept, whose place they then cannot take.
+    The two share a place. Hidden rows that are not kept, and narrower ones where pre-activations are kept, find one
+    among the results, such as that of a weight's gradient, before these are written.
     """
-    if keeps_hidden(config):
-        return narrow
-    return narrow + hidden if narrow >= kept else max(narrow, hidden)
+    return narrow if keeps_hidden(config) or narrow >= kept else 0
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:

@@ -25,7 +25,7 @@ def kept_of(config, pre):
 
 
 def matmul_activation_grad(config, dout, w, sizes, kept, row_weights):
-    """The gradient of the pre-activation times row_weights; hidden rows, None where they were kept; that of row_weights.
+    """The pre-activation's gradient times row_weights; hidden rows, None where they were kept; that of row_weights.
 
     Zeros beyond the sum.
     """
