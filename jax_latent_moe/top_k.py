@@ -27,8 +27,11 @@ def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig 
     Returns:
         [T, k] int32.
     """
-    if not _compiled(scores, as_backend(backend)):
-        return lax.top_k(scores, k)[1]
+    return compiled_top_k_ids(scores, k) if _compiled(scores, as_backend(backend)) else lax.top_k(scores, k)[1]
+
+
+def compiled_top_k_ids(scores: Float[Array, "t e"], k: int) -> Int[Array, "t k"]:
+    """The same of float32 scores, at most `MOST_SCORES` a row, by the compiled kernel."""
     out = jax.ShapeDtypeStruct((scores.shape[0], k), jnp.int32)
     return jax.ffi.ffi_call("latent_moe_top_k", out, vmap_method="sequential")(scores)
 

@@ -5,9 +5,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jax_latent_moe import CutlassBackend, UnsupportedError
+from jax_latent_moe import CutlassBackend, UnsupportedError, top_k
 from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.grouped_matmul import FusedActivation, Problem, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul import cutlass_library as loader
@@ -73,6 +74,85 @@ def test_xla_accepts_the_handlers():
     loaded = ctypes.CDLL(str(loader._path()))
     for target in loader.TARGETS:
         jax.ffi.register_ffi_target(f"test_{target}", loader.handlers(loaded, target), platform="cpu")
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """The handlers answer on the CPU too: they decode a call, and miss a GPU's stream, operand 0, alone."""
+    loaded = ctypes.CDLL(str(loader._path()))
+    for target in loader.TARGETS:
+        execute = {"execute": loader.handlers(loaded, target)["execute"]}
+        jax.ffi.register_ffi_target(f"latent_moe_{target}", execute, platform="cpu")
+
+
+def calls():
+    """Every kind of call that the package makes, by name."""
+    backend, shape = Cutlass(CutlassBackend(fuse="always")), (16, 64)
+    rows, sizes, weights = jnp.zeros(shape, jnp.bfloat16), jnp.asarray([9, 7]), jnp.zeros(16)
+    w, wide = jnp.zeros((2, 64, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
+    relu2, swiglu, grad = FusedActivation("relu2"), FusedActivation("swiglu"), backend.matmul_activation_grad
+    found = {
+        "rows x w": lambda: backend.matmul(rows, w, sizes, transpose_w=False),
+        "rows x w^T": lambda: backend.matmul(rows, w, sizes, transpose_w=True),
+        "outer": lambda: backend.outer(rows, rows, sizes),
+        "relu2": lambda: backend.matmul_activation(rows, w, sizes, activation=relu2, keep_pre=False),
+        "relu2's gradient": lambda: grad(rows, w, sizes, rows, weights, activation=relu2),
+        "top_k": lambda: top_k.compiled_top_k_ids(jnp.zeros((5, 40)), 3),
+    }
+    if any(instance.activation == "swiglu" for instance in BUILT.instances):
+        pre = jnp.zeros((16, 128), jnp.bfloat16)
+        found |= {
+            "swiglu": lambda: backend.matmul_activation(rows, wide, sizes, activation=swiglu, keep_pre=True),
+            "swiglu's gradient": lambda: backend.matmul_activation_grad(
+                rows, w, sizes, pre, weights, activation=swiglu
+            ),
+        }
+    return found
+
+
+@needs_library
+@pytest.mark.parametrize("name", calls() if BUILT.missing is None else [])
+def test_the_library_understands_what_the_package_calls(name, on_the_cpu):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0\)"):
+        jax.block_until_ready(calls()[name]())
+
+
+ATTRIBUTES = {
+    "transpose_w": False,
+    "tile_rows": np.int32(128),
+    "tile_columns": np.int32(128),
+    "stages": np.int32(6),
+    "cluster": np.int32(2),
+    "rows_first": False,
+}
+
+
+def matmul_call(num_arguments=3, num_results=2, **attributes):
+    arguments = jnp.zeros((16, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16), jnp.asarray([9, 7])
+    results = jax.ShapeDtypeStruct((16, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+    call = jax.ffi.ffi_call("latent_moe_matmul", results[:num_results])
+    jax.block_until_ready(call(*arguments[:num_arguments], **attributes))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_that_is_missing_or_of_another_type_is_refused(name, on_the_cpu):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong number of attributes: expected 6 but got 5"):
+        matmul_call(**{other: value for other, value in ATTRIBUTES.items() if other != name})
+    for value in (np.float32(1), np.int16(1), "1"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0, \d+\)"):
+            matmul_call(**ATTRIBUTES | {name: value})
+
+
+@needs_library
+def test_a_call_with_too_many_or_too_few_parts_is_refused(on_the_cpu):
+    for changes, reason in (
+        ({"more": 1}, "Wrong number of attributes: expected 6 but got 7"),
+        ({"num_arguments": 2}, "Wrong number of arguments: expected 3 but got 2"),
+        ({"num_results": 1}, "Wrong number of results: expected 2 but got 1"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
+            matmul_call(**ATTRIBUTES, **changes)
 
 
 @needs_library
