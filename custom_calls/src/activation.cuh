@@ -10,7 +10,6 @@ struct ActivationParams {
   float linear_beta, inverse_linear_beta;  // situ_glu: of the up half; 0 leaves it linear
 };
 
-
 // To a few units in the last place of float32, and without a branch: an exact division or tanh would keep the compiler
 // from computing several elements at a time, and an epilogue has few threads to hide that.
 __device__ __forceinline__ float exp_fast(float x) {
@@ -58,6 +57,7 @@ __device__ __forceinline__ Value gelu_tanh(float x) {
   return {x * cdf, cdf + x * cdf * (1.0f - cdf) * scale * (1.0f + 3.0f * cubic * x * x)};
 }
 
+// The ungated activation, or the gate's half of a gated one.
 template <Activation A>
 __device__ __forceinline__ Value gate_value(float x, ActivationParams const& params) {
   if constexpr (A == Activation::kRelu2) {

@@ -193,8 +193,8 @@ Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows
 }
 
 ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> counter, bool transpose_w, int32_t tile_rows, int32_t tile_columns,
-                  int32_t stages, int32_t cluster, bool rows_first) {
+                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> counter, bool transpose_w,
+                  int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{transpose_w ? Contraction::kRowsWt : Contraction::kRowsW};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Product product(request, rows, w, sizes, rows_first);
@@ -246,9 +246,10 @@ ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyB
 
 ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                                   ffi::AnyBuffer kept, ffi::AnyBuffer row_weights, ffi::Result<ffi::AnyBuffer> dpre,
-                                  ffi::Result<ffi::AnyBuffer> hidden, ffi::Result<ffi::AnyBuffer> partial, ffi::Result<ffi::AnyBuffer> counter,
-                                  int32_t activation, float beta, float linear_beta, int32_t tile_rows,
-                                  int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
+                                  ffi::Result<ffi::AnyBuffer> hidden, ffi::Result<ffi::AnyBuffer> partial,
+                                  ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta,
+                                  float linear_beta, int32_t tile_rows, int32_t tile_columns, int32_t stages,
+                                  int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Product product(request, dout, w, sizes, rows_first);
