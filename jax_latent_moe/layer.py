@@ -133,6 +133,7 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
         None if mask is None else mask.reshape(sequences),
         all_tokens=shards.sum_over_tokens,
         sequences_split=shards.sequences_split,
+        backend=config.backend,
     )
     by_token = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing))
     load = count_experts(routing.expert_ids, config.num_experts)

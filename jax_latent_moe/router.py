@@ -1,6 +1,7 @@
 """Which experts a token reaches and with what weight; the losses and the bias that keep the experts' loads even."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -133,6 +134,7 @@ def auxiliary_losses(
     *,
     all_tokens: Callable[[Array], Array] = lambda values: values,
     sequences_split: bool = False,
+    backend: str | BackendConfig = "auto",
 ) -> dict[str, Float[Array, ""]]:
     """The losses "switch", "sequence" and "z", coefficients applied; 0 where a coefficient is 0.
 
@@ -148,16 +150,18 @@ def auxiliary_losses(
         token_mask: [B, S]; tokens that are False do not count.
         all_tokens: sums a value over the devices that hold the other tokens.
         sequences_split: whether these hold other parts of the same sequences.
+        backend: as for `route`.
     """
+    imbalance_of = partial(_imbalance, score_function=config.score_function, top_k=top_k, backend=backend)
     mask = jnp.ones(logits.shape[:2], bool) if token_mask is None else token_mask
     losses = {name: jnp.zeros((), logits.dtype) for name in ("switch", "sequence", "z")}
     if config.switch_loss_coef:
         whole_batch = logits.reshape(1, mask.size, logits.shape[2])
-        imbalance = _imbalance(whole_batch, mask.reshape(1, mask.size), config.score_function, top_k, all_tokens)
+        imbalance = imbalance_of(whole_batch, mask.reshape(1, mask.size), all_tokens=all_tokens)
         losses["switch"] = config.switch_loss_coef * jnp.sum(imbalance)
     if config.sequence_loss_coef:
         within, between = (all_tokens, lambda n: n) if sequences_split else (lambda n: n, all_tokens)
-        imbalance = _imbalance(logits, mask, config.score_function, top_k, within)
+        imbalance = imbalance_of(logits, mask, all_tokens=within)
         sequences = between(jnp.full((), imbalance.size))
         losses["sequence"] = config.sequence_loss_coef * between(jnp.sum(imbalance)) / jnp.maximum(sequences, 1)
     if config.z_loss_coef:
@@ -174,12 +178,12 @@ def _probabilities(logits, score_function):
 
 
 def _imbalance(
-    logits: Float[Array, "b s e"], mask: Bool[Array, "b s"], score_function, top_k, all_tokens
+    logits: Float[Array, "b s e"], mask: Bool[Array, "b s"], *, score_function, top_k, all_tokens, backend
 ) -> Float[Array, " b"]:
     """E / (k T^2) * sum_e n_e sum_t P[t, e] of each sequence, which all_tokens completes; 0 for one without tokens."""
-    batch, _, num_experts = logits.shape
+    batch, length, num_experts = logits.shape
     probs = jnp.where(mask[..., None], _probabilities(logits, score_function), 0)
-    ids = lax.top_k(lax.stop_gradient(probs), top_k)[1]
+    ids = top_k_ids(lax.stop_gradient(probs).reshape(-1, num_experts), top_k, backend).reshape(batch, length, top_k)
     offset = num_experts * jnp.arange(batch)[:, None, None]
     ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
     counts = all_tokens(count_experts(ids.reshape(-1, top_k), batch * num_experts).reshape(batch, num_experts))
