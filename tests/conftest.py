@@ -25,6 +25,15 @@ def pytest_configure(config):
         config.option.hypothesis_seed = os.environ[seeds.VARIABLE]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Neighbours, which share fixtures and compiled functions, stay on one worker, unless --dist says otherwise."""
+    if config.option.dist == "load":  # what -n alone means
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"random inputs: repeat with {seeds.VARIABLE}={seeds.base_seed()}")
 

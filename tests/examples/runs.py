@@ -49,8 +49,8 @@ def assert_same_bits(actual, expected):
 
 
 def cpu_alone() -> dict[str, str]:
-    """The environment of a process that computes on the CPU."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    """The environment of a process that computes on the CPU, with programs that are quick to compile."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def start(*arguments: object, devices: int = 1) -> subprocess.Popen:

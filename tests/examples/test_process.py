@@ -1,5 +1,6 @@
 """The command line in a process of its own: signals, kills, wrong options."""
 
+import dataclasses
 import signal
 
 import pytest
@@ -10,9 +11,9 @@ from tests.examples.runs import assert_same_bits, options, start, state_of, toy_
 
 def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
     write_text(tmp_path)
-    whole = toy_config(tmp_path, run=tmp_path / "whole", steps=60, log_every=5, checkpoint_every=3)
-    train(whole)
     broken = toy_config(tmp_path, run=tmp_path / "broken", steps=60, log_every=5, checkpoint_every=3)
+    whole = dataclasses.replace(broken, run=tmp_path / "whole", checkpoint_every=60)
+    train(whole)
 
     with start(*options(broken)) as process:
         wait_for(process, "step 15/60")

@@ -19,9 +19,9 @@ STEPS, HALF = 8, 4
 def runs(folder, mesh):
     """A run that nobody touches, and the same one to be killed."""
     write_text(folder)
-    whole = toy_config(folder, run=folder / "whole", mesh=mesh, steps=STEPS, log_every=1, checkpoint_every=2)
-    whole = dataclasses.replace(whole, sample_bytes=4)
-    return whole, dataclasses.replace(whole, run=folder / "killed")
+    killed = toy_config(folder, run=folder / "killed", mesh=mesh, steps=STEPS, log_every=1, checkpoint_every=2)
+    killed = dataclasses.replace(killed, sample_bytes=4)
+    return dataclasses.replace(killed, run=folder / "whole", checkpoint_every=STEPS), killed
 
 
 def assert_killed_halfway(folder):

@@ -16,7 +16,9 @@ SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if 1 < mat
 """Every (data, fsdp, expert, tensor) whose product divides 8, but one device alone."""
 
 WHOLE_MATRIX = "JAX_LATENT_MOE_ALL_MESHES" in os.environ
-"""With this variable every strategy and norm runs on every mesh; without, some that are drawn."""
+"""With this variable every strategy and norm runs on every mesh; without, some that are drawn. So do layers and their
+dtypes in tests/test_layer.py.
+"""
 
 BASE = LatentMoEConfig(
     hidden_size=16,

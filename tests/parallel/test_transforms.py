@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jax_latent_moe import ConfigError, InputError, ParallelConfig, init_params, latent_moe
+from jax_latent_moe import ConfigError, InputError, ParallelConfig, latent_moe, param_shapes
 from jax_latent_moe.parallel import param_specs
 from tests import cases, layers
+from tests.flax_layers import draw, fill
 from tests.parallel.meshes import BASE, make_mesh
 from tests.tolerances import assert_close, assert_trees_close
 
@@ -32,8 +33,8 @@ def stack_loss(config, stacked, x):
 
 
 def test_scan_of_remat_under_jit(rng):
-    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), LAYERS)
-    stacked, x = jax.vmap(lambda key: init_params(key, BASE))(keys), jnp.float32(rng.normal(size=(8, 2, 16)))
+    stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((LAYERS, *leaf.shape), leaf.dtype), param_shapes(BASE))
+    stacked, x = fill(rng, stack), jnp.float32(rng.normal(size=(8, 2, 16)))
     gradient = jax.jit(jax.grad(stack_loss, (1, 2)), static_argnums=0)
     dparams, dx = gradient(DENSE, stacked, x)
     with jax.set_mesh(make_mesh(1, 2, 2, 2)):
@@ -43,7 +44,7 @@ def test_scan_of_remat_under_jit(rng):
 
 
 def test_vmap(rng):
-    params, x = init_params(jax.random.key(int(rng.integers(2**31))), BASE), jnp.float32(rng.normal(size=(3, 8, 2, 16)))
+    params, x = draw(rng, BASE), jnp.float32(rng.normal(size=(3, 8, 2, 16)))
     over = jax.jit(jax.vmap(latent_moe, (None, 0, None)), static_argnums=2)
     y, aux = over(params, x, DENSE)
     with jax.set_mesh(make_mesh(2, 1, 2, 1)):
@@ -57,7 +58,7 @@ def test_placed_parameters_stay_where_they_are(rng):
     mesh, config = make_mesh(1, 2, 4, 1), BASE
     specs = param_specs(config, mesh)
     placed = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
-    params = jax.device_put(init_params(jax.random.key(0), config), placed)
+    params = jax.device_put(draw(rng, config), placed)
     x = jnp.float32(rng.normal(size=(8, 2, 16)))
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(lambda params: latent_moe(params, x, config)[0].sum()))
@@ -81,16 +82,16 @@ def test_placed_parameters_stay_where_they_are(rng):
 )
 def test_what_an_axis_does_not_divide_is_refused(sizes, changes, message):
     config = dataclasses.replace(BASE, **changes)
-    params, x = init_params(jax.random.key(0), config), jnp.zeros((8, 2, config.hidden_size))
+    x = jax.ShapeDtypeStruct((8, 2, config.hidden_size), jnp.float32)
     with jax.set_mesh(make_mesh(*sizes)), pytest.raises(ConfigError, match=message):
-        latent_moe(params, x, config)
+        jax.eval_shape(functools.partial(latent_moe, config=config), param_shapes(config), x)
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 16), (16,)])
-def test_tokens_that_the_devices_do_not_divide_are_refused(shape):
+def test_tokens_that_the_devices_do_not_divide_are_refused(rng, shape):
     message = r"must be a multiple of the 4 devices of data=2, expert=2: pad it"
     with jax.set_mesh(make_mesh(2, 1, 2, 2)), pytest.raises(InputError, match=message):
-        latent_moe(init_params(jax.random.key(0), BASE), jnp.zeros(shape), BASE)
+        latent_moe(draw(rng, BASE), jnp.zeros(shape), BASE)
 
 
 def test_other_kinds_of_axes_are_refused(rng):
@@ -132,8 +133,9 @@ def test_wrong_fields_are_refused(fields, message):
 def test_every_field_is_read(field, value, axis):
     """Changing it changes the program on a mesh with that axis."""
     config = dataclasses.replace(BASE, parallel=dataclasses.replace(ParallelConfig(), **{field: value}))
-    params, x = init_params(jax.random.key(0), BASE), jnp.zeros((8, 4, 16))
+    x = jax.ShapeDtypeStruct((8, 4, 16), jnp.float32)
     with jax.set_mesh(make_mesh(2, names=(axis,))):
-        programs = {str(jax.make_jaxpr(latent_moe, static_argnums=2)(params, x, c)) for c in (BASE, config)}
+        trace = jax.make_jaxpr(latent_moe, static_argnums=2)
+        programs = {str(trace(param_shapes(BASE), x, c)) for c in (BASE, config)}
     assert len(programs) == 2
     assert field in {f.name for f in dataclasses.fields(ParallelConfig)}
