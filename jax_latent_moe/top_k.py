@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, CutlassBackend, as_backend
 from jax_latent_moe.grouped_matmul.cutlass_library import library
-from jax_latent_moe.grouped_matmul.device import HOPPER, default_device
+from jax_latent_moe.grouped_matmul.device import default_device, is_hopper
 
 MOST_SCORES = 1024
 """Of a row, in the compiled kernel: they stay in a warp's registers (custom_calls/src/top_k.h)."""
@@ -41,7 +41,7 @@ def _compiled(scores, backend) -> bool:
     return (
         (backend == "auto" or isinstance(backend, CutlassBackend))
         and platform == "gpu"
-        and not set(HOPPER).isdisjoint(kind.split())
+        and is_hopper(kind)
         and scores.dtype == jnp.float32
         and scores.shape[1] <= MOST_SCORES
         and not library().missing

@@ -103,7 +103,7 @@ def test_room_for_the_rows_of_experts_alone_combines_to_the_same(expert_ids, wei
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_pairs_on_a_gpu_are_the_same_rows(rng, monkeypatch, weighted):
-    """To the bit, infinities and NaN included; an odd width has no pairs."""
+    """Infinities and NaN included; an odd width has no pairs."""
     ids = jnp.asarray(rng.integers(-1, EXPERTS, size=(TOKENS, K)))
     weights = jnp.asarray(rng.normal(size=ids.shape), jnp.float32) if weighted else None
     for width in (6, 7):

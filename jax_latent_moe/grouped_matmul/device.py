@@ -7,6 +7,11 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 HOPPER_MULTIPROCESSORS = 132
 
 
+def is_hopper(device_kind: str) -> bool:
+    """Whether a device of that kind is a Hopper GPU."""
+    return not set(HOPPER).isdisjoint(device_kind.split())
+
+
 def default_device() -> tuple[str, str]:
     """Its platform ("cpu", "gpu", "tpu") and its kind, such as "NVIDIA H100 80GB HBM3"."""
     device = _device()

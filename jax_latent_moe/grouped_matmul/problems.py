@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jax_latent_moe.grouped_matmul.device import HOPPER, default_device
+from jax_latent_moe.grouped_matmul.device import default_device, is_hopper
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
 
 Contraction = Literal["rows_w", "rows_wt", "outer"]
@@ -52,7 +52,7 @@ def problem(
 
 def hopper_refusal(asked: Problem) -> str | None:
     """None, or what keeps kernels for 16-bit types on Hopper GPUs from running the asked."""
-    if asked.platform != "gpu" or not set(HOPPER) & set(asked.device_kind.split()):
+    if asked.platform != "gpu" or not is_hopper(asked.device_kind):
         return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {asked.device_kind!r}."
     if asked.dtype not in HOPPER_DTYPES:
         return f"its kernels multiply {' and '.join(HOPPER_DTYPES)}, not {asked.dtype}."

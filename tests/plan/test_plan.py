@@ -83,10 +83,10 @@ def test_a_layer_as_measured_on_one_gpu(record):
 
 
 @pytest.mark.parametrize(
-    ("name", "gigabytes"), [("super_t8192", 1.401), ("super_swiglu_m1792_t8192", 1.464), ("qwen3_t16384", 1.143)]
+    ("name", "gigabytes"), [("super_t8192", 1.42), ("super_swiglu_m1792_t8192", 1.46), ("qwen3_t16384", 1.14)]
 )
-def test_memory_of_training_as_xla_plans_it(name, gigabytes):
-    """Within 15 % of the temporary memory of forward and backward, compiled for an H200 with the compiled kernels."""
+def test_memory_of_training_on_an_h100(name, gigabytes):
+    """Within 15 % of the temporary memory of forward and backward in results/profiles/h100-2026-11-25.md."""
     tokens, layer = LAYERS[name]
     plan = make_plan(layer, {}, tokens, H200)
     temporary = plan.memory["working memory of a layer"] + plan.memory["kept for the backward pass"]
