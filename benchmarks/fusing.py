@@ -20,7 +20,7 @@ from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend
 from jax_latent_moe.experts import routed_experts, up
 from jax_latent_moe.grouped_matmul import problem, select
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
-from jax_latent_moe.permute import gather_rows, make_plan
+from jax_latent_moe.permute import make_plan, rows_of
 
 CHECKED_ROWS = 512
 
@@ -74,7 +74,7 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
         for impl, backend in session.wanted(backends(config, pair["up"])).items():
             layer = dataclasses.replace(config, backend=backend)
             forward, block = functools.partial(up_alone, layer), functools.partial(block_with_gradients, layer)
-            calls["forward"][impl] = jax_candidate(forward, gather_rows(tokens, plan), w_in, plan.group_sizes)
+            calls["forward"][impl] = jax_candidate(forward, rows_of(tokens, plan), w_in, plan.group_sizes)
             calls["forward_backward"][impl] = jax_candidate(block, tokens, weights, w_in, w_out, plan, dout)
         up_flops = 2 * pair["up"].rows * w_in.shape[1] * w_in.shape[2]
         down_flops = 2 * pair["down"].rows * w_out.shape[1] * w_out.shape[2]

@@ -2,9 +2,10 @@
 
 One differentiation rule covers the block. It keeps the tokens, the routing and what the activation's gradient is made
 of: the pre-activation, or of relu2 the hidden rows, whose root tells its slope. Gathered rows are made again in the
-backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h> as in
-SonicMoE (arXiv 2512.14080). A backend that fuses the activation, or its gradient, into a product is asked to; of the
-others the two are composed.
+backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h>, and where
+hidden rows are made again they are weighted at once, as in SonicMoE (arXiv 2512.14080). A backend that gathers rows
+while it multiplies is left to, and one that fuses the activation, or its gradient, into a product is asked to; of the
+others they are composed.
 """
 
 import functools
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float
 from jax_latent_moe.activations import activate, activation_of_kept, keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, grouped_outer, problem, select_fusing
-from jax_latent_moe.permute import Plan, combine, gather_rows
+from jax_latent_moe.grouped_matmul.rows import gathered
+from jax_latent_moe.permute import Plan, combine, rows_of, weighted_rows
 
 RESIDUAL = "latent_moe_residual"
 
@@ -54,7 +56,7 @@ def _routed_fwd(config, tokens, weights, w_in, w_out, plan):
 
 
 def _forward(config, tokens, weights, w_in, w_out, plan, *, keep):
-    kept, hidden = up(config, gather_rows(tokens, plan), w_in, plan.group_sizes, keep=keep)
+    kept, hidden = up(config, rows_of(tokens, plan), w_in, plan.group_sizes, keep=keep)
     out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
     return combine(out, plan, weights).astype(tokens.dtype), kept
 
@@ -64,23 +66,22 @@ def _routed_bwd(config, residuals, dcombined):
     outer = functools.partial(grouped_outer, group_sizes=plan.group_sizes, backend=config.backend)
     row_weights = weights.reshape(-1)[plan.slot_of_row]
 
-    def down(kept, dcombined):
-        return down_gradient(config, gather_rows(dcombined, plan), w_out, plan.group_sizes, kept, row_weights)
-
     if keeps_hidden(config):
-        dw_out = outer(kept, gather_rows(dcombined, plan, weights))
+        dw_out = outer(kept, weighted_rows(dcombined, plan, weights))
         if _fusing(config, "rows_wt", kept, w_out):
             # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
             kept, dcombined, dw_out = jax.lax.optimization_barrier((kept, dcombined, dw_out))
-        dpre, _, drow_weights = down(kept, dcombined)
+        dout = gathered(rows_of(dcombined, plan))
+        dpre, _, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, kept, row_weights)
     else:
-        dpre, hidden, drow_weights = down(kept, dcombined)
-        dpre, hidden, dcombined = jax.lax.optimization_barrier((dpre, hidden, dcombined))
-        dw_out = outer(hidden, gather_rows(dcombined, plan, weights))
+        dout = gathered(rows_of(dcombined, plan))
+        dpre, weighted_hidden, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, kept, row_weights)
+        assert weighted_hidden is not None
+        dw_out = outer(weighted_hidden, dout)
     dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
     # Rows of tokens are gathered no earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
-    dw_in = outer(gather_rows(tokens, plan), dpre)
+    dw_in = outer(gathered(rows_of(tokens, plan)), dpre)
     drows = grouped_matmul(dpre, w_in, plan.group_sizes, transpose_w=True, backend=config.backend)
     dtokens = combine(drows, plan).astype(tokens.dtype)
     return dtokens, dweights, dw_in, dw_out, None
@@ -91,7 +92,7 @@ def up(config, rows, w_in, group_sizes, *, keep):
 
     Args:
         config: read for the activation and the backend.
-        rows: [R, l], sorted by expert.
+        rows: [R, l], sorted by expert, gathered or not.
         w_in: [E, l, m], gated [E, l, 2 m].
         group_sizes: [E].
         keep: whether a backward pass follows.
@@ -117,7 +118,7 @@ def up(config, rows, w_in, group_sizes, *, keep):
 
 
 def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
-    """The gradient of the pre-activation, times the rows' weights; the hidden rows; the gradient of these weights.
+    """The gradient of the pre-activation and the hidden rows, both times the rows' weights; these weights' gradient.
 
     Args:
         config: read for the activation and the backend.
@@ -128,7 +129,7 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
         row_weights: [R].
 
     Returns:
-        [R, m], gated [R, 2 m], in the dtype of dout; the hidden rows [R, m], None where they were kept; and
+        [R, m], gated [R, 2 m], in the dtype of dout; weighted hidden rows [R, m], None where hidden rows were kept; and
         <dout w_out^T, hidden>, [R].
     """
     if fusing := _fusing(config, "rows_wt", dout, w_out):
@@ -138,9 +139,10 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
     dhidden = grouped_matmul(dout, w_out, group_sizes, transpose_w=True, backend=config.backend)
     hidden, activation_vjp = activation_of_kept(kept, config)
     dhidden = dhidden.astype(hidden.dtype)
-    dpre = activation_vjp(row_weights[:, None].astype(hidden.dtype) * dhidden)
-    remade = None if keeps_hidden(config) else hidden.astype(dout.dtype)
-    return dpre.astype(dout.dtype), remade, jnp.sum(dhidden * hidden, axis=1)
+    row_weights = row_weights[:, None].astype(hidden.dtype)
+    dpre = activation_vjp(row_weights * dhidden)
+    weighted_hidden = None if keeps_hidden(config) else (row_weights * hidden).astype(dout.dtype)
+    return dpre.astype(dout.dtype), weighted_hidden, jnp.sum(dhidden * hidden, axis=1)
 
 
 def _fusing(config, contraction, rows, w):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jax_latent_moe.grouped_matmul.device import default_device
+from jax_latent_moe.grouped_matmul.rows import GatheredRows, as_pairs, in_pairs, take_rows
 
 ROW_MULTIPLE = 8
 """Rows that kernels read without padding come in multiples of this."""
@@ -60,22 +60,20 @@ def count_experts(expert_ids: Int[Array, "t k"], num_experts: int) -> Int[Array,
     return jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
 
 
-def gather_rows(
-    tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"] | None = None
-) -> Float[Array, "r l"]:
-    """The rows that the plan sorts, [T, l] -> [T * k, l]; with weights, each times that of its choice."""
-    if default_device()[0] == "gpu" and tokens.dtype == jnp.bfloat16 and tokens.shape[1] % 2 == 0:
-        # XLA's kernel on a GPU has each thread move one element, so two at a time take 0.8 of the time.
-        pairs = _take(_as_pairs(tokens), plan.token_of_row)
-        if weights is not None:
-            pairs = _times(pairs, weights.reshape(-1)[plan.slot_of_row, None])
+def rows_of(tokens: Float[Array, "t l"], plan: Plan) -> GatheredRows:
+    """The rows that the plan sorts, [T, l] -> [T * k, l], not gathered yet."""
+    return GatheredRows(tokens, plan.token_of_row)
+
+
+def weighted_rows(tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"]) -> Float[Array, "r l"]:
+    """The rows that the plan sorts, each times the weight of its choice: [T, l], [T, k] -> [T * k, l]."""
+    row_weights = weights.reshape(-1)[plan.slot_of_row, None]
+    if in_pairs(tokens):
+        pairs = _times(take_rows(as_pairs(tokens), plan.token_of_row), row_weights)
         return lax.bitcast_convert_type(pairs, tokens.dtype).reshape(-1, tokens.shape[1])
-    rows = _take(tokens, plan.token_of_row)
-    if weights is None:
-        return rows
     wide = jnp.promote_types(tokens.dtype, jnp.float32)
-    row_weights = weights.reshape(-1)[plan.slot_of_row, None].astype(wide)
-    return (row_weights * rows.astype(wide)).astype(tokens.dtype)
+    rows = take_rows(tokens, plan.token_of_row)
+    return (row_weights.astype(wide) * rows.astype(wide)).astype(tokens.dtype)
 
 
 def combine(rows: Float[Array, "r l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> Float[Array, "t l"]:
@@ -111,10 +109,6 @@ def within_capacity(
     first = jnp.append(jnp.cumsum(sizes) - sizes, jnp.sum(sizes))[expert[order]]
     rank = jnp.zeros_like(expert).at[order].set(jnp.arange(expert.size) - first, unique_indices=True)
     return ((rank < capacity) & (expert < num_experts)).reshape(expert_ids.shape)
-
-
-def _as_pairs(rows: Float[Array, "t l"]) -> UInt32[Array, "t half"]:
-    return lax.bitcast_convert_type(rows.reshape(rows.shape[0], -1, 2), jnp.uint32)
 
 
 def _times(pairs: UInt32[Array, "r half"], weights: Float[Array, "r 1"]) -> UInt32[Array, "r half"]:

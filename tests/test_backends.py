@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import ConfigError, CutlassBackend, PallasBackend, UnsupportedError, XlaBackend
-from jax_latent_moe.grouped_matmul import explain, grouped_matmul, problem, select
+from jax_latent_moe import ConfigError, CutlassBackend, InputError, PallasBackend, UnsupportedError, XlaBackend
+from jax_latent_moe.grouped_matmul import GatheredRows, explain, grouped_matmul, problem, select
 from jax_latent_moe.grouped_matmul.backend import AUTO
+from tests.tolerances import assert_close
 
 PROBLEM = problem("rows_w", 64, (4, 8, 16), jnp.bfloat16)
 ARRAYS = np.ones((6, 4), np.float32), np.ones((3, 4, 5), np.float32), np.array([1, 2, 3], np.int32)
@@ -64,3 +66,40 @@ def test_explain_says_who_was_asked_and_what_they_said():
     assert all("refuses: " in line or "runs it" in line for line in lines[1:])
     assert lines[-1].endswith("runs it")
     assert "refuses: its kernels are for NVIDIA Hopper GPUs" in explain(PROBLEM, PallasBackend())
+
+
+@pytest.mark.parametrize("transpose_w", [False, True])
+def test_rows_named_in_a_table_are_those_gathered_before(rng, transpose_w):
+    """Values, and gradients of the table and of w; an id outside of the table takes its nearest row."""
+    experts, width, tokens, sizes = 3, (7, 5), 6, np.array([4, 0, 5], np.int32)
+    ids = rng.integers(-2, tokens + 2, 11)
+    nearest = np.clip(ids, 0, tokens - 1)
+    table = rng.normal(size=(tokens, width[transpose_w])).astype(np.float32)
+    w = rng.normal(size=(experts, *width)).astype(np.float32)
+    dout = jnp.asarray(rng.normal(size=(len(ids), width[not transpose_w])), jnp.float32)
+
+    def run(rows, w):
+        return grouped_matmul(rows, w, sizes, transpose_w=transpose_w)
+
+    out, pullback = jax.vjp(lambda table, w: run(GatheredRows(table, ids), w), jnp.asarray(table), jnp.asarray(w))
+    expected, pullback_before = jax.vjp(run, jnp.asarray(table[nearest]), jnp.asarray(w))
+    assert_close(np.asarray(out), np.asarray(expected), "float32")
+    (dtable, dw), (drows, dw_before) = pullback(dout), pullback_before(dout)
+    summed = np.zeros(table.shape)
+    np.add.at(summed, nearest, np.asarray(drows, np.float64))
+    assert_close(np.asarray(dtable), summed, "float32")
+    assert_close(np.asarray(dw), np.asarray(dw_before), "float32")
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (GatheredRows(np.ones((6, 4), np.float32), np.zeros((2, 3), int)), r"row_ids of shape \(2, 3\)"),
+        (GatheredRows(np.ones((6, 4), np.float32), np.zeros(6)), "dtype float32 must be integers"),
+        (GatheredRows(np.ones((0, 4), np.float32), np.zeros(6, int)), "has no row for 6 row_ids"),
+        (GatheredRows(np.ones((6, 3), np.float32), np.zeros(6, int)), r"does not fit rows of shape \(6, 3\)"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(rows, reason):
+    with pytest.raises(InputError, match=reason):
+        grouped_matmul(rows, *ARRAYS[1:])

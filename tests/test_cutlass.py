@@ -10,7 +10,7 @@ import pytest
 
 from jax_latent_moe import CutlassBackend, UnsupportedError, top_k
 from jax_latent_moe.config import CutlassTile
-from jax_latent_moe.grouped_matmul import FusedActivation, Problem, explain, select, select_fusing
+from jax_latent_moe.grouped_matmul import FusedActivation, GatheredRows, Problem, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul import cutlass_library as loader
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
@@ -91,8 +91,11 @@ def calls():
     rows, sizes, weights = jnp.zeros(shape, jnp.bfloat16), jnp.asarray([9, 7]), jnp.zeros(16)
     w, wide = jnp.zeros((2, 64, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
     relu2, swiglu, grad = FusedActivation("relu2"), FusedActivation("swiglu"), backend.matmul_activation_grad
+    many = GatheredRows(rows, jnp.arange(256))
     found = {
         "rows x w": lambda: backend.matmul(rows, w, sizes, transpose_w=False),
+        "gathered rows x w": lambda: backend.matmul(many, w, sizes, transpose_w=False),
+        "relu2 of gathered rows": lambda: backend.matmul_activation(many, w, sizes, activation=relu2, keep_pre=True),
         "rows x w^T": lambda: backend.matmul(rows, w, sizes, transpose_w=True),
         "outer": lambda: backend.outer(rows, rows, sizes),
         "relu2": lambda: backend.matmul_activation(rows, w, sizes, activation=relu2, keep_pre=False),
@@ -118,6 +121,7 @@ def test_the_library_understands_what_the_package_calls(name, on_the_cpu):
 
 
 ATTRIBUTES = {
+    "gathered": False,
     "transpose_w": False,
     "tile_rows": np.int32(128),
     "tile_columns": np.int32(128),
@@ -127,9 +131,11 @@ ATTRIBUTES = {
 }
 
 
-def matmul_call(num_arguments=3, num_results=2, **attributes):
-    arguments = jnp.zeros((16, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16), jnp.asarray([9, 7])
-    results = jax.ShapeDtypeStruct((16, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+def matmul_call(num_arguments=4, num_results=3, **attributes):
+    rows, w = jnp.zeros((16, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16)
+    arguments = rows, w, jnp.asarray([9, 7]), jnp.zeros(0, jnp.int32)
+    shapes = ((16, 64), jnp.bfloat16), ((0, 0), jnp.bfloat16), ((2,), jnp.int32)
+    results = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     call = jax.ffi.ffi_call("latent_moe_matmul", results[:num_results])
     jax.block_until_ready(call(*arguments[:num_arguments], **attributes))
 
@@ -137,7 +143,7 @@ def matmul_call(num_arguments=3, num_results=2, **attributes):
 @needs_library
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_an_attribute_that_is_missing_or_of_another_type_is_refused(name, on_the_cpu):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong number of attributes: expected 6 but got 5"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong number of attributes: expected 7 but got 6"):
         matmul_call(**{other: value for other, value in ATTRIBUTES.items() if other != name})
     for value in (np.float32(1), np.int16(1), "1"):
         with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0, \d+\)"):
@@ -147,9 +153,9 @@ def test_an_attribute_that_is_missing_or_of_another_type_is_refused(name, on_the
 @needs_library
 def test_a_call_with_too_many_or_too_few_parts_is_refused(on_the_cpu):
     for changes, reason in (
-        ({"more": 1}, "Wrong number of attributes: expected 6 but got 7"),
-        ({"num_arguments": 2}, "Wrong number of arguments: expected 3 but got 2"),
-        ({"num_results": 1}, "Wrong number of results: expected 2 but got 1"),
+        ({"more": 1}, "Wrong number of attributes: expected 7 but got 8"),
+        ({"num_arguments": 2}, "Wrong number of arguments: expected 4 but got 2"),
+        ({"num_results": 1}, "Wrong number of results: expected 3 but got 1"),
     ):
         with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
             matmul_call(**ATTRIBUTES, **changes)
@@ -197,14 +203,14 @@ def test_auto_takes_it():
 @needs_library
 def test_lowers_for_cuda():
     backend, activation = Cutlass(CutlassBackend(fuse="always")), FusedActivation("relu2")
-    num_rows, (experts, k, n) = 300, (8, 72, 136)
+    num_rows, (experts, k, n) = 3000, (8, 72, 136)
     rows, dout, kept = (jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16) for width in (k, n, n))
     w, w_out = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((experts, k, n), (experts, n, k)))
     sizes, weights = jax.ShapeDtypeStruct((experts,), jnp.int32), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
 
     def run(rows, w, dout, sizes, w_out, kept, weights):
         return (
-            backend.matmul(rows, w, sizes, transpose_w=False),
+            backend.matmul(GatheredRows(rows[:100], jnp.arange(num_rows)), w, sizes, transpose_w=False),
             backend.matmul(dout, w, sizes, transpose_w=True),
             backend.outer(rows, dout, sizes),
             backend.matmul_activation(rows, w, sizes, activation=activation, keep_pre=True),
@@ -213,6 +219,7 @@ def test_lowers_for_cuda():
 
     lowered = jax.jit(run).trace(rows, w, dout, sizes, w_out, kept, weights).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
+    assert text.count("gathered = true") == 1
     for target in ("matmul", "outer", "matmul_activation", "matmul_activation_grad"):
         assert f"@latent_moe_{target}(" in text
     shapes = [value.shape for value in jax.tree.leaves(lowered.out_info)]

@@ -172,7 +172,11 @@ def test_replaying_its_own_ids_changes_nothing(rng):
     case = cases.random_inputs(rng, dataclasses.replace(TOY, router=router), (3, 5), masked=True)
     first = run(case)
     again = run(case._replace(expert_ids=np.asarray(first[0][1].expert_ids)))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    for value, ref in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
+        if jnp.issubdtype(ref.dtype, jnp.floating):
+            assert_close(np.asarray(value), np.asarray(ref), "float32")  # a GPU's two programs may round a sum apart
+        else:
+            np.testing.assert_array_equal(value, ref)
 
 
 def test_single_normalised_choice_carries_no_gradient_to_the_router(rng):

@@ -1,7 +1,5 @@
 """The plan, the gather, the combine and the capacity against plain loops."""
 
-import functools
-
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -10,8 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import permute
-from jax_latent_moe.permute import combine, count_experts, first_rows, gather_rows, make_plan, within_capacity
+from jax_latent_moe.grouped_matmul import rows as row_tables
+from jax_latent_moe.grouped_matmul.rows import gathered
+from jax_latent_moe.permute import (
+    combine,
+    count_experts,
+    first_rows,
+    make_plan,
+    rows_of,
+    weighted_rows,
+    within_capacity,
+)
 from tests.tolerances import assert_close
 
 EXPERTS, TOKENS, K, WIDTH = 4, 5, 3, 2
@@ -40,18 +47,18 @@ def test_rows_are_sorted_by_expert_in_token_order(expert_ids):
 def test_gather_then_combine_weighs_each_token_by_its_sum(expert_ids, weight):
     tokens = np.random.default_rng(0).normal(size=(TOKENS, WIDTH)).astype(np.float32)
     plan = plan_of(expert_ids, EXPERTS)
-    rows = gather_rows(jnp.asarray(tokens), plan)
+    rows = gathered(rows_of(jnp.asarray(tokens), plan))
     np.testing.assert_array_equal(rows, tokens[np.asarray(plan.slot_of_row) // K])
     assert_close(combine(rows, plan, weight), tokens * weight.sum(axis=1, keepdims=True), "float32")
     assert_close(combine(rows, plan), tokens * K, "float32")
-    weighted = gather_rows(jnp.asarray(tokens), plan, weight)
+    weighted = weighted_rows(jnp.asarray(tokens), plan, weight)
     assert_close(combine(weighted, plan), tokens * weight.sum(axis=1, keepdims=True), "float32")
 
 
 def test_rows_are_weighted_in_float32():
     """A weight of 1 + 2^-8, which bfloat16 rounds to 1, still moves 1.5 to the next bfloat16 number."""
     plan = make_plan(jnp.zeros((1, 1), jnp.int32), 1)
-    rows = gather_rows(jnp.full((1, 1), 1.5, jnp.bfloat16), plan, jnp.full((1, 1), 1 + 2**-8, jnp.float32))
+    rows = weighted_rows(jnp.full((1, 1), 1.5, jnp.bfloat16), plan, jnp.full((1, 1), 1 + 2**-8, jnp.float32))
     assert rows.dtype == jnp.bfloat16
     assert float(rows[0, 0]) == 1.5078125
 
@@ -105,12 +112,16 @@ def test_room_for_the_rows_of_experts_alone_combines_to_the_same(expert_ids, wei
 def test_pairs_on_a_gpu_are_the_same_rows(rng, monkeypatch, weighted):
     """Infinities and NaN included; an odd width has no pairs."""
     ids = jnp.asarray(rng.integers(-1, EXPERTS, size=(TOKENS, K)))
-    weights = jnp.asarray(rng.normal(size=ids.shape), jnp.float32) if weighted else None
+    weights, plan = jnp.asarray(rng.normal(size=ids.shape), jnp.float32), make_plan(ids, EXPERTS)
     for width in (6, 7):
         tokens = rng.normal(size=(TOKENS, width)).astype(np.float32)
         tokens[0, :3] = np.inf, -np.inf, np.nan
-        gather = functools.partial(gather_rows, jnp.asarray(tokens, jnp.bfloat16), make_plan(ids, EXPERTS), weights)
-        monkeypatch.setattr(permute, "default_device", lambda: ("cpu", "cpu"))
+        tokens = jnp.asarray(tokens, jnp.bfloat16)
+
+        def gather(tokens=tokens):
+            return weighted_rows(tokens, plan, weights) if weighted else gathered(rows_of(tokens, plan))
+
+        monkeypatch.setattr(row_tables, "default_device", lambda: ("cpu", "cpu"))
         expected = gather()
-        monkeypatch.setattr(permute, "default_device", lambda: ("gpu", "NVIDIA H200"))
+        monkeypatch.setattr(row_tables, "default_device", lambda: ("gpu", "NVIDIA H200"))
         np.testing.assert_array_equal(np.asarray(gather(), np.float32), np.asarray(expected, np.float32))

@@ -77,7 +77,8 @@ class RowEpilogue {
   static constexpr int kColumnBlocks = kTile.columns / kBlock;
   static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kHalves = kGated ? 2 : 1;
-  // Whether the gradient also makes the hidden rows again, of the pre-activation that it reads (SonicMoE does).
+  // Whether the gradient also makes the hidden rows again, times their weights, of the pre-activation that it reads
+  // (SonicMoE does).
   static constexpr bool kRemakes = kGradient && !keeps_hidden(kActivation);
   // Blocks of what was kept that are in shared memory, or on their way there while the tile is multiplied.
   static constexpr int kAhead = kRemakes ? 2 : 3;
@@ -202,7 +203,7 @@ class RowEpilogue {
   }
 
   // From the gradient of hidden rows (accumulated) to that of the pre-activation, which takes the place of what was
-  // kept, and to the hidden rows where these were not; the rows' weights enter here, and their own gradient
+  // kept, and to weighted hidden rows where these were not; the rows' weights enter here, and their own gradient
   // <dhidden, hidden> leaves as one partial sum a column tile (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
   __device__ __forceinline__ void store_gradient(Accumulator const (&acc)[Blocks], Work const& work) const {
@@ -235,7 +236,7 @@ class RowEpilogue {
             const Value ux = up_value<kActivation>(u.x, params_), uy = up_value<kActivation>(u.y, params_);
             const float hx = gx.value * ux.value, hy = gy.value * uy.value;
             dot[i % 2] += dx * hx + dy * hy;
-            hidden[i] = pack<T>(hx, hy);
+            hidden[i] = pack<T>(w * hx, w * hy);
             gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
             if constexpr (kGated) up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
           }

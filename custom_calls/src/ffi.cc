@@ -130,10 +130,41 @@ ffi::Error run(Request const& request, Type type, Args const& given, cudaStream_
                 (tiles.empty() ? "none" : tiles));
 }
 
+// The kernel's own numbers: two that count tiles; where rows are gathered, two that count chunks of these, and how many
+// are there, of all and of each 64.
 void take_counter(Check& check, Args& args, ffi::AnyBuffer const& counter) {
-  check.buffer("the counter", counter, ffi::DataType::S32, {2});
+  int64_t const size = args.gather.table == nullptr ? 2 : 5 + (int64_t{args.num_rows} + 63) / 64;
+  check.buffer("the counter", counter, ffi::DataType::S32, {size});
   args.counter = static_cast<uint64_t*>(counter.untyped_data());
+  args.counter_bytes = size * sizeof(int32_t);
+  args.gather.taken = reinterpret_cast<unsigned long long*>(args.counter + 1);
+  args.gather.ready = reinterpret_cast<int32_t*>(args.counter + 2);
 }
+
+// The rows of a product: [rows][width] in `data`, or the rows of this table that `ids` names, for which there is room.
+struct Rows {
+  ffi::AnyBuffer const& data;
+  ffi::AnyBuffer const* ids = nullptr;
+  ffi::AnyBuffer const* room = nullptr;
+
+  int64_t count() const { return (ids ? *ids : data).dimensions()[0]; }
+  void* start() const { return (room ? *room : data).untyped_data(); }
+
+  void describe(Check& check, Args& args, Tile const& tile) const {
+    if (!ids) return;
+    int64_t const table_rows = data.dimensions()[0], width = data.dimensions()[1];
+    check.buffer("row_ids", *ids, ffi::DataType::S32, {count()});
+    check.buffer("room for rows", *room, data.element_type(), {count(), width});
+    check.that(table_rows > 0, "rows of shape " + shape(data) + " hold none to gather");
+    check.that(table_rows < int64_t{1} << 31, "there are " + std::to_string(table_rows) + " rows to gather from, 2^31 or more");
+    check.that(tile.rows > 64, "tiles of " + std::to_string(tile.rows) + " rows gather none");
+    args.gather.units = width / 8;
+    args.gather.table = static_cast<uint4 const*>(data.untyped_data());
+    args.gather.table_rows = table_rows;
+    args.gather.row_ids = ids->typed_data<int32_t>();
+    args.gather.rows = static_cast<uint4*>(room->untyped_data());
+  }
+};
 
 // rows x w or rows x w^T: what the plain and the fused products have in common.
 struct Product {
@@ -142,20 +173,21 @@ struct Product {
   Type type = Type::kBf16;
   int64_t rows = 0, in = 0, out = 0;
 
-  // `halves` columns of output stand in each row of the product for one of the tile's.
-  Product(Request const& request, ffi::AnyBuffer const& x, ffi::AnyBuffer const& w, ffi::AnyBuffer const& sizes,
+  Product(Request const& request, Rows const& given, ffi::AnyBuffer const& w, ffi::AnyBuffer const& sizes,
           bool rows_first) {
+    ffi::AnyBuffer const& x = given.data;
     check.that(type_of(x).has_value(), "rows must be bfloat16 or float16");
     check.that(x.dimensions().size() == 2, "rows of shape " + shape(x) + " must have 2 axes");
     check.that(w.dimensions().size() == 3, "w of shape " + shape(w) + " must have 3 axes");
+    check.that(!given.ids || given.ids->dimensions().size() == 1, "row_ids must have 1 axis");
     if (!check.error().empty()) return;
     bool const transpose = request.contraction == Contraction::kRowsWt;
     int64_t const experts = w.dimensions()[0], k = w.dimensions()[1], n = w.dimensions()[2];
     type = *type_of(x);
-    rows = x.dimensions()[0];
+    rows = given.count();
     in = transpose ? n : k;
     out = transpose ? k : n;
-    check.buffer("rows", x, x.element_type(), {rows, in});
+    check.buffer("rows", x, x.element_type(), {x.dimensions()[0], in});
     check.buffer("w", w, x.element_type(), {experts, k, n});
     check.buffer("group_sizes", sizes, ffi::DataType::S32, {experts});
     check.features("the second axis of w", k);
@@ -163,8 +195,9 @@ struct Product {
     check.that(rows < (int64_t{1} << 31) - 256, "there are " + std::to_string(rows) + " rows, 2^31 or more");
     check.that(experts > 0, "there are no experts");
     if (!check.error().empty() || rows == 0) return;
-    check(is_shared(request.tile) ? window_map(&args.a, type, x.untyped_data(), in)
-                                  : dense_map(&args.a, type, x.untyped_data(), 1, rows, in, 64));
+    given.describe(check, args, request.tile);
+    check(is_shared(request.tile) ? window_map(&args.a, type, given.start(), in)
+                                  : dense_map(&args.a, type, given.start(), 1, rows, in, 64));
     bool const gated = request.epilogue == Epilogue::kActivation && is_gated(request.activation);
     args.whole_b = !transpose && n % (gated ? 128 : 64) == 0;
     if (args.whole_b) {
@@ -193,11 +226,13 @@ Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows
 }
 
 ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> counter, bool transpose_w,
-                  int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
+                  ffi::AnyBuffer row_ids, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> room,
+                  ffi::Result<ffi::AnyBuffer> counter, bool gathered, bool transpose_w, int32_t tile_rows,
+                  int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{transpose_w ? Contraction::kRowsWt : Contraction::kRowsW};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
-  Product product(request, rows, w, sizes, rows_first);
+  if (gathered && transpose_w) return refuse("rows x w^T gathers no rows");
+  Product product(request, gathered ? Rows{rows, &row_ids, &*room} : Rows{rows}, w, sizes, rows_first);
   if (product.check.error().empty()) {
     product.check.buffer("the result", *out, rows.element_type(), {product.rows, product.out});
     product.args.out_columns = product.out;
@@ -227,13 +262,13 @@ void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, b
 }
 
 ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                             ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden,
-                             ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta, float linear_beta,
-                             bool keep_pre, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster,
-                             bool rows_first) {
+                             ffi::AnyBuffer row_ids, ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden,
+                             ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered,
+                             int32_t activation, float beta, float linear_beta, bool keep_pre, int32_t tile_rows,
+                             int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsW, Epilogue::kActivation, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
-  Product product(request, rows, w, sizes, rows_first);
+  Product product(request, gathered ? Rows{rows, &row_ids, &*room} : Rows{rows}, w, sizes, rows_first);
   int64_t const width = is_gated(request.activation) ? product.out / 2 : product.out;
   fuse(product, request, *pre, keep_pre, width, activation, beta, linear_beta);
   if (product.check.error().empty()) {
@@ -252,7 +287,7 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
                                   int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
-  Product product(request, dout, w, sizes, rows_first);
+  Product product(request, Rows{dout}, w, sizes, rows_first);
   fuse(product, request, *dpre, true, product.out, activation, beta, linear_beta);
   if (product.check.error().empty()) {
     int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
@@ -379,11 +414,21 @@ auto with_matmul_tile(Binding&& binding) {
       .template Attr<bool>("rows_first");
 }
 
-auto bind_matmul() { return with_matmul_tile(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<bool>("transpose_w")); }
+auto bind_gathered_rows() { return bind_rows().Arg<ffi::AnyBuffer>(); }  // row_ids
+
+// The last results of a product of such rows: room for them, and the counter.
+template <class Binding>
+auto with_gather(Binding&& binding) {
+  return std::move(binding).template Ret<ffi::AnyBuffer>().template Ret<ffi::AnyBuffer>().template Attr<bool>("gathered");
+}
+
+auto bind_matmul() {
+  return with_matmul_tile(with_gather(bind_gathered_rows().Ret<ffi::AnyBuffer>()).Attr<bool>("transpose_w"));
+}
 
 auto bind_activation() {
-  return with_matmul_tile(
-      with_activation(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()).Attr<bool>("keep_pre"));
+  auto binding = with_gather(bind_gathered_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+  return with_matmul_tile(with_activation(std::move(binding)).Attr<bool>("keep_pre"));
 }
 
 auto bind_activation_grad() {
@@ -422,7 +467,7 @@ LATENT_MOE_HANDLER(latent_moe_top_k, latent_moe::choose, latent_moe::bind_choose
 LATENT_MOE_HANDLER(latent_moe_prepare, latent_moe::prepare, latent_moe::bind_prepare());
 
 // Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.
-LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 4; }
+LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 5; }
 
 // For tests: Sides::kMost bits, by multiprocessor.
 LATENT_MOE_EXPORT void latent_moe_sides(int32_t device, uint32_t* bits) {

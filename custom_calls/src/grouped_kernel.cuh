@@ -3,7 +3,8 @@
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
 // turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong), or share a larger one. Rows of an
 // expert end anywhere: a partial tile is stored row by row, and a partial step of a weight gradient, or the rows of a
-// shared tile, are loaded as a box that the copy engine clips there (`Window`).
+// shared tile, are loaded as a box that the copy engine clips there (`Window`). The rows of rows x w may be gathered
+// meanwhile (gather.cuh).
 #pragma once
 
 #include "column_epilogue.cuh"
@@ -33,6 +34,7 @@ struct Kernel {
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
   // A kernel of small tiles is bound by reading weights, each once: it need not wait for a counter to be cleared.
   static constexpr bool kCounts = kTile.rows > kBlock;
+  static constexpr bool kGathers = kCounts && kContraction == Contraction::kRowsW;
   using Tiles = Queue<kCounts ? kCluster : 0>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
@@ -102,6 +104,7 @@ struct Kernel {
     for (int r = 0; r < kTile.cluster_rows; ++r) mask_b |= 1 << (r * kTile.cluster_columns + rank_column);
 
     Tiles tiles(shared.queue);
+    RowsReady rows_ready;
     Place place;
     int expert = 0;
     int id = tiles.template take<true>();
@@ -112,6 +115,9 @@ struct Kernel {
       const Work work = next;
       id = tiles.template take<true>();
       if (id < schedule.count()) next = schedule.work(id, rank, expert);
+      if (kGathers && args.gather.table != nullptr && work.steps > 0) {
+        rows_ready.wait(args.gather, args.num_rows, work.row, work.valid);
+      }
       const int blocks = active_blocks(work);
       const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
       for (int step = 0; step < work.steps; ++step, place.next()) {
@@ -334,9 +340,13 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
 
   if (warpgroup == kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
+    const int warp = threadIdx.x / 32 % 4;
     if (threadIdx.x == kConsumers * kWarpgroup) K::produce(args, shared, schedule, rank);
     if (K::kCounts && rank == 0 && threadIdx.x == kConsumers * kWarpgroup + 32) {
-      typename K::Tiles(shared.queue).serve(args.counter, schedule.count(), args.sides);
+      typename K::Tiles(shared.queue).serve(args.counter, schedule.count(), takes_last_first(args.sides));
+    }
+    if (K::kGathers && args.gather.table != nullptr && warp >= 4 - kGatherers) {
+      gather_rows(args.gather, args.num_rows, takes_last_first(args.sides));
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
@@ -368,7 +378,7 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
   config.attrs = &cluster;
   config.numAttrs = 1;
   if (K::kCounts) {
-    if (auto error = cudaMemsetAsync(args.counter, 0, sizeof(*args.counter), stream)) return error;
+    if (auto error = cudaMemsetAsync(args.counter, 0, args.counter_bytes, stream)) return error;
   }
   // All blocks run at once: of a cluster size, the GPU may hold fewer than its multiprocessors would make.
   int clusters = num_sms / K::kCluster;

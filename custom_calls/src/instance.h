@@ -60,12 +60,23 @@ struct Window {
 #endif
 };
 
+// The rows of rows x w where they stand in a table: they are gathered into `rows` while the kernel runs.
+struct Gather {
+  int32_t units;       // of 16 bytes that a row has
+  uint4 const* table;  // or none
+  int32_t table_rows;
+  int32_t const* row_ids;  // row of the table that each row is; beyond the table: its nearest
+  uint4* rows;
+  unsigned long long* taken;  // chunks of rows taken from the first and from the last on
+  int32_t* ready;             // rows that are there: of all, then of each 64
+};
+
 // What one launch works on; all matrices are of 16-bit elements.
 struct Args {
   CUtensorMap a, b;
   bool whole_a, whole_b;  // the map's columns are cut into blocks of 64 (tensor_maps.h)
   void* out;         // the product; of a fused one the pre-activation, or its gradient
-  void* hidden;      // activation, and gradient of a kept pre-activation: hidden rows [rows, out_columns]
+  void* hidden;      // activation: hidden rows [rows, out_columns]; gradient of a kept pre-activation: those weighted
   void const* kept;  // activation gradient: the pre-activation or hidden rows, in the shape of `out`
   int32_t const* group_sizes;
   int32_t num_experts, num_rows;
@@ -73,6 +84,8 @@ struct Args {
   int32_t out_rows;     // outer: rows of one product
   int32_t out_columns;  // columns of one product; of a gated activation, of one half
   uint64_t* counter;    // two numbers, the kernel's own: tiles taken from the first and from the last on
+  size_t counter_bytes;  // to be cleared: the counter, and those of `gather` behind it
+  Gather gather;
   Sides sides;
   bool rows_first;      // walk down the rows of an expert before its columns
   float beta, linear_beta;

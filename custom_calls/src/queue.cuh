@@ -6,7 +6,7 @@
 // of an expert run on one side (sides.h).
 #pragma once
 
-#include "hopper.cuh"
+#include "gather.cuh"
 
 namespace latent_moe {
 
@@ -31,10 +31,7 @@ class Queue {
   }
 
   // By the thread that counts, in the first block of a cluster.
-  __device__ void serve(uint64_t* counter, int count, Sides const& sides) {
-    uint32_t sm;
-    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
-    const bool last_first = sm < Sides::kMost && (sides.bits[sm / 32] >> sm % 32 & 1);
+  __device__ void serve(uint64_t* counter, int count, bool last_first) {
     const unsigned long long one = last_first ? 1ull << 32 : 1;
     int id = 0;
     do {

@@ -16,11 +16,13 @@ from jax_latent_moe.errors import InputError
 from jax_latent_moe.grouped_matmul.backend import Backend, FusingBackend, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
 from jax_latent_moe.grouped_matmul.problems import Problem, problem
+from jax_latent_moe.grouped_matmul.rows import GatheredRows, gathered
 
 __all__ = [
     "Backend",
     "FusedActivation",
     "FusingBackend",
+    "GatheredRows",
     "Problem",
     "explain",
     "grouped_matmul",
@@ -32,7 +34,7 @@ __all__ = [
 
 
 def grouped_matmul(
-    rows: Float[Array, "r a"],
+    rows: Float[Array, "r a"] | GatheredRows,
     w: Float[Array, "e k n"],
     group_sizes: Int[Array, " e"],
     *,
@@ -45,7 +47,7 @@ def grouped_matmul(
     without rows has an exactly zero gradient. Differentiable in reverse mode with respect to rows and w.
 
     Args:
-        rows: [R, K] (or [R, N] with transpose_w), sorted by expert.
+        rows: [R, K] (or [R, N] with transpose_w), sorted by expert; `GatheredRows` need not be gathered beforehand.
         w: [E, K, N], of the dtype of rows.
         group_sizes: [E] int32, rows of each expert. Checked when the values are known; under jit, a negative size
             counts as 0 and rows that do not exist are left out.
@@ -59,8 +61,8 @@ def grouped_matmul(
         InputError: shapes, dtypes or group sizes do not fit.
         UnsupportedError: the named backend cannot run this.
     """
-    rows, w = jnp.asarray(rows), jnp.asarray(w)
-    _check_rows("rows", rows)
+    rows, w = _check_gathered(rows) if isinstance(rows, GatheredRows) else jnp.asarray(rows), jnp.asarray(w)
+    _check_rows("rows", rows.table if isinstance(rows, GatheredRows) else rows)
     if w.ndim != 3 or rows.shape[1] != w.shape[2 if transpose_w else 1]:
         raise InputError(
             f"w of shape {w.shape} does not fit rows of shape {rows.shape}: w is [experts, in, out] and its "
@@ -116,7 +118,10 @@ def _matmul_fwd(backend, transpose_w, rows, w, group_sizes):
 def _matmul_bwd(backend, transpose_w, residuals, dout):
     rows, w, group_sizes = residuals
     drows = _matmul(backend, not transpose_w, dout, w, group_sizes)
-    left, right = (dout, rows) if transpose_w else (rows, dout)
+    if isinstance(rows, GatheredRows):
+        _, pullback = jax.vjp(lambda table: gathered(rows._replace(table=table)), rows.table)
+        drows = rows._replace(table=pullback(drows)[0], row_ids=None)
+    left, right = (dout, gathered(rows)) if transpose_w else (gathered(rows), dout)
     return drows, _outer(backend, left, right, group_sizes), None
 
 
@@ -140,6 +145,15 @@ def _outer_bwd(backend, residuals, dw):
 
 
 _outer.defvjp(_outer_fwd, _outer_bwd)
+
+
+def _check_gathered(rows):
+    table, row_ids = (jnp.asarray(array) for array in rows)
+    if row_ids.ndim != 1 or not jnp.issubdtype(row_ids.dtype, jnp.integer):
+        raise InputError(f"row_ids of shape {row_ids.shape} and dtype {row_ids.dtype} must be integers, [rows].")
+    if row_ids.size and not table.shape[0]:
+        raise InputError(f"table of shape {table.shape} has no row for {row_ids.size} row_ids to name.")
+    return GatheredRows(table, row_ids.astype(jnp.int32))
 
 
 def _check_rows(name, rows):

@@ -9,6 +9,7 @@ from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, 
 from jax_latent_moe.errors import UnsupportedError
 from jax_latent_moe.grouped_matmul import cutlass, pallas_hopper, xla
 from jax_latent_moe.grouped_matmul.problems import Problem
+from jax_latent_moe.grouped_matmul.rows import GatheredRows
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
 
@@ -33,7 +34,12 @@ class Backend(Protocol):
         ...
 
     def matmul(
-        self, rows: Float[Array, "r a"], w: Float[Array, "e k n"], group_sizes: Int[Array, " e"], *, transpose_w: bool
+        self,
+        rows: Float[Array, "r a"] | GatheredRows,
+        w: Float[Array, "e k n"],
+        group_sizes: Int[Array, " e"],
+        *,
+        transpose_w: bool,
     ) -> Float[Array, "r b"]:
         """rows[R,K] x w -> [R,N]; with transpose_w rows[R,N] x w^T -> [R,K]."""
         ...
@@ -51,7 +57,7 @@ class FusingBackend(Backend, Protocol):
 
     def matmul_activation(
         self,
-        rows: Float[Array, "r k"],
+        rows: Float[Array, "r k"] | GatheredRows,
         w: Float[Array, "e k n"],
         group_sizes: Int[Array, " e"],
         *,
@@ -71,10 +77,11 @@ class FusingBackend(Backend, Protocol):
         *,
         activation,
     ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"]]:
-        """With dhidden = dout x w^T: row_weights times the gradient of the pre-activation; hidden; <dhidden, hidden>.
+        """With dhidden = dout x w^T: the gradient of the pre-activation, the hidden rows, and <dhidden, hidden>.
 
+        The first two are times row_weights, of which the third is the gradient.
         `kept` holds hidden rows where `FusedActivation.keeps_hidden`, and the second result is None; else it holds the
-        pre-activation. The gradient may take its place. The third result, the gradient of row_weights, is in float32.
+        pre-activation. The gradient may take its place. The third result is in float32.
         All are zero beyond the sum.
         """
         ...

@@ -9,10 +9,13 @@ from jax_latent_moe.grouped_matmul import cutlass_tiles
 from jax_latent_moe.grouped_matmul.cutlass_library import library
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation, fusing_refusal
 from jax_latent_moe.grouped_matmul.problems import Problem, hopper_refusal, problem
+from jax_latent_moe.grouped_matmul.rows import GatheredRows, gathered
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
 FEATURE_MULTIPLE = 8
 MAX_ROWS = 2**31 - 256
+SMALL_TILE = 64
+"""Rows of tiles whose kernels gather none: few rows are gathered beforehand."""
 
 
 class Cutlass:
@@ -64,8 +67,9 @@ class Cutlass:
         """See `Backend.matmul`."""
         tile = self._tile("rows_wt" if transpose_w else "rows_w", rows, w.shape)
         out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
-        call = _call("matmul", [out])
-        return call(rows, w, group_sizes, transpose_w=transpose_w, **_matmul_attributes(tile))[0]
+        rows = gathered(rows) if transpose_w else rows
+        attributes = {"transpose_w": transpose_w} | _matmul_attributes(tile)
+        return _call_on_rows("matmul", [out], rows, w, group_sizes, tile, attributes)[0]
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
@@ -87,10 +91,12 @@ class Cutlass:
         tile = self._tile("rows_w", rows, w.shape, activation)
         width = w.shape[2] // (2 if activation.gated else 1)
         num_rows = rows.shape[0]
-        kept = jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype)
-        call = _call("matmul_activation", [kept, jax.ShapeDtypeStruct((num_rows, width), rows.dtype)])
+        outs = [
+            jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype),
+            jax.ShapeDtypeStruct((num_rows, width), rows.dtype),
+        ]
         attributes = _activation_attributes(activation) | {"keep_pre": keep_pre} | _matmul_attributes(tile)
-        pre, hidden, _ = call(rows, w, group_sizes, **attributes)
+        pre, hidden = _call_on_rows("matmul_activation", outs, rows, w, group_sizes, tile, attributes)
         return pre if keep_pre else None, hidden
 
     def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
@@ -122,9 +128,22 @@ def _halves(problem) -> int:
     return problem.out_features // 2 if gated and problem.contraction == "rows_w" else 0
 
 
-def _call(target, outs, **options):
+def _call_on_rows(target, outs, rows, w, group_sizes, tile, attributes):
+    """The results of a target whose kernel gathers rows that are not gathered yet, unless its tiles are small."""
+    if tile.rows <= SMALL_TILE or not rows.shape[0]:
+        rows = gathered(rows)
+    gathers = isinstance(rows, GatheredRows)
+    table, row_ids = rows if isinstance(rows, GatheredRows) else (rows, jnp.zeros(0, jnp.int32))
+    # Of gathered rows the kernel counts how many are there, of all and of each 64, and which it took from either end.
+    counters = 5 + -(-rows.shape[0] // 64) if gathers else 2
+    room = jax.ShapeDtypeStruct(rows.shape if gathers else (0, 0), table.dtype)
+    call = _call(target, [*outs, room], counters)
+    return call(table, w, group_sizes, row_ids, gathered=gathers, **attributes)[: len(outs)]
+
+
+def _call(target, outs, counters=2, **options):
     """The target with its results, the last of which is the kernel's own: how many tiles were taken from either end."""
-    outs = [*outs, jax.ShapeDtypeStruct((2,), jnp.int32)]
+    outs = [*outs, jax.ShapeDtypeStruct((counters,), jnp.int32)]
     return jax.ffi.ffi_call(f"latent_moe_{target}", outs, vmap_method="sequential", **options)
 
 

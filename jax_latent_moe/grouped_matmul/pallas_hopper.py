@@ -9,6 +9,7 @@ from jax_latent_moe.grouped_matmul import pallas_hopper_tiles
 from jax_latent_moe.grouped_matmul.device import default_device, num_multiprocessors
 from jax_latent_moe.grouped_matmul.fused import fusing_refusal
 from jax_latent_moe.grouped_matmul.problems import hopper_refusal
+from jax_latent_moe.grouped_matmul.rows import gathered
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
 FEATURE_MULTIPLE = 64
@@ -84,10 +85,10 @@ class Pallas:
         return pallas_hopper_tiles.choose(contraction, num_rows, w_shape, device)
 
 
-def _call(function, *arrays, **settings):
+def _call(function, *operands, **settings):
     """Under vmap one call after the other: Pallas would add an axis to references, which the kernels do not expect."""
     call = functools.partial(function, num_sms=num_multiprocessors(), **settings)
-    return custom_batching.sequential_vmap(call)(*arrays)
+    return custom_batching.sequential_vmap(call)(*(gathered(operand) for operand in operands))
 
 
 def _fused_refusal(problem, fuse) -> str | None:

@@ -88,8 +88,8 @@ def matmul_activation_grad(
 
     Returns:
         The gradient of the pre-activation in the shape of kept, times row_weights and in the dtype of dout; the hidden
-        rows [R, M], made beside the kernel, or None where they were kept; the gradient of row_weights [R] in float32,
-        summed in a fixed order.
+        rows [R, M] times row_weights, made beside the kernel, or None where they were kept; the gradient of row_weights
+        [R] in float32, summed in a fixed order.
     """
     num_rows, width = dout.shape[0], w.shape[1]
     # With those that a cluster computes beyond the last column, which are zero.
@@ -124,4 +124,5 @@ def matmul_activation_grad(
     if activation.keeps_hidden:
         return dpre, None, drow_weights
     hidden, _ = value_and_slopes(activation, jnp.split(kept.astype(jnp.float32), num_parts, axis=1))
-    return dpre, jnp.where(owned[:, None], hidden, 0).astype(dout.dtype), drow_weights
+    weighted = row_weights[:, None].astype(jnp.float32) * hidden
+    return dpre, jnp.where(owned[:, None], weighted, 0).astype(dout.dtype), drow_weights

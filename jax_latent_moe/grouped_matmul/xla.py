@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from jax_latent_moe.config import XlaBackend
 from jax_latent_moe.grouped_matmul.blocked import blocked_matmul, blocked_outer
+from jax_latent_moe.grouped_matmul.rows import gathered
 
 
 class Xla:
@@ -31,6 +32,7 @@ class Xla:
 
     def matmul(self, rows, w, group_sizes, *, transpose_w):
         """See `Backend.matmul`."""
+        rows = gathered(rows)
         if self.config.method == "ragged_dot":
             return _ragged_matmul(rows, w, group_sizes, transpose_w)
         return blocked_matmul(rows, w, group_sizes, transpose_w=transpose_w, block_rows=self.config.block_rows)

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,19 @@ import numpy as np
 import pytest
 
 from jax_latent_moe.config import CutlassBackend
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, reference
+from jax_latent_moe.grouped_matmul import (
+    FusedActivation,
+    GatheredRows,
+    grouped_matmul,
+    grouped_outer,
+    problem,
+    reference,
+)
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_library import _path, library
 from jax_latent_moe.grouped_matmul.cutlass_tiles import compiled as compiled_tiles
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
+from jax_latent_moe.grouped_matmul.rows import gathered
 from tests.gpu.grouped import (
     check,
     check_fused,
@@ -47,6 +56,33 @@ def test_few_rows(rng, num_rows):
 
 def test_more_tiles_than_multiprocessors(rng):
     check(BACKEND, rng, "bfloat16", rng.multinomial(2500, np.full(40, 1 / 40)), 3000, 264, 1032)
+
+
+@pytest.mark.parametrize(("num_rows", "owned"), [(3000, 2500), (517, 517), (1, 1)])
+def test_rows_that_the_kernel_gathers_are_those_gathered_before(rng, num_rows, owned):
+    """To the bit, by every tile, ids outside of the table included; and they are right."""
+    experts, in_features, width, tokens = 40, 264, 1040, 90
+    sizes = rng.multinomial(owned, rng.dirichlet(np.full(experts, 0.5)))
+    table, w = rng.normal(size=(tokens, in_features)), rng.normal(size=(experts, in_features, width)) / 16
+    ids = rng.integers(-3, tokens + 3, num_rows)
+    rows = GatheredRows(jnp.asarray(table, jnp.bfloat16), jnp.asarray(ids, jnp.int32))
+    w, groups = jnp.asarray(w, jnp.bfloat16), jnp.asarray(sizes, jnp.int32)
+    expected = reference.grouped_matmul(float64(rows.table)[np.clip(ids, 0, tokens - 1)], float64(w), sizes)
+    for tile in compiled_tiles(problem("rows_w", num_rows, w.shape, "bfloat16")):
+        multiply = jax.jit(functools.partial(grouped_matmul, backend=CutlassBackend(matmul_tile=tile)))
+        out = multiply(rows, w, groups)
+        assert_close(float64(out), expected, "bfloat16", repr(tile))
+        assert (np.asarray(out) == np.asarray(multiply(gathered(rows), w, groups))).all()
+    for name in ("relu2", "swiglu"):
+        activate = jax.jit(
+            functools.partial(
+                Cutlass(CutlassBackend(fuse="always")).matmul_activation,
+                activation=FusedActivation(name),
+                keep_pre=True,
+            )
+        )
+        pairs = zip(activate(rows, w, groups), activate(gathered(rows), w, groups), strict=True)
+        assert all((np.asarray(value) == np.asarray(same)).all() for value, same in pairs)
 
 
 def test_weights_beyond_two_to_the_31_elements(rng):

@@ -25,9 +25,9 @@ def kept_of(config, pre):
 
 
 def matmul_activation_grad(config, dout, w, sizes, kept, row_weights):
-    """The pre-activation's gradient times row_weights; hidden rows, None where they were kept; that of row_weights.
+    """The gradient of the pre-activation and hidden rows, both times row_weights; that of row_weights.
 
-    Zeros beyond the sum.
+    There are no hidden rows where they were kept. Zeros beyond the sum.
     """
     owned = np.arange(len(dout)) < np.sum(sizes)
     dhidden = reference.grouped_matmul(dout, w, sizes, transpose_w=True)
@@ -36,4 +36,4 @@ def matmul_activation_grad(config, dout, w, sizes, kept, row_weights):
     weights = np.where(owned, row_weights, 0)[:, None]
     dpre = slopes * np.tile(weights * dhidden, (1, 2 if config.gated else 1))
     drow_weights = np.sum(dhidden * hidden * owned[:, None], axis=1)
-    return dpre, None if keeps_hidden(config) else hidden * owned[:, None], drow_weights
+    return dpre, None if keeps_hidden(config) else hidden * weights, drow_weights

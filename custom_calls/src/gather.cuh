@@ -1,0 +1,94 @@
+// Rows of rows x w that stand anywhere in a table: warps beside the producer thread copy them, in the order in which they
+// are needed, to where the copy engine reads them, while the products of other rows run. Fetching them right into the
+// stages, as SonicMoE does (arXiv 2512.14080), was slower here: every tile of columns fetches its rows again
+// (benchmarks/results/profiles/h200-2026-11-26.md).
+#pragma once
+
+#include "schedule.cuh"
+
+namespace latent_moe {
+
+constexpr int kGatherers = 2;  // warps of a block
+constexpr int kChunk = 8;      // rows that a warp takes at a time
+
+// Whether blocks on this multiprocessor take tiles from the last on (sides.h).
+__device__ __forceinline__ bool takes_last_first(Sides const& sides) {
+  uint32_t sm;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+  return sm < Sides::kMost && (sides.bits[sm / 32] >> sm % 32 & 1);
+}
+
+// Between what threads write to memory, or know to be written, and what the copy engine reads of it.
+__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// By each gathering warp: chunks of rows, in the order in which tiles are taken.
+__device__ __forceinline__ void gather_rows(Gather const& gather, int num_rows, bool last_first) {
+  const int lane = threadIdx.x % 32, chunks = ceil_div(num_rows, kChunk);
+  while (true) {
+    unsigned long long taken = 0;
+    if (lane == 0) taken = atomicAdd(gather.taken, last_first ? 1ull << 32 : 1);
+    taken = __shfl_sync(~0u, taken, 0);
+    const int from_first = static_cast<int>(taken), from_last = static_cast<int>(taken >> 32);
+    if (from_first + from_last >= chunks) return;
+    const int first = (last_first ? chunks - 1 - from_last : from_first) * kChunk;
+    const int count = min(kChunk, num_rows - first);
+    const int id = min(max(gather.row_ids[first + min(lane, count - 1)], 0), gather.table_rows - 1);
+    for (int row = 0; row < count; ++row) {
+      const auto* from = gather.table + int64_t{__shfl_sync(~0u, id, row)} * gather.units;
+      auto* to = gather.rows + int64_t{first + row} * gather.units;
+      for (int unit = lane; unit < gather.units; unit += 4 * 32) {
+        uint4 units[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (unit + 32 * i < gather.units) units[i] = __ldg(from + unit + 32 * i);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (unit + 32 * i < gather.units) to[unit + 32 * i] = units[i];
+        }
+      }
+    }
+    __threadfence();
+    fence_copy_engine();
+    __syncwarp();
+    if (lane == 0) {
+      atomicAdd(gather.ready + 1 + first / kBlock, count);
+      atomicAdd(gather.ready, count);
+    }
+  }
+}
+
+// What the producer thread knows of which rows are there.
+class RowsReady {
+ public:
+  // Waits for rows first ... first + count - 1.
+  __device__ __forceinline__ void wait(Gather const& gather, int num_rows, int first, int count) {
+    if (all_) return;
+    const int last_block = (first + count - 1) / kBlock;
+    all_ = load(gather.ready) == num_rows;
+    for (int block = first / kBlock; !all_ && block <= last_block; block += 4) {
+      bool ready;
+      do {
+        ready = true;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = min(block + i, last_block);
+          ready &= load(gather.ready + 1 + at) == min(kBlock, num_rows - at * kBlock);
+        }
+      } while (!ready);
+    }
+    __threadfence();
+    fence_copy_engine();
+  }
+
+ private:
+  static __device__ __forceinline__ int load(int32_t const* counter) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+  }
+
+  bool all_ = false;
+};
+
+}  // namespace latent_moe
