@@ -121,12 +121,13 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
 
 
 def _activation_passes(config, forward, training) -> int:
-    """Passes over hidden rows that products do not make themselves."""
+    """Passes over hidden rows beside those that plain products would make; activations run inside of these."""
+    if not training:
+        return 0
     if keeps_hidden(config):
-        return int(training)  # a kernel reads them to put the gradient in their place
-    gate = 2 if config.gated else 1
-    made = (gate + 1) * (forward + training)  # the pre-activation read, hidden rows written, in either direction
-    return made + (2 * gate + 1) * training  # the pre-activation and two gradients
+        return 1  # a kernel reads them to put the gradient in their place
+    # Hidden rows are written beside the pre-activation; its gradient reads it, is as wide, and writes them once more.
+    return forward + (4 if config.gated else 2)
 
 
 def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:

@@ -71,26 +71,15 @@ def measured(
 def test_a_layer_as_measured_on_one_gpu(record):
     """Time within 30 %, memory within 15 %: not at one token, where XLA takes 8 MiB that nothing here explains.
 
-    Gated layers were last trained there by an earlier backward pass, which took more memory than today's, below.
+    The plan has gated activations inside of the products, where pallas leaves them to XLA.
     """
     tokens, layer = (LAYERS | DECODE_LAYERS)[record["shape"]]
     plan = make_plan(layer, {}, tokens, H200, training=record["pass"] == "forward_backward")
     assert plan.communication_ms == 0
     assert plan.compute_ms == pytest.approx(record["ms"], rel=0.3)
     temporary = plan.memory["working memory of a layer"] + plan.memory.get("kept for the backward pass", 0)
-    if tokens > 1 and not (layer.gated and record["pass"] == "forward_backward"):
+    if tokens > 1 and not (layer.gated and record["impl"] == "pallas"):
         assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
-
-
-@pytest.mark.parametrize(
-    ("name", "gigabytes"), [("super_t8192", 1.42), ("super_swiglu_m1792_t8192", 1.46), ("qwen3_t16384", 1.14)]
-)
-def test_memory_of_training_on_an_h100(name, gigabytes):
-    """Within 15 % of the temporary memory of forward and backward in results/profiles/h100-2026-11-25.md."""
-    tokens, layer = LAYERS[name]
-    plan = make_plan(layer, {}, tokens, H200)
-    temporary = plan.memory["working memory of a layer"] + plan.memory["kept for the backward pass"]
-    assert temporary == pytest.approx(gigabytes * 1e9, rel=0.15)
 
 
 @pytest.mark.parametrize("record", measured({"parallel": ("super_t8192_x2",)}, "h200-x2", ("all_gather", "all_to_all")))
