@@ -3,9 +3,9 @@
 One differentiation rule covers the block. It keeps the tokens, the routing and what the activation's gradient is made
 of: the pre-activation, or of relu2 the hidden rows, whose root tells its slope. Gathered rows are made again in the
 backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h>, and where
-hidden rows are made again they are weighted at once, as in SonicMoE (arXiv 2512.14080). A backend that gathers rows
-while it multiplies is left to, and one that fuses the activation, or its gradient, into a product is asked to; of the
-others they are composed.
+hidden rows are made again they are weighted at once, as in SonicMoE (arXiv 2512.14080). The up-projection is handed
+its rows ungathered, for backends that gather while they multiply. A backend that fuses the activation, or its gradient,
+into a product is asked to; of the others the two are composed.
 """
 
 import functools
