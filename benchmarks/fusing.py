@@ -1,9 +1,9 @@
 """The routed experts with their activation inside of a product and after it: the suite "fused" of `benchmarks.gpu`.
 
-Passes: "forward" is the up-projection with its activation, as a forward pass does it that a backward pass follows;
-"forward_backward" the whole routed block, from tokens to all gradients. A gradient that is fused takes the place of
-what was kept, so that no part of the backward pass can be timed alone: the copy that spares its argument would be timed
-with it.
+Passes: "forward" is the up-projection, from tokens, with its activation, as a forward pass does it that a backward pass
+follows; "forward_backward" the whole routed block, from tokens to all gradients. A gradient that is fused takes the
+place of what was kept, so that no part of the backward pass can be timed alone: the copy that spares its argument would
+be timed with it.
 """
 
 import dataclasses

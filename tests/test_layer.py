@@ -173,8 +173,8 @@ def test_replaying_its_own_ids_changes_nothing(rng):
     first = run(case)
     again = run(case._replace(expert_ids=np.asarray(first[0][1].expert_ids)))
     for value, ref in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
-        if jnp.issubdtype(ref.dtype, jnp.floating):
-            assert_close(np.asarray(value), np.asarray(ref), "float32")  # a GPU's two programs may round a sum apart
+        if jax.default_backend() == "gpu" and jnp.issubdtype(ref.dtype, jnp.floating):
+            assert_close(np.asarray(value), np.asarray(ref), "float32")  # its two programs may round a sum apart
         else:
             np.testing.assert_array_equal(value, ref)
 

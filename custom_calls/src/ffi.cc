@@ -179,7 +179,7 @@ struct Product {
     check.that(type_of(x).has_value(), "rows must be bfloat16 or float16");
     check.that(x.dimensions().size() == 2, "rows of shape " + shape(x) + " must have 2 axes");
     check.that(w.dimensions().size() == 3, "w of shape " + shape(w) + " must have 3 axes");
-    check.that(!given.ids || given.ids->dimensions().size() == 1, "row_ids must have 1 axis");
+    if (given.ids) check.that(given.ids->dimensions().size() == 1, "row_ids of shape " + shape(*given.ids) + " must have 1 axis");
     if (!check.error().empty()) return;
     bool const transpose = request.contraction == Contraction::kRowsWt;
     int64_t const experts = w.dimensions()[0], k = w.dimensions()[1], n = w.dimensions()[2];

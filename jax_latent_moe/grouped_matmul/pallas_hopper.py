@@ -53,14 +53,15 @@ class Pallas:
 
         contraction = "rows_wt" if transpose_w else "rows_w"
         tile = self._tile(contraction, rows.shape[0], w.shape, default_device()[1]).tile
-        return _call(rows_w, rows, w, group_sizes, transpose_w=transpose_w, tile=tile)
+        return _call(rows_w, gathered(rows), w, group_sizes, transpose_w=transpose_w, tile=tile)
 
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation
 
         tile = pallas_hopper_tiles.choose_fused("rows_w", rows.shape[0], w.shape, activation)
-        return _call(matmul_activation, rows, w, group_sizes, activation=activation, keep_pre=keep_pre, tile=tile)
+        arrays = gathered(rows), w, group_sizes
+        return _call(matmul_activation, *arrays, activation=activation, keep_pre=keep_pre, tile=tile)
 
     def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
@@ -85,10 +86,10 @@ class Pallas:
         return pallas_hopper_tiles.choose(contraction, num_rows, w_shape, device)
 
 
-def _call(function, *operands, **settings):
+def _call(function, *arrays, **settings):
     """Under vmap one call after the other: Pallas would add an axis to references, which the kernels do not expect."""
     call = functools.partial(function, num_sms=num_multiprocessors(), **settings)
-    return custom_batching.sequential_vmap(call)(*(gathered(operand) for operand in operands))
+    return custom_batching.sequential_vmap(call)(*arrays)
 
 
 def _fused_refusal(problem, fuse) -> str | None:

@@ -121,13 +121,16 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
 
 
 def _activation_passes(config, forward, training) -> int:
-    """Passes over hidden rows beside those that plain products would make; activations run inside of these."""
+    """Passes over hidden rows beside those that plain products would make; activations run inside of these.
+
+    As the compiled kernels have it, but for situ_glu's gradient, which they leave to XLA, with two passes more.
+    """
     if not training:
         return 0
     if keeps_hidden(config):
         return 1  # a kernel reads them to put the gradient in their place
     # Hidden rows are written beside the pre-activation; its gradient reads it, is as wide, and writes them once more.
-    return forward + (4 if config.gated else 2)
+    return forward + (4 if config.gated else 2) + 2 * (config.activation == "situ_glu")
 
 
 def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:
