@@ -198,23 +198,27 @@ struct Kernel {
                                                   int thread, Multiply const& multiply) {
     // The last step of a weight gradient holds only so many rows of the expert.
     const int full_steps = kOuter ? work.valid / kBlock : work.steps;
+    const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.stages));
     int previous = -1;
+#pragma unroll 1
     for (int step = 0; step < full_steps; ++step, place.next()) {
+      const uint32_t stage = uniform(first + place.stage * (kStageBytes >> 4));
       shared.full[place.stage].wait(place.phase);
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int k16 = 0; k16 < kBlock / 16; ++k16) multiply(k16);
+      for (int k16 = 0; k16 < kBlock / 16; ++k16) multiply(stage, k16);
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();
       if (previous >= 0) release(shared, previous, thread);
       previous = place.stage;
     }
     if (full_steps < work.steps) {
+      const uint32_t stage = uniform(first + place.stage * (kStageBytes >> 4));
       shared.full[place.stage].wait(place.phase);
 #pragma unroll 1
       for (int row = full_steps * kBlock; row < work.valid; row += 16) {
         cute::warpgroup_arrive();
-        multiply(row % kBlock / 16);
+        multiply(stage, row % kBlock / 16);
         cute::warpgroup_commit_batch();
       }
     }
@@ -241,12 +245,12 @@ struct Kernel {
     float acc[Blocks][kTile.columns / 2] = {};
     epilogue.begin(work);
     shared.turn[warpgroup].wait(turn_phase);
-    products(shared, work, place, warpgroup, thread, [&](int k16) {
-      const uint32_t a = cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0));
-      const uint64_t b = operand<kMajorB>(cute::cast_smem_ptr_to_uint(shared.b(place.stage, 0)), k16);
+    products(shared, work, place, warpgroup, thread, [&](uint32_t stage, int k16) {
 #pragma unroll
       for (int block = 0; block < Blocks; ++block) {
-        wgmma<T, kTile.columns, kMajorA, kMajorB>(operand<kMajorA>(a + block * kBlockBytes, k16), b, acc[block]);
+        wgmma<T, kTile.columns, kMajorA, kMajorB>(descriptor(stage, block * kBlockBytes + bytes_to<kMajorA>(k16)),
+                                                  descriptor(stage, kBlocksA * kBlockBytes + bytes_to<kMajorB>(k16)),
+                                                  acc[block]);
       }
     });
     epilogue.template finish<Blocks>(acc, work);
@@ -261,12 +265,12 @@ struct Kernel {
     float acc[kBlocksOfWarpgroup][kTile.rows / 2] = {};
     const int first_block = warpgroup * kBlocksOfWarpgroup, eights = ceil_div(work.valid, 8);
     const auto with = [&](auto n) {
-      products(shared, work, place, warpgroup, thread, [&](int k16) {
-        const uint64_t a = operand<Major::K>(cute::cast_smem_ptr_to_uint(shared.a(place.stage, 0)), k16);
-        const uint32_t b = cute::cast_smem_ptr_to_uint(shared.b(place.stage, first_block));
+      products(shared, work, place, warpgroup, thread, [&](uint32_t stage, int k16) {
+        const uint64_t a = descriptor(stage, bytes_to<Major::K>(k16));
 #pragma unroll
         for (int block = 0; block < kBlocksOfWarpgroup; ++block) {
-          wgmma<T, n(), kMajorB, Major::K>(operand<kMajorB>(b + block * kBlockBytes, k16), a, acc[block]);
+          const uint32_t at = (kBlocksA + block) * kBlockBytes + bytes_to<kMajorB>(k16);
+          wgmma<T, n(), kMajorB, Major::K>(descriptor(stage + first_block * (kBlockBytes >> 4), at), a, acc[block]);
         }
       });
     };

@@ -75,18 +75,24 @@ __device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size]
   wgmma<Wgmma<T, N, A, B>>(a, b, acc, std::make_integer_sequence<int, N / 2>{});
 }
 
-// Descriptor of an operand of swizzled [64][64] blocks. A K-major operand walks 16 columns on as 32 bytes, an MN-major
-// one as 16 rows of 128 bytes; blocks beside each other along M or N lie kBlockBytes apart.
-template <Major major>
-__device__ __forceinline__ uint64_t operand(uint32_t address, int k16) {
-  cute::GmmaDescriptor descriptor;
-  descriptor.bitfield.start_address_ = (address + k16 * (major == Major::K ? 32 : 16 * 128)) >> 4;
-  descriptor.bitfield.leading_byte_offset_ = kBlockBytes >> 4;
-  descriptor.bitfield.stride_byte_offset_ = (8 * 128) >> 4;
-  descriptor.bitfield.base_offset_ = 0;
-  descriptor.bitfield.layout_type_ = 1;  // 128-byte swizzle
-  return descriptor;
+// Lower half of the descriptor of an operand of swizzled [64][64] blocks: where it begins, and that blocks beside each
+// other along M or N lie kBlockBytes apart. Of the address, the upper bits number the block in its cluster.
+__device__ __forceinline__ uint32_t operand(uint32_t address) { return (address & 0x3ffff) >> 4 | kBlockBytes >> 4 << 16; }
+
+// Descriptor `bytes` further on.
+__device__ __forceinline__ uint64_t descriptor(uint32_t operand, uint32_t bytes) {
+  constexpr uint32_t upper = (8 * 128) >> 4 | 1 << 30;  // rows of 8 lie 1024 bytes apart; 128-byte swizzle
+  return static_cast<uint64_t>(upper) << 32 | (operand + (bytes >> 4));
 }
+
+// A K-major operand walks 16 columns on as 32 bytes, an MN-major one as 16 rows of 128 bytes.
+template <Major major>
+__host__ __device__ constexpr uint32_t bytes_to(int k16) {
+  return k16 * (major == Major::K ? 32 : 16 * 128);
+}
+
+// The same value of every lane, which the compiler then keeps once for the warp.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
 
 // Loads one box; with Multicast > 1 into the same place of every block of the cluster that `mask` names.
 template <int Multicast, class... Coordinates>

@@ -61,12 +61,16 @@ class Queue {
       ++taken_;
       return id;
     } else {
-      Barrier& full = full_[slot_];
-      if (Producer && Cluster > 1) full.arrive_and_expect_tx(sizeof(int));
-      full.wait(phase_);
-      const int id = *reinterpret_cast<int volatile*>(ids_ + slot_);
-      if (!Producer) __syncwarp();
-      if (Producer || threadIdx.x % 32 == 0) Cluster == 1 ? empty_[slot_].arrive() : empty_[slot_].arrive(0u);
+      // One lane reads for its warp: its arrival orders its own read, and no other's, before the slot is used again.
+      int id = 0;
+      if (Producer || threadIdx.x % 32 == 0) {
+        Barrier& full = full_[slot_];
+        if (Producer && Cluster > 1) full.arrive_and_expect_tx(sizeof(int));
+        full.wait(phase_);
+        id = *reinterpret_cast<int volatile*>(ids_ + slot_);
+        Cluster == 1 ? empty_[slot_].arrive() : empty_[slot_].arrive(0u);
+      }
+      if (!Producer) id = __shfl_sync(~0u, id, 0);
       next();
       return id;
     }
