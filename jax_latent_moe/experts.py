@@ -2,8 +2,9 @@
 
 One differentiation rule covers the block. It keeps the tokens, the routing and what the activation's gradient is made
 of: the pre-activation, or of relu2 the hidden rows, whose root tells its slope. Gathered rows are made again in the
-backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h>, and where
-hidden rows are made again they are weighted at once, as in SonicMoE (arXiv 2512.14080). The up-projection is handed
+backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h>, as in
+SonicMoE (arXiv 2512.14080). One gather of gradients serves both products of w_out: weighted beside kept hidden rows, as
+they are where hidden rows are made again, since these are then weighted at once. The up-projection is handed
 its rows ungathered, for backends that gather while they multiply. A backend that fuses the activation, or its gradient,
 into a product is asked to; of the others the two are composed.
 """
@@ -37,7 +38,8 @@ def routed_experts(
     Args:
         config: read for the activation and the backend.
         tokens: [T, l].
-        weights: [T, k], 0 where a choice reaches no expert.
+        weights: [T, k], 0 where a choice reaches no expert. With relu2 the gradient of a weight that is 0 is 0: no
+            score function gives one but by underflow, where its slope is 0 too.
         w_in: [E, l, m], gated [E, l, 2, m], in the dtype of tokens.
         w_out: [E, m, l], in the dtype of tokens.
         plan: where each choice stands among the sorted rows.
@@ -67,12 +69,16 @@ def _routed_bwd(config, residuals, dcombined):
     row_weights = weights.reshape(-1)[plan.slot_of_row]
 
     if keeps_hidden(config):
-        dw_out = outer(kept, weighted_rows(dcombined, plan, weights))
+        # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.
+        dout = weighted_rows(dcombined, plan, weights)
+        dw_out = outer(kept, dout)
         if _fusing(config, "rows_wt", kept, w_out):
             # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
-            kept, dcombined, dw_out = jax.lax.optimization_barrier((kept, dcombined, dw_out))
-        dout = gathered(rows_of(dcombined, plan))
-        dpre, _, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, kept, row_weights)
+            kept, dout, dw_out = jax.lax.optimization_barrier((kept, dout, dw_out))
+        ones = jnp.ones_like(row_weights)
+        dpre, _, products = down_gradient(config, dout, w_out, plan.group_sizes, kept, ones)
+        weighted = row_weights != 0
+        drow_weights = jnp.where(weighted, products / jnp.where(weighted, row_weights, 1), 0)
     else:
         dout = gathered(rows_of(dcombined, plan))
         dpre, weighted_hidden, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, kept, row_weights)

@@ -57,6 +57,26 @@ def test_gradients_equal_those_of_a_dense_formulation(rng, config):
 
 
 @both_kinds
+def test_gradients_of_weights_hold_for_the_smallest(rng, config):
+    """Where gradients are weighted before the product, that of a weight is a quotient; of a weight that is 0 it is 0."""
+    ids, arrays = draw(rng, config)
+    ids = np.abs(ids)
+    tokens, weights, w_in, w_out = arrays
+    small = np.full(weights.shape, 1.0, np.float32)
+    small[::2], small[1, 1] = 1e-25, 0.0
+    arrays = tokens, weights * small, w_in, w_out
+
+    def gradient(function):
+        return jax.grad(lambda weights: jnp.sum(function(tokens, weights, w_in, w_out)))(arrays[1])
+
+    ours = gradient(lambda *arrays: routed_experts(config, *arrays, make_plan(jnp.asarray(ids), EXPERTS)))
+    wanted = gradient(functools.partial(dense, config, ids))
+    if config.activation == "relu2":
+        wanted = jnp.where(arrays[1] == 0, 0, wanted)
+    assert_close(ours, wanted, "float32")
+
+
+@both_kinds
 def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config):
     """No gathered copy of the tokens, not both pre-activations and hidden rows, no expert outputs."""
     ids, arrays = draw(rng, config)
