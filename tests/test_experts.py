@@ -58,7 +58,7 @@ def test_gradients_equal_those_of_a_dense_formulation(rng, config):
 
 @both_kinds
 def test_gradients_of_weights_hold_for_the_smallest(rng, config):
-    """Where gradients are weighted before the product, that of a weight is a quotient; of a weight that is 0 it is 0."""
+    """Where gradients are weighted before the product, a weight's is a quotient, and 0 for a weight of 0."""
     ids, arrays = draw(rng, config)
     ids = np.abs(ids)
     tokens, weights, w_in, w_out = arrays

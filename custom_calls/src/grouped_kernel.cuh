@@ -191,8 +191,8 @@ struct Kernel {
     }
   }
 
-  // The products of a tile: `multiply(k16)` issues those of 16 elements of the contracted axis. Hands the turn over when
-  // all are issued, and ends when all are done.
+  // The products of a tile: `multiply(stage, k16)` issues those of 16 elements of the contracted axis, in a stage whose
+  // first block is the operand `stage`. Hands the turn over when all are issued, and ends when all are done.
   template <class Multiply>
   static __device__ __forceinline__ void products(Shared const& shared, Work const& work, Place& place, int warpgroup,
                                                   int thread, Multiply const& multiply) {

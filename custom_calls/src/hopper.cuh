@@ -77,9 +77,11 @@ __device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size]
 
 // Lower half of the descriptor of an operand of swizzled [64][64] blocks: where it begins, and that blocks beside each
 // other along M or N lie kBlockBytes apart. Of the address, the upper bits number the block in its cluster.
-__device__ __forceinline__ uint32_t operand(uint32_t address) { return (address & 0x3ffff) >> 4 | kBlockBytes >> 4 << 16; }
+__device__ __forceinline__ uint32_t operand(uint32_t address) {
+  return (address & 0x3ffff) >> 4 | kBlockBytes >> 4 << 16;
+}
 
-// Descriptor `bytes` further on.
+// The whole descriptor, `bytes` further on.
 __device__ __forceinline__ uint64_t descriptor(uint32_t operand, uint32_t bytes) {
   constexpr uint32_t upper = (8 * 128) >> 4 | 1 << 30;  // rows of 8 lie 1024 bytes apart; 128-byte swizzle
   return static_cast<uint64_t>(upper) << 32 | (operand + (bytes >> 4));
