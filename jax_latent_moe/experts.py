@@ -3,8 +3,8 @@
 One differentiation rule covers the block. It keeps the tokens, the routing and what the activation's gradient is made
 of: the pre-activation, or of relu2 the hidden rows, whose root tells its slope. Gathered rows are made again in the
 backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h>, as in
-SonicMoE (arXiv 2512.14080). One gather of gradients serves both products of w_out: weighted beside kept hidden rows, as
-they are where hidden rows are made again, since these are then weighted at once. The up-projection is handed
+SonicMoE (arXiv 2512.14080). One gather of gradients serves both products that they enter: the weights go into these
+gradients where hidden rows were kept, and into the hidden rows where they are made again. The up-projection is handed
 its rows ungathered, for backends that gather while they multiply. A backend that fuses the activation, or its gradient,
 into a product is asked to; of the others the two are composed.
 """
@@ -39,7 +39,7 @@ def routed_experts(
         config: read for the activation and the backend.
         tokens: [T, l].
         weights: [T, k], 0 where a choice reaches no expert. With relu2 the gradient of a weight that is 0 is 0: no
-            score function gives one but by underflow, where its slope is 0 too.
+            score function gives one but by underflow, where the score's slope vanishes too.
         w_in: [E, l, m], gated [E, l, 2, m], in the dtype of tokens.
         w_out: [E, m, l], in the dtype of tokens.
         plan: where each choice stands among the sorted rows.
