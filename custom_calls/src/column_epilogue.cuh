@@ -22,11 +22,11 @@ class ColumnEpilogue {
  public:
   static constexpr int kSharedBytes = kConsumers * kRows * kPitch;
 
-  __device__ ColumnEpilogue(Args const& args, char* shared)
+  __device__ ColumnEpilogue(Args const& args, char* shared, int warpgroup, int thread)
       : args_(args),
-        warpgroup_(threadIdx.x / kWarpgroup),
-        warp_(threadIdx.x / 32 % 4),
-        lane_(threadIdx.x % 32),
+        warpgroup_(warpgroup),
+        warp_(thread / 32),
+        lane_(thread % 32),
         base_(shared + warpgroup_ * kRows * kPitch) {}
 
   // Stores a warpgroup's half of a tile: acc[b][i] stands in column 64 b + 16 warp + 8 (i / 2 % 2) + lane / 4, at row

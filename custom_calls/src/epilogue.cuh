@@ -1,71 +1,13 @@
 // From accumulators to memory: rounded, through the expert's activation or its gradient.
 //
-// Each warp sends its 16 rows through 2 KB of shared memory of its own, to write 128 bytes of a row at a time. Stores of
-// the copy engine would wait in its queue behind the loads of the coming tiles, and the warpgroup with them.
+// Each warp sends its 16 rows through 2 KB of shared memory of its own, to write 128 bytes of a row at a time.
 #pragma once
 
 #include "activation.cuh"
+#include "piece.cuh"
 #include "schedule.cuh"
 
 namespace latent_moe {
-
-constexpr int kWarpRows = 16;
-constexpr int kPieceBytes = kWarpRows * 128;  // a warp's part of a [64][64] block
-
-// Part of a matrix of 16-bit elements in memory: `rows` rows of `columns`, from `start` on; others are not touched.
-template <class T>
-struct Part {
-  T* start;
-  int64_t pitch;
-  int rows, columns;
-};
-
-// A warp's [16][64] elements in shared memory, swizzled so that neither way of access meets a bank twice.
-template <class T>
-class Piece {
- public:
-  __device__ explicit Piece(char* base) : base_(base) {}
-
-  // As one thread of a warpgroup holds them after a product, as pairs, 16 columns (a quarter) at a time: pair i stands
-  // in row 8 (i % 2) + lane / 4, at column 16 quarter + 8 (i / 2) + 2 (lane % 4).
-  __device__ __forceinline__ void put(uint32_t const (&p)[4], int quarter, int lane) const {
-    cute::SM90_U32x4_STSM_N::copy(p[0], p[1], p[2], p[3], *at(lane % 16, 2 * quarter + lane / 16));
-  }
-  __device__ __forceinline__ void get(uint32_t (&p)[4], int quarter, int lane) const {
-    cute::SM75_U32x4_LDSM_N::copy(*at(lane % 16, 2 * quarter + lane / 16), p[0], p[1], p[2], p[3]);
-  }
-
-  // Writes what the whole warp has put.
-  __device__ __forceinline__ void write(Part<T> const& to, int lane) const {
-    const int column = lane % 8;
-    if (column * 8 >= to.columns) return;
-#pragma unroll
-    for (int i = 0; i < kWarpRows / 4; ++i) {
-      const int row = lane / 8 + 4 * i;
-      if (row < to.rows) *reinterpret_cast<cute::uint128_t*>(to.start + row * to.pitch + column * 8) = *at(row, column);
-    }
-  }
-
-  // Starts to read, for the whole warp; rows and columns beyond the part become zero.
-  __device__ __forceinline__ void read(Part<T> const& from, int lane) const {
-    const int column = lane % 8;
-#pragma unroll
-    for (int i = 0; i < kWarpRows / 4; ++i) {
-      const int row = lane / 8 + 4 * i;
-      const bool inside = row < from.rows && column * 8 < from.columns;
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-          *reinterpret_cast<cute::uint128_t const*>(inside ? from.start + row * from.pitch + column * 8 : from.start),
-          *at(row, column), inside);
-    }
-  }
-
- private:
-  __device__ __forceinline__ cute::uint128_t* at(int row, int column) const {
-    return reinterpret_cast<cute::uint128_t*>(base_ + row * 128 + ((column ^ (row & 7)) << 4));
-  }
-
-  char* base_;
-};
 
 template <int I>
 class RowEpilogue {
@@ -89,12 +31,12 @@ class RowEpilogue {
   static constexpr int kPiecesOfWarp = kGradient ? kAhead * kHalves + kRemakes : 1;
   static constexpr int kSharedBytes = kConsumers * 4 * kPiecesOfWarp * kPieceBytes;
 
-  __device__ RowEpilogue(Args const& args, char* shared)
+  __device__ RowEpilogue(Args const& args, char* shared, int warpgroup, int thread)
       : args_(args),
         params_{args.beta, 1.0f / args.beta, args.linear_beta, 1.0f / args.linear_beta},
-        base_(shared + threadIdx.x / 32 * kPiecesOfWarp * kPieceBytes),
-        warp_(threadIdx.x / 32 % 4),
-        lane_(threadIdx.x % 32) {}
+        base_(cute::cast_smem_ptr_to_uint(shared) + (warpgroup * 4 + thread / 32) * kPiecesOfWarp * kPieceBytes),
+        warp_(thread / 32),
+        lane_(thread % 32) {}
 
   // Before the products of a tile: the first blocks of what was kept are sent for.
   __device__ __forceinline__ void begin(Work const& work) const {
@@ -112,71 +54,72 @@ class RowEpilogue {
     } else {
 #pragma unroll
       for (int block = 0; block < Blocks; ++block) {
+        if constexpr (kInstance.epilogue == Epilogue::kStore) {
+          const Strip<T> out = strip(args_.out, work, block);
 #pragma unroll
-        for (int c = 0; c < (kGated ? kColumnBlocks / 2 : kColumnBlocks); ++c) {
-          if constexpr (kInstance.epilogue == Epilogue::kStore) {
-            store(acc[block], c, args_.out, work, block, c);
-          } else {
-            store_activation(acc[block], work, block, c);
-          }
+          for (int c = 0; c < kColumnBlocks; ++c) store(acc[block], c, out, c);
+        } else {
+          store_activation(acc[block], work, block);
         }
       }
     }
   }
 
  private:
-  __device__ __forceinline__ Piece<T> piece(int i) const { return Piece<T>(base_ + i * kPieceBytes); }
+  __device__ __forceinline__ Piece<T> piece(int i) const { return Piece<T>(base_ + i * kPieceBytes, lane_); }
 
-  // This warp's part of a column block of the tile; `half` 1 is the up half of gated pre-activations.
-  __device__ __forceinline__ Part<T> part(void* matrix, Work const& work, int block, int c, int width, int half) const {
-    const int first = block * kBlock + warp_ * kWarpRows, column = work.column + c * kBlock;
+  // This warp's rows of a row block of the tile; `half` 1 is the up half of gated pre-activations.
+  __device__ __forceinline__ Strip<T> strip(void* matrix, Work const& work, int block, int halves = 1,
+                                            int half = 0) const {
+    const int first = block * kBlock + warp_ * kWarpRows, columns = args_.out_columns;
+    const int64_t pitch = halves * columns;
     const int64_t row = kOuter ? int64_t{work.expert} * args_.out_rows + work.out_row + first : work.row + first;
     const int rows = (kOuter ? args_.out_rows - work.out_row : work.valid) - first;
-    auto* start = static_cast<T*>(matrix) + row * width + half * args_.out_columns + column;
-    return {start, width, rows, args_.out_columns - column};
+    auto* start = static_cast<T*>(matrix) + row * pitch + half * columns + work.column;
+    return {start, pitch, rows, columns - work.column, lane_};
   }
 
-  __device__ __forceinline__ void write(Piece<T> const& piece, Part<T> const& to) const {
+  __device__ __forceinline__ void write(Piece<T> const& piece, Strip<T> const& to, int c) const {
     __syncwarp();
-    piece.write(to, lane_);
+    piece.write(to, c);
     __syncwarp();
   }
 
-  static __device__ __forceinline__ void round(uint32_t (&p)[4], Accumulator const& acc, int column_block, int quarter) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = column_block * 32 + quarter * 8 + 2 * i;
-      p[i] = pack<T>(acc[at], acc[at + 1]);
-    }
-  }
-
-  __device__ __forceinline__ void store(Accumulator const& acc, int acc_block, void* out, Work const& work, int block,
-                                        int c, int half = 0) const {
+  __device__ __forceinline__ void store(Accumulator const& acc, int acc_block, Strip<T> const& out, int c) const {
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       uint32_t p[4];
-      round(p, acc, acc_block, quarter);
-      piece(0).put(p, quarter, lane_);
+      round<T>(p, acc, acc_block, quarter);
+      piece(0).put(p, quarter);
     }
-    write(piece(0), part(out, work, block, c, kHalves * args_.out_columns, half));
+    write(piece(0), out, c);
   }
 
-  __device__ __forceinline__ void store_activation(Accumulator const& acc, Work const& work, int block, int c) const {
+  __device__ __forceinline__ void store_activation(Accumulator const& acc, Work const& work, int block) const {
+    constexpr int kColumnBlocksOfHalf = kColumnBlocks / kHalves;
     if (args_.keep_pre) {
-      store(acc, c, args_.out, work, block, c);
-      if constexpr (kGated) store(acc, kColumnBlocks / 2 + c, args_.out, work, block, c, 1);
-    }
 #pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      uint32_t gate[4], up[4] = {};
-      round(gate, acc, c, quarter);
-      if constexpr (kGated) round(up, acc, kColumnBlocks / 2 + c, quarter);
-      // The activation reads what was rounded, as the backward pass will.
+      for (int half = 0; half < kHalves; ++half) {
+        const Strip<T> pre = strip(args_.out, work, block, kHalves, half);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) gate[i] = hidden(gate[i], up[i]);
-      piece(0).put(gate, quarter, lane_);
+        for (int c = 0; c < kColumnBlocksOfHalf; ++c) store(acc, half * kColumnBlocksOfHalf + c, pre, c);
+      }
     }
-    write(piece(0), part(args_.hidden, work, block, c, args_.out_columns, 0));
+    const Strip<T> out = strip(args_.hidden, work, block);
+#pragma unroll
+    for (int c = 0; c < kColumnBlocksOfHalf; ++c) {
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        uint32_t gate[4], up[4] = {};
+        round<T>(gate, acc, c, quarter);
+        if constexpr (kGated) round<T>(up, acc, kColumnBlocksOfHalf + c, quarter);
+        // The activation reads what was rounded, as the backward pass will.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) gate[i] = hidden(gate[i], up[i]);
+        piece(0).put(gate, quarter);
+      }
+      write(piece(0), out, c);
+    }
   }
 
   __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up) const {
@@ -195,9 +138,9 @@ class RowEpilogue {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int block = step / kColumnBlocks, c = step % kColumnBlocks;
-      Part<T> from = part(const_cast<void*>(args_.kept), work, block, c, kHalves * args_.out_columns, half);
+      Strip<T> from = strip(const_cast<void*>(args_.kept), work, block, kHalves, half);
       if (work.steps == 0) from.rows = 0;  // rows of nobody may hold anything
-      kept(step, half).read(from, lane_);
+      kept(step, half).read(from, c);
     }
     cute::cp_async_fence();
   }
@@ -224,8 +167,8 @@ class RowEpilogue {
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
           uint32_t gate[4], up[4], hidden[4];
-          kept(step, 0).get(gate, quarter, lane_);
-          if constexpr (kGated) kept(step, 1).get(up, quarter, lane_);
+          kept(step, 0).get(gate, quarter);
+          if constexpr (kGated) kept(step, 1).get(up, quarter);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int at = c * 32 + quarter * 8 + 2 * i;
@@ -240,17 +183,17 @@ class RowEpilogue {
             gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
             if constexpr (kGated) up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
           }
-          kept(step, 0).put(gate, quarter, lane_);
-          if constexpr (kGated) kept(step, 1).put(up, quarter, lane_);
-          if constexpr (kRemakes) piece(kAhead * kHalves).put(hidden, quarter, lane_);
+          kept(step, 0).put(gate, quarter);
+          if constexpr (kGated) kept(step, 1).put(up, quarter);
+          if constexpr (kRemakes) piece(kAhead * kHalves).put(hidden, quarter);
         }
         __syncwarp();
         if constexpr (kRemakes) {
-          piece(kAhead * kHalves).write(part(args_.hidden, work, block, c, args_.out_columns, 0), lane_);
+          piece(kAhead * kHalves).write(strip(args_.hidden, work, block), c);
         }
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          kept(step, half).write(part(args_.out, work, block, c, kHalves * args_.out_columns, half), lane_);
+          kept(step, half).write(strip(args_.out, work, block, kHalves, half), c);
         }
         __syncwarp();
         if (step + kAhead < Blocks * kColumnBlocks) {
@@ -273,7 +216,7 @@ class RowEpilogue {
 
   Args const& args_;
   ActivationParams params_;
-  char* base_;
+  uint32_t base_;
   int warp_, lane_;
 };
 

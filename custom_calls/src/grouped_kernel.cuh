@@ -35,7 +35,7 @@ struct Kernel {
   // A kernel of small tiles is bound by reading weights, each once: it need not wait for a counter to be cleared.
   static constexpr bool kCounts = kTile.rows > kBlock;
   static constexpr bool kGathers = kCounts && kContraction == Contraction::kRowsW;
-  using Tiles = Queue<kCounts ? kCluster : 0>;
+  using Tiles = Queue<I, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
@@ -55,20 +55,20 @@ struct Kernel {
   struct Shared {
     char* stages;
     char* epilogue;
+    char* queue;
     Barrier* full;
     Barrier* empty;
     Barrier* turn;
-    void* queue;
     int* schedule;
 
     __device__ explicit Shared(char* base) {
       stages = base + (-cute::cast_smem_ptr_to_uint(base) & 1023);
       epilogue = stages + kTile.stages * kStageBytes;
-      full = reinterpret_cast<Barrier*>(epilogue + EpilogueOf<I>::kSharedBytes);
+      queue = epilogue + EpilogueOf<I>::kSharedBytes;
+      full = reinterpret_cast<Barrier*>(queue + Tiles::kSharedBytes);
       empty = full + kTile.stages;
       turn = empty + kTile.stages;
-      queue = turn + kConsumers;
-      schedule = reinterpret_cast<int*>(static_cast<char*>(queue) + Tiles::kSharedBytes);
+      schedule = reinterpret_cast<int*>(turn + kConsumers);
     }
 
     __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
@@ -103,18 +103,11 @@ struct Kernel {
     uint16_t mask_b = 0;
     for (int r = 0; r < kTile.cluster_rows; ++r) mask_b |= 1 << (r * kTile.cluster_columns + rank_column);
 
-    Tiles tiles(shared.queue);
+    Tiles tiles(shared.queue, schedule, rank);
     RowsReady rows_ready;
     Place place;
-    int expert = 0;
-    int id = tiles.template take<true>();
-    Work next = {};
-    if (id < schedule.count()) next = schedule.work(id, rank, expert);
-    while (id < schedule.count()) {
-      // The next tile is looked up while this one's loads are on their way.
-      const Work work = next;
-      id = tiles.template take<true>();
-      if (id < schedule.count()) next = schedule.work(id, rank, expert);
+    Work work;
+    while (tiles.template take<true>(work)) {
       if (kGathers && args.gather.table != nullptr && work.steps > 0) {
         rows_ready.wait(args.gather, args.num_rows, work.row, work.valid);
       }
@@ -290,13 +283,13 @@ struct Kernel {
   static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule<I> const& schedule,
                                                  int rank, int warpgroup) {
     const int thread = threadIdx.x % kWarpgroup;
-    const EpilogueOf<I> epilogue(args, shared.epilogue);
-    Tiles tiles(shared.queue);
+    const EpilogueOf<I> epilogue(args, shared.epilogue, warpgroup, thread);
+    Tiles tiles(shared.queue, schedule, rank);
     Place place;
-    int id, expert = 0, turn = 1;
+    Work work;
+    int turn = 1;
     uint32_t turn_phase = warpgroup;  // flipped before each turn: the first warpgroup does not wait for its first
-    while ((id = tiles.template take<false>()) < schedule.count()) {
-      Work work = schedule.work(id, rank, expert);
+    while (tiles.template take<false>(work)) {
       if constexpr (kShared) {
         work.column += warpgroup * (kTile.columns / kConsumers);
         shared_tile(args, shared, epilogue, work, place, warpgroup, thread,
@@ -326,16 +319,16 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   const int warpgroup = threadIdx.x / kWarpgroup;
   const int rank = K::kCluster == 1 ? 0 : cute::block_rank_in_cluster();
 
+  const Schedule<I> schedule(args, shared.schedule);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < K::kTile.stages; ++stage) {
       shared.full[stage].init(1);
       shared.empty[stage].init(K::kCluster * (K::kShared ? kConsumers : 1));
     }
     for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
-    typename K::Tiles(shared.queue).init();
+    typename K::Tiles(shared.queue, schedule, rank).init();
     cutlass::arch::fence_barrier_init();
   }
-  const Schedule<I> schedule(args, shared.schedule);
   __syncthreads();
   if constexpr (K::kCluster > 1) {
     cute::cluster_arrive_relaxed();
@@ -345,9 +338,10 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   if (warpgroup == kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
     const int warp = threadIdx.x / 32 % 4;
-    if (threadIdx.x == kConsumers * kWarpgroup) K::produce(args, shared, schedule, rank);
-    if (K::kCounts && rank == 0 && threadIdx.x == kConsumers * kWarpgroup + 32) {
-      typename K::Tiles(shared.queue).serve(args.counter, schedule.count(), takes_last_first(args.sides));
+    // Of an elected thread the compiler knows that it is one: it need not loop over those that may ask the copy engine.
+    if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
+    if (K::kCounts && rank == 0 && warp == 1 && cute::elect_one_sync()) {
+      typename K::Tiles(shared.queue, schedule, rank).serve(args.counter, takes_last_first(args.sides));
     }
     if (K::kGathers && args.gather.table != nullptr && warp >= 4 - kGatherers) {
       gather_rows(args.gather, args.num_rows, takes_last_first(args.sides));

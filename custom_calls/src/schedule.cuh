@@ -7,13 +7,15 @@
 namespace latent_moe {
 
 // A tile of the output: whose it is, where it begins, and how much of it there is.
-struct Work {
-  int expert;
+struct alignas(32) Work {
+  int expert;   // -1: there is no tile
   int row;      // first row of the tile (outer: of the expert)
   int valid;    // rows of the tile that belong to the expert (outer: rows of the expert)
   int out_row;  // outer: first row of the tile within the product
   int column;   // first column of the tile within the product
   int steps;    // 64-wide steps along the contracted axis; 0 where the product is zero
+
+  static __device__ Work none() { return {-1}; }
 };
 
 constexpr __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -38,6 +40,10 @@ class Schedule {
     const int rows = kOuter ? ceil_div(args.out_rows, kTile.rows * kTile.cluster_rows) : 1;
     by_column_ = cutlass::FastDivmod(columns);
     by_expert_ = cutlass::FastDivmod(rows * columns);
+    for (int expert = threadIdx.x; expert <= args.num_experts; expert += blockDim.x) {
+      starts_[expert] = expert < args.num_experts ? min(max(0, args.group_sizes[expert]), args.num_rows) : args.num_rows;
+    }
+    __syncthreads();
     if (threadIdx.x < 32) sum(threadIdx.x, columns);
     __syncthreads();
     count_ = kOuter ? args.num_experts * rows * columns : tiles_[args.num_experts + 1];
@@ -45,16 +51,15 @@ class Schedule {
 
   __device__ int count() const { return count_; }
 
-  // The tile of this block in its cluster; `expert` is that of another tile, or 0, and becomes this one's.
-  __device__ __forceinline__ Work work(int id, int rank, int& expert) const {
-    const int rank_row = rank / kTile.cluster_columns, rank_column = rank % kTile.cluster_columns;
-    Work work;
+  // The tile of a cluster's first block; `expert` is that of another tile, or 0, and becomes this one's.
+  __device__ __forceinline__ Work work(int id, int& expert) const {
+    Work work = {};
     int local, row, column;
     if constexpr (kOuter) {
       by_expert_(work.expert, local, id);
       by_column_(row, column, local);
-      work.out_row = (row * kTile.cluster_rows + rank_row) * kTile.rows;
-      work.column = (column * kTile.cluster_columns + rank_column) * kTile.columns;
+      work.out_row = row * kTile.cluster_rows * kTile.rows;
+      work.column = column * kTile.cluster_columns * kTile.columns;
       work.row = starts_[work.expert];
       work.valid = starts_[work.expert + 1] - work.row;
       work.steps = ceil_div(work.valid, kBlock);
@@ -74,10 +79,16 @@ class Schedule {
       work.expert = expert;
       work.row = start + row * height;
       work.valid = min(height, end - work.row);
-      work.column = (column * kTile.cluster_columns + rank_column) * kColumns;
+      work.column = column * kTile.cluster_columns * kColumns;
       work.steps = expert == args_.num_experts ? 0 : ceil_div(args_.contracted, kBlock);
     }
     return work;
+  }
+
+  // From the tile of a cluster's first block to that of another one.
+  static __device__ __forceinline__ void of_block(Work& work, int rank) {
+    work.out_row += rank / kTile.cluster_columns * kTile.rows;
+    work.column += rank % kTile.cluster_columns * kColumns;
   }
 
  private:
@@ -105,37 +116,39 @@ class Schedule {
     return low;
   }
 
-  // starts_[e] is the first row of expert e, tiles_[e] its first tile; one warp, 32 experts at a time.
+  // From sizes in starts_ (the last group takes what is left): starts_[e] becomes the first row of expert e, tiles_[e] its
+  // first tile. By one warp, of which each lane takes its share of the experts.
   __device__ void sum(int lane, int columns) {
-    int row = 0, tile = 0;
-    for (int base = 0; base <= args_.num_experts; base += 32) {
-      const int expert = base + lane;
-      int size = expert < args_.num_experts ? max(0, args_.group_sizes[expert]) : 0;
-      int end = row + inclusive_sum(size, lane);
-      const int start = min(end - size, args_.num_rows);
-      end = min(end, args_.num_rows);
-      if (expert == args_.num_experts) end = args_.num_rows;
-      const int tiles = kOuter ? 0 : ceil_div(end - start, kTile.rows) * columns;
-      const int last = tile + inclusive_sum(tiles, lane);
-      if (expert <= args_.num_experts) {
-        starts_[expert] = start;
-        if (!kOuter) tiles_[expert] = last - tiles;
-        if (expert == args_.num_experts) {
-          starts_[expert + 1] = end;
-          if (!kOuter) tiles_[expert + 1] = last;
-        }
+    const int groups = args_.num_experts + 1, share = ceil_div(groups, 32);
+    const int first = min(lane * share, groups), last = min(first + share, groups);
+    const uint32_t rows = args_.num_rows;
+    uint32_t row = 0, tile = 0;
+    for (int expert = first; expert < last; ++expert) row = min(row + starts_[expert], rows);
+    row = sum_before(row, rows, lane);
+    for (int expert = first; expert < last; ++expert) {
+      const uint32_t end = min(row + starts_[expert], rows);
+      starts_[expert] = row;
+      if (!kOuter) {
+        tiles_[expert] = tile;
+        tile += ceil_div(end - row, kTile.rows) * columns;
       }
-      row = __shfl_sync(~0u, end, 31);
-      tile = __shfl_sync(~0u, last, 31);
+      row = end;
     }
+    if (lane == 31) starts_[groups] = rows;
+    if (kOuter) return;
+    const uint32_t before = sum_before(tile, INT32_MAX, lane);
+    for (int expert = first; expert < last; ++expert) tiles_[expert] += before;
+    if (lane == 31) tiles_[groups] = before + tile;
   }
 
-  static __device__ int inclusive_sum(int value, int lane) {
+  // The sum of lower lanes' values, or `most` where it is more; so is each value, at most 2^31.
+  static __device__ uint32_t sum_before(uint32_t value, uint32_t most, int lane) {
     for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(~0u, value, offset);
-      if (lane >= offset) value += other;
+      const uint32_t other = __shfl_up_sync(~0u, value, offset);
+      if (lane >= offset) value = min(value + other, most);
     }
-    return value;
+    const uint32_t before = __shfl_up_sync(~0u, value, 1);
+    return lane == 0 ? 0 : before;
   }
 
   Args const& args_;
