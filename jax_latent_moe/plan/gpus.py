@@ -30,12 +30,12 @@ class GPU:
     measured: bool = True
 
 
-H200 = GPU(141e9, 7.2e14, 6.0e14, 5.0e13, 4.2e12, 2.77e11, 5.0e10)
-"""H200 SXM: benchmarks/results/h200-2026-11-23.jsonl; links as measured between two of one host; 400 Gb/s a GPU
-between hosts by the datasheet of the usual server."""
+H200 = GPU(141e9, 7.2e14, 6.6e14, 5.0e13, 4.2e12, 2.77e11, 5.0e10)
+"""H200 SXM: benchmarks/results/h200-2026-11-23.jsonl, grouped matmuls of 2026-11-27 (docs/performance.md); links as
+measured between two of one host; 400 Gb/s a GPU between hosts by the datasheet of the usual server."""
 
 H100 = GPU(80e9, 7.3e14, 6.0e14, 5.0e13, 3.0e12, 2.77e11, 5.0e10)
-"""H100 SXM: its matmul and copy rates were measured, the others are the H200's."""
+"""H100 SXM: its matmul and copy rates were measured, the others are the H200's; grouped matmuls of earlier kernels."""
 
 B200 = GPU(180e9, 1.6e15, 1.3e15, 7.0e13, 6.8e12, 5.5e11, 5.0e10, measured=False)
-"""B200: the datasheet's rates times the fractions that the H200 reaches; no kernel of this library was tried on it."""
+"""B200: the datasheet's rates times fractions that the H200 reached; no kernel of this library was tried on it."""
