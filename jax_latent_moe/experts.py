@@ -4,8 +4,8 @@ One differentiation rule covers the block. It keeps the tokens, the routing and 
 of: the pre-activation, or of relu2 the hidden rows, whose root tells its slope. Gathered rows are made again in the
 backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h>, as in
 SonicMoE (arXiv 2512.14080). One gather of gradients serves both products that they enter: the weights go into these
-gradients where hidden rows were kept, and into the hidden rows where they are made again. The up-projection is handed
-its rows ungathered, for backends that gather while they multiply. A backend that fuses the activation, or its gradient,
+gradients where hidden rows were kept, and into the hidden rows where they are made again. Products are handed rows
+ungathered, for backends that gather while they multiply. A backend that fuses the activation, or its gradient,
 into a product is asked to; of the others the two are composed.
 """
 
@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, activation_of_kept, keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, grouped_outer, problem, select_fusing
+from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, outer_and_operands, problem, select_fusing
 from jax_latent_moe.grouped_matmul.rows import gathered
-from jax_latent_moe.permute import Plan, combine, rows_of, weighted_rows
+from jax_latent_moe.permute import Plan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
 
@@ -65,29 +65,29 @@ def _forward(config, tokens, weights, w_in, w_out, plan, *, keep):
 
 def _routed_bwd(config, residuals, dcombined):
     tokens, weights, w_in, w_out, plan, kept = residuals
-    outer = functools.partial(grouped_outer, group_sizes=plan.group_sizes, backend=config.backend)
+    outer = functools.partial(outer_and_operands, group_sizes=plan.group_sizes, backend=config.backend)
     row_weights = weights.reshape(-1)[plan.slot_of_row]
 
     if keeps_hidden(config):
         # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.
-        dout = weighted_rows(dcombined, plan, weights)
-        dw_out = outer(kept, dout)
+        dw_out, _, dout = outer(kept, rows_of(dcombined, plan, weights))
         if _fusing(config, "rows_wt", kept, w_out):
             # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
             kept, dout, dw_out = jax.lax.optimization_barrier((kept, dout, dw_out))
         ones = jnp.ones_like(row_weights)
-        dpre, _, products = down_gradient(config, dout, w_out, plan.group_sizes, kept, ones)
+        dpre, _, products, _ = down_gradient(config, dout, w_out, plan.group_sizes, kept, ones)
         weighted = row_weights != 0
         drow_weights = jnp.where(weighted, products / jnp.where(weighted, row_weights, 1), 0)
     else:
-        dout = gathered(rows_of(dcombined, plan))
-        dpre, weighted_hidden, drow_weights = down_gradient(config, dout, w_out, plan.group_sizes, kept, row_weights)
+        dpre, weighted_hidden, drow_weights, dout = down_gradient(
+            config, rows_of(dcombined, plan), w_out, plan.group_sizes, kept, row_weights
+        )
         assert weighted_hidden is not None
-        dw_out = outer(weighted_hidden, dout)
+        dw_out, _, _ = outer(weighted_hidden, dout)
     dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
     # Rows of tokens are gathered no earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
-    dw_in = outer(gathered(rows_of(tokens, plan)), dpre)
+    dw_in, _, _ = outer(rows_of(tokens, plan), dpre)
     drows = grouped_matmul(dpre, w_in, plan.group_sizes, transpose_w=True, backend=config.backend)
     dtokens = combine(drows, plan).astype(tokens.dtype)
     return dtokens, dweights, dw_in, dw_out, None
@@ -128,27 +128,28 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
 
     Args:
         config: read for the activation and the backend.
-        dout: [R, l], gradient of the experts' outputs before they are weighted.
+        dout: [R, l], gradient of the experts' outputs before they are weighted, gathered or not.
         w_out: [E, m, l].
         group_sizes: [E].
         kept: of `up`; a fusing kernel may leave the gradient in its place.
         row_weights: [R].
 
     Returns:
-        [R, m], gated [R, 2 m], in the dtype of dout; weighted hidden rows [R, m], None where hidden rows were kept; and
-        <dout w_out^T, hidden>, [R].
+        [R, m], gated [R, 2 m], in the dtype of dout; weighted hidden rows [R, m], None where hidden rows were kept;
+        <dout w_out^T, hidden>, [R]; and dout, gathered.
     """
     if fusing := _fusing(config, "rows_wt", dout, w_out):
         return fusing.matmul_activation_grad(
             dout, w_out, group_sizes, kept, row_weights, activation=_fused_activation(config)
         )
+    dout = gathered(dout)
     dhidden = grouped_matmul(dout, w_out, group_sizes, transpose_w=True, backend=config.backend)
     hidden, activation_vjp = activation_of_kept(kept, config)
     dhidden = dhidden.astype(hidden.dtype)
     row_weights = row_weights[:, None].astype(hidden.dtype)
     dpre = activation_vjp(row_weights * dhidden)
     weighted_hidden = None if keeps_hidden(config) else (row_weights * hidden).astype(dout.dtype)
-    return dpre.astype(dout.dtype), weighted_hidden, jnp.sum(dhidden * hidden, axis=1)
+    return dpre.astype(dout.dtype), weighted_hidden, jnp.sum(dhidden * hidden, axis=1), dout
 
 
 def _fusing(config, contraction, rows, w):

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
-from jax_latent_moe.grouped_matmul.rows import GatheredRows, as_pairs, in_pairs, take_rows
+from jax_latent_moe.grouped_matmul.rows import GatheredRows
 
 ROW_MULTIPLE = 8
 """Rows that kernels read without padding come in multiples of this."""
@@ -60,20 +60,10 @@ def count_experts(expert_ids: Int[Array, "t k"], num_experts: int) -> Int[Array,
     return jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
 
 
-def rows_of(tokens: Float[Array, "t l"], plan: Plan) -> GatheredRows:
-    """The rows that the plan sorts, [T, l] -> [T * k, l], not gathered yet."""
-    return GatheredRows(tokens, plan.token_of_row)
-
-
-def weighted_rows(tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"]) -> Float[Array, "r l"]:
-    """The rows that the plan sorts, each times the weight of its choice: [T, l], [T, k] -> [T * k, l]."""
-    row_weights = weights.reshape(-1)[plan.slot_of_row, None]
-    if in_pairs(tokens):
-        pairs = _times(take_rows(as_pairs(tokens), plan.token_of_row), row_weights)
-        return lax.bitcast_convert_type(pairs, tokens.dtype).reshape(-1, tokens.shape[1])
-    wide = jnp.promote_types(tokens.dtype, jnp.float32)
-    rows = take_rows(tokens, plan.token_of_row)
-    return (row_weights.astype(wide) * rows.astype(wide)).astype(tokens.dtype)
+def rows_of(tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> GatheredRows:
+    """The rows that the plan sorts, not gathered yet, each times the weight of its choice: [T, l] -> [T * k, l]."""
+    row_weights = None if weights is None else weights.reshape(-1)[plan.slot_of_row]
+    return GatheredRows(tokens, plan.token_of_row, row_weights)
 
 
 def combine(rows: Float[Array, "r l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> Float[Array, "t l"]:
@@ -109,14 +99,6 @@ def within_capacity(
     first = jnp.append(jnp.cumsum(sizes) - sizes, jnp.sum(sizes))[expert[order]]
     rank = jnp.zeros_like(expert).at[order].set(jnp.arange(expert.size) - first, unique_indices=True)
     return ((rank < capacity) & (expert < num_experts)).reshape(expert_ids.shape)
-
-
-def _times(pairs: UInt32[Array, "r half"], weights: Float[Array, "r 1"]) -> UInt32[Array, "r half"]:
-    """Pairs of bfloat16 times weights. A bfloat16 is the upper half of a float32."""
-    halves = (lax.bitcast_convert_type(half, jnp.float32) for half in (pairs << 16, pairs & jnp.uint32(0xFFFF0000)))
-    products = ((weights.astype(jnp.float32) * half).astype(jnp.bfloat16) for half in halves)
-    low, high = (lax.bitcast_convert_type(product, jnp.uint16).astype(jnp.uint32) for product in products)
-    return low | high << 16
 
 
 def _take(rows, indices):

@@ -10,7 +10,15 @@ import pytest
 
 from jax_latent_moe import CutlassBackend, UnsupportedError, top_k
 from jax_latent_moe.config import CutlassTile
-from jax_latent_moe.grouped_matmul import FusedActivation, GatheredRows, Problem, explain, select, select_fusing
+from jax_latent_moe.grouped_matmul import (
+    FusedActivation,
+    GatheredRows,
+    Problem,
+    cutlass,
+    explain,
+    select,
+    select_fusing,
+)
 from jax_latent_moe.grouped_matmul import cutlass_library as loader
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
@@ -76,6 +84,12 @@ def test_xla_accepts_the_handlers():
         jax.ffi.register_ffi_target(f"test_{target}", loader.handlers(loaded, target), platform="cpu")
 
 
+@pytest.fixture
+def gathers(monkeypatch):
+    """Kernels gather rows of any width that are to be gathered."""
+    monkeypatch.setattr(cutlass, "FEW_PRODUCTS", 0)
+
+
 @pytest.fixture(scope="module")
 def on_the_cpu():
     """The handlers answer on the CPU too: they decode a call, and miss a GPU's stream, operand 0, alone."""
@@ -91,7 +105,8 @@ def calls():
     rows, sizes, weights = jnp.zeros(shape, jnp.bfloat16), jnp.asarray([9, 7]), jnp.zeros(16)
     w, wide = jnp.zeros((2, 64, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
     relu2, swiglu, grad = FusedActivation("relu2"), FusedActivation("swiglu"), backend.matmul_activation_grad
-    many = GatheredRows(rows, jnp.arange(256))
+    many, wide_rows = GatheredRows(rows, jnp.arange(256)), jnp.zeros((256, 64), jnp.bfloat16)
+    weighted = many._replace(weights=jnp.ones(256))
     found = {
         "rows x w": lambda: backend.matmul(rows, w, sizes, transpose_w=False),
         "gathered rows x w": lambda: backend.matmul(many, w, sizes, transpose_w=False),
@@ -99,7 +114,11 @@ def calls():
         "rows x w^T": lambda: backend.matmul(rows, w, sizes, transpose_w=True),
         "outer": lambda: backend.outer(rows, rows, sizes),
         "relu2": lambda: backend.matmul_activation(rows, w, sizes, activation=relu2, keep_pre=False),
+        "outer of gathered rows": lambda: backend.outer(many, wide_rows, sizes),
+        "outer with gathered and weighted gradients": lambda: backend.outer(wide_rows, weighted, sizes),
         "relu2's gradient": lambda: grad(rows, w, sizes, rows, weights, activation=relu2),
+        "relu2's gradient of gathered rows": lambda: grad(many, w, sizes, wide_rows, jnp.zeros(256), activation=relu2),
+        "gathered rows x w^T": lambda: backend.matmul(many, w, sizes, transpose_w=True),
         "top_k": lambda: top_k.compiled_top_k_ids(jnp.zeros((5, 40)), 3),
     }
     if any(instance.activation == "swiglu" for instance in BUILT.instances):
@@ -115,7 +134,7 @@ def calls():
 
 @needs_library
 @pytest.mark.parametrize("name", calls() if BUILT.missing is None else [])
-def test_the_library_understands_what_the_package_calls(name, on_the_cpu):
+def test_the_library_understands_what_the_package_calls(name, on_the_cpu, gathers):
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0\)"):
         jax.block_until_ready(calls()[name]())
 
@@ -131,9 +150,9 @@ ATTRIBUTES = {
 }
 
 
-def matmul_call(num_arguments=4, num_results=3, **attributes):
+def matmul_call(num_arguments=5, num_results=3, **attributes):
     rows, w = jnp.zeros((16, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16)
-    arguments = rows, w, jnp.asarray([9, 7]), jnp.zeros(0, jnp.int32)
+    arguments = rows, w, jnp.asarray([9, 7]), jnp.zeros(0, jnp.int32), jnp.zeros(0)
     shapes = ((16, 64), jnp.bfloat16), ((0, 0), jnp.bfloat16), ((2,), jnp.int32)
     results = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     call = jax.ffi.ffi_call("latent_moe_matmul", results[:num_results])
@@ -154,7 +173,7 @@ def test_an_attribute_that_is_missing_or_of_another_type_is_refused(name, on_the
 def test_a_call_with_too_many_or_too_few_parts_is_refused(on_the_cpu):
     for changes, reason in (
         ({"more": 1}, "Wrong number of attributes: expected 7 but got 8"),
-        ({"num_arguments": 2}, "Wrong number of arguments: expected 4 but got 2"),
+        ({"num_arguments": 2}, "Wrong number of arguments: expected 5 but got 2"),
         ({"num_results": 1}, "Wrong number of results: expected 3 but got 1"),
     ):
         with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
@@ -201,7 +220,7 @@ def test_auto_takes_it():
 
 
 @needs_library
-def test_lowers_for_cuda():
+def test_lowers_for_cuda(gathers):
     backend, activation = Cutlass(CutlassBackend(fuse="always")), FusedActivation("relu2")
     num_rows, (experts, k, n) = 3000, (8, 72, 136)
     rows, dout, kept = (jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16) for width in (k, n, n))
@@ -212,14 +231,14 @@ def test_lowers_for_cuda():
         return (
             backend.matmul(GatheredRows(rows[:100], jnp.arange(num_rows)), w, sizes, transpose_w=False),
             backend.matmul(dout, w, sizes, transpose_w=True),
-            backend.outer(rows, dout, sizes),
+            backend.outer(GatheredRows(rows[:100], jnp.arange(num_rows)), dout, sizes)[0],
             backend.matmul_activation(rows, w, sizes, activation=activation, keep_pre=True),
-            backend.matmul_activation_grad(rows, w_out, sizes, kept, weights, activation=activation),
+            backend.matmul_activation_grad(rows, w_out, sizes, kept, weights, activation=activation)[:3],
         )
 
     lowered = jax.jit(run).trace(rows, w, dout, sizes, w_out, kept, weights).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
-    assert text.count("gathered = true") == 1
+    assert text.count("gathered = true") == text.count("gathered_rows = true") == 1
     for target in ("matmul", "outer", "matmul_activation", "matmul_activation_grad"):
         assert f"@latent_moe_{target}(" in text
     shapes = [value.shape for value in jax.tree.leaves(lowered.out_info)]

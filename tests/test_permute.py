@@ -16,7 +16,6 @@ from jax_latent_moe.permute import (
     first_rows,
     make_plan,
     rows_of,
-    weighted_rows,
     within_capacity,
 )
 from tests.tolerances import assert_close
@@ -51,14 +50,14 @@ def test_gather_then_combine_weighs_each_token_by_its_sum(expert_ids, weight):
     np.testing.assert_array_equal(rows, tokens[np.asarray(plan.slot_of_row) // K])
     assert_close(combine(rows, plan, weight), tokens * weight.sum(axis=1, keepdims=True), "float32")
     assert_close(combine(rows, plan), tokens * K, "float32")
-    weighted = weighted_rows(jnp.asarray(tokens), plan, weight)
+    weighted = gathered(rows_of(jnp.asarray(tokens), plan, jnp.asarray(weight)))
     assert_close(combine(weighted, plan), tokens * weight.sum(axis=1, keepdims=True), "float32")
 
 
 def test_rows_are_weighted_in_float32():
     """A weight of 1 + 2^-8, which bfloat16 rounds to 1, still moves 1.5 to the next bfloat16 number."""
     plan = make_plan(jnp.zeros((1, 1), jnp.int32), 1)
-    rows = weighted_rows(jnp.full((1, 1), 1.5, jnp.bfloat16), plan, jnp.full((1, 1), 1 + 2**-8, jnp.float32))
+    rows = gathered(rows_of(jnp.full((1, 1), 1.5, jnp.bfloat16), plan, jnp.full((1, 1), 1 + 2**-8, jnp.float32)))
     assert rows.dtype == jnp.bfloat16
     assert float(rows[0, 0]) == 1.5078125
 
@@ -119,7 +118,7 @@ def test_pairs_on_a_gpu_are_the_same_rows(rng, monkeypatch, weighted):
         tokens = jnp.asarray(tokens, jnp.bfloat16)
 
         def gather(tokens=tokens):
-            return weighted_rows(tokens, plan, weights) if weighted else gathered(rows_of(tokens, plan))
+            return gathered(rows_of(tokens, plan, weights if weighted else None))
 
         monkeypatch.setattr(row_tables, "default_device", lambda: ("cpu", "cpu"))
         expected = gather()

@@ -14,7 +14,6 @@ class RowEpilogue {
   static constexpr Instance kInstance = kInstances[I];
   static constexpr Tile kTile = kInstance.tile;
   static constexpr Activation kActivation = kInstance.activation;
-  static constexpr bool kOuter = kInstance.contraction == Contraction::kOuter;
   static constexpr bool kGradient = kInstance.epilogue == Epilogue::kActivationGrad;
   static constexpr int kColumnBlocks = kTile.columns / kBlock;
   static constexpr bool kGated = is_gated(kActivation);
@@ -73,10 +72,8 @@ class RowEpilogue {
                                             int half = 0) const {
     const int first = block * kBlock + warp_ * kWarpRows, columns = args_.out_columns;
     const int64_t pitch = halves * columns;
-    const int64_t row = kOuter ? int64_t{work.expert} * args_.out_rows + work.out_row + first : work.row + first;
-    const int rows = (kOuter ? args_.out_rows - work.out_row : work.valid) - first;
-    auto* start = static_cast<T*>(matrix) + row * pitch + half * columns + work.column;
-    return {start, pitch, rows, columns - work.column, lane_};
+    auto* start = static_cast<T*>(matrix) + (work.row + first) * pitch + half * columns + work.column;
+    return {start, pitch, work.valid - first, columns - work.column, lane_};
   }
 
   __device__ __forceinline__ void write(Piece<T> const& piece, Strip<T> const& to, int c) const {

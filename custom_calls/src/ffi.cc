@@ -4,22 +4,18 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 
+#include "check.h"
 #include "instance.h"
 #include "tensor_maps.h"
 #include "top_k.h"
-#include "xla/ffi/api/ffi.h"
 
 #define LATENT_MOE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace latent_moe {
 namespace {
-
-namespace ffi = xla::ffi;
 
 struct Compiled {
   cudaError_t (*launch)(Args const&, int, cudaStream_t);
@@ -49,56 +45,6 @@ struct Request {
   Activation activation = Activation::kNone;
   Tile tile;
 };
-
-ffi::Error refuse(std::string const& what) { return ffi::Error::InvalidArgument("jax_latent_moe: " + what); }
-
-std::string shape(ffi::AnyBuffer const& buffer) {
-  std::string text = "[";
-  for (int64_t size : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + "]";
-}
-
-// Collects the first rule that a call breaks.
-class Check {
- public:
-  void that(bool holds, std::string const& otherwise) {
-    if (!holds && error_.empty()) error_ = otherwise;
-  }
-
-  void buffer(char const* name, ffi::AnyBuffer const& buffer, ffi::DataType type, std::initializer_list<int64_t> sizes) {
-    auto const dims = buffer.dimensions();
-    std::string expected = "[";
-    for (int64_t size : sizes) expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);
-    bool const fits = dims.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), dims.begin());
-    that(fits, std::string(name) + " of shape " + shape(buffer) + " must be of shape " + expected + "]");
-    that(buffer.element_type() == type, std::string(name) + " is of element type " +
-                                            std::to_string(static_cast<int>(buffer.element_type())) + ", not " +
-                                            std::to_string(static_cast<int>(type)));
-    that(reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 == 0, std::string(name) + " is not aligned to 16 bytes");
-  }
-
-  void features(char const* name, int64_t size) {
-    that(size > 0 && size % 8 == 0, std::string(name) + "=" + std::to_string(size) + " is not a positive multiple of 8");
-  }
-
-  void operator()(Error const& error) { that(error.empty(), error); }
-
-  std::string const& error() const { return error_; }
-
- private:
-  std::string error_;
-};
-
-std::optional<Type> type_of(ffi::AnyBuffer const& buffer) {
-  switch (buffer.element_type()) {
-    case ffi::DataType::BF16:
-      return Type::kBf16;
-    case ffi::DataType::F16:
-      return Type::kF16;
-    default:
-      return std::nullopt;
-  }
-}
 
 ffi::Error run(Request const& request, Type type, Args const& given, cudaStream_t stream) {
   std::string tiles;
@@ -141,28 +87,50 @@ void take_counter(Check& check, Args& args, ffi::AnyBuffer const& counter) {
   args.gather.ready = reinterpret_cast<int32_t*>(args.counter + 2);
 }
 
-// The rows of a product: [rows][width] in `data`, or the rows of this table that `ids` names, for which there is room.
+// What a call says of rows that may have to be gathered: which, times what (or times nothing, where there are no
+// weights), and room for them.
+struct Gathering {
+  ffi::AnyBuffer const& ids;
+  ffi::AnyBuffer const& weights;
+  ffi::AnyBuffer const& room;
+};
+
+// Rows [rows][width] in `data`, or those that are to be gathered from this table.
 struct Rows {
   ffi::AnyBuffer const& data;
-  ffi::AnyBuffer const* ids = nullptr;
-  ffi::AnyBuffer const* room = nullptr;
+  Gathering const* gathering = nullptr;
 
-  int64_t count() const { return (ids ? *ids : data).dimensions()[0]; }
-  void* start() const { return (room ? *room : data).untyped_data(); }
+  int64_t count() const { return (gathering ? gathering->ids : data).dimensions()[0]; }
+  void* start() const { return (gathering ? gathering->room : data).untyped_data(); }
+
+  // Of data, and of ids, which may be of any shape.
+  bool have_axes(Check& check, char const* name) const {
+    check.that(type_of(data).has_value(), std::string(name) + " must be bfloat16 or float16");
+    check.that(data.dimensions().size() == 2, std::string(name) + " of shape " + shape(data) + " must have 2 axes");
+    if (gathering) {
+      ffi::AnyBuffer const& ids = gathering->ids;
+      check.that(ids.dimensions().size() == 1, "row_ids of shape " + shape(ids) + " must have 1 axis");
+    }
+    return check.error().empty();
+  }
 
   void describe(Check& check, Args& args, Tile const& tile) const {
-    if (!ids) return;
+    if (!gathering) return;
+    auto const& [ids, weights, room] = *gathering;
     int64_t const table_rows = data.dimensions()[0], width = data.dimensions()[1];
-    check.buffer("row_ids", *ids, ffi::DataType::S32, {count()});
-    check.buffer("room for rows", *room, data.element_type(), {count(), width});
+    bool const weighted = weights.element_count() > 0;
+    check.buffer("row_ids", ids, ffi::DataType::S32, {count()});
+    check.buffer("weights of gathered rows", weights, ffi::DataType::F32, {weighted ? count() : 0});
+    check.buffer("room for rows", room, data.element_type(), {count(), width});
     check.that(table_rows > 0, "rows of shape " + shape(data) + " hold none to gather");
     check.that(table_rows < int64_t{1} << 31, "there are " + std::to_string(table_rows) + " rows to gather from, 2^31 or more");
     check.that(tile.rows > 64, "tiles of " + std::to_string(tile.rows) + " rows gather none");
     args.gather.units = width / 8;
     args.gather.table = static_cast<uint4 const*>(data.untyped_data());
     args.gather.table_rows = table_rows;
-    args.gather.row_ids = ids->typed_data<int32_t>();
-    args.gather.rows = static_cast<uint4*>(room->untyped_data());
+    args.gather.row_ids = static_cast<int32_t const*>(ids.untyped_data());
+    args.gather.weights = weighted ? static_cast<float const*>(weights.untyped_data()) : nullptr;
+    args.gather.rows = static_cast<uint4*>(room.untyped_data());
   }
 };
 
@@ -176,11 +144,8 @@ struct Product {
   Product(Request const& request, Rows const& given, ffi::AnyBuffer const& w, ffi::AnyBuffer const& sizes,
           bool rows_first) {
     ffi::AnyBuffer const& x = given.data;
-    check.that(type_of(x).has_value(), "rows must be bfloat16 or float16");
-    check.that(x.dimensions().size() == 2, "rows of shape " + shape(x) + " must have 2 axes");
     check.that(w.dimensions().size() == 3, "w of shape " + shape(w) + " must have 3 axes");
-    if (given.ids) check.that(given.ids->dimensions().size() == 1, "row_ids of shape " + shape(*given.ids) + " must have 1 axis");
-    if (!check.error().empty()) return;
+    if (!given.have_axes(check, "rows")) return;
     bool const transpose = request.contraction == Contraction::kRowsWt;
     int64_t const experts = w.dimensions()[0], k = w.dimensions()[1], n = w.dimensions()[2];
     type = *type_of(x);
@@ -226,13 +191,13 @@ Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows
 }
 
 ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                  ffi::AnyBuffer row_ids, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> room,
-                  ffi::Result<ffi::AnyBuffer> counter, bool gathered, bool transpose_w, int32_t tile_rows,
-                  int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
+                  ffi::AnyBuffer row_ids, ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> out,
+                  ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered, bool transpose_w,
+                  int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{transpose_w ? Contraction::kRowsWt : Contraction::kRowsW};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
-  if (gathered && transpose_w) return refuse("rows x w^T gathers no rows");
-  Product product(request, gathered ? Rows{rows, &row_ids, &*room} : Rows{rows}, w, sizes, rows_first);
+  Gathering const gathering{row_ids, gather_weights, *room};
+  Product product(request, {rows, gathered ? &gathering : nullptr}, w, sizes, rows_first);
   if (product.check.error().empty()) {
     product.check.buffer("the result", *out, rows.element_type(), {product.rows, product.out});
     product.args.out_columns = product.out;
@@ -262,13 +227,15 @@ void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, b
 }
 
 ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                             ffi::AnyBuffer row_ids, ffi::Result<ffi::AnyBuffer> pre, ffi::Result<ffi::AnyBuffer> hidden,
-                             ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered,
-                             int32_t activation, float beta, float linear_beta, bool keep_pre, int32_t tile_rows,
-                             int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
+                             ffi::AnyBuffer row_ids, ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> pre,
+                             ffi::Result<ffi::AnyBuffer> hidden, ffi::Result<ffi::AnyBuffer> room,
+                             ffi::Result<ffi::AnyBuffer> counter, bool gathered, int32_t activation, float beta,
+                             float linear_beta, bool keep_pre, int32_t tile_rows, int32_t tile_columns, int32_t stages,
+                             int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsW, Epilogue::kActivation, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
-  Product product(request, gathered ? Rows{rows, &row_ids, &*room} : Rows{rows}, w, sizes, rows_first);
+  Gathering const gathering{row_ids, gather_weights, *room};
+  Product product(request, {rows, gathered ? &gathering : nullptr}, w, sizes, rows_first);
   int64_t const width = is_gated(request.activation) ? product.out / 2 : product.out;
   fuse(product, request, *pre, keep_pre, width, activation, beta, linear_beta);
   if (product.check.error().empty()) {
@@ -280,14 +247,16 @@ ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyB
 }
 
 ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                                  ffi::AnyBuffer kept, ffi::AnyBuffer row_weights, ffi::Result<ffi::AnyBuffer> dpre,
+                                  ffi::AnyBuffer kept, ffi::AnyBuffer row_weights, ffi::AnyBuffer row_ids,
+                                  ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> dpre,
                                   ffi::Result<ffi::AnyBuffer> hidden, ffi::Result<ffi::AnyBuffer> partial,
-                                  ffi::Result<ffi::AnyBuffer> counter, int32_t activation, float beta,
-                                  float linear_beta, int32_t tile_rows, int32_t tile_columns, int32_t stages,
-                                  int32_t cluster, bool rows_first) {
+                                  ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered,
+                                  int32_t activation, float beta, float linear_beta, int32_t tile_rows,
+                                  int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{Contraction::kRowsWt, Epilogue::kActivationGrad, static_cast<Activation>(activation)};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
-  Product product(request, Rows{dout}, w, sizes, rows_first);
+  Gathering const gathering{row_ids, gather_weights, *room};
+  Product product(request, {dout, gathered ? &gathering : nullptr}, w, sizes, rows_first);
   fuse(product, request, *dpre, true, product.out, activation, beta, linear_beta);
   if (product.check.error().empty()) {
     int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
@@ -305,20 +274,24 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
 }
 
 ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, ffi::AnyBuffer sizes,
-                 ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> counter, int32_t tile_rows,
-                 int32_t tile_columns, int32_t stages, int32_t cluster_rows, int32_t cluster_columns) {
+                 ffi::AnyBuffer row_ids, ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> out,
+                 ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered_rows,
+                 bool gathered_dout, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster_rows,
+                 int32_t cluster_columns) {
   Request request{Contraction::kOuter};
   request.tile = tile_of(tile_rows, tile_columns, stages, cluster_rows, cluster_columns);
+  Gathering const gathering{row_ids, gather_weights, *room};
+  Rows const left{rows, gathered_rows ? &gathering : nullptr}, right{dout, gathered_dout ? &gathering : nullptr};
   Check check;
-  check.that(type_of(rows).has_value(), "rows must be bfloat16 or float16");
-  check.that(rows.dimensions().size() == 2, "rows of shape " + shape(rows) + " must have 2 axes");
-  check.that(dout.dimensions().size() == 2, "dout of shape " + shape(dout) + " must have 2 axes");
+  check.that(!gathered_rows || !gathered_dout, "one kernel gathers the rows of one operand, not of both");
   check.that(sizes.dimensions().size() == 1, "group_sizes of shape " + shape(sizes) + " must have 1 axis");
-  if (!check.error().empty()) return refuse(check.error());
-  int64_t const experts = sizes.dimensions()[0], num_rows = rows.dimensions()[0];
+  if (!left.have_axes(check, "rows") || !right.have_axes(check, "dout")) return refuse(check.error());
+  int64_t const experts = sizes.dimensions()[0], num_rows = left.count();
   int64_t const k = rows.dimensions()[1], n = dout.dimensions()[1];
-  check.buffer("rows", rows, rows.element_type(), {num_rows, k});
-  check.buffer("dout", dout, rows.element_type(), {num_rows, n});
+  check.that(right.count() == num_rows, "rows and dout are " + std::to_string(num_rows) + " and " +
+                                            std::to_string(right.count()) + " rows, not as many");
+  check.buffer("rows", rows, rows.element_type(), {rows.dimensions()[0], k});
+  check.buffer("dout", dout, rows.element_type(), {dout.dimensions()[0], n});
   check.buffer("group_sizes", sizes, ffi::DataType::S32, {experts});
   check.buffer("the result", *out, rows.element_type(), {experts, k, n});
   check.features("the width of rows", k);
@@ -332,14 +305,16 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   }
   Type const type = *type_of(rows);
   Args args = {};
+  left.describe(check, args, request.tile);
+  right.describe(check, args, request.tile);
   auto const map = [&](CUtensorMap* to, void const* data, int64_t columns, bool whole, int tile) {
     check(whole ? blocks_window_map(to, type, data, columns, tile / 64) : window_map(to, type, data, columns));
   };
   args.whole_a = cluster_columns == 1 && k % 64 == 0;
   args.whole_b = cluster_rows == 1 && n % 64 == 0;
-  map(&args.a, rows.untyped_data(), k, args.whole_a, tile_rows);
-  map(&args.b, dout.untyped_data(), n, args.whole_b, tile_columns);
-  args.out = out->untyped_data();
+  map(&args.a, left.start(), k, args.whole_a, tile_rows);
+  map(&args.b, right.start(), n, args.whole_b, tile_columns);
+  check(dense_map(&args.boxes, type, out->untyped_data(), experts, k, n, 16));
   args.group_sizes = sizes.typed_data<int32_t>();
   args.num_experts = experts;
   args.num_rows = num_rows;
@@ -414,35 +389,41 @@ auto with_matmul_tile(Binding&& binding) {
       .template Attr<bool>("rows_first");
 }
 
-auto bind_gathered_rows() { return bind_rows().Arg<ffi::AnyBuffer>(); }  // row_ids
-
-// The last results of a product of such rows: room for them, and the counter.
+// The last operands of any product, and its last results: room for gathered rows, and the counter.
 template <class Binding>
 auto with_gather(Binding&& binding) {
-  return std::move(binding).template Ret<ffi::AnyBuffer>().template Ret<ffi::AnyBuffer>().template Attr<bool>("gathered");
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()   // row_ids
+      .template Arg<ffi::AnyBuffer>();  // weights of gathered rows
+}
+
+template <class Binding>
+auto with_room(Binding&& binding) {
+  return std::move(binding).template Ret<ffi::AnyBuffer>().template Ret<ffi::AnyBuffer>();
 }
 
 auto bind_matmul() {
-  return with_matmul_tile(with_gather(bind_gathered_rows().Ret<ffi::AnyBuffer>()).Attr<bool>("transpose_w"));
+  auto binding = with_room(with_gather(bind_rows()).Ret<ffi::AnyBuffer>());
+  return with_matmul_tile(std::move(binding).Attr<bool>("gathered").Attr<bool>("transpose_w"));
 }
 
 auto bind_activation() {
-  auto binding = with_gather(bind_gathered_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
-  return with_matmul_tile(with_activation(std::move(binding)).Attr<bool>("keep_pre"));
+  auto binding = with_room(with_gather(bind_rows()).Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+  return with_matmul_tile(with_activation(std::move(binding).Attr<bool>("gathered")).Attr<bool>("keep_pre"));
 }
 
 auto bind_activation_grad() {
-  return with_matmul_tile(with_activation(bind_rows()
-                                              .Arg<ffi::AnyBuffer>()  // kept
-                                              .Arg<ffi::AnyBuffer>()  // row_weights
-                                              .Ret<ffi::AnyBuffer>()
-                                              .Ret<ffi::AnyBuffer>()
-                                              .Ret<ffi::AnyBuffer>()
-                                              .Ret<ffi::AnyBuffer>()));
+  auto operands = bind_rows()
+                      .Arg<ffi::AnyBuffer>()   // kept
+                      .Arg<ffi::AnyBuffer>();  // row_weights
+  auto binding = with_room(
+      with_gather(std::move(operands)).Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+  return with_matmul_tile(with_activation(std::move(binding).Attr<bool>("gathered")));
 }
 
 auto bind_outer() {
-  return with_tile(bind_rows().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>())
+  auto binding = with_room(with_gather(bind_rows()).Ret<ffi::AnyBuffer>());
+  return with_tile(std::move(binding).Attr<bool>("gathered_rows").Attr<bool>("gathered_dout"))
       .Attr<int32_t>("cluster_rows")
       .Attr<int32_t>("cluster_columns");
 }
@@ -467,7 +448,7 @@ LATENT_MOE_HANDLER(latent_moe_top_k, latent_moe::choose, latent_moe::bind_choose
 LATENT_MOE_HANDLER(latent_moe_prepare, latent_moe::prepare, latent_moe::bind_prepare());
 
 // Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.
-LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 5; }
+LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 6; }
 
 // For tests: Sides::kMost bits, by multiprocessor.
 LATENT_MOE_EXPORT void latent_moe_sides(int32_t device, uint32_t* bits) {

@@ -1,4 +1,4 @@
-// Rows of rows x w that stand anywhere in a table: warps beside the producer thread copy them, in the order in which they
+// Rows that stand anywhere in a table: warps beside the producer thread copy them, in the order in which they
 // are needed, to where the copy engine reads them, while the products of other rows run. Fetching them right into the
 // stages, as SonicMoE does (arXiv 2512.14080), was slower here: every tile of columns fetches its rows again
 // (benchmarks/results/profiles/h200-2026-11-26.md).
@@ -21,7 +21,17 @@ __device__ __forceinline__ bool takes_last_first(Sides const& sides) {
 // Between what threads write to memory, or know to be written, and what the copy engine reads of it.
 __device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+template <class T>
+__device__ __forceinline__ uint4 times(uint4 unit, float weight) {
+  const auto product = [&](uint32_t pair) {
+    const float2 x = unpack<T>(pair);
+    return pack<T>(weight * x.x, weight * x.y);
+  };
+  return {product(unit.x), product(unit.y), product(unit.z), product(unit.w)};
+}
+
 // By each gathering warp: chunks of rows, in the order in which tiles are taken.
+template <class T>
 __device__ __forceinline__ void gather_rows(Gather const& gather, int num_rows, bool last_first) {
   const int lane = threadIdx.x % 32, chunks = ceil_div(num_rows, kChunk);
   while (true) {
@@ -32,10 +42,12 @@ __device__ __forceinline__ void gather_rows(Gather const& gather, int num_rows, 
     if (from_first + from_last >= chunks) return;
     const int first = (last_first ? chunks - 1 - from_last : from_first) * kChunk;
     const int count = min(kChunk, num_rows - first);
-    const int id = min(max(gather.row_ids[first + min(lane, count - 1)], 0), gather.table_rows - 1);
+    const int own = first + min(lane, count - 1), id = min(max(gather.row_ids[own], 0), gather.table_rows - 1);
+    const float own_weight = gather.weights == nullptr ? 1.0f : gather.weights[own];
     for (int row = 0; row < count; ++row) {
       const auto* from = gather.table + int64_t{__shfl_sync(~0u, id, row)} * gather.units;
       auto* to = gather.rows + int64_t{first + row} * gather.units;
+      const float weight = __shfl_sync(~0u, own_weight, row);
       for (int unit = lane; unit < gather.units; unit += 4 * 32) {
         uint4 units[4];
 #pragma unroll
@@ -44,6 +56,7 @@ __device__ __forceinline__ void gather_rows(Gather const& gather, int num_rows, 
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+          if (gather.weights != nullptr) units[i] = times<T>(units[i], weight);
           if (unit + 32 * i < gather.units) to[unit + 32 * i] = units[i];
         }
       }
@@ -58,15 +71,15 @@ __device__ __forceinline__ void gather_rows(Gather const& gather, int num_rows, 
   }
 }
 
-// What the producer thread knows of which rows are there.
+// What a thread knows of which rows are there.
 class RowsReady {
  public:
   // Waits for rows first ... first + count - 1.
   __device__ __forceinline__ void wait(Gather const& gather, int num_rows, int first, int count) {
     if (all_) return;
     const int last_block = (first + count - 1) / kBlock;
-    all_ = load(gather.ready) == num_rows;
-    for (int block = first / kBlock; !all_ && block <= last_block; block += 4) {
+    for (int block = first / kBlock; block <= last_block; block += 4) {
+      if ((all_ = load(gather.ready) == num_rows)) break;
       bool ready;
       do {
         ready = true;

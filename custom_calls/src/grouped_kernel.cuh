@@ -3,10 +3,11 @@
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
 // turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong), or share a larger one. Rows of an
 // expert end anywhere: a partial tile is stored row by row, and a partial step of a weight gradient, or the rows of a
-// shared tile, are loaded as a box that the copy engine clips there (`Window`). The rows of rows x w may be gathered
-// meanwhile (gather.cuh).
+// shared tile, are loaded as a box that the copy engine clips there (`Window`). Rows may be gathered meanwhile
+// (gather.cuh).
 #pragma once
 
+#include "box_epilogue.cuh"
 #include "column_epilogue.cuh"
 #include "epilogue.cuh"
 #include "queue.cuh"
@@ -15,7 +16,9 @@
 namespace latent_moe {
 
 template <int I>
-using EpilogueOf = std::conditional_t<is_shared(kInstances[I].tile), ColumnEpilogue<I>, RowEpilogue<I>>;
+using EpilogueOf =
+    std::conditional_t<kInstances[I].contraction == Contraction::kOuter, BoxEpilogue<I>,
+                       std::conditional_t<is_shared(kInstances[I].tile), ColumnEpilogue<I>, RowEpilogue<I>>>;
 
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kSharedMemory = 227 * 1024;  // what one block may take of a Hopper multiprocessor
@@ -34,7 +37,6 @@ struct Kernel {
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
   // A kernel of small tiles is bound by reading weights, each once: it need not wait for a counter to be cleared.
   static constexpr bool kCounts = kTile.rows > kBlock;
-  static constexpr bool kGathers = kCounts && kContraction == Contraction::kRowsW;
   using Tiles = Queue<I, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
@@ -47,7 +49,7 @@ struct Kernel {
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
   static constexpr int shared_bytes(int num_experts) {
-    return 1024 + kTile.stages * kStageBytes + EpilogueOf<I>::kSharedBytes + kBarrierBytes + Tiles::kSharedBytes +
+    return kTile.stages * kStageBytes + EpilogueOf<I>::kSharedBytes + kBarrierBytes + Tiles::kSharedBytes +
            Schedule<I>::shared_bytes(num_experts);
   }
 
@@ -62,7 +64,7 @@ struct Kernel {
     int* schedule;
 
     __device__ explicit Shared(char* base) {
-      stages = base + (-cute::cast_smem_ptr_to_uint(base) & 1023);
+      stages = base;
       epilogue = stages + kTile.stages * kStageBytes;
       queue = epilogue + EpilogueOf<I>::kSharedBytes;
       full = reinterpret_cast<Barrier*>(queue + Tiles::kSharedBytes);
@@ -104,13 +106,10 @@ struct Kernel {
     for (int r = 0; r < kTile.cluster_rows; ++r) mask_b |= 1 << (r * kTile.cluster_columns + rank_column);
 
     Tiles tiles(shared.queue, schedule, rank);
-    RowsReady rows_ready;
     Place place;
     Work work;
     while (tiles.template take<true>(work)) {
-      if (kGathers && args.gather.table != nullptr && work.steps > 0) {
-        rows_ready.wait(args.gather, args.num_rows, work.row, work.valid);
-      }
+      if (kCounts && args.gather.table != nullptr) fence_copy_engine();
       const int blocks = active_blocks(work);
       const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
       for (int step = 0; step < work.steps; ++step, place.next()) {
@@ -195,7 +194,9 @@ struct Kernel {
     int previous = -1;
 #pragma unroll 1
     for (int step = 0; step < full_steps; ++step, place.next()) {
-      const uint32_t stage = uniform(first + place.stage * (kStageBytes >> 4));
+      // In loops over shared tiles the compiler does not see that all lanes compute the same.
+      uint32_t stage = first + place.stage * (kStageBytes >> 4);
+      if (kShared) stage = uniform(stage);
       shared.full[place.stage].wait(place.phase);
       cute::warpgroup_arrive();
 #pragma unroll
@@ -206,7 +207,7 @@ struct Kernel {
       previous = place.stage;
     }
     if (full_steps < work.steps) {
-      const uint32_t stage = uniform(first + place.stage * (kStageBytes >> 4));
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       shared.full[place.stage].wait(place.phase);
 #pragma unroll 1
       for (int row = full_steps * kBlock; row < work.valid; row += 16) {
@@ -282,7 +283,7 @@ struct Kernel {
 
   static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule<I> const& schedule,
                                                  int rank, int warpgroup) {
-    const int thread = threadIdx.x % kWarpgroup;
+    const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
     const EpilogueOf<I> epilogue(args, shared.epilogue, warpgroup, thread);
     Tiles tiles(shared.queue, schedule, rank);
     Place place;
@@ -290,6 +291,8 @@ struct Kernel {
     int turn = 1;
     uint32_t turn_phase = warpgroup;  // flipped before each turn: the first warpgroup does not wait for its first
     while (tiles.template take<false>(work)) {
+      work.steps = uniform(work.steps);
+      work.valid = uniform(work.valid);
       if constexpr (kShared) {
         work.column += warpgroup * (kTile.columns / kConsumers);
         shared_tile(args, shared, epilogue, work, place, warpgroup, thread,
@@ -307,15 +310,19 @@ struct Kernel {
           tile<1>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
         }
       }
+      __syncwarp();  // or the compiler no longer knows what is the same for the whole warp
     }
+    if constexpr (kOuter) epilogue.drain();
   }
 };
 
 template <int I>
 __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
   using K = Kernel<I>;
-  extern __shared__ char base[];
-  const typename K::Shared shared(base);
+  extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
+  // Said to be the same for the whole warp, addresses and loops made of it stay out of the lanes' registers.
+  const uint32_t start = uniform(cute::cast_smem_ptr_to_uint(base));
+  const typename K::Shared shared(static_cast<char*>(__cvta_shared_to_generic(start)));
   const int warpgroup = threadIdx.x / kWarpgroup;
   const int rank = K::kCluster == 1 ? 0 : cute::block_rank_in_cluster();
 
@@ -341,14 +348,14 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
     // Of an elected thread the compiler knows that it is one: it need not loop over those that may ask the copy engine.
     if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
     if (K::kCounts && rank == 0 && warp == 1 && cute::elect_one_sync()) {
-      typename K::Tiles(shared.queue, schedule, rank).serve(args.counter, takes_last_first(args.sides));
+      typename K::Tiles(shared.queue, schedule, rank).serve(args);
     }
-    if (K::kGathers && args.gather.table != nullptr && warp >= 4 - kGatherers) {
-      gather_rows(args.gather, args.num_rows, takes_last_first(args.sides));
+    if (K::kCounts && args.gather.table != nullptr && warp >= 4 - kGatherers) {
+      gather_rows<typename K::T>(args.gather, args.num_rows, takes_last_first(args.sides));
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    K::consume(args, shared, schedule, rank, warpgroup);
+    K::consume(args, shared, schedule, rank, uniform(warpgroup));
   }
   // A block may end only when nobody writes into its shared memory any more.
   __syncwarp();

@@ -60,12 +60,13 @@ struct Window {
 #endif
 };
 
-// The rows of rows x w where they stand in a table: they are gathered into `rows` while the kernel runs.
+// Rows where they stand in a table, perhaps to be weighted: they are gathered into `rows` while the kernel runs.
 struct Gather {
   int32_t units;       // of 16 bytes that a row has
   uint4 const* table;  // or none
   int32_t table_rows;
   int32_t const* row_ids;  // row of the table that each row is; beyond the table: its nearest
+  float const* weights;  // of each row, or none
   uint4* rows;
   unsigned long long* taken;  // chunks of rows taken from the first and from the last on
   int32_t* ready;             // rows that are there: of all, then of each 64
@@ -75,7 +76,8 @@ struct Gather {
 struct Args {
   CUtensorMap a, b;
   bool whole_a, whole_b;  // the map's columns are cut into blocks of 64 (tensor_maps.h)
-  void* out;         // the product; of a fused one the pre-activation, or its gradient
+  CUtensorMap boxes;  // outer: the product, in boxes of [16][64]
+  void* out;          // else the product; of a fused one the pre-activation, or its gradient
   void* hidden;      // activation: hidden rows [rows, out_columns]; gradient of a kept pre-activation: those weighted
   void const* kept;  // activation gradient: the pre-activation or hidden rows, in the shape of `out`
   int32_t const* group_sizes;

@@ -1,10 +1,10 @@
 // In which order tiles are taken: each cluster the next that nobody has.
 //
 // Tiles differ in their rows, and clusters that took every n-th one would drift apart until the weights that neighbouring
-// tiles share had left the L2 cache in between. One thread of a cluster counts in memory, looks up what it has taken, and
-// tells its blocks: loads and products, which are short where few rows are contracted, wait for neither. Clusters on one
-// side of the L2 cache take tiles from the first on, those on the other from the last, so that nearly all tiles of an
-// expert run on one side (sides.h).
+// tiles share had left the L2 cache in between. One thread of a cluster counts in memory, looks up what it has taken,
+// sees that the rows are there where they are gathered, and tells its blocks: loads and products, which are short where
+// few rows are contracted, wait for none of it. Clusters on one side of the L2 cache take tiles from the first on, those
+// on the other from the last, so that nearly all tiles of an expert run on one side (sides.h).
 #pragma once
 
 #include "gather.cuh"
@@ -37,15 +37,20 @@ class Queue {
   }
 
   // By the thread that counts, in the first block of a cluster.
-  __device__ void serve(uint64_t* counter, bool last_first) {
-    int expert = 0, id = next_id(counter, last_first);
+  __device__ void serve(Args const& args) {
+    const bool last_first = takes_last_first(args.sides);
+    int expert = 0, id = next_id(args.counter, last_first);
+    RowsReady rows_ready;
     bool more;
     do {
       more = id < schedule_.count();
       // The next is counted while this one is looked up.
-      const int after = more ? next_id(counter, last_first) : id;
+      const int after = more ? next_id(args.counter, last_first) : id;
       Work const work = more ? schedule_.work(id, expert) : Work::none();
       id = after;
+      if (args.gather.table != nullptr && work.steps > 0) {
+        rows_ready.wait(args.gather, args.num_rows, work.row, work.valid);
+      }
       empty_[slot_].wait(phase_ ^ 1);
       if constexpr (kCluster == 1) {
         works_[slot_] = work;
@@ -71,9 +76,12 @@ class Queue {
       if (Producer && kCluster > 1) full.arrive_and_expect_tx(sizeof(Work));
       full.wait(phase_);
       work = read(works_ + slot_);
-      // One lane tells that its warp has read.
-      if (!Producer) __syncwarp();
-      if (Producer || threadIdx.x % 32 == 0) kCluster == 1 ? empty_[slot_].arrive() : empty_[slot_].arrive(0u);
+      // One lane tells that its warp has read. What was read must have come back, which no barrier waits for: a load may
+      // stand long behind stores. No tile has a negative row, but to know that takes both loads.
+      const bool came_back = (work.row | work.steps) >= 0;
+      if ((Producer || threadIdx.x % 32 == 0) && came_back) {
+        kCluster == 1 ? empty_[slot_].arrive() : empty_[slot_].arrive(0u);
+      }
       next();
       if (work.expert < 0) return false;
     }

@@ -16,7 +16,7 @@ from jax_latent_moe.errors import InputError
 from jax_latent_moe.grouped_matmul.backend import Backend, FusingBackend, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
 from jax_latent_moe.grouped_matmul.problems import Problem, problem
-from jax_latent_moe.grouped_matmul.rows import GatheredRows, gathered
+from jax_latent_moe.grouped_matmul.rows import GatheredRows, gathered, scattered
 
 __all__ = [
     "Backend",
@@ -27,6 +27,7 @@ __all__ = [
     "explain",
     "grouped_matmul",
     "grouped_outer",
+    "outer_and_operands",
     "problem",
     "select",
     "select_fusing",
@@ -104,6 +105,22 @@ def grouped_outer(
     return _outer(as_backend(backend), rows, dout, group_sizes)
 
 
+def outer_and_operands(
+    rows: Float[Array, "r k"] | GatheredRows,
+    dout: Float[Array, "r n"] | GatheredRows,
+    group_sizes: Int[Array, " e"],
+    *,
+    backend: str | BackendConfig = "auto",
+) -> tuple[Float[Array, "e k n"], Float[Array, "r k"], Float[Array, "r n"]]:
+    """What `grouped_outer` gives, unchecked and without a derivative; and its operands, which may be `GatheredRows`.
+
+    They come back gathered: for who reads them again, once a kernel has gathered them while it multiplied.
+    """
+    shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
+    chosen = select(problem("outer", rows.shape[0], shape, rows.dtype), backend)
+    return chosen.outer(rows, dout, group_sizes)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(backend, transpose_w, rows, w, group_sizes):
     contraction = "rows_wt" if transpose_w else "rows_w"
@@ -119,8 +136,7 @@ def _matmul_bwd(backend, transpose_w, residuals, dout):
     rows, w, group_sizes = residuals
     drows = _matmul(backend, not transpose_w, dout, w, group_sizes)
     if isinstance(rows, GatheredRows):
-        _, pullback = jax.vjp(lambda table: gathered(rows._replace(table=table)), rows.table)
-        drows = rows._replace(table=pullback(drows)[0], row_ids=None)
+        drows = scattered(rows, drows)
     left, right = (dout, gathered(rows)) if transpose_w else (gathered(rows), dout)
     return drows, _outer(backend, left, right, group_sizes), None
 
@@ -130,9 +146,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _outer(backend, rows, dout, group_sizes):
-    shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-    chosen = select(problem("outer", rows.shape[0], shape, rows.dtype), backend)
-    return chosen.outer(rows, dout, group_sizes)
+    return outer_and_operands(rows, dout, group_sizes, backend=backend)[0]
 
 
 def _outer_fwd(backend, rows, dout, group_sizes):
@@ -148,12 +162,18 @@ _outer.defvjp(_outer_fwd, _outer_bwd)
 
 
 def _check_gathered(rows):
-    table, row_ids = (jnp.asarray(array) for array in rows)
+    table, row_ids = jnp.asarray(rows.table), jnp.asarray(rows.row_ids)
     if row_ids.ndim != 1 or not jnp.issubdtype(row_ids.dtype, jnp.integer):
         raise InputError(f"row_ids of shape {row_ids.shape} and dtype {row_ids.dtype} must be integers, [rows].")
     if row_ids.size and not table.shape[0]:
         raise InputError(f"table of shape {table.shape} has no row for {row_ids.size} row_ids to name.")
-    return GatheredRows(table, row_ids.astype(jnp.int32))
+    weights = None if rows.weights is None else jnp.asarray(rows.weights)
+    if weights is not None and (weights.shape != row_ids.shape or not jnp.issubdtype(weights.dtype, jnp.floating)):
+        raise InputError(
+            f"weights of shape {weights.shape} and dtype {weights.dtype} must be floating, one for each of the "
+            f"{row_ids.size} row_ids; None leaves rows as they are."
+        )
+    return GatheredRows(table, row_ids.astype(jnp.int32), weights)
 
 
 def _check_rows(name, rows):

@@ -45,9 +45,12 @@ class Backend(Protocol):
         ...
 
     def outer(
-        self, rows: Float[Array, "r k"], dout: Float[Array, "r n"], group_sizes: Int[Array, " e"]
-    ) -> Float[Array, "e k n"]:
-        """rows^T x dout over the rows of each expert."""
+        self,
+        rows: Float[Array, "r k"] | GatheredRows,
+        dout: Float[Array, "r n"] | GatheredRows,
+        group_sizes: Int[Array, " e"],
+    ) -> tuple[Float[Array, "e k n"], Float[Array, "r k"], Float[Array, "r n"]]:
+        """rows^T x dout over the rows of each expert; and rows and dout, gathered."""
         ...
 
 
@@ -69,20 +72,20 @@ class FusingBackend(Backend, Protocol):
 
     def matmul_activation_grad(
         self,
-        dout: Float[Array, "r n"],
+        dout: Float[Array, "r n"] | GatheredRows,
         w: Float[Array, "e m n"],
         group_sizes: Int[Array, " e"],
         kept: Float[Array, "r p"],
         row_weights: Float[Array, " r"],
         *,
         activation,
-    ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"]]:
-        """With dhidden = dout x w^T: the gradient of the pre-activation, the hidden rows, and <dhidden, hidden>.
+    ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"], Float[Array, "r n"]]:
+        """With dhidden = dout x w^T: the gradient of the pre-activation, the hidden rows, and <dhidden, hidden>; dout.
 
         The first two are times row_weights, of which the third is the gradient.
         `kept` holds hidden rows where `FusedActivation.keeps_hidden`, and the second result is None; else it holds the
         pre-activation. The gradient may take its place. The third result is in float32.
-        All are zero beyond the sum.
+        All are zero beyond the sum. The last is dout itself, gathered.
         """
         ...
 

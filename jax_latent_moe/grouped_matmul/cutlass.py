@@ -16,6 +16,8 @@ FEATURE_MULTIPLE = 8
 MAX_ROWS = 2**31 - 256
 SMALL_TILE = 64
 """Rows of tiles whose kernels gather none: few rows are gathered beforehand."""
+FEW_PRODUCTS = 1024
+"""Products of each gathered element below which a kernel would wait for its rows: they are gathered beforehand."""
 
 
 class Cutlass:
@@ -67,24 +69,27 @@ class Cutlass:
         """See `Backend.matmul`."""
         tile = self._tile("rows_wt" if transpose_w else "rows_w", rows, w.shape)
         out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
-        rows = gathered(rows) if transpose_w else rows
-        attributes = {"transpose_w": transpose_w} | _matmul_attributes(tile)
-        return _call_on_rows("matmul", [out], rows, w, group_sizes, tile, attributes)[0]
+        rows = _for_kernel(rows, tile, out.shape[1])
+        attributes = {"transpose_w": transpose_w} | _matmul_attributes(tile, rows)
+        (out,), _ = _call_gathering("matmul", [out], rows, (_table(rows), w, group_sizes), attributes)
+        return out
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
         shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
         tile = self._tile("outer", rows, shape)
-        call = _call("outer", [jax.ShapeDtypeStruct(shape, rows.dtype)])
-        (out, _) = call(
-            rows,
-            dout,
-            group_sizes,
-            **_tile_attributes(tile),
-            cluster_rows=np.int32(tile.cluster_rows),
-            cluster_columns=np.int32(tile.cluster_columns),
-        )
-        return out
+        rows, dout = _for_kernel(rows, tile, dout.shape[1]), _for_kernel(dout, tile, rows.shape[1])
+        of_rows = isinstance(rows, GatheredRows)
+        dout = gathered(dout) if of_rows else dout  # a kernel gathers the rows of one operand
+        attributes = _tile_attributes(tile) | {
+            "cluster_rows": np.int32(tile.cluster_rows),
+            "cluster_columns": np.int32(tile.cluster_columns),
+            "gathered_rows": of_rows,
+            "gathered_dout": isinstance(dout, GatheredRows),
+        }
+        outs, operands = [jax.ShapeDtypeStruct(shape, rows.dtype)], (_table(rows), _table(dout), group_sizes)
+        (out,), given = _call_gathering("outer", outs, rows if of_rows else dout, operands, attributes)
+        return (out, given, dout) if of_rows else (out, rows, given)
 
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
@@ -95,8 +100,10 @@ class Cutlass:
             jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype),
             jax.ShapeDtypeStruct((num_rows, width), rows.dtype),
         ]
-        attributes = _activation_attributes(activation) | {"keep_pre": keep_pre} | _matmul_attributes(tile)
-        pre, hidden = _call_on_rows("matmul_activation", outs, rows, w, group_sizes, tile, attributes)
+        rows = _for_kernel(rows, tile, w.shape[2])
+        attributes = _activation_attributes(activation) | {"keep_pre": keep_pre} | _matmul_attributes(tile, rows)
+        operands = _table(rows), w, group_sizes
+        (pre, hidden), _ = _call_gathering("matmul_activation", outs, rows, operands, attributes)
         return pre if keep_pre else None, hidden
 
     def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
@@ -109,10 +116,13 @@ class Cutlass:
             jax.ShapeDtypeStruct((0 if activation.keeps_hidden else num_rows, width), kept.dtype),
             jax.ShapeDtypeStruct((column_tiles, num_rows), jnp.float32),
         ]
-        call = _call("matmul_activation_grad", outs, input_output_aliases={3: 0})
-        attributes = _activation_attributes(activation) | _matmul_attributes(tile)
-        dpre, hidden, sums, _ = call(dout, w, group_sizes, kept, row_weights.astype(jnp.float32), **attributes)
-        return dpre, None if activation.keeps_hidden else hidden, jnp.sum(sums, axis=0)
+        dout = _for_kernel(dout, tile, width)
+        operands = _table(dout), w, group_sizes, kept, row_weights.astype(jnp.float32)
+        attributes = _activation_attributes(activation) | _matmul_attributes(tile, dout)
+        (dpre, hidden, sums), dout = _call_gathering(
+            "matmul_activation_grad", outs, dout, operands, attributes, input_output_aliases={3: 0}
+        )
+        return dpre, None if activation.keeps_hidden else hidden, jnp.sum(sums, axis=0), dout
 
     def _given(self, problem):
         if problem.activation is not None:
@@ -128,23 +138,28 @@ def _halves(problem) -> int:
     return problem.out_features // 2 if gated and problem.contraction == "rows_w" else 0
 
 
-def _call_on_rows(target, outs, rows, w, group_sizes, tile, attributes):
-    """The results of a target whose kernel gathers rows that are not gathered yet, unless its tiles are small."""
-    if tile.rows <= SMALL_TILE or not rows.shape[0]:
-        rows = gathered(rows)
-    gathers = isinstance(rows, GatheredRows)
-    table, row_ids = rows if isinstance(rows, GatheredRows) else (rows, jnp.zeros(0, jnp.int32))
+def _for_kernel(rows, tile, products):
+    """Rows as the tile's kernel is handed them, which multiplies each of their elements so often."""
+    before = tile.rows <= SMALL_TILE or products < FEW_PRODUCTS or not rows.shape[0]
+    return gathered(rows) if before else rows
+
+
+def _table(rows):
+    return rows.table if isinstance(rows, GatheredRows) else rows
+
+
+def _call_gathering(target, outs, rows, operands, attributes, **options):
+    """The results of a target, and rows: it gathers those that are not gathered yet, whose table `operands` has."""
+    named = isinstance(rows, GatheredRows)
+    row_ids, weights = (rows.row_ids, rows.weights) if named else (jnp.zeros(0, jnp.int32), None)
+    weights = jnp.zeros(0) if weights is None else weights
     # Of gathered rows the kernel counts how many are there, of all and of each 64, and which it took from either end.
-    counters = 5 + -(-rows.shape[0] // 64) if gathers else 2
-    room = jax.ShapeDtypeStruct(rows.shape if gathers else (0, 0), table.dtype)
-    call = _call(target, [*outs, room], counters)
-    return call(table, w, group_sizes, row_ids, gathered=gathers, **attributes)[: len(outs)]
-
-
-def _call(target, outs, counters=2, **options):
-    """The target with its results, the last of which is the kernel's own: how many tiles were taken from either end."""
-    outs = [*outs, jax.ShapeDtypeStruct((counters,), jnp.int32)]
-    return jax.ffi.ffi_call(f"latent_moe_{target}", outs, vmap_method="sequential", **options)
+    counters = 5 + -(-rows.shape[0] // 64) if named else 2
+    room = jax.ShapeDtypeStruct(rows.shape if named else (0, 0), rows.dtype)
+    outs = [*outs, room, jax.ShapeDtypeStruct((counters,), jnp.int32)]
+    call = jax.ffi.ffi_call(f"latent_moe_{target}", outs, vmap_method="sequential", **options)
+    *results, room, _ = call(*operands, row_ids, weights.astype(jnp.float32), **attributes)
+    return results, room if named else rows
 
 
 def _tile_attributes(tile: CutlassTile) -> dict:
@@ -152,8 +167,9 @@ def _tile_attributes(tile: CutlassTile) -> dict:
     return {name: np.int32(size) for name, size in sizes.items()}
 
 
-def _matmul_attributes(tile: CutlassTile) -> dict:
+def _matmul_attributes(tile: CutlassTile, rows) -> dict:
     return _tile_attributes(tile) | {
+        "gathered": isinstance(rows, GatheredRows),
         "cluster": np.int32(tile.cluster_columns),
         "rows_first": tile.rows_first,
     }

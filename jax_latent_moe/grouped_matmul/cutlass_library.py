@@ -12,7 +12,7 @@ from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 
 VARIABLE = "JAX_LATENT_MOE_CUDA_LIBRARY"
 FILE = "libjax_latent_moe_cuda.so"
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 TARGETS = ("matmul", "matmul_activation", "matmul_activation_grad", "outer", "top_k")
 INITIALIZE = "latent_moe_prepare"
 """Handler that XLA calls for each target before it records or runs a program."""

@@ -68,8 +68,9 @@ class Pallas:
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation_grad
 
         tile = pallas_hopper_tiles.choose_fused("rows_wt", dout.shape[0], w.shape, activation)
+        dout = gathered(dout)
         arrays = dout, w, group_sizes, kept, row_weights
-        return _call(matmul_activation_grad, *arrays, activation=activation, tile=tile)
+        return *_call(matmul_activation_grad, *arrays, activation=activation, tile=tile), dout
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
@@ -77,7 +78,8 @@ class Pallas:
 
         shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
         tile = self._tile("outer", rows.shape[0], shape, default_device()[1]).tile
-        return _call(outer, rows, dout, group_sizes, tile=tile)
+        rows, dout = gathered(rows), gathered(dout)
+        return _call(outer, rows, dout, group_sizes, tile=tile), rows, dout
 
     def _tile(self, contraction, num_rows, w_shape, device):
         given = self.config.outer_tile if contraction == "outer" else self.config.matmul_tile

@@ -39,9 +39,10 @@ class Xla:
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
+        rows, dout = gathered(rows), gathered(dout)
         if self.config.method == "ragged_dot":
-            return _ragged_outer(rows, dout, group_sizes)
-        return blocked_outer(rows, dout, group_sizes, block_rows=self.config.block_rows)
+            return _ragged_outer(rows, dout, group_sizes), rows, dout
+        return blocked_outer(rows, dout, group_sizes, block_rows=self.config.block_rows), rows, dout
 
 
 def _accumulator(dtype):

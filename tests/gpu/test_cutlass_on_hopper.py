@@ -13,6 +13,7 @@ from jax_latent_moe.config import CutlassBackend
 from jax_latent_moe.grouped_matmul import (
     FusedActivation,
     GatheredRows,
+    cutlass,
     grouped_matmul,
     grouped_outer,
     problem,
@@ -73,16 +74,64 @@ def test_rows_that_the_kernel_gathers_are_those_gathered_before(rng, num_rows, o
         out = multiply(rows, w, groups)
         assert_close(float64(out), expected, "bfloat16", repr(tile))
         assert (np.asarray(out) == np.asarray(multiply(gathered(rows), w, groups))).all()
+    w_out, kept = w.reshape(experts, width, in_features), jnp.asarray(rng.random((num_rows, 2 * width)), jnp.bfloat16)
+    fusing, ones = Cutlass(CutlassBackend(fuse="always")), jnp.ones(num_rows)
     for name in ("relu2", "swiglu"):
-        activate = jax.jit(
-            functools.partial(
-                Cutlass(CutlassBackend(fuse="always")).matmul_activation,
-                activation=FusedActivation(name),
-                keep_pre=True,
-            )
-        )
-        pairs = zip(activate(rows, w, groups), activate(gathered(rows), w, groups), strict=True)
-        assert all((np.asarray(value) == np.asarray(same)).all() for value, same in pairs)
+        activation, columns = FusedActivation(name), width * (2 if name == "swiglu" else 1)
+        up = jax.jit(functools.partial(fusing.matmul_activation, activation=activation, keep_pre=True))
+        same(up(rows, w, groups), up(gathered(rows), w, groups))
+        down = jax.jit(functools.partial(fusing.matmul_activation_grad, activation=activation))
+        for named in (rows, rows._replace(weights=jnp.asarray(rng.normal(size=num_rows), jnp.float32))):
+            arguments = w_out, groups, kept[:, :columns], ones
+            same(down(named, *arguments), down(gathered(named), *arguments))
+
+
+@pytest.mark.parametrize("owned", [2500, 3000])
+def test_weight_gradients_of_rows_that_the_kernel_gathers(rng, monkeypatch, owned):
+    """To the bit, by every tile, of either operand, weighted or not; and they are right."""
+    monkeypatch.setattr(cutlass, "FEW_PRODUCTS", 0)
+    num_rows, experts, (k, n), tokens = 3000, 40, (264, 1032), 90
+    groups = jnp.asarray(rng.multinomial(owned, rng.dirichlet(np.full(experts, 0.5))), jnp.int32)
+    weights = jnp.asarray(rng.normal(size=num_rows), jnp.float32)
+    ids = jnp.asarray(rng.integers(-3, tokens + 3, num_rows), jnp.int32)
+    tables = [jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16) for width in (k, n)]
+    rows, dout = (jnp.asarray(rng.normal(size=(num_rows, width)), jnp.bfloat16) for width in (k, n))
+    for tile in compiled_tiles(problem("outer", num_rows, (experts, k, n), "bfloat16")):
+        outer = jax.jit(Cutlass(CutlassBackend(outer_tile=tile)).outer)
+        for weight in (None, weights):
+            left, right = (GatheredRows(table, ids, weight) for table in tables)
+            for operands in ((left, dout), (rows, right), (left, right)):
+                there = tuple(gathered(operand) for operand in operands)
+                product, *back = outer(*operands, groups)
+                same((product, *back), outer(*there, groups))
+                same(back, there)
+                expected = reference.grouped_outer(*map(float64, there), np.asarray(groups))
+                assert_close(float64(product), expected, "bfloat16", repr(tile))
+
+
+def test_more_tiles_than_a_cluster_is_told_of_at_a_time(rng):
+    """A weight gradient of 28672 tiles, of a few steps, one or none: each warp works on the tile that is meant."""
+    num_rows, experts, widths = 180224, 512, (1024, 2688)
+    sizes = rng.multinomial(num_rows - 9, rng.dirichlet(np.full(experts, 2.0)))
+    sizes[rng.integers(0, experts, 100)] = 0
+    sizes[rng.integers(0, experts, 100)] = 1
+    groups, starts = jnp.asarray(sizes, jnp.int32), np.cumsum(sizes) - sizes
+    rows, dout = (jax.random.normal(jax.random.key(width), (num_rows, width), jnp.bfloat16) for width in widths)
+    some = {0, experts - 1, sizes.argmin(), sizes.argmax(), np.flatnonzero(sizes == 1)[0], *rng.integers(0, experts, 6)}
+    for tile in compiled_tiles(problem("outer", num_rows, (experts, *widths), "bfloat16")):
+        outer = jax.jit(functools.partial(grouped_outer, backend=CutlassBackend(outer_tile=tile)))
+        first = outer(rows, dout, groups)
+        for _ in range(5):
+            assert jnp.array_equal(first, outer(rows, dout, groups))
+        for expert in some:
+            own = slice(starts[expert], starts[expert] + sizes[expert])
+            expected = float64(rows[own]).T @ float64(dout[own])
+            assert_close(float64(first[expert]), expected, "bfloat16", f"{tile!r}, expert {expert}")
+
+
+def same(values, others):
+    for value, other in zip(jax.tree.leaves(values), jax.tree.leaves(others), strict=True):
+        np.testing.assert_array_equal(float64(value), float64(other))
 
 
 def test_weights_beyond_two_to_the_31_elements(rng):
