@@ -181,11 +181,6 @@ class CutlassTile:
             checks.positive_int(f"CutlassTile.{field}", getattr(self, field))
         checks.instance("CutlassTile.rows_first", self.rows_first, bool)
 
-    @property
-    def shared(self) -> bool:
-        """Whether both warpgroups of a multiprocessor work on one tile."""
-        return self.rows * self.columns > 192 * 128
-
 
 @dataclasses.dataclass(frozen=True)
 class CutlassBackend:

@@ -1,5 +1,6 @@
 """The `cutlass` backend as far as it goes without a GPU: refusals, loading, the choice of kernel, lowering."""
 
+import collections
 import ctypes
 import dataclasses
 
@@ -69,11 +70,14 @@ def test_auto_goes_on_where_there_is_no_library(library_at, tmp_path):
 def test_the_library_lists_kernels_of_each_kind():
     kinds = {(instance.contraction, instance.activation is not None) for instance in BUILT.instances}
     assert kinds == {("rows_w", False), ("rows_wt", False), ("outer", False), ("rows_w", True), ("rows_wt", True)}
+    most = collections.Counter()
     for instance in BUILT.instances:
+        kind = instance.dtype, instance.contraction, instance.activation
+        most[kind] = max(most[kind], instance.max_experts)
         assert instance.dtype in ("bfloat16", "float16")
         assert instance.activation in (None, *ACTIVATIONS)
-        assert instance.max_experts >= 896, "Kimi K3's experts do not fit beside the stages"
         assert instance.rows % 64 == instance.columns % 64 == 0
+    assert min(most.values()) >= 896, "Kimi K3's experts fit beside the stages of no tile"
 
 
 @needs_library

@@ -1,4 +1,4 @@
-// From the accumulators of a shared tile, whose product is transposed, to memory.
+// From the accumulators of a turned tile, whose product is transposed, to memory.
 //
 // The four warps of a warpgroup send 16 rows of all its columns through shared memory, turned over on the way in, and
 // write 256 bytes of a row at a time out of it.
@@ -12,10 +12,10 @@ template <int I>
 class ColumnEpilogue {
   static constexpr Instance kInstance = kInstances[I];
   static constexpr Tile kTile = kInstance.tile;
-  static constexpr int kBlocks = kTile.columns / kConsumers / kBlock;  // 64-column blocks of a warpgroup
-  static constexpr int kRows = 16;                                     // that are in shared memory at a time
-  static constexpr int kPitch = kBlocks * kBlock * 2;                  // bytes
-  static constexpr int kEights = kBlocks * 8;                          // columns of a row, 8 at a time
+  static constexpr int kBlocks = kTile.columns / kBlock / (is_shared(kTile) ? kConsumers : 1);  // of a warpgroup
+  static constexpr int kRows = 16;                     // that are in shared memory at a time
+  static constexpr int kPitch = kBlocks * kBlock * 2;  // bytes
+  static constexpr int kEights = kBlocks * 8;          // columns of a row, 8 at a time
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.rows / 2];
 
@@ -29,8 +29,8 @@ class ColumnEpilogue {
         lane_(thread % 32),
         base_(shared + warpgroup_ * kRows * kPitch) {}
 
-  // Stores a warpgroup's half of a tile: acc[b][i] stands in column 64 b + 16 warp + 8 (i / 2 % 2) + lane / 4, at row
-  // 8 (i / 4) + 2 (lane % 4) + i % 2.
+  // Stores a warpgroup's tile, or its half of one that both share: acc[b][i] stands in column
+  // 64 b + 16 warp + 8 (i / 2 % 2) + lane / 4, at row 8 (i / 4) + 2 (lane % 4) + i % 2.
   __device__ __forceinline__ void finish(Accumulator const (&acc)[kBlocks], Work const& work) const {
 #pragma unroll
     for (int first = 0; first < kTile.rows; first += kRows) {

@@ -22,7 +22,7 @@ class RowEpilogue {
   // (SonicMoE does).
   static constexpr bool kRemakes = kGradient && !keeps_hidden(kActivation);
   // Blocks of what was kept that are in shared memory, or on their way there while the tile is multiplied.
-  static constexpr int kAhead = kRemakes ? 2 : 3;
+  static constexpr int kAhead = kRemakes ? 1 : 3;
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.columns / 2];
 

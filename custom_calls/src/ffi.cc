@@ -161,8 +161,9 @@ struct Product {
     check.that(experts > 0, "there are no experts");
     if (!check.error().empty() || rows == 0) return;
     given.describe(check, args, request.tile);
-    check(is_shared(request.tile) ? window_map(&args.a, type, given.start(), in)
-                                  : dense_map(&args.a, type, given.start(), 1, rows, in, 64));
+    check(is_turned({type, request.contraction, request.epilogue, request.activation, request.tile})
+              ? window_map(&args.a, type, given.start(), in)
+              : dense_map(&args.a, type, given.start(), 1, rows, in, 64));
     bool const gated = request.epilogue == Epilogue::kActivation && is_gated(request.activation);
     args.whole_b = !transpose && n % (gated ? 128 : 64) == 0;
     if (args.whole_b) {

@@ -18,7 +18,7 @@ namespace latent_moe {
 template <int I>
 using EpilogueOf =
     std::conditional_t<kInstances[I].contraction == Contraction::kOuter, BoxEpilogue<I>,
-                       std::conditional_t<is_shared(kInstances[I].tile), ColumnEpilogue<I>, RowEpilogue<I>>>;
+                       std::conditional_t<is_turned(kInstances[I]), ColumnEpilogue<I>, RowEpilogue<I>>>;
 
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kSharedMemory = 227 * 1024;  // what one block may take of a Hopper multiprocessor
@@ -31,6 +31,7 @@ struct Kernel {
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   static constexpr bool kOuter = kContraction == Contraction::kOuter;
   static constexpr bool kShared = is_shared(kTile);
+  static constexpr bool kTurned = is_turned(kInstance);
   static constexpr Major kMajorA = kOuter ? Major::MN : Major::K;
   static constexpr Major kMajorB = kContraction == Contraction::kRowsWt ? Major::K : Major::MN;
 
@@ -45,7 +46,7 @@ struct Kernel {
   static constexpr int kBlocksOfWarpgroup = kShared ? kBlocksB / kConsumers : kBlocksB;
   static_assert(kTile.rows * kBlocksOfWarpgroup <= 192 * 2 && kTile.rows <= 192 && kBlocksOfWarpgroup <= 3,
                 "the accumulators fill the registers");
-  static_assert(!kShared || (!kOuter && kInstance.epilogue == Epilogue::kStore), "only products of rows are shared");
+  static_assert(!kShared || kTurned, "only turned tiles are shared");
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
   static constexpr int shared_bytes(int num_experts) {
@@ -129,7 +130,7 @@ struct Kernel {
             if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
             char* to = shared.a(place.stage, block);
             const int first = block * kBlock;
-            if constexpr (kShared) {
+            if constexpr (kTurned) {
               const Window window(work.row + first, min(kBlock, work.valid - first));
               load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
             } else {
@@ -194,9 +195,7 @@ struct Kernel {
     int previous = -1;
 #pragma unroll 1
     for (int step = 0; step < full_steps; ++step, place.next()) {
-      // In loops over shared tiles the compiler does not see that all lanes compute the same.
-      uint32_t stage = first + place.stage * (kStageBytes >> 4);
-      if (kShared) stage = uniform(stage);
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       shared.full[place.stage].wait(place.phase);
       cute::warpgroup_arrive();
 #pragma unroll
@@ -250,14 +249,15 @@ struct Kernel {
     epilogue.template finish<Blocks>(acc, work);
   }
 
-  // One tile that both warpgroups share. Its rows lie along the axis of wgmma that may be any multiple of 8, rather than
-  // along that of 64, so that an expert's tiles are hardly higher than its rows.
+  // One turned tile, or this warpgroup's half of the columns of one that both share.
   template <int... I8>
-  static __device__ __forceinline__ void shared_tile(Args const& args, Shared const& shared,
+  static __device__ __forceinline__ void turned_tile(Args const& args, Shared const& shared,
                                                      EpilogueOf<I> const& epilogue, Work const& work, Place& place,
-                                                     int warpgroup, int thread, std::integer_sequence<int, I8...>) {
+                                                     uint32_t turn_phase, int warpgroup, int thread,
+                                                     std::integer_sequence<int, I8...>) {
     float acc[kBlocksOfWarpgroup][kTile.rows / 2] = {};
-    const int first_block = warpgroup * kBlocksOfWarpgroup, eights = ceil_div(work.valid, 8);
+    const int first_block = kShared ? warpgroup * kBlocksOfWarpgroup : 0, eights = ceil_div(work.valid, 8);
+    if (!kShared) shared.turn[warpgroup].wait(turn_phase);
     const auto with = [&](auto n) {
       products(shared, work, place, warpgroup, thread, [&](uint32_t stage, int k16) {
         const uint64_t a = descriptor(stage, bytes_to<Major::K>(k16));
@@ -293,16 +293,17 @@ struct Kernel {
     while (tiles.template take<false>(work)) {
       work.steps = uniform(work.steps);
       work.valid = uniform(work.valid);
+      constexpr std::make_integer_sequence<int, kTile.rows / 8> kHeights;
       if constexpr (kShared) {
         work.column += warpgroup * (kTile.columns / kConsumers);
-        shared_tile(args, shared, epilogue, work, place, warpgroup, thread,
-                    std::make_integer_sequence<int, kTile.rows / 8>{});
+        turned_tile(args, shared, epilogue, work, place, 0, warpgroup, thread, kHeights);
       } else if ((turn ^= 1) != warpgroup) {
         place.skip(work.steps);
       } else {
         turn_phase ^= 1;
-        const int blocks = active_blocks(work);
-        if (blocks == kBlocksA) {
+        if constexpr (kTurned) {
+          turned_tile(args, shared, epilogue, work, place, turn_phase, warpgroup, thread, kHeights);
+        } else if (const int blocks = active_blocks(work); blocks == kBlocksA) {
           tile<kBlocksA>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
         } else if (kBlocksA > 2 && blocks == 2) {
           tile<(kBlocksA > 2 ? 2 : 1)>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);

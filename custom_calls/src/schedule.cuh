@@ -26,6 +26,7 @@ class Schedule {
   static constexpr Instance kInstance = kInstances[I];
   static constexpr Tile kTile = kInstance.tile;
   static constexpr bool kOuter = kInstance.contraction == Contraction::kOuter;
+  static constexpr bool kTurned = is_turned(kInstance);
   // The tile of a gated activation is half gate, half up.
   static constexpr bool kHalves = kInstance.epilogue == Epilogue::kActivation && is_gated(kInstance.activation);
   static constexpr int kColumns = kHalves ? kTile.columns / 2 : kTile.columns;
@@ -74,8 +75,7 @@ class Schedule {
       } else {
         by_column_(row, column, local);
       }
-      // The rows of shared tiles may be any multiple of 8: those of an expert are of equal height.
-      const int height = is_shared(kTile) ? ceil_div(ceil_div(end - start, row_tiles), 8) * 8 : kTile.rows;
+      const int height = kTurned ? ceil_div(ceil_div(end - start, row_tiles), 8) * 8 : kTile.rows;
       work.expert = expert;
       work.row = start + row * height;
       work.valid = min(height, end - work.row);

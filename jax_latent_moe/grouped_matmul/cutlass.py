@@ -14,8 +14,6 @@ from jax_latent_moe.grouped_matmul.tuning import Choice
 
 FEATURE_MULTIPLE = 8
 MAX_ROWS = 2**31 - 256
-SMALL_TILE = 64
-"""Rows of tiles whose kernels gather none: few rows are gathered beforehand."""
 FEW_PRODUCTS = 1024
 """Products of each gathered element below which a kernel would wait for its rows: they are gathered beforehand."""
 
@@ -140,7 +138,7 @@ def _halves(problem) -> int:
 
 def _for_kernel(rows, tile, products):
     """Rows as the tile's kernel is handed them, which multiplies each of their elements so often."""
-    before = tile.rows <= SMALL_TILE or products < FEW_PRODUCTS or not rows.shape[0]
+    before = tile.rows <= cutlass_tiles.SMALL_TILE or products < FEW_PRODUCTS or not rows.shape[0]
     return gathered(rows) if before else rows
 
 
