@@ -16,6 +16,7 @@ from jax_latent_moe.grouped_matmul import (
     GatheredRows,
     Problem,
     cutlass,
+    cutlass_tiles,
     explain,
     select,
     select_fusing,
@@ -194,10 +195,16 @@ def test_a_tile_that_was_not_compiled_is_refused_with_those_that_were():
 
 
 @needs_library
-@pytest.mark.parametrize(("contracted", "shared"), [(64, False), (16384, True)])
-def test_tiles_whose_stores_nothing_hides_are_for_long_products(contracted, shared):
-    problem = dataclasses.replace(H200, num_rows=64 * 1024, in_features=contracted, out_features=1024)
-    assert select(problem, CutlassBackend()).tile(problem).tile.shared == shared
+@pytest.mark.parametrize("out_features", [1016, 1024, 2688])
+def test_a_shape_that_no_table_has_takes_a_tile_that_pads_least(out_features):
+    """Few rows an expert take small tiles, where there are any."""
+    for num_rows, fits in ((64 * 1024, lambda tile: tile.rows > 64), (64 * 64, lambda tile: tile.rows == 64)):
+        problem = dataclasses.replace(H200, num_rows=num_rows, in_features=1000, out_features=out_features)
+        tile = select(problem, CutlassBackend()).tile(problem).tile
+        widths = {other: other.columns * other.cluster_columns for other in cutlass_tiles.compiled(problem)}
+        padded = {other: -(-out_features // width) * width for other, width in widths.items() if fits(other)}
+        assert tile in widths
+        assert not padded or padded[tile] == min(padded.values())
 
 
 @needs_library
