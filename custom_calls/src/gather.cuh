@@ -1,6 +1,6 @@
-// Rows that stand anywhere in a table: warps beside the producer thread copy them, in the order in which they
-// are needed, to where the copy engine reads them, while the products of other rows run. Fetching them right into the
-// stages, as SonicMoE does (arXiv 2512.14080), was slower here: every tile of columns fetches its rows again
+// Rows that stand anywhere in a table: warps beside the producer thread copy them, in the order in which they are needed,
+// to where the copy engine reads them, while the products of other rows run. Fetching them right into the stages, as
+// SonicMoE does (arXiv 2512.14080), was slower here: every tile of columns fetches its rows again
 // (benchmarks/results/profiles/h200-2026-11-26.md).
 #pragma once
 

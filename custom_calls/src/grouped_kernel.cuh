@@ -3,7 +3,7 @@
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
 // turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong), or share a larger one. Rows of an
 // expert end anywhere: a partial tile is stored row by row, and a partial step of a weight gradient, or the rows of a
-// shared tile, are loaded as a box that the copy engine clips there (`Window`). Rows may be gathered meanwhile
+// turned tile, are loaded as a box that the copy engine clips there (`Window`). Rows may be gathered meanwhile
 // (gather.cuh).
 #pragma once
 
