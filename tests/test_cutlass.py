@@ -123,7 +123,6 @@ def calls():
         "outer with gathered and weighted gradients": lambda: backend.outer(wide_rows, weighted, sizes),
         "relu2's gradient": lambda: grad(rows, w, sizes, rows, weights, activation=relu2),
         "relu2's gradient of gathered rows": lambda: grad(many, w, sizes, wide_rows, jnp.zeros(256), activation=relu2),
-        "gathered rows x w^T": lambda: backend.matmul(many, w, sizes, transpose_w=True),
         "top_k": lambda: top_k.compiled_top_k_ids(jnp.zeros((5, 40)), 3),
     }
     if any(instance.activation == "swiglu" for instance in BUILT.instances):

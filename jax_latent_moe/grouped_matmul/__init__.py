@@ -27,7 +27,6 @@ __all__ = [
     "explain",
     "grouped_matmul",
     "grouped_outer",
-    "outer_and_operands",
     "problem",
     "select",
     "select_fusing",

@@ -15,7 +15,10 @@ from jax_latent_moe.grouped_matmul.tuning import Choice
 FEATURE_MULTIPLE = 8
 MAX_ROWS = 2**31 - 256
 FEW_PRODUCTS = 1024
-"""Products of each gathered element below which a kernel would wait for its rows: they are gathered beforehand."""
+"""Products of each gathered element below which a kernel would wait for its rows: they are gathered beforehand.
+
+Measured at 768, where it waited, and at 1536, where it did not (benchmarks/results/profiles/h200-2026-11-27.md).
+"""
 
 
 class Cutlass:
@@ -67,7 +70,8 @@ class Cutlass:
         """See `Backend.matmul`."""
         tile = self._tile("rows_wt" if transpose_w else "rows_w", rows, w.shape)
         out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
-        rows = _for_kernel(rows, tile, out.shape[1])
+        # No layer names rows x w^T's rows in a table: that its kernels gather them was not tried.
+        rows = gathered(rows) if transpose_w else _for_kernel(rows, tile, out.shape[1])
         attributes = {"transpose_w": transpose_w} | _matmul_attributes(tile, rows)
         (out,), _ = _call_gathering("matmul", [out], rows, (_table(rows), w, group_sizes), attributes)
         return out
