@@ -84,6 +84,8 @@ def _routed_bwd(config, residuals, dcombined):
         )
         assert weighted_hidden is not None
         dw_out, _, _ = outer(weighted_hidden, dout)
+    # Summed before they are gathered: XLA would gather all that enters each sum.
+    drow_weights = jax.lax.optimization_barrier(drow_weights)
     dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
     # Rows of tokens are gathered no earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))

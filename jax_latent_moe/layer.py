@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
+from jax_latent_moe.expert_sort import count_experts
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.parallel.exchange import exchange
 from jax_latent_moe.parallel.mesh import over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, check_params
-from jax_latent_moe.permute import count_experts, make_plan, within_capacity
+from jax_latent_moe.permute import make_plan, within_capacity
 from jax_latent_moe.router import NO_EXPERT, auxiliary_losses, route, router_logits
 
 LATENT = "latent_moe_latent"
@@ -136,7 +137,7 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
         backend=config.backend,
     )
     by_token = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing))
-    load = count_experts(routing.expert_ids, config.num_experts)
+    load = count_experts(routing.expert_ids, config.num_experts, config.backend)
     return by_token, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses)
 
 
@@ -146,7 +147,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
         kept = _within_capacity(expert_ids, weights, config, shards)
-        dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts)
+        dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
+        dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
         latent = (latent * weights).astype(latent.dtype)
@@ -158,7 +160,7 @@ def _route_through_experts(params, latent, routing, config, shards):
         return routed_experts(config, latent, weights, w_in, w_out, plan)
 
     if shards.expert_axis is None:
-        return experts(latent, weights, make_plan(expert_ids, config.num_experts)), dropped
+        return experts(latent, weights, make_plan(expert_ids, config.num_experts, config.backend)), dropped
     combined, not_sent = exchange(config, shards.expert_axis, experts, latent, expert_ids, weights)
     return combined, dropped + not_sent
 

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_latent_moe.config import BackendConfig
+from jax_latent_moe.expert_sort import count_experts, no_expert_last, sort_by_expert
 from jax_latent_moe.grouped_matmul.rows import GatheredRows
 
 ROW_MULTIPLE = 8
@@ -31,18 +33,16 @@ class Plan(NamedTuple):
         return self.slot_of_row // max(self.row_of_slot.shape[1], 1)
 
 
-def make_plan(expert_ids: Int[Array, "t k"], num_experts: int) -> Plan:
+def make_plan(expert_ids: Int[Array, "t k"], num_experts: int, backend: str | BackendConfig = "auto") -> Plan:
     """Sorts the choices by expert, in token order within one expert.
 
     Args:
         expert_ids: [T, k]; an id outside [0, num_experts) is no expert.
         num_experts: E.
+        backend: of the experts; it may hold a kernel for the sort, whose result is the same.
     """
-    expert = _no_expert_last(expert_ids, num_experts)
-    slot_of_row = jnp.argsort(expert, stable=True).astype(jnp.int32)
-    rows = jnp.arange(expert.size, dtype=jnp.int32)
-    row_of_slot = jnp.zeros_like(rows).at[slot_of_row].set(rows, unique_indices=True)
-    return Plan(count_experts(expert_ids, num_experts), slot_of_row, row_of_slot.reshape(expert_ids.shape))
+    sizes, slot_of_row, row_of_slot = sort_by_expert(expert_ids, num_experts, backend)
+    return Plan(sizes, slot_of_row, row_of_slot.reshape(expert_ids.shape))
 
 
 def first_rows(plan: Plan, num_rows: int) -> Plan:
@@ -52,12 +52,6 @@ def first_rows(plan: Plan, num_rows: int) -> Plan:
     """
     room = plan.slot_of_row[: num_rows + ROW_MULTIPLE - num_rows % ROW_MULTIPLE]
     return Plan(plan.group_sizes, room, jnp.minimum(plan.row_of_slot, room.size - 1))
-
-
-def count_experts(expert_ids: Int[Array, "t k"], num_experts: int) -> Int[Array, " e"]:
-    """How many choices fell on each expert, [E] int32; an id outside [0, num_experts) counts nowhere."""
-    expert = _no_expert_last(expert_ids, num_experts)
-    return jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
 
 
 def rows_of(tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> GatheredRows:
@@ -92,7 +86,7 @@ def within_capacity(
         capacity: choices that one expert keeps.
         policy: "probs" keeps the largest weights, the earlier token first among equals; "position" the first tokens.
     """
-    expert = _no_expert_last(expert_ids, num_experts)
+    expert = no_expert_last(expert_ids.reshape(-1), num_experts)
     keys = (expert,) if policy == "position" else (-lax.stop_gradient(weights).reshape(-1), expert)
     order = jnp.lexsort(keys)
     sizes = count_experts(expert_ids, num_experts)
@@ -103,8 +97,3 @@ def within_capacity(
 
 def _take(rows, indices):
     return jnp.asarray(rows).at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def _no_expert_last(expert_ids, num_experts) -> Int[Array, " r"]:
-    flat = expert_ids.reshape(-1).astype(jnp.int32)
-    return jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)

@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import BackendConfig, RouterConfig
+from jax_latent_moe.expert_sort import count_experts
 from jax_latent_moe.grouped_matmul.device import default_device
-from jax_latent_moe.permute import count_experts
 from jax_latent_moe.split_matmul import split_matmul
 from jax_latent_moe.top_k import top_k_ids
 
@@ -186,7 +186,7 @@ def _imbalance(
     ids = top_k_ids(lax.stop_gradient(probs).reshape(-1, num_experts), top_k, backend).reshape(batch, length, top_k)
     offset = num_experts * jnp.arange(batch)[:, None, None]
     ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
-    counts = all_tokens(count_experts(ids.reshape(-1, top_k), batch * num_experts).reshape(batch, num_experts))
+    counts = all_tokens(count_experts(ids, batch * num_experts, backend).reshape(batch, num_experts))
     tokens = jnp.maximum(all_tokens(jnp.sum(mask, axis=1)), 1).astype(probs.dtype)
     return jnp.sum(counts * all_tokens(jnp.sum(probs, axis=1)), axis=1) * num_experts / (top_k * tokens**2)
 

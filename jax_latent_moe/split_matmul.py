@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 def split_matmul(x: Float[Array, "t d"], kernel: Float[Array, "d e"]) -> Float[Array, "t e"]:
     """The product x @ kernel in float32, for x in bfloat16 and a kernel in float32 or bfloat16.
 
-    The product and the kernel's gradient are as exact as a float32 matmul; the gradient of x, which is returned in
-    bfloat16, is made of bfloat16 operands, as that of any matmul in bfloat16 is.
+    The product is as exact as a float32 matmul. The kernel's gradient reads that of the product to 16 bits; the gradient
+    of x, which is returned in bfloat16, is made of bfloat16 operands, as that of any matmul in bfloat16 is.
     """
     parts = _split(kernel, 3)
     return _sum_of_parts(_matmul(x, jnp.concatenate(parts, axis=1)), len(parts))
@@ -28,7 +28,7 @@ def _forward(x, kernel):
 
 def _backward(residuals, dlogits):
     x, kernel = residuals
-    parts = _split(dlogits, 3)
+    parts = _split(dlogits, 2)
     dkernel = _sum_of_parts(_matmul(x.T, jnp.concatenate(parts, axis=1)), len(parts)).astype(kernel.dtype)
     return jnp.matmul(dlogits.astype(x.dtype), kernel.astype(x.dtype).T), dkernel
 
@@ -37,7 +37,7 @@ split_matmul.defvjp(_forward, _backward)
 
 
 def _split(values, count) -> list[Float[Array, "a b"]]:
-    """Bfloat16 arrays that add up to the values: `count` of them, or one where the values are bfloat16."""
+    """Bfloat16 arrays that add up to the values' 8 * count highest bits; one where the values are bfloat16."""
     if values.dtype == jnp.bfloat16:
         return [values]
     parts = []

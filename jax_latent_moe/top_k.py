@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.config import BackendConfig, CutlassBackend, as_backend
-from jax_latent_moe.grouped_matmul.cutlass_library import library
-from jax_latent_moe.grouped_matmul.device import default_device, is_hopper
+from jax_latent_moe.config import BackendConfig
+from jax_latent_moe.grouped_matmul.cutlass_library import compiled_runs
 
 MOST_SCORES = 1024
-"""Of a row, in the compiled kernel: they stay in a warp's registers (custom_calls/src/top_k.h)."""
+"""Of a row, in the compiled kernel (custom_calls/src/top_k.h)."""
 
 
 def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig = "auto") -> Int[Array, "t k"]:
@@ -27,22 +26,11 @@ def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig 
     Returns:
         [T, k] int32.
     """
-    return compiled_top_k_ids(scores, k) if _compiled(scores, as_backend(backend)) else lax.top_k(scores, k)[1]
+    fits = scores.dtype == jnp.float32 and scores.shape[1] <= MOST_SCORES
+    return compiled_top_k_ids(scores, k) if fits and compiled_runs(backend) else lax.top_k(scores, k)[1]
 
 
 def compiled_top_k_ids(scores: Float[Array, "t e"], k: int) -> Int[Array, "t k"]:
     """The same of float32 scores, at most `MOST_SCORES` a row, by the compiled kernel."""
     out = jax.ShapeDtypeStruct((scores.shape[0], k), jnp.int32)
     return jax.ffi.ffi_call("latent_moe_top_k", out, vmap_method="sequential")(scores)
-
-
-def _compiled(scores, backend) -> bool:
-    platform, kind = default_device()
-    return (
-        (backend == "auto" or isinstance(backend, CutlassBackend))
-        and platform == "gpu"
-        and is_hopper(kind)
-        and scores.dtype == jnp.float32
-        and scores.shape[1] <= MOST_SCORES
-        and not library().missing
-    )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import CutlassBackend, UnsupportedError, top_k
+from jax_latent_moe import CutlassBackend, UnsupportedError, expert_sort, top_k
 from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.grouped_matmul import (
     FusedActivation,
@@ -124,6 +124,7 @@ def calls():
         "relu2's gradient": lambda: grad(rows, w, sizes, rows, weights, activation=relu2),
         "relu2's gradient of gathered rows": lambda: grad(many, w, sizes, wide_rows, jnp.zeros(256), activation=relu2),
         "top_k": lambda: top_k.compiled_top_k_ids(jnp.zeros((5, 40)), 3),
+        "sort": lambda: expert_sort.compiled_sort_by_expert(jnp.zeros(700, jnp.int32), 3),
     }
     if any(instance.activation == "swiglu" for instance in BUILT.instances):
         pre = jnp.zeros((16, 128), jnp.bfloat16)

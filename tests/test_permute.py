@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_latent_moe.expert_sort import count_experts
 from jax_latent_moe.grouped_matmul import rows as row_tables
 from jax_latent_moe.grouped_matmul.rows import gathered
 from jax_latent_moe.permute import (
     combine,
-    count_experts,
     first_rows,
     make_plan,
     rows_of,

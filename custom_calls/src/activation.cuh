@@ -1,13 +1,19 @@
 // The experts' activations and their derivatives, in float32: the same formulas as jax_latent_moe/activations.py.
 #pragma once
 
-#include "instance.h"
+#include "hopper.cuh"
 
 namespace latent_moe {
 
 struct ActivationParams {
   float beta, inverse_beta;                // situ_glu: of the gate
   float linear_beta, inverse_linear_beta;  // situ_glu: of the up half; 0 leaves it linear
+
+  __device__ explicit ActivationParams(Args const& args)
+      : beta(args.beta),
+        inverse_beta(1.0f / args.beta),
+        linear_beta(args.linear_beta),
+        inverse_linear_beta(1.0f / args.linear_beta) {}
 };
 
 // To a few units in the last place of float32, and without a branch: an exact division or tanh would keep the compiler
@@ -87,7 +93,20 @@ __device__ __forceinline__ Value up_value(float u, ActivationParams const& param
   return {u, 1.0f};
 }
 
-// The same from what a forward pass keeps: of relu2 hidden rows, whose root tells the slope, else what it was applied to.
+// Two elements of hidden rows, from those of the pre-activation as the backward pass will read them, rounded; `up` is not
+// read where nothing is gated.
+template <class T, Activation A>
+__device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up, ActivationParams const& params) {
+  const float2 g = unpack<T>(gate);
+  float2 u = {1.0f, 1.0f};
+  if constexpr (is_gated(A)) {
+    u = unpack<T>(up);
+    u = {up_value<A>(u.x, params).value, up_value<A>(u.y, params).value};
+  }
+  return pack<T>(gate_value<A>(g.x, params).value * u.x, gate_value<A>(g.y, params).value * u.y);
+}
+
+// Value and slope from what a forward pass keeps: of relu2 hidden rows, whose root tells the slope, else what it was applied to.
 template <Activation A>
 __device__ __forceinline__ Value gate_value_of_kept(float kept, ActivationParams const& params) {
   if constexpr (keeps_hidden(A)) {

@@ -32,7 +32,7 @@ class RowEpilogue {
 
   __device__ RowEpilogue(Args const& args, char* shared, int warpgroup, int thread)
       : args_(args),
-        params_{args.beta, 1.0f / args.beta, args.linear_beta, 1.0f / args.linear_beta},
+        params_(args),
         base_(cute::cast_smem_ptr_to_uint(shared) + (warpgroup * 4 + thread / 32) * kPiecesOfWarp * kPieceBytes),
         warp_(thread / 32),
         lane_(thread % 32) {}
@@ -92,40 +92,27 @@ class RowEpilogue {
     write(piece(0), out, c);
   }
 
+  // Of an activation that gates nothing: those that do have turned tiles (column_epilogue.cuh).
   __device__ __forceinline__ void store_activation(Accumulator const& acc, Work const& work, int block) const {
-    constexpr int kColumnBlocksOfHalf = kColumnBlocks / kHalves;
+    static_assert(kGradient || !kGated);
     if (args_.keep_pre) {
+      const Strip<T> pre = strip(args_.out, work, block);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        const Strip<T> pre = strip(args_.out, work, block, kHalves, half);
-#pragma unroll
-        for (int c = 0; c < kColumnBlocksOfHalf; ++c) store(acc, half * kColumnBlocksOfHalf + c, pre, c);
-      }
+      for (int c = 0; c < kColumnBlocks; ++c) store(acc, c, pre, c);
     }
     const Strip<T> out = strip(args_.hidden, work, block);
 #pragma unroll
-    for (int c = 0; c < kColumnBlocksOfHalf; ++c) {
+    for (int c = 0; c < kColumnBlocks; ++c) {
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter) {
-        uint32_t gate[4], up[4] = {};
-        round<T>(gate, acc, c, quarter);
-        if constexpr (kGated) round<T>(up, acc, kColumnBlocksOfHalf + c, quarter);
-        // The activation reads what was rounded, as the backward pass will.
+        uint32_t p[4];
+        round<T>(p, acc, c, quarter);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) gate[i] = hidden(gate[i], up[i]);
-        piece(0).put(gate, quarter);
+        for (int i = 0; i < 4; ++i) p[i] = hidden<T, kActivation>(p[i], 0, params_);
+        piece(0).put(p, quarter);
       }
       write(piece(0), out, c);
     }
-  }
-
-  __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up) const {
-    float2 g = unpack<T>(gate), u = {1.0f, 1.0f};
-    if constexpr (kGated) {
-      u = unpack<T>(up);
-      u = {up_value<kActivation>(u.x, params_).value, up_value<kActivation>(u.y, params_).value};
-    }
-    return pack<T>(gate_value<kActivation>(g.x, params_).value * u.x, gate_value<kActivation>(g.y, params_).value * u.y);
   }
 
   // Piece of what was kept of a step: a step is a column block, row block after row block.

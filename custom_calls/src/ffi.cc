@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "check.h"
+#include "expert_sort.h"
 #include "instance.h"
 #include "tensor_maps.h"
 #include "top_k.h"
@@ -343,6 +344,28 @@ ffi::Error choose(cudaStream_t stream, ffi::AnyBuffer scores, ffi::Result<ffi::A
   return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
 }
 
+ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer expert_ids, ffi::Result<ffi::AnyBuffer> sizes,
+                ffi::Result<ffi::AnyBuffer> slot_of_row, ffi::Result<ffi::AnyBuffer> row_of_slot,
+                ffi::Result<ffi::AnyBuffer> counts) {
+  Check check;
+  check.that(expert_ids.dimensions().size() == 1, "expert_ids of shape " + shape(expert_ids) + " must have 1 axis");
+  check.that(sizes->dimensions().size() == 1, "group_sizes of shape " + shape(*sizes) + " must have 1 axis");
+  if (!check.error().empty()) return refuse(check.error());
+  int64_t const count = expert_ids.dimensions()[0], experts = sizes->dimensions()[0];
+  check.buffer("expert_ids", expert_ids, ffi::DataType::S32, {count});
+  check.buffer("group_sizes", *sizes, ffi::DataType::S32, {experts});
+  check.buffer("slot_of_row", *slot_of_row, ffi::DataType::S32, {count});
+  check.buffer("row_of_slot", *row_of_slot, ffi::DataType::S32, {count});
+  check.buffer("the counts", *counts, ffi::DataType::S32, {(count + kSortChunk - 1) / kSortChunk, experts + 1});
+  check.that(experts <= kMostBuckets, std::to_string(experts) + " experts are more than " + std::to_string(kMostBuckets));
+  check.that(count < int64_t{1} << 31, "there are " + std::to_string(count) + " choices, 2^31 or more");
+  if (!check.error().empty()) return refuse(check.error());
+  auto const error =
+      sort_by_expert(expert_ids.typed_data<int32_t>(), count, experts, sizes->typed_data<int32_t>(),
+                     slot_of_row->typed_data<int32_t>(), row_of_slot->typed_data<int32_t>(), counts->typed_data<int32_t>(), stream);
+  return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
+}
+
 // XLA calls this before it records or runs a program, when one may still wait for the device.
 ffi::Error prepare(cudaStream_t stream, int32_t device, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   auto const error = measure_sides(device, stream);
@@ -433,6 +456,16 @@ auto bind_choose() {
   return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>();
 }
 
+auto bind_sort() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Arg<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>();
+}
+
 }  // namespace
 }  // namespace latent_moe
 
@@ -446,10 +479,11 @@ LATENT_MOE_HANDLER(latent_moe_matmul_activation_grad, latent_moe::matmul_activat
                    latent_moe::bind_activation_grad());
 LATENT_MOE_HANDLER(latent_moe_outer, latent_moe::outer, latent_moe::bind_outer());
 LATENT_MOE_HANDLER(latent_moe_top_k, latent_moe::choose, latent_moe::bind_choose());
+LATENT_MOE_HANDLER(latent_moe_sort, latent_moe::sort, latent_moe::bind_sort());
 LATENT_MOE_HANDLER(latent_moe_prepare, latent_moe::prepare, latent_moe::bind_prepare());
 
 // Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.
-LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 6; }
+LATENT_MOE_EXPORT int32_t latent_moe_interface_version() { return 7; }
 
 // For tests: Sides::kMost bits, by multiprocessor.
 LATENT_MOE_EXPORT void latent_moe_sides(int32_t device, uint32_t* bits) {

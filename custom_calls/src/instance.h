@@ -40,9 +40,12 @@ struct Instance {
 
 // Whether a tile's rows lie along the axis of wgmma that may be any multiple of 8, rather than along that of 64: then the
 // tiles of an expert are of equal height, and hardly higher than its rows. Three blocks of columns gain nothing by it, as
-// each reads the rows from shared memory; small tiles are bound by reading weights; activations have no such epilogue.
+// each reads the rows from shared memory; small tiles are bound by reading weights; of activations, those that gate have
+// such an epilogue.
 constexpr bool is_turned(Instance const& i) {
-  return i.contraction != Contraction::kOuter && i.epilogue == Epilogue::kStore && i.tile.rows > 64 && i.tile.columns != 192;
+  const bool has_epilogue =
+      i.epilogue == Epilogue::kStore || (i.epilogue == Epilogue::kActivation && is_gated(i.activation));
+  return i.contraction != Contraction::kOuter && has_epilogue && i.tile.rows > 64 && i.tile.columns != 192;
 }
 
 #define LATENT_MOE_INSTANCE(type, contraction, epilogue, activation, rows, columns, stages, cluster_rows, \

@@ -13,32 +13,38 @@ __device__ __forceinline__ uint32_t ordered(float score) {
   return max(bits & 0x80000000 ? ~bits : bits | 0x80000000, kNone + 1);
 }
 
-// Lane l holds columns l, l + 32, ... Each round takes the best of all lanes; its own lane looks for its next best.
+// Lane l holds columns l, l + 32, ... and knows the best of them. Each round takes the best of all; what its lane holds
+// lies in shared memory, where the whole warp looks for the next best.
 template <int Each>
 __global__ void __launch_bounds__(kWarp* kWarps) choose(float const* scores, int32_t* ids, int rows, int columns, int k) {
+  __shared__ uint32_t shared[kWarps][Each][kWarp + 1];  // one more: columns of a lane are in as many banks
   const int row = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (row >= rows) return;
-  uint32_t keys[Each], best = kNone;
+  auto& keys = shared[threadIdx.x / kWarp];
+  uint32_t best = kNone;
   int at = 0;
 #pragma unroll
   for (int i = 0; i < Each; ++i) {
     const int column = i * kWarp + lane;
-    keys[i] = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
-    if (keys[i] > best) best = keys[i], at = i;
+    const uint32_t key = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
+    keys[i][lane] = key;
+    if (key > best) best = key, at = i;
   }
+  __syncwarp();
   int chosen = 0;
   for (int rank = 0; rank < k; ++rank) {
     const uint32_t most = __reduce_max_sync(~0u, best);
     const int column = __reduce_min_sync(~0u, best == most ? unsigned(at * kWarp + lane) : ~0u);
-    if (column == at * kWarp + lane) {
-      const int taken = at;
-      best = kNone;
-#pragma unroll
-      for (int i = 0; i < Each; ++i) {
-        if (i == taken) keys[i] = kNone;
-        if (keys[i] > best) best = keys[i], at = i;
-      }
+    const int owner = column % kWarp;
+    uint32_t key = kNone;
+    if (lane == column / kWarp) {
+      keys[lane][owner] = kNone;
+    } else if (lane < Each) {
+      key = keys[lane][owner];
     }
+    const uint32_t next = __reduce_max_sync(~0u, key);
+    const int next_at = __reduce_min_sync(~0u, key == next ? unsigned(lane) : ~0u);
+    if (lane == owner) best = next, at = next_at;
     if (rank % kWarp == lane) chosen = column;
     if ((rank + 1) % kWarp == 0 || rank + 1 == k) {
       const int first = rank / kWarp * kWarp;

@@ -7,7 +7,7 @@
 
 namespace latent_moe {
 
-constexpr int kMostScores = 1024;  // of a row: they stay in a warp's registers
+constexpr int kMostScores = 1024;  // of a row: a lane looks at its 32nd part
 
 // ids[row][0 ... k - 1]: columns of the k largest scores, best first, of equal ones the lower first; k <= columns <=
 // kMostScores.

@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import jax
 
+from jax_latent_moe.config import BackendConfig, CutlassBackend, as_backend
+from jax_latent_moe.grouped_matmul.device import default_device, is_hopper
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 
 VARIABLE = "JAX_LATENT_MOE_CUDA_LIBRARY"
 FILE = "libjax_latent_moe_cuda.so"
-INTERFACE_VERSION = 6
-TARGETS = ("matmul", "matmul_activation", "matmul_activation_grad", "outer", "top_k")
+INTERFACE_VERSION = 7
+TARGETS = ("matmul", "matmul_activation", "matmul_activation_grad", "outer", "top_k", "sort")
 INITIALIZE = "latent_moe_prepare"
 """Handler that XLA calls for each target before it records or runs a program."""
 
@@ -75,6 +77,17 @@ def library() -> Library:
     for target in TARGETS:
         jax.ffi.register_ffi_target(f"latent_moe_{target}", handlers(loaded, target), platform="CUDA")
     return Library(tuple(_instance(loaded, index) for index in range(loaded.latent_moe_num_instances())), None)
+
+
+def compiled_runs(backend: str | BackendConfig) -> bool:
+    """Whether what the library has beside matmuls runs for experts of that backend: "auto" or `CutlassBackend`."""
+    platform, kind = default_device()
+    return (
+        (backend == "auto" or isinstance(as_backend(backend), CutlassBackend))
+        and platform == "gpu"
+        and is_hopper(kind)
+        and not library().missing
+    )
 
 
 def handlers(loaded: ctypes.CDLL, target: str) -> dict:

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.expert_sort import count_experts
 from jax_latent_moe.parallel.choice import choose_dispatch
-from jax_latent_moe.permute import Plan, count_experts, first_rows, make_plan, within_capacity
+from jax_latent_moe.permute import Plan, first_rows, make_plan, within_capacity
 from jax_latent_moe.router import NO_EXPERT
 
 Experts = Callable[[Float[Array, "t l"], Float[Array, "t k"], Plan], Float[Array, "t l"]]
@@ -53,29 +54,30 @@ def exchange(
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if capacity < tokens * min(k, local_experts):
         kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
-        dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts)
+        dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}
     strategy = choose_dispatch(config, devices, tokens)
-    return move[strategy](axis, capacity, local_experts, experts, latent, expert_ids, weights), dropped
+    plan_of = partial(make_plan, backend=config.backend)
+    return move[strategy](plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights), dropped
 
 
-def _all_gather(axis, capacity, local_experts, experts, latent, expert_ids, weights):
+def _all_gather(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
     """Every device reads all latents and computes its experts' part of each; a reduce-scatter adds the parts."""
     latent, expert_ids, weights = (lax.all_gather(part, axis, tiled=True) for part in (latent, expert_ids, weights))
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
     weights = jnp.where(mine, weights, 0)
-    plan, rows = make_plan(expert_ids, local_experts), capacity * lax.axis_size(axis)
+    plan, rows = plan_of(expert_ids, local_experts), capacity * lax.axis_size(axis)
     if rows < expert_ids.size:  # fewer rows than choices: room for those of this device alone
         plan = first_rows(plan, rows)
     total = experts(latent, weights, plan)
     return lax.psum_scatter(total, axis, tiled=True)
 
 
-def _all_to_all(axis, capacity, local_experts, experts, latent, expert_ids, weights):
+def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
     """Each device sends every other a buffer of `capacity` rows, and gets them back weighted."""
     devices, slots = lax.axis_size(axis), expert_ids.size
-    plan = make_plan(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
+    plan = plan_of(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
     place = jnp.arange(capacity)
     filled = place < plan.group_sizes[:, None]
@@ -89,14 +91,14 @@ def _all_to_all(axis, capacity, local_experts, experts, latent, expert_ids, weig
     row_weights = swap(_get(weights.reshape(-1), slot_of_place, 0))
     ids, mine = _own_experts(ids, axis, local_experts)
     rows = swap(_spread(latent, slot_of_place, place_of_slot))
-    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], make_plan(ids[:, None], local_experts))
+    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], plan_of(ids[:, None], local_experts))
     return _collect(swap(out), slot_of_place, place_of_slot)
 
 
-def _ragged_all_to_all(axis, capacity, local_experts, experts, latent, expert_ids, weights):
+def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
     """Each device sends every other just the rows of its experts, and gets them back weighted."""
     devices, me, slots = lax.axis_size(axis), lax.axis_index(axis), expert_ids.size
-    plan = make_plan(expert_ids, local_experts * devices)
+    plan = plan_of(expert_ids, local_experts * devices)
     sent = jnp.sum(plan.group_sizes.reshape(devices, local_experts), axis=1)
     sizes = lax.all_gather(sent, axis)  # [from, to]
     before_in_row = jnp.cumsum(sizes, axis=1) - sizes  # where the rows for each device stand at their sender
@@ -114,7 +116,7 @@ def _ragged_all_to_all(axis, capacity, local_experts, experts, latent, expert_id
     ids, mine = _own_experts(ids, axis, local_experts)
     row_weights = send(_get(weights.reshape(-1), slot_of_row, 0), received, 0, there)
     rows = send(_spread(latent, slot_of_row, row_of_slot), received, 0, there)
-    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], make_plan(ids[:, None], local_experts))
+    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], plan_of(ids[:, None], local_experts))
     return _collect(send(out, slots, 0, back), slot_of_row, row_of_slot)
 
 

@@ -1,0 +1,80 @@
+"""Choices sorted by expert, and counted: by XLA, or on a Hopper GPU by a compiled counting sort.
+
+XLA sorts by radix in a dozen launches, and scatters to count and to turn the order around: 0.12 ms where a layer of
+8192 tokens takes 11.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jax_latent_moe.config import BackendConfig
+from jax_latent_moe.grouped_matmul.cutlass_library import compiled_runs
+
+MOST_EXPERTS = 2048
+"""In the compiled kernel (custom_calls/src/expert_sort.h)."""
+CHUNK = 512
+"""Choices that one of its warps takes."""
+
+
+class Sorted(NamedTuple):
+    """Choices in the order of their experts, in their own order within one; choices of no expert behind all.
+
+    Attributes:
+        sizes: [E] int32, choices of each expert.
+        slot_of_row: [R] int32, the choice that stands in each row.
+        row_of_slot: [R] int32, the row of each choice.
+    """
+
+    sizes: Int[Array, " e"]
+    slot_of_row: Int[Array, " r"]
+    row_of_slot: Int[Array, " r"]
+
+
+def sort_by_expert(expert_ids: Int[Array, "..."], num_experts: int, backend: str | BackendConfig = "auto") -> Sorted:
+    """Sorts choices by expert.
+
+    Args:
+        expert_ids: any shape, read in order; an id outside [0, num_experts) is no expert.
+        num_experts: E.
+        backend: of the experts. "auto" and `CutlassBackend` take the compiled kernel where it runs.
+    """
+    ids = expert_ids.reshape(-1).astype(jnp.int32)
+    if compiled_runs(backend) and num_experts <= MOST_EXPERTS:
+        return compiled_sort_by_expert(ids, num_experts)
+    expert = no_expert_last(ids, num_experts)
+    slot_of_row = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    rows = jnp.arange(expert.size, dtype=jnp.int32)
+    row_of_slot = jnp.zeros_like(rows).at[slot_of_row].set(rows, unique_indices=True)
+    return Sorted(_count(expert, num_experts), slot_of_row, row_of_slot)
+
+
+def compiled_sort_by_expert(ids: Int[Array, " r"], num_experts: int) -> Sorted:
+    """The same of [R] int32, at most `MOST_EXPERTS` experts, by the compiled kernel."""
+    counts = (-(-ids.size // CHUNK), num_experts + 1)
+    outs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((num_experts,), ids.shape, ids.shape, counts)]
+    return Sorted(*jax.ffi.ffi_call("latent_moe_sort", outs, vmap_method="sequential")(ids)[:3])
+
+
+def count_experts(
+    expert_ids: Int[Array, "..."], num_experts: int, backend: str | BackendConfig = "auto"
+) -> Int[Array, " e"]:
+    """How many choices fell on each expert, [E] int32; an id outside [0, num_experts) counts nowhere.
+
+    Where the compiled kernel runs it is asked for: XLA merges it with the sort of the same choices.
+    """
+    ids = expert_ids.reshape(-1).astype(jnp.int32)
+    if compiled_runs(backend) and num_experts <= MOST_EXPERTS:
+        return compiled_sort_by_expert(ids, num_experts).sizes
+    return _count(no_expert_last(ids, num_experts), num_experts)
+
+
+def no_expert_last(ids: Int[Array, " r"], num_experts: int) -> Int[Array, " r"]:
+    """The ids, num_experts where they are no expert."""
+    return jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+
+
+def _count(expert, num_experts):
+    return jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
