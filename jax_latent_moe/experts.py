@@ -1,7 +1,7 @@
 """The routed experts on latent rows: gather, two grouped matmuls around an activation, weighted combine.
 
 One differentiation rule covers the block. It keeps the tokens, the routing and what the activation's gradient is made
-of: the pre-activation, or of relu2 the hidden rows, whose root tells its slope. Gathered rows are made again in the
+of (`Kept`): the pre-activation, or no more bytes with the hidden rows among them. Gathered rows are made again in the
 backward pass, and the experts' outputs are never needed there: the gradient of a weight is <dc w_out^T, h>, as in
 SonicMoE (arXiv 2512.14080). One gather of gradients serves both products that they enter: the weights go into these
 gradients where hidden rows were kept, and into the hidden rows where they are made again. Products are handed rows
@@ -10,6 +10,7 @@ into a product is asked to; of the others the two are composed.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,19 @@ from jax_latent_moe.permute import Plan, combine, rows_of
 RESIDUAL = "latent_moe_residual"
 
 
+class Kept(NamedTuple):
+    """What a backward pass reads of how hidden rows were made.
+
+    Attributes:
+        rows: hidden rows [R, m], of relu2, whose root tells the slope, or beside the gate; else the pre-activation
+            [R, m], gated [R, 2 m].
+        gate: gate rows [R, m], which with the hidden rows tell the up half; None where no kernel makes use of that.
+    """
+
+    rows: Float[Array, "r p"]
+    gate: Float[Array, "r m"] | None = None
+
+
 def routed_experts(
     config: LatentMoEConfig,
     tokens: Float[Array, "t l"],
@@ -38,8 +52,8 @@ def routed_experts(
     Args:
         config: read for the activation and the backend.
         tokens: [T, l].
-        weights: [T, k], 0 where a choice reaches no expert. With relu2 the gradient of a weight that is 0 is 0: no
-            score function gives one but by underflow, where the score's slope vanishes too.
+        weights: [T, k], 0 where a choice reaches no expert. Where hidden rows are kept the gradient of a weight that
+            is 0 is 0: no score function gives one but by underflow, where the score's slope vanishes too.
         w_in: [E, l, m], gated [E, l, 2, m], in the dtype of tokens.
         w_out: [E, m, l], in the dtype of tokens.
         plan: where each choice stands among the sorted rows.
@@ -58,7 +72,7 @@ def _routed_fwd(config, tokens, weights, w_in, w_out, plan):
 
 
 def _forward(config, tokens, weights, w_in, w_out, plan, *, keep):
-    kept, hidden = up(config, rows_of(tokens, plan), w_in, plan.group_sizes, keep=keep)
+    kept, hidden = up(config, rows_of(tokens, plan), w_in, w_out, plan.group_sizes, keep=keep)
     out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
     return combine(out, plan, weights).astype(tokens.dtype), kept
 
@@ -68,10 +82,10 @@ def _routed_bwd(config, residuals, dcombined):
     outer = functools.partial(outer_and_operands, group_sizes=plan.group_sizes, backend=config.backend)
     row_weights = weights.reshape(-1)[plan.slot_of_row]
 
-    if keeps_hidden(config):
+    if keeps_hidden(config) or kept.gate is not None:
         # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.
-        dw_out, _, dout = outer(kept, rows_of(dcombined, plan, weights))
-        if _fusing(config, "rows_wt", kept, w_out):
+        dw_out, _, dout = outer(kept.rows, rows_of(dcombined, plan, weights))
+        if _fusing(config, "rows_wt", kept.rows, w_out):
             # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
             kept, dout, dw_out = jax.lax.optimization_barrier((kept, dout, dw_out))
         ones = jnp.ones_like(row_weights)
@@ -95,34 +109,40 @@ def _routed_bwd(config, residuals, dcombined):
     return dtokens, dweights, dw_in, dw_out, None
 
 
-def up(config, rows, w_in, group_sizes, *, keep):
-    """What the backward pass needs of the hidden rows' making, None unless it is to be kept; and the hidden rows.
+def up(config, rows, w_in, w_out, group_sizes, *, keep) -> tuple[Kept | None, Float[Array, "r m"]]:
+    """What the backward pass reads of the hidden rows' making, None unless it is to be kept; and the hidden rows.
 
     Args:
         config: read for the activation and the backend.
         rows: [R, l], sorted by expert, gathered or not.
         w_in: [E, l, m], gated [E, l, 2 m].
+        w_out: [E, m, l], which the backward pass multiplies gradients with.
         group_sizes: [E].
         keep: whether a backward pass follows.
 
     Returns:
-        The hidden rows [R, m] of relu2, else the pre-activation [R, m], gated [R, 2 m], in the dtype of rows; and the
-        hidden rows, made of the pre-activation as rounded to it.
+        Both in the dtype of rows; hidden rows are made of the pre-activation as rounded to it.
     """
-    if fusing := _fusing(config, "rows_w", rows, w_in):
+    activation, pre, gate = _fused_activation(config), None, None
+    fusing = _fusing(config, "rows_w", rows, w_in)
+    if keeps_gate := keep and fusing is not None and fusing.keeps_gate(activation):
+        down = _fusing(config, "rows_wt", rows, w_out)
+        if down is None or not down.keeps_gate(activation):
+            keeps_gate, fusing = False, None
+    if fusing is not None:
         keep_pre = keep and not keeps_hidden(config)
-        pre, hidden = fusing.matmul_activation(
-            rows, w_in, group_sizes, activation=_fused_activation(config), keep_pre=keep_pre
-        )
+        pre, hidden = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation, keep_pre=keep_pre)
+        if keeps_gate:
+            gate = checkpoint_name(pre, RESIDUAL)
     else:
         pre = grouped_matmul(rows, w_in, group_sizes, backend=config.backend)
         hidden = activate(pre, config).astype(rows.dtype)
     if not keep:
         return None, hidden
-    if not keeps_hidden(config):
-        return checkpoint_name(pre, RESIDUAL), hidden
-    hidden = checkpoint_name(hidden, RESIDUAL)
-    return hidden, hidden
+    if keeps_hidden(config) or keeps_gate:
+        hidden = checkpoint_name(hidden, RESIDUAL)
+        return Kept(hidden, gate), hidden
+    return Kept(checkpoint_name(pre, RESIDUAL)), hidden
 
 
 def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
@@ -133,7 +153,7 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
         dout: [R, l], gradient of the experts' outputs before they are weighted, gathered or not.
         w_out: [E, m, l].
         group_sizes: [E].
-        kept: of `up`; a fusing kernel may leave the gradient in its place.
+        kept: of `up`; a fusing kernel may leave the gradient in the place of its rows.
         row_weights: [R].
 
     Returns:
@@ -142,11 +162,12 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
     """
     if fusing := _fusing(config, "rows_wt", dout, w_out):
         return fusing.matmul_activation_grad(
-            dout, w_out, group_sizes, kept, row_weights, activation=_fused_activation(config)
+            dout, w_out, group_sizes, kept.rows, row_weights, activation=_fused_activation(config), gate=kept.gate
         )
+    assert kept.gate is None
     dout = gathered(dout)
     dhidden = grouped_matmul(dout, w_out, group_sizes, transpose_w=True, backend=config.backend)
-    hidden, activation_vjp = activation_of_kept(kept, config)
+    hidden, activation_vjp = activation_of_kept(kept.rows, config)
     dhidden = dhidden.astype(hidden.dtype)
     row_weights = row_weights[:, None].astype(hidden.dtype)
     dpre = activation_vjp(row_weights * dhidden)

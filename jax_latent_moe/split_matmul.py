@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 def split_matmul(x: Float[Array, "t d"], kernel: Float[Array, "d e"]) -> Float[Array, "t e"]:
     """The product x @ kernel in float32, for x in bfloat16 and a kernel in float32 or bfloat16.
 
-    The product is as exact as a float32 matmul. The kernel's gradient reads that of the product to 16 bits; the gradient
-    of x, which is returned in bfloat16, is made of bfloat16 operands, as that of any matmul in bfloat16 is.
+    The product is as exact as a float32 matmul. The kernel's gradient reads that of the product to 16 bits; the
+    gradient of x, which is returned in bfloat16, is made of bfloat16 operands, as that of any matmul in bfloat16 is.
     """
     parts = _split(kernel, 3)
     return _sum_of_parts(_matmul(x, jnp.concatenate(parts, axis=1)), len(parts))

@@ -127,12 +127,9 @@ def calls():
         "sort": lambda: expert_sort.compiled_sort_by_expert(jnp.zeros(700, jnp.int32), 3),
     }
     if any(instance.activation == "swiglu" for instance in BUILT.instances):
-        pre = jnp.zeros((16, 128), jnp.bfloat16)
         found |= {
             "swiglu": lambda: backend.matmul_activation(rows, wide, sizes, activation=swiglu, keep_pre=True),
-            "swiglu's gradient": lambda: backend.matmul_activation_grad(
-                rows, w, sizes, pre, weights, activation=swiglu
-            ),
+            "swiglu's gradient": lambda: grad(rows, w, sizes, rows, weights, activation=swiglu, gate=rows),
         }
     return found
 

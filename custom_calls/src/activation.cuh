@@ -93,6 +93,15 @@ __device__ __forceinline__ Value up_value(float u, ActivationParams const& param
   return {u, 1.0f};
 }
 
+// The gate where `keeps_gate`: no further from where it was than hidden rows can tell in 16 bits, and never so small that
+// they could not tell what it was multiplied with.
+template <Activation A>
+__device__ __forceinline__ float gate_to_keep(float gate) {
+  constexpr float least = A == Activation::kSwiglu ? -40.0f : -8.0f, smallest = 0x1p-40f;
+  gate = gate < least ? least : gate;  // a NaN stays
+  return fabsf(gate) < smallest ? copysignf(smallest, gate) : gate;
+}
+
 // Two elements of hidden rows, from those of the pre-activation as the backward pass will read them, rounded; `up` is not
 // read where nothing is gated.
 template <class T, Activation A>
@@ -106,15 +115,24 @@ __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up, Activatio
   return pack<T>(gate_value<A>(g.x, params).value * u.x, gate_value<A>(g.y, params).value * u.y);
 }
 
-// Value and slope from what a forward pass keeps: of relu2 hidden rows, whose root tells the slope, else what it was applied to.
+// A hidden element, and its slopes by what it was made of.
+struct Slopes {
+  float hidden, gate, up;
+};
+
+// From what a forward pass keeps: hidden rows, of relu2, whose root tells the slope; gate and hidden rows; or gate and up
+// half.
 template <Activation A>
-__device__ __forceinline__ Value gate_value_of_kept(float kept, ActivationParams const& params) {
-  if constexpr (keeps_hidden(A)) {
+__device__ __forceinline__ Slopes slopes_of_kept(float first, float second, ActivationParams const& params) {
+  if constexpr (A == Activation::kRelu2) {
     float root;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(kept));
-    return {kept, 2.0f * root};
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(first));
+    return {first, 2.0f * root, 0.0f};
   } else {
-    return gate_value<A>(kept, params);
+    const Value gate = gate_value<A>(first, params);
+    if constexpr (keeps_gate(A)) return {second, gate.slope * second * reciprocal(gate.value), gate.value};
+    const Value up = is_gated(A) ? up_value<A>(second, params) : Value{1.0f, 0.0f};
+    return {gate.value * up.value, gate.slope * up.value, gate.value * up.slope};
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // The four warps of a warpgroup send 16 rows of all its columns through shared memory, turned over on the way in, and
 // write whole blocks of a row at a time out of it. Of a gated activation a thread holds gate and up half of the same
-// element, in the two blocks of columns; hidden rows become a third block.
+// element, in the two blocks of columns; hidden rows become another block.
 #pragma once
 
 #include "activation.cuh"
@@ -14,10 +14,12 @@ template <int I>
 class ColumnEpilogue {
   static constexpr Instance kInstance = kInstances[I];
   static constexpr Tile kTile = kInstance.tile;
-  static constexpr bool kGated = is_gated(kInstance.activation);
+  static constexpr Activation kActivation = kInstance.activation;
+  static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kBlocks = kTile.columns / kBlock / (is_shared(kTile) ? kConsumers : 1);  // of a warpgroup
   static_assert(!kGated || kBlocks == 2, "one block of gates, and one of what they are multiplied with");
-  static constexpr int kOutBlocks = kGated ? 3 : kBlocks;
+  static constexpr bool kGate = keeps_gate(kActivation);
+  static constexpr int kOutBlocks = kGated && !kGate ? 3 : kBlocks;
   static constexpr int kRows = 16;                        // that are in shared memory at a time
   static constexpr int kPitch = kOutBlocks * kBlock * 2;  // bytes
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
@@ -45,23 +47,25 @@ class ColumnEpilogue {
       for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          p[block][i] = pack<T>(acc[block][first / 2 + 2 * i], acc[block][first / 2 + 2 * i + 1]);
+          float x = acc[block][first / 2 + 2 * i], y = acc[block][first / 2 + 2 * i + 1];
+          if (kGate && block == 0) x = gate_to_keep<kActivation>(x), y = gate_to_keep<kActivation>(y);
+          p[block][i] = pack<T>(x, y);
         }
-        if (!kGated || args_.keep_pre) put(p[block], block);
+        if (!kGated || (args_.keep_pre && !(kGate && block == 1))) put(p[block], block);
       }
       if constexpr (kGated) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[0][i] = hidden<T, kInstance.activation>(p[0][i], p[1][i], params_);
-        put(p[0], 2);
+        for (int i = 0; i < 4; ++i) p[0][i] = hidden<T, kActivation>(p[0][i], p[1][i], params_);
+        put(p[0], kOutBlocks - 1);
       }
       sync_warpgroup(warpgroup_);
       const int row = work.row + first, rows = work.valid - first;
       if constexpr (kGated) {
-        const int64_t pitch = 2 * int64_t{args_.out_columns};
-        write<1>(2, args_.hidden, args_.out_columns, row, rows, work.column, 0);
+        write<1>(kOutBlocks - 1, args_.hidden, args_.out_columns, row, rows, work.column, 0);
+        const int64_t pitch = (kGate ? 1 : 2) * int64_t{args_.out_columns};
         if (args_.keep_pre) {
           write<1>(0, args_.out, pitch, row, rows, work.column, 0);
-          write<1>(1, args_.out, pitch, row, rows, work.column, args_.out_columns);
+          if (!kGate) write<1>(1, args_.out, pitch, row, rows, work.column, args_.out_columns);
         }
       } else {
         write<kBlocks>(0, args_.out, args_.out_columns, row, rows, work.column, 0);

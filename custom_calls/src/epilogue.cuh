@@ -21,8 +21,9 @@ class RowEpilogue {
   // Whether the gradient also makes the hidden rows again, times their weights, of the pre-activation that it reads
   // (SonicMoE does).
   static constexpr bool kRemakes = kGradient && !keeps_hidden(kActivation);
+  static constexpr bool kGate = keeps_gate(kActivation);
   // Blocks of what was kept that are in shared memory, or on their way there while the tile is multiplied.
-  static constexpr int kAhead = kRemakes ? 1 : 3;
+  static constexpr int kAhead = kRemakes ? 1 : kGate ? (kTile.stages <= 4 ? 2 : 1) : 3;
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.columns / 2];
 
@@ -122,14 +123,15 @@ class RowEpilogue {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int block = step / kColumnBlocks, c = step % kColumnBlocks;
-      Strip<T> from = strip(const_cast<void*>(args_.kept), work, block, kHalves, half);
+      auto* const matrix = const_cast<void*>(kGate && half == 0 ? args_.gate : args_.kept);
+      Strip<T> from = kGate ? strip(matrix, work, block) : strip(matrix, work, block, kHalves, half);
       if (work.steps == 0) from.rows = 0;  // rows of nobody may hold anything
       kept(step, half).read(from, c);
     }
     cute::cp_async_fence();
   }
 
-  // From the gradient of hidden rows (accumulated) to that of the pre-activation, which takes the place of what was
+  // From the gradient of hidden rows (accumulated) to that of the pre-activation, which may take the place of what was
   // kept, and to weighted hidden rows where these were not; the rows' weights enter here, and their own gradient
   // <dhidden, hidden> leaves as one partial sum a column tile (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
@@ -156,16 +158,14 @@ class RowEpilogue {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int at = c * 32 + quarter * 8 + 2 * i;
-            const float2 g = unpack<T>(gate[i]), u = kGated ? unpack<T>(up[i]) : float2{1.0f, 1.0f};
+            const float2 first = unpack<T>(gate[i]), second = kGated ? unpack<T>(up[i]) : float2{};
+            const Slopes x = slopes_of_kept<kActivation>(first.x, second.x, params_);
+            const Slopes y = slopes_of_kept<kActivation>(first.y, second.y, params_);
             const float dx = acc[block][at], dy = acc[block][at + 1], w = weight[i % 2];
-            const Value gx = gate_value_of_kept<kActivation>(g.x, params_);
-            const Value gy = gate_value_of_kept<kActivation>(g.y, params_);
-            const Value ux = up_value<kActivation>(u.x, params_), uy = up_value<kActivation>(u.y, params_);
-            const float hx = gx.value * ux.value, hy = gy.value * uy.value;
-            dot[i % 2] += dx * hx + dy * hy;
-            hidden[i] = pack<T>(w * hx, w * hy);
-            gate[i] = pack<T>(w * dx * gx.slope * ux.value, w * dy * gy.slope * uy.value);
-            if constexpr (kGated) up[i] = pack<T>(w * dx * gx.value * ux.slope, w * dy * gy.value * uy.slope);
+            dot[i % 2] += dx * x.hidden + dy * y.hidden;
+            hidden[i] = pack<T>(w * x.hidden, w * y.hidden);
+            gate[i] = pack<T>(w * dx * x.gate, w * dy * y.gate);
+            if constexpr (kGated) up[i] = pack<T>(w * dx * x.up, w * dy * y.up);
           }
           kept(step, 0).put(gate, quarter);
           if constexpr (kGated) kept(step, 1).put(up, quarter);

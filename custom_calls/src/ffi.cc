@@ -163,7 +163,7 @@ struct Product {
     if (!check.error().empty() || rows == 0) return;
     given.describe(check, args, request.tile);
     check(is_turned({type, request.contraction, request.epilogue, request.activation, request.tile})
-              ? window_map(&args.a, type, given.start(), in)
+              ? window_map(&args.a, type, given.start(), in, 64)
               : dense_map(&args.a, type, given.start(), 1, rows, in, 64));
     bool const gated = request.epilogue == Epilogue::kActivation && is_gated(request.activation);
     args.whole_b = !transpose && n % (gated ? 128 : 64) == 0;
@@ -208,9 +208,10 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ff
   return product.finish(request, *counter, stream);
 }
 
-// What both fused products have in common: `out` is the pre-activation, or its gradient, if it is stored at all.
-void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, bool stored, int64_t width,
-          int32_t activation, float beta, float linear_beta) {
+// What both fused products have in common: `out` is the pre-activation, the gate alone, or the gradient of both, if it is
+// stored at all.
+void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, bool stored, bool gate_alone,
+          int64_t width, int32_t activation, float beta, float linear_beta) {
   Check& check = product.check;
   if (!check.error().empty()) return;
   check.that(activation > 0 && activation <= static_cast<int32_t>(Activation::kSituGlu),
@@ -220,7 +221,7 @@ void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, b
                  " at least 0");
   check.features("the width of hidden rows", width);
   check.buffer("the pre-activation", out, product.element_type(),
-               {stored ? product.rows : 0, is_gated(request.activation) ? 2 * width : width});
+               {stored ? product.rows : 0, is_gated(request.activation) && !gate_alone ? 2 * width : width});
   Args& args = product.args;
   args.out = out.untyped_data();
   args.out_columns = width;
@@ -239,7 +240,7 @@ ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyB
   Gathering const gathering{row_ids, gather_weights, *room};
   Product product(request, {rows, gathered ? &gathering : nullptr}, w, sizes, rows_first);
   int64_t const width = is_gated(request.activation) ? product.out / 2 : product.out;
-  fuse(product, request, *pre, keep_pre, width, activation, beta, linear_beta);
+  fuse(product, request, *pre, keep_pre, keeps_gate(request.activation), width, activation, beta, linear_beta);
   if (product.check.error().empty()) {
     product.check.buffer("hidden rows", *hidden, product.element_type(), {product.rows, width});
     product.args.hidden = hidden->untyped_data();
@@ -249,7 +250,7 @@ ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyB
 }
 
 ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                                  ffi::AnyBuffer kept, ffi::AnyBuffer row_weights, ffi::AnyBuffer row_ids,
+                                  ffi::AnyBuffer kept, ffi::AnyBuffer gate, ffi::AnyBuffer row_weights, ffi::AnyBuffer row_ids,
                                   ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> dpre,
                                   ffi::Result<ffi::AnyBuffer> hidden, ffi::Result<ffi::AnyBuffer> partial,
                                   ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered,
@@ -259,15 +260,18 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Gathering const gathering{row_ids, gather_weights, *room};
   Product product(request, {dout, gathered ? &gathering : nullptr}, w, sizes, rows_first);
-  fuse(product, request, *dpre, true, product.out, activation, beta, linear_beta);
+  fuse(product, request, *dpre, true, false, product.out, activation, beta, linear_beta);
   if (product.check.error().empty()) {
     int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
-    product.check.buffer("what was kept", kept, product.element_type(), {product.rows, dpre->dimensions()[1]});
-    product.check.buffer("hidden rows", *hidden, product.element_type(),
-                         {keeps_hidden(request.activation) ? 0 : product.rows, product.out});
+    bool const has_hidden = keeps_hidden(request.activation), has_gate = keeps_gate(request.activation);
+    product.check.buffer("what was kept", kept, product.element_type(),
+                         {product.rows, has_hidden ? product.out : dpre->dimensions()[1]});
+    product.check.buffer("the gate", gate, product.element_type(), {has_gate ? product.rows : 0, product.out});
+    product.check.buffer("hidden rows", *hidden, product.element_type(), {has_hidden ? 0 : product.rows, product.out});
     product.check.buffer("row_weights", row_weights, ffi::DataType::F32, {product.rows});
     product.check.buffer("the sums", *partial, ffi::DataType::F32, {column_tiles, product.rows});
     product.args.kept = kept.untyped_data();
+    product.args.gate = gate.untyped_data();
     product.args.hidden = hidden->untyped_data();
     product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
     product.args.partial = static_cast<float*>(partial->untyped_data());
@@ -306,11 +310,13 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
     return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
   }
   Type const type = *type_of(rows);
+  int const depth = step_depth({type, request.contraction, request.epilogue, request.activation, request.tile});
   Args args = {};
   left.describe(check, args, request.tile);
   right.describe(check, args, request.tile);
   auto const map = [&](CUtensorMap* to, void const* data, int64_t columns, bool whole, int tile) {
-    check(whole ? blocks_window_map(to, type, data, columns, tile / 64) : window_map(to, type, data, columns));
+    check(whole ? blocks_window_map(to, type, data, columns, depth, tile / 64)
+                : window_map(to, type, data, columns, depth));
   };
   args.whole_a = cluster_columns == 1 && k % 64 == 0;
   args.whole_b = cluster_rows == 1 && n % 64 == 0;
@@ -439,6 +445,7 @@ auto bind_activation() {
 auto bind_activation_grad() {
   auto operands = bind_rows()
                       .Arg<ffi::AnyBuffer>()   // kept
+                      .Arg<ffi::AnyBuffer>()   // gate
                       .Arg<ffi::AnyBuffer>();  // row_weights
   auto binding = with_room(
       with_gather(std::move(operands)).Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());

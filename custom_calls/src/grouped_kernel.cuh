@@ -41,8 +41,11 @@ struct Kernel {
   using Tiles = Queue<I, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
+  static constexpr int kDepth = step_depth(kInstance);
+  static constexpr int kStages = kTile.stages * kBlock / kDepth;
+  static constexpr int kBlockBytes = block_bytes(kDepth);
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
-  static constexpr int kBarrierBytes = (2 * kTile.stages + kConsumers) * sizeof(uint64_t);
+  static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
   static constexpr int kBlocksOfWarpgroup = kShared ? kBlocksB / kConsumers : kBlocksB;
   static_assert(kTile.rows * kBlocksOfWarpgroup <= 192 * 2 && kTile.rows <= 192 && kBlocksOfWarpgroup <= 3,
                 "the accumulators fill the registers");
@@ -50,7 +53,7 @@ struct Kernel {
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
   static constexpr int shared_bytes(int num_experts) {
-    return kTile.stages * kStageBytes + EpilogueOf<I>::kSharedBytes + kBarrierBytes + Tiles::kSharedBytes +
+    return kStages * kStageBytes + EpilogueOf<I>::kSharedBytes + kBarrierBytes + Tiles::kSharedBytes +
            Schedule<I>::shared_bytes(num_experts);
   }
 
@@ -66,11 +69,11 @@ struct Kernel {
 
     __device__ explicit Shared(char* base) {
       stages = base;
-      epilogue = stages + kTile.stages * kStageBytes;
+      epilogue = stages + kStages * kStageBytes;
       queue = epilogue + EpilogueOf<I>::kSharedBytes;
       full = reinterpret_cast<Barrier*>(queue + Tiles::kSharedBytes);
-      empty = full + kTile.stages;
-      turn = empty + kTile.stages;
+      empty = full + kStages;
+      turn = empty + kStages;
       schedule = reinterpret_cast<int*>(turn + kConsumers);
     }
 
@@ -84,12 +87,12 @@ struct Kernel {
     uint32_t phase = 0;
 
     __device__ void next() {
-      if (++stage == kTile.stages) stage = 0, phase ^= 1;
+      if (++stage == kStages) stage = 0, phase ^= 1;
     }
     __device__ void skip(int steps) {
       int to = stage + steps;
-      phase ^= (to / kTile.stages) & 1;
-      stage = to % kTile.stages;
+      phase ^= (to / kStages) & 1;
+      stage = to % kStages;
     }
   };
 
@@ -117,9 +120,9 @@ struct Kernel {
         Barrier& full = shared.full[place.stage];
         shared.empty[place.stage].wait(place.phase ^ 1);
         full.arrive_and_expect_tx(bytes);
-        const int at = step * kBlock;
+        const int at = step * kDepth;
         if constexpr (kOuter) {
-          const Window window(work.row + at, min(kBlock, work.valid - at));
+          const Window window(work.row + at, min(kDepth, work.valid - at));
           load_outer<kTile.cluster_columns, kBlocksA>(args.a, args.whole_a, full, shared.a(place.stage, 0), mask_a,
                                                       rank_column, work.out_row, window);
           load_outer<kTile.cluster_rows, kBlocksB>(args.b, args.whole_b, full, shared.b(place.stage, 0), mask_b,
@@ -147,7 +150,7 @@ struct Kernel {
     }
   }
 
-  // Columns of an operand of a weight gradient, in [64][64] blocks side by side: all in one box where they are whole and
+  // Columns of an operand of a weight gradient, in [kDepth][64] blocks side by side: all in one box where they are whole and
   // no other block of the cluster loads a part of them.
   template <int Sharers, int Blocks>
   static __device__ __forceinline__ void load_outer(CUtensorMap const& map, bool whole, Barrier& full, char* smem,
@@ -190,8 +193,8 @@ struct Kernel {
   static __device__ __forceinline__ void products(Shared const& shared, Work const& work, Place& place, int warpgroup,
                                                   int thread, Multiply const& multiply) {
     // The last step of a weight gradient holds only so many rows of the expert.
-    const int full_steps = kOuter ? work.valid / kBlock : work.steps;
-    const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.stages));
+    const int full_steps = kOuter ? work.valid / kDepth : work.steps;
+    const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.stages), kBlockBytes);
     int previous = -1;
 #pragma unroll 1
     for (int step = 0; step < full_steps; ++step, place.next()) {
@@ -199,7 +202,7 @@ struct Kernel {
       shared.full[place.stage].wait(place.phase);
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int k16 = 0; k16 < kBlock / 16; ++k16) multiply(stage, k16);
+      for (int k16 = 0; k16 < kDepth / 16; ++k16) multiply(stage, k16);
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();
       if (previous >= 0) release(shared, previous, thread);
@@ -209,9 +212,9 @@ struct Kernel {
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       shared.full[place.stage].wait(place.phase);
 #pragma unroll 1
-      for (int row = full_steps * kBlock; row < work.valid; row += 16) {
+      for (int row = full_steps * kDepth; row < work.valid; row += 16) {
         cute::warpgroup_arrive();
-        multiply(stage, row % kBlock / 16);
+        multiply(stage, row % kDepth / 16);
         cute::warpgroup_commit_batch();
       }
     }
@@ -329,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
 
   const Schedule<I> schedule(args, shared.schedule);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < K::kTile.stages; ++stage) {
+    for (int stage = 0; stage < K::kStages; ++stage) {
       shared.full[stage].init(1);
       shared.empty[stage].init(K::kCluster * (K::kShared ? kConsumers : 1));
     }

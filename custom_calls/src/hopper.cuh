@@ -27,7 +27,8 @@ using Barrier = cutlass::arch::ClusterTransactionBarrier;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;              // warpgroups
 constexpr int kBlock = 64;                 // elements of a 128-byte swizzled row, and rows of one wgmma
-constexpr int kBlockBytes = kBlock * 128;  // one [64][64] block of 16-bit elements
+// One [rows][64] block of 16-bit elements.
+__host__ __device__ constexpr int block_bytes(int rows) { return rows * 128; }
 
 // One 64 x N x 16 product of two operands in shared memory, accumulated in registers.
 template <class T, int N, Major A, Major B>
@@ -75,10 +76,10 @@ __device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size]
   wgmma<Wgmma<T, N, A, B>>(a, b, acc, std::make_integer_sequence<int, N / 2>{});
 }
 
-// Lower half of the descriptor of an operand of swizzled [64][64] blocks: where it begins, and that blocks beside each
-// other along M or N lie kBlockBytes apart. Of the address, the upper bits number the block in its cluster.
-__device__ __forceinline__ uint32_t operand(uint32_t address) {
-  return (address & 0x3ffff) >> 4 | kBlockBytes >> 4 << 16;
+// Lower half of the descriptor of an operand of swizzled [..][64] blocks: where it begins, and that blocks beside each
+// other along M or N lie block_bytes apart. Of the address, the upper bits number the block in its cluster.
+__device__ __forceinline__ uint32_t operand(uint32_t address, uint32_t block_bytes) {
+  return (address & 0x3ffff) >> 4 | block_bytes >> 4 << 16;
 }
 
 // The whole descriptor, `bytes` further on.

@@ -17,8 +17,12 @@ enum class Activation : int32_t { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeg
 
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 
-// Whether the gradient is made of hidden rows rather than of pre-activations.
-constexpr bool keeps_hidden(Activation a) { return a == Activation::kRelu2; }
+// Whether gate rows and hidden rows are kept rather than pre-activations: where hidden rows are a function of the gate
+// times the up half, they tell that half, and a backward pass that has them need not make and write them again.
+constexpr bool keeps_gate(Activation a) { return is_gated(a) && a != Activation::kSituGlu; }
+
+// Whether the gradient is made of hidden rows, alone or beside the gate, rather than of pre-activations.
+constexpr bool keeps_hidden(Activation a) { return a == Activation::kRelu2 || keeps_gate(a); }
 
 // A tile of `rows` x `columns` is computed by one block; blocks of a cluster share what they load: cluster_rows of them
 // lie one above the other, cluster_columns side by side.
@@ -46,6 +50,12 @@ constexpr bool is_turned(Instance const& i) {
   const bool has_epilogue =
       i.epilogue == Epilogue::kStore || (i.epilogue == Epilogue::kActivation && is_gated(i.activation));
   return i.contraction != Contraction::kOuter && has_epilogue && i.tile.rows > 64 && i.tile.columns != 192;
+}
+
+// Elements of the contracted axis that a step multiplies. In halves of a stage more of the ring is on its way, which large
+// tiles of weight gradients wait for; of smaller tiles half a step would be over before the next is asked for.
+constexpr int step_depth(Instance const& i) {
+  return i.contraction == Contraction::kOuter && i.tile.rows * i.tile.columns > 128 * 128 ? 32 : 64;
 }
 
 #define LATENT_MOE_INSTANCE(type, contraction, epilogue, activation, rows, columns, stages, cluster_rows, \
@@ -87,9 +97,10 @@ struct Args {
   CUtensorMap a, b;
   bool whole_a, whole_b;  // the map's columns are cut into blocks of 64 (tensor_maps.h)
   CUtensorMap boxes;  // outer: the product, in boxes of [16][64]
-  void* out;          // else the product; of a fused one the pre-activation, or its gradient
+  void* out;          // else the product; of a fused one the pre-activation, the gate alone, or the gradient of both
   void* hidden;      // activation: hidden rows [rows, out_columns]; gradient of a kept pre-activation: those weighted
-  void const* kept;  // activation gradient: the pre-activation or hidden rows, in the shape of `out`
+  void const* kept;  // activation gradient: the pre-activation or hidden rows
+  void const* gate;  // and the gate beside these
   int32_t const* group_sizes;
   int32_t num_experts, num_rows;
   int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)
@@ -101,7 +112,7 @@ struct Args {
   Sides sides;
   bool rows_first;      // walk down the rows of an expert before its columns
   float beta, linear_beta;
-  bool keep_pre;             // activation: the pre-activation is stored beside the hidden rows
+  bool keep_pre;             // activation: the pre-activation, or the gate, is stored beside the hidden rows
   float const* row_weights;  // activation gradient: [rows]
   float* partial;            // activation gradient: [column tiles, rows]
 };

@@ -13,7 +13,7 @@ struct alignas(32) Work {
   int valid;    // rows of the tile that belong to the expert (outer: rows of the expert)
   int out_row;  // outer: first row of the tile within the product
   int column;   // first column of the tile within the product
-  int steps;    // 64-wide steps along the contracted axis; 0 where the product is zero
+  int steps;    // steps along the contracted axis; 0 where the product is zero
 
   static __device__ Work none() { return {-1}; }
 };
@@ -63,7 +63,7 @@ class Schedule {
       work.column = column * kTile.cluster_columns * kTile.columns;
       work.row = starts_[work.expert];
       work.valid = starts_[work.expert + 1] - work.row;
-      work.steps = ceil_div(work.valid, kBlock);
+      work.steps = ceil_div(work.valid, step_depth(kInstance));
     } else {
       expert = find(id, expert);
       local = id - tiles_[expert];

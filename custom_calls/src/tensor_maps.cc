@@ -58,16 +58,16 @@ Error blocks_map(CUtensorMap* map, Type type, void const* data, int64_t depth, i
                 {row, kBlockRow, row * rows}, {kBlock, kBlock, cuuint32_t(blocks), 1});
 }
 
-Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns) {
+Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int box_rows) {
   cuuint64_t const row = columns * 2;
   return encode(map, type, data, {cuuint64_t(columns), Window::kAxis, kMost, kMost}, {row, row, back(row)},
-                {kBlock, kBlock, 1, 1});
+                {kBlock, cuuint32_t(box_rows), 1, 1});
 }
 
-Error blocks_window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int blocks) {
+Error blocks_window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int box_rows, int blocks) {
   cuuint64_t const row = columns * 2;
   return encode(map, type, data, {kBlock, Window::kAxis, cuuint64_t(columns / kBlock), kMost, kMost},
-                {row, kBlockRow, row, back(row)}, {kBlock, kBlock, cuuint32_t(blocks), 1, 1});
+                {row, kBlockRow, row, back(row)}, {kBlock, cuuint32_t(box_rows), cuuint32_t(blocks), 1, 1});
 }
 
 }  // namespace latent_moe

@@ -24,7 +24,7 @@ Error blocks_map(CUtensorMap* map, Type type, void const* data, int64_t depth, i
 
 // [rows][columns] for boxes that end at any row: `Window` places the box of rows first ... first + n - 1 (n <= 64), and
 // what lies beyond them is read as zero.
-Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns);
-Error blocks_window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int blocks);
+Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int box_rows);
+Error blocks_window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int box_rows, int blocks);
 
 }  // namespace latent_moe

@@ -58,6 +58,10 @@ class Backend(Protocol):
 class FusingBackend(Backend, Protocol):
     """A backend that may also run problems with an activation; `supports` says which."""
 
+    def keeps_gate(self, activation) -> bool:
+        """Whether its gradient of that activation is made of gate and hidden rows rather than of the pre-activation."""
+        ...
+
     def matmul_activation(
         self,
         rows: Float[Array, "r k"] | GatheredRows,
@@ -67,7 +71,10 @@ class FusingBackend(Backend, Protocol):
         activation,
         keep_pre: bool,
     ) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"]]:
-        """The pre-activation rows x w, None unless it is to be kept, and the activation of it; zero beyond the sum."""
+        """The pre-activation rows x w, None unless it is to be kept, and the activation of it; zero beyond the sum.
+
+        Where `keeps_gate`, the first is the gate alone, [R, m].
+        """
         ...
 
     def matmul_activation_grad(
@@ -79,13 +86,14 @@ class FusingBackend(Backend, Protocol):
         row_weights: Float[Array, " r"],
         *,
         activation,
+        gate: Float[Array, "r m"] | None = None,
     ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"], Float[Array, "r n"]]:
         """With dhidden = dout x w^T: the gradient of the pre-activation, the hidden rows, and <dhidden, hidden>; dout.
 
         The first two are times row_weights, of which the third is the gradient.
-        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, and the second result is None; else it holds the
-        pre-activation. The gradient may take its place. The third result is in float32.
-        All are zero beyond the sum. The last is dout itself, gathered.
+        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, or beside `gate` where `keeps_gate`, and the
+        second result is None; else it holds the pre-activation. The gradient may take its place. The third result is
+        in float32. All are zero beyond the sum. The last is dout itself, gathered.
         """
         ...
 

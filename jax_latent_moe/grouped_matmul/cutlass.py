@@ -21,6 +21,11 @@ Measured at 768, where it waited, and at 1536, where it did not (benchmarks/resu
 """
 
 
+KEEPS_GATE = ("swiglu", "geglu", "geglu_tanh")
+"""Gated activations of which gate and hidden rows are kept (custom_calls/src/instance.h): as many bytes as the
+pre-activation, of which hidden rows are there anyway. A backward pass bound by memory writes less."""
+
+
 class Cutlass:
     """The `cutlass` backend: see `CutlassBackend` for its settings."""
 
@@ -93,13 +98,18 @@ class Cutlass:
         (out,), given = _call_gathering("outer", outs, rows if of_rows else dout, operands, attributes)
         return (out, given, dout) if of_rows else (out, rows, given)
 
+    def keeps_gate(self, activation) -> bool:
+        """See `FusingBackend.keeps_gate`."""
+        return activation.name in KEEPS_GATE
+
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
         tile = self._tile("rows_w", rows, w.shape, activation)
         width = w.shape[2] // (2 if activation.gated else 1)
+        kept_width = width if self.keeps_gate(activation) else w.shape[2]
         num_rows = rows.shape[0]
         outs = [
-            jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype),
+            jax.ShapeDtypeStruct((num_rows if keep_pre else 0, kept_width), rows.dtype),
             jax.ShapeDtypeStruct((num_rows, width), rows.dtype),
         ]
         rows = _for_kernel(rows, tile, w.shape[2])
@@ -108,23 +118,27 @@ class Cutlass:
         (pre, hidden), _ = _call_gathering("matmul_activation", outs, rows, operands, attributes)
         return pre if keep_pre else None, hidden
 
-    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
+    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation, gate=None):
         """See `FusingBackend.matmul_activation_grad`."""
         tile = self._tile("rows_wt", dout, w.shape, activation)
         num_rows, width = dout.shape[0], w.shape[1]
         column_tiles = -(-width // tile.columns)
+        assert (gate is not None) == self.keeps_gate(activation)
+        has_hidden = activation.keeps_hidden or gate is not None
         outs = [
-            jax.ShapeDtypeStruct(kept.shape, kept.dtype),
-            jax.ShapeDtypeStruct((0 if activation.keeps_hidden else num_rows, width), kept.dtype),
+            jax.ShapeDtypeStruct((num_rows, width * (2 if activation.gated else 1)), kept.dtype),
+            jax.ShapeDtypeStruct((0 if has_hidden else num_rows, width), kept.dtype),
             jax.ShapeDtypeStruct((column_tiles, num_rows), jnp.float32),
         ]
+        aliases = {3: 0} if gate is None else {}
+        gate = jnp.zeros((0, width), kept.dtype) if gate is None else gate
         dout = _for_kernel(dout, tile, width)
-        operands = _table(dout), w, group_sizes, kept, row_weights.astype(jnp.float32)
+        operands = _table(dout), w, group_sizes, kept, gate, row_weights.astype(jnp.float32)
         attributes = _activation_attributes(activation) | _matmul_attributes(tile, dout)
         (dpre, hidden, sums), dout = _call_gathering(
-            "matmul_activation_grad", outs, dout, operands, attributes, input_output_aliases={3: 0}
+            "matmul_activation_grad", outs, dout, operands, attributes, input_output_aliases=aliases
         )
-        return dpre, None if activation.keeps_hidden else hidden, jnp.sum(sums, axis=0), dout
+        return dpre, None if has_hidden else hidden, jnp.sum(sums, axis=0), dout
 
     def _given(self, problem):
         if problem.activation is not None:

@@ -55,6 +55,10 @@ class Pallas:
         tile = self._tile(contraction, rows.shape[0], w.shape, default_device()[1]).tile
         return _call(rows_w, gathered(rows), w, group_sizes, transpose_w=transpose_w, tile=tile)
 
+    def keeps_gate(self, activation) -> bool:
+        """See `FusingBackend.keeps_gate`."""
+        return False
+
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation
@@ -63,10 +67,11 @@ class Pallas:
         arrays = gathered(rows), w, group_sizes
         return _call(matmul_activation, *arrays, activation=activation, keep_pre=keep_pre, tile=tile)
 
-    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
+    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation, gate=None):
         """See `FusingBackend.matmul_activation_grad`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation_grad
 
+        assert gate is None
         tile = pallas_hopper_tiles.choose_fused("rows_wt", dout.shape[0], w.shape, activation)
         dout = gathered(dout)
         arrays = dout, w, group_sizes, kept, row_weights

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.config import CutlassBackend
+from jax_latent_moe.config import CutlassBackend, LatentMoEConfig
 from jax_latent_moe.grouped_matmul import (
     FusedActivation,
     GatheredRows,
@@ -31,6 +31,7 @@ from tests.gpu.grouped import (
     float64,
     needs_hopper,
 )
+from tests.oracle.fused import activation_of_rows, matmul_activation_grad
 from tests.tolerances import assert_close
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
@@ -77,12 +78,13 @@ def test_rows_that_the_kernel_gathers_are_those_gathered_before(rng, num_rows, o
     w_out, kept = w.reshape(experts, width, in_features), jnp.asarray(rng.random((num_rows, 2 * width)), jnp.bfloat16)
     fusing, ones = Cutlass(CutlassBackend(fuse="always")), jnp.ones(num_rows)
     for name in ("relu2", "swiglu"):
-        activation, columns = FusedActivation(name), width * (2 if name == "swiglu" else 1)
+        activation = FusedActivation(name)
         up = jax.jit(functools.partial(fusing.matmul_activation, activation=activation, keep_pre=True))
         same(up(rows, w, groups), up(gathered(rows), w, groups))
-        down = jax.jit(functools.partial(fusing.matmul_activation_grad, activation=activation))
+        gate = kept[:, width:] if fusing.keeps_gate(activation) else None
+        down = jax.jit(functools.partial(fusing.matmul_activation_grad, activation=activation, gate=gate))
         for named in (rows, rows._replace(weights=jnp.asarray(rng.normal(size=num_rows), jnp.float32))):
-            arguments = w_out, groups, kept[:, :columns], ones
+            arguments = w_out, groups, kept[:, :width], ones
             same(down(named, *arguments), down(gathered(named), *arguments))
 
 
@@ -189,3 +191,26 @@ def test_fused_activations(rng, name):
     fusing = Cutlass(CutlassBackend(fuse="always"))
     check_fused(fusing, rng, name, "bfloat16", np.asarray([0, 300, 1, 77, 200]), 700, 72, 200)
     check_fused(fusing, rng, name, "bfloat16", rng.multinomial(900, rng.dirichlet(np.full(16, 0.3))), 1517, 128, 704)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "geglu_tanh"])
+@pytest.mark.parametrize("gate", [0.0, 1e-30, -1e4, -30.0, 1e4])
+def test_gates_of_which_hidden_rows_tell_nothing(rng, name, gate):
+    """Hidden rows are next to 0 whatever the gate is multiplied with; the gradient of either half is still right."""
+    fusing, activation = Cutlass(CutlassBackend(fuse="always")), FusedActivation(name)
+    approximate = name.endswith("_tanh")
+    config = LatentMoEConfig(8, 4, 8, 2, 8, activation=name.removesuffix("_tanh"), gelu_approximate=approximate)
+    sizes, (num_rows, width, hidden_size) = np.asarray([70, 0, 30]), (100, 64, 72)
+    rows = np.abs(rng.normal(size=(num_rows, width))) + 0.1
+    w_in = rng.normal(size=(3, width, 2 * hidden_size)) / 8
+    rows[:, 0], w_in[:, :, :hidden_size], w_in[:, 0, :hidden_size] = 1, 0, gate
+    dout, w_out = rng.normal(size=(num_rows, width)), rng.normal(size=(3, hidden_size, width)) / 8
+    rows, w_in, dout, w_out = (jnp.asarray(x, jnp.bfloat16) for x in (rows, w_in, dout, w_out))
+    groups, ones = jnp.asarray(sizes, jnp.int32), jnp.ones(num_rows)
+    kept, hidden = fusing.matmul_activation(rows, w_in, groups, activation=activation, keep_pre=True)
+    dpre = fusing.matmul_activation_grad(dout, w_out, groups, hidden, ones, activation=activation, gate=kept)[0]
+    pre = reference.grouped_matmul(float64(rows), float64(w_in), sizes)
+    expected = matmul_activation_grad(config, float64(dout), float64(w_out), sizes, pre, np.ones(num_rows))[0]
+    # Beside 1, since errors of what is next to 0 count by what else there could be.
+    assert_close(1 + float64(hidden), 1 + activation_of_rows(config, pre)[0], "bfloat16", "hidden")
+    assert_close(1 + float64(dpre), 1 + expected, "bfloat16", "gradient of both halves")
