@@ -21,7 +21,7 @@ from jax_latent_moe.parallel.mesh import over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, check_params
 from jax_latent_moe.permute import make_plan, within_capacity
-from jax_latent_moe.router import NO_EXPERT, auxiliary_losses, route, router_logits
+from jax_latent_moe.router import NO_EXPERT, auxiliary_losses, route, router_logits, router_logits_and_projection
 
 LATENT = "latent_moe_latent"
 
@@ -94,7 +94,12 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
         tokens = jnp.where(mask[:, None] | jnp.isfinite(tokens), tokens, 0)
 
     router = params["router"]
-    logits = router_logits(tokens, router["kernel"], config.router.dtype)
+    router_dtype = config.router.dtype
+    if config.latent_size is None:
+        logits, latent = router_logits(tokens, router["kernel"], router_dtype), tokens.astype(config.dtype)
+    else:
+        down = params["down_proj"]["kernel"].astype(config.dtype)
+        logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, down)
     routing = route(
         logits,
         config.router,
@@ -108,7 +113,6 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     )
 
     tokens = tokens.astype(config.dtype)
-    latent = tokens if config.latent_size is None else _project(tokens, params["down_proj"])
     if config.latent_norm == "pre":
         latent = _rms_norm(latent, params["latent_norm"]["scale"], config.latent_norm_eps)
     latent = checkpoint_name(latent, LATENT)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_latent_moe.config import BackendConfig, RouterConfig
 from jax_latent_moe.expert_sort import count_experts
 from jax_latent_moe.grouped_matmul.device import default_device
-from jax_latent_moe.split_matmul import split_matmul
+from jax_latent_moe.split_matmul import split_matmul, split_matmul_beside
 from jax_latent_moe.top_k import top_k_ids
 
 NO_EXPERT = -1
@@ -32,12 +32,25 @@ class Routing(NamedTuple):
 
 def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str) -> Float[Array, "t e"]:
     """Logits x @ kernel: operands in `dtype`, accumulated and returned in at least float32, never in tf32."""
-    if dtype == "float32" and x.dtype == jnp.bfloat16 and default_device()[0] == "gpu":
+    if _splits(x, dtype):
         return split_matmul(x, kernel)
     wide = jnp.promote_types(dtype, jnp.float32)
     return jnp.matmul(
         x.astype(dtype), kernel.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide
     )
+
+
+def router_logits_and_projection(
+    x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str, projection: Float[Array, "d l"]
+) -> tuple[Float[Array, "t e"], Float[Array, "t l"]]:
+    """`router_logits`, and x @ projection in the projection's type."""
+    if _splits(x, dtype) and projection.dtype == x.dtype:
+        return split_matmul_beside(x, kernel, projection)
+    return router_logits(x, kernel, dtype), x.astype(projection.dtype) @ projection
+
+
+def _splits(x, dtype) -> bool:
+    return dtype == "float32" and x.dtype == jnp.bfloat16 and default_device()[0] == "gpu"
 
 
 def route(

@@ -28,12 +28,42 @@ def _forward(x, kernel):
 
 def _backward(residuals, dlogits):
     x, kernel = residuals
-    parts = _split(dlogits, 2)
-    dkernel = _sum_of_parts(_matmul(x.T, jnp.concatenate(parts, axis=1)), len(parts)).astype(kernel.dtype)
-    return jnp.matmul(dlogits.astype(x.dtype), kernel.astype(x.dtype).T), dkernel
+    return jnp.matmul(dlogits.astype(x.dtype), kernel.astype(x.dtype).T), _kernel_gradient(x, kernel, dlogits)
 
 
 split_matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def split_matmul_beside(
+    x: Float[Array, "t d"], kernel: Float[Array, "d e"], other: Float[Array, "d l"]
+) -> tuple[Float[Array, "t e"], Float[Array, "t l"]]:
+    """split_matmul(x, kernel) and x @ other, all but the kernel in bfloat16.
+
+    The gradient of x is one matmul of both products' gradients beside each other: autodiff would add those of two.
+    """
+    return split_matmul(x, kernel), x @ other
+
+
+def _forward_beside(x, kernel, other):
+    return split_matmul_beside(x, kernel, other), (x, kernel, other)
+
+
+def _backward_beside(residuals, gradients):
+    x, kernel, other = residuals
+    # Each is there before they are joined, or XLA might compute it for each reader anew.
+    dlogits, dproduct = jax.lax.optimization_barrier(gradients)
+    both = jnp.concatenate([dlogits.astype(x.dtype), dproduct], axis=1)
+    dx = both @ jnp.concatenate([kernel.astype(x.dtype), other], axis=1).T
+    return dx, _kernel_gradient(x, kernel, dlogits), x.T @ dproduct
+
+
+split_matmul_beside.defvjp(_forward_beside, _backward_beside)
+
+
+def _kernel_gradient(x, kernel, dlogits):
+    parts = _split(dlogits, 2)
+    return _sum_of_parts(_matmul(x.T, jnp.concatenate(parts, axis=1)), len(parts)).astype(kernel.dtype)
 
 
 def _split(values, count) -> list[Float[Array, "a b"]]:

@@ -130,7 +130,11 @@ __device__ __forceinline__ Slopes slopes_of_kept(float first, float second, Acti
     return {first, 2.0f * root, 0.0f};
   } else {
     const Value gate = gate_value<A>(first, params);
-    if constexpr (keeps_gate(A)) return {second, gate.slope * second * reciprocal(gate.value), gate.value};
+    if constexpr (keeps_gate(A)) {
+      // Only of rows of nobody, which read as 0, is the value 0.
+      const float up = gate.value == 0.0f ? 0.0f : second * reciprocal(gate.value);
+      return {second, gate.slope * up, gate.value};
+    }
     const Value up = is_gated(A) ? up_value<A>(second, params) : Value{1.0f, 0.0f};
     return {gate.value * up.value, gate.slope * up.value, gate.value * up.slope};
   }
