@@ -19,24 +19,44 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, activation_of_kept, keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, outer_and_operands, problem, select_fusing
-from jax_latent_moe.grouped_matmul.rows import gathered
+from jax_latent_moe.grouped_matmul import (
+    FusedActivation,
+    grouped_matmul,
+    matmul_unchecked,
+    outer_and_operands,
+    problem,
+    select_fusing,
+)
+from jax_latent_moe.grouped_matmul.rows import LastColumns, gathered
 from jax_latent_moe.permute import Plan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
 
 
 class Kept(NamedTuple):
-    """What a backward pass reads of how hidden rows were made.
+    """What a backward pass reads of how hidden rows were made: one of these, the others are None.
 
     Attributes:
-        rows: hidden rows [R, m], of relu2, whose root tells the slope, or beside the gate; else the pre-activation
-            [R, m], gated [R, 2 m].
-        gate: gate rows [R, m], which with the hidden rows tell the up half; None where no kernel makes use of that.
+        pre: the pre-activation, [R, m], gated [R, 2 m].
+        hidden: hidden rows [R, m], of relu2, whose root tells the slope.
+        gate_and_hidden: gate and hidden rows side by side, [R, 2 m], which tell the up half, for kernels that make use
+            of that.
     """
 
-    rows: Float[Array, "r p"]
-    gate: Float[Array, "r m"] | None = None
+    pre: Float[Array, "r p"] | None = None
+    hidden: Float[Array, "r m"] | None = None
+    gate_and_hidden: Float[Array, "r two_m"] | None = None
+
+    @property
+    def rows(self) -> Float[Array, "r p"]:
+        """The one that is there."""
+        return next(part for part in self if part is not None)
+
+    @property
+    def hidden_rows(self) -> "Float[Array, 'r m'] | LastColumns | None":
+        """The hidden rows, if they are kept."""
+        kept = self.gate_and_hidden
+        return self.hidden if kept is None else LastColumns(kept, kept.shape[1] // 2)
 
 
 def routed_experts(
@@ -73,7 +93,7 @@ def _routed_fwd(config, tokens, weights, w_in, w_out, plan):
 
 def _forward(config, tokens, weights, w_in, w_out, plan, *, keep):
     kept, hidden = up(config, rows_of(tokens, plan), w_in, w_out, plan.group_sizes, keep=keep)
-    out = grouped_matmul(hidden, w_out, plan.group_sizes, backend=config.backend)
+    out = matmul_unchecked(hidden, w_out, plan.group_sizes, backend=config.backend)
     return combine(out, plan, weights).astype(tokens.dtype), kept
 
 
@@ -82,10 +102,10 @@ def _routed_bwd(config, residuals, dcombined):
     outer = functools.partial(outer_and_operands, group_sizes=plan.group_sizes, backend=config.backend)
     row_weights = weights.reshape(-1)[plan.slot_of_row]
 
-    if keeps_hidden(config) or kept.gate is not None:
+    if (hidden := kept.hidden_rows) is not None:
         # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.
-        dw_out, _, dout = outer(kept.rows, rows_of(dcombined, plan, weights))
-        if _fusing(config, "rows_wt", kept.rows, w_out):
+        dw_out, _, dout = outer(hidden, rows_of(dcombined, plan, weights))
+        if _fusing(config, "rows_wt", dout, w_out):
             # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
             kept, dout, dw_out = jax.lax.optimization_barrier((kept, dout, dw_out))
         ones = jnp.ones_like(row_weights)
@@ -109,7 +129,7 @@ def _routed_bwd(config, residuals, dcombined):
     return dtokens, dweights, dw_in, dw_out, None
 
 
-def up(config, rows, w_in, w_out, group_sizes, *, keep) -> tuple[Kept | None, Float[Array, "r m"]]:
+def up(config, rows, w_in, w_out, group_sizes, *, keep) -> tuple[Kept | None, Float[Array, "r m"] | LastColumns]:
     """What the backward pass reads of the hidden rows' making, None unless it is to be kept; and the hidden rows.
 
     Args:
@@ -123,26 +143,27 @@ def up(config, rows, w_in, w_out, group_sizes, *, keep) -> tuple[Kept | None, Fl
     Returns:
         Both in the dtype of rows; hidden rows are made of the pre-activation as rounded to it.
     """
-    activation, pre, gate = _fused_activation(config), None, None
-    fusing = _fusing(config, "rows_w", rows, w_in)
-    if keeps_gate := keep and fusing is not None and fusing.keeps_gate(activation):
+    activation, fusing = _fused_activation(config), _fusing(config, "rows_w", rows, w_in)
+    if keep and fusing is not None and fusing.keeps_gate(activation):
         down = _fusing(config, "rows_wt", rows, w_out)
-        if down is None or not down.keeps_gate(activation):
-            keeps_gate, fusing = False, None
+        if down is not None and down.keeps_gate(activation):
+            kept, _ = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation, keep_pre=True)
+            kept = checkpoint_name(kept, RESIDUAL)
+            return Kept(gate_and_hidden=kept), LastColumns(kept, kept.shape[1] // 2)
+        fusing = None  # no kernel would read what this one keeps
     if fusing is not None:
         keep_pre = keep and not keeps_hidden(config)
         pre, hidden = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation, keep_pre=keep_pre)
-        if keeps_gate:
-            gate = checkpoint_name(pre, RESIDUAL)
+        assert hidden is not None
     else:
         pre = grouped_matmul(rows, w_in, group_sizes, backend=config.backend)
         hidden = activate(pre, config).astype(rows.dtype)
     if not keep:
         return None, hidden
-    if keeps_hidden(config) or keeps_gate:
+    if keeps_hidden(config):
         hidden = checkpoint_name(hidden, RESIDUAL)
-        return Kept(hidden, gate), hidden
-    return Kept(checkpoint_name(pre, RESIDUAL)), hidden
+        return Kept(hidden=hidden), hidden
+    return Kept(pre=checkpoint_name(pre, RESIDUAL)), hidden
 
 
 def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
@@ -153,7 +174,7 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
         dout: [R, l], gradient of the experts' outputs before they are weighted, gathered or not.
         w_out: [E, m, l].
         group_sizes: [E].
-        kept: of `up`; a fusing kernel may leave the gradient in the place of its rows.
+        kept: of `up`; a fusing kernel may leave the gradient in its place.
         row_weights: [R].
 
     Returns:
@@ -162,9 +183,9 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
     """
     if fusing := _fusing(config, "rows_wt", dout, w_out):
         return fusing.matmul_activation_grad(
-            dout, w_out, group_sizes, kept.rows, row_weights, activation=_fused_activation(config), gate=kept.gate
+            dout, w_out, group_sizes, kept.rows, row_weights, activation=_fused_activation(config)
         )
-    assert kept.gate is None
+    assert kept.gate_and_hidden is None
     dout = gathered(dout)
     dhidden = grouped_matmul(dout, w_out, group_sizes, transpose_w=True, backend=config.backend)
     hidden, activation_vjp = activation_of_kept(kept.rows, config)

@@ -24,6 +24,7 @@ from jax_latent_moe.grouped_matmul import (
 from jax_latent_moe.grouped_matmul import cutlass_library as loader
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
+from jax_latent_moe.grouped_matmul.rows import LastColumns
 
 H200 = Problem("rows_w", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
 BUILT = loader.library()
@@ -111,13 +112,15 @@ def calls():
     w, wide = jnp.zeros((2, 64, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
     relu2, swiglu, grad = FusedActivation("relu2"), FusedActivation("swiglu"), backend.matmul_activation_grad
     many, wide_rows = GatheredRows(rows, jnp.arange(256)), jnp.zeros((256, 64), jnp.bfloat16)
-    weighted = many._replace(weights=jnp.ones(256))
+    weighted, columns = many._replace(weights=jnp.ones(256)), LastColumns(jnp.zeros((16, 96), jnp.bfloat16), 64)
     found = {
         "rows x w": lambda: backend.matmul(rows, w, sizes, transpose_w=False),
         "gathered rows x w": lambda: backend.matmul(many, w, sizes, transpose_w=False),
         "relu2 of gathered rows": lambda: backend.matmul_activation(many, w, sizes, activation=relu2, keep_pre=True),
         "rows x w^T": lambda: backend.matmul(rows, w, sizes, transpose_w=True),
         "outer": lambda: backend.outer(rows, rows, sizes),
+        "columns x w": lambda: backend.matmul(columns, w, sizes, transpose_w=False),
+        "outer of columns": lambda: backend.outer(columns, rows, sizes),
         "relu2": lambda: backend.matmul_activation(rows, w, sizes, activation=relu2, keep_pre=False),
         "outer of gathered rows": lambda: backend.outer(many, wide_rows, sizes),
         "outer with gathered and weighted gradients": lambda: backend.outer(wide_rows, weighted, sizes),
@@ -127,9 +130,10 @@ def calls():
         "sort": lambda: expert_sort.compiled_sort_by_expert(jnp.zeros(700, jnp.int32), 3),
     }
     if any(instance.activation == "swiglu" for instance in BUILT.instances):
+        two = jnp.zeros((16, 128), jnp.bfloat16)
         found |= {
             "swiglu": lambda: backend.matmul_activation(rows, wide, sizes, activation=swiglu, keep_pre=True),
-            "swiglu's gradient": lambda: grad(rows, w, sizes, rows, weights, activation=swiglu, gate=rows),
+            "swiglu's gradient": lambda: grad(rows, w, sizes, two, weights, activation=swiglu),
         }
     return found
 
@@ -144,6 +148,7 @@ def test_the_library_understands_what_the_package_calls(name, on_the_cpu, gather
 ATTRIBUTES = {
     "gathered": False,
     "transpose_w": False,
+    "first_column": np.int32(0),
     "tile_rows": np.int32(128),
     "tile_columns": np.int32(128),
     "stages": np.int32(6),
@@ -164,7 +169,7 @@ def matmul_call(num_arguments=5, num_results=3, **attributes):
 @needs_library
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_an_attribute_that_is_missing_or_of_another_type_is_refused(name, on_the_cpu):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong number of attributes: expected 7 but got 6"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong number of attributes: expected 8 but got 7"):
         matmul_call(**{other: value for other, value in ATTRIBUTES.items() if other != name})
     for value in (np.float32(1), np.int16(1), "1"):
         with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0, \d+\)"):
@@ -174,7 +179,7 @@ def test_an_attribute_that_is_missing_or_of_another_type_is_refused(name, on_the
 @needs_library
 def test_a_call_with_too_many_or_too_few_parts_is_refused(on_the_cpu):
     for changes, reason in (
-        ({"more": 1}, "Wrong number of attributes: expected 7 but got 8"),
+        ({"more": 1}, "Wrong number of attributes: expected 8 but got 9"),
         ({"num_arguments": 2}, "Wrong number of arguments: expected 5 but got 2"),
         ({"num_results": 1}, "Wrong number of results: expected 3 but got 1"),
     ):

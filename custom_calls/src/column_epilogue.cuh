@@ -61,11 +61,13 @@ class ColumnEpilogue {
       sync_warpgroup(warpgroup_);
       const int row = work.row + first, rows = work.valid - first;
       if constexpr (kGated) {
-        write<1>(kOutBlocks - 1, args_.hidden, args_.out_columns, row, rows, work.column, 0);
-        const int64_t pitch = (kGate ? 1 : 2) * int64_t{args_.out_columns};
         if (args_.keep_pre) {
+          const int64_t pitch = 2 * int64_t{args_.out_columns};
           write<1>(0, args_.out, pitch, row, rows, work.column, 0);
-          if (!kGate) write<1>(1, args_.out, pitch, row, rows, work.column, args_.out_columns);
+          write<1>(1, args_.out, pitch, row, rows, work.column, args_.out_columns);
+        }
+        if (!kGate || !args_.keep_pre) {
+          write<1>(kOutBlocks - 1, args_.hidden, args_.out_columns, row, rows, work.column, 0);
         }
       } else {
         write<kBlocks>(0, args_.out, args_.out_columns, row, rows, work.column, 0);

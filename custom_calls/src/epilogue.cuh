@@ -21,9 +21,8 @@ class RowEpilogue {
   // Whether the gradient also makes the hidden rows again, times their weights, of the pre-activation that it reads
   // (SonicMoE does).
   static constexpr bool kRemakes = kGradient && !keeps_hidden(kActivation);
-  static constexpr bool kGate = keeps_gate(kActivation);
   // Blocks of what was kept that are in shared memory, or on their way there while the tile is multiplied.
-  static constexpr int kAhead = kRemakes ? 1 : kGate ? (kTile.stages <= 4 ? 2 : 1) : 3;
+  static constexpr int kAhead = kGated || kRemakes ? 1 : 3;
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   using Accumulator = float[kTile.columns / 2];
 
@@ -123,8 +122,7 @@ class RowEpilogue {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int block = step / kColumnBlocks, c = step % kColumnBlocks;
-      auto* const matrix = const_cast<void*>(kGate && half == 0 ? args_.gate : args_.kept);
-      Strip<T> from = kGate ? strip(matrix, work, block) : strip(matrix, work, block, kHalves, half);
+      Strip<T> from = strip(const_cast<void*>(args_.kept), work, block, kHalves, half);
       if (work.steps == 0) from.rows = 0;  // rows of nobody may hold anything
       kept(step, half).read(from, c);
     }

@@ -96,18 +96,25 @@ struct Gathering {
   ffi::AnyBuffer const& room;
 };
 
-// Rows [rows][width] in `data`, or those that are to be gathered from this table.
+// Rows [rows][width] in `data`, from a column on, or those that are to be gathered from this table.
 struct Rows {
   ffi::AnyBuffer const& data;
   Gathering const* gathering = nullptr;
+  int64_t first_column = 0;
 
   int64_t count() const { return (gathering ? gathering->ids : data).dimensions()[0]; }
-  void* start() const { return (gathering ? gathering->room : data).untyped_data(); }
+  int64_t pitch() const { return data.dimensions()[1]; }
+  int64_t width() const { return pitch() - first_column; }
+  void const* start() const {
+    return static_cast<char const*>((gathering ? gathering->room : data).untyped_data()) + 2 * first_column;
+  }
 
   // Of data, and of ids, which may be of any shape.
   bool have_axes(Check& check, char const* name) const {
     check.that(type_of(data).has_value(), std::string(name) + " must be bfloat16 or float16");
     check.that(data.dimensions().size() == 2, std::string(name) + " of shape " + shape(data) + " must have 2 axes");
+    check.that(first_column >= 0 && first_column % 8 == 0 && (!gathering || first_column == 0),
+               "first_column=" + std::to_string(first_column) + " must be a multiple of 8, and 0 of rows to be gathered");
     if (gathering) {
       ffi::AnyBuffer const& ids = gathering->ids;
       check.that(ids.dimensions().size() == 1, "row_ids of shape " + shape(ids) + " must have 1 axis");
@@ -153,7 +160,7 @@ struct Product {
     rows = given.count();
     in = transpose ? n : k;
     out = transpose ? k : n;
-    check.buffer("rows", x, x.element_type(), {x.dimensions()[0], in});
+    check.buffer("rows", x, x.element_type(), {x.dimensions()[0], given.first_column + in});
     check.buffer("w", w, x.element_type(), {experts, k, n});
     check.buffer("group_sizes", sizes, ffi::DataType::S32, {experts});
     check.features("the second axis of w", k);
@@ -163,14 +170,14 @@ struct Product {
     if (!check.error().empty() || rows == 0) return;
     given.describe(check, args, request.tile);
     check(is_turned({type, request.contraction, request.epilogue, request.activation, request.tile})
-              ? window_map(&args.a, type, given.start(), in, 64)
-              : dense_map(&args.a, type, given.start(), 1, rows, in, 64));
+              ? window_map(&args.a, type, given.start(), in, given.pitch(), 64)
+              : dense_map(&args.a, type, given.start(), 1, rows, in, given.pitch(), 64));
     bool const gated = request.epilogue == Epilogue::kActivation && is_gated(request.activation);
     args.whole_b = !transpose && n % (gated ? 128 : 64) == 0;
     if (args.whole_b) {
       check(blocks_map(&args.b, type, w.untyped_data(), experts, k, n, request.tile.columns / (gated ? 128 : 64)));
     } else {
-      check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, transpose ? request.tile.columns : 64));
+      check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, n, transpose ? request.tile.columns : 64));
     }
     args.group_sizes = sizes.typed_data<int32_t>();
     args.num_experts = experts;
@@ -195,11 +202,11 @@ Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows
 ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                   ffi::AnyBuffer row_ids, ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered, bool transpose_w,
-                  int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
+                  int32_t first_column, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
   Request request{transpose_w ? Contraction::kRowsWt : Contraction::kRowsW};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Gathering const gathering{row_ids, gather_weights, *room};
-  Product product(request, {rows, gathered ? &gathering : nullptr}, w, sizes, rows_first);
+  Product product(request, {rows, gathered ? &gathering : nullptr, first_column}, w, sizes, rows_first);
   if (product.check.error().empty()) {
     product.check.buffer("the result", *out, rows.element_type(), {product.rows, product.out});
     product.args.out_columns = product.out;
@@ -208,10 +215,10 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ff
   return product.finish(request, *counter, stream);
 }
 
-// What both fused products have in common: `out` is the pre-activation, the gate alone, or the gradient of both, if it is
+// What both fused products have in common: `out` is the pre-activation, gate and hidden rows, or the gradient, if it is
 // stored at all.
-void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, bool stored, bool gate_alone,
-          int64_t width, int32_t activation, float beta, float linear_beta) {
+void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, bool stored, int64_t width,
+          int32_t activation, float beta, float linear_beta) {
   Check& check = product.check;
   if (!check.error().empty()) return;
   check.that(activation > 0 && activation <= static_cast<int32_t>(Activation::kSituGlu),
@@ -221,7 +228,7 @@ void fuse(Product& product, Request const& request, ffi::AnyBuffer const& out, b
                  " at least 0");
   check.features("the width of hidden rows", width);
   check.buffer("the pre-activation", out, product.element_type(),
-               {stored ? product.rows : 0, is_gated(request.activation) && !gate_alone ? 2 * width : width});
+               {stored ? product.rows : 0, is_gated(request.activation) ? 2 * width : width});
   Args& args = product.args;
   args.out = out.untyped_data();
   args.out_columns = width;
@@ -240,9 +247,10 @@ ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyB
   Gathering const gathering{row_ids, gather_weights, *room};
   Product product(request, {rows, gathered ? &gathering : nullptr}, w, sizes, rows_first);
   int64_t const width = is_gated(request.activation) ? product.out / 2 : product.out;
-  fuse(product, request, *pre, keep_pre, keeps_gate(request.activation), width, activation, beta, linear_beta);
+  fuse(product, request, *pre, keep_pre, width, activation, beta, linear_beta);
   if (product.check.error().empty()) {
-    product.check.buffer("hidden rows", *hidden, product.element_type(), {product.rows, width});
+    bool const in_one = keep_pre && keeps_gate(request.activation);
+    product.check.buffer("hidden rows", *hidden, product.element_type(), {in_one ? 0 : product.rows, width});
     product.args.hidden = hidden->untyped_data();
     product.args.keep_pre = keep_pre;
   }
@@ -250,7 +258,7 @@ ffi::Error matmul_activation(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyB
 }
 
 ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
-                                  ffi::AnyBuffer kept, ffi::AnyBuffer gate, ffi::AnyBuffer row_weights, ffi::AnyBuffer row_ids,
+                                  ffi::AnyBuffer kept, ffi::AnyBuffer row_weights, ffi::AnyBuffer row_ids,
                                   ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> dpre,
                                   ffi::Result<ffi::AnyBuffer> hidden, ffi::Result<ffi::AnyBuffer> partial,
                                   ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered,
@@ -260,18 +268,15 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Gathering const gathering{row_ids, gather_weights, *room};
   Product product(request, {dout, gathered ? &gathering : nullptr}, w, sizes, rows_first);
-  fuse(product, request, *dpre, true, false, product.out, activation, beta, linear_beta);
+  fuse(product, request, *dpre, true, product.out, activation, beta, linear_beta);
   if (product.check.error().empty()) {
     int64_t const column_tiles = (product.out + tile_columns - 1) / tile_columns;
-    bool const has_hidden = keeps_hidden(request.activation), has_gate = keeps_gate(request.activation);
-    product.check.buffer("what was kept", kept, product.element_type(),
-                         {product.rows, has_hidden ? product.out : dpre->dimensions()[1]});
-    product.check.buffer("the gate", gate, product.element_type(), {has_gate ? product.rows : 0, product.out});
-    product.check.buffer("hidden rows", *hidden, product.element_type(), {has_hidden ? 0 : product.rows, product.out});
+    product.check.buffer("what was kept", kept, product.element_type(), {product.rows, dpre->dimensions()[1]});
+    product.check.buffer("hidden rows", *hidden, product.element_type(),
+                         {keeps_hidden(request.activation) ? 0 : product.rows, product.out});
     product.check.buffer("row_weights", row_weights, ffi::DataType::F32, {product.rows});
     product.check.buffer("the sums", *partial, ffi::DataType::F32, {column_tiles, product.rows});
     product.args.kept = kept.untyped_data();
-    product.args.gate = gate.untyped_data();
     product.args.hidden = hidden->untyped_data();
     product.args.row_weights = static_cast<float const*>(row_weights.untyped_data());
     product.args.partial = static_cast<float*>(partial->untyped_data());
@@ -282,21 +287,21 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
 ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, ffi::AnyBuffer sizes,
                  ffi::AnyBuffer row_ids, ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> out,
                  ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered_rows,
-                 bool gathered_dout, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster_rows,
+                 bool gathered_dout, int32_t first_column, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster_rows,
                  int32_t cluster_columns) {
   Request request{Contraction::kOuter};
   request.tile = tile_of(tile_rows, tile_columns, stages, cluster_rows, cluster_columns);
   Gathering const gathering{row_ids, gather_weights, *room};
-  Rows const left{rows, gathered_rows ? &gathering : nullptr}, right{dout, gathered_dout ? &gathering : nullptr};
+  Rows const left{rows, gathered_rows ? &gathering : nullptr, first_column}, right{dout, gathered_dout ? &gathering : nullptr};
   Check check;
   check.that(!gathered_rows || !gathered_dout, "one kernel gathers the rows of one operand, not of both");
   check.that(sizes.dimensions().size() == 1, "group_sizes of shape " + shape(sizes) + " must have 1 axis");
   if (!left.have_axes(check, "rows") || !right.have_axes(check, "dout")) return refuse(check.error());
   int64_t const experts = sizes.dimensions()[0], num_rows = left.count();
-  int64_t const k = rows.dimensions()[1], n = dout.dimensions()[1];
+  int64_t const k = left.width(), n = right.width();
   check.that(right.count() == num_rows, "rows and dout are " + std::to_string(num_rows) + " and " +
                                             std::to_string(right.count()) + " rows, not as many");
-  check.buffer("rows", rows, rows.element_type(), {rows.dimensions()[0], k});
+  check.buffer("rows", rows, rows.element_type(), {rows.dimensions()[0], first_column + k});
   check.buffer("dout", dout, rows.element_type(), {dout.dimensions()[0], n});
   check.buffer("group_sizes", sizes, ffi::DataType::S32, {experts});
   check.buffer("the result", *out, rows.element_type(), {experts, k, n});
@@ -314,15 +319,15 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   Args args = {};
   left.describe(check, args, request.tile);
   right.describe(check, args, request.tile);
-  auto const map = [&](CUtensorMap* to, void const* data, int64_t columns, bool whole, int tile) {
-    check(whole ? blocks_window_map(to, type, data, columns, depth, tile / 64)
-                : window_map(to, type, data, columns, depth));
+  auto const map = [&](CUtensorMap* to, Rows const& given, bool whole, int tile) {
+    check(whole ? blocks_window_map(to, type, given.start(), given.width(), given.pitch(), depth, tile / 64)
+                : window_map(to, type, given.start(), given.width(), given.pitch(), depth));
   };
   args.whole_a = cluster_columns == 1 && k % 64 == 0;
   args.whole_b = cluster_rows == 1 && n % 64 == 0;
-  map(&args.a, left.start(), k, args.whole_a, tile_rows);
-  map(&args.b, right.start(), n, args.whole_b, tile_columns);
-  check(dense_map(&args.boxes, type, out->untyped_data(), experts, k, n, 16));
+  map(&args.a, left, args.whole_a, tile_rows);
+  map(&args.b, right, args.whole_b, tile_columns);
+  check(dense_map(&args.boxes, type, out->untyped_data(), experts, k, n, n, 16));
   args.group_sizes = sizes.typed_data<int32_t>();
   args.num_experts = experts;
   args.num_rows = num_rows;
@@ -434,7 +439,7 @@ auto with_room(Binding&& binding) {
 
 auto bind_matmul() {
   auto binding = with_room(with_gather(bind_rows()).Ret<ffi::AnyBuffer>());
-  return with_matmul_tile(std::move(binding).Attr<bool>("gathered").Attr<bool>("transpose_w"));
+  return with_matmul_tile(std::move(binding).Attr<bool>("gathered").Attr<bool>("transpose_w").Attr<int32_t>("first_column"));
 }
 
 auto bind_activation() {
@@ -445,7 +450,6 @@ auto bind_activation() {
 auto bind_activation_grad() {
   auto operands = bind_rows()
                       .Arg<ffi::AnyBuffer>()   // kept
-                      .Arg<ffi::AnyBuffer>()   // gate
                       .Arg<ffi::AnyBuffer>();  // row_weights
   auto binding = with_room(
       with_gather(std::move(operands)).Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
@@ -454,7 +458,7 @@ auto bind_activation_grad() {
 
 auto bind_outer() {
   auto binding = with_room(with_gather(bind_rows()).Ret<ffi::AnyBuffer>());
-  return with_tile(std::move(binding).Attr<bool>("gathered_rows").Attr<bool>("gathered_dout"))
+  return with_tile(std::move(binding).Attr<bool>("gathered_rows").Attr<bool>("gathered_dout").Attr<int32_t>("first_column"))
       .Attr<int32_t>("cluster_rows")
       .Attr<int32_t>("cluster_columns");
 }

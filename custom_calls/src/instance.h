@@ -17,8 +17,8 @@ enum class Activation : int32_t { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeg
 
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 
-// Whether gate rows and hidden rows are kept rather than pre-activations: where hidden rows are a function of the gate
-// times the up half, they tell that half, and a backward pass that has them need not make and write them again.
+// Whether gate and hidden rows are kept, side by side, rather than pre-activations: where hidden rows are a function of the
+// gate times the up half, they tell that half, and neither pass need write them beside it.
 constexpr bool keeps_gate(Activation a) { return is_gated(a) && a != Activation::kSituGlu; }
 
 // Whether the gradient is made of hidden rows, alone or beside the gate, rather than of pre-activations.
@@ -97,10 +97,9 @@ struct Args {
   CUtensorMap a, b;
   bool whole_a, whole_b;  // the map's columns are cut into blocks of 64 (tensor_maps.h)
   CUtensorMap boxes;  // outer: the product, in boxes of [16][64]
-  void* out;          // else the product; of a fused one the pre-activation, the gate alone, or the gradient of both
+  void* out;          // else the product; of a fused one the pre-activation, gate and hidden rows, or the gradient
   void* hidden;      // activation: hidden rows [rows, out_columns]; gradient of a kept pre-activation: those weighted
-  void const* kept;  // activation gradient: the pre-activation or hidden rows
-  void const* gate;  // and the gate beside these
+  void const* kept;  // activation gradient: the pre-activation, hidden rows, or these beside the gate
   int32_t const* group_sizes;
   int32_t num_experts, num_rows;
   int32_t contracted;   // length of the contracted axis (rows x w: features; outer: unused, a group's rows)
@@ -112,7 +111,7 @@ struct Args {
   Sides sides;
   bool rows_first;      // walk down the rows of an expert before its columns
   float beta, linear_beta;
-  bool keep_pre;             // activation: the pre-activation, or the gate, is stored beside the hidden rows
+  bool keep_pre;             // activation: the pre-activation is stored beside the hidden rows, or gate and hidden rows in one
   float const* row_weights;  // activation gradient: [rows]
   float* partial;            // activation gradient: [column tiles, rows]
 };

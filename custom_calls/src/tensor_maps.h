@@ -13,9 +13,9 @@ namespace latent_moe {
 // An error message, empty where all went well.
 using Error = std::string;
 
-// [depth][rows][columns] for boxes of [1][box_rows][64].
+// [depth][rows][columns] for boxes of [1][box_rows][64]; rows begin `pitch` elements after each other.
 Error dense_map(CUtensorMap* map, Type type, void const* data, int64_t depth, int64_t rows, int64_t columns,
-                int box_rows);
+                int64_t pitch, int box_rows);
 
 // The same in blocks of 64 columns, [depth][columns / 64][rows][64], for boxes of [1][blocks][64][64]. One box instead of
 // several: it is one thread that asks for all of them.
@@ -24,7 +24,9 @@ Error blocks_map(CUtensorMap* map, Type type, void const* data, int64_t depth, i
 
 // [rows][columns] for boxes that end at any row: `Window` places the box of rows first ... first + n - 1 (n <= 64), and
 // what lies beyond them is read as zero.
-Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int box_rows);
-Error blocks_window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int box_rows, int blocks);
+Error window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int64_t pitch,
+                 int box_rows);
+Error blocks_window_map(CUtensorMap* map, Type type, void const* data, int64_t columns, int64_t pitch, int box_rows,
+                        int blocks);
 
 }  // namespace latent_moe

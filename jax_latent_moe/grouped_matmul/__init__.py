@@ -16,7 +16,7 @@ from jax_latent_moe.errors import InputError
 from jax_latent_moe.grouped_matmul.backend import Backend, FusingBackend, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
 from jax_latent_moe.grouped_matmul.problems import Problem, problem
-from jax_latent_moe.grouped_matmul.rows import GatheredRows, gathered, scattered
+from jax_latent_moe.grouped_matmul.rows import GatheredRows, LastColumns, gathered, scattered
 
 __all__ = [
     "Backend",
@@ -104,13 +104,27 @@ def grouped_outer(
     return _outer(as_backend(backend), rows, dout, group_sizes)
 
 
+def matmul_unchecked(
+    rows: Float[Array, "r k"] | GatheredRows | LastColumns,
+    w: Float[Array, "e k n"],
+    group_sizes: Int[Array, " e"],
+    *,
+    backend: str | BackendConfig = "auto",
+) -> Float[Array, "r n"]:
+    """What `grouped_matmul` gives, unchecked and without a derivative, of rows which may be `LastColumns`."""
+    w = jnp.asarray(w)
+    experts, in_features, out_features = w.shape
+    asked = problem("rows_w", rows.shape[0], (experts, in_features, out_features), rows.dtype)
+    return select(asked, backend).matmul(rows, w, group_sizes, transpose_w=False)
+
+
 def outer_and_operands(
-    rows: Float[Array, "r k"] | GatheredRows,
+    rows: Float[Array, "r k"] | GatheredRows | LastColumns,
     dout: Float[Array, "r n"] | GatheredRows,
     group_sizes: Int[Array, " e"],
     *,
     backend: str | BackendConfig = "auto",
-) -> tuple[Float[Array, "e k n"], Float[Array, "r k"], Float[Array, "r n"]]:
+) -> tuple[Float[Array, "e k n"], Float[Array, "r k"] | LastColumns, Float[Array, "r n"]]:
     """What `grouped_outer` gives, unchecked and without a derivative; and its operands, which may be `GatheredRows`.
 
     They come back gathered: for who reads them again, once a kernel has gathered them while it multiplied.

@@ -9,7 +9,7 @@ from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, 
 from jax_latent_moe.errors import UnsupportedError
 from jax_latent_moe.grouped_matmul import cutlass, pallas_hopper, xla
 from jax_latent_moe.grouped_matmul.problems import Problem
-from jax_latent_moe.grouped_matmul.rows import GatheredRows
+from jax_latent_moe.grouped_matmul.rows import GatheredRows, LastColumns
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
 
@@ -35,7 +35,7 @@ class Backend(Protocol):
 
     def matmul(
         self,
-        rows: Float[Array, "r a"] | GatheredRows,
+        rows: Float[Array, "r a"] | GatheredRows | LastColumns,
         w: Float[Array, "e k n"],
         group_sizes: Int[Array, " e"],
         *,
@@ -46,10 +46,10 @@ class Backend(Protocol):
 
     def outer(
         self,
-        rows: Float[Array, "r k"] | GatheredRows,
+        rows: Float[Array, "r k"] | GatheredRows | LastColumns,
         dout: Float[Array, "r n"] | GatheredRows,
         group_sizes: Int[Array, " e"],
-    ) -> tuple[Float[Array, "e k n"], Float[Array, "r k"], Float[Array, "r n"]]:
+    ) -> tuple[Float[Array, "e k n"], Float[Array, "r k"] | LastColumns, Float[Array, "r n"]]:
         """rows^T x dout over the rows of each expert; and rows and dout, gathered."""
         ...
 
@@ -70,10 +70,10 @@ class FusingBackend(Backend, Protocol):
         *,
         activation,
         keep_pre: bool,
-    ) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"]]:
+    ) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"] | None]:
         """The pre-activation rows x w, None unless it is to be kept, and the activation of it; zero beyond the sum.
 
-        Where `keeps_gate`, the first is the gate alone, [R, m].
+        Where `keeps_gate` and it is to be kept, the first is gate and hidden rows side by side and the second None.
         """
         ...
 
@@ -86,14 +86,13 @@ class FusingBackend(Backend, Protocol):
         row_weights: Float[Array, " r"],
         *,
         activation,
-        gate: Float[Array, "r m"] | None = None,
     ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"], Float[Array, "r n"]]:
         """With dhidden = dout x w^T: the gradient of the pre-activation, the hidden rows, and <dhidden, hidden>; dout.
 
         The first two are times row_weights, of which the third is the gradient.
-        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, or beside `gate` where `keeps_gate`, and the
-        second result is None; else it holds the pre-activation. The gradient may take its place. The third result is
-        in float32. All are zero beyond the sum. The last is dout itself, gathered.
+        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, or these behind the gate where `keeps_gate`, and
+        the second result is None; else it holds the pre-activation. The gradient may take its place. The third result
+        is in float32. All are zero beyond the sum. The last is dout itself, gathered.
         """
         ...
 

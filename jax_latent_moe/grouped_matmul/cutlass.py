@@ -9,7 +9,7 @@ from jax_latent_moe.grouped_matmul import cutlass_tiles
 from jax_latent_moe.grouped_matmul.cutlass_library import library
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation, fusing_refusal
 from jax_latent_moe.grouped_matmul.problems import Problem, hopper_refusal, problem
-from jax_latent_moe.grouped_matmul.rows import GatheredRows, gathered
+from jax_latent_moe.grouped_matmul.rows import GatheredRows, LastColumns, gathered
 from jax_latent_moe.grouped_matmul.tuning import Choice
 
 FEATURE_MULTIPLE = 8
@@ -22,8 +22,10 @@ Measured at 768, where it waited, and at 1536, where it did not (benchmarks/resu
 
 
 KEEPS_GATE = ("swiglu", "geglu", "geglu_tanh")
-"""Gated activations of which gate and hidden rows are kept (custom_calls/src/instance.h): as many bytes as the
-pre-activation, of which hidden rows are there anyway. A backward pass bound by memory writes less."""
+"""Gated activations of which gate and hidden rows are kept side by side (custom_calls/src/instance.h).
+
+They are as many bytes as the pre-activation, and neither pass has to write hidden rows beside them.
+"""
 
 
 class Cutlass:
@@ -77,7 +79,8 @@ class Cutlass:
         out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
         # No layer names rows x w^T's rows in a table: that its kernels gather them was not tried.
         rows = gathered(rows) if transpose_w else _for_kernel(rows, tile, out.shape[1])
-        attributes = {"transpose_w": transpose_w} | _matmul_attributes(tile, rows)
+        attributes = {"transpose_w": transpose_w, "first_column": _first_column(rows)}
+        attributes |= _matmul_attributes(tile, rows)
         (out,), _ = _call_gathering("matmul", [out], rows, (_table(rows), w, group_sizes), attributes)
         return out
 
@@ -91,6 +94,7 @@ class Cutlass:
         attributes = _tile_attributes(tile) | {
             "cluster_rows": np.int32(tile.cluster_rows),
             "cluster_columns": np.int32(tile.cluster_columns),
+            "first_column": _first_column(rows),
             "gathered_rows": of_rows,
             "gathered_dout": isinstance(dout, GatheredRows),
         }
@@ -106,37 +110,33 @@ class Cutlass:
         """See `FusingBackend.matmul_activation`."""
         tile = self._tile("rows_w", rows, w.shape, activation)
         width = w.shape[2] // (2 if activation.gated else 1)
-        kept_width = width if self.keeps_gate(activation) else w.shape[2]
-        num_rows = rows.shape[0]
+        in_one, num_rows = keep_pre and self.keeps_gate(activation), rows.shape[0]
         outs = [
-            jax.ShapeDtypeStruct((num_rows if keep_pre else 0, kept_width), rows.dtype),
-            jax.ShapeDtypeStruct((num_rows, width), rows.dtype),
+            jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype),
+            jax.ShapeDtypeStruct((0 if in_one else num_rows, width), rows.dtype),
         ]
         rows = _for_kernel(rows, tile, w.shape[2])
         attributes = _activation_attributes(activation) | {"keep_pre": keep_pre} | _matmul_attributes(tile, rows)
         operands = _table(rows), w, group_sizes
         (pre, hidden), _ = _call_gathering("matmul_activation", outs, rows, operands, attributes)
-        return pre if keep_pre else None, hidden
+        return pre if keep_pre else None, None if in_one else hidden
 
-    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation, gate=None):
+    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
         tile = self._tile("rows_wt", dout, w.shape, activation)
         num_rows, width = dout.shape[0], w.shape[1]
         column_tiles = -(-width // tile.columns)
-        assert (gate is not None) == self.keeps_gate(activation)
-        has_hidden = activation.keeps_hidden or gate is not None
+        has_hidden = activation.keeps_hidden or self.keeps_gate(activation)
         outs = [
-            jax.ShapeDtypeStruct((num_rows, width * (2 if activation.gated else 1)), kept.dtype),
+            jax.ShapeDtypeStruct(kept.shape, kept.dtype),
             jax.ShapeDtypeStruct((0 if has_hidden else num_rows, width), kept.dtype),
             jax.ShapeDtypeStruct((column_tiles, num_rows), jnp.float32),
         ]
-        aliases = {3: 0} if gate is None else {}
-        gate = jnp.zeros((0, width), kept.dtype) if gate is None else gate
         dout = _for_kernel(dout, tile, width)
-        operands = _table(dout), w, group_sizes, kept, gate, row_weights.astype(jnp.float32)
+        operands = _table(dout), w, group_sizes, kept, row_weights.astype(jnp.float32)
         attributes = _activation_attributes(activation) | _matmul_attributes(tile, dout)
         (dpre, hidden, sums), dout = _call_gathering(
-            "matmul_activation_grad", outs, dout, operands, attributes, input_output_aliases=aliases
+            "matmul_activation_grad", outs, dout, operands, attributes, input_output_aliases={3: 0}
         )
         return dpre, None if has_hidden else hidden, jnp.sum(sums, axis=0), dout
 
@@ -157,11 +157,17 @@ def _halves(problem) -> int:
 def _for_kernel(rows, tile, products):
     """Rows as the tile's kernel is handed them, which multiplies each of their elements so often."""
     before = tile.rows <= cutlass_tiles.SMALL_TILE or products < FEW_PRODUCTS or not rows.shape[0]
-    return gathered(rows) if before else rows
+    return gathered(rows) if before and isinstance(rows, GatheredRows) else rows
 
 
 def _table(rows):
+    if isinstance(rows, LastColumns):
+        return rows.matrix
     return rows.table if isinstance(rows, GatheredRows) else rows
+
+
+def _first_column(rows) -> np.int32:
+    return np.int32(rows.matrix.shape[1] - rows.width if isinstance(rows, LastColumns) else 0)
 
 
 def _call_gathering(target, outs, rows, operands, attributes, **options):

@@ -67,11 +67,10 @@ class Pallas:
         arrays = gathered(rows), w, group_sizes
         return _call(matmul_activation, *arrays, activation=activation, keep_pre=keep_pre, tile=tile)
 
-    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation, gate=None):
+    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
         from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation_grad
 
-        assert gate is None
         tile = pallas_hopper_tiles.choose_fused("rows_wt", dout.shape[0], w.shape, activation)
         dout = gathered(dout)
         arrays = dout, w, group_sizes, kept, row_weights

@@ -33,8 +33,32 @@ class GatheredRows(NamedTuple):
         return self.table.dtype
 
 
-def gathered(rows: Float[Array, "r k"] | GatheredRows) -> Float[Array, "r k"]:
-    """The rows themselves: gathered if they are not yet. Has no derivative: see `scattered`."""
+class LastColumns(NamedTuple):
+    """The last columns of wider rows, [R, K], which compiled kernels read where they stand. No argument of a jit.
+
+    Attributes:
+        matrix: [R, C].
+        width: K.
+    """
+
+    matrix: Float[Array, "r c"]
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, K)."""
+        return self.matrix.shape[0], self.width
+
+    @property
+    def dtype(self):
+        """That of the matrix."""
+        return self.matrix.dtype
+
+
+def gathered(rows: Float[Array, "r k"] | GatheredRows | LastColumns) -> Float[Array, "r k"]:
+    """The rows themselves: gathered or cut out if they are not yet. Has no derivative: see `scattered`."""
+    if isinstance(rows, LastColumns):
+        return rows.matrix[:, rows.matrix.shape[1] - rows.width :]
     if not isinstance(rows, GatheredRows):
         return rows
     table, row_ids, weights = rows

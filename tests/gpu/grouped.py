@@ -46,25 +46,28 @@ def check_fused(fusing, rng, name, dtype, sizes, num_rows, in_features, hidden_s
         x[total:] = np.nan
     w_in = rng.normal(size=(len(sizes), in_features, width)) / 8
     w_out = rng.normal(size=(len(sizes), hidden_size, in_features)) / 8
-    keeps_gate = fusing.keeps_gate(activation)
-    kept = activation_of_rows(config, pre)[0] if keeps_gate else kept_of(config, pre)
-    gate = np.where(np.abs(pre[:, :hidden_size]) < 2**-40, 1, pre[:, :hidden_size])
-    rows, dout, kept, gate, w_in, w_out = (jnp.asarray(x, dtype) for x in (rows, dout, kept, gate, w_in, w_out))
-    gate = gate if keeps_gate else None
+    keeps_gate, kept = fusing.keeps_gate(activation), kept_of(config, pre)
+    if keeps_gate:
+        kept = np.concatenate([pre[:, :hidden_size], activation_of_rows(config, pre)[0]], axis=1)
+    rows, dout, kept, w_in, w_out = (jnp.asarray(x, dtype) for x in (rows, dout, kept, w_in, w_out))
     row_weights, groups = jnp.asarray(row_weights, jnp.float32), jnp.asarray(sizes, jnp.int32)
 
     forward = jax.jit(functools.partial(fusing.matmul_activation, activation=activation), static_argnames="keep_pre")
     out, hidden = values = forward(rows, w_in, groups, keep_pre=True)
     nothing, same = forward(rows, w_in, groups, keep_pre=False)
     assert nothing is None
-    assert (np.asarray(hidden) == np.asarray(same)).all()
     expected_pre = reference.grouped_matmul(float64(rows), float64(w_in), sizes)
-    assert_close(float64(out), expected_pre[:, : out.shape[1]], dtype, "pre")
-    if not keeps_gate:
+    if keeps_gate:
+        assert hidden is None
+        gate, hidden = out[:, :hidden_size], out[:, hidden_size:]
+        assert_close(float64(gate), expected_pre[:, :hidden_size], dtype, "gate")
+    else:
+        assert_close(float64(out), expected_pre, dtype, "pre")
         expected_pre = float64(out)
+    assert (np.asarray(hidden) == np.asarray(same)).all()
     assert_close(float64(hidden), activation_of_rows(config, expected_pre)[0], dtype, "hidden")
-    backward = jax.jit(lambda *args: fusing.matmul_activation_grad(*args[:5], activation=activation, gate=args[5])[:3])
-    arguments = dout, w_out, groups, kept, row_weights, gate
+    backward = jax.jit(lambda *args: fusing.matmul_activation_grad(*args, activation=activation)[:3])
+    arguments = dout, w_out, groups, kept, row_weights
     gradients = backward(*arguments)
     expected = matmul_activation_grad(
         config,
@@ -73,15 +76,15 @@ def check_fused(fusing, rng, name, dtype, sizes, num_rows, in_features, hidden_s
         sizes,
         float64(kept),
         np.asarray(row_weights, np.float64),
-        None if gate is None else float64(gate),
+        keeps_gate=keeps_gate,
     )
     assert [value is None for value in gradients] == [ref is None for ref in expected]
     for label, value, ref in zip(("dpre", "hidden", "drow_weights"), gradients, expected, strict=True):
         if ref is not None:
             assert_close(np.asarray(value, np.float64), ref, dtype, label)
     results = jax.tree.leaves((values, gradients))
-    # Beyond the sum the gate is 0 but for what keeps it invertible.
-    for value in results[1:] if keeps_gate else results:
+    # Beyond the sum the gate is 0 but for what lets hidden rows tell the other half.
+    for value in (hidden, *jax.tree.leaves(gradients)) if keeps_gate else results:
         assert not value[total:].any()
     again = forward(rows, w_in, groups, keep_pre=True), backward(*arguments)
     for first, second in zip(results, jax.tree.leaves(again), strict=True):

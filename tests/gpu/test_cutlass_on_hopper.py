@@ -23,7 +23,7 @@ from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_library import _path, library
 from jax_latent_moe.grouped_matmul.cutlass_tiles import compiled as compiled_tiles
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
-from jax_latent_moe.grouped_matmul.rows import gathered
+from jax_latent_moe.grouped_matmul.rows import LastColumns, gathered
 from tests.gpu.grouped import (
     check,
     check_fused,
@@ -78,13 +78,12 @@ def test_rows_that_the_kernel_gathers_are_those_gathered_before(rng, num_rows, o
     w_out, kept = w.reshape(experts, width, in_features), jnp.asarray(rng.random((num_rows, 2 * width)), jnp.bfloat16)
     fusing, ones = Cutlass(CutlassBackend(fuse="always")), jnp.ones(num_rows)
     for name in ("relu2", "swiglu"):
-        activation = FusedActivation(name)
+        activation, columns = FusedActivation(name), width * (2 if name == "swiglu" else 1)
         up = jax.jit(functools.partial(fusing.matmul_activation, activation=activation, keep_pre=True))
         same(up(rows, w, groups), up(gathered(rows), w, groups))
-        gate = kept[:, width:] if fusing.keeps_gate(activation) else None
-        down = jax.jit(functools.partial(fusing.matmul_activation_grad, activation=activation, gate=gate))
+        down = jax.jit(functools.partial(fusing.matmul_activation_grad, activation=activation))
         for named in (rows, rows._replace(weights=jnp.asarray(rng.normal(size=num_rows), jnp.float32))):
-            arguments = w_out, groups, kept[:, :width], ones
+            arguments = w_out, groups, kept[:, :columns], ones
             same(down(named, *arguments), down(gathered(named), *arguments))
 
 
@@ -207,10 +206,30 @@ def test_gates_of_which_hidden_rows_tell_nothing(rng, name, gate):
     dout, w_out = rng.normal(size=(num_rows, width)), rng.normal(size=(3, hidden_size, width)) / 8
     rows, w_in, dout, w_out = (jnp.asarray(x, jnp.bfloat16) for x in (rows, w_in, dout, w_out))
     groups, ones = jnp.asarray(sizes, jnp.int32), jnp.ones(num_rows)
-    kept, hidden = fusing.matmul_activation(rows, w_in, groups, activation=activation, keep_pre=True)
-    dpre = fusing.matmul_activation_grad(dout, w_out, groups, hidden, ones, activation=activation, gate=kept)[0]
+    kept, _ = fusing.matmul_activation(rows, w_in, groups, activation=activation, keep_pre=True)
+    hidden = kept[:, hidden_size:]
+    dpre = fusing.matmul_activation_grad(dout, w_out, groups, kept + 0, ones, activation=activation)[0]
     pre = reference.grouped_matmul(float64(rows), float64(w_in), sizes)
     expected = matmul_activation_grad(config, float64(dout), float64(w_out), sizes, pre, np.ones(num_rows))[0]
     # Beside 1, since errors of what is next to 0 count by what else there could be.
     assert_close(1 + float64(hidden), 1 + activation_of_rows(config, pre)[0], "bfloat16", "hidden")
     assert_close(1 + float64(dpre), 1 + expected, "bfloat16", "gradient of both halves")
+
+
+@pytest.mark.parametrize("offset", [96, 72, 200])
+def test_columns_of_wider_rows_are_read_where_they_stand(rng, offset):
+    """Products of rows and weight gradients, to the bit those of the columns cut out beforehand, by every tile."""
+    sizes, num_rows, width = np.asarray([130, 0, 300, 1]), 450, 136
+    matrix = jnp.asarray(rng.normal(size=(num_rows, offset + width)), jnp.bfloat16).at[:, :offset].set(jnp.nan)
+    rows, groups = LastColumns(matrix, width), jnp.asarray(sizes, jnp.int32)
+    w, dout = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4, width, 264), (num_rows, 264)))
+    for tile in compiled_tiles(problem("rows_w", num_rows, w.shape, "bfloat16")):
+        backend = Cutlass(CutlassBackend(matmul_tile=tile))
+        found = backend.matmul(rows, w, groups, transpose_w=False)
+        same(found, backend.matmul(gathered(rows), w, groups, transpose_w=False))
+        assert_close(float64(found), reference.grouped_matmul(float64(gathered(rows)), float64(w), sizes), "bfloat16")
+    for tile in compiled_tiles(problem("outer", num_rows, w.shape, "bfloat16")):
+        backend = Cutlass(CutlassBackend(outer_tile=tile))
+        found = backend.outer(rows, dout, groups)[0]
+        same(found, backend.outer(gathered(rows), dout, groups)[0])
+        assert_close(float64(found), reference.grouped_outer(float64(gathered(rows)), float64(dout), sizes), "bfloat16")

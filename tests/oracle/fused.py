@@ -24,22 +24,22 @@ def kept_of(config, pre):
     return activation_of_rows(config, pre)[0] if keeps_hidden(config) else pre
 
 
-def matmul_activation_grad(config, dout, w, sizes, kept, row_weights, gate=None):
+def matmul_activation_grad(config, dout, w, sizes, kept, row_weights, *, keeps_gate=False):
     """The gradient of the pre-activation and hidden rows, both times row_weights; that of row_weights.
 
-    There are no hidden rows where they were kept, alone or beside the gate. Zeros beyond the sum.
+    There are no hidden rows where they were kept, alone or behind the gate (`keeps_gate`). Zeros beyond the sum.
     """
     owned = np.arange(len(dout)) < np.sum(sizes)
     dhidden = reference.grouped_matmul(dout, w, sizes, transpose_w=True)
     kept = np.where(owned[:, None], kept, 0)
-    if gate is not None:
+    if keeps_gate:
+        gate, hidden = np.split(kept, 2, axis=1)
         gate = np.where(owned[:, None], gate, 1)
         value, _ = activation_of_rows(config, np.concatenate([gate, np.ones_like(gate)], axis=1))
-        pre = np.concatenate([gate, kept / value], axis=1)
-        hidden, slopes = activation_of_rows(config, pre)
+        hidden, slopes = activation_of_rows(config, np.concatenate([gate, hidden / value], axis=1))
     else:
         hidden, slopes = (kept, 2 * np.sqrt(kept)) if keeps_hidden(config) else activation_of_rows(config, kept)
     weights = np.where(owned, row_weights, 0)[:, None]
     dpre = slopes * np.tile(weights * dhidden, (1, 2 if config.gated else 1))
     drow_weights = np.sum(dhidden * hidden * owned[:, None], axis=1)
-    return dpre, None if keeps_hidden(config) or gate is not None else hidden * weights, drow_weights
+    return dpre, None if keeps_hidden(config) or keeps_gate else hidden * weights, drow_weights
