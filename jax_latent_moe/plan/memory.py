@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh
 from jax_latent_moe import cost
 from jax_latent_moe.activations import keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
+from jax_latent_moe.grouped_matmul.cutlass import KEEPS_GATE
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
 
@@ -83,10 +84,15 @@ def memory(
 def _beside_kept_rows(config, narrow: int, kept: int) -> int:
     """Bytes of rows that stand beside those that a backward pass needs: gathered ones and outputs of experts.
 
-    The two share a place. Hidden rows that are not kept, and narrower ones where pre-activations are kept, find one
-    among the results, such as that of a weight's gradient, before these are written.
+    The two share a place. Hidden rows that are not kept, and narrower ones where these are not either, find one among
+    the results, such as that of a weight's gradient, before these are written.
     """
-    return narrow if keeps_hidden(config) or narrow >= kept else 0
+    return narrow if hidden_rows_stay(config) or narrow >= kept else 0
+
+
+def hidden_rows_stay(config) -> bool:
+    """Whether hidden rows are among what a backward pass needs, as the compiled kernels have it."""
+    return keeps_hidden(config) or config.activation in KEEPS_GATE
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:

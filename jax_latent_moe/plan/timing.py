@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
-from jax_latent_moe.activations import keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, parameters_per_device
+from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, hidden_rows_stay, parameters_per_device
 
 OVERLAP = 0.3
 """Of arithmetic and memory traffic of one kernel, the part of the shorter that shows; fitted to measured kernels."""
@@ -127,8 +126,9 @@ def _activation_passes(config, forward, training) -> int:
     """
     if not training:
         return 0
-    if keeps_hidden(config):
-        return 1  # a kernel reads them to put the gradient in their place
+    if hidden_rows_stay(config):
+        # A kernel reads them to put the gradient in their place; of gated ones the gate too, and it writes both halves.
+        return 3 if config.gated else 1
     # Hidden rows are written beside the pre-activation; its gradient reads it, is as wide, and writes them once more.
     return forward + (4 if config.gated else 2) + 2 * (config.activation == "situ_glu")
 
