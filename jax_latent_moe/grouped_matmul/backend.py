@@ -17,6 +17,7 @@ from jax_latent_moe.grouped_matmul.tuning import Choice
 class Backend(Protocol):
     """Computes the three contractions. Rows are sorted by expert; group_sizes counts the rows of each.
 
+    Negative sizes, and sums above the rows, which nobody can refuse under jit, are cut to the rows there are.
     Rows beyond sum(group_sizes) give zero rows and leak nowhere, whatever they hold; an expert without rows gets an
     exactly zero outer product. Accumulation is in float32 (float64 for float64 operands).
     """

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 from jax import custom_batching, lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import XlaBackend
 from jax_latent_moe.grouped_matmul.blocked import blocked_matmul, blocked_outer
@@ -32,17 +32,22 @@ class Xla:
 
     def matmul(self, rows, w, group_sizes, *, transpose_w):
         """See `Backend.matmul`."""
-        rows = gathered(rows)
+        rows, group_sizes = gathered(rows), _cut(group_sizes, rows.shape[0])
         if self.config.method == "ragged_dot":
             return _ragged_matmul(rows, w, group_sizes, transpose_w)
         return blocked_matmul(rows, w, group_sizes, transpose_w=transpose_w, block_rows=self.config.block_rows)
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
-        rows, dout = gathered(rows), gathered(dout)
+        rows, dout, group_sizes = gathered(rows), gathered(dout), _cut(group_sizes, rows.shape[0])
         if self.config.method == "ragged_dot":
             return _ragged_outer(rows, dout, group_sizes), rows, dout
         return blocked_outer(rows, dout, group_sizes, block_rows=self.config.block_rows), rows, dout
+
+
+def _cut(group_sizes, num_rows) -> Int[Array, " e"]:
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), num_rows)
+    return jnp.diff(ends, prepend=0)
 
 
 def _accumulator(dtype):
