@@ -11,7 +11,7 @@ class GPU:
         memory: bytes.
         dense_flops: bfloat16 operations a second of a large dense matmul.
         grouped_flops: the same of the experts' grouped matmuls while weights cost nothing.
-        float32_flops: operations a second of the router's matmul, which does without tensor cores.
+        router_flops: operations a second of the router's matmul, each of several bfloat16 ones.
         bandwidth: bytes of memory a second.
         link: bytes a second that it sends to GPUs of its host.
         network: bytes a second that it sends to other hosts.
@@ -22,7 +22,7 @@ class GPU:
     memory: float
     dense_flops: float
     grouped_flops: float
-    float32_flops: float
+    router_flops: float
     bandwidth: float
     link: float
     network: float
@@ -30,12 +30,12 @@ class GPU:
     measured: bool = True
 
 
-H200 = GPU(141e9, 7.2e14, 6.6e14, 5.0e13, 4.2e12, 2.77e11, 5.0e10)
-"""H200 SXM: benchmarks/results/h200-2026-11-23.jsonl, grouped matmuls fitted to those of 2026-11-27; links as
+H200 = GPU(141e9, 7.2e14, 6.6e14, 3.0e14, 4.2e12, 2.77e11, 5.0e10)
+"""H200 SXM: benchmarks/results/h200-2026-11-23.jsonl, the experts' and the router's matmuls fitted to those of 2026-11-27; links as
 measured between two of one host; 400 Gb/s a GPU between hosts by the datasheet of the usual server."""
 
-H100 = GPU(80e9, 7.3e14, 6.0e14, 5.0e13, 3.0e12, 2.77e11, 5.0e10)
+H100 = GPU(80e9, 7.3e14, 6.0e14, 3.0e14, 3.0e12, 2.77e11, 5.0e10)
 """H100 SXM: its matmul and copy rates were measured, the others are the H200's; grouped matmuls of earlier kernels."""
 
-B200 = GPU(180e9, 1.6e15, 1.3e15, 7.0e13, 6.8e12, 5.5e11, 5.0e10, measured=False)
+B200 = GPU(180e9, 1.6e15, 1.3e15, 6.6e14, 6.8e12, 5.5e11, 5.0e10, measured=False)
 """B200: the datasheet's rates times fractions that the H200 reached; no kernel of this library was tried on it."""

@@ -66,7 +66,7 @@ def memory(
     narrow = rows * latent * item
     # Without a latent, tokens themselves go to the experts.
     widths = d if config.latent_size is None else d + latent
-    per_token = tokens * (2 * widths * item + 4 * config.num_experts)
+    per_token = tokens * d * item
     # Of a layer that fsdp gathers, the whole kernels stand beside.
     working = _beside_kept_rows(config, narrow, kept_rows) + per_token if training else narrow + rows * inner * item
     working += _exchanged(config, mesh, tokens, rows)
