@@ -72,8 +72,8 @@ def _tile(instance: Instance, rows_first: bool) -> CutlassTile:
 def _cost(problem, tile: CutlassTile) -> tuple[bool, float]:
     """Whether it is a tile for the other kind of call; multiplied elements over wanted ones. The first of equals wins.
 
-    On an H200 it took 2 % (products of rows) and 6 % (weight gradients) longer than the fastest tile, in the mean of
-    the shapes of the table, and at most 23 % (benchmarks/results/profiles/h200-2026-11-27.md).
+    On an H200 it took 2 % longer than the fastest tile, in the mean of the shapes of the table, and at most 23 %, of
+    weight gradients 9 (benchmarks/results/profiles/h200-2026-11-27.md).
     """
     k, n = problem.in_features, problem.out_features
     if problem.contraction == "outer":

@@ -31,8 +31,9 @@ class GPU:
 
 
 H200 = GPU(141e9, 7.2e14, 6.6e14, 3.0e14, 4.2e12, 2.77e11, 5.0e10)
-"""H200 SXM: benchmarks/results/h200-2026-11-23.jsonl, the experts' and the router's matmuls fitted to those of 2026-11-27; links as
-measured between two of one host; 400 Gb/s a GPU between hosts by the datasheet of the usual server."""
+"""H200 SXM: benchmarks/results/h200-2026-11-23.jsonl, the experts' and the router's matmuls fitted to those of
+2026-11-27; links as measured between two of one host; 400 Gb/s a GPU between hosts by the datasheet of the usual
+server."""
 
 H100 = GPU(80e9, 7.3e14, 6.0e14, 3.0e14, 3.0e12, 2.77e11, 5.0e10)
 """H100 SXM: its matmul and copy rates were measured, the others are the H200's; grouped matmuls of earlier kernels."""
