@@ -8,15 +8,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_latent_moe import XlaBackend, experts
 from jax_latent_moe.activations import activate
 from jax_latent_moe.experts import routed_experts
+from jax_latent_moe.grouped_matmul.xla import Xla
 from jax_latent_moe.permute import make_plan
 from tests.cases import TOY
 from tests.tolerances import assert_close
 
 TOKENS, K, EXPERTS, LATENT, INNER = 7, 3, 8, 6, 5
-CONFIGS = {"plain": TOY, "gated": dataclasses.replace(TOY, activation="swiglu")}
-both_kinds = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+GATED = dataclasses.replace(TOY, activation="swiglu")
+
+
+class KeepsGate:
+    """Fuses swiglu as the compiled kernels do: gate and hidden rows side by side are what its gradient is made of."""
+
+    def keeps_gate(self, activation):
+        return activation.name == "swiglu"
+
+    def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
+        pre = XLA.matmul(rows, w, group_sizes, transpose_w=False)
+        gate, hidden = pre[:, : pre.shape[1] // 2], activate(pre, GATED).astype(pre.dtype)
+        return (jnp.concatenate([gate, hidden], axis=1), None) if keep_pre else (None, hidden)
+
+    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
+        dhidden = XLA.matmul(dout, w, group_sizes, transpose_w=True)
+        gate, hidden = jnp.split(kept, 2, axis=1)
+        value, slope = jax.jvp(jax.nn.silu, (gate,), (jnp.ones_like(gate),))
+        up = jnp.where(value == 0, 0, hidden / jnp.where(value == 0, 1, value))
+        dpre = jnp.concatenate([slope * up * dhidden, value * dhidden], axis=1)
+        return row_weights[:, None] * dpre, None, jnp.sum(dhidden * hidden, axis=1), dout
+
+
+XLA = Xla(XlaBackend())
+
+
+@pytest.fixture(params=["plain", "gated", "gate kept"])
+def config(request, monkeypatch):
+    """A relu2 layer, a swiglu layer, and one whose backend keeps gate and hidden rows."""
+    if request.param == "gate kept":
+        monkeypatch.setattr(experts, "_fusing", lambda config, contraction, rows, w: KeepsGate())
+    return TOY if request.param == "plain" else GATED
 
 
 def draw(rng, config):
@@ -35,7 +67,6 @@ def dense(config, ids, tokens, weights, w_in, w_out):
     return jnp.einsum("tk,tke,tel->tl", weights, one_hot, out)
 
 
-@both_kinds
 def test_gradients_equal_those_of_a_dense_formulation(rng, config):
     ids, arrays = draw(rng, config)
     dout = rng.normal(size=(TOKENS, LATENT)).astype(np.float32)
@@ -56,7 +87,6 @@ def test_gradients_equal_those_of_a_dense_formulation(rng, config):
         assert_close(value, wanted, "float32", name)
 
 
-@both_kinds
 def test_gradients_of_weights_hold_for_the_smallest(rng, config):
     """Where gradients are weighted before the product, a weight's is a quotient, and 0 for a weight of 0."""
     ids, arrays = draw(rng, config)
@@ -71,12 +101,11 @@ def test_gradients_of_weights_hold_for_the_smallest(rng, config):
 
     ours = gradient(lambda *arrays: routed_experts(config, *arrays, make_plan(jnp.asarray(ids), EXPERTS)))
     wanted = gradient(functools.partial(dense, config, ids))
-    if config.activation == "relu2":
+    if config.activation == "relu2" or experts._fusing(config, "rows_wt", tokens, w_out):
         wanted = jnp.where(arrays[1] == 0, 0, wanted)
     assert_close(ours, wanted, "float32")
 
 
-@both_kinds
 def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config):
     """No gathered copy of the tokens, not both pre-activations and hidden rows, no expert outputs."""
     ids, arrays = draw(rng, config)
@@ -96,3 +125,17 @@ def test_no_expert_at_all_gives_zeros(rng):
     assert not np.asarray(out).any()
     for gradient in pullback(jnp.ones_like(out)):
         assert not np.asarray(gradient).any()
+
+
+def test_what_no_kernel_would_read_is_not_kept(rng, monkeypatch):
+    """Where the gradient is left to XLA, a backend that would keep the gate does not make hidden rows either."""
+    ids, arrays = draw(rng, GATED)
+    monkeypatch.setattr(
+        experts, "_fusing", lambda config, contraction, rows, w: KeepsGate() if contraction == "rows_w" else None
+    )
+    plan = make_plan(jnp.asarray(ids), EXPERTS)
+    out, pullback = jax.vjp(lambda *arrays: routed_experts(GATED, *arrays, plan), *arrays)
+    wanted, dense_pullback = jax.vjp(functools.partial(dense, GATED, ids), *arrays)
+    assert_close(out, wanted, "float32")
+    for value, expected in zip(pullback(wanted)[2:], dense_pullback(wanted)[2:], strict=True):
+        assert_close(value, expected, "float32")
