@@ -1,7 +1,7 @@
 """Choices sorted by expert, and counted: by XLA, or on a Hopper GPU by a compiled counting sort.
 
-XLA sorts by radix in a dozen launches, and scatters to count and to turn the order around: 0.12 ms where a layer of
-8192 tokens takes 11.
+XLA sorts by radix in a dozen launches, and scatters to count and to turn the order around: 0.09 ms of kernels
+where a layer of 8192 tokens takes 11.
 """
 
 from typing import NamedTuple

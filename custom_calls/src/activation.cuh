@@ -93,8 +93,8 @@ __device__ __forceinline__ Value up_value(float u, ActivationParams const& param
   return {u, 1.0f};
 }
 
-// The gate where `keeps_gate`: no further from where it was than hidden rows can tell in 16 bits, and never so small that
-// they could not tell what it was multiplied with.
+// The gate where `keeps_gate`, never such that hidden rows are too small to tell what it was multiplied with. It is moved
+// where that changes them by less than 10^-12 of what is gated.
 template <Activation A>
 __device__ __forceinline__ float gate_to_keep(float gate) {
   constexpr float least = A == Activation::kSwiglu ? -40.0f : -8.0f, smallest = 0x1p-40f;

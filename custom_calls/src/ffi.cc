@@ -1,4 +1,5 @@
-// The XLA FFI handlers: they check what they are given, describe it to the copy engine and launch a compiled kernel.
+// The XLA FFI handlers of products: they check what they are given, describe it to the copy engine and launch a compiled
+// kernel.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -8,12 +9,9 @@
 #include <utility>
 
 #include "check.h"
-#include "expert_sort.h"
+#include "handler.h"
 #include "instance.h"
 #include "tensor_maps.h"
-#include "top_k.h"
-
-#define LATENT_MOE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace latent_moe {
 namespace {
@@ -338,45 +336,6 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   return run(request, type, args, stream);
 }
 
-ffi::Error choose(cudaStream_t stream, ffi::AnyBuffer scores, ffi::Result<ffi::AnyBuffer> ids) {
-  Check check;
-  check.that(scores.dimensions().size() == 2, "scores of shape " + shape(scores) + " must have 2 axes");
-  check.that(ids->dimensions().size() == 2, "the result of shape " + shape(*ids) + " must have 2 axes");
-  if (!check.error().empty()) return refuse(check.error());
-  int64_t const rows = scores.dimensions()[0], columns = scores.dimensions()[1], k = ids->dimensions()[1];
-  check.buffer("scores", scores, ffi::DataType::F32, {rows, columns});
-  check.buffer("the result", *ids, ffi::DataType::S32, {rows, k});
-  check.that(columns <= kMostScores, std::to_string(columns) + " scores a row are more than " + std::to_string(kMostScores));
-  check.that(k <= columns, "k=" + std::to_string(k) + " is more than the " + std::to_string(columns) + " scores of a row");
-  check.that(rows < int64_t{1} << 31, "there are " + std::to_string(rows) + " rows, 2^31 or more");
-  if (!check.error().empty()) return refuse(check.error());
-  if (rows == 0 || k == 0) return ffi::Error::Success();
-  auto const error = top_k(scores.typed_data<float>(), ids->typed_data<int32_t>(), rows, columns, k, stream);
-  return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
-}
-
-ffi::Error sort(cudaStream_t stream, ffi::AnyBuffer expert_ids, ffi::Result<ffi::AnyBuffer> sizes,
-                ffi::Result<ffi::AnyBuffer> slot_of_row, ffi::Result<ffi::AnyBuffer> row_of_slot,
-                ffi::Result<ffi::AnyBuffer> counts) {
-  Check check;
-  check.that(expert_ids.dimensions().size() == 1, "expert_ids of shape " + shape(expert_ids) + " must have 1 axis");
-  check.that(sizes->dimensions().size() == 1, "group_sizes of shape " + shape(*sizes) + " must have 1 axis");
-  if (!check.error().empty()) return refuse(check.error());
-  int64_t const count = expert_ids.dimensions()[0], experts = sizes->dimensions()[0];
-  check.buffer("expert_ids", expert_ids, ffi::DataType::S32, {count});
-  check.buffer("group_sizes", *sizes, ffi::DataType::S32, {experts});
-  check.buffer("slot_of_row", *slot_of_row, ffi::DataType::S32, {count});
-  check.buffer("row_of_slot", *row_of_slot, ffi::DataType::S32, {count});
-  check.buffer("the counts", *counts, ffi::DataType::S32, {(count + kSortChunk - 1) / kSortChunk, experts + 1});
-  check.that(experts <= kMostBuckets, std::to_string(experts) + " experts are more than " + std::to_string(kMostBuckets));
-  check.that(count < int64_t{1} << 31, "there are " + std::to_string(count) + " choices, 2^31 or more");
-  if (!check.error().empty()) return refuse(check.error());
-  auto const error =
-      sort_by_expert(expert_ids.typed_data<int32_t>(), count, experts, sizes->typed_data<int32_t>(),
-                     slot_of_row->typed_data<int32_t>(), row_of_slot->typed_data<int32_t>(), counts->typed_data<int32_t>(), stream);
-  return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
-}
-
 // XLA calls this before it records or runs a program, when one may still wait for the device.
 ffi::Error prepare(cudaStream_t stream, int32_t device, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   auto const error = measure_sides(device, stream);
@@ -463,34 +422,14 @@ auto bind_outer() {
       .Attr<int32_t>("cluster_columns");
 }
 
-auto bind_choose() {
-  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>();
-}
-
-auto bind_sort() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Arg<ffi::AnyBuffer>()
-      .Ret<ffi::AnyBuffer>()
-      .Ret<ffi::AnyBuffer>()
-      .Ret<ffi::AnyBuffer>()
-      .Ret<ffi::AnyBuffer>();
-}
-
 }  // namespace
 }  // namespace latent_moe
-
-#define LATENT_MOE_HANDLER(name, function, binding)                \
-  LATENT_MOE_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame* frame); \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, binding, {xla::ffi::Traits::kCmdBufferCompatible})
 
 LATENT_MOE_HANDLER(latent_moe_matmul, latent_moe::matmul, latent_moe::bind_matmul());
 LATENT_MOE_HANDLER(latent_moe_matmul_activation, latent_moe::matmul_activation, latent_moe::bind_activation());
 LATENT_MOE_HANDLER(latent_moe_matmul_activation_grad, latent_moe::matmul_activation_grad,
                    latent_moe::bind_activation_grad());
 LATENT_MOE_HANDLER(latent_moe_outer, latent_moe::outer, latent_moe::bind_outer());
-LATENT_MOE_HANDLER(latent_moe_top_k, latent_moe::choose, latent_moe::bind_choose());
-LATENT_MOE_HANDLER(latent_moe_sort, latent_moe::sort, latent_moe::bind_sort());
 LATENT_MOE_HANDLER(latent_moe_prepare, latent_moe::prepare, latent_moe::bind_prepare());
 
 // Checked when the library is loaded: the Python side and this must agree on targets, attributes and tiles.

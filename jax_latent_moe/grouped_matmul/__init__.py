@@ -127,7 +127,7 @@ def outer_and_operands(
 ) -> tuple[Float[Array, "e k n"], Float[Array, "r k"] | LastColumns, Float[Array, "r n"]]:
     """What `grouped_outer` gives, unchecked and without a derivative; and its operands, which may be `GatheredRows`.
 
-    They come back gathered: for who reads them again, once a kernel has gathered them while it multiplied.
+    `GatheredRows` come back gathered: for who reads them again, once a kernel has gathered them while it multiplied.
     """
     shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
     chosen = select(problem("outer", rows.shape[0], shape, rows.dtype), backend)
