@@ -167,15 +167,13 @@ struct Product {
     check.that(experts > 0, "there are no experts");
     if (!check.error().empty() || rows == 0) return;
     given.describe(check, args, request.tile);
-    check(is_turned({type, request.contraction, request.epilogue, request.activation, request.tile})
-              ? window_map(&args.a, type, given.start(), in, given.pitch(), 64)
-              : dense_map(&args.a, type, given.start(), 1, rows, in, given.pitch(), 64));
+    check(window_map(&args.a, type, given.start(), in, given.pitch(), 64));
     bool const gated = request.epilogue == Epilogue::kActivation && is_gated(request.activation);
     args.whole_b = !transpose && n % (gated ? 128 : 64) == 0;
     if (args.whole_b) {
       check(blocks_map(&args.b, type, w.untyped_data(), experts, k, n, request.tile.columns / (gated ? 128 : 64)));
     } else {
-      check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, n, transpose ? request.tile.columns : 64));
+      check(dense_map(&args.b, type, w.untyped_data(), experts, k, n, transpose ? request.tile.columns : 64));
     }
     args.group_sizes = sizes.typed_data<int32_t>();
     args.num_experts = experts;
@@ -325,7 +323,7 @@ ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, 
   args.whole_b = cluster_rows == 1 && n % 64 == 0;
   map(&args.a, left, args.whole_a, tile_rows);
   map(&args.b, right, args.whole_b, tile_columns);
-  check(dense_map(&args.boxes, type, out->untyped_data(), experts, k, n, n, 16));
+  check(dense_map(&args.boxes, type, out->untyped_data(), experts, k, n, 16));
   args.group_sizes = sizes.typed_data<int32_t>();
   args.num_experts = experts;
   args.num_rows = num_rows;

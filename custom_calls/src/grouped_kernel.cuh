@@ -2,8 +2,8 @@
 //
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
 // turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong), or share a larger one. Rows of an
-// expert end anywhere: a partial tile is stored row by row, and a partial step of a weight gradient, or the rows of a
-// turned tile, are loaded as a box that the copy engine clips there (`Window`). Rows may be gathered meanwhile
+// expert end anywhere: they are loaded in boxes that the copy engine clips there (`Window`), as zeros take less power to
+// multiply than rows of the next expert, and a partial tile is stored row by row. Rows may be gathered meanwhile
 // (gather.cuh).
 #pragma once
 
@@ -133,12 +133,8 @@ struct Kernel {
             if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
             char* to = shared.a(place.stage, block);
             const int first = block * kBlock;
-            if constexpr (kTurned) {
-              const Window window(work.row + first, min(kBlock, work.valid - first));
-              load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
-            } else {
-              load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, work.row + first, 0);
-            }
+            const Window window(work.row + first, min(kBlock, work.valid - first));
+            load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
           }
           if constexpr (kContraction == Contraction::kRowsWt) {
             load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);

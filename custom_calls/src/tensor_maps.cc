@@ -45,8 +45,8 @@ constexpr cuuint64_t back(cuuint64_t row) { return (cuuint64_t{1} << 34) - row; 
 }  // namespace
 
 Error dense_map(CUtensorMap* map, Type type, void const* data, int64_t depth, int64_t rows, int64_t columns,
-                int64_t pitch, int box_rows) {
-  cuuint64_t const row = pitch * 2;
+                int box_rows) {
+  cuuint64_t const row = columns * 2;
   return encode(map, type, data, {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(depth)}, {row, row * rows},
                 {kBlock, cuuint32_t(box_rows), 1});
 }

@@ -8,6 +8,12 @@ SMALL_GROUP = 64
 """Mean rows per expert up to which a call is bound by reading weights."""
 SMALL_TILE = 64
 """Rows of tiles for such calls: their kernels do without a counter of tiles, and gather no rows."""
+FEW_ROWS = 512
+"""Mean rows per expert up to which tiles run down an expert's rows before its columns.
+
+Of 352 rows all of Super's products are 1 to 4 % faster so on an H100, even on an H200; of 1024 most are slower
+(benchmarks/results/profiles/h100-2026-11-27.md).
+"""
 
 
 def compiled(problem) -> tuple[CutlassTile, ...]:
@@ -69,18 +75,22 @@ def _tile(instance: Instance, rows_first: bool) -> CutlassTile:
     )
 
 
-def _cost(problem, tile: CutlassTile) -> tuple[bool, float]:
-    """Whether it is a tile for the other kind of call; multiplied elements over wanted ones. The first of equals wins.
+def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
+    """Whether it is a tile for the other kind of call; multiplied elements over wanted ones; the less likely order.
+
+    The first of equals wins.
 
     On an H200 it took 2 % longer than the fastest tile, in the mean of the shapes of the table, and at most 23 %, of
     weight gradients 9 (benchmarks/results/profiles/h200-2026-11-27.md).
     """
     k, n = problem.in_features, problem.out_features
     if problem.contraction == "outer":
-        return False, _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns)
+        return False, _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns), False
     small = problem.num_rows <= SMALL_GROUP * problem.num_experts
     columns = n if problem.contraction == "rows_w" else k
-    return small != (tile.rows <= SMALL_TILE), _padded(columns, tile.columns * tile.cluster_columns)
+    few = not small and problem.num_rows <= FEW_ROWS * problem.num_experts
+    padded = _padded(columns, tile.columns * tile.cluster_columns)
+    return small != (tile.rows <= SMALL_TILE), padded, few != tile.rows_first
 
 
 def _padded(size, tile):
