@@ -16,7 +16,7 @@ class ColumnEpilogue {
   static constexpr Tile kTile = kInstance.tile;
   static constexpr Activation kActivation = kInstance.activation;
   static constexpr bool kGated = is_gated(kActivation);
-  static constexpr int kBlocks = kTile.columns / kBlock / (is_shared(kTile) ? kConsumers : 1);  // of a warpgroup
+  static constexpr int kBlocks = kTile.columns / kBlock;
   static_assert(!kGated || kBlocks == 2, "one block of gates, and one of what they are multiplied with");
   static constexpr bool kGate = keeps_gate(kActivation);
   static constexpr int kOutBlocks = kGated && !kGate ? 3 : kBlocks;
@@ -36,8 +36,8 @@ class ColumnEpilogue {
         lane_(thread % 32),
         base_(shared + warpgroup_ * kRows * kPitch) {}
 
-  // Stores a warpgroup's tile, or its half of one that both share: acc[b][i] stands in column
-  // 64 b + 16 warp + 8 (i / 2 % 2) + lane / 4, at row 8 (i / 4) + 2 (lane % 4) + i % 2.
+  // Stores a tile: acc[b][i] stands in column 64 b + 16 warp + 8 (i / 2 % 2) + lane / 4, at row
+  // 8 (i / 4) + 2 (lane % 4) + i % 2.
   __device__ __forceinline__ void finish(Accumulator const (&acc)[kBlocks], Work const& work) const {
 #pragma unroll
     for (int first = 0; first < kTile.rows; first += kRows) {

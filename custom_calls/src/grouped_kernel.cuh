@@ -1,10 +1,9 @@
 // One persistent, warp-specialised kernel for the three contractions of rows that are sorted by expert.
 //
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
-// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong), or share a larger one. Rows of an
-// expert end anywhere: they are loaded in boxes that the copy engine clips there (`Window`), as zeros take less power to
-// multiply than rows of the next expert, and a partial tile is stored row by row. Rows may be gathered meanwhile
-// (gather.cuh).
+// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end
+// anywhere: they are loaded in boxes that the copy engine clips there (`Window`), as zeros take less power to multiply
+// than rows of the next expert, and a partial tile is stored row by row. Rows may be gathered meanwhile (gather.cuh).
 #pragma once
 
 #include "box_epilogue.cuh"
@@ -30,7 +29,6 @@ struct Kernel {
   static constexpr Contraction kContraction = kInstance.contraction;
   using T = std::conditional_t<kInstance.type == Type::kF16, __half, __nv_bfloat16>;
   static constexpr bool kOuter = kContraction == Contraction::kOuter;
-  static constexpr bool kShared = is_shared(kTile);
   static constexpr bool kTurned = is_turned(kInstance);
   static constexpr Major kMajorA = kOuter ? Major::MN : Major::K;
   static constexpr Major kMajorB = kContraction == Contraction::kRowsWt ? Major::K : Major::MN;
@@ -46,10 +44,8 @@ struct Kernel {
   static constexpr int kBlockBytes = block_bytes(kDepth);
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
-  static constexpr int kBlocksOfWarpgroup = kShared ? kBlocksB / kConsumers : kBlocksB;
-  static_assert(kTile.rows * kBlocksOfWarpgroup <= 192 * 2 && kTile.rows <= 192 && kBlocksOfWarpgroup <= 3,
+  static_assert(kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
-  static_assert(!kShared || kTurned, "only turned tiles are shared");
   static_assert(kOuter || kTile.cluster_rows == 1, "tiles of one expert's rows are no pairs");
 
   static constexpr int shared_bytes(int num_experts) {
@@ -217,10 +213,8 @@ struct Kernel {
     // From here on every stage of this tile has been full: only now may the other warpgroup wait for the next round of
     // the same stages, whose barriers tell rounds apart by parity alone. Products keep the four warps together; where
     // there was none, a barrier does.
-    if (!kShared) {
-      if (work.steps == 0) sync_warpgroup(warpgroup);
-      if (thread == 0) shared.turn[1 - warpgroup].arrive();
-    }
+    if (work.steps == 0) sync_warpgroup(warpgroup);
+    if (thread == 0) shared.turn[1 - warpgroup].arrive();
     cute::warpgroup_wait<0>();
     if (previous >= 0) release(shared, previous, thread);
     if (full_steps < work.steps) {
@@ -248,22 +242,22 @@ struct Kernel {
     epilogue.template finish<Blocks>(acc, work);
   }
 
-  // One turned tile, or this warpgroup's half of the columns of one that both share.
+  // One turned tile.
   template <int... I8>
   static __device__ __forceinline__ void turned_tile(Args const& args, Shared const& shared,
                                                      EpilogueOf<I> const& epilogue, Work const& work, Place& place,
                                                      uint32_t turn_phase, int warpgroup, int thread,
                                                      std::integer_sequence<int, I8...>) {
-    float acc[kBlocksOfWarpgroup][kTile.rows / 2] = {};
-    const int first_block = kShared ? warpgroup * kBlocksOfWarpgroup : 0, eights = ceil_div(work.valid, 8);
-    if (!kShared) shared.turn[warpgroup].wait(turn_phase);
+    float acc[kBlocksB][kTile.rows / 2] = {};
+    const int eights = ceil_div(work.valid, 8);
+    shared.turn[warpgroup].wait(turn_phase);
     const auto with = [&](auto n) {
       products(shared, work, place, warpgroup, thread, [&](uint32_t stage, int k16) {
         const uint64_t a = descriptor(stage, bytes_to<Major::K>(k16));
 #pragma unroll
-        for (int block = 0; block < kBlocksOfWarpgroup; ++block) {
+        for (int block = 0; block < kBlocksB; ++block) {
           const uint32_t at = (kBlocksA + block) * kBlockBytes + bytes_to<kMajorB>(k16);
-          wgmma<T, n(), kMajorB, Major::K>(descriptor(stage + first_block * (kBlockBytes >> 4), at), a, acc[block]);
+          wgmma<T, n(), kMajorB, Major::K>(descriptor(stage, at), a, acc[block]);
         }
       });
     };
@@ -292,15 +286,12 @@ struct Kernel {
     while (tiles.template take<false>(work)) {
       work.steps = uniform(work.steps);
       work.valid = uniform(work.valid);
-      constexpr std::make_integer_sequence<int, kTile.rows / 8> kHeights;
-      if constexpr (kShared) {
-        work.column += warpgroup * (kTile.columns / kConsumers);
-        turned_tile(args, shared, epilogue, work, place, 0, warpgroup, thread, kHeights);
-      } else if ((turn ^= 1) != warpgroup) {
+      if ((turn ^= 1) != warpgroup) {
         place.skip(work.steps);
       } else {
         turn_phase ^= 1;
         if constexpr (kTurned) {
+          constexpr std::make_integer_sequence<int, kTile.rows / 8> kHeights;
           turned_tile(args, shared, epilogue, work, place, turn_phase, warpgroup, thread, kHeights);
         } else if (const int blocks = active_blocks(work); blocks == kBlocksA) {
           tile<kBlocksA>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
@@ -330,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < K::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.empty[stage].init(K::kCluster * (K::kShared ? kConsumers : 1));
+      shared.empty[stage].init(K::kCluster);
     }
     for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
     typename K::Tiles(shared.queue, schedule, rank).init();

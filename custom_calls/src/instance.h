@@ -30,10 +30,6 @@ struct Tile {
   int32_t rows, columns, stages, cluster_rows, cluster_columns;
 };
 
-// Whether a tile is too large for the registers of one warpgroup: then both work on it, each on half of its columns.
-// Smaller tiles they take in turn.
-constexpr bool is_shared(Tile const& tile) { return tile.rows * tile.columns > 192 * 128; }
-
 struct Instance {
   Type type;
   Contraction contraction;
