@@ -88,6 +88,13 @@ def test_what_fails_is_left_out_and_said(capsys):
     assert time_in_turn(calls, 2, 3)["good"] > 0
 
 
+def test_what_fails_while_it_is_timed_is_left_out_and_said(capsys):
+    memory = iter([1, 2, 3])
+    calls = {"hungry": Call(lambda: next(memory)), "good": Call(lambda: 1)}
+    assert time_in_turn(calls, 2, 3).keys() == {"good"}
+    assert "left out hungry: StopIteration" in capsys.readouterr().out
+
+
 def test_a_sweep_leaves_its_fastest(monkeypatch):
     monkeypatch.setattr(matmuls, "fastest", lambda calls: min(calls, key=lambda name: calls[name].temp_bytes))
     slow, fast, default = (Call(lambda: None, temp_bytes=size) for size in (3, 2, 1))

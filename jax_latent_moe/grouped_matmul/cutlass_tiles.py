@@ -11,8 +11,8 @@ SMALL_TILE = 64
 FEW_ROWS = 512
 """Mean rows per expert up to which tiles run down an expert's rows before its columns.
 
-Of 352 rows all of Super's products are 1 to 4 % faster so on an H100, even on an H200; of 1024 most are slower
-(benchmarks/results/profiles/h100-2026-11-27.md).
+Of 352 rows the fastest tiles of Super's products are 1.6 to 4.6 % faster so on an H100, and as fast on an H200; of 1024
+some are 6 % slower (benchmarks/results/profiles/h100-2026-11-27.md).
 """
 
 
@@ -80,8 +80,8 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
 
     The first of equals wins.
 
-    On an H200 it took 2 % longer than the fastest tile, in the mean of the shapes of the table, and at most 23 %, of
-    weight gradients 9 (benchmarks/results/profiles/h200-2026-11-27.md).
+    In the mean of the shapes of the table it took 1 % longer than the fastest on an H100, at most 4; on an H200 2 %, at
+    most 23, of weight gradients 9 (benchmarks/results/profiles/).
     """
     k, n = problem.in_features, problem.out_features
     if problem.contraction == "outer":

@@ -80,15 +80,20 @@ def _attempt(name, step):
 def time_in_turn(calls: dict[str, Call], batch: int, rounds: int = 7) -> dict[str, float]:
     """Median milliseconds of a call, in batches enqueued back to back; the calls take turns, so a drift hits all.
 
-    A call so slow that the gap between two of them is nothing to it gets a smaller batch.
+    A call so slow that the gap between two of them is nothing to it gets a smaller batch. One that fails, as it may for
+    want of memory that another has taken meanwhile, is left out with a line.
     """
-    batches = {
-        name: max(1, min(batch, math.floor(LONG_BATCH_MS / max(_time(call, 1), 1e-3)))) for name, call in calls.items()
-    }
+    batches = {name: 1 for name in calls}
     times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_time(call, batches[name]))
+    for turn in range(rounds + 1):
+        for name in tuple(times):
+            ms = _attempt(name, lambda name=name: _time(calls[name], batches[name]))
+            if ms is None:
+                del times[name]
+            elif turn == 0:
+                batches[name] = max(1, min(batch, math.floor(LONG_BATCH_MS / max(ms, 1e-3))))
+            else:
+                times[name].append(ms)
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
