@@ -210,6 +210,17 @@ def test_a_shape_that_no_table_has_takes_a_tile_that_pads_least(out_features):
 
 
 @needs_library
+@pytest.mark.parametrize("activation", [None, FusedActivation("relu2")])
+@pytest.mark.parametrize(("rows_of_expert", "rows_first"), [(100, True), (512, True), (513, False)])
+def test_tiles_of_few_rows_run_down_an_expert_first(activation, rows_of_expert, rows_first):
+    num_rows = rows_of_expert * H200.num_experts
+    problem = dataclasses.replace(H200, num_rows=num_rows, in_features=1000, activation=activation)
+    tile, source = select(problem, CutlassBackend()).tile(problem)
+    assert source.startswith("a heuristic")
+    assert tile.rows_first == rows_first
+
+
+@needs_library
 @pytest.mark.parametrize("contraction", ["rows_w", "rows_wt"])
 def test_fuse_says_what_is_fused(contraction):
     fused = {instance.activation for instance in BUILT.instances if instance.contraction == contraction}
