@@ -1,9 +1,9 @@
 // One persistent, warp-specialised kernel for the three contractions of rows that are sorted by expert.
 //
 // A producer thread feeds a ring of shared-memory stages through the copy engine; two consumer warpgroups take tiles in
-// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end
-// anywhere: they are loaded in boxes that the copy engine clips there (`Window`), as zeros take less power to multiply
-// than rows of the next expert, and a partial tile is stored row by row. Rows may be gathered meanwhile (gather.cuh).
+// turn, so that one stores while the other multiplies (CUTLASS calls it ping-pong). Rows of an expert end anywhere: they
+// are loaded in boxes that the copy engine clips there (`Window`), as zeros take less power to multiply than rows of the
+// next expert, and a partial tile is stored row by row. Rows may be gathered meanwhile (gather.cuh).
 #pragma once
 
 #include "box_epilogue.cuh"
