@@ -31,7 +31,10 @@ class Routing(NamedTuple):
 
 
 def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str) -> Float[Array, "t e"]:
-    """Logits x @ kernel: operands in `dtype`, accumulated and returned in at least float32, never in tf32."""
+    """Logits x @ kernel: operands in `dtype`, accumulated and returned in at least float32, never in tf32.
+
+    Of bfloat16 tokens on a GPU gradients read that of the logits rounded: see `split_matmul`.
+    """
     if _splits(x, dtype):
         return split_matmul(x, kernel)
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -198,7 +198,8 @@ Tile tile_of(int32_t rows, int32_t columns, int32_t stages, int32_t cluster_rows
 ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer w, ffi::AnyBuffer sizes,
                   ffi::AnyBuffer row_ids, ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered, bool transpose_w,
-                  int32_t first_column, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster, bool rows_first) {
+                  int32_t first_column, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster,
+                  bool rows_first) {
   Request request{transpose_w ? Contraction::kRowsWt : Contraction::kRowsW};
   request.tile = tile_of(tile_rows, tile_columns, stages, 1, cluster);
   Gathering const gathering{row_ids, gather_weights, *room};
@@ -283,12 +284,13 @@ ffi::Error matmul_activation_grad(cudaStream_t stream, ffi::AnyBuffer dout, ffi:
 ffi::Error outer(cudaStream_t stream, ffi::AnyBuffer rows, ffi::AnyBuffer dout, ffi::AnyBuffer sizes,
                  ffi::AnyBuffer row_ids, ffi::AnyBuffer gather_weights, ffi::Result<ffi::AnyBuffer> out,
                  ffi::Result<ffi::AnyBuffer> room, ffi::Result<ffi::AnyBuffer> counter, bool gathered_rows,
-                 bool gathered_dout, int32_t first_column, int32_t tile_rows, int32_t tile_columns, int32_t stages, int32_t cluster_rows,
-                 int32_t cluster_columns) {
+                 bool gathered_dout, int32_t first_column, int32_t tile_rows, int32_t tile_columns, int32_t stages,
+                 int32_t cluster_rows, int32_t cluster_columns) {
   Request request{Contraction::kOuter};
   request.tile = tile_of(tile_rows, tile_columns, stages, cluster_rows, cluster_columns);
   Gathering const gathering{row_ids, gather_weights, *room};
-  Rows const left{rows, gathered_rows ? &gathering : nullptr, first_column}, right{dout, gathered_dout ? &gathering : nullptr};
+  Rows const left{rows, gathered_rows ? &gathering : nullptr, first_column};
+  Rows const right{dout, gathered_dout ? &gathering : nullptr};
   Check check;
   check.that(!gathered_rows || !gathered_dout, "one kernel gathers the rows of one operand, not of both");
   check.that(sizes.dimensions().size() == 1, "group_sizes of shape " + shape(sizes) + " must have 1 axis");

@@ -11,8 +11,8 @@ SMALL_TILE = 64
 FEW_ROWS = 512
 """Mean rows per expert up to which tiles run down an expert's rows before its columns.
 
-Of 352 rows the fastest tiles of Super's products are 1.6 to 4.6 % faster so on an H100, and as fast on an H200; of 1024
-some are 6 % slower (benchmarks/results/profiles/h100-2026-11-27.md).
+Of 352 rows the fastest tiles of Super's products are 1.6 to 4.6 % faster so on an H100, of 1024 some are 6 % slower
+(benchmarks/results/profiles/h100-2026-11-27.md). Of up to 512 an H200's table has either for half of the products.
 """
 
 

@@ -35,8 +35,9 @@ H200 = GPU(141e9, 7.2e14, 6.6e14, 3.0e14, 4.2e12, 2.77e11, 5.0e10)
 2026-11-27; links as measured between two of one host; 400 Gb/s a GPU between hosts by the datasheet of the usual
 server."""
 
-H100 = GPU(80e9, 7.3e14, 6.0e14, 3.0e14, 3.0e12, 2.77e11, 5.0e10)
-"""H100 SXM: its matmul and copy rates were measured, the others are the H200's; grouped matmuls of earlier kernels."""
+H100 = GPU(80e9, 7.3e14, 7.0e14, 3.0e14, 3.0e12, 2.77e11, 5.0e10)
+"""H100 SXM: its matmul and copy rates were measured, grouped matmuls fitted to those of 2026-11-27 (Super alone); the
+others are the H200's."""
 
 B200 = GPU(180e9, 1.6e15, 1.3e15, 6.6e14, 6.8e12, 5.5e11, 5.0e10, measured=False)
 """B200: the datasheet's rates times fractions that the H200 reached; no kernel of this library was tried on it."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 import jax
 import pytest
@@ -20,6 +21,8 @@ from jax_latent_moe.plan.timing import grouped_matmuls
 from tests.parallel.meshes import BASE, make_mesh
 
 H200 = GPUS["h200"]
+# By what results call the GPU.
+MEASURED = {"h200": H200, "h100-80gb-hbm3": GPUS["h100"]}
 
 
 @pytest.mark.parametrize(
@@ -53,11 +56,12 @@ def test_moe_layers_are_most_of_the_published_totals(config, layers, total, acti
 
 
 def measured(
-    suites: dict, device: str = "h200", impls: tuple[str, ...] = ("pallas", "pallas_fused", "cutlass")
+    suites: dict, devices: Iterable[str] = MEASURED, impls: tuple[str, ...] = ("pallas", "pallas_fused", "cutlass")
 ) -> list:
-    """Every record of these implementations in the newest run that measured the problem, on a device."""
+    """Every record of these implementations in the newest run that measured the problem, on each device."""
     kept = [
         pytest.param(row, id="-".join((row["run"], suite, shape, pass_, impl)))
+        for device in devices
         for suite, shapes in suites.items()
         for (shape, pass_), rows in problems(load(), suite, device).items()
         for impl, row in rows.items()
@@ -74,7 +78,7 @@ def test_a_layer_as_measured_on_one_gpu(record):
     The plan has gated activations inside of the products, where pallas leaves them to XLA.
     """
     tokens, layer = (LAYERS | DECODE_LAYERS)[record["shape"]]
-    plan = make_plan(layer, {}, tokens, H200, training=record["pass"] == "forward_backward")
+    plan = make_plan(layer, {}, tokens, MEASURED[record["device"]], training=record["pass"] == "forward_backward")
     assert plan.communication_ms == 0
     assert plan.compute_ms == pytest.approx(record["ms"], rel=0.3)
     temporary = plan.memory["working memory of a layer"] + plan.memory.get("kept for the backward pass", 0)
@@ -82,7 +86,9 @@ def test_a_layer_as_measured_on_one_gpu(record):
         assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
 
 
-@pytest.mark.parametrize("record", measured({"parallel": ("super_t8192_x2",)}, "h200-x2", ("all_gather", "all_to_all")))
+@pytest.mark.parametrize(
+    "record", measured({"parallel": ("super_t8192_x2",)}, ["h200-x2"], ("all_gather", "all_to_all"))
+)
 def test_a_layer_as_measured_on_two_gpus(record):
     """Time within 30 %, temporary memory within 15 %, by either dispatch that `auto` may take."""
     tokens, layer = SHAPES[record["shape"].removesuffix("_x2")]
@@ -105,7 +111,7 @@ def test_kernels_as_measured_on_one_gpu(record):
         expert_intermediate_size=shape.out_features,
         activation="relu2",
     )
-    part = grouped_matmuls(config, H200, shape.rows, shape.num_experts, 1)[f"up {record['pass']}"]
+    part = grouped_matmuls(config, MEASURED[record["device"]], shape.rows, shape.num_experts, 1)[f"up {record['pass']}"]
     assert part.ms == pytest.approx(record["ms"], rel=0.3)
 
 
