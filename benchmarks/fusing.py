@@ -19,8 +19,8 @@ from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend
 from jax_latent_moe.experts import routed_experts, up
 from jax_latent_moe.grouped_matmul import problem, select
-from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
-from jax_latent_moe.permute import make_plan, rows_of
+from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
+from jax_latent_moe.routing.permute import make_cost_plan, rows_of
 
 CHECKED_ROWS = 512
 
@@ -33,7 +33,7 @@ def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
             continue
         try:
             w_shape = shape.num_experts, shape.in_features, shape.out_features
-            select(problem("rows_w", shape.rows, w_shape, config.dtype), backend)
+            select(problem("fwd", shape.rows, w_shape, config.dtype), backend)
         except UnsupportedError as refusal:
             print(f"{'left out':>10} {name}: {refusal.reason}", flush=True)
             continue
@@ -67,7 +67,7 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
         w_in, w_out = (w / w.shape[1] ** 0.5 for w in (w_in, w_out))
         keys = jax.random.split(jax.random.key(2), 4)
         _, ids = jax.lax.top_k(jax.random.normal(keys[0], (num_tokens, config.num_experts)), config.top_k)
-        plan = jax.jit(make_plan, static_argnums=1)(ids, config.num_experts)
+        plan = jax.jit(make_cost_plan, static_argnums=1)(ids, config.num_experts)
         weights = jax.random.uniform(keys[1], ids.shape)
         tokens, dout = (jax.random.normal(key, (num_tokens, config.latent_width), w_in.dtype) for key in keys[2:])
         calls = {"forward": {}, "forward_backward": {}}

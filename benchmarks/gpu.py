@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks import fusing, layers, matmuls, problems, steps
 from benchmarks.measure import RESULTS, Run, Session
-from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
 SUITES = ("compile", "kernel", "fused", "layer", "decode", "step")
 Measure = Callable[[Session, str, dict], None]

@@ -15,7 +15,7 @@ from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend, init_params, latent_moe
 from jax_latent_moe.cost import matmul_flops_per_token
 from jax_latent_moe.grouped_matmul import problem, select
-from jax_latent_moe.grouped_matmul.timing import Candidate, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, jax_candidate, prepare, time_in_turn
 
 CHECKED_TOKENS = 256
 PASSES_OF_LAYERS = ("forward", "forward_backward")

@@ -11,13 +11,13 @@ from benchmarks.measure import Row, Session
 from benchmarks.peers import pallas_wgrad, tokamax_ragged_dot, torch_grouped_mm
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import UnsupportedError, XlaBackend
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, select
-from jax_latent_moe.grouped_matmul.timing import Candidate, fastest, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad, problem, select
+from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, fastest, jax_candidate, prepare, time_in_turn
 
-CONTRACTIONS: dict[str, Literal["rows_w", "rows_wt", "outer"]] = {
-    "forward": "rows_w",
-    "dgrad": "rows_wt",
-    "wgrad": "outer",
+CONTRACTIONS: dict[str, Literal["fwd", "dgrad", "wgrad"]] = {
+    "forward": "fwd",
+    "dgrad": "dgrad",
+    "wgrad": "wgrad",
 }
 PASSES = tuple(CONTRACTIONS)
 # jax.lax.ragged_dot expands its rows over all experts on a GPU: shapes beyond this are left to others.
@@ -30,7 +30,7 @@ def ours(pass_, backend, x, w, dout, sizes):
         return grouped_matmul(x, w, sizes, backend=backend)
     if pass_ == "dgrad":
         return grouped_matmul(dout, w, sizes, transpose_w=True, backend=backend)
-    return grouped_outer(x, dout, sizes, backend=backend)
+    return grouped_wgrad(x, dout, sizes, backend=backend)
 
 
 def dense(pass_, x, w, dout):

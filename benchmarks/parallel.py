@@ -17,9 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from benchmarks.measure import RESULTS, Row, Run, show
 from jax_latent_moe import LatentMoEConfig, ParallelConfig, init_params, latent_moe, presets
 from jax_latent_moe.cost import exchange_bytes, matmul_flops_per_token
-from jax_latent_moe.grouped_matmul.timing import Call, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
 from jax_latent_moe.parallel import choose_dispatch, explain, param_specs, token_spec
-from jax_latent_moe.plan import GPUS, make_plan
+from jax_latent_moe.plan import GPUS, make_cost_plan
 
 SHAPES = {
     "super_t8192": (8192, dataclasses.replace(presets.NEMOTRON_3_SUPER, param_dtype="bfloat16")),
@@ -124,7 +124,7 @@ def main() -> None:
         )
         print(f"{name:>18}: scaling {devices * alone / ms:.2f}, {sent:.0f} MiB sent, {dropped[name]} rows dropped")
     if kind in GPUS:
-        planned = make_plan(config, {"expert": devices}, tokens, GPUS[kind])
+        planned = make_cost_plan(config, {"expert": devices}, tokens, GPUS[kind])
         print(f"plan: {planned.compute_ms:.2f} ms of kernels and {planned.communication_ms:.2f} ms of collectives")
     print(f"auto takes {choose_dispatch(config, devices, tokens)}; the fastest is {min(times, key=lambda n: times[n])}")
     for row in rows:

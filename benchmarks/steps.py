@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.measure import Row, Session
 from benchmarks.problems import BACKENDS
-from jax_latent_moe.grouped_matmul.timing import Call, Candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import Call, Candidate, prepare, time_in_turn
 
 CHECKED_STEPS = 200
 Losses = Callable[[], np.ndarray]

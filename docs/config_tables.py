@@ -16,7 +16,7 @@ CLASSES = (
     config.XlaBackend,
     config.PallasBackend,
     config.PallasMatmulTile,
-    config.PallasOuterTile,
+    config.PallasWgradTile,
     config.CutlassBackend,
     config.CutlassTile,
     config.ParallelConfig,

@@ -11,7 +11,7 @@ from jax_latent_moe.config import (
     LatentMoEConfig,
     PallasBackend,
     PallasMatmulTile,
-    PallasOuterTile,
+    PallasWgradTile,
     ParallelConfig,
     RouterConfig,
     XlaBackend,
@@ -19,7 +19,7 @@ from jax_latent_moe.config import (
 from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, UnsupportedError
 from jax_latent_moe.layer import LatentMoEAux, latent_moe
 from jax_latent_moe.params import init_params, param_axes, param_shapes
-from jax_latent_moe.router import update_correction_bias
+from jax_latent_moe.routing.router import update_correction_bias
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ __all__ = [
     "LatentMoEError",
     "PallasBackend",
     "PallasMatmulTile",
-    "PallasOuterTile",
+    "PallasWgradTile",
     "ParallelConfig",
     "RouterConfig",
     "UnsupportedError",

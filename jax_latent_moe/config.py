@@ -65,7 +65,7 @@ class PallasMatmulTile:
         rows: rows of a tile, 64, 128 or 192; a tile with fewer rows multiplies the next multiple of 64.
         columns: output columns of a tile, a multiple of 64.
         stages: loads in flight, in a ring through shared memory.
-        out_slots: buffers through which a tile is stored, 64 columns each.
+        store_buffers: buffers through which a tile is stored, 64 columns each.
         band: row tiles that are walked together, column by column.
         cluster: multiprocessors, 1 or 2, that share the loads of one row tile.
     """
@@ -73,7 +73,7 @@ class PallasMatmulTile:
     rows: int = 128
     columns: int = 192
     stages: int = 4
-    out_slots: int = 2
+    store_buffers: int = 2
     band: int = 1
     cluster: int = 1
 
@@ -83,21 +83,21 @@ class PallasMatmulTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class PallasOuterTile:
+class PallasWgradTile:
     """Tile and schedule of the Pallas kernel for rows^T x rows.
 
     Attributes:
         rows: tile of the first feature axis (K), 64, 128 or 192.
         columns: tile of the second feature axis (N), a multiple of 64.
         stages: loads in flight, in a ring through shared memory.
-        out_slots: buffers through which a tile is stored, 64 columns each.
+        store_buffers: buffers through which a tile is stored, 64 columns each.
         cluster: multiprocessors, 1 or 2, that share the loads of one column tile.
     """
 
     rows: int = 128
     columns: int = 192
     stages: int = 4
-    out_slots: int = 2
+    store_buffers: int = 2
     cluster: int = 1
 
     def __post_init__(self):
@@ -107,7 +107,7 @@ class PallasOuterTile:
 def _check_pallas_tile(tile):
     """A tile must fit a Hopper multiprocessor: its accumulators the registers, its buffers the shared memory."""
     name = type(tile).__name__
-    for field in ("rows", "columns", "stages", "out_slots", "cluster"):
+    for field in ("rows", "columns", "stages", "store_buffers", "cluster"):
         checks.positive_int(f"{name}.{field}", getattr(tile, field))
     if tile.rows not in (64, 128, 192) or tile.columns % 64:
         raise ConfigError(
@@ -121,11 +121,11 @@ def _check_pallas_tile(tile):
         )
     if tile.cluster > 2:
         raise ConfigError(f"{name}.cluster={tile.cluster} must be 1 or 2: larger clusters leave multiprocessors idle.")
-    used = 128 * (tile.stages * (tile.rows + tile.columns) + 2 * tile.out_slots * tile.rows)
+    used = 128 * (tile.stages * (tile.rows + tile.columns) + 2 * tile.store_buffers * tile.rows)
     if used > PALLAS_SHARED_MEMORY:
         raise ConfigError(
             f"{name} takes {used} bytes of shared memory, more than {PALLAS_SHARED_MEMORY}: "
-            f"lower stages={tile.stages} or out_slots={tile.out_slots}."
+            f"lower stages={tile.stages} or store_buffers={tile.store_buffers}."
         )
 
 
@@ -136,21 +136,21 @@ class PallasBackend:
     Attributes:
         matmul_tile: tile of rows x w and rows x w^T without a fused activation; None takes the measured one for the
             shape, or a heuristic.
-        outer_tile: tile of rows^T x rows; None likewise.
+        wgrad_tile: tile of rows^T x rows; None likewise.
         fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
             where they were measured, "always" all, which takes the least memory, "never" none.
     """
 
     matmul_tile: PallasMatmulTile | None = None
-    outer_tile: PallasOuterTile | None = None
+    wgrad_tile: PallasWgradTile | None = None
     fuse: Fuse = "measured"
 
     def __post_init__(self):
         checks.one_of("PallasBackend.fuse", self.fuse, FUSE)
         if self.matmul_tile is not None:
             checks.instance("PallasBackend.matmul_tile", self.matmul_tile, PallasMatmulTile)
-        if self.outer_tile is not None:
-            checks.instance("PallasBackend.outer_tile", self.outer_tile, PallasOuterTile)
+        if self.wgrad_tile is not None:
+            checks.instance("PallasBackend.wgrad_tile", self.wgrad_tile, PallasWgradTile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,18 +189,18 @@ class CutlassBackend:
     Attributes:
         matmul_tile: tile of rows x w and rows x w^T without a fused activation; None takes the measured one for the
             shape, or a heuristic.
-        outer_tile: tile of rows^T x rows; None likewise.
+        wgrad_tile: tile of rows^T x rows; None likewise.
         fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
             where they were measured, "always" all that were compiled, which takes the least memory, "never" none.
     """
 
     matmul_tile: CutlassTile | None = None
-    outer_tile: CutlassTile | None = None
+    wgrad_tile: CutlassTile | None = None
     fuse: Fuse = "measured"
 
     def __post_init__(self):
         checks.one_of("CutlassBackend.fuse", self.fuse, FUSE)
-        for field in ("matmul_tile", "outer_tile"):
+        for field in ("matmul_tile", "wgrad_tile"):
             if getattr(self, field) is not None:
                 checks.instance(f"CutlassBackend.{field}", getattr(self, field), CutlassTile)
 

@@ -23,12 +23,12 @@ from jax_latent_moe.grouped_matmul import (
     FusedActivation,
     grouped_matmul,
     matmul_unchecked,
-    outer_and_operands,
     problem,
     select_fusing,
+    wgrad_and_operands,
 )
-from jax_latent_moe.grouped_matmul.rows import LastColumns, gathered
-from jax_latent_moe.permute import Plan, combine, rows_of
+from jax_latent_moe.grouped_matmul.operands import LastColumns, gathered
+from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
 
@@ -65,7 +65,7 @@ def routed_experts(
     weights: Float[Array, "t k"],
     w_in: Float[Array, "e l *two m"],
     w_out: Float[Array, "e m l"],
-    plan: Plan,
+    plan: DispatchPlan,
 ) -> Float[Array, "t l"]:
     """sum_j weights[t, j] * expert_j(tokens[t]) -> [T, l] in the dtype of tokens, summed in float32.
 
@@ -99,13 +99,13 @@ def _forward(config, tokens, weights, w_in, w_out, plan, *, keep):
 
 def _routed_bwd(config, residuals, dcombined):
     tokens, weights, w_in, w_out, plan, kept = residuals
-    outer = functools.partial(outer_and_operands, group_sizes=plan.group_sizes, backend=config.backend)
-    row_weights = weights.reshape(-1)[plan.slot_of_row]
+    outer = functools.partial(wgrad_and_operands, group_sizes=plan.group_sizes, backend=config.backend)
+    row_weights = weights.reshape(-1)[plan.assignment_of_row]
 
     if (hidden := kept.hidden_rows) is not None:
         # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.
         dw_out, _, dout = outer(hidden, rows_of(dcombined, plan, weights))
-        if _fusing(config, "rows_wt", dout, w_out):
+        if _fusing(config, "dgrad", dout, w_out):
             # The kernel may leave the gradient in the place of what was kept, once nobody else reads it.
             kept, dout, dw_out = jax.lax.optimization_barrier((kept, dout, dw_out))
         ones = jnp.ones_like(row_weights)
@@ -120,7 +120,7 @@ def _routed_bwd(config, residuals, dcombined):
         dw_out, _, _ = outer(weighted_hidden, dout)
     # Summed before they are gathered: XLA would gather all that enters each sum.
     drow_weights = jax.lax.optimization_barrier(drow_weights)
-    dweights = drow_weights[plan.row_of_slot].astype(weights.dtype)
+    dweights = drow_weights[plan.row_of_assignment].astype(weights.dtype)
     # Rows of tokens are gathered no earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
     dw_in, _, _ = outer(rows_of(tokens, plan), dpre)
@@ -143,9 +143,9 @@ def up(config, rows, w_in, w_out, group_sizes, *, keep) -> tuple[Kept | None, Fl
     Returns:
         Both in the dtype of rows; hidden rows are made of the pre-activation as rounded to it.
     """
-    activation, fusing = _fused_activation(config), _fusing(config, "rows_w", rows, w_in)
+    activation, fusing = _fused_activation(config), _fusing(config, "fwd", rows, w_in)
     if keep and fusing is not None and fusing.keeps_gate(activation):
-        down = _fusing(config, "rows_wt", rows, w_out)
+        down = _fusing(config, "dgrad", rows, w_out)
         if down is not None and down.keeps_gate(activation):
             kept, _ = fusing.matmul_activation(rows, w_in, group_sizes, activation=activation, keep_pre=True)
             kept = checkpoint_name(kept, RESIDUAL)
@@ -181,7 +181,7 @@ def down_gradient(config, dout, w_out, group_sizes, kept, row_weights):
         [R, m], gated [R, 2 m], in the dtype of dout; weighted hidden rows [R, m], None where hidden rows were kept;
         <dout w_out^T, hidden>, [R]; and dout, gathered.
     """
-    if fusing := _fusing(config, "rows_wt", dout, w_out):
+    if fusing := _fusing(config, "dgrad", dout, w_out):
         return fusing.matmul_activation_grad(
             dout, w_out, group_sizes, kept.rows, row_weights, activation=_fused_activation(config)
         )

@@ -14,14 +14,20 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.expert_sort import count_experts
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.parallel.exchange import exchange
 from jax_latent_moe.parallel.mesh import over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, check_params
-from jax_latent_moe.permute import make_plan, within_capacity
-from jax_latent_moe.router import NO_EXPERT, auxiliary_losses, route, router_logits, router_logits_and_projection
+from jax_latent_moe.routing.expert_sort import count_experts
+from jax_latent_moe.routing.permute import make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.router import (
+    NO_EXPERT,
+    auxiliary_losses,
+    route,
+    router_logits,
+    router_logits_and_projection,
+)
 
 LATENT = "latent_moe_latent"
 
@@ -164,7 +170,7 @@ def _route_through_experts(params, latent, routing, config, shards):
         return routed_experts(config, latent, weights, w_in, w_out, plan)
 
     if shards.expert_axis is None:
-        return experts(latent, weights, make_plan(expert_ids, config.num_experts, config.backend)), dropped
+        return experts(latent, weights, make_dispatch_plan(expert_ids, config.num_experts, config.backend)), dropped
     combined, not_sent = exchange(config, shards.expert_axis, experts, latent, expert_ids, weights)
     return combined, dropped + not_sent
 

@@ -10,11 +10,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jax_latent_moe import router
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_param, param_axes
+from jax_latent_moe.routing import router
 
 CORRECTION_BIAS = "correction_bias"
 """The collection of the correction bias, at .../router/bias: state, so no optimiser sees it."""

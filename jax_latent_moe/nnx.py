@@ -8,11 +8,11 @@ from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_latent_moe import router
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_params, param_axes
+from jax_latent_moe.routing import router
 
 _LOAD = "tokens_per_expert"
 

@@ -45,5 +45,5 @@ from jax_latent_moe import CutlassBackend
 from jax_latent_moe.grouped_matmul import Problem, cutlass_library, select
 library = cutlass_library.library()
 assert library.missing is None, library.missing
-select(Problem("rows_w", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200"), CutlassBackend())
+select(Problem("fwd", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200"), CutlassBackend())
 print("its cutlass backend finds", len(library.instances), "kernels in a wheel")'

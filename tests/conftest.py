@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_latent_moe.grouped_matmul import cutlass_library
+from jax_latent_moe import native
 from tests import seeds
 
 hypothesis.settings.register_profile("tests", deadline=None, database=None, print_blob=True)
@@ -43,12 +43,12 @@ def library_at(monkeypatch):
     """Has the compiled kernels looked for elsewhere."""
 
     def look(path: pathlib.Path):
-        monkeypatch.setenv(cutlass_library.VARIABLE, str(path))
-        cutlass_library.library.cache_clear()
+        monkeypatch.setenv(native.VARIABLE, str(path))
+        native.library.cache_clear()
 
     yield look
     monkeypatch.undo()
-    cutlass_library.library.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.fixture

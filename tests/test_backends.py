@@ -10,16 +10,16 @@ import pytest
 from jax_latent_moe import ConfigError, CutlassBackend, InputError, PallasBackend, UnsupportedError, XlaBackend
 from jax_latent_moe.grouped_matmul import GatheredRows, explain, grouped_matmul, problem, reference, select
 from jax_latent_moe.grouped_matmul import rows as row_tables
-from jax_latent_moe.grouped_matmul.backend import AUTO
+from jax_latent_moe.grouped_matmul.registry import AUTO
 from tests.tolerances import assert_close
 
-PROBLEM = problem("rows_w", 64, (4, 8, 16), jnp.bfloat16)
+PROBLEM = problem("fwd", 64, (4, 8, 16), jnp.bfloat16)
 ARRAYS = np.ones((6, 4), np.float32), np.ones((3, 4, 5), np.float32), np.array([1, 2, 3], np.int32)
 
 
 def test_a_problem_describes_the_call():
     assert dataclasses.asdict(PROBLEM) | {"device_kind": ""} == {
-        "contraction": "rows_w",
+        "contraction": "fwd",
         "num_rows": 64,
         "num_experts": 4,
         "in_features": 8,
@@ -93,7 +93,7 @@ def test_rows_named_in_a_table_are_those_gathered_before(rng, transpose_w, weigh
     rows, expected_dtable = scale[:, None] * table[nearest], np.zeros_like(table)
     drows = reference.grouped_matmul(dout, w, sizes, transpose_w=not transpose_w)
     np.add.at(expected_dtable, nearest, scale[:, None] * drows)
-    expected_dw = reference.grouped_outer(*((dout, rows) if transpose_w else (rows, dout)), sizes)
+    expected_dw = reference.grouped_wgrad(*((dout, rows) if transpose_w else (rows, dout)), sizes)
     assert_close(np.asarray(out), reference.grouped_matmul(rows, w, sizes, transpose_w=transpose_w), "float32")
     assert_close(np.asarray(dtable), expected_dtable, "float32")
     assert_close(np.asarray(dw), expected_dw, "float32")

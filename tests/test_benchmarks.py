@@ -15,7 +15,7 @@ from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
 from examples.train import presets
 from jax_latent_moe import XlaBackend, init_params, latent_moe
 from jax_latent_moe.grouped_matmul import reference
-from jax_latent_moe.grouped_matmul.timing import Call, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
 from tests.tolerances import assert_close
 
 SMALL = Grouped(20, 3, 8, 16, 24)
@@ -56,7 +56,7 @@ def test_the_error_of_a_kernel(rng, pass_):
     right = {
         "forward": lambda: reference.grouped_matmul(x, w, sizes),
         "dgrad": lambda: reference.grouped_matmul(dout, w, sizes, transpose_w=True),
-        "wgrad": lambda: reference.grouped_outer(x, dout, sizes),
+        "wgrad": lambda: reference.grouped_wgrad(x, dout, sizes),
     }[pass_]()
     args = matmuls.reference(pass_, *map(jnp.asarray, (x, w, dout)), sizes), sizes
     assert matmuls.max_error(pass_, jnp.asarray(right), *args) < 1e-6

@@ -9,7 +9,7 @@ import pytest
 
 from jax_latent_moe.grouped_matmul import blocked
 from tests.cases import DTYPES
-from tests.conformance.backends import oracle_matmul, oracle_outer, random_group_sizes
+from tests.conformance.backends import oracle_matmul, oracle_wgrad, random_group_sizes
 from tests.tolerances import assert_close
 
 EXPERTS, K, N, ROWS = 6, 4, 3, 22
@@ -20,11 +20,11 @@ BLOCKS_PER_STEP = [1, 2, 3, 64]
 def products(request):
     """Jitted matmul and outer product, traced with that many blocks a step."""
     step_bytes = request.param * K * N * np.dtype(np.float32).itemsize
-    sizes = blocked._Sizes(rows=(2, 4), matmul_bytes=step_bytes, outer_bytes=step_bytes)
+    sizes = blocked._Sizes(rows=(2, 4), matmul_bytes=step_bytes, wgrad_bytes=step_bytes)
     matmul = functools.partial(blocked.blocked_matmul, transpose_w=False, block_rows=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked, "_platform_sizes", lambda: sizes)
-        yield jax.jit(matmul), jax.jit(functools.partial(blocked.blocked_outer, block_rows=None))
+        yield jax.jit(matmul), jax.jit(functools.partial(blocked.blocked_wgrad, block_rows=None))
 
 
 def draw(rng, dtype="float32"):
@@ -34,7 +34,7 @@ def draw(rng, dtype="float32"):
 def check(products, rows, w, group_sizes, dout, dtype="float32"):
     matmul, outer = products
     assert_close(matmul(rows, w, group_sizes), oracle_matmul(rows, w, group_sizes), dtype, f"sizes {group_sizes}")
-    assert_close(outer(rows, dout, group_sizes), oracle_outer(rows, dout, group_sizes), dtype, f"sizes {group_sizes}")
+    assert_close(outer(rows, dout, group_sizes), oracle_wgrad(rows, dout, group_sizes), dtype, f"sizes {group_sizes}")
 
 
 def test_every_pattern_of_empty_experts(rng, products):
@@ -61,7 +61,7 @@ def test_bfloat16(rng, products):
 def test_rows_beyond_the_groups_leak_nowhere(rng, products):
     rows, w, dout = draw(rng)
     group_sizes = random_group_sizes(rng, EXPERTS, ROWS - 5)
-    expected = oracle_matmul(rows, w, group_sizes), oracle_outer(rows, dout, group_sizes)
+    expected = oracle_matmul(rows, w, group_sizes), oracle_wgrad(rows, dout, group_sizes)
     rows[-5:], dout[-5:] = np.nan, np.nan
     matmul, outer = products
     assert_close(matmul(rows, w, group_sizes), expected[0], "float32")
@@ -71,7 +71,7 @@ def test_rows_beyond_the_groups_leak_nowhere(rng, products):
 def test_a_row_of_nan_stays_with_its_expert(rng, products):
     rows, _, dout = draw(rng)
     group_sizes = np.array([5, 0, 7, 1, 6, 3], np.int32)
-    expected = oracle_outer(rows, dout, group_sizes)
+    expected = oracle_wgrad(rows, dout, group_sizes)
     rows[8] = np.nan  # of expert 2
     out = np.asarray(products[1](rows, dout, group_sizes))
     others = [0, 1, 3, 4, 5]

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 
 from jax_latent_moe import CutlassBackend, UnsupportedError, expert_sort, top_k
+from jax_latent_moe import native as loader
 from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.grouped_matmul import (
     FusedActivation,
@@ -21,12 +23,10 @@ from jax_latent_moe.grouped_matmul import (
     select,
     select_fusing,
 )
-from jax_latent_moe.grouped_matmul import cutlass_library as loader
-from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
-from jax_latent_moe.grouped_matmul.rows import LastColumns
+from jax_latent_moe.grouped_matmul.operands import LastColumns
 
-H200 = Problem("rows_w", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
+H200 = Problem("fwd", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
 BUILT = loader.library()
 needs_library = pytest.mark.skipif(BUILT.missing is not None, reason=f"{BUILT.missing}")
 
@@ -71,7 +71,7 @@ def test_auto_goes_on_where_there_is_no_library(library_at, tmp_path):
 @needs_library
 def test_the_library_lists_kernels_of_each_kind():
     kinds = {(instance.contraction, instance.activation is not None) for instance in BUILT.instances}
-    assert kinds == {("rows_w", False), ("rows_wt", False), ("outer", False), ("rows_w", True), ("rows_wt", True)}
+    assert kinds == {("fwd", False), ("dgrad", False), ("wgrad", False), ("fwd", True), ("dgrad", True)}
     most = collections.Counter()
     for instance in BUILT.instances:
         kind = instance.dtype, instance.contraction, instance.activation
@@ -118,7 +118,7 @@ def calls():
         "gathered rows x w": lambda: backend.matmul(many, w, sizes, transpose_w=False),
         "relu2 of gathered rows": lambda: backend.matmul_activation(many, w, sizes, activation=relu2, keep_pre=True),
         "rows x w^T": lambda: backend.matmul(rows, w, sizes, transpose_w=True),
-        "outer": lambda: backend.outer(rows, rows, sizes),
+        "wgrad": lambda: backend.outer(rows, rows, sizes),
         "columns x w": lambda: backend.matmul(columns, w, sizes, transpose_w=False),
         "outer of columns": lambda: backend.outer(columns, rows, sizes),
         "relu2": lambda: backend.matmul_activation(rows, w, sizes, activation=relu2, keep_pre=False),
@@ -221,7 +221,7 @@ def test_tiles_of_few_rows_run_down_an_expert_first(activation, rows_of_expert, 
 
 
 @needs_library
-@pytest.mark.parametrize("contraction", ["rows_w", "rows_wt"])
+@pytest.mark.parametrize("contraction", ["fwd", "dgrad"])
 def test_fuse_says_what_is_fused(contraction):
     fused = {instance.activation for instance in BUILT.instances if instance.contraction == contraction}
     for name in ACTIVATIONS:
@@ -235,7 +235,7 @@ def test_fuse_says_what_is_fused(contraction):
 
 
 def test_what_fuse_leaves_to_xla_is_said():
-    assert "fuse='always' has the kernel" in (fusing_refusal("cutlass", "never", "rows_w", "relu2") or "")
+    assert "fuse='always' has the kernel" in (fusing_refusal("cutlass", "never", "fwd", "relu2") or "")
 
 
 @needs_library
@@ -263,7 +263,7 @@ def test_lowers_for_cuda(gathers):
     lowered = jax.jit(run).trace(rows, w, dout, sizes, w_out, kept, weights).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert text.count("gathered = true") == text.count("gathered_rows = true") == 1
-    for target in ("matmul", "outer", "matmul_activation", "matmul_activation_grad"):
+    for target in ("matmul", "wgrad", "matmul_activation", "matmul_activation_grad"):
         assert f"@latent_moe_{target}(" in text
     shapes = [value.shape for value in jax.tree.leaves(lowered.out_info)]
     assert shapes[:3] == [(num_rows, n), (num_rows, k), (experts, k, n)]

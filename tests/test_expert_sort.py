@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend
-from jax_latent_moe.expert_sort import MOST_EXPERTS, count_experts, sort_by_expert
-from jax_latent_moe.grouped_matmul import cutlass_library
-from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend, native
+from jax_latent_moe.native import library
+from jax_latent_moe.routing.expert_sort import MOST_EXPERTS, count_experts, sort_by_expert
 
 needs_library = pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")
 KERNEL = "@latent_moe_sort("
@@ -35,11 +34,11 @@ def lowered(function, num_experts, backend):
     ],
 )
 def test_the_kernel_is_taken_where_it_runs(monkeypatch, function, kind, backend, num_experts, takes_it):
-    monkeypatch.setattr(cutlass_library, "default_device", lambda: ("gpu", kind))
+    monkeypatch.setattr(native, "default_device", lambda: ("gpu", kind))
     assert (KERNEL in lowered(function, num_experts, backend)) == takes_it
 
 
 def test_without_the_library_xla_sorts(monkeypatch, library_at, tmp_path):
-    monkeypatch.setattr(cutlass_library, "default_device", lambda: ("gpu", HOPPER))
+    monkeypatch.setattr(native, "default_device", lambda: ("gpu", HOPPER))
     library_at(tmp_path / "nothing.so")
     assert KERNEL not in lowered(sort_by_expert, 512, "auto")

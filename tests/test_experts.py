@@ -12,7 +12,7 @@ from jax_latent_moe import XlaBackend, experts
 from jax_latent_moe.activations import activate
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.grouped_matmul.xla import Xla
-from jax_latent_moe.permute import make_plan
+from jax_latent_moe.routing.permute import make_dispatch_plan
 from tests.cases import TOY
 from tests.tolerances import assert_close
 
@@ -77,7 +77,7 @@ def test_gradients_equal_those_of_a_dense_formulation(rng, config):
         return out, *pullback(dout)
 
     def ours(*arrays):
-        return routed_experts(config, *arrays, make_plan(jnp.asarray(ids), EXPERTS))
+        return routed_experts(config, *arrays, make_dispatch_plan(jnp.asarray(ids), EXPERTS))
 
     names = ("out", "tokens", "weights", "w_in", "w_out")
     expected = outputs(functools.partial(dense, config, ids), *arrays)
@@ -99,9 +99,9 @@ def test_gradients_of_weights_hold_for_the_smallest(rng, config):
     def gradient(function):
         return jax.grad(lambda weights: jnp.sum(function(tokens, weights, w_in, w_out)))(arrays[1])
 
-    ours = gradient(lambda *arrays: routed_experts(config, *arrays, make_plan(jnp.asarray(ids), EXPERTS)))
+    ours = gradient(lambda *arrays: routed_experts(config, *arrays, make_dispatch_plan(jnp.asarray(ids), EXPERTS)))
     wanted = gradient(functools.partial(dense, config, ids))
-    if config.activation == "relu2" or experts._fusing(config, "rows_wt", tokens, w_out):
+    if config.activation == "relu2" or experts._fusing(config, "dgrad", tokens, w_out):
         wanted = jnp.where(arrays[1] == 0, 0, wanted)
     assert_close(ours, wanted, "float32")
 
@@ -109,7 +109,7 @@ def test_gradients_of_weights_hold_for_the_smallest(rng, config):
 def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config):
     """No gathered copy of the tokens, not both pre-activations and hidden rows, no expert outputs."""
     ids, arrays = draw(rng, config)
-    plan = make_plan(jnp.asarray(ids), EXPERTS)
+    plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
     _, pullback = jax.vjp(lambda *arrays: routed_experts(config, *arrays, plan), *arrays)
     rows, gate = TOKENS * K, 2 if config.gated else 1
     kept = {leaf.shape for leaf in jax.tree.leaves(pullback) if jnp.issubdtype(leaf.dtype, jnp.floating)}
@@ -120,7 +120,7 @@ def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config)
 
 def test_no_expert_at_all_gives_zeros(rng):
     _, arrays = draw(rng, TOY)
-    plan = make_plan(jnp.full((TOKENS, K), -1), EXPERTS)
+    plan = make_dispatch_plan(jnp.full((TOKENS, K), -1), EXPERTS)
     out, pullback = jax.vjp(lambda *arrays: routed_experts(TOY, *arrays, plan), *arrays)
     assert not np.asarray(out).any()
     for gradient in pullback(jnp.ones_like(out)):
@@ -131,9 +131,9 @@ def test_what_no_kernel_would_read_is_not_kept(rng, monkeypatch):
     """Where the gradient is left to XLA, a backend that would keep the gate does not make hidden rows either."""
     ids, arrays = draw(rng, GATED)
     monkeypatch.setattr(
-        experts, "_fusing", lambda config, contraction, rows, w: KeepsGate() if contraction == "rows_w" else None
+        experts, "_fusing", lambda config, contraction, rows, w: KeepsGate() if contraction == "fwd" else None
     )
-    plan = make_plan(jnp.asarray(ids), EXPERTS)
+    plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
     out, pullback = jax.vjp(lambda *arrays: routed_experts(GATED, *arrays, plan), *arrays)
     wanted, dense_pullback = jax.vjp(functools.partial(dense, GATED, ids), *arrays)
     assert_close(out, wanted, "float32")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_latent_moe import InputError, init_params, latent_moe
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad
 from tests.cases import TOY
 
 X = np.ones((2, 5, TOY.hidden_size), np.float32)
@@ -107,7 +107,7 @@ def test_bad_arguments_of_grouped_matmul(arguments, words):
     ],
 )
 def test_bad_arguments_of_grouped_outer(arguments, words):
-    message = refused(grouped_outer, *arguments)
+    message = refused(grouped_wgrad, *arguments)
     assert all(word in message for word in words), message
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 
-from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
+from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul import (
     Problem,
@@ -20,11 +21,10 @@ from jax_latent_moe.grouped_matmul import (
     pallas_hopper_outer,
     reference,
 )
-from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
-from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import rows_w
-from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
-from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import max_row_tiles, row_tiles
-from jax_latent_moe.grouped_matmul.pallas_hopper_tiles import choose
+from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import rows_w
+from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import max_row_tiles, row_tiles
+from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import choose
+from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import outer
 from tests.tolerances import assert_close
 
 EXPERTS, ROWS, IN, OUT = 5, 100, 128, 192
@@ -34,17 +34,17 @@ GROUPS = {
     "no rows": [0, 0, 0, 0, 0],
 }
 MATMUL_TILES = [
-    PallasMatmulTile(rows=64, columns=192, stages=2, out_slots=2),
-    PallasMatmulTile(rows=192, columns=64, stages=2, out_slots=1, band=2, cluster=2),
+    PallasMatmulTile(rows=64, columns=192, stages=2, store_buffers=2),
+    PallasMatmulTile(rows=192, columns=64, stages=2, store_buffers=1, band=2, cluster=2),
 ]
-OUTER_TILES = [
-    PallasOuterTile(rows=128, columns=192, stages=2, out_slots=2),
-    PallasOuterTile(rows=64, columns=64, stages=2, out_slots=1, cluster=2),
+WGRAD_TILES = [
+    PallasWgradTile(rows=128, columns=192, stages=2, store_buffers=2),
+    PallasWgradTile(rows=64, columns=64, stages=2, store_buffers=1, cluster=2),
 ]
 
 
 def problem(**changes):
-    h200 = Problem("rows_w", 4096, 64, 256, 512, "bfloat16", "gpu", "NVIDIA H200")
+    h200 = Problem("fwd", 4096, 64, 256, 512, "bfloat16", "gpu", "NVIDIA H200")
     return dataclasses.replace(h200, **changes)
 
 
@@ -88,8 +88,8 @@ def test_matmul_interpreted(sizes, transpose_w, interpreter):
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 def test_outer_interpreted(sizes, interpreter):
     rows, _, dout, group_sizes = operands("bfloat16", sizes)
-    out = run_outer(rows, dout, group_sizes, tile=OUTER_TILES[0], num_sms=2, interpret=interpreter)
-    assert_close(out, reference.grouped_outer(rows, dout, group_sizes), "bfloat16")
+    out = run_outer(rows, dout, group_sizes, tile=WGRAD_TILES[0], num_sms=2, interpret=interpreter)
+    assert_close(out, reference.grouped_wgrad(rows, dout, group_sizes), "bfloat16")
     assert not out[np.asarray(sizes) == 0].any()
 
 
@@ -99,8 +99,8 @@ def test_clusters_and_rows_that_no_block_divides(num_rows, interpreter):
     rows, w, dout, group_sizes = operands("float16", sizes, num_rows)
     out = run_matmul(rows, w, group_sizes, transpose_w=False, tile=MATMUL_TILES[1], num_sms=4, interpret=interpreter)
     assert_close(out, reference.grouped_matmul(rows, w, group_sizes), "float16")
-    out = run_outer(rows, dout, group_sizes, tile=OUTER_TILES[1], num_sms=4, interpret=interpreter)
-    assert_close(out, reference.grouped_outer(rows, dout, group_sizes), "float16")
+    out = run_outer(rows, dout, group_sizes, tile=WGRAD_TILES[1], num_sms=4, interpret=interpreter)
+    assert_close(out, reference.grouped_wgrad(rows, dout, group_sizes), "float16")
 
 
 @pytest.mark.parametrize("sizes", [[-5, 10, 0, 3, 0], [60, 0, 35, 30, 35]], ids=["negative", "more than there are"])
@@ -165,21 +165,21 @@ def test_vmap_runs_one_after_the_other(interpreter, monkeypatch):
     drawn = [operands("bfloat16", each, seed=seed) for seed, each in enumerate(sizes)]
     rows, dout, w = np.stack([d[0] for d in drawn]), np.stack([d[2] for d in drawn]), drawn[0][1]
     backend = Pallas(
-        PallasBackend(matmul_tile=PallasMatmulTile(64, 64, 2, 1), outer_tile=PallasOuterTile(64, 64, 2, 1))
+        PallasBackend(matmul_tile=PallasMatmulTile(64, 64, 2, 1), wgrad_tile=PallasWgradTile(64, 64, 2, 1))
     )
     for module, kernel in ((pallas_hopper_matmul, rows_w), (pallas_hopper_outer, outer)):
         monkeypatch.setattr(module, kernel.__name__, functools.partial(kernel, interpret=interpreter))
-    monkeypatch.setattr(pallas_hopper, "num_multiprocessors", lambda: 2)
+    monkeypatch.setattr(pallas_hopper, "num_sms", lambda: 2)
     products = jax.vmap(lambda *args: backend.matmul(*args, transpose_w=False), (0, None, 0))(rows, w, sizes)
     outers, _, _ = jax.vmap(backend.outer)(rows, dout, sizes)
     for index, each in enumerate(sizes):
         assert_close(products[index], reference.grouped_matmul(rows[index], w, each), "bfloat16")
-        assert_close(outers[index], reference.grouped_outer(rows[index], dout[index], each), "bfloat16")
+        assert_close(outers[index], reference.grouped_wgrad(rows[index], dout[index], each), "bfloat16")
 
 
 FIELDS = {
-    "matmul_tile": {"rows": 64, "columns": 128, "stages": 3, "out_slots": 1, "band": 2, "cluster": 2},
-    "outer_tile": {"rows": 64, "columns": 128, "stages": 3, "out_slots": 1, "cluster": 2},
+    "matmul_tile": {"rows": 64, "columns": 128, "stages": 3, "store_buffers": 1, "band": 2, "cluster": 2},
+    "wgrad_tile": {"rows": 64, "columns": 128, "stages": 3, "store_buffers": 1, "cluster": 2},
 }
 
 
@@ -196,7 +196,7 @@ def test_each_field_of_a_tile_is_read():
             )(rows, w, dout, jax.ShapeDtypeStruct((4,), jnp.int32))
         )
 
-    base = PallasBackend(PallasMatmulTile(), PallasOuterTile())
+    base = PallasBackend(PallasMatmulTile(), PallasWgradTile())
     before = kernels(base)
     assert FIELDS.keys() | {"fuse"} == {field.name for field in dataclasses.fields(base)}
     for name, changes in FIELDS.items():
@@ -228,14 +228,14 @@ def test_refuses(changes, reason):
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"])
 def test_auto_takes_it_on_hopper_without_compiled_kernels(kind, library_at, tmp_path):
     library_at(tmp_path / "none.so")
-    assert "PallasBackend(matmul_tile=None, outer_tile=None, fuse='measured'): runs it" in explain(
+    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fuse='measured'): runs it" in explain(
         problem(device_kind=kind)
     )
 
 
 def test_a_measured_tile_comes_from_the_table():
     for num_rows, band in ((180224, 4), (100000, 4), (45056, 1)):
-        choice = choose("rows_wt", num_rows, (512, 1024, 2688), "NVIDIA H200")
+        choice = choose("dgrad", num_rows, (512, 1024, 2688), "NVIDIA H200")
         assert choice.tile.band == band
         assert ("committed table" in choice.source) == (band == 4)
 
@@ -243,10 +243,10 @@ def test_a_measured_tile_comes_from_the_table():
 @pytest.mark.parametrize("columns", [64, 128, 192, 320, 1024, 2688, 5120])
 def test_a_tile_pads_little(columns):
     for num_rows in (64, 100000):
-        tile = choose("rows_w", num_rows, (64, 512, columns), "NVIDIA H200").tile
+        tile = choose("fwd", num_rows, (64, 512, columns), "NVIDIA H200").tile
         width = tile.columns * tile.cluster
         assert -(-columns // width) * width <= max(1.25 * columns, 256)
-        tile = choose("outer", num_rows, (64, columns, 512), "NVIDIA H200").tile
+        tile = choose("wgrad", num_rows, (64, columns, 512), "NVIDIA H200").tile
         height = tile.rows * tile.cluster
         assert -(-columns // height) * height <= max(1.25 * columns, 256)
 
@@ -257,10 +257,10 @@ def test_a_tile_pads_little(columns):
         (PallasMatmulTile, dict(rows=100), "rows=100 must be 64, 128 or 192 and columns=192 a multiple of 64"),
         (PallasMatmulTile, dict(rows=192, columns=192), "does not fit the registers"),
         (PallasMatmulTile, dict(rows=64, columns=320), "columns are at most 256"),
-        (PallasOuterTile, dict(stages=6), "bytes of shared memory, more than"),
-        (PallasOuterTile, dict(cluster=4), "cluster=4 must be 1 or 2"),
+        (PallasWgradTile, dict(stages=6), "bytes of shared memory, more than"),
+        (PallasWgradTile, dict(cluster=4), "cluster=4 must be 1 or 2"),
         (PallasMatmulTile, dict(band=0), "band=0 must be an integer"),
-        (PallasBackend, dict(matmul_tile=PallasOuterTile()), "must be a PallasMatmulTile"),
+        (PallasBackend, dict(matmul_tile=PallasWgradTile()), "must be a PallasMatmulTile"),
     ],
 )
 def test_config_refuses(cls, fields, message):

@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 
 from jax_latent_moe.config import LatentMoEConfig, PallasBackend, PallasMatmulTile
 from jax_latent_moe.grouped_matmul import Problem, explain, pallas_hopper_fused, reference, select_fusing
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, FusedActivation
-from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
-from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes, value_and_slopes_of_kept
+from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_kept
 from tests.oracle.fused import activation_of_rows, kept_of, matmul_activation_grad
 from tests.tolerances import assert_close
 
 EXPERTS, ROWS, IN, HIDDEN = 5, 100, 128, 192
 UNEVEN = [0, 75, 1, 0, 17]
 PLAIN_TILES = [
-    PallasMatmulTile(rows=64, columns=128, stages=2, out_slots=2),
-    PallasMatmulTile(rows=128, columns=192, stages=2, out_slots=2, band=2),
-    PallasMatmulTile(rows=128, columns=128, stages=2, out_slots=3, cluster=2),
+    PallasMatmulTile(rows=64, columns=128, stages=2, store_buffers=2),
+    PallasMatmulTile(rows=128, columns=192, stages=2, store_buffers=2, band=2),
+    PallasMatmulTile(rows=128, columns=128, stages=2, store_buffers=3, cluster=2),
 ]
 GATED_TILES = [
-    PallasMatmulTile(rows=64, columns=128, stages=2, out_slots=3),
-    PallasMatmulTile(rows=128, columns=128, stages=2, out_slots=3, band=2),
-    PallasMatmulTile(rows=128, columns=128, stages=2, out_slots=3, cluster=2),
+    PallasMatmulTile(rows=64, columns=128, stages=2, store_buffers=3),
+    PallasMatmulTile(rows=128, columns=128, stages=2, store_buffers=3, band=2),
+    PallasMatmulTile(rows=128, columns=128, stages=2, store_buffers=3, cluster=2),
 ]
 every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
 
@@ -163,7 +163,7 @@ def problem(contraction, name, **changes):
     return dataclasses.replace(h200, **changes)
 
 
-@pytest.mark.parametrize("contraction", ["rows_w", "rows_wt"])
+@pytest.mark.parametrize("contraction", ["fwd", "dgrad"])
 def test_fuse_says_what_is_fused(contraction):
     for name in ACTIVATIONS:
         faster = name in FASTER["pallas"][contraction]
@@ -174,13 +174,13 @@ def test_fuse_says_what_is_fused(contraction):
 
 def test_halves_that_no_block_divides_are_refused():
     odd, backend = dict(out_features=192), PallasBackend(fuse="always")
-    assert "half of out_features=192" in Pallas(backend).supports(problem("rows_w", "swiglu", **odd))
-    assert select_fusing(problem("rows_w", "relu2", **odd), backend) is not None
-    assert select_fusing(problem("rows_wt", "swiglu", **odd), backend) is not None
+    assert "half of out_features=192" in Pallas(backend).supports(problem("fwd", "swiglu", **odd))
+    assert select_fusing(problem("fwd", "relu2", **odd), backend) is not None
+    assert select_fusing(problem("dgrad", "swiglu", **odd), backend) is not None
 
 
 @every_activation
-@pytest.mark.parametrize("contraction", ["rows_w", "rows_wt"])
+@pytest.mark.parametrize("contraction", ["fwd", "dgrad"])
 def test_explain_names_the_tile(name, contraction):
     for num_rows in (100, 100000):
         text = explain(problem(contraction, name, num_rows=num_rows), PallasBackend(fuse="always"))

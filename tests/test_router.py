@@ -9,7 +9,7 @@ import pytest
 
 from jax_latent_moe import RouterConfig
 from jax_latent_moe.config import SCORE_FUNCTIONS
-from jax_latent_moe.router import auxiliary_losses, route, router_logits, update_correction_bias
+from jax_latent_moe.routing.router import auxiliary_losses, route, router_logits, update_correction_bias
 from tests.tolerances import assert_close
 
 LOGITS = np.array([[2.0, -1.0, 0.5, 1.0], [-3.0, 0.25, 0.0, -0.5]], np.float32)

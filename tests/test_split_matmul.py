@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import router
-from jax_latent_moe.split_matmul import split_matmul, split_matmul_beside
+from jax_latent_moe.routing import router
+from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
 
 
 def relative_error(value, exact):

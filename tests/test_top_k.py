@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend
-from jax_latent_moe.grouped_matmul import cutlass_library
-from jax_latent_moe.grouped_matmul.cutlass_library import library
-from jax_latent_moe.top_k import MOST_SCORES, top_k_ids
+from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend, native
+from jax_latent_moe.native import library
+from jax_latent_moe.routing.top_k import MOST_SCORES, top_k_ids
 
 needs_library = pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")
 KERNEL = "@latent_moe_top_k("
@@ -39,12 +38,12 @@ def lowered(scores, backend):
     ],
 )
 def test_the_kernel_is_taken_where_it_runs(monkeypatch, kind, backend, dtype, experts, takes_it):
-    monkeypatch.setattr(cutlass_library, "default_device", lambda: ("gpu", kind))
+    monkeypatch.setattr(native, "default_device", lambda: ("gpu", kind))
     scores = jax.ShapeDtypeStruct((64, experts), dtype)
     assert (KERNEL in lowered(scores, backend)) == takes_it
 
 
 def test_without_the_library_xla_sorts(monkeypatch, library_at, tmp_path):
-    monkeypatch.setattr(cutlass_library, "default_device", lambda: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(native, "default_device", lambda: ("gpu", "NVIDIA H200"))
     library_at(tmp_path / "nothing.so")
     assert KERNEL not in lowered(jax.ShapeDtypeStruct((64, 512), "float32"), "auto")

@@ -6,17 +6,17 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-
-from jax_latent_moe.config import CutlassTile, PallasBackend, PallasMatmulTile, PallasOuterTile, XlaBackend
-from jax_latent_moe.errors import ConfigError
-from jax_latent_moe.grouped_matmul import Problem, explain, select, tune, tuning
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 
-SUPER_UP = Problem("rows_w", 180224, 512, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
+from jax_latent_moe.config import CutlassTile, PallasBackend, PallasMatmulTile, PallasWgradTile, XlaBackend
+from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul import Problem, explain, select, tune, tuning
+
+SUPER_UP = Problem("fwd", 180224, 512, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
 ENTRY = {
     "device": "NVIDIA H200",
     "backend": "pallas",
-    "contraction": "rows_w",
+    "contraction": "fwd",
     "num_rows": 180224,
     "w_shape": [512, 1024, 2688],
     "tile": dataclasses.asdict(PallasMatmulTile(rows=64, columns=64, stages=3)),
@@ -43,7 +43,7 @@ def tile_of(problem, backend=PALLAS):
 def test_the_committed_table_holds_tiles_that_exist():
     for entry in tuning._committed():
         assert entry.keys() == ENTRY.keys()
-        cls = PallasOuterTile if entry["contraction"] == "outer" else PallasMatmulTile
+        cls = PallasWgradTile if entry["contraction"] == "wgrad" else PallasMatmulTile
         if entry["backend"] == "cutlass":
             cls = CutlassTile
         assert cls(**entry["tile"])
@@ -65,7 +65,7 @@ def test_the_users_table_serves_its_device_and_its_weights_alone(table):
     tuning.add_to_table(table, [ENTRY])
     for changes in (
         {"device_kind": "NVIDIA H100 80GB HBM3"},
-        {"contraction": "rows_wt"},
+        {"contraction": "dgrad"},
         {"num_rows": 80000},
         {"num_rows": 400000},
         {"out_features": 2752},
@@ -102,7 +102,7 @@ def test_the_nearest_number_of_rows_is_taken(table):
 
 
 def test_writing_replaces_the_same_key_and_keeps_the_rest(table):
-    other = ENTRY | {"contraction": "rows_wt"}
+    other = ENTRY | {"contraction": "dgrad"}
     tuning.add_to_table(table, [ENTRY, other])
     faster = ENTRY | {"ms": 0.5}
     tuning.add_to_table(table, [faster])
@@ -145,7 +145,7 @@ def test_explain_names_the_tile_and_its_source(table):
 
 
 def test_candidates_differ_in_the_tile_of_the_contraction_alone(rng):
-    for contraction, field in (("rows_w", "matmul_tile"), ("rows_wt", "matmul_tile"), ("outer", "outer_tile")):
+    for contraction, field in (("fwd", "matmul_tile"), ("dgrad", "matmul_tile"), ("wgrad", "wgrad_tile")):
         asked = dataclasses.replace(SUPER_UP, contraction=contraction)
         found = select(asked, PallasBackend()).candidates(asked)
         assert len(set(found)) == len(found) > 1
@@ -156,7 +156,7 @@ def test_candidates_differ_in_the_tile_of_the_contraction_alone(rng):
 
 def test_candidates_lower_for_cuda(rng):
     """A few of them, others in each run: layouts and shared memory are checked by the lowering."""
-    shapes = {"rows_w": ((4096, 128), (8, 128, 256)), "outer": ((4096, 128), (4096, 256))}
+    shapes = {"fwd": ((4096, 128), (8, 128, 256)), "wgrad": ((4096, 128), (4096, 256))}
     for contraction, operands in shapes.items():
         asked = dataclasses.replace(SUPER_UP, contraction=contraction)
         left, right = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in operands)
@@ -164,7 +164,7 @@ def test_candidates_lower_for_cuda(rng):
         for index in rng.choice(len(found), 3, replace=False):
             backend = Pallas(found[index])
             call = (
-                backend.outer if contraction == "outer" else lambda *args, b=backend: b.matmul(*args, transpose_w=False)
+                backend.outer if contraction == "wgrad" else lambda *args, b=backend: b.matmul(*args, transpose_w=False)
             )
             sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
             text = jax.jit(call).trace(left, right, sizes).lower(lowering_platforms=("cuda",)).as_text()
@@ -210,7 +210,7 @@ def test_tune_times_writes_and_tells(table, tmp_path, monkeypatch, capsys, named
     target = tmp_path / "elsewhere.json" if named else table
     assert tune.main([*SIZES, *(["--table", str(target)] if named else [])]) == 0
     entries = json.loads(target.read_text())
-    assert [entry["contraction"] for entry in entries] == ["rows_w", "rows_wt", "outer"]
+    assert [entry["contraction"] for entry in entries] == ["fwd", "dgrad", "wgrad"]
     for entry in entries:
         assert entry.keys() == ENTRY.keys()
         assert entry["tile"] in [dataclasses.asdict(XlaBackend(block_rows=rows)) for rows in (1, 8)]

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jax_latent_moe.activations import activate
-from jax_latent_moe.router import route, router_logits
+from jax_latent_moe.routing.router import route, router_logits
 
 
 def layer(params, x, config, ragged_dot):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from benchmarks.peers import torch_layer
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.grouped_matmul.timing import Candidate
+from jax_latent_moe.grouped_matmul.tuning.timing import Candidate
 
 
 def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:

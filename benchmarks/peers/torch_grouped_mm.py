@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jax_latent_moe.grouped_matmul.timing import Call, Candidate
+from jax_latent_moe.grouped_matmul.tuning.timing import Call, Candidate
 
 
 def candidate(pass_: str, x, w, dout, sizes) -> Candidate:

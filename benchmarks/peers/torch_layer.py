@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 from benchmarks.peers.torch_grouped_mm import torch_call
-from jax_latent_moe.grouped_matmul.timing import Candidate
+from jax_latent_moe.grouped_matmul.tuning.timing import Candidate
 
 
 def candidates(make: Callable, x, dy) -> dict[str, Candidate]:

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, as_backend
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.grouped_matmul.backend import Backend, FusingBackend, explain, select, select_fusing
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
-from jax_latent_moe.grouped_matmul.problems import Problem, problem
-from jax_latent_moe.grouped_matmul.rows import GatheredRows, LastColumns, gathered, scattered
+from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, gathered, scattered
+from jax_latent_moe.grouped_matmul.problem import Problem, problem
+from jax_latent_moe.grouped_matmul.registry import Backend, FusingBackend, explain, select, select_fusing
 
 __all__ = [
     "Backend",
@@ -26,7 +26,7 @@ __all__ = [
     "Problem",
     "explain",
     "grouped_matmul",
-    "grouped_outer",
+    "grouped_wgrad",
     "problem",
     "select",
     "select_fusing",
@@ -73,7 +73,7 @@ def grouped_matmul(
     return _matmul(as_backend(backend), transpose_w, rows, w, group_sizes)
 
 
-def grouped_outer(
+def grouped_wgrad(
     rows: Float[Array, "r k"],
     dout: Float[Array, "r n"],
     group_sizes: Int[Array, " e"],
@@ -114,29 +114,29 @@ def matmul_unchecked(
     """What `grouped_matmul` gives, unchecked and without a derivative, of rows which may be `LastColumns`."""
     w = jnp.asarray(w)
     experts, in_features, out_features = w.shape
-    asked = problem("rows_w", rows.shape[0], (experts, in_features, out_features), rows.dtype)
+    asked = problem("fwd", rows.shape[0], (experts, in_features, out_features), rows.dtype)
     return select(asked, backend).matmul(rows, w, group_sizes, transpose_w=False)
 
 
-def outer_and_operands(
+def wgrad_and_operands(
     rows: Float[Array, "r k"] | GatheredRows | LastColumns,
     dout: Float[Array, "r n"] | GatheredRows,
     group_sizes: Int[Array, " e"],
     *,
     backend: str | BackendConfig = "auto",
 ) -> tuple[Float[Array, "e k n"], Float[Array, "r k"] | LastColumns, Float[Array, "r n"]]:
-    """What `grouped_outer` gives, unchecked and without a derivative; and its operands, which may be `GatheredRows`.
+    """What `grouped_wgrad` gives, unchecked and without a derivative; and its operands, which may be `GatheredRows`.
 
     `GatheredRows` come back gathered: for who reads them again, once a kernel has gathered them while it multiplied.
     """
     shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-    chosen = select(problem("outer", rows.shape[0], shape, rows.dtype), backend)
+    chosen = select(problem("wgrad", rows.shape[0], shape, rows.dtype), backend)
     return chosen.outer(rows, dout, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(backend, transpose_w, rows, w, group_sizes):
-    contraction = "rows_wt" if transpose_w else "rows_w"
+    contraction = "dgrad" if transpose_w else "fwd"
     chosen = select(problem(contraction, rows.shape[0], w.shape, rows.dtype), backend)
     return chosen.matmul(rows, w, group_sizes, transpose_w=transpose_w)
 
@@ -159,7 +159,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _outer(backend, rows, dout, group_sizes):
-    return outer_and_operands(rows, dout, group_sizes, backend=backend)[0]
+    return wgrad_and_operands(rows, dout, group_sizes, backend=backend)[0]
 
 
 def _outer_fwd(backend, rows, dout, group_sizes):

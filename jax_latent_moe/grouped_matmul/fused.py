@@ -7,15 +7,15 @@ from jax_latent_moe import checks
 # In the order by which the compiled kernels know them (custom_calls/src/instance.h).
 ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
 
-# Which activations are fused unless asked otherwise, by contraction: "rows_w" fuses the activation, "rows_wt" its
+# Which activations are fused unless asked otherwise, by contraction: "fwd" fuses the activation, "dgrad" its
 # gradient. Whole layers gained time with them; with the others they lost some, or were not timed
 # (benchmarks/results/profiles).
 FASTER = {
     "cutlass": {
-        "rows_w": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh", "situ_glu"),
-        "rows_wt": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
+        "fwd": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh", "situ_glu"),
+        "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
     },
-    "pallas": {"rows_w": ("relu2",), "rows_wt": ()},
+    "pallas": {"fwd": ("relu2",), "dgrad": ()},
 }
 
 

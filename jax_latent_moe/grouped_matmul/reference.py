@@ -25,7 +25,7 @@ def grouped_matmul(
     return out
 
 
-def grouped_outer(
+def grouped_wgrad(
     rows: Float[np.ndarray, "r k"], dout: Float[np.ndarray, "r n"], group_sizes: Int[np.ndarray, " e"]
 ) -> Float[np.ndarray, "e k n"]:
     """rows^T x dout over the rows of each expert, in float64; zero for an expert without rows.

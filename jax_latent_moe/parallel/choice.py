@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.device import default_device
 from jax_latent_moe.errors import ConfigError, UnsupportedError
-from jax_latent_moe.grouped_matmul.device import default_device
 
 LATENCY_MS = 0.07
 """Time of a collective that moves nothing."""

@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.expert_sort import count_experts
 from jax_latent_moe.parallel.choice import choose_dispatch
-from jax_latent_moe.permute import Plan, first_rows, make_plan, within_capacity
-from jax_latent_moe.router import NO_EXPERT
+from jax_latent_moe.routing.expert_sort import count_experts
+from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.router import NO_EXPERT
 
-Experts = Callable[[Float[Array, "t l"], Float[Array, "t k"], Plan], Float[Array, "t l"]]
+Experts = Callable[[Float[Array, "t l"], Float[Array, "t k"], DispatchPlan], Float[Array, "t l"]]
 
 
 def exchange(
@@ -58,7 +58,7 @@ def exchange(
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}
     strategy = choose_dispatch(config, devices, tokens)
-    plan_of = partial(make_plan, backend=config.backend)
+    plan_of = partial(make_dispatch_plan, backend=config.backend)
     return move[strategy](plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights), dropped
 
 
@@ -81,9 +81,9 @@ def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
     place = jnp.arange(capacity)
     filled = place < plan.group_sizes[:, None]
-    slot_of_place = jnp.where(filled, _get(plan.slot_of_row, starts[:, None] + place, slots), slots).reshape(-1)
+    slot_of_place = jnp.where(filled, _get(plan.assignment_of_row, starts[:, None] + place, slots), slots).reshape(-1)
     device = jnp.clip(expert_ids // local_experts, 0)
-    place_of_slot = device * capacity + plan.row_of_slot - starts[device]
+    place_of_slot = device * capacity + plan.row_of_assignment - starts[device]
     place_of_slot = jnp.where(expert_ids < 0, devices * capacity, place_of_slot)
 
     swap = partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
@@ -111,21 +111,21 @@ def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, 
         return lax.ragged_all_to_all(rows, room, *offsets, axis_name=axis)
 
     received = devices * capacity
-    slot_of_row, row_of_slot = _used(plan, expert_ids >= 0)
-    ids = send(_get(expert_ids.reshape(-1), slot_of_row, NO_EXPERT), received, NO_EXPERT, there)
+    assignment_of_row, row_of_assignment = _used(plan, expert_ids >= 0)
+    ids = send(_get(expert_ids.reshape(-1), assignment_of_row, NO_EXPERT), received, NO_EXPERT, there)
     ids, mine = _own_experts(ids, axis, local_experts)
-    row_weights = send(_get(weights.reshape(-1), slot_of_row, 0), received, 0, there)
-    rows = send(_spread(latent, slot_of_row, row_of_slot), received, 0, there)
+    row_weights = send(_get(weights.reshape(-1), assignment_of_row, 0), received, 0, there)
+    rows = send(_spread(latent, assignment_of_row, row_of_assignment), received, 0, there)
     out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], plan_of(ids[:, None], local_experts))
-    return _collect(send(out, slots, 0, back), slot_of_row, row_of_slot)
+    return _collect(send(out, slots, 0, back), assignment_of_row, row_of_assignment)
 
 
 def _used(plan, chosen) -> tuple[Int[Array, " r"], Int[Array, "t k"]]:
     """The plan's slot of each row and row of each slot, T * k where that row or slot is not in use."""
-    slots = plan.slot_of_row.size
+    slots = plan.assignment_of_row.size
     rows = jnp.arange(slots)
-    slot_of_row = jnp.where(rows < jnp.sum(plan.group_sizes), plan.slot_of_row, slots)
-    return slot_of_row, jnp.where(chosen, plan.row_of_slot, slots)
+    assignment_of_row = jnp.where(rows < jnp.sum(plan.group_sizes), plan.assignment_of_row, slots)
+    return assignment_of_row, jnp.where(chosen, plan.row_of_assignment, slots)
 
 
 def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
@@ -137,26 +137,26 @@ def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bo
 
 @jax.custom_vjp
 def _spread(
-    tokens: Float[Array, "t l"], slot_of_row: Int[Array, " r"], row_of_slot: Int[Array, "t k"]
+    tokens: Float[Array, "t l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "r l"]:
     """The token of each row, [T, l] -> [R, l]; slot T * k is no token and gives zeros."""
-    return _get(tokens, slot_of_row // row_of_slot.shape[1], 0)
+    return _get(tokens, assignment_of_row // row_of_assignment.shape[1], 0)
 
 
 @jax.custom_vjp
 def _collect(
-    rows: Float[Array, "r l"], slot_of_row: Int[Array, " r"], row_of_slot: Int[Array, "t k"]
+    rows: Float[Array, "r l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "t l"]:
     """The sum of each token's rows, [R, l] -> [T, l], in float32 and in the order of its choices; row R is no row."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
-    total = jnp.zeros((row_of_slot.shape[0], rows.shape[1]), wide)
-    for choice in range(row_of_slot.shape[1]):
-        total += _get(rows, row_of_slot[:, choice], 0).astype(wide)
+    total = jnp.zeros((row_of_assignment.shape[0], rows.shape[1]), wide)
+    for choice in range(row_of_assignment.shape[1]):
+        total += _get(rows, row_of_assignment[:, choice], 0).astype(wide)
     return total.astype(rows.dtype)
 
 
-def _pair_fwd(function, values, slot_of_row, row_of_slot):
-    return function(values, slot_of_row, row_of_slot), (slot_of_row, row_of_slot)
+def _pair_fwd(function, values, assignment_of_row, row_of_assignment):
+    return function(values, assignment_of_row, row_of_assignment), (assignment_of_row, row_of_assignment)
 
 
 def _pair_bwd(transposed, indices, cotangent):

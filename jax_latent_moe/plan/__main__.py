@@ -9,7 +9,7 @@ from jax_latent_moe import presets
 from jax_latent_moe.config import DISPATCHES, LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import LatentMoEError
 from jax_latent_moe.parallel import mesh_sizes
-from jax_latent_moe.plan import GPUS, make_plan, render
+from jax_latent_moe.plan import GPUS, make_cost_plan, render
 
 PRESETS = {name.lower(): value for name, value in vars(presets).items() if isinstance(value, LatentMoEConfig)}
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None):
     try:
         parallel = ParallelConfig(dispatch=options.dispatch, capacity_factor=options.capacity_factor)
         config = dataclasses.replace(PRESETS[options.preset], parallel=parallel, param_dtype=options.param_dtype)
-        plan = make_plan(
+        plan = make_cost_plan(
             config,
             mesh_sizes(options.mesh),
             options.tokens,

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh
 from jax_latent_moe import cost
 from jax_latent_moe.activations import keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
-from jax_latent_moe.grouped_matmul.cutlass import KEEPS_GATE
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import KEEPS_GATE
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
 

@@ -15,8 +15,8 @@ COMPUTE = ("arithmetic", "memory")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What `make_plan` found, for one device.
+class CostPlan:
+    """What `make_cost_plan` found, for one device.
 
     Attributes:
         config: the layer, with `parallel` set.
@@ -64,7 +64,7 @@ class Plan:
         return f"{worst.name}, bound by {worst.bound}: {share:.0%} of the time."
 
 
-def make_plan(
+def make_cost_plan(
     config: LatentMoEConfig,
     sizes: dict[str, int],
     tokens: int,
@@ -73,7 +73,7 @@ def make_plan(
     layers: int = 1,
     training: bool = True,
     remat: bool = False,
-) -> Plan:
+) -> CostPlan:
     """What MoE layers on a mesh take of each GPU, by the roofline of each part.
 
     Args:
@@ -94,10 +94,10 @@ def make_plan(
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     used = memory(config, mesh, tokens, layers, training=training, remat=remat)
     parts = layer_parts(config, mesh, tokens, gpu, training=training, remat=remat)
-    return Plan(config, sizes, tokens, gpu, layers, training, used, tuple(parts))
+    return CostPlan(config, sizes, tokens, gpu, layers, training, used, tuple(parts))
 
 
-def render(plan: Plan) -> str:
+def render(plan: CostPlan) -> str:
     """The plan as text."""
     config, layers = plan.config, plan.layers
     total, active = layers * cost.parameters(config), layers * cost.active_parameters(config)

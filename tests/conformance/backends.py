@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_latent_moe.config import XlaBackend
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad
 
 BACKENDS = {
     "xla": XlaBackend(),
@@ -33,7 +33,7 @@ def oracle_matmul(rows, w, group_sizes, transpose_w=False):
     return out
 
 
-def oracle_outer(rows, dout, group_sizes):
+def oracle_wgrad(rows, dout, group_sizes):
     """Row by row, in float64."""
     out = np.zeros((len(group_sizes), rows.shape[1], dout.shape[1]))
     for row, expert in enumerate(rows_of_experts(group_sizes)):
@@ -50,14 +50,14 @@ def compiled(backend, transpose_w=False):
         out, pullback = jax.vjp(
             lambda rows, w: grouped_matmul(rows, w, group_sizes, transpose_w=transpose_w, backend=backend), rows, w
         )
-        return out, *pullback(dout), grouped_outer(rows, dout, group_sizes, backend=backend)
+        return out, *pullback(dout), grouped_wgrad(rows, dout, group_sizes, backend=backend)
 
     return run
 
 
 def oracle_run(rows, w, group_sizes, dout, transpose_w=False):
     """What `compiled` must return."""
-    outer = oracle_outer(rows, dout, group_sizes)
+    outer = oracle_wgrad(rows, dout, group_sizes)
     return (
         oracle_matmul(rows, w, group_sizes, transpose_w),
         oracle_matmul(dout, w, group_sizes, not transpose_w),

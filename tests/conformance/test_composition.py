@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad
 from tests.conformance.backends import compiled, every_backend, oracle_matmul, oracle_run, random_group_sizes
 from tests.tolerances import assert_close
 
@@ -113,7 +113,7 @@ def test_outer_is_differentiable(arrays, backend):
     rows, w, group_sizes, dout = (array[0] for array in arrays)
 
     def loss(rows, dout):
-        return jnp.sum(grouped_outer(rows, dout, group_sizes, backend=backend) * w)
+        return jnp.sum(grouped_wgrad(rows, dout, group_sizes, backend=backend) * w)
 
     drows, ddout = jax.jit(jax.grad(loss, (0, 1)))(rows, dout)
     assert_close(drows, oracle_matmul(dout, w, group_sizes, transpose_w=True), "float32")

@@ -12,7 +12,7 @@ from jax_latent_moe.grouped_matmul import grouped_matmul, reference
 from tests.conformance.backends import compiled, every_backend, oracle_matmul, oracle_run, random_group_sizes
 from tests.tolerances import assert_close
 
-NAMES = ("out", "gradient of rows", "gradient of w", "outer")
+NAMES = ("out", "gradient of rows", "gradient of w", "wgrad")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 EXPERTS, K, N, ROWS = 8, 5, 7, 24
 
@@ -148,4 +148,4 @@ def test_shipped_reference_agrees(rng, transpose_w):
     out, _, _, outer = oracle_run(rows, w, group_sizes, dout, transpose_w)
     shipped = reference.grouped_matmul(rows, w, group_sizes, transpose_w=transpose_w)
     assert_close(shipped, out, "float64")
-    assert_close(reference.grouped_outer(rows, dout, group_sizes), outer, "float64")
+    assert_close(reference.grouped_wgrad(rows, dout, group_sizes), outer, "float64")

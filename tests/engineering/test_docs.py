@@ -11,7 +11,7 @@ import sys
 import pytest
 from sphinx.util.inventory import InventoryFile
 
-from jax_latent_moe.grouped_matmul import cutlass_library
+from jax_latent_moe import native
 from tests.engineering.sandbox import ROOT
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
@@ -61,8 +61,8 @@ def inventory(tmp_path_factory) -> set[str]:
 
 def cpu_alone() -> dict[str, str]:
     """The environment of a machine without a GPU and without compiled kernels."""
-    missing = ROOT / "none" / cutlass_library.FILE
-    return {**os.environ, "JAX_PLATFORMS": "cpu", cutlass_library.VARIABLE: str(missing)}
+    missing = ROOT / "none" / native.FILE
+    return {**os.environ, "JAX_PLATFORMS": "cpu", native.VARIABLE: str(missing)}
 
 
 def test_every_public_name_is_in_the_reference(inventory):

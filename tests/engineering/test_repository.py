@@ -26,7 +26,7 @@ ORDER = (
     ("linen", "nnx", "hf", "plan"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"grouped_matmul/cutlass_library"}, "safetensors": set()}
+ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"native"}, "safetensors": set()}
 
 
 def modules() -> dict[str, pathlib.Path]:

@@ -103,7 +103,7 @@ def check(backend, rng, dtype, sizes, num_rows, in_features, out_features):
     expected = (
         reference.grouped_matmul(float64(rows), float64(w), sizes),
         reference.grouped_matmul(float64(dout), float64(w), sizes, transpose_w=True),
-        reference.grouped_outer(float64(rows), float64(dout), sizes),
+        reference.grouped_wgrad(float64(rows), float64(dout), sizes),
     )
     for value, ref in zip((out, drows, dw), expected, strict=True):
         assert_close(float64(value), ref, dtype, f"group sizes {np.asarray(sizes).tolist()}")

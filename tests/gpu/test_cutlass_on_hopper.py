@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_latent_moe.grouped_matmul.cutlass import Cutlass
 
 from jax_latent_moe.config import CutlassBackend, LatentMoEConfig
 from jax_latent_moe.grouped_matmul import (
@@ -15,15 +16,14 @@ from jax_latent_moe.grouped_matmul import (
     GatheredRows,
     cutlass,
     grouped_matmul,
-    grouped_outer,
+    grouped_wgrad,
     problem,
     reference,
 )
-from jax_latent_moe.grouped_matmul.cutlass import Cutlass
-from jax_latent_moe.grouped_matmul.cutlass_library import _path, library
-from jax_latent_moe.grouped_matmul.cutlass_tiles import compiled as compiled_tiles
+from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import compiled as compiled_tiles
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
-from jax_latent_moe.grouped_matmul.rows import LastColumns, gathered
+from jax_latent_moe.grouped_matmul.operands import LastColumns, gathered
+from jax_latent_moe.native import _path, library
 from tests.gpu.grouped import (
     check,
     check_fused,
@@ -70,7 +70,7 @@ def test_rows_that_the_kernel_gathers_are_those_gathered_before(rng, num_rows, o
     rows = GatheredRows(jnp.asarray(table, jnp.bfloat16), jnp.asarray(ids, jnp.int32))
     w, groups = jnp.asarray(w, jnp.bfloat16), jnp.asarray(sizes, jnp.int32)
     expected = reference.grouped_matmul(float64(rows.table)[np.clip(ids, 0, tokens - 1)], float64(w), sizes)
-    for tile in compiled_tiles(problem("rows_w", num_rows, w.shape, "bfloat16")):
+    for tile in compiled_tiles(problem("fwd", num_rows, w.shape, "bfloat16")):
         multiply = jax.jit(functools.partial(grouped_matmul, backend=CutlassBackend(matmul_tile=tile)))
         out = multiply(rows, w, groups)
         assert_close(float64(out), expected, "bfloat16", repr(tile))
@@ -97,8 +97,8 @@ def test_weight_gradients_of_rows_that_the_kernel_gathers(rng, monkeypatch, owne
     ids = jnp.asarray(rng.integers(-3, tokens + 3, num_rows), jnp.int32)
     tables = [jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16) for width in (k, n)]
     rows, dout = (jnp.asarray(rng.normal(size=(num_rows, width)), jnp.bfloat16) for width in (k, n))
-    for tile in compiled_tiles(problem("outer", num_rows, (experts, k, n), "bfloat16")):
-        outer = jax.jit(Cutlass(CutlassBackend(outer_tile=tile)).outer)
+    for tile in compiled_tiles(problem("wgrad", num_rows, (experts, k, n), "bfloat16")):
+        outer = jax.jit(Cutlass(CutlassBackend(wgrad_tile=tile)).outer)
         for weight in (None, weights):
             left, right = (GatheredRows(table, ids, weight) for table in tables)
             for operands in ((left, dout), (rows, right), (left, right)):
@@ -106,7 +106,7 @@ def test_weight_gradients_of_rows_that_the_kernel_gathers(rng, monkeypatch, owne
                 product, *back = outer(*operands, groups)
                 same((product, *back), outer(*there, groups))
                 same(back, there)
-                expected = reference.grouped_outer(*map(float64, there), np.asarray(groups))
+                expected = reference.grouped_wgrad(*map(float64, there), np.asarray(groups))
                 assert_close(float64(product), expected, "bfloat16", repr(tile))
 
 
@@ -122,8 +122,8 @@ def test_more_tiles_than_a_cluster_is_told_of_at_a_time(rng):
     left, right = np.asarray(rows), np.asarray(dout)
     own = [slice(starts[expert], starts[expert] + sizes[expert]) for expert in some]
     expected = np.stack([np.float64(left[rows]).T @ np.float64(right[rows]) for rows in own])
-    for tile in compiled_tiles(problem("outer", num_rows, (experts, *widths), "bfloat16")):
-        outer = jax.jit(functools.partial(grouped_outer, backend=CutlassBackend(outer_tile=tile)))
+    for tile in compiled_tiles(problem("wgrad", num_rows, (experts, *widths), "bfloat16")):
+        outer = jax.jit(functools.partial(grouped_wgrad, backend=CutlassBackend(wgrad_tile=tile)))
         first = outer(rows, dout, groups)
         for _ in range(5):
             assert jnp.array_equal(first, outer(rows, dout, groups))
@@ -139,12 +139,12 @@ def test_weights_beyond_two_to_the_31_elements(rng):
     check_weights_beyond_two_to_the_31_elements(BACKEND, rng)
 
 
-@pytest.mark.parametrize("contraction", ["rows_w", "rows_wt", "outer"])
+@pytest.mark.parametrize("contraction", ["fwd", "dgrad", "wgrad"])
 def test_every_compiled_tile(rng, contraction):
     sizes = rng.multinomial(2500, rng.dirichlet(np.full(40, 0.5)))
     w_shape = 40, 264, 1032
     for tile in compiled_tiles(problem(contraction, 3000, w_shape, "bfloat16")):
-        kind = "outer_tile" if contraction == "outer" else "matmul_tile"
+        kind = "wgrad_tile" if contraction == "wgrad" else "matmul_tile"
         check(dataclasses.replace(BACKEND, **{kind: tile}), rng, "bfloat16", sizes, 3000, *w_shape[1:])
 
 
@@ -169,7 +169,7 @@ def test_many_calls_in_one_program(rng):
             (
                 grouped_matmul(rows * i, w, sizes, backend=BACKEND),
                 grouped_matmul(dout * i, w, sizes, transpose_w=True, backend=BACKEND),
-                grouped_outer(rows * i, dout, sizes, backend=BACKEND),
+                grouped_wgrad(rows * i, dout, sizes, backend=BACKEND),
             )
             for i in (1, 2, 4, 8, 16, 32)
         ]
@@ -177,7 +177,7 @@ def test_many_calls_in_one_program(rng):
     first = run(rows, w, dout, jnp.asarray(sizes, jnp.int32))
     again = run(rows, w, dout, jnp.asarray(sizes, jnp.int32))
     out = reference.grouped_matmul(float64(rows), float64(w), sizes)
-    dw = reference.grouped_outer(float64(rows), float64(dout), sizes)
+    dw = reference.grouped_wgrad(float64(rows), float64(dout), sizes)
     for i, (one, two) in enumerate(zip(first, again, strict=True)):
         assert_close(float64(one[0]) / 2**i, out, "bfloat16")
         assert_close(float64(one[2]) / 2**i, dw, "bfloat16")
@@ -225,13 +225,13 @@ def test_columns_of_wider_rows_are_read_where_they_stand(rng, offset):
     matrix = jnp.asarray(rng.normal(size=(num_rows, offset + width)), jnp.bfloat16).at[:, :offset].set(jnp.nan)
     rows, groups = LastColumns(matrix, width), jnp.asarray(sizes, jnp.int32)
     w, dout = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4, width, 264), (num_rows, 264)))
-    for tile in compiled_tiles(problem("rows_w", num_rows, w.shape, "bfloat16")):
+    for tile in compiled_tiles(problem("fwd", num_rows, w.shape, "bfloat16")):
         backend = Cutlass(CutlassBackend(matmul_tile=tile))
         found = backend.matmul(rows, w, groups, transpose_w=False)
         same(found, backend.matmul(gathered(rows), w, groups, transpose_w=False))
         assert_close(float64(found), reference.grouped_matmul(float64(gathered(rows)), float64(w), sizes), "bfloat16")
-    for tile in compiled_tiles(problem("outer", num_rows, w.shape, "bfloat16")):
-        backend = Cutlass(CutlassBackend(outer_tile=tile))
+    for tile in compiled_tiles(problem("wgrad", num_rows, w.shape, "bfloat16")):
+        backend = Cutlass(CutlassBackend(wgrad_tile=tile))
         found = backend.outer(rows, dout, groups)[0]
         same(found, backend.outer(gathered(rows), dout, groups)[0])
-        assert_close(float64(found), reference.grouped_outer(float64(gathered(rows)), float64(dout), sizes), "bfloat16")
+        assert_close(float64(found), reference.grouped_wgrad(float64(gathered(rows)), float64(dout), sizes), "bfloat16")

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.expert_sort import CHUNK, MOST_EXPERTS, count_experts, sort_by_expert
-from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe.native import library
+from jax_latent_moe.routing.expert_sort import CHUNK, MOST_EXPERTS, count_experts, sort_by_expert
 from tests.gpu.grouped import needs_hopper
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
@@ -22,8 +22,8 @@ def check(ids, num_experts):
     rows = np.empty_like(order)
     rows[order] = np.arange(order.size)
     np.testing.assert_array_equal(found.sizes, np.bincount(expert, minlength=num_experts + 1)[:num_experts])
-    np.testing.assert_array_equal(found.slot_of_row, order)
-    np.testing.assert_array_equal(found.row_of_slot, rows)
+    np.testing.assert_array_equal(found.assignment_of_row, order)
+    np.testing.assert_array_equal(found.row_of_assignment, rows)
     np.testing.assert_array_equal(count_experts(jnp.asarray(ids), num_experts), found.sizes)
 
 

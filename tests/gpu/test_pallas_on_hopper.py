@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasOuterTile
-from jax_latent_moe.grouped_matmul import grouped_outer, problem, select
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
+
+from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul import grouped_wgrad, problem, select
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 from tests.gpu.grouped import (
     check,
     check_fused,
@@ -22,10 +22,10 @@ pytestmark = needs_hopper
 BACKENDS = {
     "chosen tiles": PallasBackend(),
     "tall tiles": PallasBackend(
-        PallasMatmulTile(rows=192, columns=128, stages=4, out_slots=1, band=3),
-        PallasOuterTile(rows=192, columns=128, stages=4, out_slots=1),
+        PallasMatmulTile(rows=192, columns=128, stages=4, store_buffers=1, band=3),
+        PallasWgradTile(rows=192, columns=128, stages=4, store_buffers=1),
     ),
-    "clusters": PallasBackend(PallasMatmulTile(cluster=2), PallasOuterTile(cluster=2)),
+    "clusters": PallasBackend(PallasMatmulTile(cluster=2), PallasWgradTile(cluster=2)),
 }
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
@@ -56,7 +56,7 @@ def test_weights_beyond_two_to_the_31_elements(rng):
 
 def test_auto_picks_it_where_no_kernels_are_compiled(library_at, tmp_path):
     library_at(tmp_path / "none.so")
-    chosen = select(problem("rows_w", 4096, (64, 256, 512), jnp.bfloat16))
+    chosen = select(problem("fwd", 4096, (64, 256, 512), jnp.bfloat16))
     assert type(chosen).__name__ == "Pallas"
 
 
@@ -83,7 +83,7 @@ def test_outer_differentiates(rng):
 
     def loss(backend):
         return lambda rows, dout: jnp.sum(
-            (grouped_outer(rows, dout, sizes, backend=backend) * weights).astype(jnp.float32)
+            (grouped_wgrad(rows, dout, sizes, backend=backend) * weights).astype(jnp.float32)
         )
 
     for ours, xla in zip(

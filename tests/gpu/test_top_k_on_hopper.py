@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.grouped_matmul.cutlass_library import library
-from jax_latent_moe.top_k import MOST_SCORES, top_k_ids
+from jax_latent_moe.native import library
+from jax_latent_moe.routing.top_k import MOST_SCORES, top_k_ids
 from tests.gpu.grouped import needs_hopper
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]

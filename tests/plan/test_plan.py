@@ -14,7 +14,7 @@ from benchmarks.problems import DECODE_KERNELS, DECODE_LAYERS, KERNELS, LAYERS
 from benchmarks.tables import load, problems
 from jax_latent_moe import ConfigError, LatentMoEConfig, ParallelConfig, cost, param_shapes, presets
 from jax_latent_moe.parallel import mesh_sizes, param_specs
-from jax_latent_moe.plan import GPUS, make_plan, render
+from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from jax_latent_moe.plan.__main__ import main
 from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
 from jax_latent_moe.plan.timing import grouped_matmuls
@@ -78,7 +78,7 @@ def test_a_layer_as_measured_on_one_gpu(record):
     The plan has gated activations inside of the products, where pallas leaves them to XLA.
     """
     tokens, layer = (LAYERS | DECODE_LAYERS)[record["shape"]]
-    plan = make_plan(layer, {}, tokens, MEASURED[record["device"]], training=record["pass"] == "forward_backward")
+    plan = make_cost_plan(layer, {}, tokens, MEASURED[record["device"]], training=record["pass"] == "forward_backward")
     assert plan.communication_ms == 0
     assert plan.compute_ms == pytest.approx(record["ms"], rel=0.3)
     temporary = plan.memory["working memory of a layer"] + plan.memory.get("kept for the backward pass", 0)
@@ -93,7 +93,7 @@ def test_a_layer_as_measured_on_two_gpus(record):
     """Time within 30 %, temporary memory within 15 %, by either dispatch that `auto` may take."""
     tokens, layer = SHAPES[record["shape"].removesuffix("_x2")]
     layer = dataclasses.replace(layer, parallel=ParallelConfig(dispatch=record["impl"], capacity_factor=1.25))
-    plan = make_plan(layer, {"expert": 2}, tokens, H200)
+    plan = make_cost_plan(layer, {"expert": 2}, tokens, H200)
     assert plan.compute_ms + plan.communication_ms == pytest.approx(record["ms"], rel=0.3)
     temporary = plan.memory["working memory of a layer"] + plan.memory["kept for the backward pass"]
     assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
@@ -132,19 +132,19 @@ def test_parameters_of_a_device_are_those_that_a_mesh_gives_it(sizes):
 
 def test_what_binds():
     super_layer = dataclasses.replace(presets.NEMOTRON_3_SUPER, param_dtype="bfloat16")
-    assert make_plan(super_layer, {}, 8192, H200).binds.startswith("experts, bound by arithmetic")
-    assert "most of it optimiser" in make_plan(super_layer, {}, 8192, H200, layers=40).binds
-    assert make_plan(super_layer, {}, 1, H200, training=False).binds.startswith("experts, bound by memory")
-    wide = make_plan(super_layer, {"expert": 64}, 8192, H200)
+    assert make_cost_plan(super_layer, {}, 8192, H200).binds.startswith("experts, bound by arithmetic")
+    assert "most of it optimiser" in make_cost_plan(super_layer, {}, 8192, H200, layers=40).binds
+    assert make_cost_plan(super_layer, {}, 1, H200, training=False).binds.startswith("experts, bound by memory")
+    wide = make_cost_plan(super_layer, {"expert": 64}, 8192, H200)
     assert wide.binds.startswith("exchange by all_gather, bound by network")
 
 
 def test_more_devices_share_what_they_split_and_no_more():
     layer = presets.KIMI_K3
-    few, many = (make_plan(layer, {"expert": n}, 4096, H200, layers=92) for n in (8, 64))
+    few, many = (make_cost_plan(layer, {"expert": n}, 4096, H200, layers=92) for n in (8, 64))
     assert many.memory["optimiser"] < 0.2 * few.memory["optimiser"]
     assert [part.name for part in few.parts if part.bound == "link"] == ["exchange by all_gather"]
-    recomputed = make_plan(layer, {"expert": 8}, 4096, H200, layers=92, remat=True)
+    recomputed = make_cost_plan(layer, {"expert": 8}, 4096, H200, layers=92, remat=True)
     assert recomputed.memory["kept for the backward pass"] < 0.1 * few.memory["kept for the backward pass"]
     assert recomputed.compute_ms > few.compute_ms
 
@@ -154,7 +154,9 @@ def test_text_says_every_part(capsys):
     text = capsys.readouterr().out
     for words in ("114.92 B, active 7.03 B", "optimiser", "fsdp gather and scatter", "sum over tensor", "Binds:"):
         assert words in text
-    plan = make_plan(dataclasses.replace(BASE, parallel=ParallelConfig(dispatch="all_to_all")), {"expert": 2}, 64, H200)
+    plan = make_cost_plan(
+        dataclasses.replace(BASE, parallel=ParallelConfig(dispatch="all_to_all")), {"expert": 2}, 64, H200
+    )
     assert re.search(r"all_to_all .*<- runs", render(plan))
 
 

@@ -7,33 +7,35 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import BackendConfig
-from jax_latent_moe.expert_sort import count_experts, no_expert_last, sort_by_expert
-from jax_latent_moe.grouped_matmul.rows import GatheredRows
+from jax_latent_moe.grouped_matmul.operands import GatheredRows
+from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last, sort_by_expert
 
 ROW_MULTIPLE = 8
 """Rows that kernels read without padding come in multiples of this."""
 
 
-class Plan(NamedTuple):
+class DispatchPlan(NamedTuple):
     """Where each choice (token t, its j-th expert) stands among the rows sorted by expert.
 
     Attributes:
         group_sizes: [E] int32, rows of each expert. Choices of no expert stand after all of them.
-        slot_of_row: [T * k] int32, the choice t * k + j that each row holds.
-        row_of_slot: [T, k] int32, the row of each choice.
+        assignment_of_row: [T * k] int32, the choice t * k + j that each row holds.
+        row_of_assignment: [T, k] int32, the row of each choice.
     """
 
     group_sizes: Int[Array, " e"]
-    slot_of_row: Int[Array, " r"]
-    row_of_slot: Int[Array, "t k"]
+    assignment_of_row: Int[Array, " r"]
+    row_of_assignment: Int[Array, "t k"]
 
     @property
     def token_of_row(self) -> Int[Array, " r"]:
         """[T * k] int32, the token of each row."""
-        return self.slot_of_row // max(self.row_of_slot.shape[1], 1)
+        return self.assignment_of_row // max(self.row_of_assignment.shape[1], 1)
 
 
-def make_plan(expert_ids: Int[Array, "t k"], num_experts: int, backend: str | BackendConfig = "auto") -> Plan:
+def make_dispatch_plan(
+    expert_ids: Int[Array, "t k"], num_experts: int, backend: str | BackendConfig = "auto"
+) -> DispatchPlan:
     """Sorts the choices by expert, in token order within one expert.
 
     Args:
@@ -41,35 +43,39 @@ def make_plan(expert_ids: Int[Array, "t k"], num_experts: int, backend: str | Ba
         num_experts: E.
         backend: of the experts; it may hold a kernel for the sort, whose result is the same.
     """
-    sizes, slot_of_row, row_of_slot = sort_by_expert(expert_ids, num_experts, backend)
-    return Plan(sizes, slot_of_row, row_of_slot.reshape(expert_ids.shape))
+    sizes, assignment_of_row, row_of_assignment = sort_by_expert(expert_ids, num_experts, backend)
+    return DispatchPlan(sizes, assignment_of_row, row_of_assignment.reshape(expert_ids.shape))
 
 
-def first_rows(plan: Plan, num_rows: int) -> Plan:
+def first_rows(plan: DispatchPlan, num_rows: int) -> DispatchPlan:
     """The plan with room for num_rows rows, all that experts have, and for at least one more.
 
     A choice of no expert reads the last row, which is nobody's either: grouped matmuls leave it zero.
     """
-    room = plan.slot_of_row[: num_rows + ROW_MULTIPLE - num_rows % ROW_MULTIPLE]
-    return Plan(plan.group_sizes, room, jnp.minimum(plan.row_of_slot, room.size - 1))
+    room = plan.assignment_of_row[: num_rows + ROW_MULTIPLE - num_rows % ROW_MULTIPLE]
+    return DispatchPlan(plan.group_sizes, room, jnp.minimum(plan.row_of_assignment, room.size - 1))
 
 
-def rows_of(tokens: Float[Array, "t l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> GatheredRows:
+def rows_of(
+    tokens: Float[Array, "t l"], plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
+) -> GatheredRows:
     """The rows that the plan sorts, not gathered yet, each times the weight of its choice: [T, l] -> [T * k, l]."""
-    row_weights = None if weights is None else weights.reshape(-1)[plan.slot_of_row]
+    row_weights = None if weights is None else weights.reshape(-1)[plan.assignment_of_row]
     return GatheredRows(tokens, plan.token_of_row, row_weights)
 
 
-def combine(rows: Float[Array, "r l"], plan: Plan, weights: Float[Array, "t k"] | None = None) -> Float[Array, "t l"]:
+def combine(
+    rows: Float[Array, "r l"], plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
+) -> Float[Array, "t l"]:
     """Weighted sum of each token's rows, in a fixed order: [T * k, l] -> [T, l]; without weights, the plain sum.
 
     The sum runs in the wider of float32 and the rows' type and is returned in it.
     """
     wide = jnp.promote_types(rows.dtype, jnp.float32)
-    total = jnp.zeros((plan.row_of_slot.shape[0], rows.shape[1]), wide)
+    total = jnp.zeros((plan.row_of_assignment.shape[0], rows.shape[1]), wide)
     # One gather a choice fuses into the sum; one gather of all would write T * k rows first.
-    for choice in range(plan.row_of_slot.shape[1]):
-        part = _take(rows, plan.row_of_slot[:, choice]).astype(wide)
+    for choice in range(plan.row_of_assignment.shape[1]):
+        part = _take(rows, plan.row_of_assignment[:, choice]).astype(wide)
         total += part if weights is None else weights[:, choice, None].astype(wide) * part
     return total
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_latent_moe.config import CutlassBackend, CutlassTile
-from jax_latent_moe.grouped_matmul import cutlass_tiles
-from jax_latent_moe.grouped_matmul.cutlass_library import library
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation, fusing_refusal
-from jax_latent_moe.grouped_matmul.problems import Problem, hopper_refusal, problem
-from jax_latent_moe.grouped_matmul.rows import GatheredRows, LastColumns, gathered
-from jax_latent_moe.grouped_matmul.tuning import Choice
+from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, gathered
+from jax_latent_moe.grouped_matmul.problem import Problem, hopper_refusal, problem
+from jax_latent_moe.grouped_matmul.tuning.table import Choice
+from jax_latent_moe.native import library
 
 FEATURE_MULTIPLE = 8
 MAX_ROWS = 2**31 - 256
@@ -69,13 +69,13 @@ class Cutlass:
     def candidates(self, problem) -> tuple[CutlassBackend, ...]:
         """See `Backend.candidates`."""
         tiles = cutlass_tiles.compiled(problem)
-        if problem.contraction == "outer":
-            return tuple(CutlassBackend(outer_tile=tile) for tile in tiles)
+        if problem.contraction == "wgrad":
+            return tuple(CutlassBackend(wgrad_tile=tile) for tile in tiles)
         return tuple(CutlassBackend(matmul_tile=tile) for tile in tiles)
 
     def matmul(self, rows, w, group_sizes, *, transpose_w):
         """See `Backend.matmul`."""
-        tile = self._tile("rows_wt" if transpose_w else "rows_w", rows, w.shape)
+        tile = self._tile("dgrad" if transpose_w else "fwd", rows, w.shape)
         out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
         # No layer names rows x w^T's rows in a table: that its kernels gather them was not tried.
         rows = gathered(rows) if transpose_w else _for_kernel(rows, tile, out.shape[1])
@@ -87,7 +87,7 @@ class Cutlass:
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
         shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-        tile = self._tile("outer", rows, shape)
+        tile = self._tile("wgrad", rows, shape)
         rows, dout = _for_kernel(rows, tile, dout.shape[1]), _for_kernel(dout, tile, rows.shape[1])
         of_rows = isinstance(rows, GatheredRows)
         dout = gathered(dout) if of_rows else dout  # a kernel gathers the rows of one operand
@@ -99,7 +99,7 @@ class Cutlass:
             "gathered_dout": isinstance(dout, GatheredRows),
         }
         outs, operands = [jax.ShapeDtypeStruct(shape, rows.dtype)], (_table(rows), _table(dout), group_sizes)
-        (out,), given = _call_gathering("outer", outs, rows if of_rows else dout, operands, attributes)
+        (out,), given = _call_gathering("wgrad", outs, rows if of_rows else dout, operands, attributes)
         return (out, given, dout) if of_rows else (out, rows, given)
 
     def keeps_gate(self, activation) -> bool:
@@ -108,7 +108,7 @@ class Cutlass:
 
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
-        tile = self._tile("rows_w", rows, w.shape, activation)
+        tile = self._tile("fwd", rows, w.shape, activation)
         width = w.shape[2] // (2 if activation.gated else 1)
         in_one, num_rows = keep_pre and self.keeps_gate(activation), rows.shape[0]
         outs = [
@@ -123,7 +123,7 @@ class Cutlass:
 
     def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
-        tile = self._tile("rows_wt", dout, w.shape, activation)
+        tile = self._tile("dgrad", dout, w.shape, activation)
         num_rows, width = dout.shape[0], w.shape[1]
         column_tiles = -(-width // tile.columns)
         has_hidden = activation.keeps_hidden or self.keeps_gate(activation)
@@ -143,7 +143,7 @@ class Cutlass:
     def _given(self, problem):
         if problem.activation is not None:
             return None
-        return self.config.outer_tile if problem.contraction == "outer" else self.config.matmul_tile
+        return self.config.wgrad_tile if problem.contraction == "wgrad" else self.config.matmul_tile
 
     def _tile(self, contraction, rows, w_shape, activation=None) -> CutlassTile:
         return self.tile(problem(contraction, rows.shape[0], w_shape, rows.dtype, activation)).tile
@@ -151,7 +151,7 @@ class Cutlass:
 
 def _halves(problem) -> int:
     gated = problem.activation is not None and problem.activation.gated
-    return problem.out_features // 2 if gated and problem.contraction == "rows_w" else 0
+    return problem.out_features // 2 if gated and problem.contraction == "fwd" else 0
 
 
 def _for_kernel(rows, tile, products):

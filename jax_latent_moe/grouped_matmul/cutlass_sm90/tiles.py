@@ -1,8 +1,8 @@
 """Which compiled kernel of the `cutlass` backend a problem takes: a measured one, else the one that wastes least."""
 
 from jax_latent_moe.config import CutlassTile
-from jax_latent_moe.grouped_matmul.cutlass_library import Instance, library
-from jax_latent_moe.grouped_matmul.tuning import Choice, measured_tile
+from jax_latent_moe.grouped_matmul.tuning.table import Choice, measured_tile
+from jax_latent_moe.native import Instance, library
 
 SMALL_GROUP = 64
 """Mean rows per expert up to which a call is bound by reading weights."""
@@ -18,7 +18,7 @@ Of 352 rows the fastest tiles of Super's products are 1.6 to 4.6 % faster so on 
 
 def compiled(problem) -> tuple[CutlassTile, ...]:
     """The tiles that were compiled for the problem's contraction, type and activation and hold all its experts."""
-    orders = (False,) if problem.contraction == "outer" else (False, True)
+    orders = (False,) if problem.contraction == "wgrad" else (False, True)
     return tuple(_tile(instance, order) for instance in _instances(problem) for order in orders)
 
 
@@ -84,10 +84,10 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
     most 23, of weight gradients 9 (benchmarks/results/profiles/).
     """
     k, n = problem.in_features, problem.out_features
-    if problem.contraction == "outer":
+    if problem.contraction == "wgrad":
         return False, _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns), False
     small = problem.num_rows <= SMALL_GROUP * problem.num_experts
-    columns = n if problem.contraction == "rows_w" else k
+    columns = n if problem.contraction == "fwd" else k
     few = not small and problem.num_rows <= FEW_ROWS * problem.num_experts
     padded = _padded(columns, tile.columns * tile.cluster_columns)
     return small != (tile.rows <= SMALL_TILE), padded, few != tile.rows_first

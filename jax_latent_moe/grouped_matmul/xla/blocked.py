@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.grouped_matmul.device import default_device
+from jax_latent_moe.device import default_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +19,17 @@ class _Sizes:
     Attributes:
         rows: fewest and most rows of a block; within them, a power of two near the mean group.
         matmul_bytes: weights that one step of a matmul gathers.
-        outer_bytes: wide products that one step of an outer product makes.
+        wgrad_bytes: wide products that one step of an outer product makes.
     """
 
     rows: tuple[int, int]
     matmul_bytes: int
-    outer_bytes: int
+    wgrad_bytes: int
 
 
 # A CPU step should stay in the cache; a GPU step should fill the chip and hide the launches.
-_CPU = _Sizes(rows=(16, 128), matmul_bytes=2**19, outer_bytes=0)
-_GPU = _Sizes(rows=(16, 256), matmul_bytes=2**26, outer_bytes=2**26)
+_CPU = _Sizes(rows=(16, 128), matmul_bytes=2**19, wgrad_bytes=0)
+_GPU = _Sizes(rows=(16, 256), matmul_bytes=2**26, wgrad_bytes=2**26)
 
 
 def blocked_matmul(
@@ -59,7 +59,7 @@ def blocked_matmul(
     return lax.scan(step, out, steps)[0]
 
 
-def blocked_outer(
+def blocked_wgrad(
     rows: Float[Array, "r k"], dout: Float[Array, "r n"], group_sizes: Int[Array, " e"], *, block_rows: int | None
 ) -> Float[Array, "e k n"]:
     """See `Backend.outer`; block_rows None picks a size for the platform."""
@@ -69,7 +69,7 @@ def blocked_outer(
         return out
     wide = _wide(rows.dtype)
     step_bytes = out[0].size * wide.itemsize
-    steps = _steps(group_sizes, num_rows, block_rows, _platform_sizes().outer_bytes // step_bytes)
+    steps = _steps(group_sizes, num_rows, block_rows, _platform_sizes().wgrad_bytes // step_bytes)
 
     def step(carry, blocks):
         out, total, last_expert = carry

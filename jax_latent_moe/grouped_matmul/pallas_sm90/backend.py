@@ -5,12 +5,12 @@ import functools
 from jax import custom_batching
 
 from jax_latent_moe.config import PallasBackend
-from jax_latent_moe.grouped_matmul import pallas_hopper_tiles
-from jax_latent_moe.grouped_matmul.device import default_device, num_multiprocessors
+from jax_latent_moe.device import default_device, num_sms
 from jax_latent_moe.grouped_matmul.fused import fusing_refusal
-from jax_latent_moe.grouped_matmul.problems import hopper_refusal
-from jax_latent_moe.grouped_matmul.rows import gathered
-from jax_latent_moe.grouped_matmul.tuning import Choice
+from jax_latent_moe.grouped_matmul.operands import gathered
+from jax_latent_moe.grouped_matmul.pallas_sm90 import tiles as pallas_tiles
+from jax_latent_moe.grouped_matmul.problem import hopper_refusal
+from jax_latent_moe.grouped_matmul.tuning.table import Choice
 
 FEATURE_MULTIPLE = 64
 
@@ -39,19 +39,19 @@ class Pallas:
         """See `Backend.tile`."""
         w_shape = problem.num_experts, problem.in_features, problem.out_features
         if problem.activation is not None:
-            tile = pallas_hopper_tiles.choose_fused(problem.contraction, problem.num_rows, w_shape, problem.activation)
+            tile = pallas_tiles.choose_fused(problem.contraction, problem.num_rows, w_shape, problem.activation)
             return Choice(tile, "a heuristic: fused products are not tuned")
         return self._tile(problem.contraction, problem.num_rows, w_shape, problem.device_kind)
 
     def candidates(self, problem) -> tuple[PallasBackend, ...]:
         """See `Backend.candidates`."""
-        return pallas_hopper_tiles.candidates(problem.contraction)
+        return pallas_tiles.candidates(problem.contraction)
 
     def matmul(self, rows, w, group_sizes, *, transpose_w):
         """See `Backend.matmul`."""
-        from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import rows_w
+        from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import rows_w
 
-        contraction = "rows_wt" if transpose_w else "rows_w"
+        contraction = "dgrad" if transpose_w else "fwd"
         tile = self._tile(contraction, rows.shape[0], w.shape, default_device()[1]).tile
         return _call(rows_w, gathered(rows), w, group_sizes, transpose_w=transpose_w, tile=tile)
 
@@ -61,46 +61,46 @@ class Pallas:
 
     def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
         """See `FusingBackend.matmul_activation`."""
-        from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation
+        from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation
 
-        tile = pallas_hopper_tiles.choose_fused("rows_w", rows.shape[0], w.shape, activation)
+        tile = pallas_tiles.choose_fused("fwd", rows.shape[0], w.shape, activation)
         arrays = gathered(rows), w, group_sizes
         return _call(matmul_activation, *arrays, activation=activation, keep_pre=keep_pre, tile=tile)
 
     def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
         """See `FusingBackend.matmul_activation_grad`."""
-        from jax_latent_moe.grouped_matmul.pallas_hopper_fused import matmul_activation_grad
+        from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation_grad
 
-        tile = pallas_hopper_tiles.choose_fused("rows_wt", dout.shape[0], w.shape, activation)
+        tile = pallas_tiles.choose_fused("dgrad", dout.shape[0], w.shape, activation)
         dout = gathered(dout)
         arrays = dout, w, group_sizes, kept, row_weights
         return *_call(matmul_activation_grad, *arrays, activation=activation, tile=tile), dout
 
     def outer(self, rows, dout, group_sizes):
         """See `Backend.outer`."""
-        from jax_latent_moe.grouped_matmul.pallas_hopper_outer import outer
+        from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad
 
         shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-        tile = self._tile("outer", rows.shape[0], shape, default_device()[1]).tile
+        tile = self._tile("wgrad", rows.shape[0], shape, default_device()[1]).tile
         rows, dout = gathered(rows), gathered(dout)
-        return _call(outer, rows, dout, group_sizes, tile=tile), rows, dout
+        return _call(wgrad, rows, dout, group_sizes, tile=tile), rows, dout
 
     def _tile(self, contraction, num_rows, w_shape, device):
-        given = self.config.outer_tile if contraction == "outer" else self.config.matmul_tile
+        given = self.config.wgrad_tile if contraction == "wgrad" else self.config.matmul_tile
         if given is not None:
             return Choice(given, "the config")
-        return pallas_hopper_tiles.choose(contraction, num_rows, w_shape, device)
+        return pallas_tiles.choose(contraction, num_rows, w_shape, device)
 
 
 def _call(function, *arrays, **settings):
     """Under vmap one call after the other: Pallas would add an axis to references, which the kernels do not expect."""
-    call = functools.partial(function, num_sms=num_multiprocessors(), **settings)
+    call = functools.partial(function, num_sms=num_sms(), **settings)
     return custom_batching.sequential_vmap(call)(*arrays)
 
 
 def _fused_refusal(problem, fuse) -> str | None:
     half = problem.out_features // 2
-    if problem.activation.gated and problem.contraction == "rows_w" and half % FEATURE_MULTIPLE:
+    if problem.activation.gated and problem.contraction == "fwd" and half % FEATURE_MULTIPLE:
         return (
             f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}: pad it, or let "
             "fuse='never' leave the activation to XLA."

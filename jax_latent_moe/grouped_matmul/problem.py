@@ -5,10 +5,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jax_latent_moe.grouped_matmul.device import default_device, is_hopper
+from jax_latent_moe.device import default_device, is_hopper
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
 
-Contraction = Literal["rows_w", "rows_wt", "outer"]
+Contraction = Literal["fwd", "dgrad", "wgrad"]
 HOPPER_DTYPES = ("bfloat16", "float16")
 
 
@@ -17,7 +17,7 @@ class Problem:
     """One grouped matmul, as far as it is known before it runs.
 
     Attributes:
-        contraction: "rows_w" is rows x w, "rows_wt" is rows x w^T, "outer" is rows^T x rows, each per expert.
+        contraction: "fwd" is rows x w, "dgrad" is rows x w^T, "wgrad" is rows^T x rows, each per expert.
         num_rows: R, rows in all.
         num_experts: E, experts with rows or without.
         in_features: K of the weight [E, K, N].
@@ -25,7 +25,7 @@ class Problem:
         dtype: type of rows and weights.
         platform: "cpu", "gpu" or "tpu".
         device_kind: the device's own name, such as "NVIDIA H100 80GB HBM3".
-        activation: fused into the product: with "rows_w" its value, with "rows_wt" its gradient. None for a plain one.
+        activation: fused into the product: with "fwd" its value, with "dgrad" its gradient. None for a plain one.
     """
 
     contraction: Contraction

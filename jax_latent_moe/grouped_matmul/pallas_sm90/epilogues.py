@@ -13,10 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_latent_moe.grouped_matmul import pallas_hopper_mgpu as mgpu_code
-from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes, value_and_slopes_of_kept
-from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS
-from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import ROW_ALIGNMENT
+from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
+from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_kept
+from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS
+from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT
 
 ROW_BLOCK = 64
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_latent_moe.config import BackendConfig
-from jax_latent_moe.grouped_matmul.cutlass_library import compiled_runs
+from jax_latent_moe.native import compiled_runs
 
 MOST_EXPERTS = 2048
 """In the compiled kernel (custom_calls/src/expert_sort.h)."""
@@ -24,13 +24,13 @@ class Sorted(NamedTuple):
 
     Attributes:
         sizes: [E] int32, choices of each expert.
-        slot_of_row: [R] int32, the choice that stands in each row.
-        row_of_slot: [R] int32, the row of each choice.
+        assignment_of_row: [R] int32, the choice that stands in each row.
+        row_of_assignment: [R] int32, the row of each choice.
     """
 
     sizes: Int[Array, " e"]
-    slot_of_row: Int[Array, " r"]
-    row_of_slot: Int[Array, " r"]
+    assignment_of_row: Int[Array, " r"]
+    row_of_assignment: Int[Array, " r"]
 
 
 def sort_by_expert(expert_ids: Int[Array, "..."], num_experts: int, backend: str | BackendConfig = "auto") -> Sorted:
@@ -45,10 +45,10 @@ def sort_by_expert(expert_ids: Int[Array, "..."], num_experts: int, backend: str
     if compiled_runs(backend) and num_experts <= MOST_EXPERTS:
         return compiled_sort_by_expert(ids, num_experts)
     expert = no_expert_last(ids, num_experts)
-    slot_of_row = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    assignment_of_row = jnp.argsort(expert, stable=True).astype(jnp.int32)
     rows = jnp.arange(expert.size, dtype=jnp.int32)
-    row_of_slot = jnp.zeros_like(rows).at[slot_of_row].set(rows, unique_indices=True)
-    return Sorted(_count(expert, num_experts), slot_of_row, row_of_slot)
+    row_of_assignment = jnp.zeros_like(rows).at[assignment_of_row].set(rows, unique_indices=True)
+    return Sorted(_count(expert, num_experts), assignment_of_row, row_of_assignment)
 
 
 def compiled_sort_by_expert(ids: Int[Array, " r"], num_experts: int) -> Sorted:

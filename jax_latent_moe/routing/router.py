@@ -10,10 +10,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import BackendConfig, RouterConfig
-from jax_latent_moe.expert_sort import count_experts
-from jax_latent_moe.grouped_matmul.device import default_device
-from jax_latent_moe.split_matmul import split_matmul, split_matmul_beside
-from jax_latent_moe.top_k import top_k_ids
+from jax_latent_moe.device import default_device
+from jax_latent_moe.routing.expert_sort import count_experts
+from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
+from jax_latent_moe.routing.top_k import top_k_ids
 
 NO_EXPERT = -1
 

@@ -4,7 +4,7 @@ import jax
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 """Words of which one stands in the device kind of a Hopper GPU."""
-HOPPER_MULTIPROCESSORS = 132
+HOPPER_SMS = 132
 
 
 def is_hopper(device_kind: str) -> bool:
@@ -18,10 +18,10 @@ def default_device() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def num_multiprocessors() -> int:
+def num_sms() -> int:
     """Multiprocessors of the default GPU; those of an H100 SXM or H200 where there is no GPU to ask."""
     device = _device()
-    return device.core_count if device.platform == "gpu" else HOPPER_MULTIPROCESSORS
+    return device.core_count if device.platform == "gpu" else HOPPER_SMS
 
 
 def _device():

@@ -9,18 +9,18 @@ from typing import NamedTuple
 import jax
 
 from jax_latent_moe.config import BackendConfig, CutlassBackend, as_backend
-from jax_latent_moe.grouped_matmul.device import default_device, is_hopper
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
+from jax_latent_moe.device import default_device, is_hopper
 
+ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
 VARIABLE = "JAX_LATENT_MOE_CUDA_LIBRARY"
 FILE = "libjax_latent_moe_cuda.so"
 INTERFACE_VERSION = 7
-TARGETS = ("matmul", "matmul_activation", "matmul_activation_grad", "outer", "top_k", "sort")
+TARGETS = ("matmul", "matmul_activation", "matmul_activation_grad", "wgrad", "top_k", "sort")
 INITIALIZE = "latent_moe_prepare"
 """Handler that XLA calls for each target before it records or runs a program."""
 
 TYPES = ("bfloat16", "float16")
-CONTRACTIONS = ("rows_w", "rows_wt", "outer")
+CONTRACTIONS = ("fwd", "dgrad", "wgrad")
 
 
 class Instance(NamedTuple):
@@ -28,7 +28,7 @@ class Instance(NamedTuple):
 
     Attributes:
         dtype: of its operands.
-        contraction: "rows_w", "rows_wt" or "outer".
+        contraction: "fwd", "dgrad" or "wgrad".
         activation: the fused activation's name, or None.
         rows, columns, stages, cluster_rows, cluster_columns: its tile, as in `CutlassTile`.
         max_experts: experts whose bounds fit its shared memory.

@@ -7,8 +7,8 @@ from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import XlaBackend
-from jax_latent_moe.grouped_matmul.blocked import blocked_matmul, blocked_outer
-from jax_latent_moe.grouped_matmul.rows import gathered
+from jax_latent_moe.grouped_matmul.operands import gathered
+from jax_latent_moe.grouped_matmul.xla.blocked import blocked_matmul, blocked_wgrad
 
 
 class Xla:
@@ -41,8 +41,8 @@ class Xla:
         """See `Backend.outer`."""
         rows, dout, group_sizes = gathered(rows), gathered(dout), _cut(group_sizes, rows.shape[0])
         if self.config.method == "ragged_dot":
-            return _ragged_outer(rows, dout, group_sizes), rows, dout
-        return blocked_outer(rows, dout, group_sizes, block_rows=self.config.block_rows), rows, dout
+            return _ragged_wgrad(rows, dout, group_sizes), rows, dout
+        return blocked_wgrad(rows, dout, group_sizes, block_rows=self.config.block_rows), rows, dout
 
 
 def _cut(group_sizes, num_rows) -> Int[Array, " e"]:
@@ -79,7 +79,7 @@ def _ragged_matmul(rows: Float[Array, "r a"], w, group_sizes, transpose_w):
     return jnp.where(valid, out, 0).astype(rows.dtype)
 
 
-def _ragged_outer(rows, dout, group_sizes):
+def _ragged_wgrad(rows, dout, group_sizes):
     valid = _valid_rows(group_sizes, rows.shape[0])
     dimensions = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]

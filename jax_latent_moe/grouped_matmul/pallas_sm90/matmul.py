@@ -12,11 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from jax_latent_moe.config import PallasMatmulTile
-from jax_latent_moe.grouped_matmul import pallas_hopper_mgpu as mgpu_code
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
-from jax_latent_moe.grouped_matmul.pallas_hopper_epilogues import Place, Product, Slots, zero
-from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
-from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import ROW_ALIGNMENT, row_tiles
+from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
+from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Place, Product, Slots, zero
+from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
+from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, row_tiles
 
 WGMMA_ROWS = 64
 
@@ -126,7 +126,7 @@ def multiply(
             *scratch_types,
             plgpu.SMEM((tile.stages, tile.rows, CONTRACTED), dtype, transforms=swizzled),
             b_smem,
-            plgpu.SMEM((CONSUMERS, tile.out_slots, tile.rows, COLUMN_BLOCK), dtype, transforms=swizzled),
+            plgpu.SMEM((CONSUMERS, tile.store_buffers, tile.rows, COLUMN_BLOCK), dtype, transforms=swizzled),
             plgpu.Barrier(num_arrivals=3 if halves and native else 2, num_barriers=CONSUMERS * tile.stages),
             mgpu_code.freed_barrier(tile.cluster, tile.stages),
         ],

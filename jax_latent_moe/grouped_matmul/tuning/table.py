@@ -126,4 +126,6 @@ def _parse(path, modified) -> list[Entry]:
 
 @functools.cache
 def _committed() -> list[Entry]:
-    return json.loads(importlib.resources.files(__package__).joinpath("tuning_hopper.json").read_text())
+    return json.loads(
+        importlib.resources.files("jax_latent_moe.grouped_matmul").joinpath("tuning_hopper.json").read_text()
+    )

@@ -1,6 +1,6 @@
 """Times a backend's tiles on the GPU at hand and writes the fastest into the user's table.
 
-    python -m jax_latent_moe.grouped_matmul.tune --rows 180224 --experts 512 --in 1024 --out 2688
+    python -m jax_latent_moe.grouped_matmul.tuning --rows 180224 --experts 512 --in 1024 --out 2688
 
 All three contractions of one weight [E, K, N] are tuned, on random rows in uneven groups.
 """
@@ -18,10 +18,10 @@ import numpy as np
 
 from jax_latent_moe.config import NAMED_BACKENDS, BackendConfig
 from jax_latent_moe.errors import LatentMoEError, UnsupportedError
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_outer, problem, select
-from jax_latent_moe.grouped_matmul.problems import Contraction, Problem
-from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
-from jax_latent_moe.grouped_matmul.tuning import Entry, add_to_table, user_table
+from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad, problem, select
+from jax_latent_moe.grouped_matmul.problem import Contraction, Problem
+from jax_latent_moe.grouped_matmul.tuning.table import Entry, add_to_table, user_table
+from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
 # Calls in a row: a GPU at its power limit runs a tile faster just after one that takes less power.
 BATCH, ROUNDS = 12, 3
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jax_latent_moe.grouped_matmul.tune",
+        prog="python -m jax_latent_moe.grouped_matmul.tuning",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -97,16 +97,16 @@ def _operands(asked):
     group_sizes = jnp.asarray(rng.multinomial(asked.num_rows, share / share.sum()), jnp.int32)
     w_shape = asked.num_experts, asked.in_features, asked.out_features
     rows, dout = ((asked.num_rows, width) for width in w_shape[1:])
-    shapes = {"rows_w": (rows, w_shape), "rows_wt": (dout, w_shape), "outer": (rows, dout)}[asked.contraction]
+    shapes = {"fwd": (rows, w_shape), "dgrad": (dout, w_shape), "wgrad": (rows, dout)}[asked.contraction]
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     left, right = (draw(jax.random.key(i), shape, asked.dtype) for i, shape in enumerate(shapes))
     return left, right, group_sizes
 
 
 def _call(asked, backend):
-    if asked.contraction == "outer":
-        return functools.partial(grouped_outer, backend=backend)
-    return functools.partial(grouped_matmul, transpose_w=asked.contraction == "rows_wt", backend=backend)
+    if asked.contraction == "wgrad":
+        return functools.partial(grouped_wgrad, backend=backend)
+    return functools.partial(grouped_matmul, transpose_w=asked.contraction == "dgrad", backend=backend)
 
 
 def _report(asked: Problem, times: dict[BackendConfig, float], name: str) -> Entry:

@@ -9,18 +9,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.config import PallasOuterTile
-from jax_latent_moe.grouped_matmul import pallas_hopper_mgpu as mgpu_code
-from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
-from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import ROW_ALIGNMENT, group_bounds
+from jax_latent_moe.config import PallasWgradTile
+from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
+from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
+from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, group_bounds
 
 
-def outer(
+def wgrad(
     rows: Float[Array, "r k"],
     dout: Float[Array, "r n"],
     group_sizes: Int[Array, " e"],
     *,
-    tile: PallasOuterTile,
+    tile: PallasWgradTile,
     num_sms: int,
     interpret=None,
 ) -> Float[Array, "e k n"]:
@@ -48,7 +48,7 @@ def outer(
         scratch_types=[
             plgpu.SMEM((tile.stages, CONTRACTED, tile.rows), rows.dtype, transforms=swizzled),
             plgpu.SMEM((tile.stages, CONTRACTED, tile.columns), rows.dtype, transforms=swizzled),
-            plgpu.SMEM((CONSUMERS, tile.out_slots, tile.rows, COLUMN_BLOCK), rows.dtype, transforms=swizzled),
+            plgpu.SMEM((CONSUMERS, tile.store_buffers, tile.rows, COLUMN_BLOCK), rows.dtype, transforms=swizzled),
             plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS * tile.stages),
             mgpu_code.freed_barrier(tile.cluster, tile.stages),
         ],
@@ -156,8 +156,8 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
 
                 value = value.astype(out.dtype)
                 for block in range(tile.columns // COLUMN_BLOCK):
-                    smem = out_smem.at[warpgroup, block % tile.out_slots]
-                    plgpu.wait_smem_to_gmem(min(block, tile.out_slots - 1), wait_read_only=True)
+                    smem = out_smem.at[warpgroup, block % tile.store_buffers]
+                    plgpu.wait_smem_to_gmem(min(block, tile.store_buffers - 1), wait_read_only=True)
                     smem[...] = value[:, block * COLUMN_BLOCK : (block + 1) * COLUMN_BLOCK]
                     plgpu.commit_smem()
                     column = pl.multiple_of(n + block * COLUMN_BLOCK, COLUMN_BLOCK)

@@ -7,11 +7,11 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import PallasMatmulTile
 from jax_latent_moe.grouped_matmul.fused import FusedActivation
-from jax_latent_moe.grouped_matmul.pallas_hopper_activations import value_and_slopes
-from jax_latent_moe.grouped_matmul.pallas_hopper_epilogues import Activation, ActivationGradient
-from jax_latent_moe.grouped_matmul.pallas_hopper_matmul import multiply, pad_rows
-from jax_latent_moe.grouped_matmul.pallas_hopper_mgpu import COLUMN_BLOCK, CONSUMERS
-from jax_latent_moe.grouped_matmul.pallas_hopper_schedule import group_bounds
+from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes
+from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Activation, ActivationGradient
+from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import multiply, pad_rows
+from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS
+from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import group_bounds
 
 
 def matmul_activation(
@@ -33,7 +33,7 @@ def matmul_activation(
         group_sizes: [E], on the device.
         activation: applied to the pre-activation as rounded to the dtype of rows.
         keep_pre: store the pre-activation, for the backward pass.
-        tile: tile shape and schedule; gated, of 128 columns, with at least 3 out_slots, else 2.
+        tile: tile shape and schedule; gated, of 128 columns, with at least 3 store_buffers, else 2.
         num_sms: multiprocessors to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
@@ -82,7 +82,7 @@ def matmul_activation_grad(
             dtype of dout.
         row_weights: [R].
         activation: of which the gradient is taken.
-        tile: tile shape and schedule; gated with at least 2 out_slots.
+        tile: tile shape and schedule; gated with at least 2 store_buffers.
         num_sms: multiprocessors to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
@@ -96,7 +96,7 @@ def matmul_activation_grad(
     column_tiles = -(-width // (tile.columns * tile.cluster)) * tile.cluster
     num_parts = 2 if activation.gated else 1
     # Blocks of what was kept that are in shared memory at once.
-    sets = min(tile.out_slots // num_parts, tile.columns // COLUMN_BLOCK)
+    sets = min(tile.store_buffers // num_parts, tile.columns // COLUMN_BLOCK)
     dpre, sums = multiply(
         ActivationGradient,
         dout,

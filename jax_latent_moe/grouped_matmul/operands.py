@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from jax_latent_moe.grouped_matmul.device import default_device
+from jax_latent_moe.device import default_device
 
 
 class GatheredRows(NamedTuple):

@@ -7,10 +7,12 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, XlaBackend, as_backend
 from jax_latent_moe.errors import UnsupportedError
-from jax_latent_moe.grouped_matmul import cutlass, pallas_hopper, xla
-from jax_latent_moe.grouped_matmul.problems import Problem
-from jax_latent_moe.grouped_matmul.rows import GatheredRows, LastColumns
-from jax_latent_moe.grouped_matmul.tuning import Choice
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
+from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns
+from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
+from jax_latent_moe.grouped_matmul.problem import Problem
+from jax_latent_moe.grouped_matmul.tuning.table import Choice
+from jax_latent_moe.grouped_matmul.xla.backend import Xla
 
 
 @runtime_checkable
@@ -99,9 +101,9 @@ class FusingBackend(Backend, Protocol):
 
 
 _BACKENDS = {
-    XlaBackend: xla.Xla,
-    PallasBackend: pallas_hopper.Pallas,
-    CutlassBackend: cutlass.Cutlass,
+    XlaBackend: Xla,
+    PallasBackend: Pallas,
+    CutlassBackend: Cutlass,
 }
 
 # What "auto" asks, in order, by platform: the first that supports the problem runs (measured: docs/performance.md).

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.config import BackendConfig
-from jax_latent_moe.grouped_matmul.cutlass_library import compiled_runs
+from jax_latent_moe.native import compiled_runs
 
 MOST_SCORES = 1024
 """Of a row, in the compiled kernel (custom_calls/src/top_k.h)."""
