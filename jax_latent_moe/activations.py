@@ -1,71 +1,177 @@
-"""Activations of the experts, elementwise, in float32 (float64 for float64), from pre-activations to hidden rows."""
+"""The activations of experts: one registry of what each computes and what its gradient can be made of.
 
+Activations work elementwise in float32 (float64 for float64), from pre-activations to hidden rows. A new one is one
+`register` call; the layer, the Flax modules and the cost plan read everything from here.
+"""
+
+import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.errors import ConfigError
+
+Residual = Literal["pre", "hidden", "gate_hidden"]
+"""What a forward pass keeps of the hidden rows' making, [R, m] or [R, 2 m].
+
+"pre" is the pre-activation. "hidden" is the hidden rows alone, for activations whose slope they determine.
+"gate_hidden" is the gate beside the hidden rows, which determine the up half; only fused kernels read it.
+"""
 
 
-def activate(pre: Float[Array, "*rows two_m"], config: LatentMoEConfig) -> Float[Array, "*rows m"]:
-    """Applies config.activation; a gated one reads the gate from the first half of the last axis, up from the second.
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """What one activation computes.
 
-    Formulas, with g the gate and u the up half (or u alone):
-        relu2: relu(u)^2 (NemotronH). gelu: gelu(u). swiglu: silu(g) * u (DeepSeek-V3, Qwen3). geglu: gelu(g) * u.
-        situ_glu: b tanh(g / b) sigmoid(g) * bl tanh(u / bl), or * u where bl is None (Kimi K3).
+    Attributes:
+        name: what `LatentMoEConfig.activation` says.
+        value: (u, **parameters) -> hidden, or (gate, up, **parameters) -> hidden where gated.
+        gradient: (parts, dhidden, **parameters) -> gradients of the parts, a tuple like parts; None differentiates
+            value.
+        gated: whether the experts have a gate beside the up kernel.
+        parameters: fields of `LatentMoEConfig` that value and gradient take as keywords.
+        slope_of_hidden: hidden -> slope, for an activation of u alone whose hidden rows determine its slope; they are
+            then kept in place of the pre-activation.
+        gate_times_up: whether hidden is a function of the gate times up, so that a kernel may keep "gate_hidden".
+    """
+
+    name: str
+    value: Callable[..., Array]
+    gradient: Callable[..., tuple[Array, ...]] | None = None
+    gated: bool = False
+    parameters: tuple[str, ...] = ()
+    slope_of_hidden: Callable[[Array], Array] | None = None
+    gate_times_up: bool = False
+
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """What the gradient can be made of, the smallest first."""
+        if self.slope_of_hidden is not None:
+            return "hidden", "pre"
+        return ("gate_hidden", "pre") if self.gate_times_up else ("pre",)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundActivation:
+    """A registered activation with its parameters: hashable, so that it can be part of a static problem.
+
+    Attributes:
+        name: of the registry.
+        parameters: (name, value) of each parameter.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, float | bool | None], ...] = ()
+
+    @property
+    def definition(self) -> Activation:
+        """Its row of the registry."""
+        return ACTIVATIONS[self.name]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the pre-activation holds a gate half and an up half."""
+        return self.definition.gated
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name}={value}" for name, value in self.parameters)
+        return f"{self.name}({listed})" if listed else self.name
+
+
+ACTIVATIONS: dict[str, Activation] = {}
+
+
+def register(activation: Activation) -> None:
+    """Adds an activation to the registry.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if activation.name in ACTIVATIONS:
+        raise ConfigError(f"activation {activation.name!r} is registered already: choose another name.")
+    ACTIVATIONS[activation.name] = activation
+
+
+def activate(pre: Float[Array, "*rows p"], activation: BoundActivation) -> Float[Array, "*rows m"]:
+    """Applies an activation; a gated one reads the gate from the first half of the last axis, up from the second.
 
     Args:
-        pre: [..., m], or [..., 2 m] for gated activations.
-        config: read for activation, gelu_approximate, situ_beta and situ_linear_beta.
+        pre: [..., m], or [..., 2 m] where gated.
+        activation: what to apply.
 
     Returns:
-        [..., m] in float32, or float64 for float64 input. Cast it to the compute dtype yourself.
+        [..., m] in float32, or float64 for float64 input. The caller casts it to the compute dtype.
     """
-    pre = pre.astype(jnp.promote_types(pre.dtype, jnp.float32))
-    if not config.gated:
-        return jnp.square(jax.nn.relu(pre)) if config.activation == "relu2" else _gelu(pre, config)
-    gate, up = jnp.split(pre, 2, axis=-1)
-    if config.activation == "swiglu":
-        return jax.nn.silu(gate) * up
-    if config.activation == "geglu":
-        return _gelu(gate, config) * up
-    assert config.activation == "situ_glu"
-    if config.situ_linear_beta is not None:
-        up = config.situ_linear_beta * jnp.tanh(up / config.situ_linear_beta)
-    return config.situ_beta * jnp.tanh(gate / config.situ_beta) * jax.nn.sigmoid(gate) * up
+    wide = pre.astype(jnp.promote_types(pre.dtype, jnp.float32))
+    parts = jnp.split(wide, 2, axis=-1) if activation.gated else (wide,)
+    return activation.definition.value(*parts, **dict(activation.parameters))
 
 
-def keeps_hidden(config: LatentMoEConfig) -> bool:
-    """Whether the hidden rows alone tell the activation's slope, so that pre-activations need not be kept.
-
-    relu2's slope is 2 relu(u) = 2 sqrt(h), to half of h's rounding error. In float16 hidden rows below 2^-24 vanish,
-    and with them the slopes of pre-activations below 2^-12.
-    """
-    return config.activation == "relu2"
-
-
-def activation_of_kept(
-    kept: Float[Array, "*rows two_m"], config: LatentMoEConfig
-) -> tuple[Float[Array, "*rows m"], Callable[[Float[Array, "*rows m"]], Float[Array, "*rows two_m"]]]:
-    """The hidden rows and the map from their gradient to that of the pre-activation, from what a forward pass keeps.
+def hidden_and_pullback(
+    kept: Float[Array, "*rows p"], residual: Residual, activation: BoundActivation
+) -> tuple[Float[Array, "*rows m"], Callable[[Float[Array, "*rows m"]], Float[Array, "*rows p"]]]:
+    """The hidden rows, and the map from their gradient to that of the pre-activation.
 
     Args:
-        kept: hidden rows where `keeps_hidden`, else the pre-activation.
-        config: as for `activate`.
+        kept: the residual of the forward pass.
+        residual: what it is, "pre" or "hidden".
+        activation: which activation.
 
     Returns:
         Both in float32, or float64 for float64 input.
     """
-    kept = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
-    if not keeps_hidden(config):
-        hidden, vjp = jax.vjp(lambda pre: activate(pre, config), kept)
+    wide = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+    definition, parameters = activation.definition, dict(activation.parameters)
+    if residual == "hidden":
+        assert definition.slope_of_hidden is not None, "the plan of the products keeps what can be differentiated"
+        slope = definition.slope_of_hidden(wide)
+        return wide, lambda dhidden: slope * dhidden
+    if definition.gradient is None:
+        hidden, vjp = jax.vjp(lambda pre: activate(pre, activation), wide)
         return hidden, lambda dhidden: vjp(dhidden)[0]
-    # The root at 0 is a constant, or its own derivative would be infinite there.
-    root = jnp.where(kept > 0, jnp.sqrt(jnp.where(kept > 0, kept, 1)), 0)
-    return kept, lambda dhidden: 2 * root * dhidden
+    gradient, parts = definition.gradient, tuple(jnp.split(wide, 2, axis=-1)) if activation.gated else (wide,)
+    return activate(wide, activation), lambda dhidden: jnp.concatenate(gradient(parts, dhidden, **parameters), axis=-1)
 
 
-def _gelu(x, config):
-    return jax.nn.gelu(x, approximate=config.gelu_approximate)
+def _relu2(u):
+    return jnp.square(jax.nn.relu(u))
+
+
+def _relu2_slope(hidden):
+    """2 relu(u) = 2 sqrt(h), to half of h's rounding error.
+
+    In float16, hidden rows below 2^-24 vanish, and with them the slopes of pre-activations below 2^-12.
+    """
+    # The root at 0 is a constant, because its derivative there would be infinite.
+    return 2 * jnp.where(hidden > 0, jnp.sqrt(jnp.where(hidden > 0, hidden, 1)), 0)
+
+
+def _gelu(u, *, gelu_approximate):
+    return jax.nn.gelu(u, approximate=gelu_approximate)
+
+
+def _swiglu(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def _geglu(gate, up, *, gelu_approximate):
+    return _gelu(gate, gelu_approximate=gelu_approximate) * up
+
+
+def _situ_glu(gate, up, *, situ_beta, situ_linear_beta):
+    if situ_linear_beta is not None:
+        up = situ_linear_beta * jnp.tanh(up / situ_linear_beta)
+    return situ_beta * jnp.tanh(gate / situ_beta) * jax.nn.sigmoid(gate) * up
+
+
+# relu2: relu(u)^2 (NemotronH).
+register(Activation("relu2", _relu2, slope_of_hidden=_relu2_slope))
+register(Activation("gelu", _gelu, parameters=("gelu_approximate",)))
+# swiglu: silu(g) * u (DeepSeek-V3, Qwen3).
+register(Activation("swiglu", _swiglu, gated=True, gate_times_up=True))
+register(Activation("geglu", _geglu, gated=True, gate_times_up=True, parameters=("gelu_approximate",)))
+# situ_glu: b tanh(g / b) sigmoid(g) * bl tanh(u / bl), or * u where bl is None (Kimi K3).
+register(Activation("situ_glu", _situ_glu, gated=True, parameters=("situ_beta", "situ_linear_beta")))

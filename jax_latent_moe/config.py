@@ -8,205 +8,38 @@ import dataclasses
 from typing import Literal
 
 from jax_latent_moe import checks
+from jax_latent_moe.activations import ACTIVATIONS, BoundActivation
 from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassBackend, CutlassTile
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasBackend, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul.registry import BackendConfig, as_backend
+from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
+
+__all__ = [
+    "CutlassBackend",
+    "CutlassTile",
+    "InitConfig",
+    "LatentMoEConfig",
+    "PallasBackend",
+    "PallasMatmulTile",
+    "PallasWgradTile",
+    "ParallelConfig",
+    "RouterConfig",
+    "XlaBackend",
+    "as_backend",
+]
 
 ScoreFunction = Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"]
-Activation = Literal["relu2", "gelu", "swiglu", "geglu", "situ_glu"]
 LatentNorm = Literal["none", "pre", "post"]
-Fuse = Literal["measured", "always", "never"]
 Dispatch = Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"]
 
 SCORE_FUNCTIONS = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
-ACTIVATIONS = ("relu2", "gelu", "swiglu", "geglu", "situ_glu")
-GATED_ACTIVATIONS = ("swiglu", "geglu", "situ_glu")
 LATENT_NORMS = ("none", "pre", "post")
 SELECTIONS = ("score", "logit")
 DROP_POLICIES = ("probs", "position")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
-XLA_METHODS = ("blocked", "ragged_dot")
-FUSE = ("measured", "always", "never")
 DISPATCHES = ("auto", "all_gather", "all_to_all", "ragged_all_to_all")
-
-# What a tile of the Pallas kernels may take: 192 float32 accumulators a thread, and shared memory less its barriers.
-PALLAS_TILE_AREA = 128 * 192
-PALLAS_SHARED_MEMORY = 231424
-
-
-@dataclasses.dataclass(frozen=True)
-class XlaBackend:
-    """Expert matmuls in plain XLA: runs on any device.
-
-    Attributes:
-        method: "blocked" walks blocks of rows and slices the weight of each block's expert; "ragged_dot" calls
-            `jax.lax.ragged_dot`, which is fast on TPUs and expands to a dense matmul elsewhere.
-        block_rows: rows per block of "blocked"; None picks a power of two from the mean rows per expert.
-    """
-
-    method: Literal["blocked", "ragged_dot"] = "blocked"
-    block_rows: int | None = None
-
-    def __post_init__(self):
-        checks.one_of("XlaBackend.method", self.method, XLA_METHODS)
-        if self.block_rows is not None:
-            checks.positive_int("XlaBackend.block_rows", self.block_rows)
-            if self.method != "blocked":
-                raise ConfigError(
-                    f"XlaBackend.block_rows={self.block_rows} needs method='blocked', got method={self.method!r}: "
-                    "leave block_rows out."
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class PallasMatmulTile:
-    """Tile and schedule of the Pallas kernel for rows x w and rows x w^T.
-
-    Attributes:
-        rows: rows of a tile, 64, 128 or 192; a tile with fewer rows multiplies the next multiple of 64.
-        columns: output columns of a tile, a multiple of 64.
-        stages: loads in flight, in a ring through shared memory.
-        store_buffers: buffers through which a tile is stored, 64 columns each.
-        band: row tiles that are walked together, column by column.
-        cluster: multiprocessors, 1 or 2, that share the loads of one row tile.
-    """
-
-    rows: int = 128
-    columns: int = 192
-    stages: int = 4
-    store_buffers: int = 2
-    band: int = 1
-    cluster: int = 1
-
-    def __post_init__(self):
-        _check_pallas_tile(self)
-        checks.positive_int("PallasMatmulTile.band", self.band)
-
-
-@dataclasses.dataclass(frozen=True)
-class PallasWgradTile:
-    """Tile and schedule of the Pallas kernel for rows^T x rows.
-
-    Attributes:
-        rows: tile of the first feature axis (K), 64, 128 or 192.
-        columns: tile of the second feature axis (N), a multiple of 64.
-        stages: loads in flight, in a ring through shared memory.
-        store_buffers: buffers through which a tile is stored, 64 columns each.
-        cluster: multiprocessors, 1 or 2, that share the loads of one column tile.
-    """
-
-    rows: int = 128
-    columns: int = 192
-    stages: int = 4
-    store_buffers: int = 2
-    cluster: int = 1
-
-    def __post_init__(self):
-        _check_pallas_tile(self)
-
-
-def _check_pallas_tile(tile):
-    """A tile must fit a Hopper multiprocessor: its accumulators the registers, its buffers the shared memory."""
-    name = type(tile).__name__
-    for field in ("rows", "columns", "stages", "store_buffers", "cluster"):
-        checks.positive_int(f"{name}.{field}", getattr(tile, field))
-    if tile.rows not in (64, 128, 192) or tile.columns % 64:
-        raise ConfigError(
-            f"{name}.rows={tile.rows} must be 64, 128 or 192 and columns={tile.columns} a multiple of 64: a product of "
-            "matrix units has 64 of either."
-        )
-    if tile.columns > 256 or tile.rows * tile.columns > PALLAS_TILE_AREA:
-        raise ConfigError(
-            f"{name}.rows={tile.rows} x columns={tile.columns} does not fit the registers: columns are at most 256 "
-            f"and rows x columns at most {PALLAS_TILE_AREA}."
-        )
-    if tile.cluster > 2:
-        raise ConfigError(f"{name}.cluster={tile.cluster} must be 1 or 2: larger clusters leave multiprocessors idle.")
-    used = 128 * (tile.stages * (tile.rows + tile.columns) + 2 * tile.store_buffers * tile.rows)
-    if used > PALLAS_SHARED_MEMORY:
-        raise ConfigError(
-            f"{name} takes {used} bytes of shared memory, more than {PALLAS_SHARED_MEMORY}: "
-            f"lower stages={tile.stages} or store_buffers={tile.store_buffers}."
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class PallasBackend:
-    """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs.
-
-    Attributes:
-        matmul_tile: tile of rows x w and rows x w^T without a fused activation; None takes the measured one for the
-            shape, or a heuristic.
-        wgrad_tile: tile of rows^T x rows; None likewise.
-        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
-            where they were measured, "always" all, which takes the least memory, "never" none.
-    """
-
-    matmul_tile: PallasMatmulTile | None = None
-    wgrad_tile: PallasWgradTile | None = None
-    fuse: Fuse = "measured"
-
-    def __post_init__(self):
-        checks.one_of("PallasBackend.fuse", self.fuse, FUSE)
-        if self.matmul_tile is not None:
-            checks.instance("PallasBackend.matmul_tile", self.matmul_tile, PallasMatmulTile)
-        if self.wgrad_tile is not None:
-            checks.instance("PallasBackend.wgrad_tile", self.wgrad_tile, PallasWgradTile)
-
-
-@dataclasses.dataclass(frozen=True)
-class CutlassTile:
-    """Tile and schedule of a compiled kernel of the `cutlass` backend; only the combinations that were compiled run.
-
-    A tile of more than 192 x 128 elements is shared by both warpgroups of a multiprocessor, which otherwise take tiles
-    in turn, one storing while the other multiplies.
-
-    Attributes:
-        rows: rows of a tile; of rows^T x rows, of the first feature axis (K).
-        columns: output columns of a tile; of rows^T x rows, of the second feature axis (N).
-        stages: loads in flight, in a ring through shared memory.
-        cluster_rows: multiprocessors, one above the other, that share the loads of a column tile (rows^T x rows only).
-        cluster_columns: multiprocessors, side by side, that share the loads of a row tile.
-        rows_first: walk down the rows of an expert before its columns (not of rows^T x rows).
-    """
-
-    rows: int = 128
-    columns: int = 192
-    stages: int = 5
-    cluster_rows: int = 1
-    cluster_columns: int = 2
-    rows_first: bool = False
-
-    def __post_init__(self):
-        for field in ("rows", "columns", "stages", "cluster_rows", "cluster_columns"):
-            checks.positive_int(f"CutlassTile.{field}", getattr(self, field))
-        checks.instance("CutlassTile.rows_first", self.rows_first, bool)
-
-
-@dataclasses.dataclass(frozen=True)
-class CutlassBackend:
-    """Expert matmuls as compiled Hopper kernels on CUTLASS' instruction wrappers, behind XLA FFI custom calls.
-
-    Attributes:
-        matmul_tile: tile of rows x w and rows x w^T without a fused activation; None takes the measured one for the
-            shape, or a heuristic.
-        wgrad_tile: tile of rows^T x rows; None likewise.
-        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
-            where they were measured, "always" all that were compiled, which takes the least memory, "never" none.
-    """
-
-    matmul_tile: CutlassTile | None = None
-    wgrad_tile: CutlassTile | None = None
-    fuse: Fuse = "measured"
-
-    def __post_init__(self):
-        checks.one_of("CutlassBackend.fuse", self.fuse, FUSE)
-        for field in ("matmul_tile", "wgrad_tile"):
-            if getattr(self, field) is not None:
-                checks.instance(f"CutlassBackend.{field}", getattr(self, field), CutlassTile)
-
-
-BackendConfig = XlaBackend | PallasBackend | CutlassBackend
-NAMED_BACKENDS = {"xla": XlaBackend, "pallas": PallasBackend, "cutlass": CutlassBackend}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +192,8 @@ class LatentMoEConfig:
         top_k: k, experts per token.
         expert_intermediate_size: m, inner width of one routed expert.
         shared_expert_intermediate_size: ms, inner width of the shared expert; 0 is none.
-        activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up).
+        activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up), or one that
+            `activations.register` added.
         gelu_approximate: tanh form of gelu for "gelu" and "geglu"; False is the exact form.
         situ_beta: b of "situ_glu" (Kimi K3).
         situ_linear_beta: bl of "situ_glu"; None leaves the up half linear.
@@ -382,7 +216,7 @@ class LatentMoEConfig:
     top_k: int
     expert_intermediate_size: int
     shared_expert_intermediate_size: int = 0
-    activation: Activation = "relu2"
+    activation: str = "relu2"
     gelu_approximate: bool = False
     situ_beta: float = 4.0
     situ_linear_beta: float | None = 25.0
@@ -394,7 +228,7 @@ class LatentMoEConfig:
     init: InitConfig = InitConfig()
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
-    backend: Literal["auto", "xla", "pallas", "cutlass"] | BackendConfig = "auto"
+    backend: str | BackendConfig = "auto"
     parallel: ParallelConfig | None = None
 
     def __post_init__(self):
@@ -404,7 +238,7 @@ class LatentMoEConfig:
             checks.positive_int("latent_size", self.latent_size)
         if self.shared_expert_intermediate_size != 0:
             checks.positive_int("shared_expert_intermediate_size", self.shared_expert_intermediate_size)
-        checks.one_of("activation", self.activation, ACTIVATIONS)
+        checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
         for name in ("gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
             checks.boolean(name, getattr(self, name))
@@ -419,9 +253,10 @@ class LatentMoEConfig:
         object.__setattr__(self, "dtype", checks.dtype_name("dtype", self.dtype, COMPUTE_DTYPES))
         object.__setattr__(self, "param_dtype", checks.dtype_name("param_dtype", self.param_dtype, COMPUTE_DTYPES))
         object.__setattr__(self, "backend", as_backend(self.backend))
+        reads = ACTIVATIONS[self.activation].parameters.__contains__
         for fields, used, needs in (
-            (("gelu_approximate",), self.activation in ("gelu", "geglu"), "activation='gelu' or 'geglu'"),
-            (("situ_beta", "situ_linear_beta"), self.activation == "situ_glu", "activation='situ_glu'"),
+            (("gelu_approximate",), reads("gelu_approximate"), "activation='gelu' or 'geglu'"),
+            (("situ_beta", "situ_linear_beta"), reads("situ_beta"), "activation='situ_glu'"),
             (("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'"),
         ):
             checks.refuse_unused(self, "", fields, used, needs)
@@ -459,19 +294,10 @@ class LatentMoEConfig:
     @property
     def gated(self) -> bool:
         """Whether the experts have a gate beside the up kernel."""
-        return self.activation in GATED_ACTIVATIONS
+        return ACTIVATIONS[self.activation].gated
 
-
-def as_backend(backend: "str | BackendConfig") -> "Literal['auto'] | BackendConfig":
-    """A backend given by name or dataclass, as "auto" or a dataclass.
-
-    Raises:
-        ConfigError: the name or type is unknown.
-    """
-    if isinstance(backend, str) and backend in NAMED_BACKENDS:
-        return NAMED_BACKENDS[backend]()
-    if backend == "auto" or isinstance(backend, BackendConfig):
-        return backend
-    names = ", ".join(f"'{name}'" for name in ("auto", *NAMED_BACKENDS))
-    types = ", ".join(f"{cls.__name__}(...)" for cls in NAMED_BACKENDS.values())
-    raise ConfigError(f"backend={backend!r} is unknown: use one of {names}, or {types}.")
+    @property
+    def bound_activation(self) -> BoundActivation:
+        """The activation with those of these fields that it reads."""
+        names = ACTIVATIONS[self.activation].parameters
+        return BoundActivation(self.activation, tuple((name, getattr(self, name)) for name in names))

@@ -15,6 +15,7 @@ from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.parallel.exchange import exchange
 from jax_latent_moe.parallel.mesh import over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
@@ -164,7 +165,7 @@ def _route_through_experts(params, latent, routing, config, shards):
         latent = (latent * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
 
-    w_in, w_out = (params[name].astype(config.dtype) for name in ("w_in", "w_out"))
+    w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
 
     def experts(latent, weights, plan):
         return routed_experts(config, latent, weights, w_in, w_out, plan)
@@ -173,6 +174,11 @@ def _route_through_experts(params, latent, routing, config, shards):
         return experts(latent, weights, make_dispatch_plan(expert_ids, config.num_experts, config.backend)), dropped
     combined, not_sent = exchange(config, shards.expert_axis, experts, latent, expert_ids, weights)
     return combined, dropped + not_sent
+
+
+def _expert_weight(weight, config):
+    """An expert weight as the products read it: codes stay codes, arrays are cast to the compute dtype."""
+    return weight if isinstance(weight, ScaledArray) else weight.astype(config.dtype)
 
 
 def _within_capacity(expert_ids, weights, config, shards):
@@ -190,7 +196,7 @@ def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
 
 def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:
     w_in, w_out = (params[name].astype(x.dtype) for name in ("w_in", "w_out"))
-    return activate(x @ w_in.reshape(w_in.shape[0], -1), config).astype(x.dtype) @ w_out
+    return activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
 
 
 def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> Float[Array, "t l"]:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Key
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
+from jax_latent_moe.formats import ScaledArray
 
 Params = dict[str, dict[str, Array]]
 Layout = dict[str, dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]]
@@ -74,6 +75,9 @@ def check_params(params: Params, config: LatentMoEConfig) -> None:
         listed = [f"missing {'/'.join(path)}" for path in missing] + [f"not used: {'/'.join(path)}" for path in extra]
         raise InputError(f"params do not fit the config: {', '.join(listed)}. init_params(key, config) makes them.")
     for path, leaf in given.items():
+        if isinstance(leaf, ScaledArray):
+            check_scaled(path, leaf, wanted[path].shape)
+            continue
         if leaf.shape != wanted[path].shape:
             raise InputError(f"params {'/'.join(path)} of shape {leaf.shape} must be of shape {wanted[path].shape}.")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -82,6 +86,17 @@ def check_params(params: Params, config: LatentMoEConfig) -> None:
         raise InputError(
             f"params router/bias of dtype {params['router']['bias'].dtype} must be float32: a narrower one cannot hold "
             "the small differences that balance the experts."
+        )
+
+
+def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:
+    """Raises InputError unless it is w_in [E, l, m], gated [E, l, 2 m], or w_out [E, m, l]."""
+    if path[0] != "experts":
+        raise InputError(f"params {'/'.join(path)} cannot be in format {leaf.format}: only the experts' weights can.")
+    flat = (*shape[:2], math.prod(shape[2:]))
+    if leaf.shape != flat:
+        raise InputError(
+            f"params {'/'.join(path)} in format {leaf.format} of shape {leaf.shape} must be of shape {flat}."
         )
 
 

@@ -1,6 +1,7 @@
 """Random configurations: every field that a layer reads, drawn where it is read."""
 
-from jax_latent_moe.config import ACTIVATIONS, LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
+from jax_latent_moe.activations import ACTIVATIONS
+from jax_latent_moe.config import LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
 
 
 def random_router(rng, num_groups, topk_groups, group_score_topk) -> RouterConfig:
@@ -39,7 +40,7 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
     experts = groups * group
     router = random_router(rng, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item())
     k = rng.integers(1, topk_groups * group, endpoint=True).item()
-    activation, latent_norm = rng.choice(ACTIVATIONS).item(), rng.choice(LATENT_NORMS).item()
+    activation, latent_norm = rng.choice(tuple(ACTIVATIONS)).item(), rng.choice(LATENT_NORMS).item()
     fields = dict(
         hidden_size=rng.integers(3, 12).item(),
         latent_size=rng.choice([None, 2, 4, 8]),

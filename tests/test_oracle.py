@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jax_latent_moe.config import ACTIVATIONS, LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
+from jax_latent_moe.activations import ACTIVATIONS
+from jax_latent_moe.config import LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
 from tests import cases, oracle
 
 STEP = 1e-6

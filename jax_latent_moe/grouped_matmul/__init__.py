@@ -11,35 +11,50 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.config import BackendConfig, as_backend
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.grouped_matmul.fused import FusedActivation
-from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, gathered, scattered
-from jax_latent_moe.grouped_matmul.problem import Problem, problem
-from jax_latent_moe.grouped_matmul.registry import Backend, FusingBackend, explain, select, select_fusing
+from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.grouped_matmul.backend import Backend
+from jax_latent_moe.grouped_matmul.operands import (
+    GatheredRows,
+    LastColumns,
+    Operands,
+    Outputs,
+    gathered,
+    operand_of,
+    scattered,
+)
+from jax_latent_moe.grouped_matmul.problem import Epilogue, Operand, Problem, problem
+from jax_latent_moe.grouped_matmul.registry import Bound, as_backend, explain, fused, register, select
 
 __all__ = [
     "Backend",
-    "FusedActivation",
-    "FusingBackend",
+    "Bound",
+    "Epilogue",
     "GatheredRows",
+    "LastColumns",
+    "Operand",
+    "Operands",
+    "Outputs",
     "Problem",
+    "as_backend",
     "explain",
+    "fused",
     "grouped_matmul",
     "grouped_wgrad",
+    "operand_of",
     "problem",
+    "register",
     "select",
-    "select_fusing",
 ]
 
 
 def grouped_matmul(
     rows: Float[Array, "r a"] | GatheredRows,
-    w: Float[Array, "e k n"],
+    w: Float[Array, "e k n"] | ScaledArray,
     group_sizes: Int[Array, " e"],
     *,
     transpose_w: bool = False,
-    backend: str | BackendConfig = "auto",
+    backend="auto",
 ) -> Float[Array, "r b"]:
     """rows[R,K] x w[e][K,N] -> [R,N] for the rows of each expert; with transpose_w, rows[R,N] x w[e]^T -> [R,K].
 
@@ -48,7 +63,7 @@ def grouped_matmul(
 
     Args:
         rows: [R, K] (or [R, N] with transpose_w), sorted by expert; `GatheredRows` need not be gathered beforehand.
-        w: [E, K, N], of the dtype of rows.
+        w: [E, K, N], of the dtype of rows, or a `ScaledArray`, which gets no gradient.
         group_sizes: [E] int32, rows of each expert. Checked when the values are known; under jit, a negative size
             counts as 0 and rows that do not exist are left out.
         transpose_w: contract the last axis of w instead of the second.
@@ -61,14 +76,16 @@ def grouped_matmul(
         InputError: shapes, dtypes or group sizes do not fit.
         UnsupportedError: the named backend cannot run this.
     """
-    rows, w = _check_gathered(rows) if isinstance(rows, GatheredRows) else jnp.asarray(rows), jnp.asarray(w)
+    rows = _check_gathered(rows) if isinstance(rows, GatheredRows) else jnp.asarray(rows)
+    w = w if isinstance(w, ScaledArray) else jnp.asarray(w)
     _check_rows("rows", rows.table if isinstance(rows, GatheredRows) else rows)
     if w.ndim != 3 or rows.shape[1] != w.shape[2 if transpose_w else 1]:
         raise InputError(
             f"w of shape {w.shape} does not fit rows of shape {rows.shape}: w is [experts, in, out] and its "
             f"{'out' if transpose_w else 'in'} is the width of rows."
         )
-    _check_same_dtype(rows=rows, w=w)
+    if not isinstance(w, ScaledArray):
+        _check_same_dtype(rows=rows, w=w)
     group_sizes = _check_group_sizes(group_sizes, w.shape[0], rows.shape[0])
     return _matmul(as_backend(backend), transpose_w, rows, w, group_sizes)
 
@@ -78,7 +95,7 @@ def grouped_wgrad(
     dout: Float[Array, "r n"],
     group_sizes: Int[Array, " e"],
     *,
-    backend: str | BackendConfig = "auto",
+    backend="auto",
 ) -> Float[Array, "e k n"]:
     """rows^T x dout over the rows of each expert: [R,K], [R,N] -> [E,K,N].
 
@@ -101,44 +118,14 @@ def grouped_wgrad(
         raise InputError(f"rows of shape {rows.shape} and dout of shape {dout.shape} must have as many rows.")
     _check_same_dtype(rows=rows, dout=dout)
     group_sizes = _check_group_sizes(group_sizes, None, rows.shape[0])
-    return _outer(as_backend(backend), rows, dout, group_sizes)
-
-
-def matmul_unchecked(
-    rows: Float[Array, "r k"] | GatheredRows | LastColumns,
-    w: Float[Array, "e k n"],
-    group_sizes: Int[Array, " e"],
-    *,
-    backend: str | BackendConfig = "auto",
-) -> Float[Array, "r n"]:
-    """What `grouped_matmul` gives, unchecked and without a derivative, of rows which may be `LastColumns`."""
-    w = jnp.asarray(w)
-    experts, in_features, out_features = w.shape
-    asked = problem("fwd", rows.shape[0], (experts, in_features, out_features), rows.dtype)
-    return select(asked, backend).matmul(rows, w, group_sizes, transpose_w=False)
-
-
-def wgrad_and_operands(
-    rows: Float[Array, "r k"] | GatheredRows | LastColumns,
-    dout: Float[Array, "r n"] | GatheredRows,
-    group_sizes: Int[Array, " e"],
-    *,
-    backend: str | BackendConfig = "auto",
-) -> tuple[Float[Array, "e k n"], Float[Array, "r k"] | LastColumns, Float[Array, "r n"]]:
-    """What `grouped_wgrad` gives, unchecked and without a derivative; and its operands, which may be `GatheredRows`.
-
-    `GatheredRows` come back gathered: for who reads them again, once a kernel has gathered them while it multiplied.
-    """
-    shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-    chosen = select(problem("wgrad", rows.shape[0], shape, rows.dtype), backend)
-    return chosen.outer(rows, dout, group_sizes)
+    return _wgrad(as_backend(backend), rows, dout, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(backend, transpose_w, rows, w, group_sizes):
     contraction = "dgrad" if transpose_w else "fwd"
-    chosen = select(problem(contraction, rows.shape[0], w.shape, rows.dtype), backend)
-    return chosen.matmul(rows, w, group_sizes, transpose_w=transpose_w)
+    asked = problem(contraction, rows.shape[0], w.shape, rows.dtype, lhs=operand_of(rows), rhs=operand_of(w))
+    return select(asked, backend)(Operands(rows, w, group_sizes)).out
 
 
 def _matmul_fwd(backend, transpose_w, rows, w, group_sizes):
@@ -150,28 +137,31 @@ def _matmul_bwd(backend, transpose_w, residuals, dout):
     drows = _matmul(backend, not transpose_w, dout, w, group_sizes)
     if isinstance(rows, GatheredRows):
         drows = scattered(rows, drows)
+    if isinstance(w, ScaledArray):
+        return drows, None, None
     left, right = (dout, gathered(rows)) if transpose_w else (gathered(rows), dout)
-    return drows, _outer(backend, left, right, group_sizes), None
+    return drows, _wgrad(backend, left, right, group_sizes), None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _outer(backend, rows, dout, group_sizes):
-    return wgrad_and_operands(rows, dout, group_sizes, backend=backend)[0]
+def _wgrad(backend, rows, dout, group_sizes):
+    shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
+    return select(problem("wgrad", rows.shape[0], shape, rows.dtype), backend)(Operands(rows, dout, group_sizes)).out
 
 
-def _outer_fwd(backend, rows, dout, group_sizes):
-    return _outer(backend, rows, dout, group_sizes), (rows, dout, group_sizes)
+def _wgrad_fwd(backend, rows, dout, group_sizes):
+    return _wgrad(backend, rows, dout, group_sizes), (rows, dout, group_sizes)
 
 
-def _outer_bwd(backend, residuals, dw):
+def _wgrad_bwd(backend, residuals, dw):
     rows, dout, group_sizes = residuals
     return _matmul(backend, True, dout, dw, group_sizes), _matmul(backend, False, rows, dw, group_sizes), None
 
 
-_outer.defvjp(_outer_fwd, _outer_bwd)
+_wgrad.defvjp(_wgrad_fwd, _wgrad_bwd)
 
 
 def _check_gathered(rows):

@@ -1,16 +1,19 @@
-"""Rows of a grouped matmul that stand anywhere in a table: named by their ids rather than gathered beforehand."""
+"""What a grouped matmul reads and gives: rows that need not be gathered or cut out beforehand, operands, results."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from jax_latent_moe.device import default_device
+from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.formats import ScaledArray, format_of
+from jax_latent_moe.grouped_matmul.problem import Operand
 
 
 class GatheredRows(NamedTuple):
-    """The rows table[row_ids], [R, K], perhaps weighted. Compiled kernels gather them while they multiply.
+    """The rows table[row_ids], [R, K], perhaps weighted. Some kernels gather them while they multiply.
 
     Attributes:
         table: [T, K].
@@ -34,7 +37,7 @@ class GatheredRows(NamedTuple):
 
 
 class LastColumns(NamedTuple):
-    """The last columns of wider rows, [R, K], which compiled kernels read where they stand. No argument of a jit.
+    """The last columns of wider rows, [R, K]. Some kernels read them in place. It cannot be an argument of a jit.
 
     Attributes:
         matrix: [R, C].
@@ -55,15 +58,72 @@ class LastColumns(NamedTuple):
         return self.matrix.dtype
 
 
-def gathered(rows: Float[Array, "r k"] | GatheredRows | LastColumns) -> Float[Array, "r k"]:
-    """The rows themselves: gathered or cut out if they are not yet. Has no derivative: see `scattered`."""
+class Operands(NamedTuple):
+    """What one product reads.
+
+    Attributes:
+        lhs: rows [R, K] of fwd and wgrad, [R, N] of dgrad.
+        rhs: the weight [E, K, N] of fwd and dgrad, rows [R, N] of wgrad.
+        group_sizes: [E] int32.
+        residual: with a gradient in the epilogue, what the forward pass kept, [R, K] or [R, 2 K].
+        row_weights: with a gradient in the epilogue, what each row's gradient is multiplied by, [R].
+    """
+
+    lhs: Any
+    rhs: Any
+    group_sizes: Int[Array, " e"]
+    residual: Float[Array, "r p"] | None = None
+    row_weights: Float[Array, " r"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What one product gives; a field that the product does not have is None.
+
+    Attributes:
+        out: the product: [R, N], [R, K] or [E, K, N]. With a value in the epilogue the hidden rows; with a gradient in
+            it the gradient of the pre-activation times row_weights.
+        residual: with a value in the epilogue, what it keeps.
+        hidden: with a gradient in the epilogue that is made of the pre-activation, hidden rows times row_weights.
+        row_weight_gradients: with a gradient in the epilogue, <dhidden, hidden> of each row, [R] float32.
+        lhs: the left operand as a dense array, or as `LastColumns`: gathered rows are there once a kernel has read
+            them.
+        rhs: the right operand, likewise.
+    """
+
+    out: Any
+    residual: Float[Array, "r p"] | None = None
+    hidden: Float[Array, "r m"] | None = None
+    row_weight_gradients: Float[Array, " r"] | None = None
+    lhs: Any = None
+    rhs: Any = None
+
+
+def operand_of(array: Array | ScaledArray | GatheredRows | LastColumns) -> Operand:
+    """How an array is stored, for a `Problem`."""
+    if isinstance(array, GatheredRows | LastColumns):
+        layout = "gathered" if isinstance(array, GatheredRows) else "columns"
+        return Operand(jnp.dtype(array.dtype).name, layout)
+    return Operand(format_of(array))
+
+
+def gathered(
+    rows: Float[Array, "r k"] | GatheredRows | LastColumns, device: Device | None = None
+) -> Float[Array, "r k"]:
+    """The rows as a dense array. Has no derivative: see `scattered`.
+
+    Args:
+        rows: dense rows, which come back as they are, rows of a table, or columns of wider rows.
+        device: where they are gathered; None is JAX's default device.
+    """
     if isinstance(rows, LastColumns):
         return rows.matrix[:, rows.matrix.shape[1] - rows.width :]
     if not isinstance(rows, GatheredRows):
         return rows
     table, row_ids, weights = rows
-    # XLA's kernel on a GPU has each thread move one element: it moves two as one number in half the time.
-    if default_device()[0] == "gpu" and table.dtype == jnp.bfloat16 and table.shape[1] % 2 == 0:
+    platform = (device or current_device()).platform
+    # XLA's gather on a GPU moves one element a thread: two bfloat16 as one number take half the time.
+    if platform == "gpu" and table.dtype == jnp.bfloat16 and table.shape[1] % 2 == 0:
         pairs = _take(lax.bitcast_convert_type(table.reshape(table.shape[0], -1, 2), jnp.uint32), row_ids)
         pairs = pairs if weights is None else _times(pairs, weights[:, None])
         return lax.bitcast_convert_type(pairs, table.dtype).reshape(-1, table.shape[1])

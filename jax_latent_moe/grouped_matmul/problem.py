@@ -5,11 +5,44 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jax_latent_moe.device import default_device, is_hopper
-from jax_latent_moe.grouped_matmul.fused import FusedActivation
+from jax_latent_moe.activations import BoundActivation, Residual
+from jax_latent_moe.device import Device, current_device
 
 Contraction = Literal["fwd", "dgrad", "wgrad"]
-HOPPER_DTYPES = ("bfloat16", "float16")
+Layout = Literal["dense", "gathered", "columns"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """How one operand, or the result, is stored.
+
+    Attributes:
+        format: a dtype's name, or that of a registered `Format`.
+        layout: "dense", "gathered" for `GatheredRows`, or "columns" for `LastColumns` of wider rows.
+    """
+
+    format: str
+    layout: Layout = "dense"
+
+    def __str__(self) -> str:
+        return self.format if self.layout == "dense" else f"{self.layout} {self.format}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """An activation inside of a product: its value in fwd, its gradient in dgrad.
+
+    Attributes:
+        activation: which activation.
+        residual: what fwd keeps for the gradient, and what dgrad makes the gradient of. None in an fwd without
+            gradient.
+    """
+
+    activation: BoundActivation
+    residual: Residual | None
+
+    def __str__(self) -> str:
+        return f"{self.activation} keeping {self.residual or 'nothing'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,40 +53,68 @@ class Problem:
         contraction: "fwd" is rows x w, "dgrad" is rows x w^T, "wgrad" is rows^T x rows, each per expert.
         num_rows: R, rows in all.
         num_experts: E, experts with rows or without.
-        in_features: K of the weight [E, K, N].
-        out_features: N of the weight [E, K, N].
-        dtype: type of rows and weights.
-        platform: "cpu", "gpu" or "tpu".
-        device_kind: the device's own name, such as "NVIDIA H100 80GB HBM3".
-        activation: fused into the product: with "fwd" its value, with "dgrad" its gradient. None for a plain one.
+        k: K of the weight [E, K, N].
+        n: N of the weight [E, K, N].
+        lhs: rows [R, K] of fwd and wgrad, [R, N] of dgrad.
+        rhs: the weight of fwd and dgrad, rows [R, N] of wgrad.
+        out: the result.
+        device: where it runs.
+        epilogue: what is fused into the product; None for the plain product.
     """
 
     contraction: Contraction
     num_rows: int
     num_experts: int
-    in_features: int
-    out_features: int
-    dtype: str
-    platform: str
-    device_kind: str
-    activation: FusedActivation | None = None
+    k: int
+    n: int
+    lhs: Operand
+    rhs: Operand
+    out: Operand
+    device: Device
+    epilogue: Epilogue | None = None
+
+    def __str__(self) -> str:
+        fused = f" with {self.epilogue}" if self.epilogue else ""
+        sizes = f"{self.num_rows} rows, {self.num_experts} experts of {self.k} x {self.n}"
+        return f"{self.contraction}{fused} of {self.lhs} and {self.rhs} to {self.out}, {sizes}"
+
+    def dense(self) -> "Problem":
+        """The same problem with dense operands."""
+        return dataclasses.replace(
+            self,
+            lhs=dataclasses.replace(self.lhs, layout="dense"),
+            rhs=dataclasses.replace(self.rhs, layout="dense"),
+        )
+
+    def plain(self) -> "Problem":
+        """The same product without its epilogue."""
+        return dataclasses.replace(self, epilogue=None)
 
 
 def problem(
     contraction: Contraction,
     num_rows: int,
-    w_shape: tuple[int, int, int],
+    w_shape: tuple[int, ...],
     dtype,
-    activation: FusedActivation | None = None,
+    *,
+    lhs: Operand | None = None,
+    rhs: Operand | None = None,
+    epilogue: Epilogue | None = None,
+    device: Device | None = None,
 ) -> Problem:
-    """The `Problem` that a call on the default device poses: what `explain` and `select` ask for."""
-    return Problem(contraction, num_rows, *w_shape, jnp.dtype(dtype).name, *default_device(), activation)
+    """A `Problem`: what `explain` and `select` ask for.
 
-
-def hopper_refusal(asked: Problem) -> str | None:
-    """None, or what keeps kernels for 16-bit types on Hopper GPUs from running the asked."""
-    if asked.platform != "gpu" or not is_hopper(asked.device_kind):
-        return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {asked.device_kind!r}."
-    if asked.dtype not in HOPPER_DTYPES:
-        return f"its kernels multiply {' and '.join(HOPPER_DTYPES)}, not {asked.dtype}."
-    return None
+    Args:
+        contraction: "fwd", "dgrad" or "wgrad".
+        num_rows: R.
+        w_shape: (E, K, N).
+        dtype: of the result, and of both operands unless they are given.
+        lhs: the left operand, where it is not a dense array of dtype.
+        rhs: the right operand, likewise.
+        epilogue: what is fused into the product.
+        device: where it runs; None is JAX's default device.
+    """
+    own, (num_experts, k, n) = Operand(jnp.dtype(dtype).name), w_shape
+    return Problem(
+        contraction, num_rows, num_experts, k, n, lhs or own, rhs or own, own, device or current_device(), epilogue
+    )

@@ -1,112 +1,31 @@
-"""What a grouped-matmul backend is, which ones there are, and how one is chosen."""
+"""Which backends there are, and the decision of one problem: backend, tile, and which rows are gathered when."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal
 
-from jaxtyping import Array, Float, Int
-
-from jax_latent_moe.config import BackendConfig, CutlassBackend, PallasBackend, XlaBackend, as_backend
-from jax_latent_moe.errors import UnsupportedError
+from jax_latent_moe.errors import ConfigError, UnsupportedError
+from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
-from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns
+from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassBackend
+from jax_latent_moe.grouped_matmul.operands import Operands, Outputs, gathered
 from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
-from jax_latent_moe.grouped_matmul.problem import Problem
-from jax_latent_moe.grouped_matmul.tuning.table import Choice
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasBackend
+from jax_latent_moe.grouped_matmul.problem import Epilogue, Problem
+from jax_latent_moe.grouped_matmul.tuning.table import measured_tile
 from jax_latent_moe.grouped_matmul.xla.backend import Xla
+from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
 
+BackendConfig = Any
+"""The settings of a registered backend: one of the dataclasses in `BACKENDS`."""
 
-@runtime_checkable
-class Backend(Protocol):
-    """Computes the three contractions. Rows are sorted by expert; group_sizes counts the rows of each.
-
-    Negative sizes, and sums above the rows, which nobody can refuse under jit, are cut to the rows there are.
-    Rows beyond sum(group_sizes) give zero rows and leak nowhere, whatever they hold; an expert without rows gets an
-    exactly zero outer product. Accumulation is in float32 (float64 for float64 operands).
-    """
-
-    def supports(self, problem: Problem) -> str | None:
-        """None when this backend runs the problem, else the reason, as a sentence."""
-        ...
-
-    def tile(self, problem: Problem) -> Choice | None:
-        """The tile that would run the problem and where it comes from; None where there is none to choose."""
-        ...
-
-    def candidates(self, problem: Problem) -> tuple[BackendConfig, ...]:
-        """Configurations that differ in the tile of the problem's contraction, for `tune` to time; empty for none."""
-        ...
-
-    def matmul(
-        self,
-        rows: Float[Array, "r a"] | GatheredRows | LastColumns,
-        w: Float[Array, "e k n"],
-        group_sizes: Int[Array, " e"],
-        *,
-        transpose_w: bool,
-    ) -> Float[Array, "r b"]:
-        """rows[R,K] x w -> [R,N]; with transpose_w rows[R,N] x w^T -> [R,K]."""
-        ...
-
-    def outer(
-        self,
-        rows: Float[Array, "r k"] | GatheredRows | LastColumns,
-        dout: Float[Array, "r n"] | GatheredRows,
-        group_sizes: Int[Array, " e"],
-    ) -> tuple[Float[Array, "e k n"], Float[Array, "r k"] | LastColumns, Float[Array, "r n"]]:
-        """rows^T x dout over the rows of each expert; and rows and dout, gathered."""
-        ...
-
-
-@runtime_checkable
-class FusingBackend(Backend, Protocol):
-    """A backend that may also run problems with an activation; `supports` says which."""
-
-    def keeps_gate(self, activation) -> bool:
-        """Whether its gradient of that activation is made of gate and hidden rows rather than of the pre-activation."""
-        ...
-
-    def matmul_activation(
-        self,
-        rows: Float[Array, "r k"] | GatheredRows,
-        w: Float[Array, "e k n"],
-        group_sizes: Int[Array, " e"],
-        *,
-        activation,
-        keep_pre: bool,
-    ) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"] | None]:
-        """The pre-activation rows x w, None unless it is to be kept, and the activation of it; zero beyond the sum.
-
-        Where `keeps_gate` and it is to be kept, the first is gate and hidden rows side by side and the second None.
-        """
-        ...
-
-    def matmul_activation_grad(
-        self,
-        dout: Float[Array, "r n"] | GatheredRows,
-        w: Float[Array, "e m n"],
-        group_sizes: Int[Array, " e"],
-        kept: Float[Array, "r p"],
-        row_weights: Float[Array, " r"],
-        *,
-        activation,
-    ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"], Float[Array, "r n"]]:
-        """With dhidden = dout x w^T: the gradient of the pre-activation, the hidden rows, and <dhidden, hidden>; dout.
-
-        The first two are times row_weights, of which the third is the gradient.
-        `kept` holds hidden rows where `FusedActivation.keeps_hidden`, or these behind the gate where `keeps_gate`, and
-        the second result is None; else it holds the pre-activation. The gradient may take its place. The third result
-        is in float32. All are zero beyond the sum. The last is dout itself, gathered.
-        """
-        ...
-
-
-_BACKENDS = {
-    XlaBackend: Xla,
-    PallasBackend: Pallas,
-    CutlassBackend: Cutlass,
+# One row a backend: its name, its settings, what runs it.
+BACKENDS: dict[str, tuple[type, type[Backend]]] = {
+    "xla": (XlaBackend, Xla),
+    "pallas": (PallasBackend, Pallas),
+    "cutlass": (CutlassBackend, Cutlass),
 }
 
-# What "auto" asks, in order, by platform: the first that supports the problem runs (measured: docs/performance.md).
+# What "auto" asks, in order, by platform. The first that supports the problem runs; docs/performance.md has the times.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
     "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
@@ -114,8 +33,53 @@ AUTO: dict[str, tuple[BackendConfig, ...]] = {
 }
 
 
-def select(problem: Problem, backend: str | BackendConfig = "auto") -> Backend:
-    """The backend that runs the problem.
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A problem with all that was decided about it. Calling it runs it.
+
+    Attributes:
+        backend: what runs it.
+        problem: what it runs.
+        tile: the tile of its kernel; None where there is nothing to choose.
+        source: where the tile comes from: the config, a table or a heuristic.
+        in_place: operands that the kernel gathers, or reads out of wider rows, while it runs.
+    """
+
+    backend: Backend
+    problem: Problem
+    tile: Any
+    source: str
+    in_place: tuple[str, ...]
+
+    def __call__(self, operands: Operands) -> Outputs:
+        """Runs the problem on operands of its shapes."""
+        device = self.problem.device
+        if "lhs" not in self.in_place:
+            operands = operands._replace(lhs=gathered(operands.lhs, device))
+        if self.problem.contraction == "wgrad" and "rhs" not in self.in_place:
+            operands = operands._replace(rhs=gathered(operands.rhs, device))
+        outputs = self.backend.run(self.problem, self.tile, operands)
+        lhs, rhs = (
+            given if made is None else made
+            for made, given in ((outputs.lhs, operands.lhs), (outputs.rhs, operands.rhs))
+        )
+        return dataclasses.replace(outputs, lhs=lhs, rhs=rhs)
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend.config!r} runs it"]
+        if self.tile is not None:
+            lines.append(f"tile: {self.tile!r}, from {self.source}")
+        for name in ("lhs", "rhs"):
+            operand = getattr(self.problem, name)
+            if operand.layout != "dense":
+                how = "in the kernel" if name in self.in_place else "before the kernel"
+                done = "gathered" if operand.layout == "gathered" else "cut out of wider rows"
+                lines.append(f"{name}: {done} {how}")
+        return "\n".join(lines)
+
+
+def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
+    """The whole decision of a problem, before anything runs.
 
     Args:
         problem: the grouped matmul.
@@ -123,49 +87,109 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Backend:
 
     Raises:
         UnsupportedError: the named backend cannot run the problem.
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or the user's table of tiles cannot be read.
     """
     refusal = None
-    for config in _candidates(problem, backend):
-        chosen = _BACKENDS[type(config)](config)
-        reason = chosen.supports(problem)
+    for candidate in _candidates(problem, backend):
+        reason = candidate.supports(problem)
         if reason is None:
-            return chosen
-        refusal = UnsupportedError(_name(config), reason, "Use backend='auto' or XlaBackend(), which runs everywhere.")
+            return bind(candidate, problem)
+        refusal = UnsupportedError(
+            name_of(candidate.config), reason, "Use backend='auto' or XlaBackend(), which runs everywhere."
+        )
     assert refusal is not None
     raise refusal
 
 
-def select_fusing(problem: Problem, backend: str | BackendConfig = "auto") -> FusingBackend | None:
-    """The backend that runs the problem without its activation, if it also runs it with; else None: compose the two.
+def bind(backend: Backend, problem: Problem) -> Bound:
+    """The decision of a problem that the backend supports: the config's tile, else a measured one, else a heuristic's.
 
     Raises:
-        UnsupportedError: the named backend cannot even run the plain problem.
-        ConfigError: the name is unknown.
+        ConfigError: the user's table of tiles cannot be read.
     """
-    chosen = select(dataclasses.replace(problem, activation=None), backend)
-    return chosen if isinstance(chosen, FusingBackend) and chosen.supports(problem) is None else None
+    tile, source = backend.given_tile(problem), "the config"
+    if tile is None:
+        tile, source = _tile(backend, problem)
+    return Bound(backend, problem, tile, source, backend.in_place(problem, tile))
+
+
+def fused(bound: Bound, epilogue: Epilogue) -> Bound | None:
+    """The same backend with the epilogue in its kernel; None where it does not fuse it, and the two are composed.
+
+    Raises:
+        UnsupportedError: the backend's config insists on the epilogue, and its kernels do not know the activation.
+        ConfigError: the user's table of tiles cannot be read.
+    """
+    asked = dataclasses.replace(bound.problem, epilogue=epilogue)
+    reason = bound.backend.supports(asked)
+    if reason is None:
+        return bind(bound.backend, asked)
+    if bound.backend.insists(epilogue):
+        raise UnsupportedError(name_of(bound.backend.config), reason, "Use backend='auto' or XlaBackend() otherwise.")
+    return None
 
 
 def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:
-    """Who is asked to run the problem, in order, and what each says: one line a backend, and one for the tile."""
-    lines = [f"{problem.contraction} on {problem.platform} ({problem.device_kind}), backend={backend!r}:"]
-    for config in _candidates(problem, backend):
-        chosen = _BACKENDS[type(config)](config)
-        reason = chosen.supports(problem)
+    """Which backends are asked to run the problem, in order, what each says, and the decision.
+
+    Raises:
+        ConfigError: the name is unknown, or the user's table of tiles cannot be read.
+    """
+    lines = [f"{problem} on {problem.device.platform} ({problem.device.kind}), backend={backend!r}:"]
+    for candidate in _candidates(problem, backend):
+        reason = candidate.supports(problem)
         if reason is None:
-            lines.append(f"  {config!r}: runs it")
-            if choice := chosen.tile(problem):
-                lines.append(f"    {choice.tile!r}, from {choice.source}")
+            lines += [f"  {line}" for line in str(bind(candidate, problem)).splitlines()]
             break
-        lines.append(f"  {config!r}: refuses: {reason}")
+        lines.append(f"  {candidate.config!r} refuses: {reason}")
     return "\n".join(lines)
 
 
-def _candidates(problem, backend):
+def as_backend(backend: str | BackendConfig) -> "Literal['auto'] | BackendConfig":
+    """A backend given by name or dataclass, as "auto" or a dataclass.
+
+    Raises:
+        ConfigError: the name or type is unknown.
+    """
+    if isinstance(backend, str) and backend in BACKENDS:
+        return BACKENDS[backend][0]()
+    if backend == "auto" or isinstance(backend, tuple(config for config, _ in BACKENDS.values())):
+        return backend
+    names = ", ".join(f"'{name}'" for name in ("auto", *BACKENDS))
+    types = ", ".join(f"{config.__name__}(...)" for config, _ in BACKENDS.values())
+    raise ConfigError(f"backend={backend!r} is unknown: use one of {names}, or {types}.")
+
+
+def register(name: str, config_type: type, backend_type: type[Backend]) -> None:
+    """Adds a backend: `config_type` is the frozen dataclass of its settings, made without arguments for its name.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if name in BACKENDS or name == "auto":
+        raise ConfigError(f"backend {name!r} is registered already: choose another name.")
+    BACKENDS[name] = config_type, backend_type
+
+
+def name_of(config: BackendConfig) -> str:
+    """The name of a backend's settings."""
+    return next(name for name, (config_type, _) in BACKENDS.items() if isinstance(config, config_type))
+
+
+def _candidates(problem, backend) -> list[Backend]:
     backend = as_backend(backend)
-    return AUTO.get(problem.platform, (XlaBackend(),)) if backend == "auto" else (backend,)
+    configs = AUTO.get(problem.device.platform, (XlaBackend(),)) if backend == "auto" else (backend,)
+    return [BACKENDS[name_of(config)][1](config) for config in configs]
 
 
-def _name(config):
-    return type(config).__name__.removesuffix("Backend").lower()
+def _tile(backend, problem):
+    tiles = backend.tiles(problem)
+    if not tiles:
+        return None, "no choice"
+    found = measured_tile(backend.tile_type(problem), name_of(backend.config), problem)
+    if found is None:
+        return tiles[0], "a heuristic: no table has this problem"
+    tile, source = found
+    if tile not in tiles:
+        return tiles[0], f"a heuristic: no kernel has {tile!r} of {source}"
+    return tile, source

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.device import default_device
+from jax_latent_moe.device import current_device
 from jax_latent_moe.errors import ConfigError, UnsupportedError
 
 LATENCY_MS = 0.07
@@ -64,7 +64,7 @@ def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
     costs = dispatch_costs(config, devices, tokens)
     assert config.parallel is not None
     named = config.parallel.dispatch
-    if named == "ragged_all_to_all" and default_device()[0] == "cpu":
+    if named == "ragged_all_to_all" and current_device().platform == "cpu":
         raise UnsupportedError(named, "XLA has no such collective on CPUs.", "Use dispatch='all_gather' or 'auto'.")
     return min(("all_gather", "all_to_all"), key=lambda name: costs[name].ms) if named == "auto" else named
 

@@ -7,7 +7,7 @@ from jax_latent_moe.plan.gpus import B200, GPU, H100, H200
 from jax_latent_moe.plan.report import CostPlan, make_cost_plan, render
 from jax_latent_moe.plan.timing import Part
 
-__all__ = ["GPU", "GPUS", "Part", "CostPlan", "make_cost_plan", "render"]
+__all__ = ["GPU", "GPUS", "CostPlan", "Part", "make_cost_plan", "render"]
 
 GPUS = {"h100": H100, "h200": H200, "b200": B200}
 """The GPUs that are known, by name."""

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
-from jax_latent_moe.activations import keeps_hidden
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
-from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import KEEPS_GATE
+from jax_latent_moe.expert_plan import choose_residual
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
 
@@ -84,15 +84,21 @@ def memory(
 def _beside_kept_rows(config, narrow: int, kept: int) -> int:
     """Bytes of rows that stand beside those that a backward pass needs: gathered ones and outputs of experts.
 
-    The two share a place. Hidden rows that are not kept, and narrower ones where these are not either, find one among
-    the results, such as that of a weight's gradient, before these are written.
+    Gathered rows and outputs of experts use the same memory at different times. Hidden rows that are not kept, and
+    narrower rows beside them, use memory of results that are not written yet, such as a weight's gradient.
     """
     return narrow if hidden_rows_stay(config) or narrow >= kept else 0
 
 
 def hidden_rows_stay(config) -> bool:
-    """Whether hidden rows are among what a backward pass needs, as the compiled kernels have it."""
-    return keeps_hidden(config) or config.activation in KEEPS_GATE
+    """Whether hidden rows are among what a backward pass needs, by the decision that the compiled kernels lead to."""
+    activation = config.bound_activation
+    residual = choose_residual(
+        activation,
+        lambda residual: fuses("fwd", activation, residual),
+        lambda residual: fuses("dgrad", activation, residual),
+    )
+    return residual != "pre"
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_latent_moe.config import BackendConfig
-from jax_latent_moe.native import compiled_runs
+from jax_latent_moe import native
+from jax_latent_moe.grouped_matmul.registry import BackendConfig
+from jax_latent_moe.routing.compiled import compiled_runs
 
 MOST_EXPERTS = 2048
 """In the compiled kernel (custom_calls/src/expert_sort.h)."""
@@ -55,7 +56,7 @@ def compiled_sort_by_expert(ids: Int[Array, " r"], num_experts: int) -> Sorted:
     """The same of [R] int32, at most `MOST_EXPERTS` experts, by the compiled kernel."""
     counts = (-(-ids.size // CHUNK), num_experts + 1)
     outs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((num_experts,), ids.shape, ids.shape, counts)]
-    return Sorted(*jax.ffi.ffi_call("latent_moe_sort", outs, vmap_method="sequential")(ids)[:3])
+    return Sorted(*native.call("sort_by_expert", [ids], outs)[:3])
 
 
 def count_experts(

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_latent_moe.config import BackendConfig
 from jax_latent_moe.grouped_matmul.operands import GatheredRows
+from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last, sort_by_expert
 
 ROW_MULTIPLE = 8

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_latent_moe.config import BackendConfig, RouterConfig
-from jax_latent_moe.device import default_device
+from jax_latent_moe.config import RouterConfig
+from jax_latent_moe.device import current_device
+from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
 from jax_latent_moe.routing.top_k import top_k_ids
@@ -53,7 +54,7 @@ def router_logits_and_projection(
 
 
 def _splits(x, dtype) -> bool:
-    return dtype == "float32" and x.dtype == jnp.bfloat16 and default_device()[0] == "gpu"
+    return dtype == "float32" and x.dtype == jnp.bfloat16 and current_device().platform == "gpu"
 
 
 def route(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.config import BackendConfig
-from jax_latent_moe.native import compiled_runs
+from jax_latent_moe import native
+from jax_latent_moe.grouped_matmul.registry import BackendConfig
+from jax_latent_moe.routing.compiled import compiled_runs
 
 MOST_SCORES = 1024
 """Of a row, in the compiled kernel (custom_calls/src/top_k.h)."""
@@ -33,4 +34,4 @@ def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig 
 def compiled_top_k_ids(scores: Float[Array, "t e"], k: int) -> Int[Array, "t k"]:
     """The same of float32 scores, at most `MOST_SCORES` a row, by the compiled kernel."""
     out = jax.ShapeDtypeStruct((scores.shape[0], k), jnp.int32)
-    return jax.ffi.ffi_call("latent_moe_top_k", out, vmap_method="sequential")(scores)
+    return native.call("top_k", [scores], [out])[0]

@@ -2,204 +2,195 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_latent_moe.config import CutlassBackend, CutlassTile
+from jax_latent_moe import native
+from jax_latent_moe.activations import BoundActivation, Residual
+from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FusedActivation, fusing_refusal
-from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, gathered
-from jax_latent_moe.grouped_matmul.problem import Problem, hopper_refusal, problem
-from jax_latent_moe.grouped_matmul.tuning.table import Choice
-from jax_latent_moe.native import library
+from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
+from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, Outputs
+from jax_latent_moe.grouped_matmul.problem import Contraction
+from jax_latent_moe.grouped_matmul.sm90 import fuse_refusal, kernel_activation, refusal
 
 FEATURE_MULTIPLE = 8
+"""Elements of 16 bytes, which rows are read at a time."""
 MAX_ROWS = 2**31 - 256
 FEW_PRODUCTS = 1024
 """Products of each gathered element below which a kernel would wait for its rows: they are gathered beforehand.
 
-Measured at 768, where it waited, and at 1536, where it did not (benchmarks/results/profiles/h200-2026-11-27.md).
+Kernels waited at 768 products and did not wait at 1536 (benchmarks/results/profiles/h200-2026-11-27.md).
 """
 
+# Activations that gained time inside of a product where they were measured (benchmarks/results/profiles).
+FASTER = {
+    "fwd": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh", "situ_glu"),
+    "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
+}
 
-KEEPS_GATE = ("swiglu", "geglu", "geglu_tanh")
-"""Gated activations of which gate and hidden rows are kept side by side (custom_calls/src/instance.h).
+# What the compiled kernels keep of each activation, and make its gradient of.
+RESIDUALS = {
+    "relu2": "hidden",
+    "gelu": "pre",
+    "gelu_tanh": "pre",
+    "swiglu": "gate_hidden",
+    "geglu": "gate_hidden",
+    "geglu_tanh": "gate_hidden",
+    "situ_glu": "pre",
+}
 
-They are as many bytes as the pre-activation, and neither pass has to write hidden rows beside them.
-"""
+
+def fuses(contraction: Contraction, activation: BoundActivation, residual: Residual) -> bool:
+    """Whether a library with all kernels fuses an activation that keeps a residual, where fuse is "measured".
+
+    For plans on paper of a GPU that is not there.
+    """
+    kernel = kernel_activation(activation)
+    return kernel is not None and kernel.name in FASTER[contraction] and RESIDUALS[kernel.name] == residual
 
 
-class Cutlass:
+class Cutlass(Backend):
     """The `cutlass` backend: see `CutlassBackend` for its settings."""
 
-    def __init__(self, config: CutlassBackend):
-        self.config = config
-
-    def supports(self, problem: Problem) -> str | None:
+    def supports(self, problem):
         """None, or what keeps the kernels from running the problem."""
-        if reason := hopper_refusal(problem):
+        if reason := refusal(problem, FEATURE_MULTIPLE):
             return reason
-        for name in ("in_features", "out_features"):
-            if (size := getattr(problem, name)) % FEATURE_MULTIPLE or not size:
-                return (
-                    f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}: rows are read 16 bytes at a time."
-                )
         if problem.num_experts == 0:
             return "num_experts=0 must be at least 1."
         if problem.num_rows >= MAX_ROWS:
             return f"num_rows={problem.num_rows} must be below {MAX_ROWS}: tiles count rows in 32 bits."
-        if _halves(problem) % FEATURE_MULTIPLE:
-            return (
-                f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}: pad it, or let "
-                "fuse='never' leave the activation to XLA."
-            )
-        if library().missing:
-            return library().missing
-        if problem.activation is not None and (
-            reason := fusing_refusal("cutlass", self.config.fuse, problem.contraction, problem.activation.name)
-        ):
+        if native.library().missing:
+            return native.library().missing
+        if problem.epilogue is not None and (reason := fuse_refusal(problem, self.config.fuse, FASTER)):
             return reason
-        return cutlass_tiles.refusal(problem, self._given(problem))
+        return cutlass_tiles.refusal(problem, self.given_tile(problem))
 
-    def tile(self, problem) -> Choice:
-        """See `Backend.tile`."""
-        if given := self._given(problem):
-            return Choice(given, "the config")
-        return cutlass_tiles.choose(problem)
+    def tiles(self, problem):
+        """See `Backend.tiles`."""
+        return cutlass_tiles.tiles(problem)
 
-    def candidates(self, problem) -> tuple[CutlassBackend, ...]:
-        """See `Backend.candidates`."""
-        tiles = cutlass_tiles.compiled(problem)
-        if problem.contraction == "wgrad":
-            return tuple(CutlassBackend(wgrad_tile=tile) for tile in tiles)
-        return tuple(CutlassBackend(matmul_tile=tile) for tile in tiles)
-
-    def matmul(self, rows, w, group_sizes, *, transpose_w):
-        """See `Backend.matmul`."""
-        tile = self._tile("dgrad" if transpose_w else "fwd", rows, w.shape)
-        out = jax.ShapeDtypeStruct((rows.shape[0], w.shape[1 if transpose_w else 2]), rows.dtype)
-        # No layer names rows x w^T's rows in a table: that its kernels gather them was not tried.
-        rows = gathered(rows) if transpose_w else _for_kernel(rows, tile, out.shape[1])
-        attributes = {"transpose_w": transpose_w, "first_column": _first_column(rows)}
-        attributes |= _matmul_attributes(tile, rows)
-        (out,), _ = _call_gathering("matmul", [out], rows, (_table(rows), w, group_sizes), attributes)
-        return out
-
-    def outer(self, rows, dout, group_sizes):
-        """See `Backend.outer`."""
-        shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-        tile = self._tile("wgrad", rows, shape)
-        rows, dout = _for_kernel(rows, tile, dout.shape[1]), _for_kernel(dout, tile, rows.shape[1])
-        of_rows = isinstance(rows, GatheredRows)
-        dout = gathered(dout) if of_rows else dout  # a kernel gathers the rows of one operand
-        attributes = _tile_attributes(tile) | {
-            "cluster_rows": np.int32(tile.cluster_rows),
-            "cluster_columns": np.int32(tile.cluster_columns),
-            "first_column": _first_column(rows),
-            "gathered_rows": of_rows,
-            "gathered_dout": isinstance(dout, GatheredRows),
-        }
-        outs, operands = [jax.ShapeDtypeStruct(shape, rows.dtype)], (_table(rows), _table(dout), group_sizes)
-        (out,), given = _call_gathering("wgrad", outs, rows if of_rows else dout, operands, attributes)
-        return (out, given, dout) if of_rows else (out, rows, given)
-
-    def keeps_gate(self, activation) -> bool:
-        """See `FusingBackend.keeps_gate`."""
-        return activation.name in KEEPS_GATE
-
-    def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
-        """See `FusingBackend.matmul_activation`."""
-        tile = self._tile("fwd", rows, w.shape, activation)
-        width = w.shape[2] // (2 if activation.gated else 1)
-        in_one, num_rows = keep_pre and self.keeps_gate(activation), rows.shape[0]
-        outs = [
-            jax.ShapeDtypeStruct((num_rows if keep_pre else 0, w.shape[2]), rows.dtype),
-            jax.ShapeDtypeStruct((0 if in_one else num_rows, width), rows.dtype),
-        ]
-        rows = _for_kernel(rows, tile, w.shape[2])
-        attributes = _activation_attributes(activation) | {"keep_pre": keep_pre} | _matmul_attributes(tile, rows)
-        operands = _table(rows), w, group_sizes
-        (pre, hidden), _ = _call_gathering("matmul_activation", outs, rows, operands, attributes)
-        return pre if keep_pre else None, None if in_one else hidden
-
-    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
-        """See `FusingBackend.matmul_activation_grad`."""
-        tile = self._tile("dgrad", dout, w.shape, activation)
-        num_rows, width = dout.shape[0], w.shape[1]
-        column_tiles = -(-width // tile.columns)
-        has_hidden = activation.keeps_hidden or self.keeps_gate(activation)
-        outs = [
-            jax.ShapeDtypeStruct(kept.shape, kept.dtype),
-            jax.ShapeDtypeStruct((0 if has_hidden else num_rows, width), kept.dtype),
-            jax.ShapeDtypeStruct((column_tiles, num_rows), jnp.float32),
-        ]
-        dout = _for_kernel(dout, tile, width)
-        operands = _table(dout), w, group_sizes, kept, row_weights.astype(jnp.float32)
-        attributes = _activation_attributes(activation) | _matmul_attributes(tile, dout)
-        (dpre, hidden, sums), dout = _call_gathering(
-            "matmul_activation_grad", outs, dout, operands, attributes, input_output_aliases={3: 0}
-        )
-        return dpre, None if has_hidden else hidden, jnp.sum(sums, axis=0), dout
-
-    def _given(self, problem):
-        if problem.activation is not None:
+    def given_tile(self, problem):
+        """See `Backend.given_tile`."""
+        if problem.epilogue is not None:
             return None
         return self.config.wgrad_tile if problem.contraction == "wgrad" else self.config.matmul_tile
 
-    def _tile(self, contraction, rows, w_shape, activation=None) -> CutlassTile:
-        return self.tile(problem(contraction, rows.shape[0], w_shape, rows.dtype, activation)).tile
+    def tile_type(self, problem):
+        """See `Backend.tile_type`."""
+        del problem
+        return CutlassTile
+
+    def in_place(self, problem, tile):
+        """Columns of wider rows are read in place by plain products. Rows are gathered by large tiles of many products.
+
+        A wgrad kernel gathers the rows of one operand, and no dgrad kernel without an epilogue was tried with any.
+        """
+        plain, products = problem.epilogue is None, problem.k if problem.contraction == "dgrad" else problem.n
+        gathers = tile.rows > cutlass_tiles.SMALL_TILE and problem.num_rows > 0
+        tried = not (problem.contraction == "dgrad" and plain)
+        gathers_lhs = problem.lhs.layout == "gathered" and gathers and tried and products >= FEW_PRODUCTS
+        gathers_rhs = problem.rhs.layout == "gathered" and gathers and not gathers_lhs and problem.k >= FEW_PRODUCTS
+        reads_columns = problem.lhs.layout == "columns" and plain
+        return ("lhs",) * (gathers_lhs or reads_columns) + ("rhs",) * gathers_rhs
+
+    def insists(self, epilogue):
+        """See `Backend.insists`: fuse="always" does not leave an activation to XLA that its kernels do not know."""
+        return self.config.fuse == "always" and kernel_activation(epilogue.activation) is None
+
+    def run(self, problem, tile, operands):
+        """See `Backend.run`."""
+        attributes = {"kernel": cutlass_tiles.kernel_name(problem, tile)}
+        if problem.contraction == "wgrad":
+            return _wgrad(problem, operands, attributes)
+        attributes |= {"gathered": isinstance(operands.lhs, GatheredRows), "rows_first": tile.rows_first}
+        if problem.epilogue is None:
+            width = problem.n if problem.contraction == "fwd" else problem.k
+            outs = [jax.ShapeDtypeStruct((problem.num_rows, width), operands.lhs.dtype)]
+            attributes |= {"first_column": _first_column(operands.lhs)}
+            (out,), lhs = _call("matmul", outs, operands.lhs, _tables(operands), attributes)
+            return Outputs(out, lhs=lhs)
+        activation = kernel_activation(problem.epilogue.activation)
+        assert activation is not None, "supports refuses what no epilogue knows"
+        attributes |= {"beta": activation.beta, "linear_beta": activation.linear_beta}
+        run = _activation if problem.contraction == "fwd" else _activation_grad
+        return run(problem, tile, operands, attributes)
 
 
-def _halves(problem) -> int:
-    gated = problem.activation is not None and problem.activation.gated
-    return problem.out_features // 2 if gated and problem.contraction == "fwd" else 0
+def _activation(problem, tile, operands, attributes) -> Outputs:
+    del tile
+    residual, dtype = problem.epilogue.residual, operands.lhs.dtype
+    width = problem.n // (2 if problem.epilogue.activation.gated else 1)
+    keeps = residual in ("pre", "gate_hidden")
+    outs = [
+        jax.ShapeDtypeStruct((problem.num_rows if keeps else 0, problem.n), dtype),
+        jax.ShapeDtypeStruct((0 if residual == "gate_hidden" else problem.num_rows, width), dtype),
+    ]
+    attributes |= {"keep_residual": keeps}
+    (kept, hidden), lhs = _call("matmul_activation", outs, operands.lhs, _tables(operands), attributes)
+    if residual == "gate_hidden":
+        return Outputs(LastColumns(kept, width), residual=kept, lhs=lhs)
+    return Outputs(hidden, residual=kept if keeps else hidden if residual == "hidden" else None, lhs=lhs)
 
 
-def _for_kernel(rows, tile, products):
-    """Rows as the tile's kernel is handed them, which multiplies each of their elements so often."""
-    before = tile.rows <= cutlass_tiles.SMALL_TILE or products < FEW_PRODUCTS or not rows.shape[0]
-    return gathered(rows) if before and isinstance(rows, GatheredRows) else rows
+def _activation_grad(problem, tile, operands, attributes) -> Outputs:
+    residual, kept = problem.epilogue.residual, operands.residual
+    num_rows, width = problem.num_rows, problem.k
+    outs = [
+        jax.ShapeDtypeStruct(kept.shape, kept.dtype),
+        jax.ShapeDtypeStruct((num_rows if residual == "pre" else 0, width), kept.dtype),
+        jax.ShapeDtypeStruct((-(-width // tile.columns), num_rows), jnp.float32),
+    ]
+    given = *_tables(operands), kept, operands.row_weights.astype(jnp.float32)
+    # The gradient takes the place of the residual.
+    (dpre, hidden, sums), lhs = _call(
+        "matmul_activation_grad", outs, operands.lhs, given, attributes, input_output_aliases={3: 0}
+    )
+    return Outputs(
+        dpre,
+        hidden=hidden if residual == "pre" else None,
+        row_weight_gradients=jnp.sum(sums, axis=0),
+        lhs=lhs,
+    )
 
 
-def _table(rows):
-    if isinstance(rows, LastColumns):
-        return rows.matrix
-    return rows.table if isinstance(rows, GatheredRows) else rows
+def _wgrad(problem, operands, attributes) -> Outputs:
+    lhs, rhs = operands.lhs, operands.rhs
+    attributes |= {
+        "first_column": _first_column(lhs),
+        "gathered_lhs": isinstance(lhs, GatheredRows),
+        "gathered_rhs": isinstance(rhs, GatheredRows),
+    }
+    outs = [jax.ShapeDtypeStruct((problem.num_experts, problem.k, problem.n), lhs.dtype)]
+    of_lhs = attributes["gathered_lhs"]
+    (out,), rows = _call("wgrad", outs, lhs if of_lhs else rhs, _tables(operands), attributes)
+    return Outputs(out, lhs=rows) if of_lhs else Outputs(out, rhs=rows)
 
 
-def _first_column(rows) -> np.int32:
-    return np.int32(rows.matrix.shape[1] - rows.width if isinstance(rows, LastColumns) else 0)
+def _tables(operands):
+    """The arrays of both operands, gathered or not, and the group sizes."""
+    return (*(_table(operand) for operand in operands[:2]), operands.group_sizes)
 
 
-def _call_gathering(target, outs, rows, operands, attributes, **options):
-    """The results of a target, and rows: it gathers those that are not gathered yet, whose table `operands` has."""
+def _table(operand):
+    if isinstance(operand, LastColumns):
+        return operand.matrix
+    return operand.table if isinstance(operand, GatheredRows) else operand
+
+
+def _first_column(rows) -> int:
+    return rows.matrix.shape[1] - rows.width if isinstance(rows, LastColumns) else 0
+
+
+def _call(target, outs, rows, operands, attributes, **options):
+    """The results of a target, and `rows` as it gathered them, or as they are where they need not be gathered."""
     named = isinstance(rows, GatheredRows)
     row_ids, weights = (rows.row_ids, rows.weights) if named else (jnp.zeros(0, jnp.int32), None)
     weights = jnp.zeros(0) if weights is None else weights
-    # Of gathered rows the kernel counts how many are there, of all and of each 64, and which it took from either end.
+    # A kernel counts the tiles that it took from either end. With gathered rows it also counts the chunks of rows taken
+    # from either end, and the rows that are there, in all and of each 64.
     counters = 5 + -(-rows.shape[0] // 64) if named else 2
-    room = jax.ShapeDtypeStruct(rows.shape if named else (0, 0), rows.dtype)
-    outs = [*outs, room, jax.ShapeDtypeStruct((counters,), jnp.int32)]
-    call = jax.ffi.ffi_call(f"latent_moe_{target}", outs, vmap_method="sequential", **options)
-    *results, room, _ = call(*operands, row_ids, weights.astype(jnp.float32), **attributes)
-    return results, room if named else rows
-
-
-def _tile_attributes(tile: CutlassTile) -> dict:
-    sizes = {"tile_rows": tile.rows, "tile_columns": tile.columns, "stages": tile.stages}
-    return {name: np.int32(size) for name, size in sizes.items()}
-
-
-def _matmul_attributes(tile: CutlassTile, rows) -> dict:
-    return _tile_attributes(tile) | {
-        "gathered": isinstance(rows, GatheredRows),
-        "cluster": np.int32(tile.cluster_columns),
-        "rows_first": tile.rows_first,
-    }
-
-
-def _activation_attributes(activation: FusedActivation) -> dict:
-    return {
-        "activation": np.int32(ACTIVATIONS.index(activation.name) + 1),
-        "beta": np.float32(activation.beta),
-        "linear_beta": np.float32(activation.linear_beta),
-    }
+    workspace = jax.ShapeDtypeStruct(rows.shape if named else (0, 0), rows.dtype)
+    outs = [*outs, workspace, jax.ShapeDtypeStruct((counters,), jnp.int32)]
+    operands = *operands, row_ids, weights.astype(jnp.float32)
+    *results, gathered_rows, _ = native.call(target, operands, outs, **options, **attributes)
+    return results, gathered_rows if named else rows

@@ -1,8 +1,11 @@
-"""Which compiled kernel of the `cutlass` backend a problem takes: a measured one, else the one that wastes least."""
+"""Which compiled kernels of the `cutlass` backend can run a problem, and which one a heuristic likes best."""
 
-from jax_latent_moe.config import CutlassTile
-from jax_latent_moe.grouped_matmul.tuning.table import Choice, measured_tile
-from jax_latent_moe.native import Instance, library
+import re
+
+from jax_latent_moe import native
+from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
+from jax_latent_moe.grouped_matmul.problem import Problem
+from jax_latent_moe.grouped_matmul.sm90 import kernel_activation
 
 SMALL_GROUP = 64
 """Mean rows per expert up to which a call is bound by reading weights."""
@@ -11,68 +14,64 @@ SMALL_TILE = 64
 FEW_ROWS = 512
 """Mean rows per expert up to which tiles run down an expert's rows before its columns.
 
-Of 352 rows the fastest tiles of Super's products are 1.6 to 4.6 % faster so on an H100, of 1024 some are 6 % slower
-(benchmarks/results/profiles/h100-2026-11-27.md). Of up to 512 an H200's table has either for half of the products.
+At 352 rows the fastest tiles of Super's products are 1.6 to 4.6 % faster so on an H100. At 1024 rows some are 6 %
+slower (benchmarks/results/profiles/h100-2026-11-27.md). Up to 512 rows an H200's table has either order for half of the
+products.
 """
+FORMATS = {"bfloat16": "bf16", "float16": "f16"}
+_TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)x(\d+)")
 
 
-def compiled(problem) -> tuple[CutlassTile, ...]:
-    """The tiles that were compiled for the problem's contraction, type and activation and hold all its experts."""
+def kernel_name(problem: Problem, tile: CutlassTile) -> str:
+    """The compiled kernel of a problem and tile: sm90.CONTRACTION.FORMAT[.ACTIVATION:RESIDUAL].TILE.CLUSTER.
+
+    A kernel that keeps a residual also runs without keeping it.
+    """
+    return next(name for name, found in _kernels(problem) if found == _shape(tile))
+
+
+def tiles(problem: Problem) -> tuple[CutlassTile, ...]:
+    """The tiles that were compiled for the problem's contraction, format and epilogue, by `_cost`."""
     orders = (False,) if problem.contraction == "wgrad" else (False, True)
-    return tuple(_tile(instance, order) for instance in _instances(problem) for order in orders)
+    compiled = [CutlassTile(*shape, rows_first=order) for _, shape in _kernels(problem) for order in orders]
+    return tuple(sorted(compiled, key=lambda tile: _cost(problem, tile)))
 
 
-def refusal(problem, given: CutlassTile | None) -> str | None:
+def refusal(problem: Problem, given: CutlassTile | None) -> str | None:
     """None, or why no compiled kernel runs the problem with the given tile, or with any."""
-    tiles = compiled(problem)
-    what = f"{problem.contraction} of {problem.dtype}"
-    if problem.activation is not None:
-        what += f" with {problem.activation.name}"
-    if not tiles:
+    found = tiles(problem)
+    what = f"{problem.contraction} of {problem.lhs.format}"
+    if problem.epilogue is not None:
+        what += f" with {problem.epilogue}"
+    if not found:
         return f"no kernel was compiled for {what} and {problem.num_experts} experts."
-    if given is not None and given not in tiles:
-        return f"{given!r} was not compiled for {what}; there are {', '.join(repr(tile) for tile in tiles)}."
+    if given is not None and given not in found:
+        return f"{given!r} was not compiled for {what}; there are {', '.join(repr(tile) for tile in found)}."
     return None
 
 
-def choose(problem) -> Choice:
-    """The tile for a problem that `refusal` lets pass.
-
-    Raises:
-        ConfigError: a table of the user's holds what is no tile.
-    """
-    w_shape = problem.num_experts, problem.in_features, problem.out_features
-    tiles = compiled(problem)
-    best = min(tiles, key=lambda tile: _cost(problem, tile))
-    if problem.activation is not None:
-        return Choice(best, "a heuristic: tables hold no fused products")
-    found = measured_tile(CutlassTile, "cutlass", problem.contraction, problem.num_rows, w_shape, problem.device_kind)
-    if found is None:
-        return Choice(best, "a heuristic: no table has this shape")
-    if found.tile not in tiles:
-        return Choice(best, f"a heuristic: this library lacks {found.tile!r} of {found.source}")
+def _kernels(problem) -> list[tuple[str, tuple[int, int, int, int, int]]]:
+    """(name, tile) of the compiled kernels that can run the problem, in the library's order."""
+    prefix = f"sm90.{problem.contraction}.{FORMATS[problem.lhs.format]}."
+    if problem.epilogue is not None:
+        activation = kernel_activation(problem.epilogue.activation)
+        assert activation is not None, "fuse_refusal comes before"
+        prefix += f"{activation.name}:"
+        if problem.epilogue.residual is not None:
+            prefix += f"{problem.epilogue.residual}."
+    found = []
+    for name, max_experts in native.library().kernels.items():
+        tile = _TILE.fullmatch(".".join(name.split(".")[-2:]))
+        plain = name.count(".") == 4
+        if name.startswith(prefix) and plain == (problem.epilogue is None) and problem.num_experts <= max_experts:
+            assert tile is not None, f"the library names its kernels so: {name}"
+            rows, columns, stages, cluster_rows, cluster_columns = map(int, tile.groups())
+            found.append((name, (rows, columns, stages, cluster_rows, cluster_columns)))
     return found
 
 
-def _instances(problem) -> list[Instance]:
-    name = None if problem.activation is None else problem.activation.name
-    return [
-        instance
-        for instance in library().instances
-        if (instance.dtype, instance.contraction, instance.activation) == (problem.dtype, problem.contraction, name)
-        and problem.num_experts <= instance.max_experts
-    ]
-
-
-def _tile(instance: Instance, rows_first: bool) -> CutlassTile:
-    return CutlassTile(
-        instance.rows,
-        instance.columns,
-        instance.stages,
-        instance.cluster_rows,
-        instance.cluster_columns,
-        rows_first,
-    )
+def _shape(tile) -> tuple[int, ...]:
+    return tile.rows, tile.columns, tile.stages, tile.cluster_rows, tile.cluster_columns
 
 
 def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
@@ -80,10 +79,10 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
 
     The first of equals wins.
 
-    In the mean of the shapes of the table it took 1 % longer than the fastest on an H100, at most 4; on an H200 2 %, at
-    most 23, of weight gradients 9 (benchmarks/results/profiles/).
+    In the mean of the table's shapes its choice took 1 % longer than the fastest on an H100, at most 4 %; on an H200 2
+    %, at most 23 %, weight gradients 9 % (benchmarks/results/profiles/).
     """
-    k, n = problem.in_features, problem.out_features
+    k, n = problem.k, problem.n
     if problem.contraction == "wgrad":
         return False, _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns), False
     small = problem.num_rows <= SMALL_GROUP * problem.num_experts

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jax_latent_moe.grouped_matmul.fused import FusedActivation
+from jax_latent_moe.activations import Residual
+from jax_latent_moe.grouped_matmul.sm90 import KernelActivation
 
 Block = Float[Array, "rows columns"]
 
@@ -25,7 +26,7 @@ _SMALL_TANH = 0.02
 _SMALLEST = 1.2e-38
 
 
-def value_and_slopes(activation: FusedActivation, parts: list[Block]) -> tuple[Block, list[Block]]:
+def value_and_slopes(activation: KernelActivation, parts: list[Block]) -> tuple[Block, list[Block]]:
     """The activation of its parts, [u] or [gate, up], and its derivative by each of them."""
     first, slope = _first(activation, parts[0])
     if not activation.gated:
@@ -34,9 +35,11 @@ def value_and_slopes(activation: FusedActivation, parts: list[Block]) -> tuple[B
     return first * up, [slope * up, first if up_slope is None else first * up_slope]
 
 
-def value_and_slopes_of_kept(activation: FusedActivation, parts: list[Block]) -> tuple[Block, list[Block]]:
-    """The same from what a forward pass keeps: hidden rows where activation.keeps_hidden, else the parts."""
-    if not activation.keeps_hidden:
+def value_and_slopes_of_residual(
+    activation: KernelActivation, residual: Residual, parts: list[Block]
+) -> tuple[Block, list[Block]]:
+    """The same from what a forward pass keeps: the pre-activation's parts, or relu2's hidden rows."""
+    if residual == "pre":
         return value_and_slopes(activation, parts)
     (hidden,) = parts
     return hidden, [2 * hidden * lax.rsqrt(jnp.maximum(hidden, _SMALLEST))]

@@ -4,105 +4,77 @@ import functools
 
 from jax import custom_batching
 
-from jax_latent_moe.config import PallasBackend
-from jax_latent_moe.device import default_device, num_sms
-from jax_latent_moe.grouped_matmul.fused import fusing_refusal
-from jax_latent_moe.grouped_matmul.operands import gathered
+from jax_latent_moe.grouped_matmul.backend import Backend
+from jax_latent_moe.grouped_matmul.operands import Outputs
 from jax_latent_moe.grouped_matmul.pallas_sm90 import tiles as pallas_tiles
-from jax_latent_moe.grouped_matmul.problem import hopper_refusal
-from jax_latent_moe.grouped_matmul.tuning.table import Choice
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul.sm90 import fuse_refusal, kernel_activation, refusal
 
 FEATURE_MULTIPLE = 64
+"""Columns of one swizzled block."""
+
+# Activations that gained time inside of a product where they were measured (benchmarks/results/profiles).
+FASTER = {"fwd": ("relu2",), "dgrad": ()}
 
 
-class Pallas:
+class Pallas(Backend):
     """The `pallas` backend: see `PallasBackend` for its settings."""
 
-    def __init__(self, config: PallasBackend):
-        self.config = config
-
-    def supports(self, problem) -> str | None:
+    def supports(self, problem):
         """None, or what keeps the kernels from running the problem."""
-        if reason := hopper_refusal(problem):
+        if reason := refusal(problem, FEATURE_MULTIPLE):
             return reason
-        for name in ("in_features", "out_features"):
-            if (size := getattr(problem, name)) % FEATURE_MULTIPLE or not size:
-                return f"{name}={size} is not a multiple of {FEATURE_MULTIPLE}, the columns of one swizzled block."
         for name in ("num_rows", "num_experts"):
             if getattr(problem, name) == 0:
                 return f"{name}=0 leaves its kernels nothing to do."
-        if problem.activation is not None:
-            return _fused_refusal(problem, self.config.fuse)
-        return None
+        if problem.epilogue is None:
+            return None
+        if problem.epilogue.residual == "gate_hidden":
+            return "its epilogues keep pre-activations or hidden rows, not gate and hidden rows side by side."
+        return fuse_refusal(problem, self.config.fuse, FASTER)
 
-    def tile(self, problem) -> Choice:
-        """See `Backend.tile`."""
-        w_shape = problem.num_experts, problem.in_features, problem.out_features
-        if problem.activation is not None:
-            tile = pallas_tiles.choose_fused(problem.contraction, problem.num_rows, w_shape, problem.activation)
-            return Choice(tile, "a heuristic: fused products are not tuned")
-        return self._tile(problem.contraction, problem.num_rows, w_shape, problem.device_kind)
+    def tiles(self, problem):
+        """See `Backend.tiles`."""
+        return pallas_tiles.tiles(problem)
 
-    def candidates(self, problem) -> tuple[PallasBackend, ...]:
-        """See `Backend.candidates`."""
-        return pallas_tiles.candidates(problem.contraction)
+    def given_tile(self, problem):
+        """See `Backend.given_tile`."""
+        if problem.epilogue is not None:
+            return None
+        return self.config.wgrad_tile if problem.contraction == "wgrad" else self.config.matmul_tile
 
-    def matmul(self, rows, w, group_sizes, *, transpose_w):
-        """See `Backend.matmul`."""
-        from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import rows_w
+    def tile_type(self, problem):
+        """See `Backend.tile_type`."""
+        return PallasWgradTile if problem.contraction == "wgrad" else PallasMatmulTile
 
-        contraction = "dgrad" if transpose_w else "fwd"
-        tile = self._tile(contraction, rows.shape[0], w.shape, default_device()[1]).tile
-        return _call(rows_w, gathered(rows), w, group_sizes, transpose_w=transpose_w, tile=tile)
+    def insists(self, epilogue):
+        """See `Backend.insists`: fuse="always" does not leave an activation to XLA that its kernels do not know."""
+        return self.config.fuse == "always" and kernel_activation(epilogue.activation) is None
 
-    def keeps_gate(self, activation) -> bool:
-        """See `FusingBackend.keeps_gate`."""
-        return False
+    def run(self, problem, tile, operands):
+        """See `Backend.run`."""
+        settings = {"tile": tile, "num_sms": problem.device.num_sms}
+        lhs, rhs, group_sizes, kept, row_weights = operands
+        if problem.contraction == "wgrad":
+            from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad
 
-    def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
-        """See `FusingBackend.matmul_activation`."""
-        from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation
+            return Outputs(_call(wgrad, lhs, rhs, group_sizes, **settings))
+        if problem.epilogue is None:
+            from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import matmul
 
-        tile = pallas_tiles.choose_fused("fwd", rows.shape[0], w.shape, activation)
-        arrays = gathered(rows), w, group_sizes
-        return _call(matmul_activation, *arrays, activation=activation, keep_pre=keep_pre, tile=tile)
+            return Outputs(_call(matmul, lhs, rhs, group_sizes, transpose_w=problem.contraction == "dgrad", **settings))
+        from jax_latent_moe.grouped_matmul.pallas_sm90 import fused
 
-    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
-        """See `FusingBackend.matmul_activation_grad`."""
-        from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation_grad
-
-        tile = pallas_tiles.choose_fused("dgrad", dout.shape[0], w.shape, activation)
-        dout = gathered(dout)
-        arrays = dout, w, group_sizes, kept, row_weights
-        return *_call(matmul_activation_grad, *arrays, activation=activation, tile=tile), dout
-
-    def outer(self, rows, dout, group_sizes):
-        """See `Backend.outer`."""
-        from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad
-
-        shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-        tile = self._tile("wgrad", rows.shape[0], shape, default_device()[1]).tile
-        rows, dout = gathered(rows), gathered(dout)
-        return _call(wgrad, rows, dout, group_sizes, tile=tile), rows, dout
-
-    def _tile(self, contraction, num_rows, w_shape, device):
-        given = self.config.wgrad_tile if contraction == "wgrad" else self.config.matmul_tile
-        if given is not None:
-            return Choice(given, "the config")
-        return pallas_tiles.choose(contraction, num_rows, w_shape, device)
+        residual = problem.epilogue.residual
+        settings |= {"activation": kernel_activation(problem.epilogue.activation), "residual": residual}
+        if problem.contraction == "fwd":
+            pre, hidden = _call(fused.matmul_activation, lhs, rhs, group_sizes, **settings)
+            return Outputs(hidden, residual=hidden if residual == "hidden" else pre)
+        arrays = lhs, rhs, group_sizes, kept, row_weights
+        dpre, hidden, row_weight_gradients = _call(fused.matmul_activation_grad, *arrays, **settings)
+        return Outputs(dpre, hidden=hidden, row_weight_gradients=row_weight_gradients)
 
 
 def _call(function, *arrays, **settings):
     """Under vmap one call after the other: Pallas would add an axis to references, which the kernels do not expect."""
-    call = functools.partial(function, num_sms=num_sms(), **settings)
-    return custom_batching.sequential_vmap(call)(*arrays)
-
-
-def _fused_refusal(problem, fuse) -> str | None:
-    half = problem.out_features // 2
-    if problem.activation.gated and problem.contraction == "fwd" and half % FEATURE_MULTIPLE:
-        return (
-            f"half of out_features={problem.out_features} is not a multiple of {FEATURE_MULTIPLE}: pad it, or let "
-            "fuse='never' leave the activation to XLA."
-        )
-    return fusing_refusal("pallas", fuse, problem.contraction, problem.activation.name)
+    return custom_batching.sequential_vmap(functools.partial(function, **settings))(*arrays)

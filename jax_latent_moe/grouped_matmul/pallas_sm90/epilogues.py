@@ -1,8 +1,8 @@
 """What a consumer of the Pallas matmul kernel does with a tile it has accumulated: store it, or fuse an activation.
 
 Each consumer warpgroup makes its own epilogue, in the kernel, from references. It works through a tile in blocks of 64
-columns by way of slots of shared memory. Stores are asynchronous, and a consumer waits for one only when it needs the
-slot again; meanwhile the other consumer multiplies. Within a block it computes 64 rows at a time: the accumulator
+columns by way of buffers of shared memory. Stores are asynchronous, and a consumer waits for one only when it needs the
+buffer again; meanwhile the other consumer multiplies. Within a block it computes 64 rows at a time: the accumulator
 leaves few registers to an activation.
 """
 
@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
-from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_kept
+from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_residual
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT
 
@@ -39,28 +39,28 @@ class Place(NamedTuple):
         return [slice(first, first + ROW_BLOCK) for first in range(0, self.height, ROW_BLOCK)]
 
 
-class Slots:
-    """The slots of one consumer, smem [slots, rows, 64]; the blocks of its tiles and the width that these cut."""
+class StoreBuffers:
+    """The buffers of one consumer, smem [buffers, rows, 64]; the blocks of its tiles and the width that these cut."""
 
     def __init__(self, smem, blocks: int, width: int, *, native: bool):
         self.smem, self.blocks, self.width, self.native = smem, blocks, width, native
         self.count = smem.shape[0]
 
-    def at(self, slot, place):
-        """The rows of a slot that a tile computes."""
-        return self.smem.at[slot, pl.ds(0, place.height)]
+    def at(self, buffer, place):
+        """The rows of a buffer that a tile computes."""
+        return self.smem.at[buffer, pl.ds(0, place.height)]
 
     def inside(self, place, block):
         """Whether the output has the block."""
         return place.block(block) < self.width
 
-    def send(self, slot, place, block, out, column):
-        """Starts storing the tile's own rows of a slot, which holds a block, at a column of out."""
+    def send(self, buffer, place, block, out, column):
+        """Starts storing the tile's own rows of a buffer, which holds a block, at a column of out."""
         end = jnp.where(self.inside(place, block), place.end, place.begin)
-        mgpu_code.store_rows(self.at(slot, place), out, place.row, column, place.begin, end, native=self.native)
+        mgpu_code.store_rows(self.at(buffer, place), out, place.row, column, place.begin, end, native=self.native)
 
     def store(self, place, block, values_of_rows, targets):
-        """Stores the values of one block, each to its (out, column), through the slots in turn.
+        """Stores the values of one block, each to its (out, column), through the buffers in turn.
 
         Args:
             place: of the tile.
@@ -82,9 +82,9 @@ class Slots:
 class Product:
     """Stores the product; `operands` and `scratch` are empty."""
 
-    def __init__(self, activation, slots: Slots, operands, outs, scratch, warpgroup):
+    def __init__(self, activation, buffers: StoreBuffers, operands, outs, scratch, warpgroup):
         del activation, operands, scratch, warpgroup
-        self.slots, (self.out,) = slots, outs
+        self.buffers, (self.out,) = buffers, outs
 
     def start(self, place):
         """Before the tile is multiplied."""
@@ -96,8 +96,8 @@ class Product:
     def finish(self, place, accumulated):
         """After the tile was multiplied: float32 [height, columns]."""
         value = accumulated.astype(self.out.dtype)
-        for block in range(self.slots.blocks):
-            self.slots.store(
+        for block in range(self.buffers.blocks):
+            self.buffers.store(
                 place, block, lambda rows, block=block: [_tile(value, rows, block)], self.targets(place, block)
             )
 
@@ -108,9 +108,9 @@ class Activation:
     Gated tiles hold 64 gate columns, then the 64 up columns of the same hidden ones.
     """
 
-    def __init__(self, activation, slots: Slots, operands, outs, scratch, warpgroup):
+    def __init__(self, activation, buffers: StoreBuffers, operands, outs, scratch, warpgroup):
         del operands, scratch, warpgroup
-        self.activation, self.slots, (*self.pre, self.hidden) = activation, slots, outs
+        self.activation, self.buffers, (*self.pre, self.hidden) = activation, buffers, outs
 
     def start(self, place):
         """See `Product.start`."""
@@ -118,32 +118,32 @@ class Activation:
     def targets(self, place, block):
         """See `Product.targets`."""
         column = place.block(block)
-        kept = [part for pre in self.pre for part in _parts_of(pre, column, self.activation, self.slots)]
+        kept = [part for pre in self.pre for part in _parts_of(pre, column, self.activation, self.buffers)]
         return [*kept, (self.hidden, column)]
 
     def finish(self, place, accumulated):
         """See `Product.finish`."""
         pre = accumulated.astype(self.hidden.dtype)
         num_parts = _num_parts(self.activation)
-        for block in range(self.slots.blocks):
+        for block in range(self.buffers.blocks):
 
             def values(rows, block=block):
                 parts = [_tile(pre, rows, block * num_parts + part) for part in range(num_parts)]
                 hidden, _ = value_and_slopes(self.activation, [part.astype(jnp.float32) for part in parts])
                 return [*(parts if self.pre else []), hidden.astype(pre.dtype)]
 
-            self.slots.store(place, block, values, self.targets(place, block))
+            self.buffers.store(place, block, values, self.targets(place, block))
 
 
 class ActivationGradient:
     """Turns the gradient of hidden rows into that of the pre-activation, and into its inner product with hidden rows.
 
-    The blocks of what was kept are loaded into slots before the tile is multiplied, as many as there are slots, and the
-    gradient is stored from where they lay.
+    The blocks of what was kept are loaded into buffers before the tile is multiplied, as many as there are buffers,
+    and the gradient is stored from where they lay.
     """
 
-    def __init__(self, activation, slots: Slots, operands, outs, scratch, warpgroup):
-        self.activation, self.slots = activation, slots
+    def __init__(self, residual, activation, buffers: StoreBuffers, operands, outs, scratch, warpgroup):
+        self.residual, self.activation, self.buffers = residual, activation, buffers
         self.kept, self.row_weights = operands
         self.dpre, self.sums = outs
         row_smem, kept_loaded, weights_loaded = scratch
@@ -154,7 +154,7 @@ class ActivationGradient:
 
     def targets(self, place, block):
         """See `Product.targets`."""
-        return _parts_of(self.dpre, place.block(block), self.activation, self.slots)
+        return _parts_of(self.dpre, place.block(block), self.activation, self.buffers)
 
     def start(self, place):
         """See `Product.start`."""
@@ -167,64 +167,64 @@ class ActivationGradient:
 
     def _load(self, place, block):
         current = block % self.sets
-        parts = _parts_of(self.kept, place.block(block), self.activation, self.slots)
+        parts = _parts_of(self.kept, place.block(block), self.activation, self.buffers)
         for part, (kept, column) in enumerate(parts):
             # A column that does not exist reads as zeros.
-            column = jnp.where(self.slots.inside(place, block), column, kept.shape[1])
+            column = jnp.where(self.buffers.inside(place, block), column, kept.shape[1])
             plgpu.copy_gmem_to_smem(
                 kept.at[_rows(place), pl.ds(pl.multiple_of(column, COLUMN_BLOCK), COLUMN_BLOCK)],
-                self.slots.at(current * len(parts) + part, place),
+                self.buffers.at(current * len(parts) + part, place),
                 self.kept_loaded.at[self.first_barrier + current],
             )
 
     def finish(self, place, accumulated):
         """See `Product.finish`."""
-        num_parts, blocks = _num_parts(self.activation), self.slots.blocks
+        num_parts, blocks = _num_parts(self.activation), self.buffers.blocks
         sums = [jnp.zeros((ROW_BLOCK,), jnp.float32) for _ in place.row_blocks()]
         plgpu.barrier_wait(self.weights_loaded)
         for block in range(blocks):
             current = block % self.sets
             plgpu.barrier_wait(self.kept_loaded.at[self.first_barrier + current])
-            slots = range(current * num_parts, (current + 1) * num_parts)
+            buffers = range(current * num_parts, (current + 1) * num_parts)
             for i, rows in enumerate(place.row_blocks()):
                 dhidden = _tile(accumulated, rows, block)
-                parts = [self.slots.smem[slot, rows].astype(jnp.float32) for slot in slots]
-                hidden, slopes = value_and_slopes_of_kept(self.activation, parts)
+                parts = [self.buffers.smem[buffer, rows].astype(jnp.float32) for buffer in buffers]
+                hidden, slopes = value_and_slopes_of_residual(self.activation, self.residual, parts)
                 sums[i] += jnp.sum(dhidden * hidden, axis=1)
                 weights = plgpu.layout_cast(self.weights_smem[rows], plgpu.Layout.WGMMA.reduce(1))
                 dhidden *= lax.broadcast_in_dim(weights, dhidden.shape, (0,))
-                for slot, slope in zip(slots, slopes, strict=True):
-                    self.slots.smem[slot, rows] = (dhidden * slope).astype(self.dpre.dtype)
+                for buffer, slope in zip(buffers, slopes, strict=True):
+                    self.buffers.smem[buffer, rows] = (dhidden * slope).astype(self.dpre.dtype)
                 if block == blocks - 1:
                     self.sums_smem[rows] = sums[i]
             plgpu.commit_smem()
-            for slot, (out, column) in zip(slots, self.targets(place, block), strict=True):
-                self.slots.send(slot, place, block, out, column)
+            for buffer, (out, column) in zip(buffers, self.targets(place, block), strict=True):
+                self.buffers.send(buffer, place, block, out, column)
             if block + self.sets < blocks:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 self._load(place, block + self.sets)
         line = lax.div(place.column, accumulated.shape[1])
         mgpu_code.store_row_values(
-            self.sums_smem, self.sums, line, place.row, place.begin, place.end, native=self.slots.native
+            self.sums_smem, self.sums, line, place.row, place.begin, place.end, native=self.buffers.native
         )
 
 
 def zero(epilogue, place):
     """Stores zeros in every output that is stored in blocks."""
-    zeros = plgpu.layout_cast(jnp.zeros((ROW_BLOCK, COLUMN_BLOCK), epilogue.slots.smem.dtype), plgpu.Layout.WGMMA)
-    for block in range(epilogue.slots.blocks):
+    zeros = plgpu.layout_cast(jnp.zeros((ROW_BLOCK, COLUMN_BLOCK), epilogue.buffers.smem.dtype), plgpu.Layout.WGMMA)
+    for block in range(epilogue.buffers.blocks):
         targets = epilogue.targets(place, block)
         values = [zeros] * len(targets)
-        epilogue.slots.store(place, block, lambda _, values=values: values, targets)
+        epilogue.buffers.store(place, block, lambda _, values=values: values, targets)
 
 
 def _num_parts(activation) -> int:
     return 2 if activation.gated else 1
 
 
-def _parts_of(pre, column, activation, slots):
+def _parts_of(pre, column, activation, buffers):
     """(ref, column) of the blocks of a pre-activation, or its gradient, that belong to a block of hidden columns."""
-    return [(pre, column + part * slots.width) for part in range(_num_parts(activation))]
+    return [(pre, column + part * buffers.width) for part in range(_num_parts(activation))]
 
 
 def _rows(place):

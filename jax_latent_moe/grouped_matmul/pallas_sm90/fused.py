@@ -1,17 +1,20 @@
 """The Pallas kernel with an activation in its epilogue: the value after rows x w, the gradient after rows x w^T."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.config import PallasMatmulTile
-from jax_latent_moe.grouped_matmul.fused import FusedActivation
+from jax_latent_moe.activations import Residual
 from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile
 from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Activation, ActivationGradient
 from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import multiply, pad_rows
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import group_bounds
+from jax_latent_moe.grouped_matmul.sm90 import KernelActivation
 
 
 def matmul_activation(
@@ -19,22 +22,22 @@ def matmul_activation(
     w: Float[Array, "e k n"],
     group_sizes: Int[Array, " e"],
     *,
-    activation: FusedActivation,
-    keep_pre: bool,
+    activation: KernelActivation,
+    residual: Residual | None,
     tile: PallasMatmulTile,
     num_sms: int,
     interpret=None,
 ) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"]]:
-    """See `FusingBackend.matmul_activation`; K, N and, gated, N / 2 are multiples of 64.
+    """The activation of rows x w; K, N and, gated, N / 2 are multiples of 64.
 
     Args:
         rows: [R, K], bfloat16 or float16, sorted by expert.
         w: [E, K, N]; gated, N = 2 M, the gate half first.
         group_sizes: [E], on the device.
         activation: applied to the pre-activation as rounded to the dtype of rows.
-        keep_pre: store the pre-activation, for the backward pass.
+        residual: "pre" stores the pre-activation for the backward pass.
         tile: tile shape and schedule; gated, of 128 columns, with at least 3 store_buffers, else 2.
-        num_sms: multiprocessors to run on.
+        num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
@@ -49,7 +52,7 @@ def matmul_activation(
         group_sizes,
         out_types=[
             jax.ShapeDtypeStruct((num_rows, size), rows.dtype)
-            for size in ((out_features, width) if keep_pre else (width,))
+            for size in ((out_features, width) if residual == "pre" else (width,))
         ],
         activation=activation,
         transpose_w=False,
@@ -57,7 +60,7 @@ def matmul_activation(
         num_sms=num_sms,
         interpret=interpret,
     )
-    return pre[0] if keep_pre else None, hidden
+    return pre[0] if pre else None, hidden
 
 
 def matmul_activation_grad(
@@ -67,23 +70,24 @@ def matmul_activation_grad(
     kept: Float[Array, "r p"],
     row_weights: Float[Array, " r"],
     *,
-    activation: FusedActivation,
+    activation: KernelActivation,
+    residual: Residual,
     tile: PallasMatmulTile,
     num_sms: int,
     interpret=None,
 ) -> tuple[Float[Array, "r p"], Float[Array, "r m"] | None, Float[Array, " r"]]:
-    """See `FusingBackend.matmul_activation_grad`; M and N are multiples of 64.
+    """The activation's gradient of dout x w^T; M and N are multiples of 64.
 
     Args:
         dout: [R, N], bfloat16 or float16, sorted by expert.
         w: [E, M, N].
         group_sizes: [E], on the device.
-        kept: the pre-activation [R, M], gated [R, 2 M], or where activation.keeps_hidden the hidden rows [R, M], in the
-            dtype of dout.
+        kept: the residual in the dtype of dout: the pre-activation [R, M], gated [R, 2 M], or the hidden rows [R, M].
         row_weights: [R].
         activation: of which the gradient is taken.
+        residual: what kept is, "pre" or "hidden".
         tile: tile shape and schedule; gated with at least 2 store_buffers.
-        num_sms: multiprocessors to run on.
+        num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
@@ -98,7 +102,7 @@ def matmul_activation_grad(
     # Blocks of what was kept that are in shared memory at once.
     sets = min(tile.store_buffers // num_parts, tile.columns // COLUMN_BLOCK)
     dpre, sums = multiply(
-        ActivationGradient,
+        functools.partial(ActivationGradient, residual),
         dout,
         w,
         group_sizes,
@@ -118,10 +122,10 @@ def matmul_activation_grad(
         num_sms=num_sms,
         interpret=interpret,
     )
-    # Nobody writes the sums of rows of nobody.
+    # The kernel writes no sums of padding rows.
     owned = jnp.arange(num_rows) < group_bounds(group_sizes, num_rows)[1][-1]
     drow_weights = jnp.where(owned, jnp.sum(sums, axis=0), 0)
-    if activation.keeps_hidden:
+    if residual == "hidden":
         return dpre, None, drow_weights
     hidden, _ = value_and_slopes(activation, jnp.split(kept.astype(jnp.float32), num_parts, axis=1))
     weighted = row_weights[:, None].astype(jnp.float32) * hidden

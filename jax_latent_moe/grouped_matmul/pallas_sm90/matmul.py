@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from jax_latent_moe.config import PallasMatmulTile
-from jax_latent_moe.grouped_matmul.fused import FusedActivation
 from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
-from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Place, Product, Slots, zero
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile
+from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Place, Product, StoreBuffers, zero
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, row_tiles
+from jax_latent_moe.grouped_matmul.sm90 import KernelActivation
 
 WGMMA_ROWS = 64
 
 
-def rows_w(
+def matmul(
     rows: Float[Array, "r a"],
     w: Float[Array, "e k n"],
     group_sizes: Int[Array, " e"],
@@ -39,7 +39,7 @@ def rows_w(
         group_sizes: [E], on the device.
         transpose_w: contract the last axis of w; done by the layout of the tile, not by a copy.
         tile: tile shape and schedule.
-        num_sms: multiprocessors to run on.
+        num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
@@ -61,7 +61,7 @@ def rows_w(
 
 
 def multiply(
-    epilogue: type,
+    epilogue: Callable,
     rows: Float[Array, "r a"],
     w: Float[Array, "e k n"],
     group_sizes: Int[Array, " e"],
@@ -69,26 +69,26 @@ def multiply(
     operands: Sequence[Array] = (),
     out_types: Sequence[jax.ShapeDtypeStruct],
     scratch_types: Sequence = (),
-    activation: FusedActivation | None = None,
+    activation: KernelActivation | None = None,
     transpose_w: bool,
     tile: PallasMatmulTile,
     num_sms: int,
     interpret=None,
 ) -> Sequence[Array]:
-    """The kernel with any epilogue; see `rows_w` for the arguments that they share.
+    """The kernel with any epilogue; see `matmul` for the arguments that they share.
 
     Args:
-        epilogue: of `pallas_hopper_epilogues`; each consumer makes its own.
+        epilogue: a class of `epilogues`; each consumer makes its own.
         rows: [R, K] (or [R, N]).
         w: [E, K, N].
         group_sizes: [E].
         operands: arrays that the epilogue reads.
         out_types: shapes and types of what it stores.
-        scratch_types: shared memory and barriers that it needs beside the slots of the tile.
+        scratch_types: shared memory and barriers that it needs beside the buffers of the tile.
         activation: what it fuses. With a gated one and w not transposed, a tile holds 64 gate and 64 up columns.
         transpose_w: contract the last axis of w.
         tile: tile shape and schedule.
-        num_sms: multiprocessors to run on.
+        num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter.
 
     Returns:
@@ -158,7 +158,7 @@ def _kernel(
     """Two consumer warpgroups take turns: one multiplies its tile while the other stores its own (ping-pong).
 
     All stages form one ring: the producer fills it tile after tile. `filled` has a barrier per consumer and stage, so
-    that each consumer sees every phase of its own barriers; `freed` has one per stage. The multiprocessors of a
+    that each consumer sees every phase of its own barriers; `freed` has one per stage. The SMs of a
     cluster take neighbouring columns of one row tile, and each loads its part of the rows for all of them.
     """
     ends = list(itertools.accumulate(counts_of_refs))
@@ -180,8 +180,8 @@ def _kernel(
         column = lax.div(within, height)
         return band * tile.band + within - column * height, (column * tile.cluster + rank) * out_columns
 
-    def load_w(expert, k, column, slot, barrier):
-        inner, outer, b = k * CONTRACTED, pl.ds(column, out_columns), b_smem.at[slot]
+    def load_w(expert, k, column, buffer, barrier):
+        inner, outer, b = k * CONTRACTED, pl.ds(column, out_columns), b_smem.at[buffer]
         if halves:
             half_rows = w.at[pl.ds(expert * rows.shape[1] + inner, CONTRACTED), :, outer]
             mgpu_code.load_halves(half_rows, b, barrier, native=native)
@@ -189,11 +189,11 @@ def _kernel(
         inner = pl.ds(inner, CONTRACTED)
         plgpu.copy_gmem_to_smem(w.at[(expert, outer, inner) if transpose_w else (expert, inner, outer)], b, barrier)
 
-    def stage_of_w(slot):
+    def stage_of_w(buffer):
         """[contracted, columns]."""
         if halves:
-            return mgpu_code.joined_halves(b_smem.at[slot], native=native)
-        return b_smem.at[slot].transpose((1, 0)) if transpose_w else b_smem.at[slot]
+            return mgpu_code.joined_halves(b_smem.at[buffer], native=native)
+        return b_smem.at[buffer].transpose((1, 0)) if transpose_w else b_smem.at[buffer]
 
     def for_height(end, body):
         """Rows that a tile does not have are not multiplied: the code exists for each multiple of 64 rows."""
@@ -204,28 +204,28 @@ def _kernel(
     def _produce():
         plgpu.set_max_registers(mgpu_code.PRODUCER_REGISTERS, action="decrease")
 
-        def load_tile(i, slot):
+        def load_tile(i, buffer):
             row_tile, column = locate(i)
             expert, row, end = table[0, row_tile], pl.multiple_of(table[1, row_tile], ROW_ALIGNMENT), table[3, row_tile]
             column = pl.multiple_of(column, COLUMN_BLOCK)
             mine = lax.rem(i, CONSUMERS) * tile.stages
 
             def load(height):
-                def step(k, slot):
-                    plgpu.barrier_wait(freed.at[slot])
+                def step(k, buffer):
+                    plgpu.barrier_wait(freed.at[buffer])
                     plgpu.copy_gmem_to_smem(
                         rows.at[pl.ds(row, height), pl.ds(k * CONTRACTED, CONTRACTED)],
-                        a_smem.at[slot, pl.ds(0, height)],
-                        filled.at[mine + slot],
+                        a_smem.at[buffer, pl.ds(0, height)],
+                        filled.at[mine + buffer],
                         collective_axes="cluster" if tile.cluster > 1 else None,
                     )
-                    load_w(expert, k, column, slot, filled.at[mine + slot])
-                    return mgpu_code.next_slot(slot, tile.stages)
+                    load_w(expert, k, column, buffer, filled.at[mine + buffer])
+                    return mgpu_code.next_slot(buffer, tile.stages)
 
-                lax.fori_loop(0, steps, step, slot)
+                lax.fori_loop(0, steps, step, buffer)
 
             for_height(end, load)
-            return lax.rem(slot + steps, tile.stages)
+            return lax.rem(buffer + steps, tile.stages)
 
         mgpu_code.drain(freed, tile.stages, lax.fori_loop(0, my_tiles, load_tile, jnp.int32(0)))
 
@@ -234,8 +234,8 @@ def _kernel(
         plgpu.set_max_registers(mgpu_code.CONSUMER_REGISTERS, action="increase")
         mgpu_code.free_all(freed, tile.stages, warpgroup == 0)
         mine = warpgroup * tile.stages
-        slots = Slots(out_smem.at[warpgroup], out_columns // COLUMN_BLOCK, width, native=native)
-        fused = epilogue(slots, operands, outs, scratch, warpgroup)
+        buffers = StoreBuffers(out_smem.at[warpgroup], out_columns // COLUMN_BLOCK, width, native=native)
+        fused = epilogue(buffers, operands, outs, scratch, warpgroup)
 
         @pl.loop(warpgroup, my_tiles, step=CONSUMERS)
         def _tile(i):
@@ -248,15 +248,15 @@ def _kernel(
                 fused.start(place)
 
                 def accumulate(acc):
-                    def one(slot):
-                        plgpu.barrier_wait(filled.at[mine + slot])
-                        plgpu.wgmma(acc, a_smem.at[slot, pl.ds(0, height)], stage_of_w(slot))
+                    def one(buffer):
+                        plgpu.barrier_wait(filled.at[mine + buffer])
+                        plgpu.wgmma(acc, a_smem.at[buffer, pl.ds(0, height)], stage_of_w(buffer))
 
-                    def step(_, slot):
-                        after = mgpu_code.next_slot(slot, tile.stages)
+                    def step(_, buffer):
+                        after = mgpu_code.next_slot(buffer, tile.stages)
                         one(after)
                         plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(freed.at[slot])
+                        plgpu.barrier_arrive(freed.at[buffer])
                         return after
 
                     one(first_slot)

@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
 CONSUMERS = 2
 PRODUCER = 2
-# Registers a thread: 2 x 128 x 232 + 128 x 40 fit into the 65536 of a multiprocessor.
+# Registers a thread: 2 x 128 x 232 + 128 x 40 fit into the 65536 of a SM.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 # One swizzled block of 16-bit columns, and the depth of a stage.
 COLUMN_BLOCK = CONTRACTED = 64
@@ -39,7 +39,7 @@ def swizzled(dtype) -> tuple:
 
 
 def launch(num_sms: int, cluster: int) -> dict:
-    """Arguments of `plgpu.kernel` for a persistent grid: a block a multiprocessor, two consumers and a producer."""
+    """Arguments of `plgpu.kernel` for a persistent grid: a block a SM, two consumers and a producer."""
     return dict(
         grid=(num_sms // cluster,),
         grid_names=("cluster_grid",),
@@ -53,7 +53,7 @@ def launch(num_sms: int, cluster: int) -> dict:
 
 
 def freed_barrier(cluster: int, stages: int):
-    """A barrier a stage: complete once every multiprocessor of the cluster, which shares loads, is done with it."""
+    """A barrier a stage: complete once every SM of the cluster, which shares loads, is done with it."""
     if cluster == 1:
         return plgpu.Barrier(num_arrivals=1, num_barriers=stages)
     return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=1, num_barriers=stages)
@@ -64,20 +64,20 @@ def free_all(freed, stages: int, predicate):
 
     @pl.when(predicate)
     def _():
-        for slot in range(stages):
-            plgpu.barrier_arrive(freed.at[slot])
+        for buffer in range(stages):
+            plgpu.barrier_arrive(freed.at[buffer])
 
 
-def drain(freed, stages: int, slot):
-    """Wait until every stage is free: a multiprocessor must outlive the arrivals of its cluster at its barriers."""
+def drain(freed, stages: int, buffer):
+    """Wait until every stage is free: a SM must outlive the arrivals of its cluster at its barriers."""
     for _ in range(stages):
-        plgpu.barrier_wait(freed.at[slot])
-        slot = next_slot(slot, stages)
+        plgpu.barrier_wait(freed.at[buffer])
+        buffer = next_slot(buffer, stages)
 
 
-def next_slot(slot, stages: int):
+def next_slot(buffer, stages: int):
     """The stage after this one in the ring."""
-    return jnp.where(slot == stages - 1, 0, slot + 1)
+    return jnp.where(buffer == stages - 1, 0, buffer + 1)
 
 
 def halves_smem(stages: int, dtype, *, native: bool):

@@ -1,10 +1,7 @@
 """Which tile the Pallas kernels take for a shape: a measured one, else the one that pads least."""
 
-from collections.abc import Sequence
-
-from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasWgradTile
-from jax_latent_moe.grouped_matmul.fused import FusedActivation
-from jax_latent_moe.grouped_matmul.tuning.table import Choice, measured_tile
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul.problem import Problem
 
 SMALL_GROUP = 64
 """Mean rows per expert up to which a call is bound by reading weights."""
@@ -19,14 +16,14 @@ _SMALL_MATMUL_TILES = (
     (1.0, PallasMatmulTile(rows=64, columns=192, stages=6, store_buffers=1, cluster=1)),
     (1.0, PallasMatmulTile(rows=64, columns=128, stages=8, store_buffers=1, cluster=1)),
 )
-_OUTER_TILES = (
+_WGRAD_TILES = (
     (1.0, PallasWgradTile(rows=128, columns=192, stages=4, store_buffers=2, cluster=2)),
     (1.06, PallasWgradTile(rows=192, columns=128, stages=4, store_buffers=1, cluster=2)),
     (1.15, PallasWgradTile(rows=128, columns=128, stages=5, store_buffers=2, cluster=2)),
     (1.5, PallasWgradTile(rows=64, columns=64, stages=8, store_buffers=2, cluster=1)),
 )
-# Of fused products no table holds any. With a gradient, and where a tile is half gate and half up columns, two or three
-# slots of 64 columns are at work at once, and what the accumulator leaves of the registers goes to the activation.
+# Tables hold no products with an epilogue. With a gradient, and where a tile is half gate and half up columns, two or
+# three buffers of 64 columns are in use at once, and the activation needs the registers that the accumulator leaves.
 _ACTIVATION_TILES = (
     (1.0, PallasMatmulTile(rows=128, columns=192, stages=4, store_buffers=2, cluster=2)),
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, store_buffers=3, cluster=2)),
@@ -35,11 +32,11 @@ _SMALL_ACTIVATION_TILES = (
     (1.0, PallasMatmulTile(rows=64, columns=192, stages=6, store_buffers=2, cluster=1)),
     (1.0, PallasMatmulTile(rows=64, columns=128, stages=7, store_buffers=3, cluster=1)),
 )
-_THREE_SLOT_TILES = (
+_THREE_BUFFER_TILES = (
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, store_buffers=3, cluster=2)),
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, store_buffers=3, cluster=1)),
 )
-_SMALL_THREE_SLOT_TILES = ((1.0, PallasMatmulTile(rows=64, columns=128, stages=7, store_buffers=3, cluster=1)),)
+_SMALL_THREE_BUFFER_TILES = ((1.0, PallasMatmulTile(rows=64, columns=128, stages=7, store_buffers=3, cluster=1)),)
 # (rows, columns, stages, store_buffers) as large as shared memory allows, for `tune`.
 _SHAPES = (
     (128, 192, 4, 2),
@@ -53,62 +50,49 @@ _SHAPES = (
 )
 
 
-def choose(contraction: str, num_rows: int, w_shape: Sequence[int], device: str) -> Choice:
-    """The tile for rows[num_rows, .] and weights, or their gradient, of shape [E, K, N].
+def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile, ...]:
+    """The tiles of a problem: the one that pads least first, then every other for `tune` to time.
 
-    Raises:
-        ConfigError: a table of the user's holds a tile that no kernel could run.
+    Products with an activation in their epilogue have the first one alone.
     """
-    tile_type = PallasWgradTile if contraction == "wgrad" else PallasMatmulTile
-    if found := measured_tile(tile_type, "pallas", contraction, num_rows, w_shape, device):
-        return found
-    return Choice(_least_padding(contraction, num_rows, w_shape), "a heuristic: no table has this shape")
-
-
-def choose_fused(
-    contraction: str, num_rows: int, w_shape: Sequence[int], activation: FusedActivation
-) -> PallasMatmulTile:
-    """The tile for a product with an activation, or its gradient, in the epilogue: the one that pads least."""
-    columns, small = w_shape[1], num_rows <= SMALL_GROUP * w_shape[0]
-    tiles = _SMALL_THREE_SLOT_TILES if small else _THREE_SLOT_TILES
-    if contraction == "fwd":
-        columns = w_shape[2]
-        if not activation.gated:
-            tiles = _SMALL_ACTIVATION_TILES if small else _ACTIVATION_TILES
-    return _narrowest(tiles, columns)
-
-
-def candidates(contraction: str) -> tuple[PallasBackend, ...]:
-    """What `tune` times: every shape of tile, alone and in clusters, and in bands where tiles can be."""
-    if contraction == "wgrad":
-        return tuple(
-            PallasBackend(wgrad_tile=PallasWgradTile(*shape, cluster=cluster))
+    best = _least_padding(problem)
+    if problem.epilogue is not None:
+        return (best,)
+    if problem.contraction == "wgrad":
+        others = [PallasWgradTile(*shape, cluster=cluster) for shape in _SHAPES for cluster in (1, 2)]
+    else:
+        others = [
+            PallasMatmulTile(*shape, band=band, cluster=cluster)
             for shape in _SHAPES
             for cluster in (1, 2)
-        )
-    return tuple(
-        PallasBackend(matmul_tile=PallasMatmulTile(*shape, band=band, cluster=cluster))
-        for shape in _SHAPES
-        for cluster in (1, 2)
-        for band in (1, 4)
-    )
+            for band in (1, 4)
+        ]
+    return tuple(dict.fromkeys((best, *others)))
 
 
-def _least_padding(contraction, num_rows, w_shape):
-    if contraction == "wgrad":
+def _least_padding(problem):
+    if problem.contraction == "wgrad":
 
         def cost(choice):
             factor, tile = choice
-            return factor * _padded(w_shape[1], tile.rows * tile.cluster) * _padded(w_shape[2], tile.columns)
+            return factor * _padded(problem.k, tile.rows * tile.cluster) * _padded(problem.n, tile.columns)
 
-        return min(_OUTER_TILES, key=cost)[1]
-    columns = w_shape[2] if contraction == "fwd" else w_shape[1]
-    tiles = _SMALL_MATMUL_TILES if num_rows <= SMALL_GROUP * w_shape[0] else _MATMUL_TILES
-    return _narrowest(tiles, columns)
+        return min(_WGRAD_TILES, key=cost)[1]
+    columns = problem.n if problem.contraction == "fwd" else problem.k
+    small = problem.num_rows <= SMALL_GROUP * problem.num_experts
+    return min(
+        _matmul_tiles(problem, small),
+        key=lambda choice: choice[0] * _padded(columns, choice[1].columns * choice[1].cluster),
+    )[1]
 
 
-def _narrowest(tiles, columns):
-    return min(tiles, key=lambda choice: choice[0] * _padded(columns, choice[1].columns * choice[1].cluster))[1]
+def _matmul_tiles(problem, small):
+    epilogue = problem.epilogue
+    if epilogue is None:
+        return _SMALL_MATMUL_TILES if small else _MATMUL_TILES
+    if problem.contraction == "fwd" and not epilogue.activation.gated:
+        return _SMALL_ACTIVATION_TILES if small else _ACTIVATION_TILES
+    return _SMALL_THREE_BUFFER_TILES if small else _THREE_BUFFER_TILES
 
 
 def _padded(size, tile):

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.config import PallasWgradTile
 from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasWgradTile
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, group_bounds
 
@@ -31,7 +31,7 @@ def wgrad(
         dout: [R, N], of the dtype of rows.
         group_sizes: [E], on the device.
         tile: tile shape and schedule.
-        num_sms: multiprocessors to run on.
+        num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
@@ -58,10 +58,10 @@ def wgrad(
 
 
 def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *, tile, clusters, native):
-    """The ping-pong of `pallas_hopper_matmul`, contracting over the rows of one expert.
+    """The ping-pong of `matmul`, contracting over the rows of one expert.
 
     Steps start at a multiple of 8: rows of other experts at either end are cleared in shared memory before they are
-    multiplied. The multiprocessors of a cluster take neighbouring tiles of K, and share the loads of dout.
+    multiplied. The SMs of a cluster take neighbouring tiles of K, and share the loads of dout.
     """
     warpgroup, cluster, rank = (lax.axis_index(name) for name in ("wg", "cluster_grid", "cluster"))
     experts, in_features, out_features = out.shape
@@ -70,7 +70,7 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
     my_tiles = lax.div(experts * expert_tiles - cluster + (clusters - 1), clusters)
 
     def locate(i):
-        """Expert, k and n of the i-th tile of this multiprocessor, its first row and the expert's rows from there."""
+        """Expert, k and n of the i-th tile of this SM, its first row and the expert's rows from there."""
         linear = cluster + i * clusters
         expert = lax.div(linear, expert_tiles)
         within = linear - expert * expert_tiles
@@ -85,26 +85,26 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
     def _produce():
         plgpu.set_max_registers(mgpu_code.PRODUCER_REGISTERS, action="decrease")
 
-        def load_tile(i, slot):
+        def load_tile(i, buffer):
             _, k, n, first, _, end = locate(i)
             k, n = pl.multiple_of(k, COLUMN_BLOCK), pl.multiple_of(n, COLUMN_BLOCK)
             first = pl.multiple_of(first, ROW_ALIGNMENT)
             mine = lax.rem(i, CONSUMERS) * tile.stages
 
-            def step(j, slot):
+            def step(j, buffer):
                 chunk = pl.ds(first + j * CONTRACTED, CONTRACTED)
-                barrier = filled.at[mine + slot]
-                plgpu.barrier_wait(freed.at[slot])
-                plgpu.copy_gmem_to_smem(rows.at[chunk, pl.ds(k, tile.rows)], a_smem.at[slot], barrier)
+                barrier = filled.at[mine + buffer]
+                plgpu.barrier_wait(freed.at[buffer])
+                plgpu.copy_gmem_to_smem(rows.at[chunk, pl.ds(k, tile.rows)], a_smem.at[buffer], barrier)
                 plgpu.copy_gmem_to_smem(
                     dout.at[chunk, pl.ds(n, tile.columns)],
-                    b_smem.at[slot],
+                    b_smem.at[buffer],
                     barrier,
                     collective_axes="cluster" if tile.cluster > 1 else None,
                 )
-                return mgpu_code.next_slot(slot, tile.stages)
+                return mgpu_code.next_slot(buffer, tile.stages)
 
-            return lax.fori_loop(0, _steps(end), step, slot)
+            return lax.fori_loop(0, _steps(end), step, buffer)
 
         mgpu_code.drain(freed, tile.stages, lax.fori_loop(0, my_tiles, load_tile, jnp.int32(0)))
 
@@ -115,37 +115,37 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
         mgpu_code.free_all(freed, tile.stages, warpgroup == 0)
         mine = warpgroup * tile.stages
 
-        def consume_tile(i, slot):
+        def consume_tile(i, buffer):
             expert, k, n, _, begin, end = locate(i)
             steps = _steps(end)
 
             @pl.when(lax.rem(i, CONSUMERS) == warpgroup)
             def _mine():
                 def accumulate(acc):
-                    def one(j, slot):
-                        plgpu.barrier_wait(filled.at[mine + slot])
+                    def one(j, buffer):
+                        plgpu.barrier_wait(filled.at[mine + buffer])
                         low, high = begin - j * CONTRACTED, end - j * CONTRACTED
 
                         @pl.when((low > 0) | (high < CONTRACTED))
                         def _():
-                            mgpu_code.clear_rows(a_smem.at[slot], low, high, native=native)
-                            mgpu_code.clear_rows(b_smem.at[slot], low, high, native=native)
+                            mgpu_code.clear_rows(a_smem.at[buffer], low, high, native=native)
+                            mgpu_code.clear_rows(b_smem.at[buffer], low, high, native=native)
                             plgpu.commit_smem()
 
-                        plgpu.wgmma(acc, a_smem.at[slot].transpose((1, 0)), b_smem.at[slot])
+                        plgpu.wgmma(acc, a_smem.at[buffer].transpose((1, 0)), b_smem.at[buffer])
 
-                    def step(j, slot):
-                        after = mgpu_code.next_slot(slot, tile.stages)
+                    def step(j, buffer):
+                        after = mgpu_code.next_slot(buffer, tile.stages)
                         one(j, after)
                         plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(freed.at[slot])
+                        plgpu.barrier_arrive(freed.at[buffer])
                         return after
 
                     @pl.when(steps > 0)
                     def _():
-                        one(0, slot)
+                        one(0, buffer)
 
-                    last_slot = lax.fori_loop(1, steps, step, slot)
+                    last_slot = lax.fori_loop(1, steps, step, buffer)
                     return acc[...], last_slot
 
                 value, last_slot = pl.run_scoped(accumulate, plgpu.ACC((tile.rows, tile.columns), jnp.float32))
@@ -166,7 +166,7 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
                         out.at[expert, pl.ds(pl.multiple_of(k, COLUMN_BLOCK), tile.rows), pl.ds(column, COLUMN_BLOCK)],
                     )
 
-            return lax.rem(slot + steps, tile.stages)
+            return lax.rem(buffer + steps, tile.stages)
 
         lax.fori_loop(0, my_tiles, consume_tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

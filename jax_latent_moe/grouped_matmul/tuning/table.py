@@ -1,7 +1,7 @@
-"""Measured tiles: a table committed for Hopper GPUs, and the user's own, which `tune` writes and which comes first.
+"""Measured tiles: one JSON file a device, committed ones and the user's own, which `tune` writes and which come first.
 
-An entry has a device, backend, contraction, num_rows, w_shape [E, K, N], tile (the fields of the backend's dataclass)
-and ms: the fastest tile that was measured there. It serves the same weights at up to twice or half as many rows.
+An entry names a backend and the whole problem but its rows, with the rows and the milliseconds of the measurement and
+the fields of the fastest tile. It serves the same problem at up to twice or half as many rows.
 """
 
 import functools
@@ -9,123 +9,167 @@ import importlib.resources
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from jax_latent_moe.device import Device
 from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul.problem import Problem
 
 VARIABLE = "JAX_LATENT_MOE_TUNING"
-KEY = ("device", "backend", "contraction", "num_rows", "w_shape")
+VERSION = 1
+KEY = ("backend", "contraction", "num_experts", "k", "n", "lhs", "rhs", "out", "epilogue")
+FIELDS = (*KEY, "num_rows", "tile", "ms")
 Entry = dict[str, Any]
 
 
-class Choice(NamedTuple):
-    """The tile that runs a problem.
-
-    Attributes:
-        tile: the backend's dataclass.
-        source: where it comes from: the config, a table or a heuristic.
-    """
-
-    tile: Any
-    source: str
+def entry_of(problem: Problem, backend: str, tile: dict[str, Any], ms: float) -> Entry:
+    """An entry of a table: the fields of a tile that took `ms` milliseconds."""
+    return _key(problem, backend) | {"num_rows": problem.num_rows, "tile": tile, "ms": ms}
 
 
-def measured(backend: str, contraction: str, num_rows: int, w_shape: Sequence[int], device: str) -> Entry | None:
-    """The entry for these weights and the nearest number of rows, with "source" added; None where no table has one.
+def measured_tile(tile_type: type, backend: str, problem: Problem) -> tuple[Any, str] | None:
+    """The measured tile for a problem, and where it comes from; None where no table has one.
 
-    The user's table is asked first, and serves the device that it was measured on; the committed one serves all devices
-    of its architecture, the same device first.
+    The user's table of the device is asked first, then the committed table of the device, then those of other devices
+    of its architecture. Rows that are gathered, or columns of wider rows, take the tile of dense rows where they have
+    none.
 
     Raises:
-        ConfigError: the user's table cannot be read.
+        ConfigError: the user's table cannot be read, or an entry holds what is no such tile.
     """
-    path = user_table()
-    for source, entries in (
-        (f"your table {path}", [entry for entry in _read(path) if entry["device"] == device]),
-        ("the committed table", _committed()),
-    ):
-        near = [
-            entry
-            for entry in entries
-            if (entry["backend"], entry["contraction"], *entry["w_shape"]) == (backend, contraction, *w_shape)
-            and entry["num_rows"] <= 2 * num_rows <= 4 * entry["num_rows"]
-        ]
-        if near:
-            entry = min(near, key=lambda entry: (entry["device"] != device, abs(entry["num_rows"] - num_rows)))
-            return entry | {"source": f"{source}, measured at {entry['num_rows']} rows on {entry['device']}"}
+    for place, entries in _tables(problem.device):
+        for asked in dict.fromkeys((problem, problem.dense())):
+            key = _key(asked, backend)
+            near = [
+                entry
+                for entry in entries
+                if all(entry[name] == key[name] for name in KEY)
+                and entry["num_rows"] <= 2 * problem.num_rows <= 4 * entry["num_rows"]
+            ]
+            if near:
+                entry = min(near, key=lambda entry: abs(entry["num_rows"] - problem.num_rows))
+                return _tile(tile_type, entry, f"{place}, measured at {entry['num_rows']} rows")
     return None
 
 
-def measured_tile(
-    tile_type: type, backend: str, contraction: str, num_rows: int, w_shape: Sequence[int], device: str
-) -> Choice | None:
-    """The tile of the entry that `measured` finds, as the backend's dataclass; None where it finds none.
-
-    Raises:
-        ConfigError: the user's table cannot be read, or the entry holds what is no such tile.
-    """
-    entry = measured(backend, contraction, num_rows, w_shape, device)
-    if entry is None:
-        return None
-    try:
-        return Choice(tile_type(**entry["tile"]), entry["source"])
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{entry['tile']} of {entry['source']} is no tile: {error} Run `tune` again.") from error
-
-
-def user_table() -> pathlib.Path:
-    """Path of the user's table, there or not: $JAX_LATENT_MOE_TUNING, or tuning.json in their configuration folder."""
+def user_folder() -> pathlib.Path:
+    """Folder of the user's tables, there or not: $JAX_LATENT_MOE_TUNING, or tuning/ in their configuration folder."""
     if path := os.environ.get(VARIABLE):
         return pathlib.Path(path)
     base = os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config"
-    return pathlib.Path(base) / "jax_latent_moe" / "tuning.json"
+    return pathlib.Path(base) / "jax_latent_moe" / "tuning"
 
 
-def add_to_table(path: pathlib.Path, entries: Sequence[Entry]) -> None:
-    """Writes entries into a table, over those of the same key; the file is replaced whole, so nobody reads half of it.
+def file_of(folder: pathlib.Path, device: Device) -> pathlib.Path:
+    """The table of a device in a folder, there or not."""
+    return folder / f"{_slug(device.kind)}.json"
+
+
+def add_to_table(path: pathlib.Path, device: Device, entries: Sequence[Entry]) -> None:
+    """Writes entries into a device's table, over those of the same problem, rows included. The file is replaced whole.
 
     Raises:
-        ConfigError: there is a file that is no table.
+        ConfigError: the file is no table of this version, or of another device.
     """
-    new = [_key(entry) for entry in entries]
-    table = [entry for entry in _read(path) if _key(entry) not in new] + list(entries)
+    new = [_identity(entry) for entry in entries]
+    table = [entry for entry in _read(path, device.kind) if _identity(entry) not in new] + list(entries)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n    ".join(json.dumps(entry) for entry in table)
+    text = (
+        f'{{\n  "version": {VERSION},\n  "device": {json.dumps(device.kind)},\n  "entries": [\n    {lines}\n  ]\n}}\n'
+    )
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write("[\n  " + ",\n  ".join(json.dumps(entry) for entry in table) + "\n]\n")
+        file.write(text)
     os.replace(file.name, path)
 
 
-def _key(entry) -> tuple:
-    return tuple(str(entry[name]) for name in KEY)
+def _key(problem, backend) -> Entry:
+    return {
+        "backend": backend,
+        "contraction": problem.contraction,
+        "num_experts": problem.num_experts,
+        "k": problem.k,
+        "n": problem.n,
+        "lhs": str(problem.lhs),
+        "rhs": str(problem.rhs),
+        "out": str(problem.out),
+        "epilogue": None if problem.epilogue is None else str(problem.epilogue),
+    }
 
 
-def _read(path: pathlib.Path) -> list[Entry]:
+def _identity(entry) -> str:
+    return json.dumps([entry[name] for name in (*KEY, "num_rows")])
+
+
+def _tile(tile_type, entry, source):
+    try:
+        return tile_type(**entry["tile"]), source
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{entry['tile']} of {source} is no tile: {error} Run `tune` again.") from error
+
+
+def _tables(device):
+    """(name, entries) of each table that may serve a device, in the order in which they are asked."""
+    folder = user_folder()
+    _refuse_old(folder)
+    path = file_of(folder, device)
+    yield f"your table {path}", _read(path, device.kind)
+    committed = _committed()
+    for kind in sorted(committed, key=lambda kind: kind != device.kind):
+        if kind == device.kind or Device("gpu", kind).architecture == device.architecture:
+            yield f"the committed table of {kind}", committed[kind]
+
+
+def _refuse_old(folder):
+    """Tables of version 0.1 were one file for all devices, and did not say which dtype had been measured."""
+    old = folder if os.environ.get(VARIABLE) else folder.with_suffix(".json")
+    if old.is_file():
+        raise ConfigError(
+            f"{old} is a table of tiles of version 0.1, which does not say the dtype it was measured in: remove it, "
+            "and run `python -m jax_latent_moe.grouped_matmul.tuning` again, which writes one file a device."
+        )
+
+
+def _read(path: pathlib.Path, kind: str) -> list[Entry]:
     try:
         status = path.stat()
     except FileNotFoundError:
         return []
-    return _parse(path, status.st_mtime_ns)
+    table = _parse(path, status.st_mtime_ns)
+    if table["device"] != kind:
+        raise ConfigError(f"{path} holds tiles of {table['device']!r}, not of {kind!r}: remove it, or move it away.")
+    return table["entries"]
 
 
 @functools.lru_cache(maxsize=8)
-def _parse(path, modified) -> list[Entry]:
-    """The entries of a file, read again when it changes."""
+def _parse(path, modified) -> dict[str, Any]:
+    """The table in a file, read again when the file changes."""
     del modified
     try:
-        entries = json.loads(path.read_text())
-        complete = isinstance(entries, list) and all({*KEY, "tile", "ms"} <= entry.keys() for entry in entries)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is no table of tiles: {error}. Remove it, or write one with `tune`.") from error
-    if not complete:
-        fields = ", ".join((*KEY, "tile", "ms"))
-        raise ConfigError(f"{path} must be a list of entries with {fields}. Remove it, or write one with `tune`.")
-    return entries
+        table = json.loads(path.read_text())
+        version, complete = table["version"], all(set(FIELDS) <= entry.keys() for entry in table["entries"])
+        complete = complete and isinstance(table["device"], str)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is no table of tiles ({type(error).__name__}: {error}): remove it, or write one with `tune`."
+        ) from error
+    if version != VERSION or not complete:
+        raise ConfigError(
+            f"{path} must be of version {VERSION}, with a device and entries of {', '.join(FIELDS)}: remove it, "
+            "or write one with `tune`."
+        )
+    return table
 
 
 @functools.cache
-def _committed() -> list[Entry]:
-    return json.loads(
-        importlib.resources.files("jax_latent_moe.grouped_matmul").joinpath("tuning_hopper.json").read_text()
-    )
+def _committed() -> dict[str, list[Entry]]:
+    folder = importlib.resources.files(__package__).joinpath("tables")
+    tables = [json.loads(file.read_text()) for file in folder.iterdir() if file.name.endswith(".json")]
+    return {table["device"]: table["entries"] for table in tables}
+
+
+def _slug(kind) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")

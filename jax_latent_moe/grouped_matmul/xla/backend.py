@@ -1,88 +1,39 @@
-"""Grouped matmul in plain XLA operations: runs on every device, differentiates by the caller's rules."""
-
-import functools
+"""The `xla` backend: grouped matmul in plain XLA operations, on every device, of every format."""
 
 import jax.numpy as jnp
-from jax import custom_batching, lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from jax_latent_moe.config import XlaBackend
-from jax_latent_moe.grouped_matmul.operands import gathered
+from jax_latent_moe.formats import decoded
+from jax_latent_moe.grouped_matmul.backend import Backend
+from jax_latent_moe.grouped_matmul.operands import Outputs
 from jax_latent_moe.grouped_matmul.xla.blocked import blocked_matmul, blocked_wgrad
+from jax_latent_moe.grouped_matmul.xla.ragged_dot import ragged_matmul, ragged_wgrad
 
 
-class Xla:
+class Xla(Backend):
     """The `xla` backend: see `XlaBackend` for its methods."""
 
-    def __init__(self, config: XlaBackend):
-        self.config = config
+    def supports(self, problem):
+        """Every plain product, of any shape, format and device."""
+        if problem.epilogue is None:
+            return None
+        return "it has no epilogues: the activation runs beside its products."
 
-    def supports(self, problem) -> None:
-        """Every problem: nothing here depends on shape, dtype or device."""
-        del problem
-
-    def tile(self, problem) -> None:
-        """Nothing to choose from a table."""
-        del problem
-
-    def candidates(self, problem) -> tuple[()]:
-        """Nothing to tune."""
-        del problem
-        return ()
-
-    def matmul(self, rows, w, group_sizes, *, transpose_w):
-        """See `Backend.matmul`."""
-        rows, group_sizes = gathered(rows), _cut(group_sizes, rows.shape[0])
-        if self.config.method == "ragged_dot":
-            return _ragged_matmul(rows, w, group_sizes, transpose_w)
-        return blocked_matmul(rows, w, group_sizes, transpose_w=transpose_w, block_rows=self.config.block_rows)
-
-    def outer(self, rows, dout, group_sizes):
-        """See `Backend.outer`."""
-        rows, dout, group_sizes = gathered(rows), gathered(dout), _cut(group_sizes, rows.shape[0])
-        if self.config.method == "ragged_dot":
-            return _ragged_wgrad(rows, dout, group_sizes), rows, dout
-        return blocked_wgrad(rows, dout, group_sizes, block_rows=self.config.block_rows), rows, dout
+    def run(self, problem, tile, operands):
+        """See `Backend.run`."""
+        del tile
+        lhs, rhs, group_sizes = operands.lhs, operands.rhs, _cut(operands.group_sizes, problem.num_rows)
+        ragged, settings = self.config.method == "ragged_dot", (self.config.block_rows, problem.device)
+        if problem.contraction == "wgrad":
+            return Outputs(
+                ragged_wgrad(lhs, rhs, group_sizes) if ragged else blocked_wgrad(lhs, rhs, group_sizes, *settings)
+            )
+        transpose_w = problem.contraction == "dgrad"
+        if ragged:
+            return Outputs(ragged_matmul(lhs, decoded(rhs, lhs.dtype), group_sizes, transpose_w=transpose_w))
+        return Outputs(blocked_matmul(lhs, rhs, group_sizes, *settings, transpose_w=transpose_w))
 
 
 def _cut(group_sizes, num_rows) -> Int[Array, " e"]:
     ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), num_rows)
     return jnp.diff(ends, prepend=0)
-
-
-def _accumulator(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _valid_rows(group_sizes, num_rows) -> Bool[Array, "r 1"]:
-    return (jnp.arange(num_rows) < jnp.sum(group_sizes))[:, None]
-
-
-def _ragged_dot(dimensions, left, right, group_sizes):
-    dot = functools.partial(
-        lax.ragged_dot_general,
-        ragged_dot_dimension_numbers=dimensions,
-        preferred_element_type=_accumulator(left.dtype),
-    )
-    # Its own rule for vmap refuses operands of which only some are mapped: map one after the other.
-    return custom_batching.sequential_vmap(dot)(left, right, group_sizes)
-
-
-def _ragged_matmul(rows: Float[Array, "r a"], w, group_sizes, transpose_w):
-    valid = _valid_rows(group_sizes, rows.shape[0])
-    dimensions = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2 if transpose_w else 1,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0],
-    )
-    out = _ragged_dot(dimensions, jnp.where(valid, rows, 0), w, group_sizes)
-    return jnp.where(valid, out, 0).astype(rows.dtype)
-
-
-def _ragged_wgrad(rows, dout, group_sizes):
-    valid = _valid_rows(group_sizes, rows.shape[0])
-    dimensions = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-    )
-    out = _ragged_dot(dimensions, jnp.where(valid, rows, 0), jnp.where(valid, dout, 0), group_sizes)
-    return out.astype(rows.dtype)

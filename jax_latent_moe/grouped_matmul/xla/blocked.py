@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jax_latent_moe.device import default_device
+from jax_latent_moe.device import Device
+from jax_latent_moe.formats import ScaledArray, decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,12 @@ class _Sizes:
     matmul_bytes: int
     wgrad_bytes: int
 
+    def block_rows(self, num_rows: int, num_experts: int) -> int:
+        """Rows of a block: the power of two at or below the mean group, within the bounds."""
+        fewest, most = self.rows
+        mean = max(num_rows // num_experts, 1)
+        return min(max(1 << mean.bit_length() - 1, fewest), most)
+
 
 # A CPU step should stay in the cache; a GPU step should fill the chip and hide the launches.
 _CPU = _Sizes(rows=(16, 128), matmul_bytes=2**19, wgrad_bytes=0)
@@ -34,25 +41,41 @@ _GPU = _Sizes(rows=(16, 256), matmul_bytes=2**26, wgrad_bytes=2**26)
 
 def blocked_matmul(
     rows: Float[Array, "r a"],
-    w: Float[Array, "e k n"],
+    w: Float[Array, "e k n"] | ScaledArray,
     group_sizes: Int[Array, " e"],
+    block_rows: int | None,
+    device: Device,
     *,
     transpose_w: bool,
-    block_rows: int | None,
 ) -> Float[Array, "r b"]:
-    """See `Backend.matmul`; block_rows None picks a size for the platform."""
+    """Rows x w, or x w^T, in the dtype of rows.
+
+    Args:
+        rows: [R, K], or [R, N] with transpose_w.
+        w: [E, K, N]. A `ScaledArray` is decoded expert by expert.
+        group_sizes: [E], at least 0, with a sum of at most R.
+        block_rows: rows of a block; None picks a size for the device.
+        device: where it runs.
+        transpose_w: contract the last axis of w.
+    """
     num_rows, num_experts = rows.shape[0], w.shape[0]
     out = jnp.zeros((num_rows, w.shape[1 if transpose_w else 2]), rows.dtype)
     if out.size == 0 or num_experts == 0:
         return out
-    step_bytes = w[0].size * w.dtype.itemsize
-    steps = _steps(group_sizes, num_rows, block_rows, _platform_sizes().matmul_bytes // step_bytes)
+    step_bytes = w.shape[1] * w.shape[2] * rows.dtype.itemsize
+    sizes = _sizes(device)
+    steps = _steps(
+        group_sizes, num_rows, block_rows or sizes.block_rows(num_rows, num_experts), sizes.matmul_bytes // step_bytes
+    )
     contracted = ((2,), (2 if transpose_w else 1,))
 
     def step(out, blocks):
         expert, row = blocks
         product = lax.dot_general(
-            _rows_or_zero(rows, row), w[expert], (contracted, ((0,), (0,))), preferred_element_type=_wide(rows.dtype)
+            _rows_or_zero(rows, row),
+            decoded(w[expert], rows.dtype),
+            (contracted, ((0,), (0,))),
+            preferred_element_type=_wide(rows.dtype),
         )
         return out.at[row].set(product.astype(out.dtype), mode="drop", unique_indices=True), None
 
@@ -60,16 +83,23 @@ def blocked_matmul(
 
 
 def blocked_wgrad(
-    rows: Float[Array, "r k"], dout: Float[Array, "r n"], group_sizes: Int[Array, " e"], *, block_rows: int | None
+    rows: Float[Array, "r k"],
+    dout: Float[Array, "r n"],
+    group_sizes: Int[Array, " e"],
+    block_rows: int | None,
+    device: Device,
 ) -> Float[Array, "e k n"]:
-    """See `Backend.outer`; block_rows None picks a size for the platform."""
+    """rows^T x dout in the dtype of rows; see `blocked_matmul` for the arguments."""
     num_rows, num_experts = rows.shape[0], group_sizes.shape[0]
     out = jnp.zeros((num_experts, rows.shape[1], dout.shape[1]), rows.dtype)
     if out.size == 0 or num_rows == 0:
         return out
     wide = _wide(rows.dtype)
     step_bytes = out[0].size * wide.itemsize
-    steps = _steps(group_sizes, num_rows, block_rows, _platform_sizes().wgrad_bytes // step_bytes)
+    sizes = _sizes(device)
+    steps = _steps(
+        group_sizes, num_rows, block_rows or sizes.block_rows(num_rows, num_experts), sizes.wgrad_bytes // step_bytes
+    )
 
     def step(carry, blocks):
         out, total, last_expert = carry
@@ -80,13 +110,13 @@ def blocked_wgrad(
             (((1,), (1,)), ((0,), (0,))),
             preferred_element_type=wide,
         )
-        # Blocks stand in the experts' order, so an expert goes on from the step before in the first block alone.
+        # Blocks follow the order of the experts, so only the first one can continue the last expert of the step before.
         product = product.at[0].add(jnp.where(expert[0] == last_expert, total, 0))
         changes = expert[1:] != expert[:-1]
         first, last = jnp.append(True, changes), jnp.append(changes, True)
         product = lax.associative_scan(_sum_within_expert, (first[:, None, None], product))[1]
-        slot = jnp.where(last, expert, num_experts + jnp.arange(len(expert)))
-        out = out.at[slot].set(product.astype(out.dtype), mode="drop", unique_indices=True)
+        place = jnp.where(last, expert, num_experts + jnp.arange(len(expert)))
+        out = out.at[place].set(product.astype(out.dtype), mode="drop", unique_indices=True)
         return (out, product[-1], expert[-1]), None
 
     carry = (out, jnp.zeros(out.shape[1:], wide), jnp.full((), -1, jnp.int32))
@@ -100,7 +130,7 @@ def _sum_within_expert(left, right):
 
 
 def _steps(
-    group_sizes: Int[Array, " e"], num_rows: int, block_rows: int | None, blocks: int
+    group_sizes: Int[Array, " e"], num_rows: int, block_rows: int, blocks: int
 ) -> tuple[Int[Array, "steps blocks"], Int[Array, "steps blocks size"]]:
     """The expert of each block, and its rows; a place without a row holds an index beyond the last row.
 
@@ -108,7 +138,7 @@ def _steps(
     (rows + experts with rows * (size - 1)) / size.
     """
     num_experts = group_sizes.shape[0]
-    size = min(block_rows or _block_rows(num_rows, num_experts), num_rows)
+    size = min(block_rows, num_rows)
     needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
     blocks = min(max(blocks, 1), needed)
     steps = -(-needed // blocks)
@@ -128,14 +158,8 @@ def _steps(
     return expert.reshape(steps, blocks), row.reshape(steps, blocks, size)
 
 
-def _platform_sizes() -> _Sizes:
-    return _CPU if default_device()[0] == "cpu" else _GPU
-
-
-def _block_rows(num_rows, num_experts) -> int:
-    fewest, most = _platform_sizes().rows
-    mean = max(num_rows // num_experts, 1)
-    return min(max(1 << mean.bit_length() - 1, fewest), most)
+def _sizes(device: Device) -> _Sizes:
+    return _CPU if device.platform == "cpu" else _GPU
 
 
 def _rows_or_zero(rows, indices):

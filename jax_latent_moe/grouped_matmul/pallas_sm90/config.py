@@ -1,0 +1,107 @@
+"""Settings of the `pallas` backend for Hopper GPUs."""
+
+import dataclasses
+
+from jax_latent_moe import checks
+from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.grouped_matmul.sm90 import FUSE, Fuse
+
+# What a tile of the Pallas kernels may take: 192 float32 accumulators a thread, and shared memory less its barriers.
+TILE_AREA = 128 * 192
+SHARED_MEMORY = 231424
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasMatmulTile:
+    """Tile and schedule of the Pallas kernel for fwd and dgrad.
+
+    Attributes:
+        rows: rows of a tile, 64, 128 or 192; a tile with fewer rows multiplies the next multiple of 64.
+        columns: output columns of a tile, a multiple of 64.
+        stages: loads in flight, in a ring through shared memory.
+        store_buffers: buffers through which a tile is stored, 64 columns each.
+        band: row tiles that are walked together, column by column.
+        cluster: SMs, 1 or 2, that share the loads of one row tile.
+    """
+
+    rows: int = 128
+    columns: int = 192
+    stages: int = 4
+    store_buffers: int = 2
+    band: int = 1
+    cluster: int = 1
+
+    def __post_init__(self):
+        _check_pallas_tile(self)
+        checks.positive_int("PallasMatmulTile.band", self.band)
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasWgradTile:
+    """Tile and schedule of the Pallas kernel for wgrad.
+
+    Attributes:
+        rows: tile of the first feature axis (K), 64, 128 or 192.
+        columns: tile of the second feature axis (N), a multiple of 64.
+        stages: loads in flight, in a ring through shared memory.
+        store_buffers: buffers through which a tile is stored, 64 columns each.
+        cluster: SMs, 1 or 2, that share the loads of one column tile.
+    """
+
+    rows: int = 128
+    columns: int = 192
+    stages: int = 4
+    store_buffers: int = 2
+    cluster: int = 1
+
+    def __post_init__(self):
+        _check_pallas_tile(self)
+
+
+def _check_pallas_tile(tile):
+    """A tile must fit a Hopper SM: its accumulators the registers, its buffers the shared memory."""
+    name = type(tile).__name__
+    for field in ("rows", "columns", "stages", "store_buffers", "cluster"):
+        checks.positive_int(f"{name}.{field}", getattr(tile, field))
+    if tile.rows not in (64, 128, 192) or tile.columns % 64:
+        raise ConfigError(
+            f"{name}.rows={tile.rows} must be 64, 128 or 192 and columns={tile.columns} a multiple of 64: a product of "
+            "matrix units has 64 of either."
+        )
+    if tile.columns > 256 or tile.rows * tile.columns > TILE_AREA:
+        raise ConfigError(
+            f"{name}.rows={tile.rows} x columns={tile.columns} does not fit the registers: columns are at most 256 "
+            f"and rows x columns at most {TILE_AREA}."
+        )
+    if tile.cluster > 2:
+        raise ConfigError(f"{name}.cluster={tile.cluster} must be 1 or 2: larger clusters leave SMs idle.")
+    used = 128 * (tile.stages * (tile.rows + tile.columns) + 2 * tile.store_buffers * tile.rows)
+    if used > SHARED_MEMORY:
+        raise ConfigError(
+            f"{name} takes {used} bytes of shared memory, more than {SHARED_MEMORY}: "
+            f"lower stages={tile.stages} or store_buffers={tile.store_buffers}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasBackend:
+    """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs.
+
+    Attributes:
+        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured one for the
+            shape, or a heuristic.
+        wgrad_tile: tile of wgrad; None likewise.
+        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
+            where they were measured, "always" all, which takes the least memory, "never" none.
+    """
+
+    matmul_tile: PallasMatmulTile | None = None
+    wgrad_tile: PallasWgradTile | None = None
+    fuse: Fuse = "measured"
+
+    def __post_init__(self):
+        checks.one_of("PallasBackend.fuse", self.fuse, FUSE)
+        if self.matmul_tile is not None:
+            checks.instance("PallasBackend.matmul_tile", self.matmul_tile, PallasMatmulTile)
+        if self.wgrad_tile is not None:
+            checks.instance("PallasBackend.wgrad_tile", self.wgrad_tile, PallasWgradTile)
