@@ -1,12 +1,12 @@
 """Writes the C++ sources that follow from data: the FFI bindings, and the list of kernels with a source for each.
 
-usage: generate.py INTERFACE KERNELS FOLDER [--few]
+usage: generate.py INTERFACE FOLDER KERNELS ... [--few]
 
 INTERFACE is jax_latent_moe/native_interface.json. FOLDER/interface.h gets a struct for each target, which holds all
 that a call is given, and declares the function that handles it. FOLDER/interface.cc binds these functions to XLA's FFI.
-KERNELS is a text file with the name of a kernel on each line (src/sm90/kernels.txt). FOLDER/ARCHITECTURE/kernels.inc
-gets a line for each, and FOLDER/ARCHITECTURE/NAME.cu compiles it. --few takes only the
-kernels that are marked so.
+KERNELS are text files with the name of a kernel on each line (src/sm90/kernels.txt). FOLDER/ARCHITECTURE/kernels.inc
+gets a line for each, and FOLDER/ARCHITECTURE/NAME.cu compiles it. --few takes only the kernels that are marked so.
+Prints the paths of the kernels' sources, separated by semicolons.
 """
 
 import argparse
@@ -27,18 +27,19 @@ def main():
     """Writes all files, and leaves those alone that would not change, so that nothing is compiled again for them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("interface", type=pathlib.Path)
-    parser.add_argument("kernels", type=pathlib.Path)
     parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("kernels", type=pathlib.Path, nargs="+")
     parser.add_argument("--few", action="store_true")
     arguments = parser.parse_args()
     targets = json.loads(arguments.interface.read_text())
     files = {"interface.h": header(targets), "interface.cc": bindings(targets)}
-    files |= kernel_files(kernel_names(arguments.kernels.read_text(), few=arguments.few))
+    files |= kernel_files(kernel_names("\n".join(path.read_text() for path in arguments.kernels), few=arguments.few))
     for name, text in files.items():
         path = arguments.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
+    print(*(arguments.folder / name for name in files if name.endswith(".cu")), sep=";", end="")
 
 
 def interface_hash(targets: dict) -> str:
