@@ -41,20 +41,22 @@ class Queue {
     }
   }
 
-  // The counting thread calls it, in the first block of a cluster.
-  __device__ void serve(uint64_t* counter, Gather const& gather, int num_rows, L2Slices const& l2_slices) {
-    const bool last_first = takes_last_first(l2_slices);
-    int expert = 0, id = next_id(counter, last_first);
+  // The counting thread calls it, in the first block of a cluster. Of Args it needs counter, problem.num_rows, gather and
+  // l2_slices. (Passing these one by one made nvcc 13.0 allocate the registers of whole kernels differently.)
+  template <class Args>
+  __device__ void serve(Args const& args) {
+    const bool last_first = takes_last_first(args.l2_slices);
+    int expert = 0, id = next_id(args.counter, last_first);
     RowsReady rows_ready;
     bool more;
     do {
       more = id < schedule_.count();
       // The next number is on its way while this tile is looked up.
-      const int after = more ? next_id(counter, last_first) : id;
+      const int after = more ? next_id(args.counter, last_first) : id;
       Work const work = more ? schedule_.work(id, expert) : Work::none();
       id = after;
-      if (gather.table != nullptr && work.steps > 0) {
-        rows_ready.wait(gather, num_rows, work.row, work.valid);
+      if (args.gather.table != nullptr && work.steps > 0) {
+        rows_ready.wait(args.gather, args.problem.num_rows, work.row, work.valid);
       }
       empty_[slot_].wait(phase_ ^ 1);
       if constexpr (Cluster == 1) {

@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
     // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
     if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
     if (K::kCounts && rank == 0 && warp == 1 && cute::elect_one_sync()) {
-      typename K::Queue(shared.queue, schedule, rank).serve(args.counter, args.gather, args.problem.num_rows, args.l2_slices);
+      typename K::Queue(shared.queue, schedule, rank).serve(args);
     }
     if (K::kCounts && args.gather.table != nullptr && warp >= 4 - kGatherers) {
       gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
