@@ -41,7 +41,7 @@ class Queue {
     }
   }
 
-  // The counting thread calls it, in the first block of a cluster. Of Args it needs counter, problem.num_rows, gather and
+  // The counting thread calls it, in the first block of a cluster. Args has counter, problem.num_rows, gather and
   // l2_slices. (Passing these one by one made nvcc 13.0 allocate the registers of whole kernels differently.)
   template <class Args>
   __device__ void serve(Args const& args) {

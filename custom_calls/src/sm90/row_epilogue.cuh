@@ -92,7 +92,7 @@ class RowEpilogue {
     write(piece(0), out, c);
   }
 
-  // Of an ungated activation. Gated ones have swap-AB tiles (swap_ab_epilogue.cuh).
+  // Ungated activations alone come here. Gated ones have swap-AB tiles (swap_ab_epilogue.cuh).
   __device__ __forceinline__ void store_activation(Accumulator const& acc, Work const& work, int block) const {
     static_assert(kGradient || !kGated);
     if (args_.keep_residual) {
