@@ -37,8 +37,8 @@ class Product {
     check.that(num_rows < kMostRows, std::to_string(num_rows) + " rows must be fewer than " + std::to_string(kMostRows));
     check.that(experts > 0, "there are no experts");
     if (!check.ok() || num_rows == 0) return;
-    rows.describe(check, args.gather, kernel.tile);
-    check(window_map(&args.a, format, rows.start(), in, rows.pitch(), 64));
+    rows.describe(check, args.gather, kernel);
+    check(window_map(&args.a, format, rows.start(), in, rows.pitch(), kernel.loaded_rows));
     int const block = block_columns(format);
     int const halves = kernel.contraction == Contraction::kFwd && is_gated(kernel.activation) ? 2 : 1;
     args.whole_b = !dgrad && n % (halves * block) == 0;

@@ -35,8 +35,7 @@ struct GroupedKernel {
   static constexpr Major kMajorB = kDgrad ? Major::K : Major::MN;
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
-  // A kernel of small tiles is bound by reading weights, each once. It saves the clearing of a counter.
-  static constexpr bool kCounts = kTile.rows > kBlock;
+  static constexpr bool kCounts = Spec::kCounts;
   using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
@@ -47,6 +46,7 @@ struct GroupedKernel {
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
   static_assert(kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
+  static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
   static constexpr int shared_bytes(int num_experts) {

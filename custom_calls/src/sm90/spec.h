@@ -8,6 +8,9 @@
 
 namespace latent_moe::sm90 {
 
+constexpr int kLoadedRows = 64;  // of the boxes in which the rows of fwd and dgrad are loaded
+constexpr int kStoredRows = 16;  // of the boxes in which a weight gradient is stored
+
 // The kernel and its epilogues are templates over such a type and read its constants.
 template <Contraction C, Format F, Activation A, Residual R, int Rows, int Columns, int Stages, int ClusterRows,
           int ClusterColumns>
@@ -34,6 +37,10 @@ struct Spec {
   // of 32, so that more of the ring is being loaded. Such a step of a smaller tile would end before the next stage arrives.
   static constexpr int kStepDepth = kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
 
+  // Whether a counter deals out tiles, which gathering rows takes. A kernel of small tiles is bound by reading weights, each
+  // once, and saves the clearing of a counter.
+  static constexpr bool kCounts = Rows > 64;
+
   // What Schedule needs (common/schedule.cuh).
   struct Tiles {
     static constexpr bool kWgrad = Spec::kWgrad, kEvenHeights = Spec::kSwapAb;
@@ -49,8 +56,6 @@ struct Spec {
                 "gate and hidden rows determine the up half where hidden rows are a function of the gate times the up half");
   static_assert(element_bytes(F) == 2, "epilogues pack pairs of 16-bit elements");
 };
-
-constexpr int kStoredRows = 16;  // of the boxes in which a weight gradient is stored
 
 template <class Spec>
 cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream);
