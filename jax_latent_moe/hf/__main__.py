@@ -2,16 +2,21 @@
 
 import argparse
 import pathlib
-import shutil
+import re
 import sys
 from collections.abc import Iterator
 
+import jax
+
 from jax_latent_moe import cost
+from jax_latent_moe.config import COMPUTE_DTYPES
 from jax_latent_moe.errors import LatentMoEError
 from jax_latent_moe.hf.checkpoint import Checkpoint, open_checkpoint, plan_layer
 from jax_latent_moe.hf.exporting import differing_tensors, write_layers
 from jax_latent_moe.hf.importing import import_layer
 from jax_latent_moe.hf.names import MEGATRON, Layer
+from jax_latent_moe.hf.outputs import check_new
+from jax_latent_moe.hf.tensor_file import read_json
 from jax_latent_moe.params import Params
 
 
@@ -19,9 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(open_checkpoint(options.folder, naming=options.naming), options)
+        with jax.enable_x64(True):  # else JAX would narrow float64 weights
+            return options.run(open_checkpoint(options.folder, naming=options.naming), options)
     except (LatentMoEError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(_printable(error), file=sys.stderr)
         return 1
 
 
@@ -41,14 +47,19 @@ def _parser() -> argparse.ArgumentParser:
         if name == "convert":
             command.add_argument("output", help="folder to make")
             command.add_argument("--to", choices=("hf", "megatron"), default="hf", help="names to write")
-            command.add_argument("--dtype", help="type of the parameters; as stored by default")
+            command.add_argument("--dtype", choices=COMPUTE_DTYPES, help="of the parameters; as stored by default")
     return parser
 
 
 def _layers(checkpoint: Checkpoint, options) -> list[Layer]:
     if options.layers is None:
         return list(checkpoint.layers)
-    return [int(layer) if layer.isdecimal() else layer for layer in options.layers.split(",")]
+    return [int(layer) if re.fullmatch(r"[0-9]{1,9}", layer) else layer for layer in options.layers.split(",")]
+
+
+def _printable(message: object) -> str:
+    """As text that any terminal takes: names of files may hold bytes that are no UTF-8."""
+    return str(message).encode(errors="backslashreplace").decode()
 
 
 def _inspect(checkpoint: Checkpoint, options) -> int:
@@ -99,14 +110,16 @@ def _verify(checkpoint: Checkpoint, options) -> int:
 
 
 def _convert(checkpoint: Checkpoint, options) -> int:
+    check_new(options.output, checkpoint.folder.path)
     if options.to == "hf" and options.naming == "megatron":
         from_config = open_checkpoint(options.folder)  # the model's own names are those of its config.json
         names = from_config.names
     else:
         names = MEGATRON if options.to == "megatron" else checkpoint.names
-    write_layers(options.output, _read(checkpoint, options, options.dtype), dict(checkpoint.configs), names)
-    shutil.copy(pathlib.Path(options.folder, "config.json"), options.output)
-    print(f"wrote {options.output}")
+    layers = _read(checkpoint, options, options.dtype)
+    described = read_json(pathlib.Path(options.folder, "config.json"))
+    write_layers(options.output, layers, checkpoint.configs, names, config_json=described)
+    print(_printable(f"wrote {options.output}"))
     return 0
 
 

@@ -15,7 +15,7 @@ from jax_latent_moe.hf.encodings import PLAIN, Encoding, identify, problems
 from jax_latent_moe.hf.families import layer_configs
 from jax_latent_moe.hf.folder import TensorFolder
 from jax_latent_moe.hf.names import MEGATRON, Layer, Names, Slot, layer_slots, tensor_shapes
-from jax_latent_moe.hf.tensor_file import DTYPES, NAMES, TensorInfo, read_json
+from jax_latent_moe.hf.tensor_file import DTYPES, NAMES, TensorInfo, as_path, read_json
 
 Naming = Literal["hf", "megatron"]
 Path = tuple[str, str]
@@ -89,7 +89,7 @@ def open_checkpoint(
     Raises:
         CheckpointError: the folder, its index or its config.json is absent, not valid, or of an unknown model.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     folder = TensorFolder(path)
     if config is None:
         configs, names = read_config(path / "config.json")
@@ -121,7 +121,7 @@ def plan_layer(checkpoint: Checkpoint, layer: Layer) -> LayerPlan:
         CheckpointError: lists every missing, unexpected, mis-shaped or mistyped tensor.
     """
     folder = checkpoint.folder
-    if layer not in checkpoint.configs:
+    if layer not in checkpoint.layers:
         layers = ", ".join(map(str, checkpoint.layers))
         raise CheckpointError(folder.path, [f"layer {layer} is no MoE layer; these are: {layers}."])
     config = checkpoint.configs[layer]

@@ -96,7 +96,7 @@ def _finite(values):
     return values
 
 
-PLAIN = Encoding("plain", {"weight": ("BF16", "F16", "F32")}, lambda out, in_: {"weight": ((out, in_),)})
+PLAIN = Encoding("plain", {"weight": ("BF16", "F16", "F32", "F64")}, lambda out, in_: {"weight": ((out, in_),)})
 MXFP4 = Encoding(
     "MXFP4",
     {"weight_packed": ("U8",), "weight_scale": ("U8", "F8_E8M0")},

@@ -7,7 +7,7 @@ Keys and defaults as in transformers 5.23 (NemotronH, DeepSeek-V3, Qwen3-MoE, Mi
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_latent_moe.config import LatentMoEConfig, RouterConfig
+from jax_latent_moe.config import COMPUTE_DTYPES, LatentMoEConfig, RouterConfig
 from jax_latent_moe.hf import names
 from jax_latent_moe.hf.names import Layer, Names
 
@@ -68,7 +68,7 @@ class Keys(Mapping[str, Any]):
     def dtype(self) -> str:
         """The type that the model is stored and computed in."""
         key = self.either("dtype", "torch_dtype")
-        return self.chosen(key, {name: name for name in ("bfloat16", "float16", "float32")})
+        return self.chosen(key, {name: name for name in COMPUTE_DTYPES})
 
 
 def _common(keys: Keys) -> dict[str, Any]:

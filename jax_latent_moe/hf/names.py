@@ -1,10 +1,12 @@
 """How each system calls the tensors of an MoE layer, and which block of which parameter each one holds."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.params import param_shapes
 
 Layer = int | str
@@ -36,11 +38,27 @@ class Names:
     latent_norm: str = ""
     up_proj: str = ""
 
+    def __post_init__(self):
+        for field in ("w_gate", "w_up", "w_out"):
+            name = getattr(self, field)
+            try:
+                distinct = name.format(e=0) != name.format(e=1)
+            except (AttributeError, LookupError, ValueError):
+                distinct = False
+            if not distinct:
+                raise ConfigError(f"Names.{field}={name!r} must be text in which {{e}} stands for the expert's number.")
+
     def prefix(self, layer: Layer, present: Iterable[str]) -> str:
-        """What the names of this layer's tensors begin with, among the names that are present."""
+        """What the names of this layer's tensors begin with, among the names that are present.
+
+        Raises:
+            ValueError: the layer is neither an index nor such as "mtp.1".
+        """
         if isinstance(layer, str):
-            part, index = layer.split(".")
-            return f"{part}.layers.{index}.{self.block}."
+            match = re.fullmatch(r"([a-z_]+)\.([0-9]+)", layer)
+            if match is None:
+                raise ValueError(f'{layer!r} names no layer: give its index, or "mtp.1" for one of the predictor\'s.')
+            return f"{match[1]}.layers.{match[2]}.{self.block}."
         prefixes = [f"{root}layers.{layer}.{self.block}." for root in self.roots]
         used = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in present)]
         return used[0] if used else prefixes[0]

@@ -39,7 +39,7 @@ def test_every_wrong_tensor_is_listed_at_once(rng, tmp_path):
         "not expected: backbone.layers.0.mixer.gate.bias",
         "backbone.layers.0.mixer.experts.2.down_proj.weight: shape [12, 8], expected [8, 12].",
         "backbone.layers.0.mixer.experts.3.down_proj.weight: dtype F16, expected BF16",
-        "backbone.layers.0.mixer.experts.0.up_proj.weight: dtype I32, expected BF16 or F16 or F32.",
+        "backbone.layers.0.mixer.experts.0.up_proj.weight: dtype I32, expected BF16 or F16 or F32 or F64.",
     ):
         assert sum(found.startswith(problem) for found in caught.value.problems) == 1, problem
     assert len(caught.value.problems) == 7
