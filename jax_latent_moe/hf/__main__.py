@@ -19,6 +19,8 @@ from jax_latent_moe.hf.outputs import check_new
 from jax_latent_moe.hf.tensor_file import read_json
 from jax_latent_moe.params import Params
 
+TO = "names to write: the model's own on the hub, Megatron's, or transformers 5's, with all experts in one tensor"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
@@ -37,7 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     for run, name, text in (
         (_inspect, "inspect", "list the MoE layers; check names, shapes and dtypes without reading weights"),
         (_verify, "verify", "import every layer and check that it exports to the same bytes"),
-        (_convert, "convert", "import layers and write them unquantised, under the hub's or Megatron's names"),
+        (
+            _convert,
+            "convert",
+            "import layers and write them unquantised, under names of the hub, of Megatron or of transformers 5",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("folder", help="checkpoint folder: config.json and *.safetensors")
@@ -46,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "convert":
             command.add_argument("output", help="folder to make")
-            command.add_argument("--to", choices=("hf", "megatron"), default="hf", help="names to write")
+            command.add_argument("--to", choices=("hf", "megatron", "stacked"), default="hf", help=TO)
             command.add_argument("--dtype", choices=COMPUTE_DTYPES, help="of the parameters; as stored by default")
     return parser
 
@@ -111,11 +117,8 @@ def _verify(checkpoint: Checkpoint, options) -> int:
 
 def _convert(checkpoint: Checkpoint, options) -> int:
     check_new(options.output, checkpoint.folder.path)
-    if options.to == "hf" and options.naming == "megatron":
-        from_config = open_checkpoint(options.folder)  # the model's own names are those of its config.json
-        names = from_config.names
-    else:
-        names = MEGATRON if options.to == "megatron" else checkpoint.names
+    own = open_checkpoint(options.folder)  # names of the model's family, whatever the names in the folder
+    names = {"hf": own.names, "stacked": own.stacked_names, "megatron": MEGATRON}[options.to]
     layers = _read(checkpoint, options, options.dtype)
     described = read_json(pathlib.Path(options.folder, "config.json"))
     write_layers(options.output, layers, checkpoint.configs, names, config_json=described)

@@ -163,7 +163,7 @@ def _fill_slot(slot: Slot, target: np.ndarray, ranges: Sequence[range], stored: 
 
 def _fill_plain(slot, target, ranges, info, files):
     columns, rows = ranges
-    width = info.shape[1]
+    width = info.shape[-1]
     dtype = DTYPES[info.dtype]
     step = (
         max(1, CHUNK // max(1, width * dtype.itemsize * 32)) * 32
