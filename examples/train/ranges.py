@@ -88,17 +88,24 @@ def check_numbers(options, prefix: str, ranges: dict[str, Range]):
         TrainError: names the option, its value and its range.
     """
     for field in dataclasses.fields(options):
-        if field.type not in (int, float):
-            continue
-        value, allowed = getattr(options, field.name), ranges[field.name]
-        kinds = (int,) if field.type is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not allowed.holds(_rounded(value, field.type)):
-            raise TrainError(f"{prefix}{field.name}={value!r} must be {allowed}.")
+        if field.type in (int, float):
+            value = getattr(options, field.name)
+            check_number(f"{prefix}{field.name}", value, ranges[field.name], integer=field.type is int)
 
 
-def _rounded(value, kind) -> float:
-    """A float as float32 has it: 1 - 1e-10 is 1 there, and 1e-50 is 0."""
-    if kind is int:
+def check_number(name: str, value: object, allowed: Range, *, integer: bool = True):
+    """Refuses a number outside of its range, and what is no number.
+
+    Raises:
+        TrainError: names the option, its value and its range.
+    """
+    if type(value) not in ((int,) if integer else (int, float)) or not allowed.holds(_held(value, integer)):
+        raise TrainError(f"{name}={value!r} must be {allowed}.")
+
+
+def _held(value, integer) -> float:
+    """What is computed with: a float as float32 has it, where 1 - 1e-10 is 1, and 1e-50 is 0."""
+    if integer:
         return value
     try:
         with np.errstate(over="ignore", under="ignore"):
@@ -108,7 +115,7 @@ def _rounded(value, kind) -> float:
 
 
 def check_text(option: str, value: str | Path):
-    """Refuses a name that cannot be written into config.json, metrics and messages.
+    """Refuses text that cannot be written into config.json, metrics and messages.
 
     Raises:
         TrainError: it is not UTF-8, or holds a NUL.
@@ -118,7 +125,7 @@ def check_text(option: str, value: str | Path):
     except UnicodeEncodeError:
         usable = False
     if not usable:
-        raise TrainError(f"--{option} {str(value)!a} must be a name in UTF-8 without NUL: rename it.")
+        raise TrainError(f"--{option} {str(value)!a} must be UTF-8 without NUL: give other text.")
 
 
 def check_processes(coordinator: str, processes: int, process: int):

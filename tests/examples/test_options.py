@@ -15,6 +15,7 @@ from examples.train import ranges
 from examples.train.cli import parse
 from examples.train.config import Config, ModelConfig, OptimizerConfig
 from examples.train.errors import TrainError
+from examples.train.generate import generate
 from examples.train.optimizer import learning_rate, make_optimizer
 from examples.train.presets import PRESETS
 from examples.train.processes import join
@@ -65,9 +66,9 @@ def test_the_ends_of_a_range(cls, field):
         (["--mesh", "data=2,"], None),
         (["--mesh", "data=" + "9" * 5000], r"must be AXIS=SIZE"),
         (["--mesh", "data"], r"must be AXIS=SIZE"),
-        (["--run", os.fsdecode(b"runs/\xff")], r"--run 'runs/\\udcff' must be a name in UTF-8"),
-        (["--data", os.fsdecode(b"\xff.txt")], r"--data '\\udcff.txt' must be a name in UTF-8"),
-        (["--run", "a\0b"], r"--run 'a\\x00b' must be a name in UTF-8 without NUL"),
+        (["--run", os.fsdecode(b"runs/\xff")], r"--run 'runs/\\udcff' must be UTF-8"),
+        (["--data", os.fsdecode(b"\xff.txt")], r"--data '\\udcff.txt' must be UTF-8"),
+        (["--run", "a\0b"], r"--run 'a\\x00b' must be UTF-8 without NUL"),
         (["--optimizer.b1", "nan"], r"optimizer\.b1=nan must be at least 0 and below 1"),
         (["--optimizer.b1", "2"], r"optimizer\.b1=2\.0 must be"),
         (["--optimizer.b2", "1"], r"optimizer\.b2=1\.0 must be"),
@@ -148,6 +149,21 @@ def test_what_is_accepted_gives_a_finite_step(drawn, warmup_steps):
     updates, _ = jax.jit(optimizer.update)(params, state, params)
     assert np.isfinite(updates["embed"]).all()
     assert all(0 <= float(learning_rate(config, 10)(step)) <= 1.0001 * config.learning_rate for step in range(11))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed=-1 must be at least 0 and at most 4294967295"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be"),
+        ({"prompt": os.fsdecode(b"\xff")}, "--prompt .* must be UTF-8"),
+        ({"length": 0}, "--length 0 must be at least 1"),
+        ({"temperature": math.nan}, "--temperature nan more than 0"),
+    ],
+)
+def test_generating_checks_its_options_before_it_reads_a_run(options, message, tmp_path):
+    with pytest.raises(TrainError, match=message):
+        generate(tmp_path / "no run", **options)
 
 
 def test_folders_of_other_alphabets_are_taken():
