@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from examples.train import ranges
 from examples.train.errors import TrainError
 
 MLP = Literal["dense", "moe", "latent_moe"]
@@ -43,15 +44,12 @@ class ModelConfig:
     """Backend of the grouped matmuls."""
 
     def __post_init__(self):
-        for field in ("layers", "hidden_size", "heads", "context"):
-            _at_least_one(f"model.{field}", getattr(self, field))
+        ranges.check_numbers(self, "model.", ranges.MODEL)
         if self.hidden_size % (2 * self.heads):
             raise TrainError(
                 f"model.hidden_size={self.hidden_size} must be a multiple of twice model.heads={self.heads}: "
                 "rotary embedding turns the features of a head in pairs."
             )
-        if not 0 <= self.dropout < 1:
-            raise TrainError(f"model.dropout={self.dropout} must be at least 0 and below 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +76,8 @@ class OptimizerConfig:
     """Largest global norm of the gradient."""
 
     def __post_init__(self):
-        for field in ("learning_rate", "clip"):
-            if not getattr(self, field) > 0:
-                raise TrainError(f"optimizer.{field}={getattr(self, field)} must be more than 0.")
-        if self.warmup_steps < 0:
-            raise TrainError(f"optimizer.warmup_steps={self.warmup_steps} must not be negative.")
+        ranges.check_numbers(self, "optimizer.", ranges.OPTIMIZER)
+        ranges.check_unused(self, "optimizer.", ("momentum",), self.name == "muon", "--optimizer.name muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +104,7 @@ class Config:
     switch_loss_coef: float = 0.01
     """Coefficient of the Switch load-balancing loss, beside the correction bias."""
     bias_update_rate: float = 1e-2
-    """Step of the correction bias that balances the experts."""
+    """Step of the correction bias that balances the experts; dense has none."""
     log_every: int = 20
     """Steps between lines of metrics."""
     eval_every: int = 50
@@ -139,8 +134,15 @@ class Config:
     """Optimiser and schedule."""
 
     def __post_init__(self):
-        for field in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "sample_bytes"):
-            _at_least_one(field, getattr(self, field))
+        ranges.check_numbers(self, "", ranges.RUN)
+        for option in ("data", "run"):
+            ranges.check_text(option, getattr(self, option) or "")
+        ranges.check_mesh(self.mesh)
+        ranges.check_processes(self.coordinator, self.processes, self.process)
+        routed, latent = self.mlp != "dense", self.mlp == "latent_moe"
+        ranges.check_unused(self, "", ("switch_loss_coef",), routed, "--mlp moe or latent_moe")
+        ranges.check_unused(self.model, "model.", ("routed_scaling_factor",), routed, "--mlp moe or latent_moe")
+        ranges.check_unused(self.model, "model.", ("latent_norm",), latent, "--mlp latent_moe")
         if self.spike_factor and not self.spike_factor > 1:
             raise TrainError(f"spike_factor={self.spike_factor} must be more than 1, or 0 to look for no spikes.")
 
@@ -150,8 +152,3 @@ class Config:
         if self.run is not None:
             return self.run
         return Path("runs") / f"{Path(self.data).resolve().name}-{self.preset}-{self.mlp}"
-
-
-def _at_least_one(name: str, value: int):
-    if value < 1:
-        raise TrainError(f"{name}={value} must be at least 1.")

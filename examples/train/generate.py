@@ -16,6 +16,7 @@ from examples.train.errors import TrainError
 from examples.train.mlp import moe_config
 from examples.train.model import LanguageModel
 from examples.train.optimizer import make_optimizer
+from examples.train.ranges import RUN, check_number, check_text
 from examples.train.run_folder import read_config
 from examples.train.step import TrainState, compiled_once, init_state, predict
 from jax_latent_moe.errors import LatentMoEError
@@ -83,6 +84,8 @@ def generate(
         temperature: below 1 the likely bytes become likelier.
         seed: another seed, another text.
     """
+    check_text("prompt", prompt)
+    check_number("seed", seed, RUN["seed"])
     if length < 1 or not temperature > 0:
         raise TrainError(f"--length {length} must be at least 1 and --temperature {temperature} more than 0.")
     model, state = load(run)
