@@ -75,14 +75,14 @@ class MetricsWriter:
 class ProgressReport:
     """Step, loss, speed, balance of the experts and time left."""
 
-    def __init__(self, steps: int, done: int):
+    def __init__(self, steps: int):
         self._console = Console(highlight=False, quiet=not is_first_process())
         self._steps = steps
         self._bar = None
         if self._console.is_terminal and not self._console.quiet:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("compiling", total=steps, completed=done)
+            self._task = self._bar.add_task("compiling", total=steps)
             self._bar.start()
 
     def update(self, record: dict[str, Any]):
@@ -112,8 +112,9 @@ class ProgressReport:
 class Interval:
     """Gathers the steps since the last record, without waiting for the device."""
 
-    def __init__(self, config: Config, model: LanguageModel, devices: int, first: int):
+    def __init__(self, config: Config, model: LanguageModel, devices: int, first: int, bytes_per_token: float):
         self._tokens, self._total = config.batch_size * config.model.context, config.steps
+        self._bytes_per_token = bytes_per_token
         peak = peak_flops(jax.local_devices()[0])
         self._mfu_of_one = flops_per_token(model) / (peak * devices) if peak else None  # of one token a second
         self._steps, self._started = [], time.monotonic()
@@ -150,7 +151,7 @@ class Interval:
             "tokens_per_second": self._tokens * len(steps) / (now - self._started),
             "seconds_left": (now - self._begun) / (step - self._first) * (self._total - step),
         }
-        record["bits_per_token"] = record["loss"] / math.log(2)
+        record["bits_per_byte"] = record["loss"] / math.log(2) / self._bytes_per_token
         record |= self._of_device(record["tokens_per_second"])
         if steps[0].loads is not None:
             loads = np.sum([metrics.loads for metrics in steps], axis=0)

@@ -1,4 +1,4 @@
-"""Sizes to start from: a toy for tests, runs of minutes on two CPU cores and on one GPU, a full GPU, a host of eight."""
+"""Sizes to start from: a toy for tests, runs of minutes on a CPU and on a GPU, a full GPU, a host of eight."""
 
 import dataclasses
 

@@ -50,6 +50,11 @@ class Bytes:
         """The corpus in tokens."""
         return corpus
 
+    def bytes_per_token(self, tokens: Int[np.ndarray, " n"]) -> float:
+        """Their mean length."""
+        del tokens
+        return 1.0
+
     def save(self, folder: Path):
         """There is nothing to keep."""
 
@@ -85,6 +90,10 @@ class BytePairs:
     def corpus(self, corpus: Corpus) -> Corpus:
         """The corpus in tokens, in the cache where its text is on disk."""
         return Corpus(self._encoded(corpus.train), self._encoded(corpus.validation))
+
+    def bytes_per_token(self, tokens: Int[np.ndarray, " n"]) -> float:
+        """Their mean length."""
+        return float(self.token_bytes[tokens].mean())
 
     def save(self, folder: Path):
         """Keeps the tokenizer in a run's folder."""
