@@ -1,4 +1,4 @@
-"""What the sanitizer script says of tests that pass, fail, skip, outlast their limit, or that a tool finds something in."""
+"""What the sanitizer script says of tests that pass, fail, skip, outlast their limit or show a fault."""
 
 import importlib.util
 import sys
