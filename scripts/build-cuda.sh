@@ -48,9 +48,9 @@ echo "Compiling with $nvcc" >&2
 mkdir -p build
 export PATH=$TOOLS/build/bin:$PATH PYTHONPATH=$TOOLS/build
 cmake -G Ninja -S custom_calls -B "$BUILD" -DCMAKE_CUDA_COMPILER="$nvcc" -DLATENT_MOE_FEW_KERNELS=$FEW \
-  -DLATENT_MOE_CUTLASS_INCLUDE="$TOOLS/headers/cutlass_library/source/include" \
+  -DPython_EXECUTABLE="$python" -DLATENT_MOE_CUTLASS_INCLUDE="$TOOLS/headers/cutlass_library/source/include" \
   -DLATENT_MOE_XLA_INCLUDE="$TOOLS/headers/jaxlib/include" >"$BUILD.log" 2>&1 ||
   die "cmake could not configure the build ($BUILD.log says why)."
 cmake --build "$BUILD" >>"$BUILD.log" 2>&1 || die "the kernels did not compile ($BUILD.log says why)."
-cp "$BUILD/libjax_latent_moe_cuda.so" jax_latent_moe/grouped_matmul/
-echo "jax_latent_moe/grouped_matmul/libjax_latent_moe_cuda.so"
+cp "$BUILD/libjax_latent_moe_cuda.so" jax_latent_moe/
+echo "jax_latent_moe/libjax_latent_moe_cuda.so"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the package from its source archive and runs a layer from the wheel, with nothing installed but the core dependencies.
-# Where there is an nvcc, it builds a wheel with a compiled kernel of each kind too, and the cutlass backend finds them in it.
+# Where there is an nvcc, it builds a wheel with a compiled kernel of each kind too, and finds them in it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 BUILT=$PWD/.tools/dist
@@ -41,9 +41,8 @@ fi
 diff <(files "$BUILT/pure") <(files "$BUILT/cuda" | grep -v 'libjax_latent_moe_cuda.so$') ||
   die "the wheel with kernels does not hold what the one without does."
 installed "$BUILT/cuda" '
-from jax_latent_moe import CutlassBackend
-from jax_latent_moe.grouped_matmul import Problem, cutlass_library, select
-library = cutlass_library.library()
+from jax_latent_moe import native
+library = native.library()
 assert library.missing is None, library.missing
-select(Problem("fwd", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200"), CutlassBackend())
-print("its cutlass backend finds", len(library.instances), "kernels in a wheel")'
+assert any(name.startswith("sm90.fwd.bf16.") for name in library.kernels), library.kernels
+print("it finds", len(library.kernels), "kernels in a wheel")'

@@ -1,0 +1,20 @@
+// Every kernel that was compiled, by name.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "common/kernel.h"
+
+namespace latent_moe {
+
+// The kernel of that name, or null.
+Kernel const* find_kernel(std::string_view name);
+
+// A sentence: there is no such kernel, but those of the same contraction, format and activation, which it lists.
+std::string not_compiled(std::string_view name);
+
+// A line for each kernel: its name, and how many experts it takes at most.
+std::string const& kernel_list();
+
+}  // namespace latent_moe

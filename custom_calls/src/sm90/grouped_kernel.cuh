@@ -1,0 +1,406 @@
+// One persistent, warp-specialised kernel for the three contractions (fwd, dgrad, wgrad) of rows that are sorted by expert.
+//
+// A producer thread feeds a ring of shared-memory stages through TMA. Two consumer warpgroups alternate: while one multiplies
+// a tile, the other stores the one before (CUTLASS calls this ping-pong). The rows of an expert may end anywhere, so TMA clips
+// their boxes at the expert's end (`Window`): the zeros that it fills in take less power to multiply than rows of the next
+// expert would. Partial tiles are stored row by row. Rows may be gathered from a table meanwhile (gather.cuh).
+#pragma once
+
+#include "common/gather.cuh"
+#include "common/queue.cuh"
+#include "common/schedule.cuh"
+#include "sm90/row_epilogue.cuh"
+#include "sm90/spec.h"
+#include "sm90/swap_ab_epilogue.cuh"
+#include "sm90/wgrad_epilogue.cuh"
+
+namespace latent_moe::sm90 {
+
+template <class Spec>
+using EpilogueOf = std::conditional_t<Spec::kWgrad, WgradEpilogue<Spec>,
+                                      std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogue<Spec>>>;
+
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kSharedMemory = 227 * 1024;  // what one block may take of an SM's
+
+template <class Spec>
+struct GroupedKernel {
+  static constexpr Tile kTile = Spec::kTile;
+  using T = Element<Spec::kFormat>;
+  using Epilogue = EpilogueOf<Spec>;
+  using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
+  static constexpr bool kWgrad = Spec::kWgrad;
+  static constexpr bool kDgrad = Spec::kContraction == Contraction::kDgrad;
+  static constexpr Major kMajorA = kWgrad ? Major::MN : Major::K;
+  static constexpr Major kMajorB = kDgrad ? Major::K : Major::MN;
+
+  static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
+  // A kernel of small tiles is bound by reading weights, each once. It saves the clearing of a counter.
+  static constexpr bool kCounts = kTile.rows > kBlock;
+  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1, kCounts>;
+  static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
+  static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
+  static constexpr int kDepth = Spec::kStepDepth;
+  static constexpr int kStages = kTile.stages * kBlock / kDepth;
+  static constexpr int kBlockBytes = kDepth * kRowBytes;
+  static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
+  static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
+  static_assert(kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
+                "the accumulators fill the registers");
+  static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
+
+  static constexpr int shared_bytes(int num_experts) {
+    return kStages * kStageBytes + Epilogue::kSharedBytes + kBarrierBytes + Queue::kSharedBytes +
+           Schedule::shared_bytes(num_experts);
+  }
+
+  // The layout of shared memory.
+  struct Shared {
+    char* stages;
+    char* epilogue;
+    char* queue;
+    Barrier* full;
+    Barrier* empty;
+    Barrier* turn;
+    int* schedule;
+
+    __device__ explicit Shared(char* base) {
+      stages = base;
+      epilogue = stages + kStages * kStageBytes;
+      queue = epilogue + Epilogue::kSharedBytes;
+      full = reinterpret_cast<Barrier*>(queue + Queue::kSharedBytes);
+      empty = full + kStages;
+      turn = empty + kStages;
+      schedule = reinterpret_cast<int*>(turn + kConsumers);
+    }
+
+    __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
+    __device__ char* b(int stage, int block) const { return a(stage, kBlocksA + block); }
+  };
+
+  // A position in the ring of stages, and the parity of its rounds.
+  struct Place {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+      if (++stage == kStages) stage = 0, phase ^= 1;
+    }
+    __device__ void skip(int steps) {
+      int to = stage + steps;
+      phase ^= (to / kStages) & 1;
+      stage = to % kStages;
+    }
+  };
+
+  // The 64-row blocks of a tile that hold rows of the expert. The others are neither loaded nor multiplied.
+  static __device__ __forceinline__ int active_blocks(Work const& work) {
+    return kWgrad ? kBlocksA : min(kBlocksA, (work.valid + kBlock - 1) / kBlock);
+  }
+
+  static __device__ __forceinline__ void produce(Args const& args, Shared const& shared, Schedule const& schedule,
+                                                 int rank) {
+    const int rank_row = rank / kTile.cluster_columns, rank_column = rank % kTile.cluster_columns;
+    // Blocks in one row of the cluster share A, blocks in one column share B.
+    const uint16_t mask_a = ((1 << kTile.cluster_columns) - 1) << (rank_row * kTile.cluster_columns);
+    uint16_t mask_b = 0;
+    for (int r = 0; r < kTile.cluster_rows; ++r) mask_b |= 1 << (r * kTile.cluster_columns + rank_column);
+
+    Queue queue(shared.queue, schedule, rank);
+    Place place;
+    Work work;
+    while (queue.template take<true>(work)) {
+      if (kCounts && args.gather.table != nullptr) fence_tma();
+      const int blocks = active_blocks(work);
+      const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
+      for (int step = 0; step < work.steps; ++step, place.next()) {
+        Barrier& full = shared.full[place.stage];
+        shared.empty[place.stage].wait(place.phase ^ 1);
+        full.arrive_and_expect_tx(bytes);
+        const int at = step * kDepth;
+        if constexpr (kWgrad) {
+          const Window window(work.row + at, min(kDepth, work.valid - at));
+          load_wgrad<kTile.cluster_columns, kBlocksA>(args.a, args.whole_a, full, shared.a(place.stage, 0), mask_a,
+                                                      rank_column, work.out_row, window);
+          load_wgrad<kTile.cluster_rows, kBlocksB>(args.b, args.whole_b, full, shared.b(place.stage, 0), mask_b,
+                                                   rank_row, work.column, window);
+        } else {
+#pragma unroll
+          for (int block = 0; block < kBlocksA; ++block) {
+            if (block % kTile.cluster_columns != rank_column || block >= blocks) continue;
+            char* to = shared.a(place.stage, block);
+            const int first = block * kBlock;
+            const Window window(work.row + first, min(kBlock, work.valid - first));
+            load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
+          }
+          if constexpr (kDgrad) {
+            load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
+          } else {
+            load_halves(args, full, shared.b(place.stage, 0), work, at);
+          }
+        }
+      }
+    }
+  }
+
+  // Loads columns of an operand of a weight gradient, as [kDepth][64] blocks side by side: in one box where the map is cut
+  // into blocks, unless blocks of the cluster share the load.
+  template <int Sharers, int Blocks>
+  static __device__ __forceinline__ void load_wgrad(CUtensorMap const& map, bool whole, Barrier& full, char* smem,
+                                                    uint16_t mask, int rank, int column, Window const& window) {
+    if (Sharers == 1 && whole) {
+      load_box<1>(map, full, smem, 0, 0, window.y, column / kBlock, window.z, Window::kAxis);
+      return;
+    }
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) {
+      if (block % Sharers != rank) continue;
+      load_box<Sharers>(map, full, smem + block * kBlockBytes, mask, column + block * kBlock, window.y, window.z,
+                        Window::kAxis);
+    }
+  }
+
+  // Loads columns of w, as [64][64] blocks side by side. The tile of a gated activation is half gate, half up.
+  static __device__ __forceinline__ void load_halves(Args const& args, Barrier& full, char* smem, Work const& work,
+                                                     int row) {
+    constexpr int kHalves = Spec::kHalves ? 2 : 1;
+    constexpr int kBlocks = kBlocksB / kHalves;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int column = work.column + half * args.problem.out_columns;
+      char* to = smem + half * kBlocks * kBlockBytes;
+      if (args.whole_b) {
+        load_box<1>(args.b, full, to, 0, 0, row, column / kBlock, work.expert);
+      } else {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          load_box<1>(args.b, full, to + block * kBlockBytes, 0, column + block * kBlock, row, work.expert);
+        }
+      }
+    }
+  }
+
+  // The products of a tile: `multiply(stage, k16)` issues those of 16 elements of the contracted axis, where `stage` is the
+  // descriptor of a stage's first block. Passes the turn on when all are issued, and returns when all are done.
+  template <class Multiply>
+  static __device__ __forceinline__ void products(Shared const& shared, Work const& work, Place& place, int warpgroup,
+                                                  int thread, Multiply const& multiply) {
+    // The last step of a weight gradient may hold fewer rows.
+    const int full_steps = kWgrad ? work.valid / kDepth : work.steps;
+    const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.stages), kBlockBytes);
+    int previous = -1;
+#pragma unroll 1
+    for (int step = 0; step < full_steps; ++step, place.next()) {
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
+      shared.full[place.stage].wait(place.phase);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k16 = 0; k16 < kDepth / 16; ++k16) multiply(stage, k16);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<1>();
+      if (previous >= 0) release(shared, previous, thread);
+      previous = place.stage;
+    }
+    if (full_steps < work.steps) {
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
+      shared.full[place.stage].wait(place.phase);
+#pragma unroll 1
+      for (int row = full_steps * kDepth; row < work.valid; row += 16) {
+        cute::warpgroup_arrive();
+        multiply(stage, row % kDepth / 16);
+        cute::warpgroup_commit_batch();
+      }
+    }
+    // By now every stage of this tile has been full. Only now may the other warpgroup wait for the next round of the same
+    // stages, because barriers tell rounds apart by parity alone. Products keep the four warps together, and where there was
+    // none, a barrier does.
+    if (work.steps == 0) sync_warpgroup(warpgroup);
+    if (thread == 0) shared.turn[1 - warpgroup].arrive();
+    cute::warpgroup_wait<0>();
+    if (previous >= 0) release(shared, previous, thread);
+    if (full_steps < work.steps) {
+      release(shared, place.stage, thread);
+      place.next();
+    }
+  }
+
+  // Multiplies and stores a tile of which `Blocks` 64-row blocks hold rows.
+  template <int Blocks>
+  static __device__ __forceinline__ void tile(Args const& args, Shared const& shared, Epilogue const& epilogue,
+                                              Work const& work, Place& place, uint32_t turn_phase, int warpgroup,
+                                              int thread) {
+    float acc[Blocks][kTile.columns / 2] = {};
+    epilogue.begin(work);
+    shared.turn[warpgroup].wait(turn_phase);
+    products(shared, work, place, warpgroup, thread, [&](uint32_t stage, int k16) {
+#pragma unroll
+      for (int block = 0; block < Blocks; ++block) {
+        wgmma<T, kTile.columns, kMajorA, kMajorB>(descriptor(stage, block * kBlockBytes + bytes_to<kMajorA>(k16)),
+                                                  descriptor(stage, kBlocksA * kBlockBytes + bytes_to<kMajorB>(k16)),
+                                                  acc[block]);
+      }
+    });
+    epilogue.template finish<Blocks>(acc, work);
+  }
+
+  // Multiplies and stores a swap-AB tile. I8 are 0, 1, ...: one instruction for each number of rows, in eights.
+  template <int... I8>
+  static __device__ __forceinline__ void swap_ab_tile(Args const& args, Shared const& shared,
+                                                     Epilogue const& epilogue, Work const& work, Place& place,
+                                                     uint32_t turn_phase, int warpgroup, int thread,
+                                                     std::integer_sequence<int, I8...>) {
+    float acc[kBlocksB][kTile.rows / 2] = {};
+    const int eights = ceil_div(work.valid, 8);
+    shared.turn[warpgroup].wait(turn_phase);
+    const auto with = [&](auto n) {
+      products(shared, work, place, warpgroup, thread, [&](uint32_t stage, int k16) {
+        const uint64_t a = descriptor(stage, bytes_to<Major::K>(k16));
+#pragma unroll
+        for (int block = 0; block < kBlocksB; ++block) {
+          const uint32_t at = (kBlocksA + block) * kBlockBytes + bytes_to<kMajorB>(k16);
+          wgmma<T, n(), kMajorB, Major::K>(descriptor(stage, at), a, acc[block]);
+        }
+      });
+    };
+    ((eights == I8 + 1 ? with(std::integral_constant<int, 8 * (I8 + 1)>{}) : void()), ...);
+    epilogue.finish(acc, work);
+  }
+
+  // Tells every producer of the cluster that this warpgroup has read the stage.
+  static __device__ __forceinline__ void release(Shared const& shared, int stage, int thread) {
+    if (kCluster == 1) {
+      if (thread == 0) shared.empty[stage].arrive();
+    } else if (thread < kCluster) {
+      shared.empty[stage].arrive(thread);
+    }
+  }
+
+  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule,
+                                                 int rank, int warpgroup) {
+    const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
+    const Epilogue epilogue(args, shared.epilogue, warpgroup, thread);
+    Queue queue(shared.queue, schedule, rank);
+    Place place;
+    Work work;
+    int turn = 1;
+    uint32_t turn_phase = warpgroup;  // flipped before each turn, so that the first warpgroup's first does not wait
+    while (queue.template take<false>(work)) {
+      work.steps = uniform(work.steps);
+      work.valid = uniform(work.valid);
+      if ((turn ^= 1) != warpgroup) {
+        place.skip(work.steps);
+      } else {
+        turn_phase ^= 1;
+        if constexpr (Spec::kSwapAb) {
+          constexpr std::make_integer_sequence<int, kTile.rows / 8> kHeights;
+          swap_ab_tile(args, shared, epilogue, work, place, turn_phase, warpgroup, thread, kHeights);
+        } else if (const int blocks = active_blocks(work); blocks == kBlocksA) {
+          tile<kBlocksA>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
+        } else if (kBlocksA > 2 && blocks == 2) {
+          tile<(kBlocksA > 2 ? 2 : 1)>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
+        } else {
+          tile<1>(args, shared, epilogue, work, place, turn_phase, warpgroup, thread);
+        }
+      }
+      __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
+    }
+    if constexpr (kWgrad) epilogue.drain();
+  }
+};
+
+template <class Spec>
+__global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
+  using K = GroupedKernel<Spec>;
+  extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
+  // The compiler keeps addresses in uniform registers, and loops over them, if it knows that all lanes have the same.
+  const uint32_t start = uniform(cute::cast_smem_ptr_to_uint(base));
+  const typename K::Shared shared(static_cast<char*>(__cvta_shared_to_generic(start)));
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int rank = K::kCluster == 1 ? 0 : cute::block_rank_in_cluster();
+
+  const typename K::Schedule schedule(args.problem, shared.schedule);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < K::kStages; ++stage) {
+      shared.full[stage].init(1);
+      shared.empty[stage].init(K::kCluster);
+    }
+    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
+    typename K::Queue(shared.queue, schedule, rank).init();
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if constexpr (K::kCluster > 1) {
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+  }
+
+  if (warpgroup == kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    const int warp = threadIdx.x / 32 % 4;
+    // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
+    if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
+    if (K::kCounts && rank == 0 && warp == 1 && cute::elect_one_sync()) {
+      typename K::Queue(shared.queue, schedule, rank).serve(args.counter, args.gather, args.problem.num_rows, args.l2_slices);
+    }
+    if (K::kCounts && args.gather.table != nullptr && warp >= 4 - kGatherers) {
+      gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<232>();
+    K::consume(args, shared, schedule, rank, uniform(warpgroup));
+  }
+  // A block may end only when no other block of the cluster writes into its shared memory any more.
+  __syncwarp();
+  if constexpr (K::kCluster > 1) {
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+}
+
+template <class Spec>
+cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
+  using K = GroupedKernel<Spec>;
+  const int shared_bytes = K::shared_bytes(args.problem.num_experts);
+  if (auto error = cudaFuncSetAttribute(grouped_kernel<Spec>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
+    return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = K::kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  if (K::kCounts) {
+    if (auto error = cudaMemsetAsync(args.counter, 0, args.counter_bytes, stream)) return error;
+  }
+  // All blocks run at once. The GPU may hold fewer clusters than its SMs would make.
+  int clusters = num_sms / K::kCluster;
+  if constexpr (K::kCluster > 2) {
+    config.gridDim = clusters * K::kCluster;
+    if (auto error = cudaOccupancyMaxActiveClusters(&clusters, grouped_kernel<Spec>, &config)) return error;
+  }
+  config.gridDim = clusters * K::kCluster;
+  return cudaLaunchKernelEx(&config, grouped_kernel<Spec>, args);
+}
+
+template <class Spec>
+int max_experts() {
+  using K = GroupedKernel<Spec>;
+  static_assert(K::shared_bytes(1) <= kSharedMemory);
+  return (kSharedMemory - K::shared_bytes(0)) / (K::shared_bytes(1) - K::shared_bytes(0));
+}
+
+}  // namespace latent_moe::sm90
+
+// Compiles one kernel: the arguments are those of Spec.
+#define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                \
+  namespace latent_moe::sm90 {                                                                                            \
+  using Compiled =                                                                                                        \
+      Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>;            \
+  template cudaError_t launch<Compiled>(Args const&, int, cudaStream_t);                                                  \
+  template int max_experts<Compiled>();                                                                                   \
+  }

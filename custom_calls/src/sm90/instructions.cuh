@@ -1,0 +1,110 @@
+// Hopper's instructions as the kernels use them: thin calls over CuTe's wrappers.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "common/device.cuh"
+#include "cute/arch/cluster_sm90.hpp"
+#include "cute/arch/copy_sm75.hpp"
+#include "cute/arch/copy_sm80.hpp"
+#include "cute/arch/copy_sm90.hpp"
+#include "cute/arch/copy_sm90_tma.hpp"
+#include "cute/arch/mma_sm90_desc.hpp"
+#include "cute/arch/mma_sm90_gmma.hpp"
+#include "cute/arch/mma_sm90_gmma_ext.hpp"
+#include "cutlass/arch/barrier.h"
+#include "cutlass/arch/reg_reconfig.h"
+
+namespace latent_moe::sm90 {
+
+using cute::SM90::GMMA::Major;
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;              // warpgroups
+constexpr int kRowBytes = 128;             // of a swizzled row in shared memory
+constexpr int kBlock = 64;                 // 16-bit elements of such a row, and rows of one wgmma
+
+// The instruction for a 64 x N x 16 product of two operands in shared memory, accumulated in registers.
+template <class T, int N, Major A, Major B>
+struct Wgmma;
+
+#define LATENT_MOE_WGMMA(N)                                                                         \
+  template <Major A, Major B>                                                                       \
+  struct Wgmma<__nv_bfloat16, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<A, B> {}; \
+  template <Major A, Major B>                                                                       \
+  struct Wgmma<__half, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<A, B> {};
+LATENT_MOE_WGMMA(8)
+LATENT_MOE_WGMMA(16)
+LATENT_MOE_WGMMA(24)
+LATENT_MOE_WGMMA(32)
+LATENT_MOE_WGMMA(40)
+LATENT_MOE_WGMMA(48)
+LATENT_MOE_WGMMA(56)
+LATENT_MOE_WGMMA(64)
+LATENT_MOE_WGMMA(72)
+LATENT_MOE_WGMMA(80)
+LATENT_MOE_WGMMA(88)
+LATENT_MOE_WGMMA(96)
+LATENT_MOE_WGMMA(104)
+LATENT_MOE_WGMMA(112)
+LATENT_MOE_WGMMA(120)
+LATENT_MOE_WGMMA(128)
+LATENT_MOE_WGMMA(136)
+LATENT_MOE_WGMMA(144)
+LATENT_MOE_WGMMA(152)
+LATENT_MOE_WGMMA(160)
+LATENT_MOE_WGMMA(168)
+LATENT_MOE_WGMMA(176)
+LATENT_MOE_WGMMA(184)
+LATENT_MOE_WGMMA(192)
+#undef LATENT_MOE_WGMMA
+
+template <class Op, int Size, int... I>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size], std::integer_sequence<int, I...>) {
+  Op::fma(a, b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);
+}
+
+// acc += a x b, N columns wide. The descriptors address [64][64] blocks with 128-byte swizzle.
+template <class T, int N, Major A, Major B, int Size>
+__device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size]) {
+  wgmma<Wgmma<T, N, A, B>>(a, b, acc, std::make_integer_sequence<int, N / 2>{});
+}
+
+// Lower half of the descriptor of an operand of swizzled [..][64] blocks: its address, and the bytes between blocks that are
+// neighbours along M or N. The address's upper bits, which number the block in its cluster, are left out.
+__device__ __forceinline__ uint32_t operand(uint32_t address, uint32_t block_bytes) {
+  return (address & 0x3ffff) >> 4 | block_bytes >> 4 << 16;
+}
+
+// The whole descriptor, of what lies `bytes` behind the operand.
+__device__ __forceinline__ uint64_t descriptor(uint32_t operand, uint32_t bytes) {
+  constexpr uint32_t upper = (8 * 128) >> 4 | 1 << 30;  // rows of 8 lie 1024 bytes apart; 128-byte swizzle
+  return static_cast<uint64_t>(upper) << 32 | (operand + (bytes >> 4));
+}
+
+// Bytes to the k16-th 16 elements of the contracted axis: 32 bytes of each row of a K-major operand, 16 rows of an MN-major one.
+template <Major major>
+__host__ __device__ constexpr uint32_t bytes_to(int k16) {
+  return k16 * (major == Major::K ? 32 : 16 * kRowBytes);
+}
+
+// Loads one box. With Multicast > 1 every block of the cluster that `mask` names gets it, at the same address.
+template <int Multicast, class... Coordinates>
+__device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, void* smem, uint16_t mask,
+                                         Coordinates... at) {
+  auto* barrier = reinterpret_cast<uint64_t*>(&full);
+  constexpr auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  if constexpr (Multicast > 1) {
+    cute::SM90_TMA_LOAD_MULTICAST::copy(&map, barrier, mask, hint, smem, at...);
+  } else {
+    cute::SM90_TMA_LOAD::copy(&map, barrier, hint, smem, at...);
+  }
+}
+
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroup) : "memory");
+}
+
+}  // namespace latent_moe::sm90

@@ -1,0 +1,63 @@
+// One of Hopper's compiled kernels as a type: everything that its code is generated from.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "common/args.h"
+#include "common/kernel.h"
+
+namespace latent_moe::sm90 {
+
+// A tile's epilogue may need: the activation, with the residual of it; the tile; the element type.
+template <Contraction C, Format F, Activation A, Residual R, int Rows, int Columns, int Stages, int ClusterRows,
+          int ClusterColumns>
+struct Spec {
+  static constexpr Contraction kContraction = C;
+  static constexpr Format kFormat = F;
+  static constexpr Activation kActivation = A;
+  static constexpr Residual kResidual = R;
+  static constexpr Tile kTile = {Rows, Columns, Stages, ClusterRows, ClusterColumns};
+
+  static constexpr bool kWgrad = C == Contraction::kWgrad;
+  static constexpr bool kActivates = C == Contraction::kFwd && A != Activation::kNone;
+  static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;
+  // Whether a tile of the product is half gate, half up.
+  static constexpr bool kHalves = kActivates && is_gated(A);
+
+  // Whether A and B of wgmma are swapped: rows lie along its axis that may be any multiple of 8, rather than along the one of
+  // 64. Then the tiles of an expert have equal heights, which exceed its rows by little. Tiles of three column blocks gain
+  // nothing by it, because each block reads the rows from shared memory again, and small tiles are bound by reading weights.
+  // Gated activations have such an epilogue, the others have not.
+  static constexpr bool kSwapAb =
+      !kWgrad && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192;
+
+  // Elements of the contracted axis that a step multiplies. Half a stage, so that more of the ring is being loaded, suits
+  // large tiles of weight gradients, which wait for loads. Half a step of a smaller tile is over before the next one arrives.
+  static constexpr int kStepDepth = kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
+
+  // What Schedule needs (common/schedule.cuh).
+  struct Tiles {
+    static constexpr bool kWgrad = Spec::kWgrad, kEvenHeights = Spec::kSwapAb;
+    static constexpr int kRows = Rows, kColumns = kHalves ? Columns / 2 : Columns;
+    static constexpr int kClusterRows = ClusterRows, kClusterColumns = ClusterColumns;
+    static constexpr int kStepDepth = Spec::kStepDepth;
+  };
+
+  static_assert((A == Activation::kNone) == (R == Residual::kNone), "an activation has a residual, and nothing else has");
+  static_assert(A == Activation::kNone || C != Contraction::kWgrad, "weight gradients have no activation");
+  static_assert(R != Residual::kHidden || A == Activation::kRelu2, "hidden rows determine relu2's slope alone");
+  static_assert(R != Residual::kGateHidden || (is_gated(A) && A != Activation::kSituGlu),
+                "gate and hidden rows determine the up half where hidden rows are a function of the gate times the up half");
+  static_assert(element_bytes(F) == 2, "epilogues pack pairs of 16-bit elements");
+};
+
+constexpr int kStoredRows = 16;  // of the boxes in which a weight gradient is stored
+
+template <class Spec>
+cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream);
+
+// How many experts' bounds fit beside the stages in an SM's shared memory.
+template <class Spec>
+int max_experts();
+
+}  // namespace latent_moe::sm90
