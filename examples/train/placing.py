@@ -1,5 +1,6 @@
 """The run's mesh, and where state and batches lie on it."""
 
+import functools
 import math
 from typing import Any
 
@@ -17,12 +18,17 @@ from jax_latent_moe.parallel import axis_sizes, logical_axis_rules, mesh_sizes, 
 PARALLEL = ParallelConfig()
 
 
-def make_mesh(text: str, batch_size: int) -> Mesh:
+LAYERS = "blocks"
+"""Where a model keeps the parameters of scanned blocks, stacked along their first axis."""
+
+
+def make_mesh(text: str, batch_size: int, accumulate: int = 1) -> Mesh:
     """The mesh that --mesh names: axes data, fsdp, expert and tensor in this order, tensor within a host.
 
     Args:
         text: such as "data=2,expert=4"; empty is the first device, or data over all devices of several processes.
         batch_size: windows of a step, which the devices and processes must divide.
+        accumulate: parts of a batch, each of which the devices must divide.
 
     Raises:
         TrainError: it does not read, or does not fit the devices, the processes or the batch.
@@ -43,6 +49,11 @@ def make_mesh(text: str, batch_size: int) -> Mesh:
         raise TrainError(f"--mesh {text}: tensor={sizes[-1]} must divide the {jax.local_device_count()} of a process.")
     mesh = jax.make_mesh(sizes, PARALLEL.axes, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:needed])
     splits = math.prod(sizes[:3])
+    if accumulate > 1 and batch_size % (splits * accumulate):
+        raise TrainError(
+            f"--batch-size {batch_size} must be a multiple of {splits * accumulate}: --accumulate {accumulate} parts "
+            f"for each of the {splits} device(s) that split it."
+        )
     if batch_size % splits or batch_size % jax.process_count():
         raise TrainError(
             f"--batch-size {batch_size} must be a multiple of the {splits} devices that split it "
@@ -58,16 +69,25 @@ def variable_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
         boxed: the shapes that `init` gives, in Flax's boxes.
         mesh: the run's.
     """
-    rules, fsdp = logical_axis_rules(PARALLEL, mesh), PARALLEL.fsdp_axis
+    rules, fsdp = [*logical_axis_rules(PARALLEL, mesh), ("layers", None)], PARALLEL.fsdp_axis
     size = axis_sizes(PARALLEL, mesh)[fsdp]
 
-    def place(leaf) -> NamedSharding:
+    def place(path, leaf) -> NamedSharding:
         if isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, nn.logical_to_mesh_axes(leaf.names, rules) or PartitionSpec())
-        divided = [i for i, width in enumerate(leaf.shape) if leaf.ndim > 1 and size > 1 and width % size == 0]
+        stacked = int(is_stacked(path))
+        kernel = leaf.ndim - stacked > 1 and size > 1
+        divided = [i for i in range(stacked, leaf.ndim) if kernel and leaf.shape[i] % size == 0]
         return NamedSharding(mesh, PartitionSpec(*[fsdp if i in divided[:1] else None for i in range(leaf.ndim)]))
 
-    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    return jax.tree_util.tree_map_with_path(
+        place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+
+
+def is_stacked(path) -> bool:
+    """Whether a parameter's path leads into scanned blocks, whose parameters have one more axis in front."""
+    return any(getattr(entry, "key", None) == LAYERS for entry in path)
 
 
 def optimizer_shardings(opt_state: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
@@ -92,9 +112,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, token_spec(PARALLEL, mesh))
 
 
-def from_own_part(part: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The batch of which each process read its part."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), part)
+def from_own_part[T](part: T, mesh: Mesh) -> T:
+    """The batch of which each process read its part, on its way to the devices."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(part, sharding)
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), part)
 
 
 def from_whole(batch: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -52,6 +52,22 @@ def plot_loads(records: Records, path: Path):
     figure.savefig(path, dpi=DPI)
 
 
+def plot_throughput(records: Records, path: Path):
+    """Tokens a second against the steps, and the share of the GPU's peak where it is known."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    steps, speed = series(records, "step", "tokens_per_second")
+    axes.plot(steps, speed, linewidth=1)
+    axes.set(xlabel="step", ylabel="tokens / s", ylim=(0, None))
+    steps, mfu = series(records, "step", "mfu")
+    if len(mfu):
+        of_peak = mfu[-1] / speed[-1]
+        axes.secondary_yaxis("right", functions=(lambda y: 100 * of_peak * y, lambda y: y / of_peak / 100)).set(
+            ylabel="MFU, %"
+        )
+    figure.savefig(path, dpi=DPI)
+
+
 def plot_comparison(runs: Mapping[str, Records], path: Path):
     """Validation bits per byte of several runs, against steps and against seconds."""
     figure = Figure(figsize=(10, 4), layout="constrained")

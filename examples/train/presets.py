@@ -1,8 +1,17 @@
-"""Sizes to start from: a toy for tests, a run of minutes on two CPU cores, a run of minutes on one GPU."""
+"""Sizes to start from: a toy for tests, runs of minutes on a CPU and on a GPU, a full GPU, a host of eight."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from examples.train.config import Config, ModelConfig, OptimizerConfig
+from examples.train.mlp import dense_width, moe_config
+from examples.train.model import BYTES
+from jax_latent_moe.cost import parameters
+
+PARAMETER_BYTES = 18
+"""A parameter, its two moments and its gradient in float32, and its copy in bfloat16."""
 
 TOY = Config(
     preset="toy",
@@ -50,11 +59,64 @@ GPU = Config(
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
 )
 
-PRESETS = {"toy": TOY, "cpu": CPU, "gpu": GPU}
+# 1.8 G parameters: their state takes 22 GB, a step of 32 k tokens most of the rest of 80 GB.
+GPU_80GB = Config(
+    preset="gpu-80gb",
+    steps=20_000,
+    batch_size=16,
+    eval_every=500,
+    checkpoint_every=1000,
+    model=ModelConfig(
+        layers=12,
+        hidden_size=2048,
+        heads=16,
+        context=2048,
+        latent_size=512,
+        num_experts=128,
+        top_k=8,
+        expert_intermediate_size=1024,
+        shared_expert_intermediate_size=4096,
+        dtype="bfloat16",
+    ),
+    optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1000, b2=0.95),
+    bias_update_rate=1e-3,
+)
+
+GPU_X8 = dataclasses.replace(
+    GPU_80GB,
+    preset="gpu-x8",
+    batch_size=128,
+    mesh="expert=8",
+    model=dataclasses.replace(GPU_80GB.model, layers=24, num_experts=256),
+)
+
+PRESETS = {config.preset: config for config in (TOY, CPU, GPU, GPU_80GB, GPU_X8)}
 
 
 def preset(name: str) -> Config:
-    """The preset of that name; "auto" is gpu where JAX has one, else cpu."""
-    if name == "auto":
-        name = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    return PRESETS[name]
+    """The preset of that name; "auto" is gpu, in as many parts as fit the GPU's memory, where JAX has one, else cpu."""
+    if name != "auto":
+        return PRESETS[name]
+    if jax.default_backend() != "gpu":
+        return CPU
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return GPU if memory is None else dataclasses.replace(GPU, accumulate=parts_that_fit(GPU, memory))
+
+
+def parts_that_fit(config: Config, memory: int) -> int:
+    """The fewest parts of a batch, dividing it, of which one fits beside parameters, optimiser and gradients.
+
+    Args:
+        config: one GPU's.
+        memory: bytes of a GPU.
+    """
+    model, moe = config.model, moe_config(config)
+    d, tokens = model.hidden_size, config.batch_size * model.context
+    layer = 4 * d * d + (parameters(moe) if moe else 2 * d * dense_width(model))
+    state = PARAMETER_BYTES * (model.layers * layer + 2 * BYTES * d)
+    width = 12 * d + 2 * dense_width(model)
+    if moe:
+        width += 2 * moe.top_k * (moe.latent_width + moe.expert_intermediate_size) + 2 * moe.num_experts
+    kept = tokens * model.layers * width * jnp.dtype(model.dtype).itemsize
+    divisors = [parts for parts in range(1, config.batch_size + 1) if config.batch_size % parts == 0]
+    return next((parts for parts in divisors if state + kept / parts <= 0.9 * memory), config.batch_size)

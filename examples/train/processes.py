@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from examples.train.errors import TrainError
+from examples.train.ranges import check_processes
 
 LOST_AFTER_SECONDS = 30
 """A process that was silent for so long is given up, and with it the run."""
@@ -25,17 +26,14 @@ def join(coordinator: str, processes: int, process: int):
     Raises:
         TrainError: the numbers do not fit, or the others cannot be reached.
     """
+    check_processes(coordinator, processes, process)
     if not coordinator:
-        if processes != 1:
-            raise TrainError(f"--processes {processes} needs --coordinator HOST:PORT, the address of process 0.")
         return
     if jax.distributed.is_initialized():
         return
     named = {} if coordinator == "auto" else {
         "coordinator_address": coordinator, "num_processes": processes, "process_id": process
     }  # fmt: skip
-    if named and not 0 <= process < processes:
-        raise TrainError(f"--process {process} must be at least 0 and below --processes {processes}.")
     try:
         jax.distributed.initialize(
             **named, heartbeat_timeout_seconds=LOST_AFTER_SECONDS, shutdown_timeout_seconds=LOST_AFTER_SECONDS

@@ -12,22 +12,32 @@ FILE = "config.json"
 FREE = {
     *("preset", "run", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
     *("restore", "bad_step", "spike_factor", "mesh", "coordinator", "processes", "process"),
+    *("accumulate", "attention", "remat", "profile", "wandb", "trackio"),
     *("model.backend", "optimizer.learning_rate", "optimizer.final_fraction", "optimizer.warmup_steps"),
 }
 """Options that may change when a run is resumed: state and data go on as they are."""
 
 
+def check_folder(config: Config):
+    """Looks whether the options fit a run that is in the folder.
+
+    Raises:
+        TrainError: the folder holds a run with other options.
+    """
+    if (config.folder / FILE).exists():
+        _check_same(config.folder, read_config(config.folder), config)
+
+
 def open_folder(config: Config) -> Path:
-    """Makes the run's folder or, where it exists, checks that its options fit.
+    """Makes the run's folder, or takes up the one that is there, and writes the options into it.
 
     Raises:
         TrainError: the folder holds a run with other options, or cannot be written.
     """
     folder = config.folder
     try:
+        check_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
-        before = read_config(folder) if (folder / FILE).exists() else config
-        _check_same(folder, before, config)
         if is_first_process():
             partial = folder / f"{FILE}.part"
             partial.write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")

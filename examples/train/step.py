@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Int32, Key, PyTree, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, Key, PyTree, UInt32
 
-from examples.train.data import ValidationWindows
+from examples.train.data import Batch, ValidationWindows
 from examples.train.model import LanguageModel
 from examples.train.placing import from_whole, optimizer_shardings, variable_shardings
-from jax_latent_moe import update_correction_bias
+from jax_latent_moe.linen import update_correction_bias
+
+LOAD = "tokens_per_expert"
 
 
 def compiled_once[**P, R](make: Callable[P, R]) -> Callable[P, R]:
@@ -58,7 +61,7 @@ class Metrics(NamedTuple):
 def initialise(model: LanguageModel) -> Callable[[Key[Array, ""]], PyTree]:
     """A function of a key that gives the model's variables, boxed; its one sequence is not split over any mesh."""
     moe = None if model.moe is None else dataclasses.replace(model.moe, parallel=None)
-    alone = LanguageModel(model.model, moe)
+    alone = model.clone(moe=moe, attention="blocks", remat="none")
     return lambda key: alone.init(key, jnp.zeros((1, model.model.context), jnp.int32))
 
 
@@ -106,16 +109,16 @@ def is_bad(loss: Float[Array, ""], grad_norm: Float[Array, ""], smoothed: Float[
     return bad | (loss > spike_factor * smoothed) if spike_factor else bad  # nothing is more than NaN
 
 
-def next_byte_loss(logits: Float[Array, "*batch v"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Cross-entropy in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-
 def predict(
     model: LanguageModel, state: TrainState, tokens: Int[Array, "batch time"]
 ) -> Float[Array, "batch time vocabulary"]:
-    """Logits of the byte after each position."""
-    return cast(Array, model.apply({"params": state.params, "correction_bias": state.correction_bias}, tokens))
+    """Logits of the token after each position."""
+    return cast(Array, model.apply(variables_of(state), tokens))
+
+
+def variables_of(state: TrainState) -> dict[str, PyTree]:
+    """The model's variables."""
+    return {"params": state.params, "correction_bias": state.correction_bias}
 
 
 @compiled_once
@@ -126,43 +129,69 @@ def make_train_step(
     *,
     skip_bad: bool = False,
     spike_factor: float = 0.0,
-) -> Callable[[TrainState, UInt8[Array, "batch context+1"]], tuple[TrainState, Metrics]]:
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step: gradients, the optimiser, then the correction bias from the step's loads.
 
-    With skip_bad a step that `is_bad` changes nothing but the count of steps.
+    Args:
+        model: the network.
+        optimizer: of its parameters.
+        mesh: where state and batch lie.
+        skip_bad: whether a step that `is_bad` changes nothing but the count of steps.
+        spike_factor: see `is_bad`.
+        accumulate: parts of a batch that are computed one after the other; their gradients and loads add up to those
+            of one step.
     """
     placed, whole = state_shardings(model, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params, state, batch):
-        dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    def objective(params, state, part, key, scored):
+        tokens, targets, weights, documents = part
         output = model.apply(
-            {"params": params, "correction_bias": state.correction_bias},
-            batch[:, :-1],
+            variables_of(state) | {"params": params},
+            tokens,
             deterministic=False,
-            rngs={"dropout": dropout_key},
+            targets=targets,
+            weights=weights / scored,
+            documents=documents,
+            rngs={"dropout": key},
             mutable=["losses", "intermediates"],
         )
-        logits, sown = cast(tuple[Array, dict[str, Any]], output)
-        loss = jnp.mean(next_byte_loss(logits, batch[:, 1:]))
-        auxiliary = sum(jax.tree.leaves(sown.get("losses", {})), start=jnp.zeros(()))
-        loads = [block["mlp"]["tokens_per_expert"][0] for _, block in sorted(sown.get("intermediates", {}).items())]
+        loss, sown = cast(tuple[Array, dict[str, Any]], output)
+        auxiliary = sum(map(jnp.sum, jax.tree.leaves(sown.get("losses", {}))), start=jnp.zeros(())) / accumulate
+        loads = {path: load for path, load in flatten_dict(sown.get("intermediates", {})).items() if path[-1] == LOAD}
         return loss + auxiliary, (loss, auxiliary, loads)
+
+    def gradients(state, batch):
+        """Of the whole batch, with the loss, the auxiliary loss and the loads."""
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        parts = inputs_and_targets(batch)
+        scored = jnp.sum(parts[2])
+        of_part = functools.partial(jax.grad(objective, has_aux=True), state.params, state)
+        if accumulate == 1:
+            return of_part(parts, key, scored)
+
+        def add(total, part_and_key):
+            return jax.tree.map(jnp.add, total, of_part(*part_and_key, scored)), None
+
+        keys = jax.random.split(key, accumulate)
+        parts = jax.tree.map(functools.partial(_microbatches, count=accumulate), parts)
+        first = jax.tree.map(lambda leaf: leaf[0], (parts, keys))
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_part, *first, scored))
+        return jax.lax.scan(add, zero, (parts, keys))[0]
 
     @functools.partial(jax.jit, donate_argnames="state", out_shardings=(placed, whole))
     def train_step(state, batch):
-        batch, before = batch.astype(jnp.int32), state
-        gradients, (loss, auxiliary, loads) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch)
-        grad_norm = optax.tree.norm(gradients)
+        before = state
+        grads, (loss, auxiliary, loads) = gradients(state, batch)
+        grad_norm = optax.tree.norm(grads)
         bad = is_bad(loss, grad_norm, state.smoothed_loss, spike_factor)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = model.moe.router.bias_update_rate if model.moe else 0.0
-        biases, structure = jax.tree.flatten(state.correction_bias)
-        biases = [update_correction_bias(bias, load, rate) for bias, load in zip(biases, loads, strict=True)]
         smoothed = jnp.where(jnp.isnan(state.smoothed_loss), loss, 0.95 * state.smoothed_loss + 0.05 * loss)
         state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            correction_bias=jax.tree.unflatten(structure, biases),
+            correction_bias=update_correction_bias(state.correction_bias, unflatten_dict(loads), rate),
             opt_state=opt_state,
             key=state.key,
             smoothed_loss=smoothed,
@@ -170,9 +199,32 @@ def make_train_step(
         if skip_bad:
             kept = jax.tree.map(functools.partial(jnp.where, bad), before, state)
             state = kept._replace(step=state.step)
-        return state, Metrics(loss, auxiliary, grad_norm, jnp.stack(loads) if loads else None, bad)
+        return state, Metrics(loss, auxiliary, grad_norm, _by_layer(loads), bad)
 
     return train_step
+
+
+def inputs_and_targets(batch: Batch) -> tuple[Array, Array, Array, Array | None]:
+    """What is read and what comes next, [batch, context]; the weight of each target; the documents' numbers, if known.
+
+    The first token of a document, which says that one begins, is not asked for.
+    """
+    tokens = batch.tokens.astype(jnp.int32)
+    if batch.starts is None:
+        return tokens[:, :-1], tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, jnp.float32), None
+    documents = jnp.cumsum(batch.starts[:, :-1], axis=1, dtype=jnp.int32)
+    return tokens[:, :-1], tokens[:, 1:], (~batch.starts[:, 1:]).astype(jnp.float32), documents
+
+
+def _microbatches(x, count):
+    """[batch, ...] -> [count, batch / count, ...]: of every device's rows each part has its share."""
+    return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+
+def _by_layer(loads):
+    """[layers, experts] in the order of the layers, of blocks one by one or stacked."""
+    counts = [jnp.atleast_2d(sum(load)) for _, load in sorted(loads.items())]
+    return jnp.concatenate(counts) if counts else None
 
 
 @jax.jit
@@ -186,20 +238,23 @@ def all_finite(tree: PyTree) -> Array:
 def make_bits_per_byte(
     model: LanguageModel, batch_size: int, mesh: Mesh
 ) -> Callable[[TrainState, ValidationWindows], float]:
-    """A function that gives the mean bits which the model needs for a scored byte of the windows."""
+    """A function that gives the mean bits which the model needs for a byte of the windows' scored tokens."""
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def nats(state, inputs, targets, scored):
-        losses = next_byte_loss(predict(model, state, inputs.astype(jnp.int32)), targets.astype(jnp.int32))
-        return jnp.sum(losses * scored)
+    def nats(state, batch, targets, scored):
+        tokens, documents = batch.tokens.astype(jnp.int32), None
+        if batch.starts is not None:
+            documents = jnp.cumsum(batch.starts, axis=1, dtype=jnp.int32)
+        wanted = {"targets": targets.astype(jnp.int32), "weights": scored.astype(jnp.float32), "documents": documents}
+        return model.apply(variables_of(state), tokens, **wanted)
 
     def bits_per_byte(state, windows):
-        total = 0.0
-        for start in range(0, len(windows.inputs), batch_size):
-            batch = [part[start : start + batch_size] for part in (windows.inputs, windows.targets, windows.scored)]
+        sums = []
+        for start in range(0, len(windows.scored), batch_size):
+            batch = [part[start : start + batch_size] for part in jax.tree.leaves(windows.arrays)]
             missing = batch_size - len(batch[0])
-            padded = (from_whole(np.pad(part, ((0, missing), (0, 0))), mesh) for part in batch)
-            total += float(nats(state, *padded))
-        return total / int(windows.scored.sum()) / math.log(2)
+            padded = [from_whole(np.pad(part, ((0, missing), (0, 0))), mesh) for part in batch]
+            sums.append(nats(state, *jax.tree.unflatten(jax.tree.structure(windows.arrays), padded)))
+        return float(sum(jax.device_get(sums))) / windows.num_bytes / math.log(2)
 
     return bits_per_byte

@@ -2,26 +2,34 @@
 
 import argparse
 import pathlib
-import shutil
+import re
 import sys
 from collections.abc import Iterator
 
+import jax
+
 from jax_latent_moe import cost
+from jax_latent_moe.config import COMPUTE_DTYPES
 from jax_latent_moe.errors import LatentMoEError
 from jax_latent_moe.hf.checkpoint import Checkpoint, open_checkpoint, plan_layer
 from jax_latent_moe.hf.exporting import differing_tensors, write_layers
 from jax_latent_moe.hf.importing import import_layer
 from jax_latent_moe.hf.names import MEGATRON, Layer
+from jax_latent_moe.hf.outputs import check_new
+from jax_latent_moe.hf.tensor_file import read_json
 from jax_latent_moe.params import Params
+
+TO = "names to write: the model's own on the hub, Megatron's, or transformers 5's, with all experts in one tensor"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(open_checkpoint(options.folder, naming=options.naming), options)
+        with jax.enable_x64(True):  # else JAX would narrow float64 weights
+            return options.run(open_checkpoint(options.folder, naming=options.naming), options)
     except (LatentMoEError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(_printable(error), file=sys.stderr)
         return 1
 
 
@@ -31,7 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     for run, name, text in (
         (_inspect, "inspect", "list the MoE layers; check names, shapes and dtypes without reading weights"),
         (_verify, "verify", "import every layer and check that it exports to the same bytes"),
-        (_convert, "convert", "import layers and write them unquantised, under the hub's or Megatron's names"),
+        (
+            _convert,
+            "convert",
+            "import layers and write them unquantised, under names of the hub, of Megatron or of transformers 5",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("folder", help="checkpoint folder: config.json and *.safetensors")
@@ -40,15 +52,20 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "convert":
             command.add_argument("output", help="folder to make")
-            command.add_argument("--to", choices=("hf", "megatron"), default="hf", help="names to write")
-            command.add_argument("--dtype", help="type of the parameters; as stored by default")
+            command.add_argument("--to", choices=("hf", "megatron", "stacked"), default="hf", help=TO)
+            command.add_argument("--dtype", choices=COMPUTE_DTYPES, help="of the parameters; as stored by default")
     return parser
 
 
 def _layers(checkpoint: Checkpoint, options) -> list[Layer]:
     if options.layers is None:
         return list(checkpoint.layers)
-    return [int(layer) if layer.isdecimal() else layer for layer in options.layers.split(",")]
+    return [int(layer) if re.fullmatch(r"[0-9]{1,9}", layer) else layer for layer in options.layers.split(",")]
+
+
+def _printable(message: object) -> str:
+    """As text that any terminal takes: names of files may hold bytes that are no UTF-8."""
+    return str(message).encode(errors="backslashreplace").decode()
 
 
 def _inspect(checkpoint: Checkpoint, options) -> int:
@@ -99,14 +116,13 @@ def _verify(checkpoint: Checkpoint, options) -> int:
 
 
 def _convert(checkpoint: Checkpoint, options) -> int:
-    if options.to == "hf" and options.naming == "megatron":
-        from_config = open_checkpoint(options.folder)  # the model's own names are those of its config.json
-        names = from_config.names
-    else:
-        names = MEGATRON if options.to == "megatron" else checkpoint.names
-    write_layers(options.output, _read(checkpoint, options, options.dtype), dict(checkpoint.configs), names)
-    shutil.copy(pathlib.Path(options.folder, "config.json"), options.output)
-    print(f"wrote {options.output}")
+    check_new(options.output, checkpoint.folder.path)
+    own = open_checkpoint(options.folder)  # names of the model's family, whatever the names in the folder
+    names = {"hf": own.names, "stacked": own.stacked_names, "megatron": MEGATRON}[options.to]
+    layers = _read(checkpoint, options, options.dtype)
+    described = read_json(pathlib.Path(options.folder, "config.json"))
+    write_layers(options.output, layers, checkpoint.configs, names, config_json=described)
+    print(_printable(f"wrote {options.output}"))
     return 0
 
 

@@ -1,6 +1,7 @@
 """A checkpoint folder and which tensors hold what in each of its MoE layers: all is checked, no weight is read."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ from jax_latent_moe.hf.encodings import PLAIN, Encoding, identify, problems
 from jax_latent_moe.hf.families import layer_configs
 from jax_latent_moe.hf.folder import TensorFolder
 from jax_latent_moe.hf.names import MEGATRON, Layer, Names, Slot, layer_slots, tensor_shapes
-from jax_latent_moe.hf.tensor_file import DTYPES, NAMES, TensorInfo, read_json
+from jax_latent_moe.hf.tensor_file import DTYPES, NAMES, TensorInfo, as_path, read_json
 
 Naming = Literal["hf", "megatron"]
 Path = tuple[str, str]
@@ -39,6 +40,11 @@ class Checkpoint:
     def layers(self) -> tuple[Layer, ...]:
         """The MoE layers: their index in the model, or "mtp.1" for one of NemotronH's multi-token predictor."""
         return tuple(self.configs)
+
+    @property
+    def stacked_names(self) -> Names:
+        """Names under which all experts of a layer are one tensor [E, out, in], as transformers 5 holds them."""
+        return self.names.stacked(next(iter(self.configs.values())).gated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ def open_checkpoint(
     Raises:
         CheckpointError: the folder, its index or its config.json is absent, not valid, or of an unknown model.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     folder = TensorFolder(path)
     if config is None:
         configs, names = read_config(path / "config.json")
@@ -121,23 +127,40 @@ def plan_layer(checkpoint: Checkpoint, layer: Layer) -> LayerPlan:
         CheckpointError: lists every missing, unexpected, mis-shaped or mistyped tensor.
     """
     folder = checkpoint.folder
-    if layer not in checkpoint.configs:
+    if layer not in checkpoint.layers:
         layers = ", ".join(map(str, checkpoint.layers))
         raise CheckpointError(folder.path, [f"layer {layer} is no MoE layer; these are: {layers}."])
     config = checkpoint.configs[layer]
-    if config.num_experts > len(folder.file_of):  # also keeps an absurd number from making as many names
+    names, prefix = checkpoint.names, checkpoint.names.prefix(layer, folder.file_of)
+    stacked = names.stacked(config.gated)
+    whole = [prefix + name for name in (stacked.w_up, stacked.w_out) if prefix + name in folder.file_of]
+    # Each also keeps an absurd number of experts from making as many names.
+    if whole:
+        names = stacked
+        _check_stacked(folder, whole, config, layer)
+    elif config.num_experts > len(folder.file_of):
         few = f"{len(folder.file_of)} tensors in all cannot hold num_experts={config.num_experts}."
         raise CheckpointError(folder.path, [f"layer {layer}: {few}"])
     try:
-        slots = layer_slots(config, checkpoint.names)
+        slots = layer_slots(config, names)
     except ValueError as error:
         raise CheckpointError(folder.path, [f"layer {layer}: {error}"]) from error
-    prefix = checkpoint.names.prefix(layer, folder.file_of)
     tensors, found = _match(folder, prefix, tensor_shapes(config, slots))
     dtypes, mistyped = _leaf_dtypes(prefix, slots, tensors, config)
     if found or mistyped:
         raise CheckpointError(f"{folder.path}, layer {layer}", found + mistyped)
     return LayerPlan(config, tuple(slots), tensors, dtypes)
+
+
+def _check_stacked(folder, tensors, config, layer):
+    """Each tensor of all experts has one matrix an expert, and no more than it can hold."""
+    found = []
+    for name, info in folder.locate(tensors).items():
+        if len(info.shape) != 3 or info.shape[0] != config.num_experts or math.prod(info.shape) == 0:
+            wanted = f"[num_experts={config.num_experts}, out, in]"
+            found.append(f"{name}: shape {list(info.shape)}, expected {wanted}.")
+    if found:
+        raise CheckpointError(f"{folder.path}, layer {layer}", found)
 
 
 def _match(folder, prefix, shapes) -> tuple[dict[str, Stored], list[str]]:
@@ -153,12 +176,12 @@ def _match(folder, prefix, shapes) -> tuple[dict[str, Stored], list[str]]:
         else:
             matrix, _, suffix = tensor.rpartition(".")
             groups.setdefault(f"{matrix}.weight", {})[suffix] = info
-    tensors, found = {}, []
+    tensors, found = {}, _missing(prefix, shapes, groups)
     for tensor, shape in shapes.items():
         parts = groups.pop(tensor, {})
         if not parts:
-            found.append(f"missing {prefix}{tensor}.")
-        elif len(shape) == 2 and tensor.endswith(".weight"):
+            continue
+        if len(shape) == 2 and tensor.endswith(".weight"):
             encoding = identify(parts)
             found += problems(prefix + tensor.removesuffix("weight"), encoding, shape, parts)
             tensors[tensor] = Stored(encoding, parts)
@@ -167,6 +190,21 @@ def _match(folder, prefix, shapes) -> tuple[dict[str, Stored], list[str]]:
             found += _plain_problems(prefix, tensor, shape, parts)
     found += [f"not expected: {prefix}{name}." for tensor, parts in groups.items() for name in _names(tensor, parts)]
     return {tensor: stored for tensor, stored in tensors.items() if stored}, found
+
+
+def _missing(prefix, shapes, present) -> list[str]:
+    """A sentence for each tensor that is missing; one for all of a kind where every expert lacks it."""
+    kinds: dict[str, list[str]] = {}
+    for tensor in shapes:
+        kinds.setdefault(re.sub("[0-9]+", "{e}", tensor), []).append(tensor)
+    found = []
+    for kind, tensors in kinds.items():
+        missing = [tensor for tensor in tensors if tensor not in present]
+        if len(missing) == len(tensors) > 1:
+            found.append(f"missing {prefix}{kind} of all {len(tensors)} experts.")
+        else:
+            found += [f"missing {prefix}{tensor}." for tensor in missing]
+    return found
 
 
 def _names(tensor, parts):

@@ -4,7 +4,8 @@ Formats:
     MXFP4: OCP Microscaling Formats 1.0: E2M1 codes in blocks of 32, one E8M0 scale (2^(u - 127)) a block.
     NVFP4: E2M1 codes in blocks of 16, one E4M3 scale a block, one float32 scale a matrix (multiplied in ModelOpt's
         files, divided by in compressed-tensors').
-    FP8: E4M3 with a float32 scale for the matrix or for each row; DeepSeek-V3: one for each 128 x 128 block.
+    FP8: E4M3 with a scale for the matrix or for each row; DeepSeek-V3 and Qwen3: one for each 128 x 128 block.
+Scales that are not themselves coded are float32 or, in Qwen3's files among others, of 16 bits; products are in float32.
 Two E2M1 codes share a byte, the first in the low four bits: so does compressed-tensors, and ModelOpt too.
 """
 
@@ -69,25 +70,29 @@ def _nvfp4_blocks(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _nvfp4_modelopt(parts: Parts) -> np.ndarray:
-    return _nvfp4_blocks(parts["weight"], parts["weight_scale"]) * _finite(parts["weight_scale_2"]).reshape(())
+    return _nvfp4_blocks(parts["weight"], parts["weight_scale"]) * _scales(parts["weight_scale_2"]).reshape(())
 
 
 def _nvfp4_compressed(parts: Parts) -> np.ndarray:
-    divisor = _finite(parts["weight_global_scale"]).reshape(())
+    divisor = _scales(parts["weight_global_scale"]).reshape(())
     if divisor == 0:
         raise ValueError("its global scale is 0")
     return _nvfp4_blocks(parts["weight_packed"], parts["weight_scale"]) / divisor
 
 
 def _fp8(parts: Parts) -> np.ndarray:
-    scale = _finite(parts["weight_scale"])
+    scale = _scales(parts["weight_scale"])
     return _finite(parts["weight"].astype(np.float32)) * (scale.reshape(-1, 1) if scale.size > 1 else scale.reshape(()))
 
 
 def _fp8_tiles(parts: Parts) -> np.ndarray:
-    values, scales = _finite(parts["weight"].astype(np.float32)), _finite(parts["weight_scale_inv"])
+    values, scales = _finite(parts["weight"].astype(np.float32)), _scales(parts["weight_scale_inv"])
     rows = np.repeat(scales, _TILE, axis=0)[: values.shape[0]]
     return values * np.repeat(rows, _TILE, axis=1)[:, : values.shape[1]]
+
+
+def _scales(values):
+    return _finite(values.astype(np.float32))
 
 
 def _finite(values):
@@ -96,7 +101,8 @@ def _finite(values):
     return values
 
 
-PLAIN = Encoding("plain", {"weight": ("BF16", "F16", "F32")}, lambda out, in_: {"weight": ((out, in_),)})
+_SCALES = ("F32", "BF16", "F16")
+PLAIN = Encoding("plain", {"weight": ("BF16", "F16", "F32", "F64")}, lambda out, in_: {"weight": ((out, in_),)})
 MXFP4 = Encoding(
     "MXFP4",
     {"weight_packed": ("U8",), "weight_scale": ("U8", "F8_E8M0")},
@@ -106,7 +112,7 @@ MXFP4 = Encoding(
 _NVFP4_SCALARS: tuple[Shape, ...] = ((), (1,))
 NVFP4_MODELOPT = Encoding(
     "NVFP4 (ModelOpt)",
-    {"weight": ("U8",), "weight_scale": ("F8_E4M3",), "weight_scale_2": ("F32",)},
+    {"weight": ("U8",), "weight_scale": ("F8_E4M3",), "weight_scale_2": _SCALES},
     lambda out, in_: {
         "weight": ((out, in_ // 2),),
         "weight_scale": ((out, in_ // 16),),
@@ -117,7 +123,7 @@ NVFP4_MODELOPT = Encoding(
 )
 NVFP4_COMPRESSED = Encoding(
     "NVFP4 (compressed-tensors)",
-    {"weight_packed": ("U8",), "weight_scale": ("F8_E4M3",), "weight_global_scale": ("F32",)},
+    {"weight_packed": ("U8",), "weight_scale": ("F8_E4M3",), "weight_global_scale": _SCALES},
     lambda out, in_: {
         "weight_packed": ((out, in_ // 2),),
         "weight_scale": ((out, in_ // 16),),
@@ -128,14 +134,14 @@ NVFP4_COMPRESSED = Encoding(
 )
 FP8 = Encoding(
     "FP8",
-    {"weight": ("F8_E4M3",), "weight_scale": ("F32",)},
+    {"weight": ("F8_E4M3",), "weight_scale": _SCALES},
     lambda out, in_: {"weight": ((out, in_),), "weight_scale": ((), (1,), (out,), (out, 1))},
     _fp8,
     ("input_scale",),
 )
 FP8_TILES = Encoding(
     "FP8 (128 x 128 blocks)",
-    {"weight": ("F8_E4M3",), "weight_scale_inv": ("F32",)},
+    {"weight": ("F8_E4M3",), "weight_scale_inv": _SCALES},
     lambda out, in_: {
         "weight": ((out, in_),),
         "weight_scale_inv": ((math.ceil(out / _TILE), math.ceil(in_ / _TILE)),),

@@ -7,7 +7,7 @@ Keys and defaults as in transformers 5.23 (NemotronH, DeepSeek-V3, Qwen3-MoE, Mi
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_latent_moe.config import LatentMoEConfig, RouterConfig
+from jax_latent_moe.config import COMPUTE_DTYPES, LatentMoEConfig, RouterConfig
 from jax_latent_moe.hf import names
 from jax_latent_moe.hf.names import Layer, Names
 
@@ -15,10 +15,13 @@ Configs = dict[Layer, LatentMoEConfig]
 
 
 class Keys(Mapping[str, Any]):
-    """The keys of a config.json; a missing one or one of another type raises ValueError with its name."""
+    """The keys of a config.json; a missing one or one of another type raises ValueError with its name.
 
-    def __init__(self, values: dict[str, Any]):
-        self._values = values
+    A key whose value is null is missing: transformers writes null for what a model does not have.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = {key: value for key, value in values.items() if value is not None}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
@@ -68,7 +71,7 @@ class Keys(Mapping[str, Any]):
     def dtype(self) -> str:
         """The type that the model is stored and computed in."""
         key = self.either("dtype", "torch_dtype")
-        return self.chosen(key, {name: name for name in ("bfloat16", "float16", "float32")})
+        return self.chosen(key, {name: name for name in COMPUTE_DTYPES})
 
 
 def _common(keys: Keys) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def _nemotron_h(keys: Keys) -> Configs:
     else:
         raise ValueError(f"block_configs must be a list of {len(types)} objects, one a layer")
     layers: dict[Layer, Keys] = {
-        index: Keys({**keys, **override})
+        index: Keys({**keys, **Keys(override)})
         for index, (kind, override) in enumerate(zip(types, overrides, strict=True))
         if kind == "moe"
     }
@@ -148,7 +151,7 @@ def _kimi_k3(keys: Keys) -> Configs:
         if not isinstance(keys["text_config"], dict):
             raise ValueError("text_config is no object")
         outer = {key: keys[key] for key in ("dtype", "torch_dtype") if key in keys}
-        keys = Keys(outer | keys["text_config"])
+        keys = Keys({**outer, **Keys(keys["text_config"])})
     latent = keys.get("routed_expert_hidden_size")
     activation = keys.chosen("hidden_act", _GATED)
     fields: dict[str, Any] = {}

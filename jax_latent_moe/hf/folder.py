@@ -1,6 +1,7 @@
 """A folder of safetensors files, with or without an index, as one set of named tensors."""
 
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 
@@ -29,8 +30,11 @@ class TensorFolder:
         self.path = path
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         index = path / INDEX
-        self._indexed = index.exists()
+        self._indexed = os.path.lexists(index)  # a link that leads nowhere is an error, not an absent index
         self.file_of = _read_index(index) if self._indexed else self._read_files()
+        self._names_in: dict[str, set[str]] = {}
+        for name, file in self.file_of.items():
+            self._names_in.setdefault(file, set()).add(name)
 
     def _read_files(self) -> dict[str, str]:
         files = sorted(file.name for file in self.path.glob("*.safetensors"))
@@ -50,7 +54,7 @@ class TensorFolder:
         if file not in self._headers:
             header = read_header(self.path / file)
             if self._indexed:
-                _check_index(self.path / file, header, {name for name, other in self.file_of.items() if other == file})
+                _check_index(self.path / file, header, self._names_in[file])
             self._headers[file] = header
         return self._headers[file]
 

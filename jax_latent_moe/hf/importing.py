@@ -53,11 +53,17 @@ def import_layer(
     Raises:
         CheckpointError: a tensor is missing, unexpected, mis-shaped or mistyped (all are listed), a file is truncated,
             or a quantised weight is not finite.
-        InputError: dtype is unknown.
+        InputError: dtype is unknown, or a parameter is float64 and JAX's 64-bit types are off.
     """
     if dtype is not None and dtype not in COMPUTE_DTYPES:
         raise InputError(f"dtype={dtype!r} is unknown: use one of {', '.join(COMPUTE_DTYPES)}, or None.")
     plan = plan_layer(checkpoint, layer)
+    float64 = dtype == "float64" or (dtype is None and np.dtype("float64") in plan.dtypes.values())
+    if float64 and not jax.config.jax_enable_x64:
+        raise InputError(
+            "dtype float64 needs jax.config.update('jax_enable_x64', True), without which JAX narrows it to float32: "
+            "set that, or ask for dtype='float32'."
+        )
     params: Params = {}
     with _open_files(plan) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
         for part, leaves in param_shapes(plan.config).items():
@@ -157,7 +163,7 @@ def _fill_slot(slot: Slot, target: np.ndarray, ranges: Sequence[range], stored: 
 
 def _fill_plain(slot, target, ranges, info, files):
     columns, rows = ranges
-    width = info.shape[1]
+    width = info.shape[-1]
     dtype = DTYPES[info.dtype]
     step = (
         max(1, CHUNK // max(1, width * dtype.itemsize * 32)) * 32

@@ -1,10 +1,12 @@
 """How each system calls the tensors of an MoE layer, and which block of which parameter each one holds."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.params import param_shapes
 
 Layer = int | str
@@ -15,15 +17,17 @@ Layer = int | str
 class Names:
     """Tensor names of one system; {e} is the expert. Matrices are [out, in] there.
 
-    Where gate and up have one name they are one tensor: gate rows first, then up rows.
+    Where gate and up have one name they are one tensor: gate rows first, then up rows. An expert's name without {e} is
+    that of one tensor [E, out, in], which holds all experts.
 
     Attributes:
-        roots: what may stand before "layers.{i}.": the first that occurs in the checkpoint is taken.
-        block: what follows.
+        roots: what may stand before "layers.{i}.": the first that occurs in the checkpoint is taken. The first is the
+            hub's, the last that of transformers' own modules.
+        blocks: what may follow, likewise.
     """
 
     roots: tuple[str, ...]
-    block: str
+    blocks: tuple[str, ...]
     router: str
     router_bias: str
     w_gate: str
@@ -36,14 +40,47 @@ class Names:
     latent_norm: str = ""
     up_proj: str = ""
 
+    def __post_init__(self):
+        for field in ("w_gate", "w_up", "w_out"):
+            name = getattr(self, field)
+            try:
+                name.format(e=0)
+            except (AttributeError, LookupError, ValueError) as error:
+                raise ConfigError(
+                    f"Names.{field}={name!r} must be text in which {{e}} stands for the expert's number."
+                ) from error
+
     def prefix(self, layer: Layer, present: Iterable[str]) -> str:
-        """What the names of this layer's tensors begin with, among the names that are present."""
+        """What the names of this layer's tensors begin with, among the names that are present.
+
+        Raises:
+            ValueError: the layer is neither an index nor such as "mtp.1".
+        """
+        roots, index = self.roots, layer
         if isinstance(layer, str):
-            part, index = layer.split(".")
-            return f"{part}.layers.{index}.{self.block}."
-        prefixes = [f"{root}layers.{layer}.{self.block}." for root in self.roots]
+            match = re.fullmatch(r"([a-z_]+)\.([0-9]+)", layer)
+            if match is None:
+                raise ValueError(f'{layer!r} names no layer: give its index, or "mtp.1" for one of the predictor\'s.')
+            roots, index = (f"{match[1]}.",), match[2]
+        prefixes = [f"{root}layers.{index}.{block}." for root in roots for block in self.blocks]
         used = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in present)]
         return used[0] if used else prefixes[0]
+
+    def stacked(self, gated: bool) -> "Names":
+        """The names of transformers' own modules from version 5 on, which hold a layer's experts in two tensors.
+
+        Args:
+            gated: whether the experts have a gate, which is stored in one tensor with up.
+        """
+        w_in = "experts.gate_up_proj" if gated else "experts.up_proj"
+        return dataclasses.replace(
+            self,
+            roots=self.roots[::-1],
+            blocks=self.blocks[::-1],
+            w_gate=w_in,
+            w_up=w_in,
+            w_out="experts.down_proj",
+        )
 
 
 _GATE_UP_DOWN = dict(
@@ -61,7 +98,7 @@ _GATE = dict(router="gate.weight", router_bias="gate.e_score_correction_bias")
 
 NEMOTRON_H = Names(
     roots=("backbone.", "model."),
-    block="mixer",
+    blocks=("mixer",),
     **_GATE,
     **_GATE_UP_DOWN,
     **_SHARED,
@@ -70,7 +107,7 @@ NEMOTRON_H = Names(
 )
 KIMI = Names(
     roots=("language_model.model.", "model."),
-    block="block_sparse_moe",
+    blocks=("block_sparse_moe", "mlp"),
     **_GATE,
     **_W1_W3_W2,
     **_SHARED,
@@ -78,12 +115,12 @@ KIMI = Names(
     latent_norm="routed_expert_norm.weight",
     up_proj="routed_expert_up_proj.weight",
 )
-DEEPSEEK_V3 = Names(roots=("model.",), block="mlp", **_GATE, **_GATE_UP_DOWN, **_SHARED)
+DEEPSEEK_V3 = Names(roots=("model.",), blocks=("mlp",), **_GATE, **_GATE_UP_DOWN, **_SHARED)
 QWEN3_MOE = DEEPSEEK_V3
-MIXTRAL = Names(roots=("model.",), block="block_sparse_moe", **_GATE, **_W1_W3_W2, **_SHARED)
+MIXTRAL = Names(roots=("model.",), blocks=("block_sparse_moe", "mlp"), **_GATE, **_W1_W3_W2, **_SHARED)
 MEGATRON = Names(
     roots=("decoder.",),
-    block="mlp",
+    blocks=("mlp",),
     router="router.weight",
     router_bias="router.expert_bias",
     w_gate="experts.linear_fc1.weight{e}",
@@ -102,10 +139,11 @@ class Slot(NamedTuple):
 
     Attributes:
         tensor: name within the layer.
-        first_row: of the tensor's rows.
+        first_row: of the tensor's rows; a tensor [E, out, in] counts as one of E * out rows.
         path: (part, leaf) of the parameter tree.
         expert: index on the leaf's first axis; None where it has no experts.
         half: 0 for the gate and 1 for the up half of a gated w_in; None elsewhere.
+        stacked: whether the tensor is such a one, of all experts.
     """
 
     tensor: str
@@ -113,6 +151,7 @@ class Slot(NamedTuple):
     path: tuple[str, str]
     expert: int | None = None
     half: int | None = None
+    stacked: bool = False
 
 
 def layer_slots(config: LatentMoEConfig, naming: Names) -> list[Slot]:
@@ -133,16 +172,10 @@ def layer_slots(config: LatentMoEConfig, naming: Names) -> list[Slot]:
     for part, leaves in param_shapes(config).items():
         for leaf, struct in leaves.items():
             path = (part, leaf)
-            experts = range(config.num_experts) if part == "experts" else (None,)
-            if leaf == "w_in":
-                gate, up = (naming.shared_gate, naming.shared_up) if part == "shared" else (naming.w_gate, naming.w_up)
-                up_row = struct.shape[-1] if config.gated and gate == up else 0
-                for e in experts:
-                    if config.gated:
-                        slots.append(Slot(gate.format(e=e), 0, path, e, 0))
-                    slots.append(Slot(up.format(e=e), up_row, path, e, 1 if config.gated else None))
-            elif path == ("experts", "w_out"):
-                slots += [Slot(naming.w_out.format(e=e), 0, path, e) for e in experts]
+            if part == "experts":
+                slots += _expert_slots(config, naming, path, struct.shape)
+            elif leaf == "w_in":
+                slots += _matrix_slots(config, naming.shared_gate, naming.shared_up, path, struct.shape[-1])
             elif simple.get(path):
                 slots.append(Slot(simple[path], 0, path))
             else:
@@ -150,16 +183,41 @@ def layer_slots(config: LatentMoEConfig, naming: Names) -> list[Slot]:
     return slots
 
 
+def _matrix_slots(config, gate, up, path, rows, expert=None) -> list[Slot]:
+    """The blocks of a w_in; gate and up are of so many rows each."""
+    if not config.gated:
+        return [Slot(up, 0, path, expert)]
+    return [Slot(gate, 0, path, expert, 0), Slot(up, rows if gate == up else 0, path, expert, 1)]
+
+
+def _expert_slots(config, naming, path, shape) -> list[Slot]:
+    slots = []
+    for e in range(config.num_experts):
+        if path[1] == "w_out":
+            of_expert = [Slot(naming.w_out.format(e=e), 0, path, e)]
+        else:
+            gate, up = naming.w_gate.format(e=e), naming.w_up.format(e=e)
+            of_expert = _matrix_slots(config, gate, up, path, shape[-1], e)
+        rows = {slot.tensor: slot.first_row + shape[-1] for slot in of_expert}
+        for slot in of_expert:
+            stacked = slot.tensor in (naming.w_gate, naming.w_up, naming.w_out)
+            first_row = slot.first_row + e * rows[slot.tensor] if stacked else slot.first_row
+            slots.append(slot._replace(first_row=first_row, stacked=stacked))
+    return slots
+
+
 def tensor_shapes(config: LatentMoEConfig, slots: Iterable[Slot]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the slots name: [out, in], or [n] for a bias or a scale."""
+    """The shape of each tensor that the slots name: [out, in], [E, out, in], or [n] for a bias or a scale."""
     shapes = param_shapes(config)
     tensors: dict[str, tuple[int, ...]] = {}
     for slot in slots:
         shape = block_shape(shapes[slot.path[0]][slot.path[1]].shape, slot)
         if len(shape) == 1:
             tensors[slot.tensor] = shape
-        else:
-            tensors[slot.tensor] = (slot.first_row + shape[1], shape[0])  # slots of one tensor come in order of rows
+            continue
+        rows = slot.first_row + shape[1]  # slots of one tensor come in order of rows
+        stack = (config.num_experts, rows // config.num_experts) if slot.stacked else (rows,)
+        tensors[slot.tensor] = (*stack, shape[0])
     return tensors
 
 

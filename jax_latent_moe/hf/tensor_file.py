@@ -5,11 +5,13 @@ buffer straight to their place in a stacked array, and duplicate keys, holes and
 name of the file. Format: https://github.com/huggingface/safetensors#format
 """
 
+import collections
 import contextlib
 import json
 import math
 import os
 import pathlib
+import reprlib
 import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -38,6 +40,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000
 """Bytes; the limit of the safetensors package as well."""
 JSON_LIMIT = 1_000_000_000
+SHOWN = 10
+"""Names that a message lists."""
+MOST_DIMENSIONS = 64
+"""Of an array in NumPy; the limit also bounds the time that a product of sizes takes."""
 
 
 class TensorInfo(NamedTuple):
@@ -61,6 +67,16 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path; CheckpointError if no file can have that name."""
+    try:
+        if b"\0" in os.fsencode(path):
+            raise CheckpointError(repr(os.fspath(path)), ["it holds a NUL character, which no name may: change it."])
+    except UnicodeEncodeError as error:
+        raise CheckpointError(repr(os.fspath(path)), [f"the system has no such name ({error}): change it."]) from error
+    return pathlib.Path(path)
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -77,11 +93,12 @@ def parse_json(where: object, data: bytes) -> dict[str, Any]:
     """The JSON object in data; CheckpointError, naming `where`, if it is none."""
 
     def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            repeated = sorted({key for key in keys if keys.count(key) > 1})
-            raise ValueError(f"it names {', '.join(map(repr, repeated))} twice")
-        return dict(pairs)
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            repeated = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+            more = f" and {len(repeated) - SHOWN} more" if len(repeated) > SHOWN else ""
+            raise ValueError(f"it names {', '.join(map(repr, repeated[:SHOWN]))}{more} twice")
+        return values
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique)
@@ -102,7 +119,7 @@ def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
         with path.open("rb", buffering=0) as file:
             yield file
     except OSError as error:
-        raise CheckpointError(path, [f"cannot be read: {error.strerror}."]) from error
+        raise CheckpointError(path, [f"cannot be read: {error.strerror or error}."]) from error
 
 
 def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
@@ -152,15 +169,24 @@ def _invalid_entry(entry) -> str | None:
         return "not an object of dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        return f"dtype {dtype!r} is not one of {', '.join(DTYPES)}"
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        return f"shape {shape!r} is not a list of non-negative integers"
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        return f"data_offsets {offsets!r} are not two non-negative integers"
+        return f"dtype {_short(dtype)} is not one of {', '.join(DTYPES)}"
+    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or not all(map(_is_size, shape)):
+        return f"shape {_short(shape)} is not a list of at most {MOST_DIMENSIONS} integers from 0 to 2^63 - 1"
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        return f"data_offsets {_short(offsets)} are not two integers from 0 to 2^63 - 1"
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
         return f"{dtype} of shape {shape} takes {expected} bytes, data_offsets {offsets} span {offsets[1] - offsets[0]}"
     return None
+
+
+def _is_size(value) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _short(value) -> str:
+    """At most a few dozen characters of what a file holds."""
+    return reprlib.repr(value)
 
 
 def read_bytes(file: BinaryIO, info: TensorInfo, offset: int, buffer: np.ndarray) -> None:

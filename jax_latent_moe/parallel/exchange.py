@@ -30,6 +30,8 @@ def exchange(
     latent: Float[Array, "t l"],
     expert_ids: Int[Array, "t k"],
     weights: Float[Array, "t k"],
+    *,
+    row_multiple: int = 1,
 ) -> tuple[Float[Array, "t l"], Int[Array, " e"]]:
     """sum_j weights[t, j] * expert_j(latent[t]) with the experts split over a mesh axis; under shard_map.
 
@@ -40,6 +42,7 @@ def exchange(
         latent: [T, l], this device's.
         expert_ids: [T, k] over all experts.
         weights: [T, k], 0 where there is no expert.
+        row_multiple: multiple at which each expert's rows begin.
 
     Returns:
         [T, l], and the rows of this device that capacity dropped, [E] int32: the same for every dispatch.
@@ -59,18 +62,25 @@ def exchange(
     move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}
     strategy = choose_dispatch(config, devices, tokens)
     plan_of = partial(make_dispatch_plan, backend=config.backend)
-    return move[strategy](plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights), dropped
+    experts_of = partial(_experts_of, experts, partial(plan_of, row_multiple=row_multiple))
+    return move[strategy](plan_of, axis, capacity, local_experts, experts_of, latent, expert_ids, weights), dropped
 
 
-def _all_gather(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
+def _experts_of(experts, plan_of, rows, weights, expert_ids, num_experts, most_rows=None):
+    """What this device's experts make of rows, whose ids are indices of them; of at most so many rows in all."""
+    plan = plan_of(expert_ids, num_experts)
+    if most_rows is not None and most_rows < expert_ids.size:
+        plan = first_rows(plan, most_rows)
+    return experts(rows, weights, plan)
+
+
+def _all_gather(_, axis, capacity, local_experts, experts, latent, expert_ids, weights):
     """Every device reads all latents and computes its experts' part of each; a reduce-scatter adds the parts."""
     latent, expert_ids, weights = (lax.all_gather(part, axis, tiled=True) for part in (latent, expert_ids, weights))
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
     weights = jnp.where(mine, weights, 0)
-    plan, rows = plan_of(expert_ids, local_experts), capacity * lax.axis_size(axis)
-    if rows < expert_ids.size:  # fewer rows than choices: room for those of this device alone
-        plan = first_rows(plan, rows)
-    total = experts(latent, weights, plan)
+    # Where the capacity allows fewer rows than assignments, there is memory for those of this device alone.
+    total = experts(latent, weights, expert_ids, local_experts, capacity * lax.axis_size(axis))
     return lax.psum_scatter(total, axis, tiled=True)
 
 
@@ -91,7 +101,7 @@ def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_
     row_weights = swap(_get(weights.reshape(-1), slot_of_place, 0))
     ids, mine = _own_experts(ids, axis, local_experts)
     rows = swap(_spread(latent, slot_of_place, place_of_slot))
-    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], plan_of(ids[:, None], local_experts))
+    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts)
     return _collect(swap(out), slot_of_place, place_of_slot)
 
 
@@ -116,7 +126,7 @@ def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, 
     ids, mine = _own_experts(ids, axis, local_experts)
     row_weights = send(_get(weights.reshape(-1), assignment_of_row, 0), received, 0, there)
     rows = send(_spread(latent, assignment_of_row, row_of_assignment), received, 0, there)
-    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], plan_of(ids[:, None], local_experts))
+    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts)
     return _collect(send(out, slots, 0, back), assignment_of_row, row_of_assignment)
 
 

@@ -1,6 +1,7 @@
 """The layer's parts on the axes of a mesh: who holds what, and how a function of one device's part is run on all."""
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
     known, sizes = ParallelConfig().axes, {}
     for entry in filter(None, text.split(",")):
         axis, _, size = entry.partition("=")
-        if axis not in known or axis in sizes or not size.isdigit() or int(size) < 1:
+        if axis not in known or axis in sizes or not re.fullmatch("[1-9][0-9]{0,8}", size):
             raise ConfigError(
                 f"--mesh {text!r}: {entry!r} must be AXIS=SIZE, each of {', '.join(known)} at most once, such as "
                 "data=2,expert=4."

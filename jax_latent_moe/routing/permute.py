@@ -7,7 +7,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.grouped_matmul.operands import GatheredRows
-from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last, sort_by_expert
 
 ROW_MULTIPLE = 8
@@ -15,59 +14,98 @@ ROW_MULTIPLE = 8
 
 
 class DispatchPlan(NamedTuple):
-    """Where each choice (token t, its j-th expert) stands among the rows sorted by expert.
+    """Where each assignment (token t, its j-th expert) stands among the rows sorted by expert.
 
     Attributes:
-        group_sizes: [E] int32, rows of each expert. Choices of no expert stand after all of them.
-        assignment_of_row: [T * k] int32, the choice t * k + j that each row holds.
-        row_of_assignment: [T, k] int32, the row of each choice.
+        group_sizes: [E] int32, rows of each expert. Assignments to no expert stand after all of them.
+        assignment_of_row: [R] int32, the assignment t * k + j that each row holds.
+        row_of_assignment: [T, k] int32, the row of each assignment.
+        padding: [R], rows that only fill an expert up to a multiple; each repeats another row of its expert. None where
+            there are no such rows.
     """
 
     group_sizes: Int[Array, " e"]
     assignment_of_row: Int[Array, " r"]
     row_of_assignment: Int[Array, "t k"]
+    padding: Bool[Array, " r"] | None = None
 
     @property
     def token_of_row(self) -> Int[Array, " r"]:
-        """[T * k] int32, the token of each row."""
+        """[R] int32, the token of each row."""
         return self.assignment_of_row // max(self.row_of_assignment.shape[1], 1)
+
+    def weights_of_rows(self, weights: Float[Array, "t k"]) -> Float[Array, " r"]:
+        """[R], the weight of each row's assignment, 0 for padding."""
+        row_weights = weights.reshape(-1)[self.assignment_of_row]
+        return row_weights if self.padding is None else jnp.where(self.padding, 0, row_weights)
 
 
 def make_dispatch_plan(
-    expert_ids: Int[Array, "t k"], num_experts: int, backend: str | BackendConfig = "auto"
+    expert_ids: Int[Array, "t k"], num_experts: int, backend="auto", row_multiple: int = 1
 ) -> DispatchPlan:
-    """Sorts the choices by expert, in token order within one expert.
+    """Sorts the assignments by expert, in token order within one expert.
 
     Args:
         expert_ids: [T, k]; an id outside [0, num_experts) is no expert.
         num_experts: E.
         backend: of the experts; it may hold a kernel for the sort, whose result is the same.
+        row_multiple: multiple at which each expert's rows begin, for formats whose blocks run along rows
+            (`Format.row_multiple`). R is T * k, and up to row_multiple - 1 rows more for each expert that can have
+            rows.
     """
     sizes, assignment_of_row, row_of_assignment = sort_by_expert(expert_ids, num_experts, backend)
-    return DispatchPlan(sizes, assignment_of_row, row_of_assignment.reshape(expert_ids.shape))
+    plan = DispatchPlan(sizes, assignment_of_row, row_of_assignment.reshape(expert_ids.shape))
+    return plan if row_multiple == 1 else _padded(plan, row_multiple)
+
+
+def _padded(plan: DispatchPlan, multiple: int) -> DispatchPlan:
+    """The plan with the rows of each expert filled up to a multiple."""
+    sizes, (num_assignments,) = plan.group_sizes, plan.assignment_of_row.shape
+    experts = sizes.shape[0]
+    num_rows = num_assignments + min(experts, num_assignments) * (multiple - 1)
+    padded = -(-sizes // multiple) * multiple
+    ends, padded_ends = jnp.cumsum(sizes), jnp.cumsum(padded)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    # Assignments to no expert, and what is left of the rows, form one more group.
+    group = jnp.searchsorted(padded_ends, row, side="right").astype(jnp.int32)
+    starts, padded_starts = (jnp.append(jnp.zeros(1, jnp.int32), part) for part in (ends, padded_ends))
+    counts = jnp.append(sizes, num_assignments - ends[-1])
+    place = row - padded_starts[group]
+    source = starts[group] + jnp.clip(place, 0, jnp.maximum(counts[group] - 1, 0))
+    source = jnp.minimum(source, num_assignments - 1)
+    owner = jnp.searchsorted(ends, plan.row_of_assignment, side="right")
+    return DispatchPlan(
+        padded,
+        plan.assignment_of_row[source],
+        (plan.row_of_assignment - starts[owner] + padded_starts[owner]).astype(jnp.int32),
+        place >= counts[group],
+    )
 
 
 def first_rows(plan: DispatchPlan, num_rows: int) -> DispatchPlan:
-    """The plan with room for num_rows rows, all that experts have, and for at least one more.
+    """The plan cut to num_rows rows, which hold all rows of experts, and at least one padding row.
 
-    A choice of no expert reads the last row, which is nobody's either: grouped matmuls leave it zero.
+    An assignment to no expert reads the last row, which grouped matmuls leave zero.
     """
-    room = plan.assignment_of_row[: num_rows + ROW_MULTIPLE - num_rows % ROW_MULTIPLE]
-    return DispatchPlan(plan.group_sizes, room, jnp.minimum(plan.row_of_assignment, room.size - 1))
+    sizes, assignment_of_row, row_of_assignment, padding = plan
+    num_rows += assignment_of_row.size - row_of_assignment.size  # those that fill experts up to a multiple
+    num_rows += ROW_MULTIPLE - num_rows % ROW_MULTIPLE
+    kept = assignment_of_row[:num_rows]
+    padding = None if padding is None else padding[:num_rows]
+    return DispatchPlan(sizes, kept, jnp.minimum(row_of_assignment, kept.size - 1), padding)
 
 
 def rows_of(
     tokens: Float[Array, "t l"], plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
 ) -> GatheredRows:
-    """The rows that the plan sorts, not gathered yet, each times the weight of its choice: [T, l] -> [T * k, l]."""
-    row_weights = None if weights is None else weights.reshape(-1)[plan.assignment_of_row]
-    return GatheredRows(tokens, plan.token_of_row, row_weights)
+    """The rows that the plan sorts, not gathered yet, each times the weight of its assignment: [T, l] -> [R, l]."""
+    return GatheredRows(tokens, plan.token_of_row, None if weights is None else plan.weights_of_rows(weights))
 
 
 def combine(
     rows: Float[Array, "r l"], plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
 ) -> Float[Array, "t l"]:
-    """Weighted sum of each token's rows, in a fixed order: [T * k, l] -> [T, l]; without weights, the plain sum.
+    """Weighted sum of each token's rows, in a fixed order: [R, l] -> [T, l]; without weights, the plain sum.
 
     The sum runs in the wider of float32 and the rows' type and is returned in it.
     """

@@ -139,7 +139,7 @@ def test_cold_generation_takes_the_likeliest_byte(toy):
         (Config, {"steps": 0}, r"steps=0 must be at least 1"),
         (Config, {"batch_size": -1}, r"batch_size=-1 must be at least 1"),
         (OptimizerConfig, {"learning_rate": float("nan")}, r"optimizer\.learning_rate=nan must be more than 0"),
-        (OptimizerConfig, {"warmup_steps": -1}, r"optimizer\.warmup_steps=-1 must not be negative"),
+        (OptimizerConfig, {"warmup_steps": -1}, r"optimizer\.warmup_steps=-1 must be at least 0"),
         (ModelConfig, {"dropout": 1.0}, r"model\.dropout=1\.0 must be at least 0 and below 1"),
         (ModelConfig, {"context": 0}, r"model\.context=0 must be at least 1"),
     ],

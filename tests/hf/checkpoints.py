@@ -151,6 +151,16 @@ def gated(prefix, names=("gate_proj", "up_proj", "down_proj"), bias=False, share
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
+def stacked(shapes, prefix, gated):
+    """The same layer with its experts in two tensors [E, out, in]; gate rows before up rows."""
+    rest = {name: shape for name, shape in shapes.items() if ".experts." not in name}
+    width, m = (D, M) if gated else (L, M)
+    w_in = (
+        {f"{prefix}experts.gate_up_proj": (E, 2 * m, width)} if gated else {f"{prefix}experts.up_proj": (E, m, width)}
+    )
+    return rest | w_in | {f"{prefix}experts.down_proj": (E, width, m)}
+
+
 def megatron(prefix, two=1, latent=True, shared=True, bias=True):
     width = L if latent else D
     shapes = {"router.weight": (E, D)}
@@ -207,6 +217,23 @@ MAPPINGS = {
     "deepseek": (DEEPSEEK_V3, "hf", gated("model.layers.1.mlp.", bias=True, shared=True) | other(0)),
     "qwen3": (QWEN3_MOE, "hf", gated("model.layers.0.mlp.") | gated("model.layers.2.mlp.") | other(1)),
     "mixtral": (MIXTRAL, "hf", gated("model.layers.0.block_sparse_moe.", W1_W3_W2) | other(0)),
+    "nemotron_stacked": (
+        NEMOTRON_H,
+        "hf",
+        stacked(nemotron("model.layers.0.mixer."), "model.layers.0.mixer.", gated=False)
+        | nemotron("model.layers.2.mixer.")  # a layer of each kind
+        | other(1),
+    ),
+    "deepseek_stacked": (
+        DEEPSEEK_V3,
+        "hf",
+        stacked(gated("model.layers.1.mlp.", bias=True, shared=True), "model.layers.1.mlp.", gated=True) | other(0),
+    ),
+    "mixtral_stacked": (
+        MIXTRAL,
+        "hf",
+        stacked(gated("model.layers.0.mlp."), "model.layers.0.mlp.", gated=True) | other(0),
+    ),
     "megatron_latent": (
         NEMOTRON_H,
         "megatron",

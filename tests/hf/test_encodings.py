@@ -161,7 +161,8 @@ def test_kimi_mxfp4(rng, tmp_path):
             np.testing.assert_array_equal(np.asarray(matrix, np.float64), exact.T)
 
 
-def test_deepseek_fp8_tiles(rng, tmp_path):
+@pytest.mark.parametrize("scale_dtype", [np.float32, np.float16, BFLOAT16])
+def test_deepseek_fp8_tiles(scale_dtype, rng, tmp_path):
     config = DEEPSEEK_V3 | dict(hidden_size=130, moe_intermediate_size=200)
     shapes = gated("model.layers.1.mlp.", bias=True, shared=True)
     for name, shape in shapes.items():
@@ -169,15 +170,31 @@ def test_deepseek_fp8_tiles(rng, tmp_path):
     tensors, values = random_tensors(rng, shapes), {}
     for name, (out, width) in ((n, s) for n, s in shapes.items() if "experts" in n):
         weight = rng.normal(size=(out, width)).astype(FP8)
-        scale = rng.uniform(0.5, 2, (math.ceil(out / 128), math.ceil(width / 128))).astype(np.float32)
+        scale = rng.uniform(0.5, 2, (math.ceil(out / 128), math.ceil(width / 128))).astype(scale_dtype)
         tiled = [[scale[i // 128, j // 128] for j in range(width)] for i in range(out)]
-        values[name] = weight.astype(np.float32) * np.array(tiled)
+        values[name] = weight.astype(np.float32) * np.array(tiled, np.float32)
         replace(tensors, name, {"weight": weight, "weight_scale_inv": scale})
     save(tmp_path, config, tensors)
     params = hf.import_layer(hf.open_checkpoint(tmp_path), 1, dtype="float32")
     for e in range(4):
         same_bits(params["experts"]["w_in"][e, :, 0], values[f"model.layers.1.mlp.experts.{e}.gate_proj.weight"].T)
         same_bits(params["experts"]["w_out"][e], values[f"model.layers.1.mlp.experts.{e}.down_proj.weight"].T)
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float16, BFLOAT16])
+def test_scales_of_16_bits_are_multiplied_in_float32(scale_dtype, rng):
+    codes = np.arange(126, dtype=np.uint8).reshape(2, 63)
+    for scale in (rng.uniform(0.5, 2, ()), rng.uniform(0.5, 2, (2, 1))):
+        narrow = np.asarray(scale, scale_dtype)
+        out = encodings.FP8.decode({"weight": codes.view(FP8), "weight_scale": narrow})
+        same_bits(out, (E4M3[codes] * narrow.astype(np.float64)).astype(np.float32))  # 4 + 11 bits: exact
+    parts, _ = random_nvfp4(rng, 4, 32)
+    blocks = encodings.NVFP4_MODELOPT.decode(parts | {"weight_scale_2": np.float32(1)}).astype(np.float64)
+    narrow = np.asarray(rng.uniform(0.5, 2), scale_dtype)
+    out = encodings.NVFP4_MODELOPT.decode(parts | {"weight_scale_2": narrow})
+    same_bits(out, (blocks * float(narrow)).astype(np.float32))
+    renamed = {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"], "weight_global_scale": narrow}
+    same_bits(encodings.NVFP4_COMPRESSED.decode(renamed), (blocks / float(narrow)).astype(np.float32))
 
 
 @pytest.mark.parametrize(

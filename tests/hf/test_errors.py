@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_latent_moe import hf
-from tests.hf.checkpoints import BFLOAT16, NEMOTRON_H, make, nemotron, random_tensors, save
+from tests.hf.checkpoints import BFLOAT16, MAPPINGS, NEMOTRON_H, make, nemotron, random_tensors, save
 
 MUTATIONS = 300
 LAYER = "backbone.layers.0.mixer."
@@ -39,7 +39,7 @@ def test_every_wrong_tensor_is_listed_at_once(rng, tmp_path):
         "not expected: backbone.layers.0.mixer.gate.bias",
         "backbone.layers.0.mixer.experts.2.down_proj.weight: shape [12, 8], expected [8, 12].",
         "backbone.layers.0.mixer.experts.3.down_proj.weight: dtype F16, expected BF16",
-        "backbone.layers.0.mixer.experts.0.up_proj.weight: dtype I32, expected BF16 or F16 or F32.",
+        "backbone.layers.0.mixer.experts.0.up_proj.weight: dtype I32, expected BF16 or F16 or F32 or F64.",
     ):
         assert sum(found.startswith(problem) for found in caught.value.problems) == 1, problem
     assert len(caught.value.problems) == 7
@@ -53,6 +53,46 @@ def test_a_narrow_correction_bias_is_refused(rng, tmp_path):
     save(tmp_path, NEMOTRON_H, tensors)
     with pytest.raises(hf.CheckpointError, match="dtype BF16, expected F32, float32 always"):
         hf.import_layer(hf.open_checkpoint(tmp_path), 0)
+
+
+@pytest.mark.parametrize("mapping", ["deepseek_stacked", "nemotron_stacked"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda down: None, r"missing .*experts\.down_proj\."),
+        (lambda down: down[:3], r"experts\.down_proj: shape \[3, .*expected \[num_experts=4, out, in\]"),
+        (lambda down: down[..., 0], r"experts\.down_proj: shape \[4, \d+\], expected \[num_experts=4, out, in\]"),
+        (lambda down: down[..., :0], r"experts\.down_proj: shape \[4, \d+, 0\], expected \[num_experts=4, out, in\]"),
+        (lambda down: down[:, 1:], r"experts\.down_proj: shape \[4, \d+, 12\], expected \[4, \d+, 12\]"),
+        (lambda down: down.astype(np.float16), r"experts\.down_proj: dtype F16, expected BF16"),
+        (lambda down: down.astype(np.int8), r"experts\.down_proj: dtype I8, expected BF16"),
+    ],
+)
+def test_broken_stacked_experts_are_one_line(mapping, change, message, rng, tmp_path):
+    config, _, shapes = MAPPINGS[mapping]
+    tensors = random_tensors(rng, shapes)
+    (name,) = (name for name in tensors if name.endswith("experts.down_proj"))
+    changed = change(tensors.pop(name))
+    save(tmp_path, config, tensors if changed is None else tensors | {name: np.ascontiguousarray(changed)})
+    checkpoint = hf.open_checkpoint(tmp_path)
+    with pytest.raises(hf.CheckpointError, match=message) as caught:
+        hf.import_layer(checkpoint, checkpoint.layers[0])
+    assert len(caught.value.problems) == 1
+
+
+def test_experts_under_unknown_names_are_told_in_a_few_lines(rng, tmp_path):
+    config, _, shapes = MAPPINGS["deepseek"]
+    shapes = {name: shape for name, shape in shapes.items() if ".experts." not in name}
+    shapes["model.layers.1.mlp.experts.w123"] = (4, 16, 36)
+    save(tmp_path, config, random_tensors(rng, shapes))
+    with pytest.raises(hf.CheckpointError) as caught:
+        hf.import_layer(hf.open_checkpoint(tmp_path), 1)
+    assert [problem.removeprefix("missing model.layers.1.mlp.experts.") for problem in caught.value.problems] == [
+        "{e}.gate_proj.weight of all 4 experts.",
+        "{e}.up_proj.weight of all 4 experts.",
+        "{e}.down_proj.weight of all 4 experts.",
+        "not expected: model.layers.1.mlp.experts.w123.",
+    ]
 
 
 def test_a_layer_that_is_no_moe_layer(rng, tmp_path):

@@ -112,6 +112,44 @@ def test_the_multi_token_predictor_has_a_layer_of_its_own(tmp_path):
     assert list(configs_of(letters | dict(mtp_hybrid_override_pattern="E*E"), tmp_path)) == [0, 2, "mtp.0", "mtp.2"]
 
 
+OPTIONAL = {
+    "nemotron": (
+        NEMOTRON_H,
+        ["moe_latent_size", "n_group", "topk_group", "norm_topk_prob", "mlp_hidden_act", "mlp_bias"],
+    ),
+    "nemotron_mtp": (NEMOTRON_H_MTP, ["torch_dtype", "block_configs", "mtp_hybrid_override_pattern"]),
+    "deepseek": (
+        DEEPSEEK_V3,
+        ["hidden_act", "n_group", "norm_topk_prob", "scoring_func", "topk_method", "moe_layer_freq"],
+    ),
+    "qwen3": (QWEN3_MOE, ["decoder_sparse_step", "mlp_only_layers", "hidden_act", "norm_topk_prob"]),
+    "mixtral": (MIXTRAL, ["hidden_act"]),
+}
+
+
+@pytest.mark.parametrize(("family", "key"), [(family, key) for family, (_, keys) in OPTIONAL.items() for key in keys])
+def test_null_is_read_as_absent(family, key, tmp_path):
+    values = OPTIONAL[family][0]
+    absent = {name: value for name, value in values.items() if name != key}
+    assert configs_of(values | {key: None}, tmp_path) == configs_of(absent, tmp_path)
+
+
+def test_null_is_read_as_absent_within_other_objects(tmp_path):
+    blocks = [block | dict(moe_latent_size=None, n_routed_experts=None) for block in PUZZLE["block_configs"]]
+    assert configs_of(PUZZLE | dict(block_configs=blocks), tmp_path) == configs_of(PUZZLE, tmp_path)
+    text = KIMI_K3["text_config"]
+    for key in ("dtype", "latent_moe_use_norm", "activation_situ_linear_beta", "moe_renormalize", "num_expert_group"):
+        absent = {name: value for name, value in text.items() if name != key}
+        nulled = configs_of(KIMI_K3 | dict(text_config=text | {key: None}), tmp_path)
+        assert nulled == configs_of(KIMI_K3 | dict(text_config=absent), tmp_path), key
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "n_routed_experts", "dtype", "model_type"])
+def test_null_where_a_value_is_needed_is_named(key, tmp_path):
+    with pytest.raises(hf.CheckpointError, match=rf"(torch_)?{key} is missing"):
+        configs_of(NEMOTRON_H | {key: None}, tmp_path)
+
+
 def test_routers(tmp_path):
     mixtral = configs_of(MIXTRAL, tmp_path)[0].router
     assert (mixtral.score_function, mixtral.correction_bias) == ("softmax_topk", False)

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jax_latent_moe import InputError, hf
+from jax_latent_moe.hf.__main__ import main
 from jax_latent_moe.params import check_params
 from tests.hf.checkpoints import BFLOAT16, MAPPINGS, make
 
@@ -37,6 +38,9 @@ def same_folders(one, other):
     assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
+STACKED = ("experts.gate_up_proj", "experts.down_proj")
+
+
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_what_is_imported_is_exported_bit_for_bit(mapping, files, rng, tmp_path):
@@ -51,20 +55,22 @@ def test_what_is_imported_is_exported_bit_for_bit(mapping, files, rng, tmp_path)
     same_folders(tmp_path / "in", tmp_path / "out")
 
 
-@pytest.mark.parametrize("to", ["own names", "megatron"])
+@pytest.mark.parametrize("to", ["own names", "stacked", "megatron"])
 @pytest.mark.parametrize("mapping", [name for name in MAPPINGS if name != "nemotron_mtp"])
 def test_layers_alone_come_back_under_either_names(mapping, to, rng, tmp_path):
     naming, tensors = make(tmp_path / "in", rng, mapping)
     checkpoint = hf.open_checkpoint(tmp_path / "in", naming=naming)
     layers = dict(hf.import_layers(checkpoint))
-    names = checkpoint.names if to == "own names" else hf.MEGATRON
+    names = {"own names": checkpoint.names, "stacked": checkpoint.stacked_names, "megatron": hf.MEGATRON}[to]
+    if naming == "megatron" and to == "stacked":
+        names = hf.open_checkpoint(tmp_path / "in").stacked_names
     if mapping == "kimi" and to == "megatron":
         with pytest.raises(hf.CheckpointError, match="latent_norm/scale has no name"):
             hf.write_layers(tmp_path / "out", layers.items(), dict(checkpoint.configs), names)
         assert not (tmp_path / "out").exists()
         return
     hf.write_layers(tmp_path / "out", layers.items(), dict(checkpoint.configs), names)
-    if names is checkpoint.names and mapping != "nemotron_renamed":
+    if names is checkpoint.names and mapping != "nemotron_renamed" and "stacked" not in mapping:
         written = {
             name: tensor
             for file in (tmp_path / "out").glob("*.safetensors")
@@ -111,6 +117,34 @@ def test_each_kimi_tensor_is_where_it_belongs(rng, tmp_path):
         same_bits(params["experts"]["w_in"][e, :, 0], tensors[f"{layer}experts.{e}.w1.weight"].T)
         same_bits(params["experts"]["w_in"][e, :, 1], tensors[f"{layer}experts.{e}.w3.weight"].T)
         same_bits(params["experts"]["w_out"][e], tensors[f"{layer}experts.{e}.w2.weight"].T)
+
+
+@pytest.mark.parametrize("mapping", ["deepseek_stacked", "mixtral_stacked", "nemotron_stacked"])
+def test_each_stacked_expert_is_where_it_belongs(mapping, rng, tmp_path):
+    _, tensors = make(tmp_path, rng, mapping)
+    checkpoint = hf.open_checkpoint(tmp_path)
+    params = hf.import_layer(checkpoint, checkpoint.layers[0])["experts"]
+    tensors = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items() if ".experts." in name}
+    for e in range(4):
+        if "up_proj" in tensors:
+            same_bits(params["w_in"][e], tensors["up_proj"][e].T)
+        else:
+            same_bits(params["w_in"][e, :, 0], tensors["gate_up_proj"][e, :12].T)
+            same_bits(params["w_in"][e, :, 1], tensors["gate_up_proj"][e, 12:].T)
+        same_bits(params["w_out"][e], tensors["down_proj"][e].T)
+
+
+def test_stacked_experts_are_the_stack_of_the_others(rng, tmp_path):
+    _, tensors = make(tmp_path / "in", rng, "mixtral")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "stacked"]) == 0
+    written = load_file(tmp_path / "out" / "moe-layer-0.safetensors")
+    assert set(written) == {f"model.layers.0.mlp.{name}" for name in ("gate.weight", *STACKED)}
+    w1, w2, w3 = (
+        np.stack([tensors[f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight"] for e in range(4)])
+        for name in ("w1", "w2", "w3")
+    )
+    same_bits(written["model.layers.0.mlp.experts.gate_up_proj"], np.concatenate([w1, w3], axis=1))
+    same_bits(written["model.layers.0.mlp.experts.down_proj"], w2)
 
 
 def test_megatron_packs_the_gate_before_up(rng, tmp_path):

@@ -20,6 +20,9 @@ FASTER = {"fwd": ("relu2",), "dgrad": ()}
 class Pallas(Backend):
     """The `pallas` backend: see `PallasBackend` for its settings."""
 
+    interpret = None
+    """Parameters of Pallas' GPU interpreter, for a subclass that runs the kernels on a CPU."""
+
     def supports(self, problem):
         """None, or what keeps the kernels from running the problem."""
         if reason := refusal(problem, FEATURE_MULTIPLE):
@@ -53,7 +56,7 @@ class Pallas(Backend):
 
     def run(self, problem, tile, operands):
         """See `Backend.run`."""
-        settings = {"tile": tile, "num_sms": problem.device.num_sms}
+        settings = {"tile": tile, "num_sms": problem.device.num_sms, "interpret": self.interpret}
         lhs, rhs, group_sizes, kept, row_weights = operands
         if problem.contraction == "wgrad":
             from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jax_latent_moe.grouped_matmul.groups import group_ends
+
 # TMA reads rows in swizzled blocks of 8: a tile starts at a multiple of 8, up to 7 rows before its expert's first.
 ROW_ALIGNMENT = 8
 
@@ -24,9 +26,13 @@ class RowTiles(NamedTuple):
 
 def group_bounds(group_sizes: Int[Array, " e"], num_rows: int) -> tuple[Int[Array, " e"], Int[Array, " e"]]:
     """First row and end of each group; negative sizes count as 0 and rows that do not exist are left out."""
-    sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
+    experts = group_sizes.shape[0]
+    if experts * num_rows >= 2**31:
+        ends = group_ends(group_sizes, num_rows)
+        return jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]]), ends
+    sizes = jnp.clip(group_sizes.astype(jnp.int32), 0, num_rows)
     # A masked sum is one fused kernel where a cumulative sum is several.
-    index = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+    index = jnp.arange(experts, dtype=jnp.int32)
     ends = jnp.sum(jnp.where(index[:, None] >= index[None, :], sizes[None, :], 0), axis=1, dtype=jnp.int32)
     return jnp.minimum(ends - sizes, num_rows), jnp.minimum(ends, num_rows)
 
@@ -35,7 +41,7 @@ def row_tiles(group_sizes: Int[Array, " e"], num_rows: int, tile_rows: int) -> R
     """Cut rows into tiles of at most tile_rows rows, none of which crosses an expert; empty experts have none."""
     experts = group_sizes.shape[0]
     starts, ends = group_bounds(group_sizes, num_rows)
-    # The rows that belong to nobody form one more group: their output is zero.
+    # The padding rows form one more group: their output is zero.
     starts = jnp.concatenate([starts, ends[-1:]])
     ends = jnp.concatenate([ends, jnp.full((1,), num_rows, jnp.int32)])
     first = starts - starts % ROW_ALIGNMENT

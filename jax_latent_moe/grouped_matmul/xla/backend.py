@@ -5,6 +5,7 @@ from jaxtyping import Array, Int
 
 from jax_latent_moe.formats import decoded
 from jax_latent_moe.grouped_matmul.backend import Backend
+from jax_latent_moe.grouped_matmul.groups import group_ends
 from jax_latent_moe.grouped_matmul.operands import Outputs
 from jax_latent_moe.grouped_matmul.xla.blocked import blocked_matmul, blocked_wgrad
 from jax_latent_moe.grouped_matmul.xla.ragged_dot import ragged_matmul, ragged_wgrad
@@ -35,5 +36,4 @@ class Xla(Backend):
 
 
 def _cut(group_sizes, num_rows) -> Int[Array, " e"]:
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), num_rows)
-    return jnp.diff(ends, prepend=0)
+    return jnp.diff(group_ends(group_sizes, num_rows), prepend=0)

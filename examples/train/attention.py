@@ -1,0 +1,107 @@
+"""Causal attention by name: cuDNN's fused kernel, JAX's own formula, or blocks of queries for a CPU."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from examples.train.config import ModelConfig
+from examples.train.errors import TrainError
+
+Attention = Literal["cudnn", "xla", "blocks"]
+Table = tuple[Float[Array, "time 1 half"], Float[Array, "time 1 half"]]
+"""Cosines and sines of the angle of each position and pair of features."""
+ROTARY_BASE = 10_000.0
+BLOCKS = 4
+CUDNN_CAPABILITY = 8.0
+"""Compute capability from which cuDNN has the fused kernel."""
+CUDNN_WIDTH = 128
+"""Width of a head up to which it has forward and backward pass on all of these devices."""
+
+
+def choose_attention(name: str, model: ModelConfig) -> Attention:
+    """The implementation that `--attention` means on this machine.
+
+    Args:
+        name: cudnn, xla or blocks; auto is cudnn on a GPU that has it for this model, else blocks.
+        model: its heads and dtype.
+
+    Raises:
+        TrainError: cudnn by name where it cannot run.
+    """
+    reason = _why_not_cudnn(model)
+    if name == "auto":
+        return "blocks" if reason else "cudnn"
+    if name == "cudnn" and reason:
+        raise TrainError(f"--attention cudnn cannot run: {reason}; use --attention auto.")
+    assert name in get_args(Attention)
+    return name
+
+
+def _why_not_cudnn(model: ModelConfig) -> str | None:
+    device, width = jax.local_devices()[0], model.hidden_size // model.heads
+    if device.platform != "gpu":
+        return f"it is for NVIDIA GPUs, and JAX computes on {device.device_kind}"
+    capability = getattr(device, "compute_capability", "0")  # "gfx942" on AMD
+    if not capability.replace(".", "").isdigit() or float(capability) < CUDNN_CAPABILITY:
+        return f"it needs compute capability {CUDNN_CAPABILITY}, and {device.device_kind} has {capability}"
+    if model.dtype != "bfloat16":
+        return f"it needs --model.dtype bfloat16, not {model.dtype}"
+    if width > CUDNN_WIDTH or width % 8:
+        return f"heads of width {width} must be a multiple of 8 and at most {CUDNN_WIDTH}"
+    return None
+
+
+def rotary_table(length: int, width: int, dtype: str) -> Table:
+    """The angles of rotary position embedding (Su et al., arXiv 2104.09864) for heads of a width."""
+    half = width // 2
+    frequency = ROTARY_BASE ** (-jnp.arange(half) / half)
+    angle = (jnp.arange(length)[:, None] * frequency)[:, None, :]
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x: Float[Array, "batch time heads width"], table: Table) -> Float[Array, "batch time heads width"]:
+    """Rotary position embedding, the halves of a head paired."""
+    cos, sin = table
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attend(
+    q: Float[Array, "batch time heads width"],
+    k: Float[Array, "batch time heads width"],
+    v: Float[Array, "batch time heads width"],
+    how: Attention,
+    documents: Int[Array, "batch time"] | None = None,
+) -> Float[Array, "batch time heads width"]:
+    """Softmax attention to the positions up to one's own, of one's own document.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        how: the implementation.
+        documents: number of each position's document; None where all are of one.
+    """
+    if how == "blocks":
+        return _in_blocks(q, k, v, documents)
+    mask = None if documents is None else (documents[:, None, :, None] == documents[:, None, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=how)
+
+
+def _in_blocks(q, k, v, documents):
+    """Queries go in blocks, each against the keys that it may see: on a CPU half the time of a masked square."""
+    outputs = []
+    block = -(-q.shape[1] // BLOCKS)
+    for start in range(0, q.shape[1], block):
+        queries = q[:, start : start + block]
+        end = start + queries.shape[1]
+        scores = jnp.einsum("bqhw,bkhw->bhqk", queries, k[:, :end], preferred_element_type=jnp.float32)
+        visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        if documents is not None:
+            visible &= (documents[:, start:end, None] == documents[:, None, :end])[:, None]
+        scores = jnp.where(visible, scores / q.shape[-1] ** 0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        outputs.append(jnp.einsum("bhqk,bkhw->bqhw", weights, v[:, :end]))
+    return jnp.concatenate(outputs, axis=1)

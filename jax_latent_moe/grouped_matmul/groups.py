@@ -1,0 +1,24 @@
+"""Where the rows of each expert begin and end, whatever group sizes a call under jit holds."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+
+def group_ends(group_sizes: Int[Array, " e"], num_rows: int) -> Int[Array, " e"]:
+    """End of each group: negative sizes count as 0, and rows that do not exist are left out.
+
+    Args:
+        group_sizes: [E] int32, any values.
+        num_rows: R.
+
+    Returns:
+        [E] int32, at most R and in ascending order.
+    """
+    sizes = jnp.clip(group_sizes.astype(jnp.int32), 0, num_rows)
+    if sizes.shape[0] * num_rows < 2**31:
+        return jnp.minimum(jnp.cumsum(sizes), num_rows)
+    # Their sum can pass 2^31: each partial sum is cut, and the sum of two of them fits uint32.
+    most = jnp.uint32(num_rows)
+    ends = lax.associative_scan(lambda left, right: jnp.minimum(left + right, most), sizes.astype(jnp.uint32))
+    return ends.astype(jnp.int32)
