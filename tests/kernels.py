@@ -1,7 +1,9 @@
 """Libraries of compiled kernels written by hand: what the package chooses and calls can be tested without a GPU."""
 
 from jax_latent_moe import native
+from jax_latent_moe.activations import BoundActivation
 from jax_latent_moe.device import Device
+from jax_latent_moe.grouped_matmul import Epilogue
 
 H200, H100 = Device("gpu", "NVIDIA H200"), Device("gpu", "NVIDIA H100 80GB HBM3")
 A100, CPU = Device("gpu", "NVIDIA A100-SXM4-80GB"), Device("cpu", "cpu")
@@ -40,3 +42,17 @@ def library(*names: str, max_experts: int = MAX_EXPERTS, **more: int) -> native.
 
 WHOLE = library(*PLAIN, *FUSED)
 """Kernels of every contraction, activation and size of tile."""
+
+
+def bound_activation(name) -> BoundActivation:
+    """The activation that kernels call so."""
+    if name == "situ_glu":
+        return BoundActivation(name, (("situ_beta", 4.0), ("situ_linear_beta", 25.0)))
+    if "gelu" in name or "geglu" in name:
+        return BoundActivation(name.removesuffix("_tanh"), (("gelu_approximate", name.endswith("_tanh")),))
+    return BoundActivation(name)
+
+
+def epilogue_of(name) -> Epilogue:
+    """The epilogue of its kernels."""
+    return Epilogue(bound_activation(name), RESIDUAL[name])
