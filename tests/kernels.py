@@ -1,6 +1,6 @@
 """Libraries of compiled kernels written by hand: what the package chooses and calls can be tested without a GPU."""
 
-from jax_latent_moe import native
+from jax_latent_moe import LatentMoEConfig, native
 from jax_latent_moe.activations import BoundActivation
 from jax_latent_moe.device import Device
 from jax_latent_moe.grouped_matmul import Epilogue
@@ -44,15 +44,17 @@ WHOLE = library(*PLAIN, *FUSED)
 """Kernels of every contraction, activation and size of tile."""
 
 
-def bound_activation(name) -> BoundActivation:
+def layer_of(name: str) -> LatentMoEConfig:
+    """A layer with the activation that kernels call so."""
+    approximate = name.endswith("_tanh")
+    return LatentMoEConfig(8, 4, 8, 2, 8, activation=name.removesuffix("_tanh"), gelu_approximate=approximate)
+
+
+def bound_activation(name: str) -> BoundActivation:
     """The activation that kernels call so."""
-    if name == "situ_glu":
-        return BoundActivation(name, (("situ_beta", 4.0), ("situ_linear_beta", 25.0)))
-    if "gelu" in name or "geglu" in name:
-        return BoundActivation(name.removesuffix("_tanh"), (("gelu_approximate", name.endswith("_tanh")),))
-    return BoundActivation(name)
+    return layer_of(name).bound_activation
 
 
-def epilogue_of(name) -> Epilogue:
+def epilogue_of(name: str) -> Epilogue:
     """The epilogue of its kernels."""
     return Epilogue(bound_activation(name), RESIDUAL[name])
