@@ -1,5 +1,6 @@
 """Grouped matmuls on a Hopper GPU against the float64 reference, for the tests of each backend there."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.grouped_matmul import FusedActivation, grouped_matmul, reference
+from jax_latent_moe.grouped_matmul import (
+    Epilogue,
+    Operands,
+    grouped_matmul,
+    operand_of,
+    problem,
+    reference,
+)
+from jax_latent_moe.grouped_matmul.operands import gathered
+from jax_latent_moe.grouped_matmul.registry import bind
+from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows, kept_of, matmul_activation_grad
 from tests.tolerances import assert_close
 
@@ -32,13 +42,34 @@ def float64(array):
     return np.asarray(array.astype(jnp.float32), np.float64)
 
 
-def check_fused(fusing, rng, name, dtype, sizes, num_rows, in_features, hidden_size):
+def product(backend, contraction, lhs, rhs, *more, epilogue=None):
+    """What a backend (`Cutlass(config)`, `Pallas(config)`) gives for operands as they are stored."""
+    w_shape = (more[0].shape[0], lhs.shape[1], rhs.shape[1]) if contraction == "wgrad" else rhs.shape
+    stored = {"lhs": operand_of(lhs), "rhs": operand_of(rhs)}
+    asked = problem(contraction, lhs.shape[0], w_shape, lhs.dtype, **stored, epilogue=epilogue)
+    assert backend.supports(asked) is None
+    return bind(backend, asked)(Operands(lhs, rhs, *more))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="epilogue")
+def jitted(backend, contraction, *operands, epilogue=None) -> dict:
+    """`product` under jit, by name; columns of wider rows become an array of their own."""
+    outputs = product(backend, contraction, *operands, epilogue=epilogue)
+    values = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    return {name: None if value is None else gathered(value) for name, value in values.items()}
+
+
+def same(values, others):
+    """Equal bits, NaN included."""
+    for value, other in zip(jax.tree.leaves(values), jax.tree.leaves(others), strict=True):
+        np.testing.assert_array_equal(float64(value), float64(other))
+
+
+def check_fused(backend, rng, name, residual, dtype, sizes, num_rows, in_features, hidden_size):
     """Both fused products: values, those of the rounded pre-activation; exact zeros and equal bits."""
-    activation = FusedActivation(name, *((4.0, 25.0) if name == "situ_glu" else ()))
-    config = LatentMoEConfig(
-        8, 4, 8, 2, 8, activation=name.removesuffix("_tanh"), gelu_approximate=name.endswith("_tanh")
-    )
-    total, width = int(np.sum(sizes)), hidden_size * (2 if activation.gated else 1)
+    config = layer_of(name)
+    kept_epilogue = Epilogue(config.bound_activation, residual)
+    total, width = int(np.sum(sizes)), hidden_size * (2 if config.gated else 1)
     shapes = (num_rows, in_features), (num_rows, in_features), (num_rows, width)
     rows, dout, pre = (rng.normal(size=shape) for shape in shapes)
     row_weights = rng.random(num_rows)
@@ -46,53 +77,50 @@ def check_fused(fusing, rng, name, dtype, sizes, num_rows, in_features, hidden_s
         x[total:] = np.nan
     w_in = rng.normal(size=(len(sizes), in_features, width)) / 8
     w_out = rng.normal(size=(len(sizes), hidden_size, in_features)) / 8
-    keeps_gate, kept = fusing.keeps_gate(activation), kept_of(config, pre)
-    if keeps_gate:
-        kept = np.concatenate([pre[:, :hidden_size], activation_of_rows(config, pre)[0]], axis=1)
+    kept = kept_of(config, pre, residual)
     rows, dout, kept, w_in, w_out = (jnp.asarray(x, dtype) for x in (rows, dout, kept, w_in, w_out))
     row_weights, groups = jnp.asarray(row_weights, jnp.float32), jnp.asarray(sizes, jnp.int32)
 
-    forward = jax.jit(functools.partial(fusing.matmul_activation, activation=activation), static_argnames="keep_pre")
-    out, hidden = values = forward(rows, w_in, groups, keep_pre=True)
-    nothing, same = forward(rows, w_in, groups, keep_pre=False)
-    assert nothing is None
+    def run():
+        forward = jitted(backend, "fwd", rows, w_in, groups, epilogue=kept_epilogue)
+        return forward, jitted(backend, "dgrad", dout, w_out, groups, kept, row_weights, epilogue=kept_epilogue)
+
+    values, gradients = run()
+    same((values, gradients), run())
+    hidden, left = values["out"], values["residual"]
+    alone = jitted(backend, "fwd", rows, w_in, groups, epilogue=dataclasses.replace(kept_epilogue, residual=None))
+    assert alone["residual"] is None
+    same(hidden, alone["out"])
     expected_pre = reference.grouped_matmul(float64(rows), float64(w_in), sizes)
-    if keeps_gate:
-        assert hidden is None
-        gate, hidden = out[:, :hidden_size], out[:, hidden_size:]
-        assert_close(float64(gate), expected_pre[:, :hidden_size], dtype, "gate")
-    else:
-        assert_close(float64(out), expected_pre, dtype, "pre")
-        expected_pre = float64(out)
-    assert (np.asarray(hidden) == np.asarray(same)).all()
-    assert_close(float64(hidden), activation_of_rows(config, expected_pre)[0], dtype, "hidden")
-    backward = jax.jit(lambda *args: fusing.matmul_activation_grad(*args, activation=activation)[:3])
-    arguments = dout, w_out, groups, kept, row_weights
-    gradients = backward(*arguments)
+    match residual:
+        case "gate_hidden":
+            same(left[:, hidden_size:], hidden)
+            assert_close(float64(left[:, :hidden_size]), expected_pre[:, :hidden_size], dtype, "gate")
+        case "hidden":
+            same(left, hidden)
+        case "pre":
+            assert_close(float64(left), expected_pre, dtype, "pre")
+            expected_pre = float64(left)
+    # Rounded to the dtype of the rows, as the kernel rounds it before the activation.
+    rounded = float64(jnp.asarray(expected_pre, dtype))
+    assert_close(float64(hidden), activation_of_rows(config, rounded)[0], dtype, "hidden")
+
     expected = matmul_activation_grad(
-        config,
-        float64(dout),
-        float64(w_out),
-        sizes,
-        float64(kept),
-        np.asarray(row_weights, np.float64),
-        keeps_gate=keeps_gate,
+        config, float64(dout), float64(w_out), sizes, float64(kept), np.asarray(row_weights, np.float64), residual
     )
-    assert [value is None for value in gradients] == [ref is None for ref in expected]
-    for label, value, ref in zip(("dpre", "hidden", "drow_weights"), gradients, expected, strict=True):
+    made = "out", "hidden", "row_weight_gradients"
+    for label, ref in zip(made, expected, strict=True):
+        assert (gradients[label] is None) == (ref is None)
         if ref is not None:
-            assert_close(np.asarray(value, np.float64), ref, dtype, label)
-    results = jax.tree.leaves((values, gradients))
-    # Beyond the sum the gate is 0 but for what lets hidden rows tell the other half.
-    for value in (hidden, *jax.tree.leaves(gradients)) if keeps_gate else results:
-        assert not value[total:].any()
-    again = forward(rows, w_in, groups, keep_pre=True), backward(*arguments)
-    for first, second in zip(results, jax.tree.leaves(again), strict=True):
-        assert (np.asarray(first) == np.asarray(second)).all()
+            assert_close(np.asarray(gradients[label], np.float64), ref, dtype, label)
+    # Beyond the sum the gate is 0 except for what lets hidden rows tell the up half.
+    zero = [hidden, *(gradients[label] for label in made)]
+    for value in zero if residual == "gate_hidden" else [*zero, left]:
+        assert value is None or not value[total:].any()
 
 
 def check(backend, rng, dtype, sizes, num_rows, in_features, out_features):
-    """Values, both gradients, exact zeros and equal bits; the rows of nobody hold NaN."""
+    """Values, both gradients, exact zeros and equal bits; padding rows hold NaN."""
     total = int(np.sum(sizes))
     shapes = (num_rows, in_features), (len(sizes), in_features, out_features), (num_rows, out_features)
     rows, w, dout = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
