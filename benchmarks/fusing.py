@@ -17,10 +17,11 @@ from benchmarks.matmuls import relative_error
 from benchmarks.measure import Row, Session
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend
+from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.experts import routed_experts, up
-from jax_latent_moe.grouped_matmul import problem, select
+from jax_latent_moe.grouped_matmul import LastColumns, problem, select
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
-from jax_latent_moe.routing.permute import make_cost_plan, rows_of
+from jax_latent_moe.routing.permute import make_dispatch_plan, rows_of
 
 CHECKED_ROWS = 512
 
@@ -43,9 +44,12 @@ def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
 
 
 def up_alone(config: LatentMoEConfig, rows, w_in, w_out, group_sizes):
-    """Hidden rows, and what else an up-projection leaves that a backward pass follows, which is not to be copied."""
-    kept, hidden = up(config, rows, w_in, w_out, group_sizes, keep=True)
-    return hidden, *(part for part in kept or () if part is not None and part is not hidden)
+    """Hidden rows, perhaps behind their gate, and what else an up-projection leaves for a backward pass, not copied."""
+    plan = plan_experts(config, rows.shape[0], w_in.shape, w_out.shape, rows.dtype)
+    outputs = up(plan, plan.up, rows, w_in, group_sizes)
+    if isinstance(outputs.out, LastColumns):
+        return (outputs.residual,)
+    return (outputs.out,) if outputs.residual is outputs.out else (outputs.out, outputs.residual)
 
 
 def block_with_gradients(config: LatentMoEConfig, tokens, weights, w_in, w_out, plan, dout):
@@ -67,7 +71,7 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
         w_in, w_out = (w / w.shape[1] ** 0.5 for w in (w_in, w_out))
         keys = jax.random.split(jax.random.key(2), 4)
         _, ids = jax.lax.top_k(jax.random.normal(keys[0], (num_tokens, config.num_experts)), config.top_k)
-        plan = jax.jit(make_cost_plan, static_argnums=1)(ids, config.num_experts)
+        plan = jax.jit(make_dispatch_plan, static_argnums=1)(ids, config.num_experts)
         weights = jax.random.uniform(keys[1], ids.shape)
         tokens, dout = (jax.random.normal(key, (num_tokens, config.latent_width), w_in.dtype) for key in keys[2:])
         calls = {"forward": {}, "forward_backward": {}}
@@ -80,17 +84,23 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
         down_flops = 2 * pair["down"].rows * w_out.shape[1] * w_out.shape[2]
         flops = {"forward": up_flops, "forward_backward": 3 * (up_flops + down_flops)}
         for pass_, candidates in calls.items():
-            _measure_pass(session, suite, name, pass_, prepare(candidates), flops[pass_])
+            # Backends keep different things beside hidden rows, or in front of them.
+            width = config.expert_intermediate_size if pass_ == "forward" else None
+            _measure_pass(session, suite, name, pass_, prepare(candidates), flops[pass_], width)
 
 
-def _measure_pass(session, suite, name, pass_, calls, flops):
+def _measure_pass(session, suite, name, pass_, calls, flops, hidden_width):
     if not calls:
         return
-    parts = 1 if pass_ == "forward" else None  # backends keep different things beside hidden rows
-    outs = {impl: [part[:CHECKED_ROWS] for part in call.run()[:parts]] for impl, call in calls.items()}
+    outs = {impl: _checked(call.run(), hidden_width) for impl, call in calls.items()}
     first = next(iter(outs.values()))
     for impl, ms in time_in_turn(calls, 3, session.rounds).items():
         pairs = zip(outs[impl], first, strict=True)
         error = max(relative_error(part, np.asarray(right, np.float32)) for part, right in pairs)
         floor = session.floor_ms(flops, 0)
         session.record(Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, error, calls[impl].temp_bytes))
+
+
+def _checked(outs, hidden_width):
+    """The first rows of each output, or of the hidden rows alone."""
+    return [part[:CHECKED_ROWS] for part in outs] if hidden_width is None else [outs[0][:CHECKED_ROWS, -hidden_width:]]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.matmuls import CONTRACTIONS
 from benchmarks.measure import Row, Session
 from benchmarks.peers import torch_grouped_mm
 from benchmarks.problems import BACKENDS, Grouped
@@ -14,7 +15,6 @@ from jax_latent_moe import UnsupportedError
 from jax_latent_moe.grouped_matmul import Bound, Operands, problem, select
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-PASSES = {"forward": "fwd", "dgrad": "dgrad", "wgrad": "wgrad"}
 BATCH, ROUNDS = 6, 3
 MOST_WEIGHTS, MOST_ROWS = 2**31, 2**29
 """Elements of the weights, and of the wider of both rows."""
@@ -40,7 +40,7 @@ def measure(session: Session, suite: str, table: dict[str, Grouped]) -> None:
     for name, shape in table.items():
         x, w, dout = shape.operands(seed=0)
         sizes = jnp.asarray(shape.group_sizes(np.random.default_rng(0)))
-        for pass_, contraction in PASSES.items():
+        for pass_, contraction in CONTRACTIONS.items():
             asked = problem(contraction, shape.rows, w.shape, x.dtype)
             left, right = {"fwd": (x, w), "dgrad": (dout, w), "wgrad": (x, dout)}[contraction]
             bounds = _bounds(asked)
@@ -65,7 +65,7 @@ def measure(session: Session, suite: str, table: dict[str, Grouped]) -> None:
 
 
 def _bounds(asked) -> dict[str, Bound]:
-    """Every backend with every tile that runs the problem; `pallas`, whose kernels compile for seconds, with its first."""
+    """Every backend with every tile that runs the problem; `pallas`, whose kernels compile for seconds, with one."""
     found = {}
     for name, backend in BACKENDS.items():
         if name == "xla":
