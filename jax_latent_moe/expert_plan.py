@@ -87,7 +87,7 @@ def plan_experts(
         asked = problem(contraction, num_rows, shape, dtype, lhs=lhs, rhs=rhs, device=device)
         return select(asked, config.backend)
 
-    up, down_dgrad = bind("fwd", w_in_shape, table, w_in), bind("dgrad", w_out_shape, dense, w_out)
+    up, down_dgrad = bind("fwd", w_in_shape, table, w_in), bind("dgrad", w_out_shape, table, w_out)
     residual = choose_residual(
         activation,
         lambda residual: fused(up, Epilogue(activation, residual)) is not None,
@@ -95,11 +95,6 @@ def plan_experts(
     )
     kept = Epilogue(activation, residual)
     hidden = dataclasses.replace(dense, layout="columns") if residual == "gate_hidden" else dense
-    # One product gathers the gradients of the experts' outputs, and the other reads them gathered: wgrad comes first
-    # where hidden rows are kept, dgrad where it makes them anew.
-    wgrad_first = residual != "pre" and not frozen_out
-    if not wgrad_first:
-        down_dgrad = bind("dgrad", w_out_shape, table, w_out)
     return ExpertPlan(
         activation,
         residual,
@@ -107,7 +102,7 @@ def plan_experts(
         up_without_gradient=fused(up, Epilogue(activation, None)) or up,
         down=bind("fwd", w_out_shape, hidden, w_out),
         down_dgrad=fused(down_dgrad, kept) or down_dgrad,
-        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, table if wgrad_first else dense),
+        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, dense if residual == "pre" else table),
         up_dgrad=bind("dgrad", w_in_shape, dense, w_in),
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
     )

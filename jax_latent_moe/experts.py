@@ -37,8 +37,7 @@ def routed_experts(
     Args:
         config: read for the activation and the backend.
         tokens: [T, l].
-        weights: [T, k], 0 where a choice reaches no expert. Where hidden rows are kept the gradient of a weight that
-            is 0 is 0: no score function gives one but by underflow, where the score's slope vanishes too.
+        weights: [T, k], 0 where a choice reaches no expert.
         w_in: [E, l, m], gated [E, l, 2, m], in the dtype of tokens; or a `ScaledArray` of [E, l, m] or [E, l, 2 m],
             which gets no gradient.
         w_out: [E, m, l], in the dtype of tokens; or a `ScaledArray`.
@@ -83,24 +82,18 @@ def _routed_bwd(plan, residuals, dcombined):
     sizes = dispatch.group_sizes
     row_weights = dispatch.weights_of_rows(weights)
 
-    if plan.residual != "pre":
-        # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.
-        dout, dw_out = rows_of(dcombined, dispatch, weights), None
-        if plan.down_wgrad is not None:
-            outputs = plan.down_wgrad(Operands(hidden_rows(plan, kept), dout, sizes))
-            dw_out, dout = outputs.out, outputs.rhs
-            if plan.down_dgrad.problem.epilogue is not None:
-                # The kernel may write the gradient over the residual, which wgrad must have read by then.
-                kept, dout, dw_out = jax.lax.optimization_barrier((kept, dout, dw_out))
-        outputs = down_gradient(plan, dout, w_out, sizes, kept, jnp.ones_like(row_weights))
-        weighted, products = row_weights != 0, outputs.row_weight_gradients
-        assert products is not None, "down_gradient makes them"
-        drow_weights = jnp.where(weighted, products / jnp.where(weighted, row_weights, 1), 0)
-    else:
-        outputs = down_gradient(plan, rows_of(dcombined, dispatch), w_out, sizes, kept, row_weights)
-        drow_weights = outputs.row_weight_gradients
-        dw_out = None if plan.down_wgrad is None else plan.down_wgrad(Operands(outputs.hidden, outputs.lhs, sizes)).out
-    dpre = outputs.out
+    dw_out = None
+    if plan.residual != "pre" and plan.down_wgrad is not None:
+        weighted_dout = rows_of(dcombined, dispatch, weights)
+        dw_out = plan.down_wgrad(Operands(hidden_rows(plan, kept), weighted_dout, sizes)).out
+        if plan.down_dgrad.problem.epilogue is not None:
+            # The kernel may write the gradient over the residual, which wgrad must have read by then.
+            kept, dw_out = jax.lax.optimization_barrier((kept, dw_out))
+    # The rows are gathered without their weights, so that a weight's gradient needs no quotient by it: it may be 0.
+    outputs = down_gradient(plan, rows_of(dcombined, dispatch), w_out, sizes, kept, row_weights)
+    if plan.residual == "pre" and plan.down_wgrad is not None:
+        dw_out = plan.down_wgrad(Operands(outputs.hidden, outputs.lhs, sizes)).out
+    dpre, drow_weights = outputs.out, outputs.row_weight_gradients
     # Summed before they are gathered: XLA would gather all that enters each sum.
     drow_weights = jax.lax.optimization_barrier(drow_weights)
     dweights = drow_weights[dispatch.row_of_assignment].astype(weights.dtype)
