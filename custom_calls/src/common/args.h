@@ -58,8 +58,8 @@ struct Args {
   size_t counter_bytes;  // to be cleared: the counter, and those of `gather` behind it
   Gather gather;
   L2Slices l2_slices;
-  float beta, linear_beta;   // situ_glu's bounds of the gate and of the up half
   bool keep_residual;        // of an activation: whether `out` is written
+  float beta, linear_beta;   // situ_glu's bounds of the gate and of the up half
   float const* row_weights;  // of an activation's gradient: [rows]
   float* partial;            // of an activation's gradient: sums of dhidden * hidden, [column tiles, rows]
 };
