@@ -16,9 +16,12 @@ from examples.train.cli import parse
 from examples.train.config import Config, ModelConfig, OptimizerConfig
 from examples.train.errors import TrainError
 from examples.train.generate import generate
+from examples.train.metrics import MetricsWriter
 from examples.train.optimizer import learning_rate, make_optimizer
 from examples.train.presets import PRESETS
 from examples.train.processes import join
+from examples.train.run_folder import WRITTEN, open_folder
+from examples.train.whole_file import write_whole
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.parallel import mesh_sizes
 
@@ -164,6 +167,39 @@ def test_what_is_accepted_gives_a_finite_step(drawn, warmup_steps):
 def test_generating_checks_its_options_before_it_reads_a_run(options, message, tmp_path):
     with pytest.raises(TrainError, match=message):
         generate(tmp_path / "no run", **options)
+
+
+def test_files_that_others_left_in_a_run_folder_stay(tmp_path):
+    config = dataclasses.replace(PRESETS["toy"], run=tmp_path)
+    left = ["config.json.part", "metrics.jsonl.part", ".config.json.part", "notes.txt"]
+    for name in left:
+        (tmp_path / name).write_text("mine")
+    open_folder(config)
+    MetricsWriter(tmp_path, 0).close()
+    assert [(tmp_path / name).read_text() for name in left] == ["mine"] * 4
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "config.json", "metrics.jsonl", "tensorboard"}
+    open_folder(config)  # a second run in it
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_folder_with_files_of_others_is_no_run(name, tmp_path):
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(TrainError, match=f"holds {name}, which a run would overwrite, but no readable config"):
+        open_folder(dataclasses.replace(PRESETS["toy"], run=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    write_whole(path, b"old")
+
+    def fails(self, target):
+        raise OSError("full")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"config.json": b"old"}
 
 
 def test_folders_of_other_alphabets_are_taken():
