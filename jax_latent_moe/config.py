@@ -106,10 +106,10 @@ class RouterConfig:
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
                 "a token cannot keep more groups than there are."
             )
-        if isinstance(self.min_capacity, bool) or not isinstance(self.min_capacity, int) or self.min_capacity < 0:
-            raise ConfigError(f"router.min_capacity={self.min_capacity!r} must be an integer of at least 0.")
+        checks.integer_from("router.min_capacity", self.min_capacity, 0)
         if self.capacity_factor is not None:
             checks.non_negative("router.capacity_factor", self.capacity_factor)
+        checks.floats(self)
         for fields, used, needs in (
             (("norm_topk_eps",), self.norm_topk_prob, "norm_topk_prob=True"),
             (("bias_update_rate",), self.correction_bias, "correction_bias=True"),
@@ -139,6 +139,7 @@ class InitConfig:
             checks.non_negative("init.std", self.std)
         checks.non_negative("init.output_scale", self.output_scale)
         checks.boolean("init.scale_expert_output", self.scale_expert_output)
+        checks.floats(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,7 @@ class ParallelConfig:
         checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
         if self.capacity_factor is not None:
             checks.positive("parallel.capacity_factor", self.capacity_factor)
+        checks.floats(self)
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -246,6 +248,7 @@ class LatentMoEConfig:
         if self.situ_linear_beta is not None:
             checks.positive("situ_linear_beta", self.situ_linear_beta)
         checks.positive("latent_norm_eps", self.latent_norm_eps)
+        checks.floats(self)
         checks.instance("router", self.router, RouterConfig)
         checks.instance("init", self.init, InitConfig)
         if self.parallel is not None:
