@@ -11,7 +11,10 @@ from examples.train.processes import is_first_process
 from examples.train.whole_file import write_whole
 
 FILE = "config.json"
-WRITTEN = (FILE, "checkpoints", "metrics.jsonl", "tensorboard", "sample.txt", "loss.png", "expert_load.png")
+WRITTEN = (
+    *(FILE, "checkpoints", "metrics.jsonl", "tensorboard", "profile"),
+    *("sample.txt", "loss.png", "throughput.png", "expert_load.png"),
+)
 """What a run writes into its folder, and may replace there."""
 FREE = {
     *("preset", "run", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
