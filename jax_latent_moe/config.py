@@ -194,6 +194,8 @@ class LatentMoEConfig:
         top_k: k, experts per token.
         expert_intermediate_size: m, inner width of one routed expert.
         shared_expert_intermediate_size: ms, inner width of the shared expert; 0 is none.
+        shared_expert_gate: multiply the shared expert's output by sigmoid(x @ gate), with a learned gate [d, 1]
+            (Qwen2-MoE, Qwen3-Next).
         activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up), or one that
             `activations.register` added.
         gelu_approximate: tanh form of gelu for "gelu" and "geglu"; False is the exact form.
@@ -218,6 +220,7 @@ class LatentMoEConfig:
     top_k: int
     expert_intermediate_size: int
     shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
     activation: str = "relu2"
     gelu_approximate: bool = False
     situ_beta: float = 4.0
@@ -242,7 +245,7 @@ class LatentMoEConfig:
             checks.positive_int("shared_expert_intermediate_size", self.shared_expert_intermediate_size)
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        for name in ("gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
+        for name in ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
             checks.boolean(name, getattr(self, name))
         checks.positive("situ_beta", self.situ_beta)
         if self.situ_linear_beta is not None:
@@ -260,6 +263,7 @@ class LatentMoEConfig:
         for fields, used, needs in (
             (("gelu_approximate",), reads("gelu_approximate"), "activation='gelu' or 'geglu'"),
             (("situ_beta", "situ_linear_beta"), reads("situ_beta"), "activation='situ_glu'"),
+            (("shared_expert_gate",), self.shared_expert_intermediate_size > 0, "shared_expert_intermediate_size"),
             (("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'"),
         ):
             checks.refuse_unused(self, "", fields, used, needs)
