@@ -23,14 +23,43 @@ def boolean(name, value):
         raise ConfigError(f"{name}={value!r} must be True or False.")
 
 
+LARGEST_INT = 2**31 - 1
+"""Of an int32, in which rows and experts are counted."""
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127
+"""Of a float32, in which scores and weights are computed."""
+
+
 def positive_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least 1.")
+    integer_from(name, value, 1)
+
+
+def integer_from(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={_shown(value)} must be an integer of at least {least}.")
+    if value > LARGEST_INT:
+        raise ConfigError(f"{name}={_shown(value)} must be at most {LARGEST_INT}: it is computed with in int32.")
 
 
 def finite(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == math.inf:
         raise ConfigError(f"{name}={value!r} must be a finite number.")
+    if abs(value) > LARGEST_FLOAT:
+        raise ConfigError(
+            f"{name}={_shown(value)} must be at most {LARGEST_FLOAT:.3g}: it is computed with in float32."
+        )
+
+
+def _shown(value):
+    """A value as a message shows it; Python refuses to print integers of many digits."""
+    long = isinstance(value, int) and value.bit_length() > 64
+    return f"<an integer of {value.bit_length()} bits>" if long else repr(value)
+
+
+def floats(config):
+    """Makes floats of the integers given for float fields: XLA would compute with them in int32."""
+    for field in dataclasses.fields(config):
+        if field.type in (float, float | None) and type(getattr(config, field.name)) is int:
+            object.__setattr__(config, field.name, float(getattr(config, field.name)))
 
 
 def non_negative(name, value):

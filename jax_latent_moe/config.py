@@ -106,10 +106,10 @@ class RouterConfig:
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
                 "a token cannot keep more groups than there are."
             )
-        if isinstance(self.min_capacity, bool) or not isinstance(self.min_capacity, int) or self.min_capacity < 0:
-            raise ConfigError(f"router.min_capacity={self.min_capacity!r} must be an integer of at least 0.")
+        checks.integer_from("router.min_capacity", self.min_capacity, 0)
         if self.capacity_factor is not None:
             checks.non_negative("router.capacity_factor", self.capacity_factor)
+        checks.floats(self)
         for fields, used, needs in (
             (("norm_topk_eps",), self.norm_topk_prob, "norm_topk_prob=True"),
             (("bias_update_rate",), self.correction_bias, "correction_bias=True"),
@@ -139,6 +139,7 @@ class InitConfig:
             checks.non_negative("init.std", self.std)
         checks.non_negative("init.output_scale", self.output_scale)
         checks.boolean("init.scale_expert_output", self.scale_expert_output)
+        checks.floats(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,7 @@ class ParallelConfig:
         checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
         if self.capacity_factor is not None:
             checks.positive("parallel.capacity_factor", self.capacity_factor)
+        checks.floats(self)
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -192,6 +194,8 @@ class LatentMoEConfig:
         top_k: k, experts per token.
         expert_intermediate_size: m, inner width of one routed expert.
         shared_expert_intermediate_size: ms, inner width of the shared expert; 0 is none.
+        shared_expert_gate: multiply the shared expert's output by sigmoid(x @ gate), with a learned gate [d, 1]
+            (Qwen2-MoE, Qwen3-Next).
         activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up), or one that
             `activations.register` added.
         gelu_approximate: tanh form of gelu for "gelu" and "geglu"; False is the exact form.
@@ -216,6 +220,7 @@ class LatentMoEConfig:
     top_k: int
     expert_intermediate_size: int
     shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
     activation: str = "relu2"
     gelu_approximate: bool = False
     situ_beta: float = 4.0
@@ -240,12 +245,13 @@ class LatentMoEConfig:
             checks.positive_int("shared_expert_intermediate_size", self.shared_expert_intermediate_size)
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        for name in ("gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
+        for name in ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
             checks.boolean(name, getattr(self, name))
         checks.positive("situ_beta", self.situ_beta)
         if self.situ_linear_beta is not None:
             checks.positive("situ_linear_beta", self.situ_linear_beta)
         checks.positive("latent_norm_eps", self.latent_norm_eps)
+        checks.floats(self)
         checks.instance("router", self.router, RouterConfig)
         checks.instance("init", self.init, InitConfig)
         if self.parallel is not None:
@@ -257,6 +263,7 @@ class LatentMoEConfig:
         for fields, used, needs in (
             (("gelu_approximate",), reads("gelu_approximate"), "activation='gelu' or 'geglu'"),
             (("situ_beta", "situ_linear_beta"), reads("situ_beta"), "activation='situ_glu'"),
+            (("shared_expert_gate",), self.shared_expert_intermediate_size > 0, "shared_expert_intermediate_size"),
             (("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'"),
         ):
             checks.refuse_unused(self, "", fields, used, needs)

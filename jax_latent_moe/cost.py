@@ -24,7 +24,7 @@ def matmul_flops_per_token(config: LatentMoEConfig) -> int:
 
     A backward pass takes twice as many.
     """
-    kernels = {"kernel", "w_in", "w_out"}
+    kernels = {"kernel", "w_in", "w_out", "gate"}
     total = 0
     for part, leaves in param_shapes(config).items():
         for name, leaf in leaves.items():

@@ -61,6 +61,8 @@ def latent_moe(
 ) -> tuple[Float[Array, "*batch d"], LatentMoEAux]:
     """Computes y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), routed by x (arXiv 2601.18089).
 
+    With config.shared_expert_gate, shared(x) is multiplied by sigmoid(x @ gate) (arXiv 2407.10671, section 2.2.2).
+
     With config.parallel the layer is spread over the mesh that `jax.set_mesh` set: see `jax_latent_moe.parallel`.
 
     Args:
@@ -201,7 +203,12 @@ def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
 
 def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:
     w_in, w_out = (params[name].astype(x.dtype) for name in ("w_in", "w_out"))
-    return activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
+    out = activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
+    if "gate" not in params:
+        return out
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    gate = jnp.matmul(x, params["gate"].astype(x.dtype), preferred_element_type=wide)
+    return (out.astype(wide) * jax.nn.sigmoid(gate)).astype(x.dtype)
 
 
 def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> Float[Array, "t l"]:

@@ -59,7 +59,7 @@ def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: st
         (part, name) == ("experts", "w_out") and config.init.scale_expert_output
     ):
         std *= config.init.output_scale
-    index = sorted((p, n) for p, leaves in _EVERY_LEAF.items() for n in leaves).index((part, name))
+    index = _DRAWN.index((part, name))
     # A normal cut at two standard deviations has this standard deviation: divide it out.
     drawn = jax.random.truncated_normal(jax.random.fold_in(key, index), -2, 2, leaf.shape, jnp.float32)
     return (drawn * (std / 0.87962566103423978)).astype(leaf.dtype)
@@ -100,14 +100,20 @@ def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...
         )
 
 
-_EVERY_LEAF = {
-    "router": ("kernel", "bias", "scale"),
-    "down_proj": ("kernel",),
-    "experts": ("w_in", "w_out"),
-    "latent_norm": ("scale",),
-    "up_proj": ("kernel",),
-    "shared": ("w_in", "w_out"),
-}
+_DRAWN = (
+    ("down_proj", "kernel"),
+    ("experts", "w_in"),
+    ("experts", "w_out"),
+    ("latent_norm", "scale"),
+    ("router", "bias"),
+    ("router", "kernel"),
+    ("router", "scale"),
+    ("shared", "w_in"),
+    ("shared", "w_out"),
+    ("up_proj", "kernel"),
+    ("shared", "gate"),
+)
+"""Every leaf; its place is folded into its key. A new leaf goes to the end, so that the others keep their values."""
 
 
 def _layout(config) -> Layout:
@@ -135,4 +141,6 @@ def _layout(config) -> Layout:
             "w_in": ((d, *gate, ms), ("hidden", *gate_axis, "shared_intermediate")),
             "w_out": ((ms, d), ("shared_intermediate", "hidden")),
         }
+        if config.shared_expert_gate:
+            layout["shared"]["gate"] = ((d, 1), ("hidden", None))
     return layout

@@ -104,6 +104,8 @@ def param_shapes(config) -> dict:
         shapes["latent_norm"] = {"scale": (latent,)}
     if ms:
         shapes["shared"] = {"w_in": (d, *gate, ms), "w_out": (ms, d)}
+        if config.shared_expert_gate:
+            shapes["shared"]["gate"] = (d, 1)
     return shapes
 
 

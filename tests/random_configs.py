@@ -55,6 +55,7 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
         router=router,
         dtype="float32",
     )
+    fields["shared_expert_gate"] = bool(fields["shared_expert_intermediate_size"]) and rng.random() < 0.5
     if activation in ("gelu", "geglu"):
         fields |= dict(gelu_approximate=rng.random() < 0.5)
     if activation == "situ_glu":

@@ -32,11 +32,13 @@ DEEPSEEK = dataclasses.replace(QWEN, router=RouterConfig(num_groups=4, topk_grou
 MIXTRAL = dataclasses.replace(
     QWEN, activation="gelu", router=RouterConfig(score_function="softmax_topk", correction_bias=False)
 )
+QWEN_NEXT = dataclasses.replace(QWEN, shared_expert_intermediate_size=7, shared_expert_gate=True)
 FAMILIES = {
     "nemotron": NEMOTRON,
     "kimi": KIMI,
     "marin": MARIN,
     "qwen": QWEN,
+    "qwen_next": QWEN_NEXT,
     "deepseek": DEEPSEEK,
     "mixtral": MIXTRAL,
 }

@@ -1,4 +1,6 @@
-"""Published checkpoints in and out: NemotronH, Kimi K3, DeepSeek-V3, Qwen3-MoE, Mixtral; the hub's or Megatron's names.
+"""Published checkpoints in and out, under the names of the hub, of transformers 5 or of Megatron.
+
+Families: NemotronH, Kimi K2 and K3, DeepSeek-V2 and V3, GLM-4-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Mixtral.
 
 Example::
 

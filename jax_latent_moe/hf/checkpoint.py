@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -93,9 +93,12 @@ def open_checkpoint(
         config: of all layers, for a folder in Megatron's names without config.json.
 
     Raises:
-        CheckpointError: the folder, its index or its config.json is absent, not valid, or of an unknown model.
+        CheckpointError: naming is unknown; or the folder, its index or its config.json is absent, not valid, or of an
+            unknown model.
     """
     path = as_path(path)
+    if naming not in get_args(Naming):
+        raise CheckpointError(path, [f"naming={naming!r} is unknown: use one of {', '.join(get_args(Naming))}."])
     folder = TensorFolder(path)
     if config is None:
         configs, names = read_config(path / "config.json")

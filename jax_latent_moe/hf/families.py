@@ -1,7 +1,7 @@
 """config.json of a published model -> the configuration of each of its MoE layers.
 
-Keys and defaults as in transformers 5.23 (NemotronH, DeepSeek-V3, Qwen3-MoE, Mixtral), in TensorRT-LLM
-(nemotron_h_puzzle) and in Kimi K3's own configuration.
+Keys and defaults as in transformers 5.23 (NemotronH, DeepSeek-V2 and V3, GLM-4-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next,
+Mixtral), in TensorRT-LLM (nemotron_h_puzzle) and in the configurations of Kimi K2 and K3 themselves.
 """
 
 from collections.abc import Callable, Mapping
@@ -78,9 +78,9 @@ def _common(keys: Keys) -> dict[str, Any]:
     return dict(hidden_size=keys.integer("hidden_size"), dtype=keys.dtype(), param_dtype=keys.dtype())
 
 
-def _groups(keys: Keys, num_groups: str, topk_groups: str) -> dict[str, Any]:
+def _groups(keys: Keys, num_groups: str, topk_groups: str, **when_grouped) -> dict[str, Any]:
     groups = keys.integer(num_groups, 1)
-    return dict(num_groups=groups, topk_groups=keys.integer(topk_groups, 1)) if groups > 1 else {}
+    return dict(num_groups=groups, topk_groups=keys.integer(topk_groups, 1)) | when_grouped if groups > 1 else {}
 
 
 def _normalised(keys: Keys, key: str, default: bool, **when_on) -> dict[str, Any]:
@@ -146,12 +146,18 @@ def _nemotron_h_layer(keys: Keys) -> LatentMoEConfig:
     )
 
 
+def _text(keys: Keys) -> Keys:
+    """The keys of the language model within a model that also sees."""
+    if "text_config" not in keys:
+        return keys
+    if not isinstance(keys["text_config"], dict):
+        raise ValueError("text_config is no object")
+    outer = {key: keys[key] for key in ("dtype", "torch_dtype") if key in keys}
+    return Keys({**outer, **Keys(keys["text_config"])})
+
+
 def _kimi_k3(keys: Keys) -> Configs:
-    if "text_config" in keys:
-        if not isinstance(keys["text_config"], dict):
-            raise ValueError("text_config is no object")
-        outer = {key: keys[key] for key in ("dtype", "torch_dtype") if key in keys}
-        keys = Keys({**outer, **Keys(keys["text_config"])})
+    keys = _text(keys)
     latent = keys.get("routed_expert_hidden_size")
     activation = keys.chosen("hidden_act", _GATED)
     fields: dict[str, Any] = {}
@@ -185,27 +191,74 @@ def _after_dense(keys: Keys) -> list[int]:
     return [layer for layer in keys.layers() if layer >= first and layer % max(frequency, 1) == 0]
 
 
+def _kimi_k25(keys: Keys) -> Configs:
+    return _deepseek_v3(_text(keys))
+
+
 def _deepseek_v3(keys: Keys) -> Configs:
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
+    return _deepseek(
+        keys,
+        RouterConfig(
+            routed_scaling_factor=keys["routed_scaling_factor"],
+            **_normalised(keys, "norm_topk_prob", True),
+            **_groups(keys, "n_group", "topk_group"),
+        ),
+    )
+
+
+def _deepseek_v2(keys: Keys) -> Configs:
+    keys.only("scoring_func", "softmax")
+    keys.only("topk_method", "greedy", "group_limited_greedy")
+    keys.only("norm_topk_prob", False)  # transformers ignores it, DeepSeek's own code leaves the factor out with it
+    groups: dict[str, Any] = {}
+    if keys.get("topk_method") == "group_limited_greedy":  # a group counts as much as its best expert
+        groups = _groups(keys, "n_group", "topk_group", group_score_topk=1)
+    return _deepseek(
+        keys,
+        RouterConfig(
+            score_function="softmax",
+            correction_bias=False,
+            norm_topk_prob=False,
+            routed_scaling_factor=keys.get("routed_scaling_factor", 1.0),
+            **groups,
+        ),
+    )
+
+
+def _deepseek(keys: Keys, router: RouterConfig) -> Configs:
     config = LatentMoEConfig(
         **_common(keys),
         latent_size=None,
         num_experts=keys.integer("n_routed_experts"),
         top_k=keys.integer("num_experts_per_tok"),
         expert_intermediate_size=keys.integer("moe_intermediate_size"),
-        shared_expert_intermediate_size=keys.integer("n_shared_experts") * keys.integer("moe_intermediate_size"),
+        shared_expert_intermediate_size=keys.integer("n_shared_experts", 0) * keys.integer("moe_intermediate_size"),
         activation=keys.chosen("hidden_act", _GATED, "silu"),
-        router=RouterConfig(
-            routed_scaling_factor=keys["routed_scaling_factor"],
-            **_normalised(keys, "norm_topk_prob", True),
-            **_groups(keys, "n_group", "topk_group"),
-        ),
+        router=router,
     )
     return dict.fromkeys(_after_dense(keys), config)
 
 
 def _qwen3_moe(keys: Keys) -> Configs:
+    return _qwen(keys, normalised=False)
+
+
+def _qwen2_moe(keys: Keys) -> Configs:
+    return _qwen(keys, normalised=False, **_gated_shared(keys))
+
+
+def _qwen3_next(keys: Keys) -> Configs:
+    return _qwen(keys, normalised=True, **_gated_shared(keys))
+
+
+def _gated_shared(keys: Keys) -> dict[str, Any]:
+    width = keys.integer("shared_expert_intermediate_size")
+    return dict(shared_expert_intermediate_size=width, shared_expert_gate=width > 0)
+
+
+def _qwen(keys: Keys, normalised: bool, **shared) -> Configs:
     config = LatentMoEConfig(
         **_common(keys),
         latent_size=None,
@@ -216,8 +269,9 @@ def _qwen3_moe(keys: Keys) -> Configs:
         router=RouterConfig(
             score_function="softmax",
             correction_bias=False,
-            **_normalised(keys, "norm_topk_prob", False, norm_topk_eps=0.0),
+            **_normalised(keys, "norm_topk_prob", normalised, norm_topk_eps=0.0),
         ),
+        **shared,
     )
     dense = keys.get("mlp_only_layers") or []
     if not isinstance(dense, list):
@@ -244,11 +298,22 @@ FAMILIES: dict[str, tuple[Callable[[Keys], Configs], Names]] = {
     "nemotron_h_puzzle": (_nemotron_h, names.NEMOTRON_H),
     "kimi_k3": (_kimi_k3, names.KIMI),
     "kimi_linear": (_kimi_k3, names.KIMI),
+    "kimi_k2": (_deepseek_v3, names.DEEPSEEK_V3),
+    "kimi_k25": (_kimi_k25, names.KIMI_K25),
     "deepseek_v3": (_deepseek_v3, names.DEEPSEEK_V3),
+    "deepseek_v2": (_deepseek_v2, names.DEEPSEEK_V3),
+    "glm4_moe": (_deepseek_v3, names.DEEPSEEK_V3),
+    "qwen2_moe": (_qwen2_moe, names.QWEN3_NEXT),
     "qwen3_moe": (_qwen3_moe, names.QWEN3_MOE),
+    "qwen3_next": (_qwen3_next, names.QWEN3_NEXT),
     "mixtral": (_mixtral, names.MIXTRAL),
 }
 """By model_type: how its layers are configured, and how their tensors are called."""
+REFUSED = {
+    "gpt_oss": "its router and experts have biases, and its swiglu is clamped, shifted and scaled",
+    "deepseek_v4": "its swiglu is clamped, and its first layers choose experts by a table of token ids",
+}
+"""By model_type: what this library's layer does not compute of a model that is known."""
 
 
 def layer_configs(values: dict[str, Any]) -> tuple[Configs, Names]:
@@ -259,6 +324,8 @@ def layer_configs(values: dict[str, Any]) -> tuple[Configs, Names]:
     """
     keys = Keys(values)
     model_type = keys["model_type"]
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise ValueError(f"model_type={model_type!r} is not supported: {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not known, only {', '.join(FAMILIES)}")
     configs_of, naming = FAMILIES[model_type]

@@ -59,11 +59,15 @@ class TensorFolder:
         return self._headers[file]
 
     def locate(self, names: Iterable[str]) -> dict[str, TensorInfo]:
-        """Where these tensors lie; `names` are keys of `file_of`.
+        """Where these tensors lie.
 
         Raises:
-            CheckpointError: a file is absent or invalid, or does not agree with the index.
+            CheckpointError: no tensor has such a name, or a file is absent, invalid, or not what the index says.
         """
+        names = list(names)
+        unknown = [name for name in names if name not in self.file_of]
+        if unknown:
+            raise CheckpointError(self.path, [f"no tensor is called {name}." for name in unknown])
         return {name: self._header(self.file_of[name])[name] for name in names}
 
 

@@ -53,7 +53,7 @@ def import_layer(
     Raises:
         CheckpointError: a tensor is missing, unexpected, mis-shaped or mistyped (all are listed), a file is truncated,
             or a quantised weight is not finite.
-        InputError: dtype is unknown, or a parameter is float64 and JAX's 64-bit types are off.
+        InputError: dtype is unknown, sharding lacks a parameter, or one is float64 and JAX's 64-bit types are off.
     """
     if dtype is not None and dtype not in COMPUTE_DTYPES:
         raise InputError(f"dtype={dtype!r} is unknown: use one of {', '.join(COMPUTE_DTYPES)}, or None.")
@@ -64,6 +64,8 @@ def import_layer(
             "dtype float64 needs jax.config.update('jax_enable_x64', True), without which JAX narrows it to float32: "
             "set that, or ask for dtype='float32'."
         )
+    if isinstance(sharding, Mapping):
+        _check_shardings(sharding, param_shapes(plan.config))
     params: Params = {}
     with _open_files(plan) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
         for part, leaves in param_shapes(plan.config).items():
@@ -89,6 +91,12 @@ def import_layers(
     """Layer after layer (all of them by default), each as `import_layer` reads it; nothing is kept between them."""
     for layer in checkpoint.layers if layers is None else layers:
         yield layer, import_layer(checkpoint, layer, **options)
+
+
+def _check_shardings(sharding, shapes):
+    lacking = [f"{part}/{name}" for part in shapes for name in shapes[part] if name not in sharding.get(part, {})]
+    if lacking:
+        raise InputError(f"sharding has none for {', '.join(lacking)}: give one for each leaf of param_shapes(config).")
 
 
 def _place(shape, sharding, read) -> jax.Array:

@@ -36,6 +36,7 @@ class Names:
     shared_gate: str
     shared_up: str
     shared_out: str
+    shared_expert_gate: str = ""
     down_proj: str = ""
     latent_norm: str = ""
     up_proj: str = ""
@@ -116,7 +117,15 @@ KIMI = Names(
     up_proj="routed_expert_up_proj.weight",
 )
 DEEPSEEK_V3 = Names(roots=("model.",), blocks=("mlp",), **_GATE, **_GATE_UP_DOWN, **_SHARED)
+KIMI_K25 = dataclasses.replace(DEEPSEEK_V3, roots=("language_model.model.", "model.language_model."))
 QWEN3_MOE = DEEPSEEK_V3
+QWEN3_NEXT = dataclasses.replace(
+    DEEPSEEK_V3,
+    shared_gate="shared_expert.gate_proj.weight",
+    shared_up="shared_expert.up_proj.weight",
+    shared_out="shared_expert.down_proj.weight",
+    shared_expert_gate="shared_expert_gate.weight",
+)
 MIXTRAL = Names(roots=("model.",), blocks=("block_sparse_moe", "mlp"), **_GATE, **_W1_W3_W2, **_SHARED)
 MEGATRON = Names(
     roots=("decoder.",),
@@ -129,6 +138,7 @@ MEGATRON = Names(
     shared_gate="shared_experts.linear_fc1.weight",
     shared_up="shared_experts.linear_fc1.weight",
     shared_out="shared_experts.linear_fc2.weight",
+    shared_expert_gate="shared_experts.gate_weight",
     down_proj="fc1_latent_proj.weight",
     up_proj="fc2_latent_proj.weight",
 )
@@ -167,6 +177,7 @@ def layer_slots(config: LatentMoEConfig, naming: Names) -> list[Slot]:
         ("latent_norm", "scale"): naming.latent_norm,
         ("up_proj", "kernel"): naming.up_proj,
         ("shared", "w_out"): naming.shared_out,
+        ("shared", "gate"): naming.shared_expert_gate,
     }
     slots = []
     for part, leaves in param_shapes(config).items():

@@ -231,6 +231,20 @@ def test_names_that_cannot_tell_experts_apart(name, checkpoint):
         hf.Names(**fields | {"w_out": name})
 
 
+def test_what_is_asked_for_and_is_not_there_is_named(checkpoint, tmp_path):
+    with pytest.raises(hf.CheckpointError, match="no tensor is called lm_head\\.bias") as caught:
+        checkpoint.folder.locate(["lm_head.bias", "lm_head.weight", "x"])
+    assert len(caught.value.problems) == 2
+    for layer in (1, "mtp.1", "", [0], None, 0.5):
+        with pytest.raises(hf.CheckpointError, match="is no MoE layer; these are: 0, 2"):
+            hf.import_layer(checkpoint, layer)
+    with pytest.raises(hf.CheckpointError, match="naming='jax' is unknown: use one of hf, megatron"):
+        hf.open_checkpoint(tmp_path / "in", naming="jax")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(InputError, match="sharding has none for router/bias, experts/w_in, experts/w_out"):
+        hf.import_layer(checkpoint, 0, sharding={"router": {"kernel": device}})
+
+
 def test_a_dtype_that_no_safetensors_file_has(checkpoint, tmp_path):
     params = hf.import_layer(checkpoint, 0)
     params["shared"]["w_out"] = params["shared"]["w_out"].astype("float8_e4m3b11fnuz")

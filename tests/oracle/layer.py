@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.oracle.activations import mlp, mlp_backward
+from tests.oracle.activations import mlp, mlp_backward, sigmoid
 from tests.oracle.losses import losses
 from tests.oracle.router import choose, gap, weigh, weigh_backward
 
@@ -131,8 +131,10 @@ def token_forward(params, x, config, ids, weights, keep):
     y = scaled if config.latent_size is None else scaled @ params["up_proj"]["kernel"]
     shared = None
     if config.shared_expert_intermediate_size:
-        out, shared = mlp(config, x, params["shared"]["w_in"], params["shared"]["w_out"])
-        y = y + out
+        out, saved_mlp = mlp(config, x, params["shared"]["w_in"], params["shared"]["w_out"])
+        gate = sigmoid(x @ params["shared"]["gate"][:, 0]) if config.shared_expert_gate else 1.0
+        shared = (saved_mlp, out, gate)
+        y = y + gate * out
     return y, (z, pre_norm, rows, post_norm, scaled, shared)
 
 
@@ -159,7 +161,12 @@ def token_backward(params, x, config, saved, dy, grads):
     z, pre_norm, rows, post_norm, scaled, shared = saved
     dx, dweights = np.zeros_like(x), np.zeros(config.top_k)
     if shared is not None:
-        drow, dw_in, dw_out = mlp_backward(shared, params["shared"]["w_in"], params["shared"]["w_out"], dy)
+        saved_mlp, out, gate = shared
+        drow, dw_in, dw_out = mlp_backward(saved_mlp, params["shared"]["w_in"], params["shared"]["w_out"], gate * dy)
+        if config.shared_expert_gate:
+            dlogit = gate * (1 - gate) * np.dot(dy, out)
+            grads["shared"]["gate"][:, 0] += dlogit * x
+            dx += dlogit * params["shared"]["gate"][:, 0]
         grads["shared"]["w_in"] += dw_in
         grads["shared"]["w_out"] += dw_out
         dx += drow
