@@ -149,7 +149,9 @@ def test_underflow_of_a_score_is_no_nan(function, normalised, logit):
     exact = np.zeros((2, 4))
     for row, ids in enumerate(np.asarray(route(logits, config, 2).expert_ids)):
         _, saved = oracle_router.weigh(layer, np.float64(logits[row]), ids, np.ones(4))
-        exact[row], _ = oracle_router.weigh_backward(layer, np.float64(logits[row]), np.ones(4), saved, np.array([1, 3]))
+        exact[row], _ = oracle_router.weigh_backward(
+            layer, np.float64(logits[row]), np.ones(4), saved, np.array([1, 3])
+        )
     _, gradients, _ = oracle_losses.losses(layer, np.float64(logits)[None], np.ones((1, 2), bool))
     exact += sum(gradients.values())[0]
     np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-7)

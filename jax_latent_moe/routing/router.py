@@ -1,7 +1,7 @@
 """Which experts a token reaches and with what weight; the losses and the bias that keep the experts' loads even."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -263,33 +263,46 @@ def _imbalance(
 
 
 def update_correction_bias(
-    bias: Float[Array, " e"], tokens_per_expert: Int[Array, " e"], rate: float | Float[Array, ""]
-) -> Float[Array, " e"]:
+    bias: Float[Array, "*layers e"],
+    tokens_per_expert: Int[Array, "*layers e"],
+    rate: float | Float[Array, ""],
+    *,
+    recentre: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+) -> Float[Array, "*layers e"]:
     """b_e + rate * sign(mean(n) - n_e): raises the bias of experts with few tokens (DeepSeek-V3, arXiv 2412.19437).
 
     Call it after the optimiser's step, outside of autodiff, with the counts of the whole batch (summed over devices).
 
     Args:
-        bias: [E] float32.
-        tokens_per_expert: [E] integers, as in `LatentMoEAux`; every count is told from the mean, however large.
+        bias: [..., E] float32; axes before the last are layers.
+        tokens_per_expert: [..., E] integers, as in `LatentMoEAux`; every count is told from the mean, however large.
         rate: the step, `RouterConfig.bias_update_rate`.
+        recentre: subtract the mean over experts afterwards. It never changes a choice, and keeps the biases where
+            float32 is finest.
+        axis_name: mapped axes over which the counts are to be summed first.
 
     Returns:
-        [E] float32.
+        [..., E] float32.
 
     Raises:
-        InputError: the counts are no integers.
+        InputError: the counts are no integers, or not of the bias's shape.
     """
     bias, counts = jnp.asarray(bias), jnp.asarray(tokens_per_expert)
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         raise InputError(f"tokens_per_expert of dtype {counts.dtype} must be integers: counts, not means or shares.")
-    direction = _sign_of_mean_minus(counts.astype(jnp.promote_types(counts.dtype, jnp.int32)))
-    return bias.astype(jnp.float32) + rate * direction.astype(jnp.float32)
+    if counts.shape != bias.shape:
+        raise InputError(f"tokens_per_expert of shape {counts.shape} must be of the bias's shape {bias.shape}.")
+    counts = counts.astype(jnp.promote_types(counts.dtype, jnp.int32))
+    counts = counts if axis_name is None else lax.psum(counts, axis_name)
+    moved = bias.astype(jnp.float32) + rate * _sign_of_mean_minus(counts).astype(jnp.float32)
+    return moved - jnp.mean(moved, axis=-1, keepdims=True) if recentre else moved
 
 
 def _sign_of_mean_minus(counts):
     """sign(mean(n) - n_e) without rounding: float32 cannot tell 2^24 from one more, and sums may pass 2^31."""
-    experts = counts.shape[0]
-    rest = jnp.sum(counts % experts)
-    mean, rest = jnp.sum(counts // experts) + rest // experts, rest % experts  # the mean is mean + rest / experts
+    experts = counts.shape[-1]
+    rest = jnp.sum(counts % experts, axis=-1, keepdims=True)
+    mean = jnp.sum(counts // experts, axis=-1, keepdims=True) + rest // experts
+    rest %= experts  # the mean is mean + rest / experts
     return jnp.where(counts > mean, -1, jnp.where((counts == mean) & (rest == 0), 0, 1))
