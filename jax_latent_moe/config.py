@@ -118,6 +118,16 @@ class RouterConfig:
         ):
             checks.refuse_unused(self, "router.", fields, used, needs)
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether an auxiliary loss has a coefficient."""
+        return any((self.switch_loss_coef, self.sequence_loss_coef, self.z_loss_coef))
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether the loads of a step move a correction bias."""
+        return self.correction_bias and self.bias_update_rate > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:

@@ -1,6 +1,7 @@
 """What a layer costs: parameters and floating-point operations, from its configuration alone."""
 
 import math
+from fractions import Fraction
 
 import jax.numpy as jnp
 
@@ -29,8 +30,8 @@ def matmul_flops_per_token(config: LatentMoEConfig) -> int:
     for part, leaves in param_shapes(config).items():
         for name, leaf in leaves.items():
             if name in kernels:
-                share = config.top_k / config.num_experts if part == "experts" else 1
-                total += round(2 * math.prod(leaf.shape) * share)
+                chosen, of = (config.top_k, config.num_experts) if part == "experts" else (1, 1)
+                total += 2 * math.prod(leaf.shape) * chosen // of
     return total
 
 
@@ -50,7 +51,13 @@ def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capaci
     enough = tokens * min(config.top_k, config.num_experts // devices)
     if capacity_factor is None:
         return enough
-    return min(enough, -(-math.ceil(capacity_factor * tokens * config.top_k / devices) // 8) * 8)
+    return min(enough, -(-share_of_rows(capacity_factor, tokens * config.top_k, devices) // 8) * 8)
+
+
+def share_of_rows(factor: float, rows: int, parts: int) -> int:
+    """ceil(factor * rows / parts) with the factor as it is written: 1.1 * 50 is 55, where floats make it 56."""
+    exact = Fraction(str(factor))
+    return -(-exact.numerator * rows // (exact.denominator * parts))
 
 
 def exchange_bytes(

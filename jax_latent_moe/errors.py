@@ -15,6 +15,10 @@ class InputError(LatentMoEError):
     """An array argument whose shape, dtype or value breaks the contract of the call."""
 
 
+class NotCollectedWarning(UserWarning):
+    """A Flax layer was differentiated while its auxiliary losses or its loads were not collected."""
+
+
 class CheckpointError(LatentMoEError):
     """A checkpoint that cannot be read or written whole; nothing of it was returned.
 

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_latent_moe import cost
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
@@ -24,6 +25,7 @@ from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import (
     NO_EXPERT,
+    ROUTER_DECIDES,
     auxiliary_losses,
     route,
     router_logits,
@@ -69,10 +71,10 @@ def latent_moe(
         params: as `init_params` makes them.
         x: [..., d], floating; read in config.dtype, by the router in the router's dtype.
         config: the layer; static under jit.
-        token_mask: [...]; a token that is False reaches no expert, no loss and no count, and its routed output is
-            zero. The shared expert still reads it, with its non-finite entries as zero, so that padding may hold NaN.
-        expert_ids: [..., k] integers: replay this choice, with weights (and gradients) from the scores there; -1
-            reaches no expert.
+        token_mask: [...]; a token that is False enters nothing and its output is zero, so that padding may hold
+            anything, and so may the gradient of its output.
+        expert_ids: [..., k] integers: replay this choice, with weights (and gradients) from the scores there. -1
+            reaches no expert; the router itself routes a token with -2 among its ids.
 
     Returns:
         y: [..., d] in config.dtype.
@@ -100,7 +102,7 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     batch, tokens = x.shape[:-1], x.reshape(-1, config.hidden_size)
     mask = None if token_mask is None else token_mask.reshape(-1)
     if mask is not None:
-        tokens = jnp.where(mask[:, None] | jnp.isfinite(tokens), tokens, 0)
+        tokens = jnp.where(mask[:, None], tokens, 0)
 
     router = params["router"]
     router_dtype = config.router.dtype
@@ -138,6 +140,8 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     if "shared" in params:
         shared = _shared_expert(tokens, params["shared"], config)
         y = shards.sum_over_tensor(y + shared) if sum_in_y else y + shards.sum_over_tensor(shared)
+    if mask is not None:  # zero as it is: what keeps the gradient of padding rows out
+        y = jnp.where(mask[:, None], y, 0)
 
     sequences = (math.prod(batch[:-1]), batch[-1] if batch else 1)
     losses = auxiliary_losses(
@@ -191,8 +195,8 @@ def _expert_weight(weight, config):
 def _within_capacity(expert_ids, weights, config, shards):
     """Which choices of these tokens the experts keep, [T, k]: an expert's capacity is one over all tokens."""
     expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
-    capacity = math.ceil(config.router.capacity_factor * expert_ids.size / config.num_experts)
-    capacity = max(capacity, config.router.min_capacity)
+    capacity = cost.share_of_rows(config.router.capacity_factor, expert_ids.size, config.num_experts)
+    capacity = min(max(capacity, config.router.min_capacity), expert_ids.size)
     kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
     return shards.own_tokens(kept)
 
@@ -236,8 +240,8 @@ def _check_inputs(x, config, token_mask, expert_ids):
     if not isinstance(expert_ids, Tracer) and expert_ids.size:
         values = np.asarray(expert_ids)  # NumPy's own functions would trace the array inside of a jit
         low, high = values.min(), values.max()
-        if low < NO_EXPERT or high >= config.num_experts:
+        if low < ROUTER_DECIDES or high >= config.num_experts:
             raise InputError(
                 f"expert_ids between {low} and {high} must lie in [0, num_experts={config.num_experts}), or be "
-                f"{NO_EXPERT} for no expert."
+                f"{NO_EXPERT} for no expert, {ROUTER_DECIDES} for a token that the router shall route."
             )

@@ -1,9 +1,9 @@
 """The layer as a flax.linen module: it holds the parameters and calls `latent_moe`."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -14,7 +14,7 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_param, param_axes
-from jax_latent_moe.routing import router
+from jax_latent_moe.training import move_bias, warn_if_differentiated
 
 CORRECTION_BIAS = "correction_bias"
 """The collection of the correction bias, at .../router/bias: state, so no optimiser sees it."""
@@ -61,12 +61,27 @@ class LatentMoE(nn.Module):
             [..., d] in config.dtype.
         """
         y, aux = latent_moe(self._params(), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
+        if missing := self._not_collected():
+            y = warn_if_differentiated(missing, y)
         if not self.is_initializing():  # or the variables that init returns would hold the losses of its input
             for name, loss in aux.losses.items():
                 self.sow(LOSSES, name, loss)
         for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
             self.sow("intermediates", name, getattr(aux, name))
         return y
+
+    def _not_collected(self) -> str | None:
+        """What a training step would miss of this call, as a sentence."""
+        router = self.config.router
+        needed = {LOSSES: "auxiliary losses"} if router.has_losses else {}
+        needed |= {"intermediates": "loads, which move the correction bias,"} if router.moves_bias else {}
+        lost = [what for name, what in needed.items() if not self.is_mutable_collection(name)]
+        if not lost or self.is_initializing():
+            return None
+        return (
+            f"The {' and '.join(lost)} of {'/'.join(('LatentMoE', *self.path))} are not collected: apply the model with "
+            f"mutable={list(needed)}, or set their coefficients and router.bias_update_rate to 0."
+        )
 
     def _params(self) -> Params:
         """The functional tree out of this module's variables, drawn where they do not exist yet."""
@@ -116,15 +131,76 @@ def from_params(params: Params, config: LatentMoEConfig) -> dict[str, Any]:
     return variables
 
 
-def update_correction_bias(bias: Mapping[str, Any], intermediates: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    """`jax_latent_moe.update_correction_bias` on every layer of a model.
+def total_loss(sown: Mapping[str, Any]) -> Float[Array, ""]:
+    """All auxiliary losses of all layers, coefficients applied: add it to the objective, whatever the config.
 
-    Call it after the optimiser's step with what the step's `apply(..., mutable=["intermediates", ...])` returned.
+    Args:
+        sown: what `apply(..., mutable=["losses", "intermediates"])` returned beside y; layers may be stacked.
+
+    Raises:
+        InputError: it has no collection "losses".
+    """
+    if LOSSES not in sown:
+        raise InputError(f"collections {sorted(sown)} lack '{LOSSES}': apply the model with mutable=['{LOSSES}', ...].")
+    return sum(map(jnp.sum, jax.tree.leaves(nn.unbox(sown[LOSSES]))), start=jnp.zeros(()))
+
+
+def loads(sown: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts "tokens_per_expert" of every layer: a tree to add up over microbatches and to give `after_step`.
+
+    Args:
+        sown: as for `total_loss`.
+    """
+    counts = {path: leaf for path, leaf in flatten_dict(sown.get("intermediates", {})).items() if path[-1] == _LOAD}
+    return {"intermediates": unflatten_dict(counts)}
+
+
+def after_step(
+    variables: Mapping[str, Any],
+    sown: Mapping[str, Any],
+    rate: float | Float[Array, ""],
+    *,
+    recentre: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The variables with every correction bias moved by the step's loads; as they are where the model has none.
+
+    Call it once after the optimiser's step. Leading axes of the counts that a bias does not have, such as those of a
+    scan over microbatches, are added up.
+
+    Args:
+        variables: of the model.
+        sown: what `apply(..., mutable=["losses", "intermediates"])` returned beside y, or `loads` of it.
+        rate: `RouterConfig.bias_update_rate`, or a schedule's value; 0 where no step was made.
+        recentre: as in `jax_latent_moe.update_correction_bias`.
+        axis_name: mapped axes of a `shard_map` or `vmap` of your own, whose devices have other tokens.
+
+    Raises:
+        InputError: a layer with a bias has no counts in `sown`.
+    """
+    if CORRECTION_BIAS not in variables:
+        return dict(variables)
+    bias, intermediates = variables[CORRECTION_BIAS], sown.get("intermediates", {})
+    moved = update_correction_bias(bias, intermediates, rate, recentre=recentre, axis_name=axis_name)
+    return {**variables, CORRECTION_BIAS: moved}
+
+
+def update_correction_bias(
+    bias: Mapping[str, Any],
+    intermediates: Mapping[str, Any],
+    rate: float | Float[Array, ""],
+    *,
+    recentre: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """`jax_latent_moe.update_correction_bias` on every layer of a model, by its collections: see `after_step`.
 
     Args:
         bias: the collection "correction_bias", boxed or not; layers may be stacked by nn.scan.
         intermediates: the collection "intermediates". Counts of several calls of one layer are added.
         rate: the step, `RouterConfig.bias_update_rate`.
+        recentre: as in `after_step`.
+        axis_name: as in `after_step`.
 
     Returns:
         The collection "correction_bias", boxed as it came.
@@ -132,7 +208,6 @@ def update_correction_bias(bias: Mapping[str, Any], intermediates: Mapping[str, 
     Raises:
         InputError: a layer with a bias has no counts in `intermediates`.
     """
-    step = jnp.vectorize(partial(router.update_correction_bias, rate=rate), signature="(e),(e)->(e)")
     counts: dict[tuple[str, ...], Any] = flatten_dict(intermediates)
     leaves: dict[tuple[str, ...], Any] = flatten_dict(bias)
     for path, leaf in leaves.items():
@@ -141,5 +216,7 @@ def update_correction_bias(bias: Mapping[str, Any], intermediates: Mapping[str, 
             raise InputError(
                 f"intermediates hold no {'/'.join((*layer, _LOAD))}: apply the model with mutable=['intermediates']."
             )
-        leaves[path] = nn.meta.replace_boxed(leaf, step(nn.unbox(leaf), sum(counts[*layer, _LOAD])))
+        before, of_calls = nn.unbox(leaf), nn.unbox(counts[*layer, _LOAD])
+        moved = move_bias(before, of_calls, rate, recentre=recentre, axis_name=axis_name)
+        leaves[path] = nn.meta.replace_boxed(leaf, moved)
     return unflatten_dict(leaves)

@@ -1,6 +1,6 @@
 """The layer as a flax.nnx module: it holds the parameters and calls `latent_moe`."""
 
-from functools import partial
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_params, param_axes
-from jax_latent_moe.routing import router
+from jax_latent_moe.training import move_bias, warn_if_differentiated
 
 _LOAD = "tokens_per_expert"
 
@@ -72,12 +72,24 @@ class LatentMoE(nnx.Module):
             [..., d] in config.dtype.
         """
         y, aux = latent_moe(to_params(self), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
+        if missing := self._not_collected():
+            y = warn_if_differentiated(missing, y)
         if hasattr(self, "__captures__"):  # sowing outside of nnx.capture is deprecated, and would grow at every call
             for name, loss in aux.losses.items():
                 self.sow(AuxiliaryLoss, name, loss)
             for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
                 self.sow(nnx.Intermediate, name, getattr(aux, name))
         return y
+
+    def _not_collected(self) -> str | None:
+        """What a training step would miss of this call, as a sentence."""
+        router = self.config.router
+        if hasattr(self, "__captures__") or not (router.has_losses or router.moves_bias):
+            return None
+        return (
+            "The auxiliary losses and loads of a LatentMoE are not collected: call the model by nnx.capture(model, "
+            "AuxiliaryLoss, nnx.Intermediate), or set their coefficients and router.bias_update_rate to 0."
+        )
 
 
 def _variable(name, value, axes):
@@ -107,14 +119,50 @@ def from_params(params: Params, config: LatentMoEConfig) -> LatentMoE:
     return module
 
 
-def update_correction_bias(model: nnx.Module, intermediates: nnx.State) -> None:
-    """`jax_latent_moe.update_correction_bias` in place on every `LatentMoE` of a model, at the rate of its config.
+def total_loss(losses: nnx.State) -> Float[Array, ""]:
+    """All auxiliary losses of all layers, coefficients applied: add it to the objective, whatever the config.
 
-    Call it after the optimiser's step with what `nnx.capture` of the step's forward pass returned.
+    Args:
+        losses: the `AuxiliaryLoss`es that `nnx.capture` of the forward pass returned; layers may be stacked.
+
+    Raises:
+        InputError: there are none.
+    """
+    leaves = jax.tree.leaves(losses)
+    if not leaves:
+        raise InputError("losses hold no AuxiliaryLoss: call the model by nnx.capture(model, AuxiliaryLoss, ...).")
+    return sum(map(jnp.sum, leaves), start=jnp.zeros(()))
+
+
+def loads(intermediates: nnx.State) -> nnx.State:
+    """The counts "tokens_per_expert" of every layer: a tree to add up over microbatches, for `update_correction_bias`.
+
+    Args:
+        intermediates: the `nnx.Intermediate`s that `nnx.capture` returned.
+    """
+    return nnx.from_flat_state((path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] == _LOAD)
+
+
+def update_correction_bias(
+    model: nnx.Module,
+    intermediates: nnx.State,
+    rate: float | Float[Array, ""] | None = None,
+    *,
+    recentre: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+) -> None:
+    """Moves the correction bias of every `LatentMoE` of a model, in place, by the step's loads.
+
+    Call it once after the optimiser's step. Leading axes of the counts that a bias does not have, such as those of a
+    scan over microbatches, are added up. A model without such a bias stays as it is.
 
     Args:
         model: the model, or one layer; layers may be stacked by nnx.vmap.
-        intermediates: the `nnx.Intermediate`s. Counts of several calls of one layer are added.
+        intermediates: the `nnx.Intermediate`s that `nnx.capture` of the step's forward pass returned, or `loads` of
+            them. Counts of several calls of one layer are added.
+        rate: a schedule's value, 0 where no step was made; None takes that of each layer's config.
+        recentre: as in `jax_latent_moe.update_correction_bias`.
+        axis_name: mapped axes of a `shard_map` or `vmap` of your own, whose devices have other tokens.
 
     Raises:
         InputError: a layer with a bias has no counts in `intermediates`.
@@ -126,6 +174,7 @@ def update_correction_bias(model: nnx.Module, intermediates: nnx.State) -> None:
         if (*path, _LOAD) not in counts:
             names = "/".join(map(str, (*path, _LOAD)))
             raise InputError(f"intermediates hold no {names}: call the model by nnx.capture(model, nnx.Intermediate).")
-        step = partial(router.update_correction_bias, rate=module.config.router.bias_update_rate)
-        bias = module.router["bias"]
-        bias[...] = jnp.vectorize(step, signature="(e),(e)->(e)")(bias[...], sum(counts[*path, _LOAD].get_value()))
+        bias, own_rate = module.router["bias"], module.config.router.bias_update_rate
+        of_calls = counts[*path, _LOAD].get_value()
+        own_rate = own_rate if rate is None else rate
+        bias[...] = move_bias(bias[...], of_calls, own_rate, recentre=recentre, axis_name=axis_name)

@@ -73,7 +73,12 @@ def check_params(params: Params, config: LatentMoEConfig) -> None:
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
         listed = [f"missing {'/'.join(path)}" for path in missing] + [f"not used: {'/'.join(path)}" for path in extra]
-        raise InputError(f"params do not fit the config: {', '.join(listed)}. init_params(key, config) makes them.")
+        makes = (
+            "merge_state(trainable, state) puts it back"
+            if missing == [("router", "bias")]
+            else "init_params makes them"
+        )
+        raise InputError(f"params do not fit the config: {', '.join(listed)}. {makes}.")
     for path, leaf in given.items():
         if isinstance(leaf, ScaledArray):
             check_scaled(path, leaf, wanted[path].shape)

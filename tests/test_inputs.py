@@ -41,7 +41,7 @@ def refused(call, *arguments, **named) -> str:
         (X, {"expert_ids": np.zeros((2, 5, 2), np.int32)}, ["expert_ids of shape (2, 5, 2)", "(2, 5, 3)"]),
         (X, {"expert_ids": np.zeros((2, 5, 3), np.float32)}, ["expert_ids", "float32", "integers"]),
         (X, {"expert_ids": np.full((2, 5, 3), 8)}, ["expert_ids between 8 and 8", "num_experts=8"]),
-        (X, {"expert_ids": np.full((2, 5, 3), -2)}, ["expert_ids between -2 and -2", "-1"]),
+        (X, {"expert_ids": np.full((2, 5, 3), -3)}, ["expert_ids between -3 and -3", "-1", "-2"]),
     ],
 )
 def test_bad_arguments_of_the_layer(x, named, words):
