@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fusing, layers, matmuls, problems, steps
+from benchmarks import fusing, layers, matmuls, problems, steps, train
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("compile", "kernel", "fused", "layer", "decode", "step")
+SUITES = ("compile", "kernel", "fused", "layer", "decode", "step", "train")
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -54,6 +54,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
             (layers.measure, only(problems.DECODE_LAYERS, problems.QUICK_DECODE_LAYERS)),
         ],
         "step": [(steps.measure, problems.STEPS)],
+        "train": [(train.measure, train.SIZES)],
     }
 
 

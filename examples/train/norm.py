@@ -12,7 +12,7 @@ STEPS = 256
 
 @jax.custom_vjp
 def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"]) -> Float[Array, "*batch d"]:
-    """x over the root of its mean square, times scale; computed in float32, returned in x's dtype.
+    """RMSNorm: x over the root of its mean square, times scale; computed in float32, returned in x's dtype.
 
     The backward pass keeps x alone: both of its sums over a row then come from one pass over x and the gradient.
     """
@@ -63,7 +63,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """x with some elements zero."""
+        """Drops elements of x."""
         dropped = round(self.rate * STEPS)
         if self.deterministic or not dropped:
             return x
