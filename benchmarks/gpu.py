@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fusing, layers, matmuls, problems, steps, survey
+from benchmarks import fusing, layers, matmuls, problems, steps, survey, train
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("compile", "kernel", "fused", "layer", "decode", "step", "survey")
+SUITES = ("compile", "kernel", "fused", "layer", "decode", "step", "survey", "train")
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -55,6 +55,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         ],
         "step": [(steps.measure, problems.STEPS)],
         "survey": [(survey.measure, survey.shapes(4 if quick else 40))],
+        "train": [(train.measure, train.SIZES)],
     }
 
 
