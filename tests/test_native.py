@@ -197,3 +197,61 @@ def test_xla_accepts_the_handlers():
     loaded = ctypes.CDLL(str(native.library_path()))
     for target in native.INTERFACE:
         jax.ffi.register_ffi_target(f"test_{target}", native.handlers(loaded, target), platform="cpu")
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """The handlers answer on the CPU too: they decode a call, and miss a GPU's stream alone, operand 0."""
+    loaded = ctypes.CDLL(str(native.library_path()))
+    for target in native.INTERFACE:
+        execute = {"execute": native.handlers(loaded, target)["execute"]}
+        jax.ffi.register_ffi_target(native.PREFIX + target, execute, platform="cpu")
+
+
+def buffers(described):
+    dtypes = {"format": jnp.bfloat16, "int32": jnp.int32, "float32": jnp.float32}
+    return [jnp.zeros(2, dtypes[description.split()[0]]) for description in described.values()]
+
+
+@needs_library
+@pytest.mark.parametrize("target", native.INTERFACE)
+def test_the_library_understands_what_call_hands_over(target, on_the_cpu):
+    interface, values = native.INTERFACE[target], {"string": "none", "bool": True, "int32": 3, "float32": 0.5}
+    attributes = {name: values[type_] for name, type_ in interface["attributes"].items()}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0\)"):
+        jax.block_until_ready(
+            native.call(target, buffers(interface["operands"]), buffers(interface["results"]), **attributes)
+        )
+
+
+HANDED_OVER = {
+    name: native.CASTS[native.INTERFACE["matmul"]["attributes"][name]](ATTRIBUTES[name]) for name in ATTRIBUTES
+}
+
+
+def unchecked_matmul(num_operands=5, num_results=3, **attributes):
+    """The call as another version of the package might make it."""
+    interface = native.INTERFACE["matmul"]
+    function = jax.ffi.ffi_call("latent_moe_matmul", buffers(interface["results"])[:num_results])
+    jax.block_until_ready(function(*buffers(interface["operands"])[:num_operands], **attributes))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_the_library_refuses_an_attribute_that_is_missing_or_of_another_type(name, on_the_cpu):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong number of attributes: expected 4 but got 3"):
+        unchecked_matmul(**{other: value for other, value in HANDED_OVER.items() if other != name})
+    for value in (np.float32(1), np.int16(1), np.int32(1) if name == "kernel" else "1"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0, \d+\)"):
+            unchecked_matmul(**HANDED_OVER | {name: value})
+
+
+@needs_library
+def test_the_library_refuses_a_call_with_too_many_or_too_few_parts(on_the_cpu):
+    for changes, reason in (
+        ({"more": 1}, "Wrong number of attributes: expected 4 but got 5"),
+        ({"num_operands": 2}, "Wrong number of arguments: expected 5 but got 2"),
+        ({"num_results": 1}, "Wrong number of results: expected 3 but got 1"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
+            unchecked_matmul(**HANDED_OVER, **changes)

@@ -10,10 +10,10 @@
 
 namespace latent_moe {
 
-// A tensor map's view of rows that end anywhere (tensor_maps.h). The box of the rows first ... first + count - 1 (count <=
-// 64) is placed so that its last row is the last of the map's second axis: TMA clips the box there, and reads zeros beyond.
-// The third axis advances by rows as the second does. The fourth, at kAxis, subtracts kAxis rows: its stride is 2^34 bytes
-// less a row's, and addresses wrap at 2^64 (Triton's ragged_tma.py places boxes so).
+// Where a box of the rows first ... first + count - 1 (count <= 64) begins in a `window_map` (tensor_maps.h). Its last row
+// is the last of the map's second axis, so that TMA clips the box there and reads zeros beyond. The third axis advances by
+// rows as the second does. The fourth, at kAxis, goes back kAxis rows: its stride is 2^34 bytes less a row's, and addresses
+// wrap at 2^64. (Triton's ragged_tma.py places boxes so.)
 struct Window {
   static constexpr int32_t kAxis = 1 << 30;
   int32_t y, z;
@@ -26,7 +26,7 @@ struct Window {
 struct Problem {
   int32_t const* group_sizes;  // rows of each expert
   int32_t num_experts, num_rows;
-  int32_t contracted;   // length of the contracted axis (wgrad: unused, a group's rows)
+  int32_t contracted;   // length of the contracted axis (wgrad: unused, as it is the group's rows)
   int32_t out_rows;     // wgrad: rows of one product
   int32_t out_columns;  // columns of one product; of a gated activation, of one half
   bool rows_first;      // walk down the rows of an expert before its columns
@@ -34,32 +34,34 @@ struct Problem {
 
 // Rows of a table, perhaps to be weighted, that are copied to `rows` while the kernel runs.
 struct Gather {
-  int32_t units;       // of 16 bytes that a row has
+  int32_t units;       // of 16 bytes, in a row
   uint4 const* table;  // null where nothing is gathered
   int32_t table_rows;
   int32_t const* row_ids;  // the table's row that each row is; ids beyond the table mean its first or last row
   float const* weights;    // of each row, or null
   uint4* rows;
-  unsigned long long* taken;  // chunks of rows taken from the first and from the last on
-  int32_t* ready;             // rows that were copied: of all, then of each 64
+  unsigned long long* taken;  // chunks of rows taken from the first and from the last on, as two 32-bit numbers
+  int32_t* ready;             // rows that were copied: of all, then of each kReadyRows
 };
+
+constexpr int kReadyRows = 64;
 
 struct Args {
   CUtensorMap a, b;
   bool whole_a, whole_b;  // the map's columns are cut into blocks (tensor_maps.h)
-  CUtensorMap boxes;  // wgrad: the product, in boxes
-  void* out;             // the product; with an activation the residual; of its gradient, that of the pre-activation
-  void* hidden;          // fwd with an activation: hidden rows [rows, out_columns]; its gradient of a residual kPre: these, weighted
-  void const* residual;  // the activation's gradient: what the forward pass kept
+  CUtensorMap boxes;      // wgrad: the product, in boxes
+  void* out;              // the product; with an activation its residual; with its gradient that of the pre-activation
+  void* hidden;           // hidden rows [rows, out_columns] of an activation; weighted ones of a gradient that reads kPre
+  void const* residual;   // of an activation's gradient: what the forward pass kept
   Problem problem;
   uint64_t* counter;     // tiles taken from the first and from the last on, as two 32-bit numbers
   size_t counter_bytes;  // to be cleared: the counter, and those of `gather` behind it
   Gather gather;
   L2Slices l2_slices;
-  float beta, linear_beta;  // situ_glu's
-  bool keep_residual;        // fwd with an activation: `out` is stored
-  float const* row_weights;  // the activation's gradient: [rows]
-  float* partial;            // the activation's gradient: sums of dhidden * hidden, [column tiles, rows]
+  float beta, linear_beta;   // situ_glu's bounds of the gate and of the up half
+  bool keep_residual;        // of an activation: whether `out` is written
+  float const* row_weights;  // of an activation's gradient: [rows]
+  float* partial;            // of an activation's gradient: sums of dhidden * hidden, [column tiles, rows]
 };
 
 }  // namespace latent_moe

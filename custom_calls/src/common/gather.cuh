@@ -11,7 +11,7 @@ namespace latent_moe {
 
 constexpr int kGatherers = 2;  // warps of a block
 constexpr int kChunk = 8;      // rows that a warp takes at a time
-constexpr int kReadyRows = 64;  // rows that one number counts
+static_assert(kReadyRows % kChunk == 0);
 
 // Whether this SM is near the second L2 slice. Blocks there take tiles, and rows to gather, from the last on (queue.cuh).
 __device__ __forceinline__ bool takes_last_first(L2Slices const& slices) {

@@ -44,7 +44,9 @@ struct Kernel {
   Residual residual;
   Tile tile;
   int step_depth;   // elements of the contracted axis that are multiplied at a time
-  int stored_rows;  // wgrad: rows of the boxes in which the product is stored
+  int loaded_rows;  // of the boxes in which the rows of fwd and dgrad are loaded
+  int stored_rows;  // of the boxes in which the product of wgrad is stored
+  bool gathers;     // whether it can gather rows
   int max_experts;
   cudaError_t (*launch)(Args const&, int num_sms, cudaStream_t);
 };

@@ -2,10 +2,10 @@
 //
 // Tiles differ in their rows. If each cluster took every n-th tile, clusters would drift apart, and the weights that
 // neighbouring tiles share would leave the L2 cache in between. One thread of a cluster takes the next number from a counter
-// in memory, looks up its tile, waits until its rows are copied where they are gathered, and tells the blocks of the cluster.
-// Loads and products, which are short where few rows are contracted, wait for none of this. Clusters near one L2 slice take
-// tiles from the first on, those near the other from the last on, so that nearly all tiles of an expert run near one slice
-// (l2_slices.h).
+// in memory, looks up its tile, waits for its rows where they are gathered, and tells the blocks of the cluster. This runs
+// some tiles ahead, so that loads and products, which are short where few rows are contracted, do not wait for it. Clusters
+// near one L2 slice take tiles from the first on, those near the other from the last on, so that nearly all tiles of an
+// expert run near one slice (l2_slices.h).
 #pragma once
 
 #include "common/gather.cuh"
@@ -16,8 +16,8 @@
 
 namespace latent_moe {
 
-// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. Where Counts is
-// false nothing is counted: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
+// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. Where Counts
+// is false there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
 template <class Schedule, int Cluster, int Readers, bool Counts>
 class Queue {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
@@ -41,20 +41,22 @@ class Queue {
     }
   }
 
-  // The counting thread calls it, in the first block of a cluster.
-  __device__ void serve(uint64_t* counter, Gather const& gather, int num_rows, L2Slices const& l2_slices) {
-    const bool last_first = takes_last_first(l2_slices);
-    int expert = 0, id = next_id(counter, last_first);
+  // The counting thread calls it, in the first block of a cluster. Args has counter, problem.num_rows, gather and
+  // l2_slices. (Passing these one by one made nvcc 13.0 allocate the registers of whole kernels differently.)
+  template <class Args>
+  __device__ void serve(Args const& args) {
+    const bool last_first = takes_last_first(args.l2_slices);
+    int expert = 0, id = next_id(args.counter, last_first);
     RowsReady rows_ready;
     bool more;
     do {
       more = id < schedule_.count();
       // The next number is on its way while this tile is looked up.
-      const int after = more ? next_id(counter, last_first) : id;
+      const int after = more ? next_id(args.counter, last_first) : id;
       Work const work = more ? schedule_.work(id, expert) : Work::none();
       id = after;
-      if (gather.table != nullptr && work.steps > 0) {
-        rows_ready.wait(gather, num_rows, work.row, work.valid);
+      if (args.gather.table != nullptr && work.steps > 0) {
+        rows_ready.wait(args.gather, args.problem.num_rows, work.row, work.valid);
       }
       empty_[slot_].wait(phase_ ^ 1);
       if constexpr (Cluster == 1) {
@@ -109,10 +111,10 @@ class Queue {
     const auto* words = reinterpret_cast<uint32_t const*>(&work);
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                       to + i * 4),
-                   "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(barrier)
-                   : "memory");
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + i * 4),
+          "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(barrier)
+          : "memory");
     }
   }
 

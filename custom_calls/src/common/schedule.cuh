@@ -22,11 +22,11 @@ struct alignas(32) Work {
 // All tiles, in order. Rows beyond the sum of the groups (padding rows) are one more group, whose product is zero.
 //
 // Traits has the static constants
-//   bool kWgrad           whether each expert has a product of its own, contracted over its rows;
-//   bool kEvenHeights     whether the tiles of an expert have equal heights, of a multiple of 8, rather than kRows and a rest;
-//   int kRows, kColumns   the product's rows and columns in a tile;
-//   int kClusterRows, kClusterColumns   tiles that the blocks of a cluster work on, stacked and side by side;
-//   int kStepDepth        elements of the contracted axis in a step.
+//   bool kWgrad: whether each expert has a product of its own, contracted over its rows;
+//   bool kEvenHeights: whether the tiles of an expert have equal heights, of a multiple of 8 rows, rather than kRows each;
+//   int kRows, kColumns: rows and columns of the product in a tile;
+//   int kClusterRows, kClusterColumns: tiles that a cluster takes at a time, stacked and side by side;
+//   int kStepDepth: elements of the contracted axis in a step.
 template <class Traits>
 class Schedule {
   static constexpr bool kWgrad = Traits::kWgrad;
@@ -44,7 +44,8 @@ class Schedule {
     by_column_ = cutlass::FastDivmod(columns);
     by_expert_ = cutlass::FastDivmod(rows * columns);
     for (int expert = threadIdx.x; expert <= problem.num_experts; expert += blockDim.x) {
-      starts_[expert] = expert < problem.num_experts ? min(max(0, problem.group_sizes[expert]), problem.num_rows) : problem.num_rows;
+      starts_[expert] =
+          expert < problem.num_experts ? min(max(0, problem.group_sizes[expert]), problem.num_rows) : problem.num_rows;
     }
     __syncthreads();
     if (threadIdx.x < 32) sum(threadIdx.x, columns);

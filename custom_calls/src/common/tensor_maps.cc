@@ -74,8 +74,8 @@ Error window_map(CUtensorMap* map, Format format, void const* data, int64_t colu
 Error blocks_window_map(CUtensorMap* map, Format format, void const* data, int64_t columns, int64_t pitch, int box_rows,
                         int box_blocks) {
   cuuint64_t const row = pitch * element_bytes(format), block = block_columns(format);
-  return encode(map, format, data, {block, Window::kAxis, columns / block, kMost, kMost},
-                {row, kBoxBytes, row, back(row)}, {cuuint32_t(block), cuuint32_t(box_rows), cuuint32_t(box_blocks), 1, 1});
+  return encode(map, format, data, {block, Window::kAxis, columns / block, kMost, kMost}, {row, kBoxBytes, row, back(row)},
+                {cuuint32_t(block), cuuint32_t(box_rows), cuuint32_t(box_blocks), 1, 1});
 }
 
 }  // namespace latent_moe

@@ -21,7 +21,7 @@ Kernel const* named_kernel(Check& check, std::string_view name, std::initializer
 }
 
 void take_counters(Check& check, Args& args, ffi::AnyBuffer const& counters) {
-  int64_t const size = args.gather.table == nullptr ? 2 : 5 + (int64_t{args.problem.num_rows} + 63) / 64;
+  int64_t const size = args.gather.table == nullptr ? 2 : 5 + (int64_t{args.problem.num_rows} + kReadyRows - 1) / kReadyRows;
   check.buffer("counters", counters, ffi::DataType::S32, {size});
   args.counter = static_cast<uint64_t*>(counters.untyped_data());
   args.counter_bytes = size * sizeof(int32_t);

@@ -18,7 +18,8 @@ class Product {
   Args args = {};
   int64_t num_rows = 0, in = 0, out = 0;
 
-  Product(Kernel const& kernel, Rows const& rows, ffi::AnyBuffer const& w, ffi::AnyBuffer const& group_sizes, bool rows_first)
+  Product(Kernel const& kernel, Rows const& rows, ffi::AnyBuffer const& w, ffi::AnyBuffer const& group_sizes,
+          bool rows_first)
       : kernel_(kernel) {
     check.that(w.dimensions().size() == 3, "w of shape " + shape(w) + " must have 3 axes");
     if (!rows.have_axes(check)) return;
@@ -33,12 +34,11 @@ class Product {
     check.buffer("group_sizes", group_sizes, ffi::DataType::S32, {experts});
     check.features("the second axis of w", k, format);
     check.features("the third axis of w", n, format);
-    check.that(num_rows < kMostRows,
-               std::to_string(num_rows) + " rows must be fewer than " + std::to_string(kMostRows));
+    check.that(num_rows < kMostRows, std::to_string(num_rows) + " rows must be fewer than " + std::to_string(kMostRows));
     check.that(experts > 0, "there are no experts");
     if (!check.ok() || num_rows == 0) return;
-    rows.describe(check, args.gather, kernel.tile);
-    check(window_map(&args.a, format, rows.start(), in, rows.pitch(), 64));
+    rows.describe(check, args.gather, kernel);
+    check(window_map(&args.a, format, rows.start(), in, rows.pitch(), kernel.loaded_rows));
     int const block = block_columns(format);
     int const halves = kernel.contraction == Contraction::kFwd && is_gated(kernel.activation) ? 2 : 1;
     args.whole_b = !dgrad && n % (halves * block) == 0;

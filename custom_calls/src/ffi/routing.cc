@@ -24,8 +24,8 @@ ffi::Error top_k(TopKCall const& call) {
   check.that(rows < int64_t{1} << 31, std::to_string(rows) + " rows must be fewer than 2^31");
   if (!check.ok()) return refuse(check.error());
   if (rows == 0 || k == 0) return ffi::Error::Success();
-  auto const error = routing::top_k(scores.typed_data<float>(), static_cast<int32_t*>(ids.untyped_data()), rows, columns, k,
-                                    call.stream);
+  auto const error =
+      routing::top_k(scores.typed_data<float>(), static_cast<int32_t*>(ids.untyped_data()), rows, columns, k, call.stream);
   return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
 }
 

@@ -48,7 +48,7 @@ struct Rows {
   }
 
   // Checks the gathering, if there is one, and describes it.
-  void describe(Check& check, Gather& gather, Tile const& tile) const {
+  void describe(Check& check, Gather& gather, Kernel const& kernel) const {
     if (!gathering) return;
     auto const& [ids, weights, rows] = *gathering;
     int64_t const table_rows = data.dimensions()[0], width = data.dimensions()[1];
@@ -59,7 +59,7 @@ struct Rows {
     check.that(table_rows > 0, std::string(name) + " of shape " + shape(data) + " hold none to gather");
     check.that(table_rows < int64_t{1} << 31,
                "there are " + std::to_string(table_rows) + " rows to gather from, but must be fewer than 2^31");
-    check.that(tile.rows > 64, "kernels with tiles of " + std::to_string(tile.rows) + " rows gather none");
+    check.that(kernel.gathers, "kernel " + std::string(kernel.name) + " gathers no rows");
     gather.units = width * element_bytes(format) / 16;
     gather.table = static_cast<uint4 const*>(data.untyped_data());
     gather.table_rows = table_rows;

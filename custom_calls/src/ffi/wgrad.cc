@@ -41,8 +41,8 @@ ffi::Error wgrad(WgradCall const& call) {
   Tile const& tile = kernel->tile;
   int const block = block_columns(format), depth = kernel->step_depth;
   Args args = {};
-  lhs.describe(check, args.gather, tile);
-  rhs.describe(check, args.gather, tile);
+  lhs.describe(check, args.gather, *kernel);
+  rhs.describe(check, args.gather, *kernel);
   auto const map = [&](CUtensorMap* to, Rows const& rows, bool whole, int columns) {
     check(whole ? blocks_window_map(to, format, rows.start(), rows.width(), rows.pitch(), depth, columns / block)
                 : window_map(to, format, rows.start(), rows.width(), rows.pitch(), depth));

@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   for (int e = lane; e <= experts; e += kWarp) counts[int64_t{chunk} * (experts + 1) + e] = own[e];
 }
 
-// Replaces counts by how many assignments of the expert are in earlier chunks. Threads x have an expert each, and threads y a
-// share of its chunks.
+// Replaces counts by how many assignments of the expert are in earlier chunks. Threads x have an expert each, and threads y
+// a share of its chunks.
 __global__ void __launch_bounds__(kWarp* kWarp) sum_chunks(int32_t* counts, int chunks, int experts, int32_t* sizes) {
   __shared__ int sums[kWarp][kWarp];
   const int expert = blockIdx.x * kWarp + threadIdx.x, share = (chunks + kWarp - 1) / kWarp;

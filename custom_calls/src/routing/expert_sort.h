@@ -10,8 +10,8 @@ namespace latent_moe::routing {
 constexpr int kSortChunk = 512;     // assignments that a warp takes
 constexpr int kMostExperts = 2048;  // a warp's counters of experts are in shared memory
 
-// Sorts `count` assignments by expert. Those of one expert keep their order. An id outside [0, experts) is no expert, and its
-// assignments come last.
+// Sorts `count` assignments by expert. Those of one expert keep their order. An id outside [0, experts) is no expert, and
+// its assignments come last.
 //   sizes[e]: how many assignments expert e has;
 //   assignment_of_row[r]: the assignment in row r;
 //   row_of_assignment: the reverse;

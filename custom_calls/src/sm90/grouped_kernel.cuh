@@ -1,9 +1,9 @@
 // One persistent, warp-specialised kernel for the three contractions (fwd, dgrad, wgrad) of rows that are sorted by expert.
 //
-// A producer thread feeds a ring of shared-memory stages through TMA. Two consumer warpgroups alternate: while one multiplies
-// a tile, the other stores the one before (CUTLASS calls this ping-pong). The rows of an expert may end anywhere, so TMA clips
-// their boxes at the expert's end (`Window`): the zeros that it fills in take less power to multiply than rows of the next
-// expert would. Partial tiles are stored row by row. Rows may be gathered from a table meanwhile (gather.cuh).
+// A producer thread feeds a ring of shared-memory stages through TMA. Two consumer warpgroups alternate: while one
+// multiplies a tile, the other stores the tile before (CUTLASS calls it ping-pong). The rows of an expert end anywhere. TMA
+// clips their boxes at the end of the expert (`Window`), because zeros take less power to multiply than rows of the next
+// expert. Partial tiles are stored row by row. Rows may be gathered from a table meanwhile (gather.cuh).
 #pragma once
 
 #include "common/gather.cuh"
@@ -35,8 +35,7 @@ struct GroupedKernel {
   static constexpr Major kMajorB = kDgrad ? Major::K : Major::MN;
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
-  // A kernel of small tiles is bound by reading weights, each once. It saves the clearing of a counter.
-  static constexpr bool kCounts = kTile.rows > kBlock;
+  static constexpr bool kCounts = Spec::kCounts;
   using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
@@ -47,6 +46,7 @@ struct GroupedKernel {
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
   static_assert(kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
+  static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
   static constexpr int shared_bytes(int num_experts) {
@@ -122,8 +122,8 @@ struct GroupedKernel {
           const Window window(work.row + at, min(kDepth, work.valid - at));
           load_wgrad<kTile.cluster_columns, kBlocksA>(args.a, args.whole_a, full, shared.a(place.stage, 0), mask_a,
                                                       rank_column, work.out_row, window);
-          load_wgrad<kTile.cluster_rows, kBlocksB>(args.b, args.whole_b, full, shared.b(place.stage, 0), mask_b,
-                                                   rank_row, work.column, window);
+          load_wgrad<kTile.cluster_rows, kBlocksB>(args.b, args.whole_b, full, shared.b(place.stage, 0), mask_b, rank_row,
+                                                   work.column, window);
         } else {
 #pragma unroll
           for (int block = 0; block < kBlocksA; ++block) {
@@ -245,10 +245,9 @@ struct GroupedKernel {
 
   // Multiplies and stores a swap-AB tile. I8 are 0, 1, ...: one instruction for each number of rows, in eights.
   template <int... I8>
-  static __device__ __forceinline__ void swap_ab_tile(Args const& args, Shared const& shared,
-                                                     Epilogue const& epilogue, Work const& work, Place& place,
-                                                     uint32_t turn_phase, int warpgroup, int thread,
-                                                     std::integer_sequence<int, I8...>) {
+  static __device__ __forceinline__ void swap_ab_tile(Args const& args, Shared const& shared, Epilogue const& epilogue,
+                                                      Work const& work, Place& place, uint32_t turn_phase, int warpgroup,
+                                                      int thread, std::integer_sequence<int, I8...>) {
     float acc[kBlocksB][kTile.rows / 2] = {};
     const int eights = ceil_div(work.valid, 8);
     shared.turn[warpgroup].wait(turn_phase);
@@ -275,8 +274,8 @@ struct GroupedKernel {
     }
   }
 
-  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule,
-                                                 int rank, int warpgroup) {
+  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
+                                                 int warpgroup) {
     const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
     const Epilogue epilogue(args, shared.epilogue, warpgroup, thread);
     Queue queue(shared.queue, schedule, rank);
@@ -312,7 +311,7 @@ template <class Spec>
 __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
   using K = GroupedKernel<Spec>;
   extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
-  // The compiler keeps addresses in uniform registers, and loops over them, if it knows that all lanes have the same.
+  // Where the compiler knows that an address is the same for the whole warp, it keeps it out of the lanes' registers.
   const uint32_t start = uniform(cute::cast_smem_ptr_to_uint(base));
   const typename K::Shared shared(static_cast<char*>(__cvta_shared_to_generic(start)));
   const int warpgroup = threadIdx.x / kWarpgroup;
@@ -340,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
     // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
     if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
     if (K::kCounts && rank == 0 && warp == 1 && cute::elect_one_sync()) {
-      typename K::Queue(shared.queue, schedule, rank).serve(args.counter, args.gather, args.problem.num_rows, args.l2_slices);
+      typename K::Queue(shared.queue, schedule, rank).serve(args);
     }
     if (K::kCounts && args.gather.table != nullptr && warp >= 4 - kGatherers) {
       gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
@@ -397,10 +396,9 @@ int max_experts() {
 }  // namespace latent_moe::sm90
 
 // Compiles one kernel: the arguments are those of Spec.
-#define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                \
-  namespace latent_moe::sm90 {                                                                                            \
-  using Compiled =                                                                                                        \
-      Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>;            \
-  template cudaError_t launch<Compiled>(Args const&, int, cudaStream_t);                                                  \
-  template int max_experts<Compiled>();                                                                                   \
+#define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                  \
+  namespace latent_moe::sm90 {                                                                                              \
+  using Compiled = Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>; \
+  template cudaError_t launch<Compiled>(Args const&, int, cudaStream_t);                                                    \
+  template int max_experts<Compiled>();                                                                                     \
   }

@@ -22,9 +22,9 @@ using cute::SM90::GMMA::Major;
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;              // warpgroups
-constexpr int kRowBytes = 128;             // of a swizzled row in shared memory
-constexpr int kBlock = 64;                 // 16-bit elements of such a row, and rows of one wgmma
+constexpr int kConsumers = 2;   // warpgroups
+constexpr int kRowBytes = 128;  // of a swizzled row in shared memory
+constexpr int kBlock = 64;      // 16-bit elements of such a row, and rows of one wgmma
 
 // The instruction for a 64 x N x 16 product of two operands in shared memory, accumulated in registers.
 template <class T, int N, Major A, Major B>
@@ -84,7 +84,7 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t operand, uint32_t bytes)
   return static_cast<uint64_t>(upper) << 32 | (operand + (bytes >> 4));
 }
 
-// Bytes to the k16-th 16 elements of the contracted axis: 32 bytes of each row of a K-major operand, 16 rows of an MN-major one.
+// Bytes to the k16-th 16 elements of the contracted axis: they are 32 bytes of a K-major row, or 16 MN-major rows.
 template <Major major>
 __host__ __device__ constexpr uint32_t bytes_to(int k16) {
   return k16 * (major == Major::K ? 32 : 16 * kRowBytes);

@@ -7,8 +7,9 @@ namespace {
 
 template <class Spec>
 Kernel kernel(std::string_view name) {
-  return {name,         Spec::kContraction, Spec::kFormat,       Spec::kActivation,   Spec::kResidual, Spec::kTile,
-          Spec::kStepDepth, kStoredRows,    max_experts<Spec>(), &launch<Spec>};
+  return {
+      name,        Spec::kContraction, Spec::kFormat, Spec::kActivation,   Spec::kResidual, Spec::kTile, Spec::kStepDepth,
+      kLoadedRows, kStoredRows,        Spec::kCounts, max_experts<Spec>(), &launch<Spec>};
 }
 
 }  // namespace

@@ -68,8 +68,7 @@ class RowEpilogue {
   __device__ __forceinline__ Piece<T> piece(int i) const { return Piece<T>(base_ + i * kPieceBytes, lane_); }
 
   // This warp's rows of a row block of the tile. Half 1 is the up half where a gated activation has two.
-  __device__ __forceinline__ Strip<T> strip(void* matrix, Work const& work, int block, int halves = 1,
-                                            int half = 0) const {
+  __device__ __forceinline__ Strip<T> strip(void* matrix, Work const& work, int block, int halves = 1, int half = 0) const {
     const int first = block * kBlock + warp_ * kWarpRows, columns = args_.problem.out_columns;
     const int64_t pitch = halves * columns;
     auto* start = static_cast<T*>(matrix) + (work.row + first) * pitch + half * columns + work.column;
@@ -92,7 +91,7 @@ class RowEpilogue {
     write(piece(0), out, c);
   }
 
-  // Of an ungated activation. Gated ones have swap-AB tiles (swap_ab_epilogue.cuh).
+  // Ungated activations alone come here. Gated ones have swap-AB tiles (swap_ab_epilogue.cuh).
   __device__ __forceinline__ void store_activation(Accumulator const& acc, Work const& work, int block) const {
     static_assert(kGradient || !kGated);
     if (args_.keep_residual) {
@@ -129,9 +128,9 @@ class RowEpilogue {
     cute::cp_async_fence();
   }
 
-  // Makes the gradient of the pre-activation, which may overwrite the residual, of the accumulated gradient of hidden rows;
-  // and weighted hidden rows where kRemakes. The rows' weights enter here. Their own gradient <dhidden, hidden> leaves as one
-  // partial sum for each column tile (SonicMoE, arXiv 2512.14080).
+  // The accumulators hold the gradient of hidden rows. It becomes that of the pre-activation, which may overwrite the
+  // residual. Where kRemakes, weighted hidden rows are stored too. The rows' weights enter here, and their own gradient
+  // <dhidden, hidden> is stored as one partial sum for each column tile (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
   __device__ __forceinline__ void store_gradient(Accumulator const (&acc)[Blocks], Work const& work) const {
 #pragma unroll

@@ -8,7 +8,10 @@
 
 namespace latent_moe::sm90 {
 
-// A tile's epilogue may need: the activation, with the residual of it; the tile; the element type.
+constexpr int kLoadedRows = 64;  // of the boxes in which the rows of fwd and dgrad are loaded
+constexpr int kStoredRows = 16;  // of the boxes in which a weight gradient is stored
+
+// The kernel and its epilogues are templates over such a type and read its constants.
 template <Contraction C, Format F, Activation A, Residual R, int Rows, int Columns, int Stages, int ClusterRows,
           int ClusterColumns>
 struct Spec {
@@ -24,16 +27,19 @@ struct Spec {
   // Whether a tile of the product is half gate, half up.
   static constexpr bool kHalves = kActivates && is_gated(A);
 
-  // Whether A and B of wgmma are swapped: rows lie along its axis that may be any multiple of 8, rather than along the one of
-  // 64. Then the tiles of an expert have equal heights, which exceed its rows by little. Tiles of three column blocks gain
-  // nothing by it, because each block reads the rows from shared memory again, and small tiles are bound by reading weights.
-  // Gated activations have such an epilogue, the others have not.
-  static constexpr bool kSwapAb =
-      !kWgrad && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192;
+  // Whether wgmma's operands are swapped: rows lie along its N axis, of any multiple of 8, rather than along its M axis
+  // of 64. Then the tiles of an expert have equal heights, and multiply few rows too many. Tiles of three column blocks gain
+  // nothing, because each block reads the rows from shared memory again. Small tiles are bound by reading weights. Only
+  // plain products and gated activations have such an epilogue.
+  static constexpr bool kSwapAb = !kWgrad && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192;
 
-  // Elements of the contracted axis that a step multiplies. Half a stage, so that more of the ring is being loaded, suits
-  // large tiles of weight gradients, which wait for loads. Half a step of a smaller tile is over before the next one arrives.
+  // Elements of the contracted axis that a step multiplies. Large tiles of weight gradients wait for loads. They take steps
+  // of 32, so that more of the ring is being loaded. Such a step of a smaller tile would end before the next stage arrives.
   static constexpr int kStepDepth = kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
+
+  // Whether a counter deals out tiles, which gathering rows takes. A kernel of small tiles is bound by reading weights, each
+  // once, and saves the clearing of a counter.
+  static constexpr bool kCounts = Rows > 64;
 
   // What Schedule needs (common/schedule.cuh).
   struct Tiles {
@@ -51,12 +57,10 @@ struct Spec {
   static_assert(element_bytes(F) == 2, "epilogues pack pairs of 16-bit elements");
 };
 
-constexpr int kStoredRows = 16;  // of the boxes in which a weight gradient is stored
-
 template <class Spec>
 cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream);
 
-// How many experts' bounds fit beside the stages in an SM's shared memory.
+// How many experts fit: their bounds share an SM's shared memory with the stages.
 template <class Spec>
 int max_experts();
 

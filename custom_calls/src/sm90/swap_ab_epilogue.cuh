@@ -3,7 +3,7 @@
 //
 // The four warps of a warpgroup send 16 rows of all columns through shared memory. They transpose them on the way in, and
 // write whole blocks of a row on the way out. With a gated activation, a thread holds the gate and the up half of the same
-// element in the two blocks of columns; hidden rows become a further block, or take the place of the up half.
+// element in the two blocks of columns. Hidden rows become a third block, or take the place of the up half.
 #pragma once
 
 #include "common/schedule.cuh"
@@ -84,8 +84,8 @@ class SwapAbEpilogue {
                                   *at(lane_ / 16 * 8 + lane_ % 8, block * 8 + warp_ * 2 + lane_ / 8 % 2));
   }
 
-  // Writes the blocks `from`, ... of this warp's four rows to the columns `offset` + column, ... of a matrix, as far as there
-  // are rows (`rows`) and columns.
+  // Writes the blocks `from`, ... of this warp's four rows to the columns `offset` + column, ... of a matrix, as far as
+  // there are rows (`rows`) and columns.
   template <int Blocks>
   __device__ __forceinline__ void write(int from, void* matrix, int64_t pitch, int first, int rows, int column,
                                         int offset) const {
