@@ -43,9 +43,6 @@ SECTIONS: dict[str, Callable[[tables.Rows], str]] = {
     "errors": of_every_gpu(tables.errors, *tables.SUITES),
     "runs": of_every_gpu(tables.runs, *tables.SUITES),
     "cpu": tables.cpu_table,
-    "super kernels": lambda rows: tables.table(
-        [row for row in rows if row["shape"] == "super_up_t8192"], "kernel", DEVICE
-    ),
     "super layer": lambda rows: tables.table(
         [row for row in rows if row["shape"] == "super_t8192"], "layer", DEVICE, memory=True
     ),

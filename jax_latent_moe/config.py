@@ -54,19 +54,20 @@ class RouterConfig:
         routed_scaling_factor: multiplies the weights, or the routed output: see
             `LatentMoEConfig.apply_routed_scale_to_output`.
         correction_bias: add a float32 bias [E] to the scores for the choice alone (auxiliary-loss-free balancing).
-        selection: choose by "score" (+ bias), or by "logit" (+ bias) as marin does.
-        per_expert_scale: a learned factor per expert on the weights (FastDeploy, MaxText).
+        selection: choose by "score" plus bias, or by "logit" plus bias as marin does.
+        per_expert_scale: multiply the weights by a learned factor per expert (FastDeploy, MaxText).
         num_groups: experts form this many equal groups; 1 turns group limits off.
         topk_groups: groups that a token may choose from.
         group_score_topk: a group's score is the sum of this many of its best experts (2 in Hugging Face and K3,
             top_k // topk_groups in Megatron).
         dtype: operand type of the router matmul; scores are float32, or float64 with "float64".
         switch_loss_coef: coefficient of the Switch load-balancing loss over the whole batch.
-        sequence_loss_coef: the same per sequence (second to last axis of x), averaged over sequences.
+        sequence_loss_coef: coefficient of the same loss for each sequence (second to last axis of x), averaged over
+            sequences.
         z_loss_coef: coefficient of mean logsumexp(logits)^2.
         bias_update_rate: step of `update_correction_bias`.
         capacity_factor: an expert keeps at most ceil(capacity_factor * T * k / E) rows; None keeps all.
-        min_capacity: lower bound of that number.
+        min_capacity: the least that this limit can be, in rows.
         drop_policy: over capacity, drop the rows of lowest weight ("probs") or the last ones ("position").
     """
 
@@ -161,12 +162,13 @@ class ParallelConfig:
         fsdp_axis: mesh axis that splits tokens and every kernel, which is gathered before use.
         expert_axis: mesh axis that splits tokens and experts; the latents travel over it.
         tensor_axis: mesh axis that splits the inner width of the experts and of the shared expert.
-        dispatch: how latents reach their experts: "all_gather" of every latent and a reduce-scatter back, "all_to_all"
-            of buffers of equal size, "ragged_all_to_all" of the routed rows alone (no CPU has it), or "auto", the
-            faster of the first two by bytes and measured rates.
+        dispatch: how latents reach their experts. "all_gather" sends every latent to every device, and a
+            reduce-scatter brings the sums back. "all_to_all" sends buffers of equal size. "ragged_all_to_all" sends
+            the routed rows alone, and does not run on CPUs. "auto" takes the faster of the first two by bytes and
+            measured rates.
         capacity_factor: a device sends at most ceil(capacity_factor * T * k / n) of its T tokens' rows to each of the
-            n devices of expert_axis, rounded up to a multiple of 8; rows of least weight over that are dropped and
-            counted in `LatentMoEAux.dropped_per_expert`. None drops nothing and makes room for the worst case.
+            n devices of expert_axis, rounded up to a multiple of 8. The rows of least weight beyond that are dropped
+            and counted in `LatentMoEAux.dropped_per_expert`. None drops nothing, and buffers hold the worst case.
     """
 
     data_axis: str = "data"
@@ -208,19 +210,20 @@ class LatentMoEConfig:
             (Qwen2-MoE, Qwen3-Next).
         activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up), or one that
             `activations.register` added.
-        gelu_approximate: tanh form of gelu for "gelu" and "geglu"; False is the exact form.
-        situ_beta: b of "situ_glu" (Kimi K3).
-        situ_linear_beta: bl of "situ_glu"; None leaves the up half linear.
+        gelu_approximate: True takes the tanh form of gelu in "gelu" and "geglu", False the exact form.
+        situ_beta: bound of the gate in "situ_glu", b (Kimi K3).
+        situ_linear_beta: bound of the up half in "situ_glu", bl; None leaves the up half linear.
         latent_norm: RMSNorm over l: "pre" after down_proj (marin), "post" after the combine (Kimi K3), or "none".
-        latent_norm_eps: its epsilon.
-        apply_probs_on_input: multiply the expert's input by the weight instead of its output (Megatron); top_k = 1.
-        apply_routed_scale_to_output: multiply the routed output, after the latent norm and before up_proj, by
-            routed_scaling_factor instead of the weights (vLLM). The same function unless latent_norm="post".
+        latent_norm_eps: epsilon of that norm.
+        apply_probs_on_input: multiply the expert's input by the weight instead of its output (Megatron). It needs
+            top_k = 1.
+        apply_routed_scale_to_output: multiply the routed output by routed_scaling_factor, after the latent norm and
+            before up_proj, instead of the weights (vLLM). It changes values only with latent_norm="post".
         router: how experts are chosen.
         init: how parameters are drawn.
-        dtype: type of the computation and of y; accumulation is in float32.
+        dtype: type of the computation and of y; sums are in float32.
         param_dtype: type of the stored parameters (the correction bias is always float32).
-        backend: "auto", a backend's name, or its dataclass.
+        backend: "auto", a backend's name ("xla", "pallas", "cutlass") or its dataclass.
         parallel: how the layer is spread over a mesh; None leaves that to XLA's own partitioning.
     """
 

@@ -15,6 +15,7 @@ from jax_latent_moe import native
 from tests.engineering.sandbox import ROOT
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+LINKED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")), *ROOT.glob("benchmarks/results/**/*.md")]
 PUBLIC = (
     "jax_latent_moe",
     "jax_latent_moe.cost",
@@ -102,7 +103,13 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page):
         assert expected in (None, output), code
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("block", [code for code, _ in python_blocks((ROOT / "README.md").read_text())])
+def test_a_block_of_the_readme_runs_alone_from_any_folder(block, tmp_path):
+    run = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=cpu_alone(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     assert not [target for target in targets if "://" not in target and not (page.parent / target).exists()]
@@ -117,7 +124,10 @@ def test_the_tables_of_fields_are_those_of_the_dataclasses():
     assert tables.PAGE.read_text() == tables.render(tables.PAGE.read_text()), "run docs/config_tables.py"
 
 
-def test_the_readme_names_targets_that_exist():
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M))
+@pytest.mark.parametrize(
+    ("page", "expected"), [("README.md", {"train", "test"}), ("CONTRIBUTING.md", {"test", "lint", "docs"})]
+)
+def test_a_page_names_targets_that_exist(page, expected):
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / page).read_text(), re.M))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert {"train", "test"} <= named <= targets
+    assert expected <= named <= targets

@@ -10,16 +10,15 @@ from jax_latent_moe.grouped_matmul.sm90 import FUSE, Fuse
 class CutlassTile:
     """Tile and schedule of a compiled kernel of the `cutlass` backend; only the combinations that were compiled run.
 
-    A tile of more than 192 x 128 elements is shared by both warpgroups of a SM, which otherwise take tiles
-    in turn, one storing while the other multiplies.
+    The two warpgroups of an SM take tiles in turn: one stores while the other multiplies.
 
     Attributes:
-        rows: rows of a tile; in wgrad, the first feature axis (K).
-        columns: output columns of a tile; in wgrad, the second feature axis (N).
+        rows: rows of a tile; in wgrad, its part of the first feature axis (K).
+        columns: output columns of a tile; in wgrad, its part of the second feature axis (N).
         stages: loads in flight, in a ring through shared memory.
-        cluster_rows: SMs, one above the other, that share the loads of a column tile (wgrad only).
-        cluster_columns: SMs, side by side, that share the loads of a row tile.
-        rows_first: walk down the rows of an expert before its columns (not in wgrad).
+        cluster_rows: SMs whose tiles lie one above the other and share the loads of a column tile (wgrad only).
+        cluster_columns: SMs whose tiles lie side by side and share the loads of a row tile.
+        rows_first: whether tiles go down the rows of an expert before they go along its columns (not in wgrad).
     """
 
     rows: int = 128
@@ -40,11 +39,11 @@ class CutlassBackend:
     """Expert matmuls as compiled Hopper kernels on CUTLASS' instruction wrappers, behind XLA FFI custom calls.
 
     Attributes:
-        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured one for the
-            shape, or a heuristic.
+        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured tile of the shape, or a
+            heuristic's.
         wgrad_tile: tile of wgrad; None likewise.
-        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
-            where they were measured, "always" all that were compiled, which takes the least memory, "never" none.
+        fuse: which activations and gradients run inside of a product. "measured" takes those that gained time where
+            they were measured. "always" takes all that were compiled, and needs the least memory. "never" takes none.
     """
 
     matmul_tile: CutlassTile | None = None

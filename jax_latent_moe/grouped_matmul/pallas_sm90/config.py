@@ -20,7 +20,7 @@ class PallasMatmulTile:
         columns: output columns of a tile, a multiple of 64.
         stages: loads in flight, in a ring through shared memory.
         store_buffers: buffers through which a tile is stored, 64 columns each.
-        band: row tiles that are walked together, column by column.
+        band: row tiles that are done together, column by column.
         cluster: SMs, 1 or 2, that share the loads of one row tile.
     """
 
@@ -41,8 +41,8 @@ class PallasWgradTile:
     """Tile and schedule of the Pallas kernel for wgrad.
 
     Attributes:
-        rows: tile of the first feature axis (K), 64, 128 or 192.
-        columns: tile of the second feature axis (N), a multiple of 64.
+        rows: a tile's part of the first feature axis (K), 64, 128 or 192.
+        columns: a tile's part of the second feature axis (N), a multiple of 64.
         stages: loads in flight, in a ring through shared memory.
         store_buffers: buffers through which a tile is stored, 64 columns each.
         cluster: SMs, 1 or 2, that share the loads of one column tile.
@@ -88,11 +88,11 @@ class PallasBackend:
     """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs.
 
     Attributes:
-        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured one for the
-            shape, or a heuristic.
+        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured tile of the shape, or a
+            heuristic's.
         wgrad_tile: tile of wgrad; None likewise.
-        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
-            where they were measured, "always" all, which takes the least memory, "never" none.
+        fuse: which activations and gradients run inside of a product. "measured" takes those that gained time where
+            they were measured. "always" takes all, and needs the least memory. "never" takes none.
     """
 
     matmul_tile: PallasMatmulTile | None = None
