@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_latent_moe import native
-from tests import seeds
+from tests import kernels, seeds
 
 hypothesis.settings.register_profile("tests", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("tests")
@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("tests")
 def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", 8)  # for tests/parallel; the others use the first
     os.environ.setdefault(seeds.VARIABLE, str(secrets.randbelow(2**31)))  # workers of xdist inherit it
-    os.environ["JAX_LATENT_MOE_TUNING"] = os.path.join(os.sep, "nonexistent", "tuning.json")  # the user's own tiles
+    os.environ["JAX_LATENT_MOE_TUNING"] = os.path.join(os.sep, "nonexistent", "tuning")  # the user's own tiles
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = os.environ[seeds.VARIABLE]
 
@@ -49,6 +49,17 @@ def library_at(monkeypatch):
     yield look
     monkeypatch.undo()
     native.library.cache_clear()
+
+
+@pytest.fixture
+def install_library(monkeypatch):
+    """Has the package find a library written by hand, a whole one until another is given: `install_library(other)`."""
+
+    def install(found: native.Library):
+        monkeypatch.setattr(native, "library", lambda: found)
+
+    install(kernels.WHOLE)
+    return install
 
 
 @pytest.fixture

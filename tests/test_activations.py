@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.activations import activate, activation_of_kept, keeps_hidden
+from jax_latent_moe.activations import activate, hidden_and_pullback
 from tests.cases import DTYPES, TOY
 from tests.oracle.activations import activation
 from tests.tolerances import assert_close
@@ -45,7 +45,7 @@ def test_values_and_slopes(rng, variant, dtype):
     pre = pre_activations(rng, config, dtype)
     hidden, slope = oracle(config, pre)
     flat = jnp.asarray(pre).reshape(9, -1)
-    out, pullback = jax.vjp(lambda p: activate(p, config), flat)
+    out, pullback = jax.vjp(lambda p: activate(p, config.bound_activation), flat)
     assert out.dtype == jnp.float32
     assert_close(out, hidden, "float32")
     (gradient,) = pullback(jnp.ones_like(out))
@@ -55,26 +55,43 @@ def test_values_and_slopes(rng, variant, dtype):
 
 @every_variant
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_kept_tells_values_and_slopes(rng, variant, dtype):
-    """Of relu2 the hidden rows as rounded, of others the pre-activation."""
+def test_a_residual_gives_values_and_slopes(rng, variant, dtype):
+    """The pre-activation of each activation, and relu2's hidden rows as rounded."""
     config = dataclasses.replace(TOY, **VARIANTS[variant])
-    pre = pre_activations(rng, config, dtype)
+    activation, pre = config.bound_activation, pre_activations(rng, config, dtype)
     hidden, slope = oracle(config, pre)
-    kept = hidden if keeps_hidden(config) else pre
-    value, pull = activation_of_kept(jnp.asarray(kept.reshape(9, -1), dtype), config)
-    assert value.dtype == jnp.float32
-    gradient = pull(jnp.ones_like(value))
-    tolerance = dtype if keeps_hidden(config) else "float32"
-    assert_close(value, hidden, tolerance)
-    assert_close(gradient.reshape(pre.shape), slope, dtype)
-    assert keeps_hidden(config) == (variant == "relu2")
+    for residual, kept, tolerance in (("pre", pre, "float32"), ("hidden", hidden, dtype)):
+        if residual in activation.definition.residuals:
+            value, pull = hidden_and_pullback(jnp.asarray(kept.reshape(9, -1), dtype), residual, activation)
+            gradient = pull(jnp.ones_like(value))
+            assert value.dtype == gradient.dtype == jnp.float32
+            assert_close(value, hidden, tolerance, residual)
+            assert_close(gradient.reshape(pre.shape), slope, tolerance, residual)
+
+
+def test_the_residual_is_the_smallest_that_the_gradient_can_be_made_of():
+    kept = {
+        variant: dataclasses.replace(TOY, **fields).bound_activation.definition.residuals
+        for variant, fields in VARIANTS.items()
+    }
+    gate = "gate_hidden", "pre"
+    assert kept == {
+        "relu2": ("hidden", "pre"),
+        "gelu": ("pre",),
+        "gelu-tanh": ("pre",),
+        "swiglu": gate,
+        "geglu": gate,
+        "geglu-tanh": gate,
+        "situ": ("pre",),
+        "situ-linear": ("pre",),
+    }
 
 
 def test_the_slope_of_hidden_rows_can_be_differentiated_at_zero():
     """The root's own derivative is infinite there, and a second derivative would be NaN."""
 
     def slope(hidden):
-        return activation_of_kept(hidden, TOY)[1](jnp.ones_like(hidden)).sum()
+        return hidden_and_pullback(hidden, "hidden", TOY.bound_activation)[1](jnp.ones_like(hidden)).sum()
 
     assert TOY.activation == "relu2"
     np.testing.assert_array_equal(jax.grad(slope)(jnp.array([0.0, 1.0, 4.0])), [0.0, 1.0, 0.5])
@@ -85,7 +102,7 @@ def test_float64(rng, variant):
     config = dataclasses.replace(TOY, **VARIANTS[variant])
     pre = pre_activations(rng, config, "float64")
     with jax.enable_x64(True):
-        out = activate(jnp.asarray(pre).reshape(9, -1), config)
+        out = activate(jnp.asarray(pre).reshape(9, -1), config.bound_activation)
         assert out.dtype == jnp.float64
         assert_close(out, oracle(config, pre)[0], "float64")
 
@@ -93,7 +110,8 @@ def test_float64(rng, variant):
 def test_gelu_is_exact_unless_asked():
     """gelu(1) = Phi(1): its tanh form is off in the fourth digit."""
     exact, approximate = (
-        float(activate(jnp.ones(1), dataclasses.replace(TOY, **VARIANTS[v]))[0]) for v in ("gelu", "gelu-tanh")
+        float(activate(jnp.ones(1), dataclasses.replace(TOY, **VARIANTS[v]).bound_activation)[0])
+        for v in ("gelu", "gelu-tanh")
     )
     assert exact == pytest.approx(0.8413447, abs=1e-6)
     assert approximate == pytest.approx(0.8411920, abs=1e-6)
@@ -101,4 +119,4 @@ def test_gelu_is_exact_unless_asked():
 
 def test_the_gate_is_the_first_half():
     pre = jnp.array([-30.0, -30.0, 2.0, 3.0])
-    assert not np.asarray(activate(pre, dataclasses.replace(TOY, activation="geglu"))).any()
+    assert not np.asarray(activate(pre, dataclasses.replace(TOY, activation="geglu").bound_activation)).any()

@@ -1,6 +1,7 @@
-"""How a backend is chosen: a named one runs or says why not, "auto" takes the first that can, `explain` tells."""
+"""How a backend is chosen: a named one runs or says why not, "auto" takes the first that can, `explain` says so."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,21 @@ import numpy as np
 import pytest
 
 from jax_latent_moe import ConfigError, CutlassBackend, InputError, PallasBackend, UnsupportedError, XlaBackend
-from jax_latent_moe.grouped_matmul import GatheredRows, explain, grouped_matmul, problem, reference, select
-from jax_latent_moe.grouped_matmul import rows as row_tables
+from jax_latent_moe.activations import BoundActivation
+from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.grouped_matmul import (
+    Epilogue,
+    GatheredRows,
+    Operand,
+    explain,
+    grouped_matmul,
+    operands,
+    problem,
+    reference,
+    select,
+)
 from jax_latent_moe.grouped_matmul.registry import AUTO
+from tests.kernels import H100, H200, PLAIN, library
 from tests.tolerances import assert_close
 
 PROBLEM = problem("fwd", 64, (4, 8, 16), jnp.bfloat16)
@@ -18,17 +31,50 @@ ARRAYS = np.ones((6, 4), np.float32), np.ones((3, 4, 5), np.float32), np.array([
 
 
 def test_a_problem_describes_the_call():
-    assert dataclasses.asdict(PROBLEM) | {"device_kind": ""} == {
+    dense = {"format": "bfloat16", "layout": "dense"}
+    assert dataclasses.asdict(PROBLEM) == {
         "contraction": "fwd",
         "num_rows": 64,
         "num_experts": 4,
-        "in_features": 8,
-        "out_features": 16,
-        "dtype": "bfloat16",
-        "platform": PROBLEM.platform,
-        "device_kind": "",
-        "activation": None,
+        "k": 8,
+        "n": 16,
+        "lhs": dense,
+        "rhs": dense,
+        "out": dense,
+        "device": dataclasses.asdict(current_device()),
+        "epilogue": None,
     }
+    hash(PROBLEM)
+
+
+def test_a_problem_is_told_in_one_line():
+    epilogue = Epilogue(BoundActivation("situ_glu", (("situ_beta", 4.0),)), "pre")
+    asked = problem(
+        "dgrad", 64, (4, 8, 16), "float16", lhs=Operand("float16", "gathered"), rhs=Operand("int4"), epilogue=epilogue
+    )
+    assert str(asked) == (
+        "dgrad with situ_glu(situ_beta=4.0) keeping pre of gathered float16 and int4 to float16, "
+        "64 rows, 4 experts of 8 x 16"
+    )
+    assert str(asked.plain()) == str(asked).replace(" with situ_glu(situ_beta=4.0) keeping pre", "")
+    assert str(asked.dense()) == str(asked).replace("gathered float16", "float16")
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "architecture"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", "sm90"),
+        ("gpu", "NVIDIA H200", "sm90"),
+        ("gpu", "NVIDIA GH200 480GB", "sm90"),
+        ("gpu", "NVIDIA H20", "sm90"),
+        ("gpu", "NVIDIA B200", "gpu"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "gpu"),
+        ("cpu", "H100", "cpu"),
+        ("tpu", "TPU v5 lite", "tpu"),
+    ],
+)
+def test_kernels_are_chosen_by_architecture(platform, kind, architecture):
+    assert Device(platform, kind).architecture == architecture
 
 
 @pytest.mark.parametrize("backend", [PallasBackend(), CutlassBackend(), "pallas", "cutlass"])
@@ -54,19 +100,70 @@ def test_names_mean_their_defaults():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "a platform of next year"])
 def test_auto_ends_with_a_backend_that_runs_anything(platform):
-    elsewhere = dataclasses.replace(PROBLEM, platform=platform)
-    assert select(elsewhere, "auto").supports(elsewhere) is None
-    for config in AUTO.get(platform, ()):
-        assert f"{config!r}" in explain(elsewhere) or select(elsewhere).config != config
+    elsewhere = dataclasses.replace(PROBLEM, device=Device(platform, "of any kind"))
+    chosen = select(elsewhere, "auto").backend
+    assert chosen.supports(elsewhere) is None
+    asked = [line.strip() for line in explain(elsewhere).splitlines()[1:]]
+    configs = AUTO.get(platform, (XlaBackend(),))
+    assert len(asked) == len(configs)
+    for line, config in zip(asked, configs, strict=True):
+        assert line.startswith(f"{config!r} runs it" if config == chosen.config else f"{config!r} refuses: ")
 
 
-def test_explain_says_who_was_asked_and_what_they_said():
-    lines = explain(dataclasses.replace(PROBLEM, platform="gpu")).splitlines()
-    assert "rows_w on gpu" in lines[0]
+def test_explain_lists_the_backends_that_were_asked_and_their_answers():
+    lines = explain(dataclasses.replace(PROBLEM, device=Device("gpu", "NVIDIA A100-SXM4-80GB"))).splitlines()
+    assert lines[0] == (
+        "fwd of bfloat16 and bfloat16 to bfloat16, 64 rows, 4 experts of 8 x 16 on gpu (NVIDIA A100-SXM4-80GB), "
+        "backend='auto':"
+    )
     assert lines[1].strip().startswith("CutlassBackend(")
-    assert all("refuses: " in line or "runs it" in line for line in lines[1:])
-    assert lines[-1].endswith("runs it")
+    assert all(" refuses: " in line for line in lines[1:-1])
+    assert lines[-1].strip() == f"{XlaBackend()!r} runs it"
     assert "refuses: its kernels are for NVIDIA Hopper GPUs" in explain(PROBLEM, PallasBackend())
+
+
+@pytest.mark.usefixtures("install_library")
+def test_explain_prints_the_whole_decision():
+    """Backend, tile, where the tile comes from, the epilogue, and where rows are gathered."""
+    epilogue, gathered = Epilogue(BoundActivation("relu2"), "hidden"), Operand("bfloat16", "gathered")
+    asked = problem("fwd", 180224, (512, 1024, 2688), "bfloat16", lhs=gathered, epilogue=epilogue, device=H200)
+    asked_of = "fwd with relu2 keeping hidden of gathered bfloat16 and bfloat16 to bfloat16, 180224 rows, 512 experts"
+    assert explain(asked).splitlines() == [
+        f"{asked_of} of 1024 x 2688 on gpu (NVIDIA H200), backend='auto':",
+        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured') runs it",
+        "  tile: CutlassTile(rows=128, columns=192, stages=5, cluster_rows=1, cluster_columns=2, rows_first=True), "
+        "from a heuristic: no table has this problem",
+        "  lhs: gathered in the kernel",
+    ]
+    assert explain(asked, "pallas").splitlines()[1:] == [
+        "  PallasBackend(matmul_tile=None, wgrad_tile=None, fuse='measured') runs it",
+        "  tile: PallasMatmulTile(rows=128, columns=192, stages=4, store_buffers=2, band=1, cluster=2), "
+        "from a heuristic: no table has this problem",
+        "  lhs: gathered before the kernel",
+    ]
+    few = dataclasses.replace(asked, k=2688, n=512, epilogue=None)
+    assert "  lhs: gathered before the kernel" in explain(few).splitlines()
+    columns = dataclasses.replace(few, lhs=Operand("bfloat16", "columns"))
+    assert "  lhs: cut out of wider rows in the kernel" in explain(columns).splitlines()
+    assert "  lhs: cut out of wider rows before the kernel" in explain(columns, "pallas").splitlines()
+    both = dataclasses.replace(few, contraction="wgrad", n=1024, rhs=gathered)
+    assert explain(both).splitlines()[-2:] == ["  lhs: gathered in the kernel", "  rhs: gathered before the kernel"]
+    dense = dataclasses.replace(both, lhs=Operand("bfloat16"), device=H100)
+    assert explain(dense).splitlines()[-2:] == [
+        "  tile: CutlassTile(rows=192, columns=128, stages=4, cluster_rows=2, cluster_columns=1, rows_first=False), "
+        "from the committed table of NVIDIA H100 80GB HBM3, measured at 180224 rows",
+        "  rhs: gathered in the kernel",
+    ]
+
+
+def test_a_table_s_tile_that_was_not_compiled_is_said(install_library):
+    asked = problem("fwd", 180224, (512, 1024, 2688), "bfloat16", device=H200)
+    (tile,) = {line for line in explain(asked, "cutlass").splitlines() if "tile: " in line}
+    assert "from the committed table of NVIDIA H200" in tile
+    install_library(library(*(name for name in PLAIN if "64x128x8" in name)))
+    (tile,) = {line for line in explain(asked, "cutlass").splitlines() if "tile: " in line}
+    assert "from a heuristic: no kernel has CutlassTile(" in tile
+    assert "of the committed table of NVIDIA H200, measured at 180224 rows" in tile
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -104,13 +201,15 @@ def test_rows_named_in_a_table_are_those_gathered_before(rng, transpose_w, weigh
 
 def test_tables_have_gradients_where_rows_are_gathered_in_pairs(rng, monkeypatch):
     """On a GPU two elements are gathered as one integer, through which no derivative would pass."""
-    monkeypatch.setattr(row_tables, "default_device", lambda: ("gpu", "NVIDIA H200"))
+    for module in (operands, inspect.getmodule(problem)):
+        monkeypatch.setattr(module, "current_device", lambda: H200)
     table, w = jnp.asarray(rng.normal(size=(4, 6)), jnp.bfloat16), jnp.ones((1, 6, 2), jnp.bfloat16)
 
     def total(table, weights):
         rows = GatheredRows(table, jnp.asarray([2, 0, 2]), weights)
         return jnp.sum(grouped_matmul(rows, w, jnp.asarray([3]), backend="xla"), dtype=jnp.float32)
 
+    assert "bitcast_convert_type" in str(jax.make_jaxpr(total)(table, None))
     dtable, dweights = jax.grad(total, (0, 1))(table, jnp.asarray([1.0, 2.0, 4.0]))
     np.testing.assert_array_equal(np.float64(dtable), np.array([[4.0], [0], [10], [0]]) * np.ones(6))
     expected = 2 * np.float64(table)[[2, 0, 2]].sum(axis=1)

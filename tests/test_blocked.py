@@ -1,4 +1,4 @@
-"""Blocked products with as many blocks a step as an accelerator takes: a CPU takes few by itself."""
+"""Blocked products with as many blocks a step as a GPU takes: a CPU takes few by itself."""
 
 import functools
 import itertools
@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from jax_latent_moe.grouped_matmul import blocked
+from jax_latent_moe.device import current_device
+from jax_latent_moe.grouped_matmul.xla import blocked
 from tests.cases import DTYPES
-from tests.conformance.backends import oracle_matmul, oracle_wgrad, random_group_sizes
+from tests.conformance.oracle import oracle_matmul, oracle_wgrad, random_group_sizes
 from tests.tolerances import assert_close
 
 EXPERTS, K, N, ROWS = 6, 4, 3, 22
@@ -18,13 +19,14 @@ BLOCKS_PER_STEP = [1, 2, 3, 64]
 
 @pytest.fixture(scope="module", params=BLOCKS_PER_STEP, ids=lambda blocks: f"{blocks} blocks a step")
 def products(request):
-    """Jitted matmul and outer product, traced with that many blocks a step."""
+    """Jitted matmul and wgrad, traced with that many blocks a step."""
     step_bytes = request.param * K * N * np.dtype(np.float32).itemsize
     sizes = blocked._Sizes(rows=(2, 4), matmul_bytes=step_bytes, wgrad_bytes=step_bytes)
-    matmul = functools.partial(blocked.blocked_matmul, transpose_w=False, block_rows=None)
+    settings = dict(block_rows=None, device=current_device())
+    matmul = functools.partial(blocked.blocked_matmul, transpose_w=False, **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "_platform_sizes", lambda: sizes)
-        yield jax.jit(matmul), jax.jit(functools.partial(blocked.blocked_wgrad, block_rows=None))
+        patch.setattr(blocked, "_sizes", lambda device: sizes)
+        yield jax.jit(matmul), jax.jit(functools.partial(blocked.blocked_wgrad, **settings))
 
 
 def draw(rng, dtype="float32"):
@@ -32,9 +34,9 @@ def draw(rng, dtype="float32"):
 
 
 def check(products, rows, w, group_sizes, dout, dtype="float32"):
-    matmul, outer = products
+    matmul, wgrad = products
     assert_close(matmul(rows, w, group_sizes), oracle_matmul(rows, w, group_sizes), dtype, f"sizes {group_sizes}")
-    assert_close(outer(rows, dout, group_sizes), oracle_wgrad(rows, dout, group_sizes), dtype, f"sizes {group_sizes}")
+    assert_close(wgrad(rows, dout, group_sizes), oracle_wgrad(rows, dout, group_sizes), dtype, f"sizes {group_sizes}")
 
 
 def test_every_pattern_of_empty_experts(rng, products):
@@ -63,9 +65,9 @@ def test_rows_beyond_the_groups_leak_nowhere(rng, products):
     group_sizes = random_group_sizes(rng, EXPERTS, ROWS - 5)
     expected = oracle_matmul(rows, w, group_sizes), oracle_wgrad(rows, dout, group_sizes)
     rows[-5:], dout[-5:] = np.nan, np.nan
-    matmul, outer = products
+    matmul, wgrad = products
     assert_close(matmul(rows, w, group_sizes), expected[0], "float32")
-    assert_close(outer(rows, dout, group_sizes), expected[1], "float32")
+    assert_close(wgrad(rows, dout, group_sizes), expected[1], "float32")
 
 
 def test_a_row_of_nan_stays_with_its_expert(rng, products):

@@ -15,7 +15,6 @@ from jax_latent_moe import (
     RouterConfig,
     XlaBackend,
 )
-from jax_latent_moe.grouped_matmul import FusedActivation
 from tests.cases import TOY
 
 BAD_LAYERS = [
@@ -115,7 +114,6 @@ def test_bad_router_is_refused(fields, message):
         (XlaBackend, dict(method="dense"), "XlaBackend.method='dense' is unknown: use one of 'blocked', 'ragged_dot'"),
         (XlaBackend, dict(block_rows=0), "XlaBackend.block_rows=0 must be"),
         (XlaBackend, dict(method="ragged_dot", block_rows=8), "XlaBackend.block_rows=8 needs method='blocked'"),
-        (FusedActivation, dict(name="gelu_exact"), "FusedActivation.name='gelu_exact' is unknown: use one of 'relu2'"),
         (PallasBackend, dict(fuse="sometimes"), "PallasBackend.fuse='sometimes' is unknown: use one of 'measured'"),
         (CutlassBackend, dict(fuse="sometimes"), "CutlassBackend.fuse='sometimes' is unknown: use one of 'measured'"),
     ],

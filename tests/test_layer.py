@@ -11,7 +11,7 @@ from jax_latent_moe import RouterConfig, init_params, latent_moe, presets
 from jax_latent_moe.config import SCORE_FUNCTIONS
 from tests import cases, seeds
 from tests.cases import TOY
-from tests.conformance.backends import every_backend
+from tests.conformance.rows import every_row
 from tests.layers import cast, check_against_oracle, run
 from tests.parallel.meshes import WHOLE_MATRIX
 from tests.tolerances import assert_close
@@ -69,10 +69,11 @@ def test_float64(rng, config):
         check_against_oracle(cases.random_inputs(rng, config, (9,)))
 
 
-@every_backend
+@every_row
 @pytest.mark.parametrize("config", [NEMOTRON, KIMI], ids=["plain", "gated"])
-def test_every_backend(rng, backend, config):
-    config = dataclasses.replace(config, backend=backend)
+def test_every_backend(rng, row, config):
+    sizes = {name: row.size(getattr(config, name)) for name in ("latent_size", "expert_intermediate_size")}
+    config = dataclasses.replace(config, **sizes, backend=row.backend, dtype=row.dtype)
     check_against_oracle(cases.random_inputs(rng, config, (2, 7), masked=True, replay=True))
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_latent_moe.device import Device
 from jax_latent_moe.routing import router
 from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
 
@@ -62,7 +63,7 @@ def test_the_router_takes_it_on_a_gpu_alone(rng, monkeypatch):
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     programs = []
     for platform in ("cpu", "gpu"):
-        monkeypatch.setattr(router, "default_device", lambda platform=platform: (platform, ""))
+        monkeypatch.setattr(router, "current_device", lambda platform=platform: Device(platform, ""))
         assert relative_error(router.router_logits(x, kernel, "float32"), exact) < 1e-6
         programs.append(str(jax.make_jaxpr(lambda x, k: router.router_logits(x, k, "float32"))(x, kernel)))
     assert ["reduce_precision" in program for program in programs] == [False, True]

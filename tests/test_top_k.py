@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend, native
-from jax_latent_moe.native import library
+from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend
+from jax_latent_moe.routing import compiled
 from jax_latent_moe.routing.top_k import MOST_SCORES, top_k_ids
+from tests.kernels import A100, H100, H200
 
-needs_library = pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")
 KERNEL = "@latent_moe_top_k("
 
 
@@ -24,26 +24,26 @@ def lowered(scores, backend):
     return function.trace(scores).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@needs_library
+@pytest.mark.usefixtures("install_library")
 @pytest.mark.parametrize(
-    ("kind", "backend", "dtype", "experts", "takes_it"),
+    ("device", "backend", "dtype", "experts", "takes_it"),
     [
-        ("NVIDIA H200", "auto", "float32", 512, True),
-        ("NVIDIA H100 80GB HBM3", CutlassBackend(), "float32", MOST_SCORES, True),
-        ("NVIDIA H200", PallasBackend(), "float32", 512, False),
-        ("NVIDIA H200", XlaBackend(), "float32", 512, False),
-        ("NVIDIA H200", "auto", "bfloat16", 512, False),
-        ("NVIDIA H200", "auto", "float32", MOST_SCORES + 1, False),
-        ("NVIDIA A100-SXM4-80GB", "auto", "float32", 512, False),
+        (H200, "auto", "float32", 512, True),
+        (H100, CutlassBackend(), "float32", MOST_SCORES, True),
+        (H200, PallasBackend(), "float32", 512, False),
+        (H200, XlaBackend(), "float32", 512, False),
+        (H200, "auto", "bfloat16", 512, False),
+        (H200, "auto", "float32", MOST_SCORES + 1, False),
+        (A100, "auto", "float32", 512, False),
     ],
 )
-def test_the_kernel_is_taken_where_it_runs(monkeypatch, kind, backend, dtype, experts, takes_it):
-    monkeypatch.setattr(native, "default_device", lambda: ("gpu", kind))
+def test_the_kernel_is_taken_where_it_runs(monkeypatch, device, backend, dtype, experts, takes_it):
+    monkeypatch.setattr(compiled, "current_device", lambda: device)
     scores = jax.ShapeDtypeStruct((64, experts), dtype)
     assert (KERNEL in lowered(scores, backend)) == takes_it
 
 
 def test_without_the_library_xla_sorts(monkeypatch, library_at, tmp_path):
-    monkeypatch.setattr(native, "default_device", lambda: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(compiled, "current_device", lambda: H200)
     library_at(tmp_path / "nothing.so")
     assert KERNEL not in lowered(jax.ShapeDtypeStruct((64, 512), "float32"), "auto")

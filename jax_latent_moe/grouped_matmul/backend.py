@@ -31,12 +31,16 @@ class Backend(abc.ABC):
         """Runs a problem that it supports, with one of its tiles."""
 
     def tiles(self, problem: Problem) -> tuple[Any, ...]:
-        """The tiles that can run the problem, the heuristic's first; empty where there is no choice.
+        """The tiles that `tune` times for the problem, the heuristic's first; empty where there is no choice.
 
-        A tile is a frozen dataclass. `tune` times all of them.
+        A tile is a frozen dataclass.
         """
         del problem
         return ()
+
+    def has_tile(self, problem: Problem, tile: Any) -> bool:
+        """Whether a kernel runs the problem with a tile that a table names."""
+        return tile in self.tiles(problem)
 
     def given_tile(self, problem: Problem) -> Any:
         """The tile that the config names for the problem, or None."""

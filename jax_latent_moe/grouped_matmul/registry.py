@@ -190,6 +190,6 @@ def _tile(backend, problem):
     if found is None:
         return tiles[0], "a heuristic: no table has this problem"
     tile, source = found
-    if tile not in tiles:
+    if not backend.has_tile(problem, tile):
         return tiles[0], f"a heuristic: no kernel has {tile!r} of {source}"
     return tile, source

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from jax_latent_moe import ParallelConfig, UnsupportedError, latent_moe
+from jax_latent_moe.device import Device
 from jax_latent_moe.parallel import choice
 from tests import cases, layers
 from tests.parallel import ragged
@@ -18,7 +19,7 @@ RAGGED = dataclasses.replace(BASE, parallel=ParallelConfig(dispatch="ragged_all_
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(choice, "default_device", lambda: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(choice, "current_device", lambda: Device("gpu", "NVIDIA H200"))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

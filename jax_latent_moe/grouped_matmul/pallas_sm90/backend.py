@@ -40,6 +40,10 @@ class Pallas(Backend):
         """See `Backend.tiles`."""
         return pallas_tiles.tiles(problem)
 
+    def has_tile(self, problem, tile):
+        """See `Backend.has_tile`: plain kernels are built for any tile."""
+        return problem.epilogue is None or super().has_tile(problem, tile)
+
     def given_tile(self, problem):
         """See `Backend.given_tile`."""
         if problem.epilogue is not None:

@@ -1,0 +1,42 @@
+"""Libraries of compiled kernels written by hand: what the package chooses and calls can be tested without a GPU."""
+
+from jax_latent_moe import native
+from jax_latent_moe.device import Device
+
+H200, H100 = Device("gpu", "NVIDIA H200"), Device("gpu", "NVIDIA H100 80GB HBM3")
+A100, CPU = Device("gpu", "NVIDIA A100-SXM4-80GB"), Device("cpu", "cpu")
+
+MAX_EXPERTS = 896
+MATMUL = ("128x192x5.1x2", "192x128x5.1x2", "128x128x6.1x2", "64x192x6.1x1", "64x128x8.1x1")
+WGRAD = ("128x192x4.1x2", "192x128x4.2x1", "128x128x6.1x2")
+RESIDUAL = {
+    "relu2": "hidden",
+    "gelu": "pre",
+    "gelu_tanh": "pre",
+    "swiglu": "gate_hidden",
+    "geglu": "gate_hidden",
+    "geglu_tanh": "gate_hidden",
+    "situ_glu": "pre",
+}
+"""What the kernels of each activation keep, and make the gradient of."""
+
+PLAIN = tuple(
+    f"sm90.{contraction}.{format}.{tile}"
+    for format in ("bf16", "f16")
+    for contraction, tiles in (("fwd", MATMUL), ("dgrad", MATMUL), ("wgrad", WGRAD))
+    for tile in tiles
+)
+FUSED = tuple(
+    f"sm90.{contraction}.bf16.{activation}:{residual}.128x{columns}x5.1x2"
+    for activation, residual in RESIDUAL.items()
+    for contraction, columns in (("fwd", 192), ("dgrad", 128))
+)
+
+
+def library(*names: str, max_experts: int = MAX_EXPERTS, **more: int) -> native.Library:
+    """A library of these kernels, each for as many experts."""
+    return native.Library(dict.fromkeys(names, max_experts) | more, None)
+
+
+WHOLE = library(*PLAIN, *FUSED)
+"""Kernels of every contraction, activation and size of tile."""
