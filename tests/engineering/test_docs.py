@@ -15,7 +15,7 @@ from jax_latent_moe import native
 from tests.engineering.sandbox import ROOT
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
-LINKED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")), *ROOT.glob("benchmarks/results/**/*.md")]
+LINKED = [*PAGES, *sorted(ROOT.glob("C*.md")), *sorted(ROOT.glob("benchmarks/results/**/*.md"))]
 PUBLIC = (
     "jax_latent_moe",
     "jax_latent_moe.cost",
