@@ -17,6 +17,7 @@ from jax_latent_moe.grouped_matmul.fused import FusedActivation
 from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, gathered, scattered
 from jax_latent_moe.grouped_matmul.problem import Problem, problem
 from jax_latent_moe.grouped_matmul.registry import Backend, FusingBackend, explain, select, select_fusing
+from jax_latent_moe.varying import varying
 
 __all__ = [
     "Backend",
@@ -70,6 +71,7 @@ def grouped_matmul(
         )
     _check_same_dtype(rows=rows, w=w)
     group_sizes = _check_group_sizes(group_sizes, w.shape[0], rows.shape[0])
+    rows, w = varying((rows, w), rows, w, group_sizes)
     return _matmul(as_backend(backend), transpose_w, rows, w, group_sizes)
 
 
@@ -101,6 +103,7 @@ def grouped_wgrad(
         raise InputError(f"rows of shape {rows.shape} and dout of shape {dout.shape} must have as many rows.")
     _check_same_dtype(rows=rows, dout=dout)
     group_sizes = _check_group_sizes(group_sizes, None, rows.shape[0])
+    rows, dout = varying((rows, dout), rows, dout, group_sizes)
     return _outer(as_backend(backend), rows, dout, group_sizes)
 
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.device import default_device
+from jax_latent_moe.varying import varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def blocked_matmul(
         )
         return out.at[row].set(product.astype(out.dtype), mode="drop", unique_indices=True), None
 
-    return lax.scan(step, out, steps)[0]
+    return lax.scan(step, varying(out, rows, w, group_sizes), steps)[0]
 
 
 def blocked_wgrad(
@@ -90,7 +91,7 @@ def blocked_wgrad(
         return (out, product[-1], expert[-1]), None
 
     carry = (out, jnp.zeros(out.shape[1:], wide), jnp.full((), -1, jnp.int32))
-    return lax.scan(step, carry, steps)[0][0]
+    return lax.scan(step, varying(carry, rows, dout, group_sizes), steps)[0][0]
 
 
 def _sum_within_expert(left, right):
