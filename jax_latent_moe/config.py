@@ -5,14 +5,15 @@ in what they compute, the difference is a field here.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_type_hints
 
 from jax_latent_moe import checks
 from jax_latent_moe.activations import ACTIVATIONS, BoundActivation
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassBackend, CutlassTile
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasBackend, PallasMatmulTile, PallasWgradTile
-from jax_latent_moe.grouped_matmul.registry import BackendConfig, as_backend
+from jax_latent_moe.grouped_matmul.registry import BACKENDS, BackendConfig, as_backend, name_of
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
 
 __all__ = [
@@ -41,6 +42,17 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 DISPATCHES = ("auto", "all_gather", "all_to_all", "ragged_all_to_all")
 
+NORM_EPS = (1e-30, 1e6)
+"""Range of a sum's epsilon in which its square, times 2^80, is a float32 number; 0 is none."""
+LATENT_NORM_EPS = (1e-24, 1e24)
+"""Range of a norm's epsilon in which its power -3/2, the slope at a zero row, is a float32 number."""
+
+
+def _keep(config, prefix, check, names, *limits):
+    """Puts what a check makes of each field, a number or name of Python's own, in its place."""
+    for name in names:
+        object.__setattr__(config, name, check(prefix + name, getattr(config, name), *limits))
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
@@ -49,8 +61,8 @@ class RouterConfig:
     Attributes:
         score_function: "softmax" over all experts before the choice (Qwen3), "softmax_topk" over the chosen logits
             (Mixtral), "sigmoid" (DeepSeek-V3, NemotronH, Kimi K3) or "sqrt_softplus" (Megatron).
-        norm_topk_prob: divide the chosen scores by their sum.
-        norm_topk_eps: added to that sum (1e-20 in most systems, 0 in Qwen3, 1e-9 in marin).
+        norm_topk_prob: divide the chosen scores by their sum; refused where top_k is 1, whose weight would be 1.
+        norm_topk_eps: added to that sum (1e-20 in most systems, 0 in Qwen3, 1e-9 in marin); 0, or 1e-30 to 1e6.
         routed_scaling_factor: multiplies the weights, or the routed output: see
             `LatentMoEConfig.apply_routed_scale_to_output`.
         correction_bias: add a float32 bias [E] to the scores for the choice alone (auxiliary-loss-free balancing).
@@ -91,26 +103,25 @@ class RouterConfig:
     drop_policy: Literal["probs", "position"] = "probs"
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", checks.dtype_name("router.dtype", self.dtype, ROUTER_DTYPES))
+        _keep(self, "router.", checks.dtype_name, ("dtype",), ROUTER_DTYPES)
         checks.one_of("router.score_function", self.score_function, SCORE_FUNCTIONS)
         checks.one_of("router.selection", self.selection, SELECTIONS)
         checks.one_of("router.drop_policy", self.drop_policy, DROP_POLICIES)
-        for name in ("norm_topk_prob", "correction_bias", "per_expert_scale"):
-            checks.boolean(f"router.{name}", getattr(self, name))
-        for name in ("num_groups", "topk_groups", "group_score_topk"):
-            checks.positive_int(f"router.{name}", getattr(self, name))
-        for name in ("norm_topk_eps", "switch_loss_coef", "sequence_loss_coef", "z_loss_coef", "bias_update_rate"):
-            checks.non_negative(f"router.{name}", getattr(self, name))
-        checks.finite("router.routed_scaling_factor", self.routed_scaling_factor)
+        _keep(self, "router.", checks.boolean, ("norm_topk_prob", "correction_bias", "per_expert_scale"))
+        _keep(self, "router.", checks.positive_int, ("num_groups", "topk_groups", "group_score_topk"))
+        _keep(self, "router.", checks.integer, ("min_capacity",))
+        losses = ("switch_loss_coef", "sequence_loss_coef", "z_loss_coef")
+        _keep(self, "router.", checks.non_negative, ("norm_topk_eps", "bias_update_rate", *losses))
+        if self.norm_topk_eps:
+            checks.between("router.norm_topk_eps", self.norm_topk_eps, *NORM_EPS)
+        _keep(self, "router.", checks.finite, ("routed_scaling_factor",))
+        if self.capacity_factor is not None:
+            _keep(self, "router.", checks.non_negative, ("capacity_factor",))
         if self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
                 "a token cannot keep more groups than there are."
             )
-        checks.integer_from("router.min_capacity", self.min_capacity, 0)
-        if self.capacity_factor is not None:
-            checks.non_negative("router.capacity_factor", self.capacity_factor)
-        checks.floats(self)
         for fields, used, needs in (
             (("norm_topk_eps",), self.norm_topk_prob, "norm_topk_prob=True"),
             (("bias_update_rate",), self.correction_bias, "correction_bias=True"),
@@ -147,10 +158,9 @@ class InitConfig:
 
     def __post_init__(self):
         if self.std is not None:
-            checks.non_negative("init.std", self.std)
-        checks.non_negative("init.output_scale", self.output_scale)
-        checks.boolean("init.scale_expert_output", self.scale_expert_output)
-        checks.floats(self)
+            _keep(self, "init.", checks.non_negative, ("std",))
+        _keep(self, "init.", checks.non_negative, ("output_scale",))
+        _keep(self, "init.", checks.boolean, ("scale_expert_output",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +196,7 @@ class ParallelConfig:
             raise ConfigError(f"parallel axes {self.axes} must differ: each splits the layer in its own way.")
         checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
         if self.capacity_factor is not None:
-            checks.positive("parallel.capacity_factor", self.capacity_factor)
-        checks.floats(self)
+            _keep(self, "parallel.", checks.positive, ("capacity_factor",))
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -214,7 +223,7 @@ class LatentMoEConfig:
         situ_beta: bound of the gate in "situ_glu", b (Kimi K3).
         situ_linear_beta: bound of the up half in "situ_glu", bl; None leaves the up half linear.
         latent_norm: RMSNorm over l: "pre" after down_proj (marin), "post" after the combine (Kimi K3), or "none".
-        latent_norm_eps: epsilon of that norm.
+        latent_norm_eps: epsilon of that norm, 1e-24 to 1e24.
         apply_probs_on_input: multiply the expert's input by the weight instead of its output (Megatron). It needs
             top_k = 1.
         apply_routed_scale_to_output: multiply the routed output by routed_scaling_factor, after the latent norm and
@@ -250,27 +259,22 @@ class LatentMoEConfig:
     parallel: ParallelConfig | None = None
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"):
-            checks.positive_int(name, getattr(self, name))
+        _keep(self, "", checks.positive_int, ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"))
         if self.latent_size is not None:
-            checks.positive_int("latent_size", self.latent_size)
-        if self.shared_expert_intermediate_size != 0:
-            checks.positive_int("shared_expert_intermediate_size", self.shared_expert_intermediate_size)
+            _keep(self, "", checks.positive_int, ("latent_size",))
+        _keep(self, "", checks.integer, ("shared_expert_intermediate_size",))
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        for name in ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
-            checks.boolean(name, getattr(self, name))
-        checks.positive("situ_beta", self.situ_beta)
+        _keep(self, "", checks.boolean, ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"))
+        _keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps"))
         if self.situ_linear_beta is not None:
-            checks.positive("situ_linear_beta", self.situ_linear_beta)
-        checks.positive("latent_norm_eps", self.latent_norm_eps)
-        checks.floats(self)
+            _keep(self, "", checks.positive, ("situ_linear_beta",))
+        checks.between("latent_norm_eps", self.latent_norm_eps, *LATENT_NORM_EPS)
         checks.instance("router", self.router, RouterConfig)
         checks.instance("init", self.init, InitConfig)
         if self.parallel is not None:
             checks.instance("parallel", self.parallel, ParallelConfig)
-        object.__setattr__(self, "dtype", checks.dtype_name("dtype", self.dtype, COMPUTE_DTYPES))
-        object.__setattr__(self, "param_dtype", checks.dtype_name("param_dtype", self.param_dtype, COMPUTE_DTYPES))
+        _keep(self, "", checks.dtype_name, ("dtype", "param_dtype"), COMPUTE_DTYPES)
         object.__setattr__(self, "backend", as_backend(self.backend))
         reads = ACTIVATIONS[self.activation].parameters.__contains__
         for fields, used, needs in (
@@ -286,6 +290,12 @@ class LatentMoEConfig:
         experts, k, router = self.num_experts, self.top_k, self.router
         if k > experts:
             raise ConfigError(f"top_k={k} is more than num_experts={experts}: a token chooses distinct experts.")
+        if k == 1 and (router.norm_topk_prob or router.score_function == "softmax_topk"):
+            what = "norm_topk_prob=True" if router.norm_topk_prob else "score_function='softmax_topk'"
+            raise ConfigError(
+                f"top_k=1 with router.{what} gives every weight 1 and the router no gradient: set "
+                "router.norm_topk_prob=False, and a score_function other than 'softmax_topk', as Megatron does."
+            )
         if self.apply_probs_on_input and k != 1:
             raise ConfigError(f"apply_probs_on_input needs top_k=1, got top_k={k}: weights differ between experts.")
         if experts % router.num_groups:
@@ -306,6 +316,22 @@ class LatentMoEConfig:
                 f"{router.topk_groups} groups of {group}: keep more groups or choose fewer experts."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain dicts, lists, strings and numbers, as JSON takes them; a backend as its name and fields."""
+        fields = dataclasses.asdict(self)
+        if self.backend != "auto":
+            fields["backend"] = {"name": name_of(self.backend), **fields["backend"]}
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LatentMoEConfig":
+        """The config of `to_dict`; fields that are left out have their defaults.
+
+        Raises:
+            ConfigError: a field is unknown, is missing, or its value is refused.
+        """
+        return _from_dict(cls, "", fields)
+
     @property
     def latent_width(self) -> int:
         """Width that the routed experts read and write, which is latent_size, or hidden_size in a plain MoE."""
@@ -321,3 +347,29 @@ class LatentMoEConfig:
         """The activation with those of these fields that it reads."""
         names = ACTIVATIONS[self.activation].parameters
         return BoundActivation(self.activation, tuple((name, getattr(self, name)) for name in names))
+
+def _from_dict(cls, prefix, fields):
+    """The dataclass of these fields, of which dicts become the dataclass that the field's type names."""
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{prefix.removesuffix('.') or cls.__name__}={fields!r} must be a dict of fields.")
+    types = get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(map(str, fields)) - set(known)):
+        raise ConfigError(f"{prefix}{unknown[0]} is no field of {cls.__name__}: use {', '.join(known)}.")
+    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]} is missing: {cls.__name__} has no default for it.")
+    return cls(**{name: _value(types[name], f"{prefix}{name}", value) for name, value in fields.items()})
+
+
+def _value(kind, name, value):
+    if not isinstance(value, Mapping):
+        return value
+    choices = [choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)]
+    if name == "backend":
+        checks.one_of("backend.name", value.get("name"), tuple(BACKENDS))
+        choices = [BACKENDS[value["name"]][0]]
+        value = {key: part for key, part in value.items() if key != "name"}
+    if not choices:
+        raise ConfigError(f"{name}={value!r} must not be a dict.")
+    return _from_dict(choices[0], f"{name}.", value)

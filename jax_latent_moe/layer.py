@@ -31,6 +31,7 @@ from jax_latent_moe.routing.router import (
     router_logits,
     router_logits_and_projection,
 )
+from jax_latent_moe.varying import varying
 
 LATENT = "latent_moe_latent"
 
@@ -176,7 +177,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     row_multiple = row_multiple_of(w_in, w_out)
 
     def experts(latent, weights, plan):
-        return routed_experts(config, latent, weights, w_in, w_out, plan)
+        operands = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
+        return routed_experts(config, *operands, plan)
 
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)

@@ -25,6 +25,7 @@ from jax_latent_moe.grouped_matmul.operands import (
 )
 from jax_latent_moe.grouped_matmul.problem import Epilogue, Operand, Problem, problem
 from jax_latent_moe.grouped_matmul.registry import Bound, as_backend, explain, fused, register, select
+from jax_latent_moe.varying import varying
 
 __all__ = [
     "Backend",
@@ -87,6 +88,7 @@ def grouped_matmul(
     if not isinstance(w, ScaledArray):
         _check_same_dtype(rows=rows, w=w)
     group_sizes = _check_group_sizes(group_sizes, w.shape[0], rows.shape[0])
+    rows, w = varying((rows, w), rows, w, group_sizes)
     return _matmul(as_backend(backend), transpose_w, rows, w, group_sizes)
 
 
@@ -118,6 +120,7 @@ def grouped_wgrad(
         raise InputError(f"rows of shape {rows.shape} and dout of shape {dout.shape} must have as many rows.")
     _check_same_dtype(rows=rows, dout=dout)
     group_sizes = _check_group_sizes(group_sizes, None, rows.shape[0])
+    rows, dout = varying((rows, dout), rows, dout, group_sizes)
     return _wgrad(as_backend(backend), rows, dout, group_sizes)
 
 

@@ -72,8 +72,8 @@ def test_a_gated_shared_expert_in_parts(rng, norm):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_plain_moe_without_latent(rng, strategy):
-    config = dataclasses.replace(with_dispatch(BASE, strategy), latent_size=None, top_k=1, apply_probs_on_input=True)
-    config = with_router(config, norm_topk_prob=False)
+    config = with_router(with_dispatch(BASE, strategy), norm_topk_prob=False)
+    config = dataclasses.replace(config, latent_size=None, top_k=1, apply_probs_on_input=True)
     with jax.set_mesh(make_mesh(1, 2, 2, 2)):
         layers.check_against_oracle(cases.random_inputs(rng, config, (4, 3)))
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.device import Device
 from jax_latent_moe.formats import ScaledArray, decoded
+from jax_latent_moe.varying import varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def blocked_matmul(
         )
         return out.at[row].set(product.astype(out.dtype), mode="drop", unique_indices=True), None
 
-    return lax.scan(step, out, steps)[0]
+    return lax.scan(step, varying(out, rows, w, group_sizes), steps)[0]
 
 
 def blocked_wgrad(
@@ -120,7 +121,7 @@ def blocked_wgrad(
         return (out, product[-1], expert[-1]), None
 
     carry = (out, jnp.zeros(out.shape[1:], wide), jnp.full((), -1, jnp.int32))
-    return lax.scan(step, carry, steps)[0][0]
+    return lax.scan(step, varying(carry, rows, dout, group_sizes), steps)[0][0]
 
 
 def _sum_within_expert(left, right):
