@@ -199,7 +199,7 @@ def _missing(prefix, shapes, present) -> list[str]:
     """A sentence for each tensor that is missing; one for all of a kind where every expert lacks it."""
     kinds: dict[str, list[str]] = {}
     for tensor in shapes:
-        kinds.setdefault(re.sub("[0-9]+", "{e}", tensor), []).append(tensor)
+        kinds.setdefault(re.sub(r"(?<=experts\.)[0-9]+(?=\.)|(?<=weight)[0-9]+$", "{e}", tensor), []).append(tensor)
     found = []
     for kind, tensors in kinds.items():
         missing = [tensor for tensor in tensors if tensor not in present]

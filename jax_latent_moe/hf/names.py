@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from jax_latent_moe.config import LatentMoEConfig
@@ -51,7 +51,7 @@ class Names:
                     f"Names.{field}={name!r} must be text in which {{e}} stands for the expert's number."
                 ) from error
 
-    def prefix(self, layer: Layer, present: Iterable[str]) -> str:
+    def prefix(self, layer: Layer, present: Collection[str]) -> str:
         """What the names of this layer's tensors begin with, among the names that are present.
 
         Raises:
@@ -64,8 +64,8 @@ class Names:
                 raise ValueError(f'{layer!r} names no layer: give its index, or "mtp.1" for one of the predictor\'s.')
             roots, index = (f"{match[1]}.",), match[2]
         prefixes = [f"{root}layers.{index}.{block}." for root in roots for block in self.blocks]
-        used = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in present)]
-        return used[0] if used else prefixes[0]
+        used = (prefix for prefix in prefixes if any(name.startswith(prefix) for name in present))
+        return next(used, prefixes[0])
 
     def stacked(self, gated: bool) -> "Names":
         """The names of transformers' own modules from version 5 on, which hold a layer's experts in two tensors.
