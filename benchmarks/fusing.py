@@ -17,10 +17,12 @@ from benchmarks.matmuls import relative_error
 from benchmarks.measure import Row, Session
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend
-from jax_latent_moe.experts import routed_experts, up
+from jax_latent_moe.expert_plan import plan_experts
+from jax_latent_moe.experts import hidden_rows, routed_experts, up
 from jax_latent_moe.grouped_matmul import problem, select
+from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
-from jax_latent_moe.routing.permute import make_cost_plan, rows_of
+from jax_latent_moe.routing.permute import make_dispatch_plan, rows_of
 
 CHECKED_ROWS = 512
 
@@ -43,9 +45,12 @@ def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
 
 
 def up_alone(config: LatentMoEConfig, rows, w_in, w_out, group_sizes):
-    """Hidden rows, and what else an up-projection leaves that a backward pass follows, which is not to be copied."""
-    kept, hidden = up(config, rows, w_in, w_out, group_sizes, keep=True)
-    return hidden, *(part for part in kept or () if part is not None and part is not hidden)
+    """What an up-projection leaves for the down-projection and the backward pass: hidden rows, and the residual."""
+    plan = plan_experts(config, rows.shape[0], w_in.shape, w_out.shape, w_in.dtype)
+    outputs = up(plan, plan.up, rows, w_in, group_sizes)
+    if plan.residual == "pre":
+        return outputs.out, outputs.residual
+    return (gathered(hidden_rows(plan, outputs.residual)),)
 
 
 def block_with_gradients(config: LatentMoEConfig, tokens, weights, w_in, w_out, plan, dout):
@@ -67,7 +72,7 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
         w_in, w_out = (w / w.shape[1] ** 0.5 for w in (w_in, w_out))
         keys = jax.random.split(jax.random.key(2), 4)
         _, ids = jax.lax.top_k(jax.random.normal(keys[0], (num_tokens, config.num_experts)), config.top_k)
-        plan = jax.jit(make_cost_plan, static_argnums=1)(ids, config.num_experts)
+        plan = jax.jit(make_dispatch_plan, static_argnums=1)(ids, config.num_experts)
         weights = jax.random.uniform(keys[1], ids.shape)
         tokens, dout = (jax.random.normal(key, (num_tokens, config.latent_width), w_in.dtype) for key in keys[2:])
         calls = {"forward": {}, "forward_backward": {}}

@@ -12,9 +12,10 @@ from benchmarks.peers import torch_grouped_mm
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import UnsupportedError
 from jax_latent_moe.grouped_matmul import Bound, Operands, problem, select
+from jax_latent_moe.grouped_matmul.problem import Contraction
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-PASSES = {"forward": "fwd", "dgrad": "dgrad", "wgrad": "wgrad"}
+PASSES: dict[str, Contraction] = {"forward": "fwd", "dgrad": "dgrad", "wgrad": "wgrad"}
 BATCH, ROUNDS = 6, 3
 MOST_WEIGHTS, MOST_ROWS = 2**31, 2**29
 """Elements of the weights, and of the wider of both rows."""
@@ -65,7 +66,7 @@ def measure(session: Session, suite: str, table: dict[str, Grouped]) -> None:
 
 
 def _bounds(asked) -> dict[str, Bound]:
-    """Every backend with every tile that runs the problem; `pallas`, whose kernels compile for seconds, with its first."""
+    """Every backend with every tile that runs the problem; `pallas`, which compiles for seconds, with its first."""
     found = {}
     for name, backend in BACKENDS.items():
         if name == "xla":

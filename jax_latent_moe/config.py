@@ -265,7 +265,12 @@ class LatentMoEConfig:
         _keep(self, "", checks.integer, ("shared_expert_intermediate_size",))
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        _keep(self, "", checks.boolean, ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"))
+        _keep(
+            self,
+            "",
+            checks.boolean,
+            ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"),
+        )
         _keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps"))
         if self.situ_linear_beta is not None:
             _keep(self, "", checks.positive, ("situ_linear_beta",))
@@ -347,6 +352,7 @@ class LatentMoEConfig:
         """The activation with those of these fields that it reads."""
         names = ACTIVATIONS[self.activation].parameters
         return BoundActivation(self.activation, tuple((name, getattr(self, name)) for name in names))
+
 
 def _from_dict(cls, prefix, fields):
     """The dataclass of these fields, of which dicts become the dataclass that the field's type names."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
 
 from jax_latent_moe import CutlassBackend, UnsupportedError, expert_sort, top_k
 from jax_latent_moe import native as loader
@@ -23,7 +24,6 @@ from jax_latent_moe.grouped_matmul import (
     select,
     select_fusing,
 )
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
 from jax_latent_moe.grouped_matmul.operands import LastColumns
 
 H200 = Problem("fwd", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, FusedActivation
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 
 from jax_latent_moe.config import LatentMoEConfig, PallasBackend, PallasMatmulTile
 from jax_latent_moe.grouped_matmul import Problem, explain, pallas_hopper_fused, reference, select_fusing
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, FusedActivation
 from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_kept
 from tests.oracle.fused import activation_of_rows, kept_of, matmul_activation_grad
 from tests.tolerances import assert_close

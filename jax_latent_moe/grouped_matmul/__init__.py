@@ -24,7 +24,7 @@ from jax_latent_moe.grouped_matmul.operands import (
     scattered,
 )
 from jax_latent_moe.grouped_matmul.problem import Epilogue, Operand, Problem, problem
-from jax_latent_moe.grouped_matmul.registry import Bound, as_backend, explain, fused, register, select
+from jax_latent_moe.grouped_matmul.registry import BackendConfig, Bound, as_backend, explain, fused, register, select
 from jax_latent_moe.varying import varying
 
 __all__ = [
@@ -55,7 +55,7 @@ def grouped_matmul(
     group_sizes: Int[Array, " e"],
     *,
     transpose_w: bool = False,
-    backend="auto",
+    backend: str | BackendConfig = "auto",
 ) -> Float[Array, "r b"]:
     """rows[R,K] x w[e][K,N] -> [R,N] for the rows of each expert; with transpose_w, rows[R,N] x w[e]^T -> [R,K].
 
@@ -97,7 +97,7 @@ def grouped_wgrad(
     dout: Float[Array, "r n"],
     group_sizes: Int[Array, " e"],
     *,
-    backend="auto",
+    backend: str | BackendConfig = "auto",
 ) -> Float[Array, "e k n"]:
     """rows^T x dout over the rows of each expert: [R,K], [R,N] -> [E,K,N].
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax_latent_moe.grouped_matmul.cutlass import Cutlass
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 
 from jax_latent_moe.config import CutlassBackend, LatentMoEConfig
 from jax_latent_moe.grouped_matmul import (
@@ -21,7 +22,6 @@ from jax_latent_moe.grouped_matmul import (
     reference,
 )
 from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import compiled as compiled_tiles
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 from jax_latent_moe.grouped_matmul.operands import LastColumns, gathered
 from jax_latent_moe.native import _path, library
 from tests.gpu.grouped import (

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.grouped_matmul import grouped_wgrad, problem, select
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS
 from tests.gpu.grouped import (
     check,
     check_fused,
