@@ -48,6 +48,7 @@ def up_alone(config: LatentMoEConfig, rows, w_in, w_out, group_sizes):
     """What an up-projection leaves for the down-projection and the backward pass: hidden rows, and the residual."""
     plan = plan_experts(config, rows.shape[0], w_in.shape, w_out.shape, w_in.dtype)
     outputs = up(plan, plan.up, rows, w_in, group_sizes)
+    assert outputs.residual is not None, "a gradient follows"
     if plan.residual == "pre":
         return outputs.out, outputs.residual
     return (gathered(hidden_rows(plan, outputs.residual)),)

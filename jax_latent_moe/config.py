@@ -322,7 +322,7 @@ class LatentMoEConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain dicts, lists, strings and numbers, as JSON takes them; a backend as its name and fields."""
+        """The config as JSON takes it: dicts, lists, strings and numbers. A backend is its name and its fields."""
         fields = dataclasses.asdict(self)
         if self.backend != "auto":
             fields["backend"] = {"name": name_of(self.backend), **fields["backend"]}
