@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pyarrow
@@ -135,7 +136,7 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, cache, name, mak
 
 def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(TrainError, match=r"a\.parquet needs the package pyarrow: install jax-latent-moe\[data\]"):
         whole(path)
 

@@ -36,7 +36,7 @@ def test_operations_are_counted_by_hand():
 
 @pytest.mark.parametrize(
     ("kind", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA GB200", 2500e12), ("T4", None)],
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA GB200", 2500e12), ("Tesla T4", None)],
 )
 def test_peak_of_a_gpu_is_its_rows(kind, peak):
     assert flops.peak_flops(SimpleNamespace(platform="gpu", device_kind=kind)) == peak
@@ -57,26 +57,17 @@ def test_mfu_and_memory_stand_in_the_records(monkeypatch, capsys):
     monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Gpu(limit=1)])
     interval = metrics.Interval(TOY, model, 4, 0, 1.0)
     found = interval._of_device(1e6)
-    assert found == {
-        "mfu": pytest.approx(1e6 * flops.flops_per_token(model) / (4 * 989e12)),
-        "memory_bytes": 12_300_000_000,
-    }
-    record = {
-        "step": 3,
-        "loss": 1.0,
-        "tokens_per_second": 1e6,
-        "seconds_left": 9.0,
-        "mfu": 0.4123,
-        "memory_bytes": 12.3e9,
-    }
-    ProgressReport(60).update(record)
+    assert found["mfu"] == pytest.approx(1e6 * flops.flops_per_token(model) / (4 * 989e12))
+    assert found["memory_bytes"] == 12_300_000_000
+    record = {"step": 3, "loss": 1.0, "tokens_per_second": 1e6, "seconds_left": 9.0}
+    ProgressReport(60).update(record | {"mfu": 0.4123, "memory_bytes": 12.3e9})
     assert capsys.readouterr().out == "step 3/60  loss 1.000  1,000,000 tokens/s  MFU 41.2 %  12.3 GB  9 s left\n"
 
 
 def test_auto_takes_as_many_parts_as_the_memory_asks_for(monkeypatch):
     monkeypatch.setattr(presets.jax, "default_backend", lambda: "gpu")
     parts = []
-    for limit in (80e9, 4e9, 2e9, 1e6):
+    for limit in (80e9, 2e9, 1.2e9, 1e6):
         monkeypatch.setattr(presets.jax, "local_devices", lambda limit=limit: [Gpu(limit=limit)])
         config = presets.preset("auto")
         assert dataclasses.replace(config, accumulate=1) == presets.GPU
@@ -91,10 +82,9 @@ def test_presets_are_models_that_fit_together(name):
     config = presets.PRESETS[name]
     shapes = jax.eval_shape(language_model(config).init, jax.random.key(0), np.zeros((1, 8), np.int32))
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    low, high = {"toy": (0, 1e5), "cpu": (1e6, 4e6), "gpu": (2e7, 1e8), "gpu-80gb": (1e9, 2e9), "gpu-x8": (4e9, 2e10)}[
-        name
-    ]
-    assert low < size < high
+    millions = {"toy": (0, 1), "cpu": (1, 4), "gpu": (20, 100), "gpu-80gb": (1e3, 2e3), "gpu-x8": (4e3, 2e4)}
+    low, high = millions[name]
+    assert low < size / 1e6 < high
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 1000])
