@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
+from jax_latent_moe.activations import Residual
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.expert_plan import choose_residual
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
@@ -87,18 +88,17 @@ def _beside_kept_rows(config, narrow: int, kept: int) -> int:
     Gathered rows and outputs of experts use the same memory at different times. Hidden rows that are not kept, and
     narrower rows beside them, use memory of results that are not written yet, such as a weight's gradient.
     """
-    return narrow if hidden_rows_stay(config) or narrow >= kept else 0
+    return narrow if kept_residual(config) != "pre" or narrow >= kept else 0
 
 
-def hidden_rows_stay(config) -> bool:
-    """Whether hidden rows are among what a backward pass needs, by the decision that the compiled kernels lead to."""
+def kept_residual(config: LatentMoEConfig) -> Residual:
+    """What a backward pass needs, by the decision that the compiled kernels lead to."""
     activation = config.bound_activation
-    residual = choose_residual(
+    return choose_residual(
         activation,
         lambda residual: fuses("fwd", activation, residual),
         lambda residual: fuses("dgrad", activation, residual),
     )
-    return residual != "pre"
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:

@@ -8,9 +8,10 @@ from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, hidden_rows_stay, parameters_per_device
+from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, kept_residual, parameters_per_device
 
 OVERLAP = 0.3
 """Of arithmetic and memory traffic of one kernel, the part of the shorter that shows; fitted to measured kernels."""
@@ -120,17 +121,22 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
 
 
 def _activation_passes(config, forward, training) -> int:
-    """Passes over hidden rows beside those that plain products would make; activations run inside of these.
+    """Passes over hidden rows beside those that plain products would make, where the compiled kernels run.
 
-    As the compiled kernels have it, but for situ_glu's gradient, which they leave to XLA, with two passes more.
+    A gated pre-activation is two passes. What a kernel does not fuse, XLA reads and writes once more.
     """
+    residual, parts = kept_residual(config), 2 if config.gated else 1
+    value, gradient = (fuses(contraction, config.bound_activation, residual) for contraction in ("fwd", "dgrad"))
+    passes = 0 if value else forward * parts
     if not training:
-        return 0
-    if hidden_rows_stay(config):
-        # A kernel reads them to put the gradient in their place; of gated ones the gate too, and it writes both halves.
-        return 3 if config.gated else 1
+        return passes if value else passes + forward
+    if not gradient:
+        passes += 2
+    if residual != "pre":
+        # The gradient is written over the hidden rows that it reads; a gated one reads the gate and writes both halves.
+        return passes + (3 if config.gated else 1)
     # Hidden rows are written beside the pre-activation; its gradient reads it, is as wide, and writes them once more.
-    return forward + (4 if config.gated else 2) + 2 * (config.activation == "situ_glu")
+    return passes + forward + 2 * parts
 
 
 def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:
