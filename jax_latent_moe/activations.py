@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.dtypes import at_least_float32
 
 
 def activate(pre: Float[Array, "*rows two_m"], config: LatentMoEConfig) -> Float[Array, "*rows m"]:
@@ -23,7 +24,7 @@ def activate(pre: Float[Array, "*rows two_m"], config: LatentMoEConfig) -> Float
     Returns:
         [..., m] in float32, or float64 for float64 input. Cast it to the compute dtype yourself.
     """
-    pre = pre.astype(jnp.promote_types(pre.dtype, jnp.float32))
+    pre = pre.astype(at_least_float32(pre.dtype))
     if not config.gated:
         return jnp.square(jax.nn.relu(pre)) if config.activation == "relu2" else _gelu(pre, config)
     gate, up = jnp.split(pre, 2, axis=-1)
@@ -58,7 +59,7 @@ def activation_of_kept(
     Returns:
         Both in float32, or float64 for float64 input.
     """
-    kept = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+    kept = kept.astype(at_least_float32(kept.dtype))
     if not keeps_hidden(config):
         hidden, vjp = jax.vjp(lambda pre: activate(pre, config), kept)
         return hidden, lambda dhidden: vjp(dhidden)[0]

@@ -7,6 +7,7 @@ from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import XlaBackend
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.grouped_matmul.xla.blocked import blocked_matmul, blocked_wgrad
 
@@ -51,7 +52,7 @@ def _cut(group_sizes, num_rows) -> Int[Array, " e"]:
 
 
 def _accumulator(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
+    return at_least_float32(dtype)
 
 
 def _valid_rows(group_sizes, num_rows) -> Bool[Array, "r 1"]:

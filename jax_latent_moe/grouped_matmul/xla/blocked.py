@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.device import default_device
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.varying import varying
 
 
@@ -122,7 +123,7 @@ def _steps(
     real = expert < num_experts
     expert = jnp.minimum(expert, num_experts - 1)
     start = ends[expert] - group_sizes[expert] + (block - (last_block - blocks_of)[expert]) * size
-    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)
+    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     # Distinct indices beyond the rows keep the promise of unique_indices.
     beyond = num_rows + jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
     row = jnp.where(real[:, None] & (row < ends[expert][:, None]), row, beyond)
@@ -144,4 +145,4 @@ def _rows_or_zero(rows, indices):
 
 
 def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    return at_least_float32(dtype)
