@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_latent_moe import cost
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.parallel.exchange import exchange
@@ -166,7 +167,7 @@ def _route_through_experts(params, latent, routing, config, shards):
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
-        latent = (latent * weights).astype(latent.dtype)
+        latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
 
     w_in, w_out = (params[name].astype(config.dtype) for name in ("w_in", "w_out"))
@@ -200,9 +201,9 @@ def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"
 
 
 def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> Float[Array, "t l"]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(wide.dtype)).astype(x.dtype)
+    return (normed * scale.astype(wide.dtype)[None]).astype(x.dtype)
 
 
 def _check_inputs(x, config, token_mask, expert_ids):

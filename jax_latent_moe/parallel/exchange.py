@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.parallel.choice import choose_dispatch
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
@@ -148,7 +149,7 @@ def _collect(
     rows: Float[Array, "r l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "t l"]:
     """The sum of each token's rows, [R, l] -> [T, l], in float32 and in the order of its choices; row R is no row."""
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = at_least_float32(rows.dtype)
     total = jnp.zeros((row_of_assignment.shape[0], rows.shape[1]), wide)
     for choice in range(row_of_assignment.shape[1]):
         total += _get(rows, row_of_assignment[:, choice], 0).astype(wide)

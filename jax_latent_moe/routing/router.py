@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import BackendConfig, RouterConfig
 from jax_latent_moe.device import default_device
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.routing.expert_sort import count_experts, int32_ids
 from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
@@ -43,7 +44,7 @@ def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: st
     """
     if _splits(x, dtype):
         return split_matmul(x, kernel)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     return jnp.matmul(
         x.astype(dtype), kernel.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide
     )
@@ -177,7 +178,7 @@ def _selection(logits, bias, config):
     by_logit = config.selection == "logit" or (bias is None and config.num_groups == 1)
     scores = logits if by_logit else _scores(logits, config.score_function)
     if bias is not None:
-        scores = scores + lax.stop_gradient(bias).astype(scores.dtype)
+        scores = scores + lax.stop_gradient(bias).astype(scores.dtype)[None]
     return _limit_groups(scores, config) if config.num_groups > 1 else scores
 
 
@@ -186,7 +187,7 @@ def _limit_groups(scores, config):
     grouped = scores.reshape(scores.shape[0], config.num_groups, -1)
     group_scores = jnp.sum(lax.top_k(grouped, config.group_score_topk)[0], axis=-1)
     kept = lax.top_k(group_scores, config.topk_groups)[1]
-    keep = jnp.any(kept[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    keep = jnp.any(kept[:, :, None] == jnp.arange(config.num_groups)[None, None], axis=1)
     return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
@@ -235,11 +236,15 @@ def auxiliary_losses(
         imbalance = imbalance_of(logits, mask, all_tokens=within)
         real = imbalance.size if token_mask is None else jnp.sum(within(jnp.sum(mask, axis=1)) > 0)
         sequences = between(jnp.full((), real))
-        losses["sequence"] = config.sequence_loss_coef * between(jnp.sum(imbalance)) / jnp.maximum(sequences, 1)
+        losses["sequence"] = config.sequence_loss_coef * between(jnp.sum(imbalance)) / _at_least_one(sequences, imbalance)
     if config.z_loss_coef:
         squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
-        losses["z"] = config.z_loss_coef * all_tokens(jnp.sum(squared)) / jnp.maximum(all_tokens(jnp.sum(mask)), 1)
+        losses["z"] = config.z_loss_coef * all_tokens(jnp.sum(squared)) / _at_least_one(all_tokens(jnp.sum(mask)), squared)
     return losses
+
+
+def _at_least_one(count, like):
+    return jnp.maximum(count, 1).astype(like.dtype)
 
 
 def _probabilities(logits, score_function):
@@ -258,8 +263,8 @@ def _imbalance(
     offset = num_experts * jnp.arange(batch)[:, None, None]
     ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
     counts = all_tokens(count_experts(ids, batch * num_experts, backend).reshape(batch, num_experts))
-    tokens = jnp.maximum(all_tokens(jnp.sum(mask, axis=1)), 1).astype(probs.dtype)
-    return jnp.sum(counts * all_tokens(jnp.sum(probs, axis=1)), axis=1) * num_experts / (top_k * tokens**2)
+    tokens = _at_least_one(all_tokens(jnp.sum(mask, axis=1)), probs)
+    return jnp.sum(counts.astype(probs.dtype) * all_tokens(jnp.sum(probs, axis=1)), axis=1) * num_experts / (top_k * tokens**2)
 
 
 def update_correction_bias(
@@ -293,7 +298,7 @@ def update_correction_bias(
         raise InputError(f"tokens_per_expert of dtype {counts.dtype} must be integers: counts, not means or shares.")
     if counts.shape != bias.shape:
         raise InputError(f"tokens_per_expert of shape {counts.shape} must be of the bias's shape {bias.shape}.")
-    counts = counts.astype(jnp.promote_types(counts.dtype, jnp.int32))
+    counts = counts if counts.dtype.itemsize >= 4 else counts.astype(jnp.int32)
     counts = counts if axis_name is None else lax.psum(counts, axis_name)
     moved = bias.astype(jnp.float32) + rate * _sign_of_mean_minus(counts).astype(jnp.float32)
     return moved - jnp.mean(moved, axis=-1, keepdims=True) if recentre else moved
