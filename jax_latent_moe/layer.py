@@ -18,7 +18,7 @@ from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.parallel.exchange import exchange
-from jax_latent_moe.parallel.mesh import over_mesh
+from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
@@ -88,9 +88,10 @@ def latent_moe(
     _check_inputs(x, config, token_mask, expert_ids)
     run = partial(_layer, config)
     if config.parallel is None:
-        by_token, totals = run(ONE_DEVICE, params, x, token_mask, expert_ids)
+        run = partial(run, ONE_DEVICE)
     else:
-        by_token, totals = over_mesh(run, params, x, config, token_mask, expert_ids)
+        run = partial(over_mesh, run, config)
+    by_token, totals = in_auto_mode(run, params, x, token_mask, expert_ids)
     y, chosen_ids, weights = by_token
     tokens_per_expert, dropped, losses = totals
     return y, LatentMoEAux(chosen_ids, weights, tokens_per_expert, dropped, losses)

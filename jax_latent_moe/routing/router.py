@@ -148,7 +148,7 @@ def _split_at_underflow(logits):
 
 def _weights(logits, ids, chosen, config):
     """Weights of the chosen, [T, k], before any factor; `chosen` None is all of them."""
-    chosen_logits = jnp.take_along_axis(logits, ids, axis=1)
+    chosen_logits = _at(logits, ids)
     eps = config.norm_topk_eps
     if config.score_function == "softmax_topk" or (config.norm_topk_prob and eps == 0):
         # The ratio of scores that have underflowed is still known from their logarithms.
@@ -156,12 +156,18 @@ def _weights(logits, ids, chosen, config):
         if eps == 0:
             return weights
     elif config.score_function == "softmax":
-        weights = _where(chosen, jnp.take_along_axis(jax.nn.softmax(logits, axis=1), ids, axis=1), 0)
+        weights = _where(chosen, _at(jax.nn.softmax(logits, axis=1), ids), 0)
     else:
         weights = _where(chosen, _scores(chosen_logits, config.score_function), 0)
     if not config.norm_topk_prob:
         return weights
     return _over_sum(weights, eps)
+
+
+def _at(values, ids):
+    """values[t, ids[t, j]]; take_along_axis has a gradient that the index checks of checkify cannot read."""
+    tokens = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
+    return values.at[tokens, ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _over_sum(scores, eps):
