@@ -110,9 +110,13 @@ def _steps(
     (rows + experts with rows * (size - 1)) / size.
     """
     num_experts = group_sizes.shape[0]
-    size = min(block_rows or _block_rows(num_rows, num_experts), num_rows)
-    needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
-    blocks = min(max(blocks, 1), needed)
+    if isinstance(num_rows, int):
+        size = min(block_rows or _block_rows(num_rows, num_experts), num_rows)
+        needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
+        blocks = min(max(blocks, 1), needed)
+    else:  # a symbolic size of jax.export, which has no order: blocks as for few rows
+        size = block_rows or _platform_sizes().rows[0]
+        needed, blocks = (num_rows + num_experts * (size - 1)) // size, max(blocks, 1)
     steps = -(-needed // blocks)
 
     ends = jnp.cumsum(group_sizes)
