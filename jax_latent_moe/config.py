@@ -475,7 +475,7 @@ class LatentMoEConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain dicts, lists, strings and numbers, as JSON takes them; a backend as its name and fields."""
+        """The config as dicts, strings and numbers, as JSON takes them; a backend as its name and fields."""
         fields = dataclasses.asdict(self)
         if self.backend != "auto":
             names = {cls: name for name, cls in NAMED_BACKENDS.items()}

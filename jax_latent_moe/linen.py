@@ -79,8 +79,8 @@ class LatentMoE(nn.Module):
         if not lost or self.is_initializing():
             return None
         return (
-            f"The {' and '.join(lost)} of {'/'.join(('LatentMoE', *self.path))} are not collected: apply the model with "
-            f"mutable={list(needed)}, or set their coefficients and router.bias_update_rate to 0."
+            f"The {' and '.join(lost)} of {'/'.join(('LatentMoE', *self.path))} are not collected: apply the model "
+            f"with mutable={list(needed)}, or set their coefficients and router.bias_update_rate to 0."
         )
 
     def _params(self) -> Params:

@@ -55,7 +55,10 @@ BAD_LAYERS = [
     (dict(hidden_size=2**40), f"hidden_size={2**40} must be at most 2147483647"),
     (dict(hidden_size=np.float32(8)), "must be an integer of at least 1"),
     (dict(latent_norm="pre", latent_norm_eps=1e-30), "latent_norm_eps=1e-30 must lie between 1e-24 and 1e+24"),
-    (dict(top_k=1), "top_k=1 with router.norm_topk_prob=True gives every weight 1 and the router no gradient: set router"),
+    (
+        dict(top_k=1),
+        "top_k=1 with router.norm_topk_prob=True gives every weight 1 and the router no gradient: set router",
+    ),
     (
         dict(top_k=1, router=RouterConfig(score_function="softmax_topk", norm_topk_prob=False)),
         "top_k=1 with router.score_function='softmax_topk' gives every weight 1",

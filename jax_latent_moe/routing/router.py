@@ -242,10 +242,14 @@ def auxiliary_losses(
         imbalance = imbalance_of(logits, mask, all_tokens=within)
         real = imbalance.size if token_mask is None else jnp.sum(within(jnp.sum(mask, axis=1)) > 0)
         sequences = between(jnp.full((), real))
-        losses["sequence"] = config.sequence_loss_coef * between(jnp.sum(imbalance)) / _at_least_one(sequences, imbalance)
+        losses["sequence"] = (
+            config.sequence_loss_coef * between(jnp.sum(imbalance)) / _at_least_one(sequences, imbalance)
+        )
     if config.z_loss_coef:
         squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
-        losses["z"] = config.z_loss_coef * all_tokens(jnp.sum(squared)) / _at_least_one(all_tokens(jnp.sum(mask)), squared)
+        losses["z"] = (
+            config.z_loss_coef * all_tokens(jnp.sum(squared)) / _at_least_one(all_tokens(jnp.sum(mask)), squared)
+        )
     return losses
 
 
@@ -270,7 +274,11 @@ def _imbalance(
     ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
     counts = all_tokens(count_experts(ids, batch * num_experts, backend).reshape(batch, num_experts))
     tokens = _at_least_one(all_tokens(jnp.sum(mask, axis=1)), probs)
-    return jnp.sum(counts.astype(probs.dtype) * all_tokens(jnp.sum(probs, axis=1)), axis=1) * num_experts / (top_k * tokens**2)
+    return (
+        jnp.sum(counts.astype(probs.dtype) * all_tokens(jnp.sum(probs, axis=1)), axis=1)
+        * num_experts
+        / (top_k * tokens**2)
+    )
 
 
 def update_correction_bias(
