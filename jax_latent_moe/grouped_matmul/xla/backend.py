@@ -47,7 +47,12 @@ class Xla:
 
 
 def _cut(group_sizes, num_rows) -> Int[Array, " e"]:
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), num_rows)
+    """Sizes of at least 0 whose sum is at most num_rows, whatever int32 numbers are given."""
+    sizes, experts = lax.clamp(0, group_sizes, num_rows), group_sizes.shape[0]
+    if isinstance(num_rows, int) and num_rows * experts < 2**31:
+        ends = jnp.minimum(jnp.cumsum(sizes), num_rows)
+    else:  # the plain sum may pass int32: stop at num_rows in each addition
+        ends = lax.associative_scan(lambda a, b: a + jnp.minimum(b, num_rows - a), sizes)
     return jnp.diff(ends, prepend=0)
 
 
