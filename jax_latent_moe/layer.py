@@ -24,6 +24,7 @@ from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import (
+    CHOICE,
     NO_EXPERT,
     ROUTER_DECIDES,
     auxiliary_losses,
@@ -164,7 +165,7 @@ def _route_through_experts(params, latent, routing, config, shards):
     expert_ids, weights = routing
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
-        kept = _within_capacity(expert_ids, weights, config, shards)
+        kept = checkpoint_name(_within_capacity(expert_ids, weights, config, shards), CHOICE)
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)

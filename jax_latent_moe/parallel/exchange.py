@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe import cost
@@ -19,7 +20,7 @@ from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.parallel.choice import choose_dispatch
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
-from jax_latent_moe.routing.router import NO_EXPERT
+from jax_latent_moe.routing.router import CHOICE, NO_EXPERT
 
 Experts = Callable[[Float[Array, "t l"], Float[Array, "t k"], DispatchPlan], Float[Array, "t l"]]
 
@@ -55,6 +56,7 @@ def exchange(
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if capacity < tokens * min(k, local_experts):
         kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
+        kept = checkpoint_name(kept, CHOICE)
         dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import BackendConfig, RouterConfig
@@ -23,6 +24,13 @@ NO_EXPERT = -1
 
 ROUTER_DECIDES = -2
 """In a routing to replay: the router chooses all experts of a token that holds it."""
+
+
+CHOICE = "latent_moe_choice"
+"""The checkpoint name of every discrete choice: of experts, for the losses' counts, and of what capacity keeps."""
+
+pin_choice = jax.checkpoint_policies.save_only_these_names(CHOICE)
+"""A policy of `jax.checkpoint` that saves the choices alone: what is computed again is routed as it was."""
 
 
 class Routing(NamedTuple):
@@ -92,7 +100,7 @@ def route(
             `ROUTER_DECIDES` among its ids is routed as without them; any other id outside [0, E) is no expert.
         backend: of the experts; it may hold a kernel for the choice, which it does not change.
     """
-    ids = top_k_ids(_selection(logits, bias, config), top_k, backend)
+    ids = checkpoint_name(top_k_ids(_selection(logits, bias, config), top_k, backend), CHOICE)
     chosen = None  # every choice reaches an expert
     if expert_ids is not None:
         replayed = int32_ids(expert_ids)
@@ -271,7 +279,7 @@ def _imbalance(
     probs = jnp.where(mask[..., None], _probabilities(logits, score_function), 0)
     ids = top_k_ids(lax.stop_gradient(logits).reshape(-1, num_experts), top_k, backend).reshape(batch, length, top_k)
     offset = num_experts * jnp.arange(batch)[:, None, None]
-    ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
+    ids = jnp.where(mask[..., None], checkpoint_name(ids, CHOICE) + offset, NO_EXPERT)
     counts = all_tokens(count_experts(ids, batch * num_experts, backend).reshape(batch, num_experts))
     tokens = _at_least_one(all_tokens(jnp.sum(mask, axis=1)), probs)
     return (
