@@ -12,6 +12,7 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 
 Params = dict[str, dict[str, Array]]
+LOGICAL_AXES = ("hidden", "latent", "expert", "expert_latent", "expert_intermediate", "shared_intermediate")
 Layout = dict[str, dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]]
 
 
@@ -31,9 +32,26 @@ def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeS
     }
 
 
-def param_axes(config: LatentMoEConfig) -> dict[str, dict[str, tuple[str | None, ...]]]:
-    """The parameter tree as logical axis names, one a dimension: what sharding rules map to mesh axes."""
-    return {part: {name: axes for name, (_, axes) in leaves.items()} for part, leaves in _layout(config).items()}
+def param_axes(
+    config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = None
+) -> dict[str, dict[str, tuple[str | None, ...]]]:
+    """The parameter tree as logical axis names, one a dimension: what sharding rules map to mesh axes.
+
+    Args:
+        config: the layer.
+        axis_names: other names for some of "hidden", "latent", "expert", "expert_latent", "expert_intermediate" and
+            "shared_intermediate", such as {"hidden": "embed"}; None leaves an axis without a name.
+
+    Raises:
+        InputError: axis_names renames an axis that no layer has.
+    """
+    renamed = dict(axis_names or {})
+    if unknown := sorted(renamed.keys() - set(LOGICAL_AXES)):
+        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
+    return {
+        part: {name: tuple(renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
+        for part, leaves in _layout(config).items()
+    }
 
 
 def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
