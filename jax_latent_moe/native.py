@@ -117,8 +117,8 @@ def call(
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """The checks that `jax.export.export` must leave out for a program that calls the library.
 
-    JAX refuses to export custom calls whose compatibility it does not know. An exported program runs where the library has
-    the same interface hash.
+    JAX refuses to export custom calls whose compatibility it does not know. An exported program runs where the library
+    has the same interface hash.
     """
     return [jax.export.DisabledSafetyCheck.custom_call(PREFIX + target) for target in INTERFACE]
 
