@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from jax_latent_moe import hf, presets
-from jax_latent_moe.hf.names import NEMOTRON_H, layer_slots, tensor_shapes
+from jax_latent_moe.hf.names import NEMOTRON_H, layer_blocks, tensor_shapes
 from jax_latent_moe.hf.tensor_file import create, write_bytes
 
 BUFFER = 8 << 20
@@ -45,7 +45,7 @@ def make(folder: pathlib.Path, experts: int) -> None:
         routed_scaling_factor=5.0,
     )
     (folder / "config.json").write_text(json.dumps(values))
-    shapes = tensor_shapes(config, layer_slots(config, NEMOTRON_H))
+    shapes = tensor_shapes(config, layer_blocks(config, NEMOTRON_H))
     names = sorted(shapes)
     noise = np.random.default_rng(0).integers(0, 2**14, max(map(np.prod, shapes.values())), np.uint16)
     for number in range(FILES):

@@ -190,7 +190,7 @@ def test_a_call_with_too_many_or_too_few_parts_is_refused(on_the_cpu):
 @needs_library
 def test_a_tile_that_was_not_compiled_is_refused_with_those_that_were():
     backend = CutlassBackend(matmul_tile=CutlassTile(rows=128, columns=64))
-    with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled .*; there are CutlassTile\("):
+    with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled .*; these were: CutlassTile\("):
         select(H200, backend)
     chosen = select(H200, CutlassBackend())
     assert set(chosen.candidates(H200)) >= {CutlassBackend(matmul_tile=chosen.tile(H200).tile)}
