@@ -33,7 +33,7 @@ needs_library = pytest.mark.skipif(BUILT.missing is not None, reason=f"{BUILT.mi
 
 def test_without_its_library_it_says_how_to_get_it(library_at, tmp_path):
     library_at(tmp_path / loader.FILE)
-    with pytest.raises(UnsupportedError, match=r"libjax_latent_moe_cuda.so is not there: `make cuda`"):
+    with pytest.raises(UnsupportedError, match=r"libjax_latent_moe_cuda.so does not exist: build it with `make cuda`"):
         select(H200, CutlassBackend())
 
 
@@ -64,7 +64,7 @@ def test_what_it_cannot_run_it_refuses(changes, reason):
 def test_auto_goes_on_where_there_is_no_library(library_at, tmp_path):
     library_at(tmp_path / loader.FILE)
     text = explain(H200)
-    assert "is not there: `make cuda`" in text
+    assert "does not exist: build it with `make cuda`" in text
     assert type(select(H200)).__name__ == "Pallas"
 
 

@@ -13,8 +13,8 @@ class Backend(abc.ABC):
     """Computes the three contractions. Rows are sorted by expert, and group_sizes counts the rows of each expert.
 
     Group sizes cannot be checked under jit: a negative size counts as 0, and groups are cut at the last row. Padding
-    rows, those beyond the sum, give zero rows and affect no other value, whatever they hold. An expert without rows gets
-    an exactly zero wgrad. Accumulation is in float32 (float64 for float64 operands).
+    rows, those beyond the sum, give zero rows and affect no other value, whatever they hold. An expert without rows
+    gets an exactly zero wgrad. Accumulation is in float32 (float64 for float64 operands).
 
     Attributes:
         config: the backend's settings, a frozen dataclass.
@@ -51,7 +51,7 @@ class Backend(abc.ABC):
         del problem
 
     def in_place(self, problem: Problem, tile: Any) -> tuple[str, ...]:
-        """The operands ("lhs", "rhs") that are not dense and that the kernel reads as they are, without a dense copy."""
+        """The operands ("lhs", "rhs") that are not dense and that the kernel reads without a dense copy."""
         del problem, tile
         return ()
 

@@ -1,8 +1,8 @@
 """Times calls on a device. They are lowered one by one, compiled in parallel, run once, then timed in turn.
 
-A candidate is a function that lowers something. It returns a function that compiles it and returns a `Call`. If any step
-fails, the candidate is left out and the first line of its error is printed: one tile that a compiler refuses must not
-end a run.
+A candidate is a function that lowers something. It returns a function that compiles it and returns a `Call`. If any
+step fails, the candidate is left out and the first line of its error is printed: one tile that a compiler refuses must
+not end a run.
 """
 
 import concurrent.futures
