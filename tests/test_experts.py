@@ -1,4 +1,4 @@
-"""The routed block: its gradients by another route, and what it keeps for the backward pass."""
+"""The routed block: its gradients against a float64 loop, and what it keeps for the backward pass."""
 
 import dataclasses
 import functools
@@ -8,85 +8,134 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import XlaBackend, experts
-from jax_latent_moe.activations import activate
 from jax_latent_moe.experts import routed_experts
-from jax_latent_moe.grouped_matmul.xla import Xla
+from jax_latent_moe.formats import FORMATS, encode
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from tests.cases import TOY
+from tests.conformance.test_new_rows import COLUMNS
+from tests.fusing import FusingBackend
+from tests.oracle.experts import routed
+from tests.test_activations import VARIANTS
 from tests.tolerances import assert_close
 
-TOKENS, K, EXPERTS, LATENT, INNER = 7, 3, 8, 6, 5
+TOKENS, K, EXPERTS, LATENT, INNER = 7, 9, 11, 6, 5
+WITHOUT_TOKENS = 4
 GATED = dataclasses.replace(TOY, activation="swiglu")
+GATE_KEPT = dataclasses.replace(GATED, backend=FusingBackend(("gate_hidden",), ("gate_hidden",)))
+CONFIGS = {"plain": TOY, "gated": GATED, "gate kept": GATE_KEPT}
 
 
-class KeepsGate:
-    """Fuses swiglu as the compiled kernels do: gate and hidden rows side by side are what its gradient is made of."""
-
-    def keeps_gate(self, activation):
-        return activation.name == "swiglu"
-
-    def matmul_activation(self, rows, w, group_sizes, *, activation, keep_pre):
-        pre = XLA.matmul(rows, w, group_sizes, transpose_w=False)
-        gate, hidden = pre[:, : pre.shape[1] // 2], activate(pre, GATED).astype(pre.dtype)
-        return (jnp.concatenate([gate, hidden], axis=1), None) if keep_pre else (None, hidden)
-
-    def matmul_activation_grad(self, dout, w, group_sizes, kept, row_weights, *, activation):
-        dhidden = XLA.matmul(dout, w, group_sizes, transpose_w=True)
-        gate, hidden = jnp.split(kept, 2, axis=1)
-        value, slope = jax.jvp(jax.nn.silu, (gate,), (jnp.ones_like(gate),))
-        up = jnp.where(value == 0, 0, hidden / jnp.where(value == 0, 1, value))
-        dpre = jnp.concatenate([slope * up * dhidden, value * dhidden], axis=1)
-        return row_weights[:, None] * dpre, None, jnp.sum(dhidden * hidden, axis=1), dout
-
-
-XLA = Xla(XlaBackend())
-
-
-@pytest.fixture(params=["plain", "gated", "gate kept"])
-def config(request, monkeypatch):
-    """A relu2 layer, a swiglu layer, and one whose backend keeps gate and hidden rows."""
-    if request.param == "gate kept":
-        monkeypatch.setattr(experts, "_fusing", lambda config, contraction, rows, w: KeepsGate())
-    return TOY if request.param == "plain" else GATED
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def draw(rng, config):
+    """Ids that reach no expert among them, and one expert without tokens."""
     gate = (2,) if config.gated else ()
     shapes = (TOKENS, LATENT), (TOKENS, K), (EXPERTS, LATENT, *gate, INNER), (EXPERTS, INNER, LATENT)
     ids = rng.integers(-1, EXPERTS, size=(TOKENS, K))
-    tokens, weights, w_in, w_out = (jnp.float32(rng.normal(size=shape)) for shape in shapes)
-    return ids, (tokens, jnp.where(ids < 0, 0, weights), w_in, w_out)
+    ids[ids == WITHOUT_TOKENS] = 0
+    tokens, weights, w_in, w_out = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    return ids, (tokens, np.where(ids < 0, 0, weights), w_in, w_out)
 
 
-def dense(config, ids, tokens, weights, w_in, w_out):
-    """Every expert on every token, one-hot weights: what autodiff then makes of it shares no rule with the library."""
-    one_hot = jnp.asarray(np.eye(EXPERTS + 1, dtype=np.float32)[ids][..., :EXPERTS])
-    pre = jnp.einsum("tl,el...->te...", tokens, w_in).reshape(TOKENS, EXPERTS, -1)
-    out = jnp.einsum("tem,eml->tel", activate(pre, config), w_out)
-    return jnp.einsum("tk,tke,tel->tl", weights, one_hot, out)
+@functools.cache
+def compiled(config):
+    @jax.jit
+    def run(ids, arrays, dout):
+        plan = make_dispatch_plan(ids, EXPERTS)
+        out, pullback = jax.vjp(lambda *arrays: routed_experts(config, *arrays, plan), *arrays)
+        alone = routed_experts(config, *arrays, plan)
+        return out, *pullback(dout), alone
+
+    return run
 
 
-def test_gradients_equal_those_of_a_dense_formulation(rng, config):
+def check(config, ids, arrays, dout):
+    """Everything against the loop; the gradient of a weight that reaches no expert is not the block's."""
+    *found, alone = compiled(config)(ids, arrays, dout)
+    for (name, expected), value in zip(routed(config, ids, *arrays, dout).items(), found, strict=True):
+        if name == "weights":
+            value, expected = np.where(ids < 0, 0, value), np.where(ids < 0, 0, expected)
+        assert_close(value, expected, "float32", name)
+    np.testing.assert_allclose(alone, found[0], rtol=1e-5, atol=1e-5)
+    reached = np.isin(np.arange(EXPERTS), ids)
+    for gradient in found[3:]:
+        assert not np.asarray(gradient)[~reached].any(), "experts without tokens have a gradient"
+
+
+@every_config
+def test_gradients(rng, config):
     ids, arrays = draw(rng, config)
-    dout = rng.normal(size=(TOKENS, LATENT)).astype(np.float32)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def outputs(function, *arrays):
-        out, pullback = jax.vjp(function, *arrays)
-        return out, *pullback(dout)
-
-    def ours(*arrays):
-        return routed_experts(config, *arrays, make_dispatch_plan(jnp.asarray(ids), EXPERTS))
-
-    names = ("out", "tokens", "weights", "w_in", "w_out")
-    expected = outputs(functools.partial(dense, config, ids), *arrays)
-    for name, value, wanted in zip(names, outputs(ours, *arrays), expected, strict=True):
-        wanted = np.where(ids < 0, 0, wanted) if name == "weights" else wanted
-        value = np.where(ids < 0, 0, value) if name == "weights" else value
-        assert_close(value, wanted, "float32", name)
+    assert not (ids == WITHOUT_TOKENS).any()
+    check(config, ids, arrays, rng.normal(size=(TOKENS, LATENT)).astype(np.float32))
 
 
+@every_config
+def test_gradients_where_one_expert_has_all_tokens(rng, config):
+    ids, (tokens, weights, *experts) = draw(rng, config)
+    arrays = tokens, np.where(ids < 0, 0.5, weights).astype(np.float32), *experts
+    check(config, np.full_like(ids, EXPERTS - 1), arrays, rng.normal(size=(TOKENS, LATENT)).astype(np.float32))
+
+
+@every_config
+def test_gradients_of_one_token(rng, config):
+    ids, (tokens, weights, *experts) = draw(rng, config)
+    dout = rng.normal(size=(1, LATENT)).astype(np.float32)
+    check(config, ids[:1], (tokens[:1], weights[:1], *experts), dout)
+
+
+def fused_passes():
+    """Each residual of each activation, kept or not by the forward pass, and read or not by the gradient."""
+    for variant, fields in VARIANTS.items():
+        config = dataclasses.replace(TOY, **fields)
+        for residual in config.bound_activation.definition.residuals:
+            for value, gradient in ((False, False), (True, False), (False, True), (True, True)):
+                names = "+".join(["fwd"] * value + ["dgrad"] * gradient) or "none"
+                backend = FusingBackend((residual,) * value, (residual,) * gradient, in_place=value)
+                yield pytest.param(dataclasses.replace(config, backend=backend), id=f"{variant}-{residual}-{names}")
+
+
+@pytest.mark.parametrize("config", list(fused_passes()))
+def test_gradients_where_either_pass_fuses_its_activation(rng, config):
+    ids, arrays = draw(rng, config)
+    check(config, ids, arrays, rng.normal(size=(TOKENS, LATENT)).astype(np.float32))
+
+
+@pytest.mark.parametrize("frozen", ["w_in", "w_out", "both"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("activation", "residual"), [("relu2", "hidden"), ("swiglu", "gate_hidden"), ("gelu", "pre")])
+def test_gradients_beside_frozen_codes(rng, monkeypatch, activation, residual, fused, frozen):
+    """Weights that are codes get no gradient, and what else there is gets the same as beside the decoded weights."""
+    monkeypatch.setitem(FORMATS, COLUMNS.name, COLUMNS)
+    backend = FusingBackend((residual,), (residual,), in_place=True) if fused else "xla"
+    config = dataclasses.replace(TOY, activation=activation, backend=backend)
+    ids, (tokens, weights, w_in, w_out) = draw(rng, config)
+    given, dout = {"w_in": w_in, "w_out": w_out}, rng.normal(size=tokens.shape).astype(np.float32)
+    seen = dict(given)
+    for name in given if frozen == "both" else (frozen,):
+        flat = given[name].reshape(EXPERTS, given[name].shape[1], -1)
+        given[name] = encode(flat, COLUMNS.name)
+        seen[name] = np.asarray(given[name].decode("float32")).reshape(seen[name].shape)
+    plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
+    trained = {"tokens": tokens, "weights": weights} | {
+        name: weight for name, weight in given.items() if isinstance(weight, np.ndarray)
+    }
+
+    @jax.jit
+    def run(trained):
+        def block(trained):
+            return routed_experts(config, **given | trained, dispatch=plan)
+
+        out, pullback = jax.vjp(block, trained)
+        return {"out": out} | pullback(dout)[0]
+
+    expected = routed(config, ids, tokens, weights, seen["w_in"], seen["w_out"], dout)
+    for name, value in run(trained).items():
+        valid = ids >= 0 if name == "weights" else True
+        assert_close(np.where(valid, value, 0), np.where(valid, expected[name], 0), "float32", name)
+
+
+@every_config
 def test_gradients_of_weights_hold_for_the_smallest(rng, config):
     """Where gradients are weighted before the product, a weight's is a quotient, and 0 for a weight of 0."""
     ids, arrays = draw(rng, config)
@@ -94,21 +143,21 @@ def test_gradients_of_weights_hold_for_the_smallest(rng, config):
     tokens, weights, w_in, w_out = arrays
     small = np.full(weights.shape, 1.0, np.float32)
     small[::2], small[1, 1] = 1e-25, 0.0
-    arrays = tokens, weights * small, w_in, w_out
-
-    def gradient(function):
-        return jax.grad(lambda weights: jnp.sum(function(tokens, weights, w_in, w_out)))(arrays[1])
-
-    ours = gradient(lambda *arrays: routed_experts(config, *arrays, make_dispatch_plan(jnp.asarray(ids), EXPERTS)))
-    wanted = gradient(functools.partial(dense, config, ids))
-    if config.activation == "relu2" or experts._fusing(config, "dgrad", tokens, w_out):
-        wanted = jnp.where(arrays[1] == 0, 0, wanted)
-    assert_close(ours, wanted, "float32")
+    weights = np.where(weights == 0, 1, weights) * small
+    dout = np.ones((TOKENS, LATENT), np.float32)
+    found = compiled(config)(ids, (tokens, weights, w_in, w_out), dout)[2]
+    wanted = routed(config, ids, tokens, weights, w_in, w_out, dout)["weights"]
+    if config is not GATED:  # which alone keeps the pre-activation
+        wanted = np.where(weights == 0, 0, wanted)
+    assert (weights == 0).sum() == 1
+    assert_close(found, wanted, "float32")
 
 
+@every_config
 def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config):
     """No gathered copy of the tokens, not both pre-activations and hidden rows, no expert outputs."""
     ids, arrays = draw(rng, config)
+    arrays = tuple(map(jnp.asarray, arrays))
     plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
     _, pullback = jax.vjp(lambda *arrays: routed_experts(config, *arrays, plan), *arrays)
     rows, gate = TOKENS * K, 2 if config.gated else 1
@@ -121,21 +170,7 @@ def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config)
 def test_no_expert_at_all_gives_zeros(rng):
     _, arrays = draw(rng, TOY)
     plan = make_dispatch_plan(jnp.full((TOKENS, K), -1), EXPERTS)
-    out, pullback = jax.vjp(lambda *arrays: routed_experts(TOY, *arrays, plan), *arrays)
+    out, pullback = jax.vjp(lambda *arrays: routed_experts(TOY, *arrays, plan), *map(jnp.asarray, arrays))
     assert not np.asarray(out).any()
     for gradient in pullback(jnp.ones_like(out)):
         assert not np.asarray(gradient).any()
-
-
-def test_what_no_kernel_would_read_is_not_kept(rng, monkeypatch):
-    """Where the gradient is left to XLA, a backend that would keep the gate does not make hidden rows either."""
-    ids, arrays = draw(rng, GATED)
-    monkeypatch.setattr(
-        experts, "_fusing", lambda config, contraction, rows, w: KeepsGate() if contraction == "fwd" else None
-    )
-    plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
-    out, pullback = jax.vjp(lambda *arrays: routed_experts(GATED, *arrays, plan), *arrays)
-    wanted, dense_pullback = jax.vjp(functools.partial(dense, GATED, ids), *arrays)
-    assert_close(out, wanted, "float32")
-    for value, expected in zip(pullback(wanted)[2:], dense_pullback(wanted)[2:], strict=True):
-        assert_close(value, expected, "float32")
