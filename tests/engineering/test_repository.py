@@ -1,4 +1,4 @@
-"""Rules over the whole tree: versions agree, imports go one way, nothing of one machine is written down."""
+"""Rules over the whole tree: versions agree, imports go one way, and no path of one machine is in a file."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 from tests.engineering.sandbox import ROOT
 
 PACKAGE = ROOT / "jax_latent_moe"
-# A module imports from lines above its own, and within a folder.
+# A module may import from the lines above its own, and from its own folder.
 ORDER = (
     ("errors",),
     ("checks",),
@@ -30,12 +30,12 @@ ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"native"}, "safetensors": set()}
 
 
 def modules() -> dict[str, pathlib.Path]:
-    """Path of each module, by its name within the package ("grouped_matmul/xla")."""
+    """The path of each module, by its name within the package ("grouped_matmul/xla")."""
     return {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported(path: pathlib.Path) -> set[str]:
-    """Every module that the file names in an import, wherever in the file."""
+    """Every module that the file imports, anywhere in the file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

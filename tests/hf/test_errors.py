@@ -1,4 +1,4 @@
-"""Broken checkpoints: every problem in one error, whatever is broken, and nothing returned."""
+"""Broken checkpoints: one error lists every problem, and nothing is returned."""
 
 import itertools
 import json
@@ -157,7 +157,7 @@ def test_a_pipe_is_not_waited_for(rng, tmp_path):
         hf.open_checkpoint(tmp_path)
 
 
-# Each mutation breaks a folder of three indexed files, or of one, in a way drawn at random.
+# Each mutation breaks a folder of three indexed files, or of one file, in a random way.
 
 
 def header_of(file):

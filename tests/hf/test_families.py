@@ -1,4 +1,4 @@
-"""config.json to configurations: the presets come out of the published values, and what is not computed is refused."""
+"""config.json to configurations: the published values give the presets, and unsupported features are refused."""
 
 import dataclasses
 import json
@@ -98,7 +98,7 @@ def test_published_values_give_the_preset(values, preset, layers, tmp_path):
     assert set(configs.values()) == {expected}
 
 
-# Published totals, in billions of parameters: the MoE layers are most of a model, and never more than it.
+# Published totals, in billions of parameters. The MoE layers are most of a model, and never more than all of it.
 @pytest.mark.parametrize(
     ("preset", "layers", "total"),
     [
@@ -152,7 +152,7 @@ NEXT_80B = QWEN3_NEXT | dict(
 )
 
 
-# Published values of config.json, and published totals and active parameters in billions.
+# Published values of config.json, and published total and active parameters in billions.
 @pytest.mark.parametrize(
     ("values", "layers", "total", "active"),
     [(K2, 60, 1026, 32), (GLM_45, 89, 355, 32), (V2, 59, 236, 21), (NEXT_80B, 48, 80, 3)],

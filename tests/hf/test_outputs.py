@@ -1,4 +1,4 @@
-"""What the converter writes: a new folder, whole, readable; nothing that was there before is touched."""
+"""The converter writes a new folder, complete and readable, and changes nothing that existed before."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from tests.hf.test_round_trip import same_trees
 
 
 def snapshot(folder):
-    """Every path below a folder: what a link leads to, what a file holds, None for a folder."""
+    """Every path below a folder, with a link's target, a file's bytes, or None for a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -27,7 +27,7 @@ def snapshot(folder):
 
 
 def write(checkpoint, how, path, layers=None):
-    """Writes a checkpoint by one of the three ways there are."""
+    """Writes a checkpoint in one of the three ways."""
     layers = hf.import_layers(checkpoint) if layers is None else layers
     if how == "replace_layers":
         hf.replace_layers(checkpoint, layers, path)
@@ -41,7 +41,7 @@ WAYS = ["replace_layers", "write_layers", "convert"]
 
 
 def refuses(checkpoint, how, path, capsys) -> str:
-    """The sentence with which a way of writing refuses a path."""
+    """The sentence with which one way of writing refuses a path."""
     if how == "convert":
         assert main(["convert", str(checkpoint.folder.path), str(path)]) == 1
         return capsys.readouterr().err

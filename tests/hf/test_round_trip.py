@@ -1,4 +1,4 @@
-"""Every mapping: the right tensor in the right place, and every byte back."""
+"""Every mapping puts each tensor in the right place, and writes every byte back."""
 
 import filecmp
 import shutil

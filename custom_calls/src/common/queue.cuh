@@ -1,11 +1,11 @@
-// In which order tiles are taken: each cluster takes the next one.
+// The queue of tiles: each cluster takes the next one.
 //
 // Tiles differ in their rows. If each cluster took every n-th tile, clusters would drift apart, and the weights that
 // neighbouring tiles share would leave the L2 cache in between. One thread of a cluster takes the next number from a counter
-// in memory, looks up its tile, waits for its rows where they are gathered, and tells the blocks of the cluster. This runs
-// some tiles ahead, so that loads and products, which are short where few rows are contracted, do not wait for it. Clusters
-// near one L2 slice take tiles from the first on, those near the other from the last on, so that nearly all tiles of an
-// expert run near one slice (l2_slices.h).
+// in memory, looks up its tile, waits for its rows if they are gathered, and tells the blocks of the cluster. It runs some
+// tiles ahead, so that loads and products do not wait for it, even if they are short because few rows are contracted.
+// Clusters near one L2 slice take tiles from the start, those near the other slice from the end, so that nearly all tiles
+// of an expert run near one slice (l2_slices.h).
 #pragma once
 
 #include "common/gather.cuh"
@@ -16,8 +16,8 @@
 
 namespace latent_moe {
 
-// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. Where Counts
-// is false there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
+// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. If Counts is
+// false, there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
 template <class Schedule, int Cluster, int Readers, bool Counts>
 class Queue {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
