@@ -25,9 +25,9 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "layer", "decode", "step" or "parallel".
+        suite: "compile", "kernel", "layer", "decode", "step", "train" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
-        pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file).
+        pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py has its own.
         impl: name of the implementation.
         ms: median time of one call, or of one compilation, in milliseconds.
         tflops: 1e12 floating-point operations per second, counting the operations that the maths needs.

@@ -99,7 +99,9 @@ def main() -> None:
     options = parse_options()
     devices = len(jax.devices())
     if devices < 2:
-        raise SystemExit(f"this benchmark needs at least two devices, not {devices}: run it on a host with several GPUs.")
+        raise SystemExit(
+            f"this benchmark needs at least two devices, not {devices}: run it on a host with several GPUs."
+        )
     tokens, config = SHAPES[options.shape]
     config = dataclasses.replace(config, parallel=ParallelConfig(capacity_factor=options.capacity_factor))
     kind = jax.devices()[0].device_kind.lower().removeprefix("nvidia ").replace(" ", "-")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 
 from benchmarks import figure, tables
+from benchmarks.train_table import train_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Callable[[tables.Rows], str]] = {
     "layers": table_of("layer", memory=True),
     "decode": table_of("decode"),
     "step": table_of("step", memory=True),
+    "train": of_every_gpu(train_table, "train"),
     "compile": of_every_gpu(tables.compile_table, "compile"),
     "errors": of_every_gpu(tables.errors, *tables.SUITES),
     "runs": of_every_gpu(tables.runs, *tables.SUITES),

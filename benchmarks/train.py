@@ -117,8 +117,8 @@ def step_times(compiled: Compiled, rounds: int, steps: int = 6) -> dict[str, flo
         for kind, batches in placed.items():
             start = time.perf_counter()
             for i in range(steps):
-                state, result = compiled.call(state, data.Batch(batches[(turn * steps + i) % BATCHES]))
-            jax.block_until_ready(result)
+                state, _ = compiled.call(state, data.Batch(batches[(turn * steps + i) % BATCHES]))
+            jax.block_until_ready(state.step)
             if turn:  # the first warms up
                 times[kind].append(1e3 * (time.perf_counter() - start) / steps)
     return {kind: statistics.median(samples) for kind, samples in times.items()}
@@ -164,6 +164,6 @@ def loop_ms(config: Config, steps: int = LOOP_STEPS) -> tuple[float, model.Langu
         saves_nothing = SimpleNamespace(newest=None, save=lambda snapshot: None)
         with signals.StopRequest() as stop, jax.set_mesh(mesh):
             train.run_steps(config, network, text, tokenizer.Bytes(), cast(Any, saves_nothing), stop, mesh)
-        records = [record for record in metrics.read_records(config.run) if "loss" in record]
+        records = [record for record in metrics.read_records(config.folder) if "loss" in record]
     speed = statistics.median(record["tokens_per_second"] for record in records[1:])
     return 1e3 * config.batch_size * config.model.context / speed, network

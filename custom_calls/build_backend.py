@@ -44,9 +44,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         return pure.build_wheel(wheel_directory, config_settings, metadata_directory)
     from scikit_build_core import build
 
-    print(
-        f"Compiling CUDA kernels with {compiler} takes minutes; -C wheel.cmake=false leaves them out.", flush=True
-    )
+    print(f"Compiling CUDA kernels with {compiler} takes minutes; -C wheel.cmake=false leaves them out.", flush=True)
     settings = {
         "cmake.define.CMAKE_CUDA_COMPILER": compiler,
         "cmake.define.LATENT_MOE_CUTLASS_INCLUDE": _folder("cutlass_library", "source/include"),

@@ -281,15 +281,23 @@ class LatentMoEConfig:
             checks.instance("parallel", self.parallel, ParallelConfig)
         _keep(self, "", checks.dtype_name, ("dtype", "param_dtype"), COMPUTE_DTYPES)
         object.__setattr__(self, "backend", as_backend(self.backend))
-        reads = ACTIVATIONS[self.activation].parameters.__contains__
-        for fields, used, needs in (
-            (("gelu_approximate",), reads("gelu_approximate"), "activation='gelu' or 'geglu'"),
-            (("situ_beta", "situ_linear_beta"), reads("situ_beta"), "activation='situ_glu'"),
-            (("shared_expert_gate",), self.shared_expert_intermediate_size > 0, "shared_expert_intermediate_size"),
-            (("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'"),
-        ):
-            checks.refuse_unused(self, "", fields, used, needs)
+        self._check_activation()
+        gate_used = self.shared_expert_intermediate_size > 0
+        checks.refuse_unused(self, "", ("shared_expert_gate",), gate_used, "shared_expert_intermediate_size")
+        checks.refuse_unused(self, "", ("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'")
         self._check_routing()
+
+    def _check_activation(self):
+        parameters = ACTIVATIONS[self.activation].parameters
+        for name in parameters:
+            if not hasattr(self, name):
+                raise ConfigError(
+                    f"activation={self.activation!r} reads {name}, which is no field of LatentMoEConfig: register it "
+                    "with parameters that are."
+                )
+        for name in ("gelu_approximate", "situ_beta", "situ_linear_beta"):
+            readers = " or ".join(repr(other.name) for other in ACTIVATIONS.values() if name in other.parameters)
+            checks.refuse_unused(self, "", (name,), name in parameters, f"activation={readers}")
 
     def _check_routing(self):
         experts, k, router = self.num_experts, self.top_k, self.router

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def collect(paths: list[str], keyword: str) -> list[str]:
     """The ids of the tests in the paths."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", keyword, *paths]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-k", keyword, *paths]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     tests = [line for line in listed.stdout.splitlines() if "::" in line]
     if not tests:

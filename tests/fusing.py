@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax_latent_moe.activations import Residual, activate
 from jax_latent_moe.config import XlaBackend
 from jax_latent_moe.grouped_matmul import Backend, LastColumns, Operands, Outputs, register
+from jax_latent_moe.grouped_matmul.groups import group_ends
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.grouped_matmul.xla.backend import Xla
 
@@ -53,7 +54,9 @@ class Fusing(Backend):
         elif problem.contraction == "fwd":
             outputs = _value(problem.epilogue, product)
         else:
-            outputs = _gradient(problem.epilogue, product, operands.residual, operands.row_weights)
+            owned = jnp.arange(problem.num_rows) < group_ends(operands.group_sizes, problem.num_rows)[-1]
+            kept = jnp.where(owned[:, None], operands.residual, 0)
+            outputs = _gradient(problem.epilogue, product, kept, jnp.where(owned, operands.row_weights, 0))
         return dataclasses.replace(outputs, lhs=lhs, rhs=rhs if problem.contraction == "wgrad" else None)
 
 

@@ -1,7 +1,9 @@
 """Libraries of compiled kernels written by hand: what the package chooses and calls can be tested without a GPU."""
 
-from jax_latent_moe import native
+from jax_latent_moe import LatentMoEConfig, native
+from jax_latent_moe.activations import BoundActivation
 from jax_latent_moe.device import Device
+from jax_latent_moe.grouped_matmul import Epilogue
 
 H200, H100 = Device("gpu", "NVIDIA H200"), Device("gpu", "NVIDIA H100 80GB HBM3")
 A100, CPU = Device("gpu", "NVIDIA A100-SXM4-80GB"), Device("cpu", "cpu")
@@ -40,3 +42,19 @@ def library(*names: str, max_experts: int = MAX_EXPERTS, **more: int) -> native.
 
 WHOLE = library(*PLAIN, *FUSED)
 """Kernels of every contraction, activation and size of tile."""
+
+
+def layer_of(name: str) -> LatentMoEConfig:
+    """A layer with the activation that kernels call so."""
+    approximate = name.endswith("_tanh")
+    return LatentMoEConfig(8, 4, 8, 2, 8, activation=name.removesuffix("_tanh"), gelu_approximate=approximate)
+
+
+def bound_activation(name: str) -> BoundActivation:
+    """The activation that kernels call so."""
+    return layer_of(name).bound_activation
+
+
+def epilogue_of(name: str) -> Epilogue:
+    """The epilogue of its kernels."""
+    return Epilogue(bound_activation(name), RESIDUAL[name])

@@ -1,270 +1,220 @@
-"""The `cutlass` backend as far as it goes without a GPU: refusals, loading, the choice of kernel, lowering."""
+"""The `cutlass` backend as far as it goes without a GPU: refusals and the choice of kernel."""
 
-import collections
-import ctypes
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_latent_moe.grouped_matmul.cutlass import Cutlass
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, fusing_refusal
 
-from jax_latent_moe import CutlassBackend, UnsupportedError, expert_sort, top_k
-from jax_latent_moe import native as loader
+from jax_latent_moe import CutlassBackend, UnsupportedError, native
 from jax_latent_moe.config import CutlassTile
+from jax_latent_moe.device import Device
 from jax_latent_moe.grouped_matmul import (
-    FusedActivation,
-    GatheredRows,
-    Problem,
-    cutlass,
-    cutlass_tiles,
+    Epilogue,
+    Operand,
     explain,
+    fused,
+    problem,
     select,
-    select_fusing,
 )
-from jax_latent_moe.grouped_matmul.operands import LastColumns
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import FASTER, RESIDUALS, Cutlass, fuses
+from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import kernel_name
+from jax_latent_moe.grouped_matmul.registry import bind
+from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS, fuse_refusal
+from tests import kernels
+from tests.kernels import A100, CPU, FUSED, H200, PLAIN, WHOLE, bound_activation, epilogue_of, library
 
-H200 = Problem("fwd", 8192, 64, 1024, 2688, "bfloat16", "gpu", "NVIDIA H200")
-BUILT = loader.library()
-needs_library = pytest.mark.skipif(BUILT.missing is not None, reason=f"{BUILT.missing}")
+W_SHAPE = (64, 1024, 2688)
+PROBLEM = problem("fwd", 8192, W_SHAPE, "bfloat16", device=H200)
+FLOAT32 = Operand("float32")
 
 
 def test_without_its_library_it_says_how_to_get_it(library_at, tmp_path):
-    library_at(tmp_path / loader.FILE)
+    library_at(tmp_path / native.FILE)
     with pytest.raises(UnsupportedError, match=r"libjax_latent_moe_cuda.so does not exist: build it with `make cuda`"):
-        select(H200, CutlassBackend())
+        select(PROBLEM, CutlassBackend())
 
 
 def test_a_file_that_is_no_library_is_named(library_at, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"no library")
     library_at(tmp_path / "broken.so")
     with pytest.raises(UnsupportedError, match=r"broken.so cannot be loaded .* `make cuda`"):
-        select(H200, CutlassBackend())
+        select(PROBLEM, CutlassBackend())
 
 
+@pytest.mark.usefixtures("install_library")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device_kind": "NVIDIA A100-SXM4-80GB"}, "for NVIDIA Hopper GPUs"),
-        ({"platform": "cpu", "device_kind": "cpu"}, "for NVIDIA Hopper GPUs"),
-        ({"dtype": "float32"}, "not float32"),
-        ({"in_features": 1004}, "in_features=1004 is not a positive multiple of 8"),
-        ({"out_features": 0}, "out_features=0 is not a positive multiple of 8"),
+        ({"device": A100}, "for NVIDIA Hopper GPUs"),
+        ({"device": CPU}, "for NVIDIA Hopper GPUs"),
+        ({"device": Device("gpu", "NVIDIA B200")}, "for NVIDIA Hopper GPUs"),
+        (dict.fromkeys(("lhs", "rhs", "out"), FLOAT32), "not float32 x float32 to float32"),
+        ({"rhs": Operand("float16")}, "all in float16, not bfloat16 x float16 to bfloat16"),
+        ({"rhs": Operand("int4")}, "all in float16, not bfloat16 x int4 to bfloat16"),
+        ({"out": FLOAT32}, "not bfloat16 x bfloat16 to float32"),
+        ({"k": 1004}, "k=1004 is not a positive multiple of 8"),
+        ({"n": 0}, "n=0 is not a positive multiple of 8"),
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ({"num_experts": kernels.MAX_EXPERTS + 1}, "no kernel was compiled for fwd of bfloat16 and 897 experts"),
         ({"num_rows": 2**31}, "must be below 2147483392"),
-        ({"out_features": 2696, "activation": FusedActivation("swiglu")}, "half of out_features=2696"),
+        ({"n": 2696, "epilogue": epilogue_of("swiglu")}, "half of n=2696"),
+        ({"epilogue": Epilogue(bound_activation("gelu"), "pre")}, None),
+        ({"epilogue": Epilogue(bound_activation("swiglu"), "pre")}, "no kernel was compiled for fwd of bfloat16 with"),
+        ({"contraction": "dgrad", "epilogue": Epilogue(bound_activation("swiglu"), "gate_hidden")}, None),
+        ({}, None),
     ],
 )
 def test_what_it_cannot_run_it_refuses(changes, reason):
-    assert reason in (Cutlass(CutlassBackend()).supports(dataclasses.replace(H200, **changes)) or "")
+    found = Cutlass(CutlassBackend()).supports(dataclasses.replace(PROBLEM, **changes))
+    assert found is None if reason is None else reason in (found or "")
 
 
 def test_auto_goes_on_where_there_is_no_library(library_at, tmp_path):
-    library_at(tmp_path / loader.FILE)
-    text = explain(H200)
+    library_at(tmp_path / native.FILE)
+    text = explain(PROBLEM)
     assert "does not exist: build it with `make cuda`" in text
-    assert type(select(H200)).__name__ == "Pallas"
+    assert type(select(PROBLEM).backend).__name__ == "Pallas"
 
 
-@needs_library
-def test_the_library_lists_kernels_of_each_kind():
-    kinds = {(instance.contraction, instance.activation is not None) for instance in BUILT.instances}
-    assert kinds == {("fwd", False), ("dgrad", False), ("wgrad", False), ("fwd", True), ("dgrad", True)}
-    most = collections.Counter()
-    for instance in BUILT.instances:
-        kind = instance.dtype, instance.contraction, instance.activation
-        most[kind] = max(most[kind], instance.max_experts)
-        assert instance.dtype in ("bfloat16", "float16")
-        assert instance.activation in (None, *ACTIVATIONS)
-        assert instance.rows % 64 == instance.columns % 64 == 0
-    assert min(most.values()) >= 896, "Kimi K3's experts fit beside the stages of no tile"
+@pytest.mark.usefixtures("install_library")
+def test_auto_takes_it():
+    assert type(select(PROBLEM).backend).__name__ == "Cutlass"
 
 
-@needs_library
-def test_xla_accepts_the_handlers():
-    """Registering asks a handler for the version of its interface, which must not be newer than XLA's."""
-    loaded = ctypes.CDLL(str(loader._path()))
-    for target in loader.TARGETS:
-        jax.ffi.register_ffi_target(f"test_{target}", loader.handlers(loaded, target), platform="cpu")
-
-
-@pytest.fixture
-def gathers(monkeypatch):
-    """Kernels gather rows of any width that are to be gathered."""
-    monkeypatch.setattr(cutlass, "FEW_PRODUCTS", 0)
-
-
-@pytest.fixture(scope="module")
-def on_the_cpu():
-    """The handlers answer on the CPU too: they decode a call, and miss a GPU's stream, operand 0, alone."""
-    loaded = ctypes.CDLL(str(loader._path()))
-    for target in loader.TARGETS:
-        execute = {"execute": loader.handlers(loaded, target)["execute"]}
-        jax.ffi.register_ffi_target(f"latent_moe_{target}", execute, platform="cpu")
-
-
-def calls():
-    """Every kind of call that the package makes, by name."""
-    backend, shape = Cutlass(CutlassBackend(fuse="always")), (16, 64)
-    rows, sizes, weights = jnp.zeros(shape, jnp.bfloat16), jnp.asarray([9, 7]), jnp.zeros(16)
-    w, wide = jnp.zeros((2, 64, 64), jnp.bfloat16), jnp.zeros((2, 64, 128), jnp.bfloat16)
-    relu2, swiglu, grad = FusedActivation("relu2"), FusedActivation("swiglu"), backend.matmul_activation_grad
-    many, wide_rows = GatheredRows(rows, jnp.arange(256)), jnp.zeros((256, 64), jnp.bfloat16)
-    weighted, columns = many._replace(weights=jnp.ones(256)), LastColumns(jnp.zeros((16, 96), jnp.bfloat16), 64)
-    found = {
-        "rows x w": lambda: backend.matmul(rows, w, sizes, transpose_w=False),
-        "gathered rows x w": lambda: backend.matmul(many, w, sizes, transpose_w=False),
-        "relu2 of gathered rows": lambda: backend.matmul_activation(many, w, sizes, activation=relu2, keep_pre=True),
-        "rows x w^T": lambda: backend.matmul(rows, w, sizes, transpose_w=True),
-        "wgrad": lambda: backend.outer(rows, rows, sizes),
-        "columns x w": lambda: backend.matmul(columns, w, sizes, transpose_w=False),
-        "outer of columns": lambda: backend.outer(columns, rows, sizes),
-        "relu2": lambda: backend.matmul_activation(rows, w, sizes, activation=relu2, keep_pre=False),
-        "outer of gathered rows": lambda: backend.outer(many, wide_rows, sizes),
-        "outer with gathered and weighted gradients": lambda: backend.outer(wide_rows, weighted, sizes),
-        "relu2's gradient": lambda: grad(rows, w, sizes, rows, weights, activation=relu2),
-        "relu2's gradient of gathered rows": lambda: grad(many, w, sizes, wide_rows, jnp.zeros(256), activation=relu2),
-        "top_k": lambda: top_k.compiled_top_k_ids(jnp.zeros((5, 40)), 3),
-        "sort": lambda: expert_sort.compiled_sort_by_expert(jnp.zeros(700, jnp.int32), 3),
-    }
-    if any(instance.activation == "swiglu" for instance in BUILT.instances):
-        two = jnp.zeros((16, 128), jnp.bfloat16)
-        found |= {
-            "swiglu": lambda: backend.matmul_activation(rows, wide, sizes, activation=swiglu, keep_pre=True),
-            "swiglu's gradient": lambda: grad(rows, w, sizes, two, weights, activation=swiglu),
-        }
-    return found
-
-
-@needs_library
-@pytest.mark.parametrize("name", calls() if BUILT.missing is None else [])
-def test_the_library_understands_what_the_package_calls(name, on_the_cpu, gathers):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0\)"):
-        jax.block_until_ready(calls()[name]())
-
-
-ATTRIBUTES = {
-    "gathered": False,
-    "transpose_w": False,
-    "first_column": np.int32(0),
-    "tile_rows": np.int32(128),
-    "tile_columns": np.int32(128),
-    "stages": np.int32(6),
-    "cluster": np.int32(2),
-    "rows_first": False,
-}
-
-
-def matmul_call(num_arguments=5, num_results=3, **attributes):
-    rows, w = jnp.zeros((16, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16)
-    arguments = rows, w, jnp.asarray([9, 7]), jnp.zeros(0, jnp.int32), jnp.zeros(0)
-    shapes = ((16, 64), jnp.bfloat16), ((0, 0), jnp.bfloat16), ((2,), jnp.int32)
-    results = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    call = jax.ffi.ffi_call("latent_moe_matmul", results[:num_results])
-    jax.block_until_ready(call(*arguments[:num_arguments], **attributes))
-
-
-@needs_library
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_an_attribute_that_is_missing_or_of_another_type_is_refused(name, on_the_cpu):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Wrong number of attributes: expected 8 but got 7"):
-        matmul_call(**{other: value for other, value in ATTRIBUTES.items() if other != name})
-    for value in (np.float32(1), np.int16(1), "1"):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"\(bad operands at: 0, \d+\)"):
-            matmul_call(**ATTRIBUTES | {name: value})
-
-
-@needs_library
-def test_a_call_with_too_many_or_too_few_parts_is_refused(on_the_cpu):
-    for changes, reason in (
-        ({"more": 1}, "Wrong number of attributes: expected 8 but got 9"),
-        ({"num_arguments": 2}, "Wrong number of arguments: expected 5 but got 2"),
-        ({"num_results": 1}, "Wrong number of results: expected 3 but got 1"),
-    ):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
-            matmul_call(**ATTRIBUTES, **changes)
-
-
-@needs_library
+@pytest.mark.usefixtures("install_library")
 def test_a_tile_that_was_not_compiled_is_refused_with_those_that_were():
     backend = CutlassBackend(matmul_tile=CutlassTile(rows=128, columns=64))
     with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled .*; these were: CutlassTile\("):
-        select(H200, backend)
-    chosen = select(H200, CutlassBackend())
-    assert set(chosen.candidates(H200)) >= {CutlassBackend(matmul_tile=chosen.tile(H200).tile)}
+        select(PROBLEM, backend)
+    wgrad = dataclasses.replace(PROBLEM, contraction="wgrad")
+    with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled for wgrad of bfloat16; there are"):
+        select(wgrad, CutlassBackend(wgrad_tile=CutlassTile(rows=128, columns=64)))
+    chosen = select(PROBLEM, CutlassBackend())
+    assert chosen.tile in chosen.backend.tiles(PROBLEM)
+    assert select(PROBLEM, CutlassBackend(matmul_tile=chosen.tile)).tile == chosen.tile
 
 
-@needs_library
-@pytest.mark.parametrize("out_features", [1016, 1024, 2688])
-def test_a_shape_that_no_table_has_takes_a_tile_that_pads_least(out_features):
-    """Few rows an expert take small tiles, where there are any."""
+@pytest.mark.usefixtures("install_library")
+def test_tiles_are_those_that_were_compiled_and_names_are_theirs():
+    """In either order of rows and columns, except in wgrad."""
+    for contraction in ("fwd", "dgrad", "wgrad"):
+        for dtype, short in (("bfloat16", "bf16"), ("float16", "f16")):
+            asked = problem(contraction, 8192, W_SHAPE, dtype, device=H200)
+            found = Cutlass(CutlassBackend()).tiles(asked)
+            names = {kernel_name(asked, tile) for tile in found}
+            assert names == {name for name in PLAIN if name.startswith(f"sm90.{contraction}.{short}.")}
+            assert len(found) == len(set(found)) == (1 if contraction == "wgrad" else 2) * len(names)
+    for activation in KERNEL_ACTIVATIONS:
+        asked = dataclasses.replace(PROBLEM, epilogue=epilogue_of(activation))
+        for epilogue in (asked.epilogue, dataclasses.replace(asked.epilogue, residual=None)):
+            same = dataclasses.replace(asked, epilogue=epilogue)
+            (name,) = {kernel_name(same, tile) for tile in Cutlass(CutlassBackend()).tiles(same)}
+            assert name.startswith(f"sm90.fwd.bf16.{activation}:{RESIDUALS[activation]}.")
+
+
+def test_a_kernel_that_takes_fewer_experts_is_no_choice(install_library):
+    install_library(library(*PLAIN[:1], max_experts=512, **{PLAIN[1]: 2048}))
+    few, many = (dataclasses.replace(PROBLEM, num_experts=experts) for experts in (512, 513))
+    backend = Cutlass(CutlassBackend())
+    assert {kernel_name(few, tile) for tile in backend.tiles(few)} == set(PLAIN[:2])
+    assert {kernel_name(many, tile) for tile in backend.tiles(many)} == {PLAIN[1]}
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("n", [1016, 1024, 2688])
+def test_a_shape_that_no_table_has_takes_a_tile_that_pads_least(n):
+    """Few rows an expert take small tiles."""
     for num_rows, fits in ((64 * 1024, lambda tile: tile.rows > 64), (64 * 64, lambda tile: tile.rows == 64)):
-        problem = dataclasses.replace(H200, num_rows=num_rows, in_features=1000, out_features=out_features)
-        tile = select(problem, CutlassBackend()).tile(problem).tile
-        widths = {other: other.columns * other.cluster_columns for other in cutlass_tiles.compiled(problem)}
-        padded = {other: -(-out_features // width) * width for other, width in widths.items() if fits(other)}
-        assert tile in widths
-        assert not padded or padded[tile] == min(padded.values())
+        asked = dataclasses.replace(PROBLEM, num_rows=num_rows, k=1000, n=n)
+        bound = select(asked, CutlassBackend())
+        widths = {other: other.columns * other.cluster_columns for other in bound.backend.tiles(asked)}
+        padded = {other: -(-n // width) * width for other, width in widths.items() if fits(other)}
+        assert bound.tile in widths
+        assert padded[bound.tile] == min(padded.values())
 
 
-@needs_library
-@pytest.mark.parametrize("activation", [None, FusedActivation("relu2")])
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("epilogue", [None, epilogue_of("relu2")])
 @pytest.mark.parametrize(("rows_of_expert", "rows_first"), [(100, True), (512, True), (513, False)])
-def test_tiles_of_few_rows_run_down_an_expert_first(activation, rows_of_expert, rows_first):
-    num_rows = rows_of_expert * H200.num_experts
-    problem = dataclasses.replace(H200, num_rows=num_rows, in_features=1000, activation=activation)
-    tile, source = select(problem, CutlassBackend()).tile(problem)
-    assert source.startswith("a heuristic")
-    assert tile.rows_first == rows_first
+def test_tiles_of_few_rows_run_down_an_expert_first(epilogue, rows_of_expert, rows_first):
+    num_rows = rows_of_expert * PROBLEM.num_experts
+    bound = select(dataclasses.replace(PROBLEM, num_rows=num_rows, k=1000, epilogue=epilogue), CutlassBackend())
+    assert bound.source.startswith("a heuristic")
+    assert bound.tile.rows_first == rows_first
 
 
-@needs_library
 @pytest.mark.parametrize("contraction", ["fwd", "dgrad"])
-def test_fuse_says_what_is_fused(contraction):
-    fused = {instance.activation for instance in BUILT.instances if instance.contraction == contraction}
-    for name in ACTIVATIONS:
-        problem = dataclasses.replace(H200, contraction=contraction, activation=FusedActivation(name, 4.0, 25.0))
+@pytest.mark.parametrize("compiled", [WHOLE, library(*PLAIN, *FUSED[:6])], ids=["all", "some"])
+def test_fuse_says_what_is_fused(install_library, contraction, compiled):
+    install_library(compiled)
+    there = {name for name in KERNEL_ACTIVATIONS if any(f".{contraction}.bf16.{name}:" in k for k in compiled.kernels)}
+    plain = dataclasses.replace(PROBLEM, contraction=contraction)
+    for name in KERNEL_ACTIVATIONS:
         for fuse, expected in (
-            ("always", name in fused),
-            ("measured", name in fused and name in FASTER["cutlass"][contraction]),
+            ("always", name in there),
+            ("measured", name in there and name in FASTER[contraction]),
             ("never", False),
         ):
-            assert (select_fusing(problem, CutlassBackend(fuse=fuse)) is not None) == expected
+            bound = select(plain, CutlassBackend(fuse=fuse))
+            found = fused(bound, epilogue_of(name))
+            assert (found is not None) == expected
+            assert found is None or found.backend == bound.backend
+        other = Epilogue(bound_activation(name), "pre" if RESIDUALS[name] != "pre" else "hidden")
+        assert fused(select(plain, CutlassBackend(fuse="always")), other) is None
+
+
+def test_a_plan_on_paper_fuses_what_a_whole_library_fuses(install_library):
+    for contraction in ("fwd", "dgrad"):
+        bound = select(dataclasses.replace(PROBLEM, contraction=contraction), CutlassBackend())
+        for name in KERNEL_ACTIVATIONS:
+            for residual in ("pre", "hidden", "gate_hidden"):
+                activation = bound_activation(name)
+                on_paper = fuses(contraction, activation, residual)
+                assert on_paper == (fused(bound, Epilogue(activation, residual)) is not None)
 
 
 def test_what_fuse_leaves_to_xla_is_said():
-    assert "fuse='always' has the kernel" in (fusing_refusal("cutlass", "never", "fwd", "relu2") or "")
+    asked = dataclasses.replace(PROBLEM, epilogue=epilogue_of("relu2"))
+    assert "fuse='always' has the kernel" in (fuse_refusal(asked, "never", FASTER) or "")
 
 
-@needs_library
-def test_auto_takes_it():
-    assert type(select(H200)).__name__ == "Cutlass"
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize(
+    ("contraction", "epilogue", "layouts", "sizes", "in_place"),
+    [
+        ("fwd", None, ("gathered", "dense"), (1024, 1024), ("lhs",)),
+        ("fwd", None, ("gathered", "dense"), (1024, 1016), ()),
+        ("fwd", "relu2", ("gathered", "dense"), (512, 1024), ("lhs",)),
+        ("dgrad", None, ("gathered", "dense"), (1024, 1024), ()),
+        ("dgrad", "relu2", ("gathered", "dense"), (1024, 512), ("lhs",)),
+        ("dgrad", "relu2", ("gathered", "dense"), (1016, 512), ()),
+        ("wgrad", None, ("gathered", "dense"), (512, 1024), ("lhs",)),
+        ("wgrad", None, ("dense", "gathered"), (1024, 512), ("rhs",)),
+        ("wgrad", None, ("gathered", "gathered"), (1024, 1024), ("lhs",)),
+        ("wgrad", None, ("gathered", "gathered"), (1024, 512), ("rhs",)),
+        ("wgrad", None, ("columns", "gathered"), (1024, 512), ("lhs", "rhs")),
+        ("fwd", None, ("columns", "dense"), (64, 64), ("lhs",)),
+        ("fwd", "relu2", ("columns", "dense"), (1024, 1024), ()),
+    ],
+)
+def test_which_rows_are_read_in_place(contraction, epilogue, layouts, sizes, in_place):
+    lhs, rhs = (Operand("bfloat16", layout) for layout in layouts)
+    k, n = sizes
+    epilogue = epilogue and epilogue_of(epilogue)
+    for num_rows, expected in ((65536, in_place), (0, tuple(name for name in in_place if layouts[0] == "columns"))):
+        asked = problem(contraction, num_rows, (64, k, n), "bfloat16", lhs=lhs, rhs=rhs, epilogue=epilogue, device=H200)
+        found = bind(Cutlass(CutlassBackend(fuse="always")), asked)
+        assert found.in_place == (expected if num_rows else tuple(set(expected) & {"lhs"}))
 
 
-@needs_library
-def test_lowers_for_cuda(gathers):
-    backend, activation = Cutlass(CutlassBackend(fuse="always")), FusedActivation("relu2")
-    num_rows, (experts, k, n) = 3000, (8, 72, 136)
-    rows, dout, kept = (jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16) for width in (k, n, n))
-    w, w_out = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((experts, k, n), (experts, n, k)))
-    sizes, weights = jax.ShapeDtypeStruct((experts,), jnp.int32), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+@pytest.mark.usefixtures("install_library")
+def test_small_tiles_gather_no_rows():
+    asked = problem("fwd", 640, W_SHAPE, "bfloat16", lhs=Operand("bfloat16", "gathered"), device=H200)
+    bound = select(asked, CutlassBackend())
+    assert bound.tile.rows == 64
+    assert bound.in_place == ()
 
-    def run(rows, w, dout, sizes, w_out, kept, weights):
-        return (
-            backend.matmul(GatheredRows(rows[:100], jnp.arange(num_rows)), w, sizes, transpose_w=False),
-            backend.matmul(dout, w, sizes, transpose_w=True),
-            backend.outer(GatheredRows(rows[:100], jnp.arange(num_rows)), dout, sizes)[0],
-            backend.matmul_activation(rows, w, sizes, activation=activation, keep_pre=True),
-            backend.matmul_activation_grad(rows, w_out, sizes, kept, weights, activation=activation)[:3],
-        )
 
-    lowered = jax.jit(run).trace(rows, w, dout, sizes, w_out, kept, weights).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
-    assert text.count("gathered = true") == text.count("gathered_rows = true") == 1
-    for target in ("matmul", "wgrad", "matmul_activation", "matmul_activation_grad"):
-        assert f"@latent_moe_{target}(" in text
-    shapes = [value.shape for value in jax.tree.leaves(lowered.out_info)]
-    assert shapes[:3] == [(num_rows, n), (num_rows, k), (experts, k, n)]
-    assert shapes[3:] == [(num_rows, n)] * 3 + [(num_rows,)]
+def test_the_kernels_by_hand_keep_what_the_package_expects():
+    assert kernels.RESIDUAL == RESIDUALS
+    assert np.prod([len(KERNEL_ACTIVATIONS), 2]) == len(FUSED)

@@ -1,4 +1,4 @@
-"""What is decided about the experts' products before any runs: who runs each, what is fused, kept and gathered where."""
+"""What is decided about the experts' products before any runs: backends, epilogues, residual, gathering."""
 
 import dataclasses
 

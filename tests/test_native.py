@@ -168,9 +168,9 @@ def test_the_generated_sources_follow_the_interface_and_the_list_of_kernels(tmp_
         f'LATENT_MOE_KERNEL("{names[1]}", kWgrad, kF16, kNone, kNone, 128, 192, 4, 2, 1)',
     ]
     assert len(files) == 3
-    with pytest.raises(SystemExit, match=r"'sm90.fwd.bf16.128x192' is no kernel's name"):
+    with pytest.raises(SystemExit, match=r"'sm90.fwd.bf16.128x192' is not a kernel's name"):
         generate.kernel_files(["sm90.fwd.bf16.128x192"])
-    with pytest.raises(SystemExit, match="is listed twice"):
+    with pytest.raises(SystemExit, match="must be listed only once"):
         generate.kernel_names("\n".join(names[:1] * 2), few=False)
 
 

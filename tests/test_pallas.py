@@ -1,7 +1,6 @@
 """The Pallas kernels without a GPU: interpreted against the oracle with race detection, and lowered for CUDA."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +8,17 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.device import Device
 from jax_latent_moe.errors import ConfigError
-from jax_latent_moe.grouped_matmul import (
-    Problem,
-    explain,
-    pallas_hopper,
-    pallas_hopper_matmul,
-    pallas_hopper_outer,
-    reference,
-)
-from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import rows_w
+from jax_latent_moe.grouped_matmul import Operand, Operands, explain, problem, reference, select
+from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
+from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import matmul
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import max_row_tiles, row_tiles
-from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import choose
-from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import outer
+from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad
+from jax_latent_moe.grouped_matmul.registry import bind
+from tests.kernels import A100, CPU, H200
 from tests.tolerances import assert_close
 
 EXPERTS, ROWS, IN, OUT = 5, 100, 128, 192
@@ -43,9 +37,8 @@ WGRAD_TILES = [
 ]
 
 
-def problem(**changes):
-    h200 = Problem("fwd", 4096, 64, 256, 512, "bfloat16", "gpu", "NVIDIA H200")
-    return dataclasses.replace(h200, **changes)
+PROBLEM = problem("fwd", 4096, (64, 256, 512), "bfloat16", device=H200)
+FLOAT32 = Operand("float32")
 
 
 def operands(dtype, sizes, num_rows=ROWS, seed=0):
@@ -58,11 +51,11 @@ def operands(dtype, sizes, num_rows=ROWS, seed=0):
 
 
 def run_matmul(rows, w, group_sizes, **settings):
-    return rows_w(*map(jnp.asarray, (rows, w, group_sizes)), **settings)
+    return matmul(*map(jnp.asarray, (rows, w, group_sizes)), **settings)
 
 
-def run_outer(rows, dout, group_sizes, **settings):
-    return outer(*map(jnp.asarray, (rows, dout, group_sizes)), **settings)
+def run_wgrad(rows, dout, group_sizes, **settings):
+    return wgrad(*map(jnp.asarray, (rows, dout, group_sizes)), **settings)
 
 
 @pytest.fixture
@@ -86,9 +79,9 @@ def test_matmul_interpreted(sizes, transpose_w, interpreter):
 
 
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
-def test_outer_interpreted(sizes, interpreter):
+def test_wgrad_interpreted(sizes, interpreter):
     rows, _, dout, group_sizes = operands("bfloat16", sizes)
-    out = run_outer(rows, dout, group_sizes, tile=WGRAD_TILES[0], num_sms=2, interpret=interpreter)
+    out = run_wgrad(rows, dout, group_sizes, tile=WGRAD_TILES[0], num_sms=2, interpret=interpreter)
     assert_close(out, reference.grouped_wgrad(rows, dout, group_sizes), "bfloat16")
     assert not out[np.asarray(sizes) == 0].any()
 
@@ -99,7 +92,7 @@ def test_clusters_and_rows_that_no_block_divides(num_rows, interpreter):
     rows, w, dout, group_sizes = operands("float16", sizes, num_rows)
     out = run_matmul(rows, w, group_sizes, transpose_w=False, tile=MATMUL_TILES[1], num_sms=4, interpret=interpreter)
     assert_close(out, reference.grouped_matmul(rows, w, group_sizes), "float16")
-    out = run_outer(rows, dout, group_sizes, tile=WGRAD_TILES[1], num_sms=4, interpret=interpreter)
+    out = run_wgrad(rows, dout, group_sizes, tile=WGRAD_TILES[1], num_sms=4, interpret=interpreter)
     assert_close(out, reference.grouped_wgrad(rows, dout, group_sizes), "float16")
 
 
@@ -143,38 +136,42 @@ SHAPES = [(512, 1024, 2688), (128, 2048, 1536), (512, 2048, 5120), (8, 64, 128)]
 @pytest.mark.parametrize("num_rows", [22, 180224])
 def test_lowers_for_cuda(dtype, w_shape, num_rows):
     """Layouts, transforms and shared memory are checked by the lowering, which needs no GPU."""
-    backend = Pallas(PallasBackend())
-    experts, in_features, out_features = w_shape
-    rows, dout = (jax.ShapeDtypeStruct((num_rows, size), dtype) for size in (in_features, out_features))
+    experts, k, n = w_shape
+    rows, dout = (jax.ShapeDtypeStruct((num_rows, size), dtype) for size in (k, n))
     w, sizes = jax.ShapeDtypeStruct(w_shape, dtype), jax.ShapeDtypeStruct((experts,), jnp.int32)
+
+    def product(contraction, *arrays):
+        asked = problem(contraction, num_rows, w_shape, dtype, device=H200)
+        return select(asked, PallasBackend())(Operands(*arrays)).out
 
     def run(rows, w, dout, sizes):
         return (
-            backend.matmul(rows, w, sizes, transpose_w=False),
-            backend.matmul(dout, w, sizes, transpose_w=True),
-            backend.outer(rows, dout, sizes)[0],
+            product("fwd", rows, w, sizes),
+            product("dgrad", dout, w, sizes),
+            product("wgrad", rows, dout, sizes),
         )
 
     text = jax.jit(run).trace(rows, w, dout, sizes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 3
 
 
-def test_vmap_runs_one_after_the_other(interpreter, monkeypatch):
+def test_vmap_runs_one_after_the_other(interpreter):
     """Group sizes of their own, one weight for all."""
     sizes = np.asarray([GROUPS["uneven with empty experts"], GROUPS["one expert has all"]], np.int32)
     drawn = [operands("bfloat16", each, seed=seed) for seed, each in enumerate(sizes)]
     rows, dout, w = np.stack([d[0] for d in drawn]), np.stack([d[2] for d in drawn]), drawn[0][1]
-    backend = Pallas(
-        PallasBackend(matmul_tile=PallasMatmulTile(64, 64, 2, 1), wgrad_tile=PallasWgradTile(64, 64, 2, 1))
-    )
-    for module, kernel in ((pallas_hopper_matmul, rows_w), (pallas_hopper_outer, outer)):
-        monkeypatch.setattr(module, kernel.__name__, functools.partial(kernel, interpret=interpreter))
-    monkeypatch.setattr(pallas_hopper, "num_sms", lambda: 2)
-    products = jax.vmap(lambda *args: backend.matmul(*args, transpose_w=False), (0, None, 0))(rows, w, sizes)
-    outers, _, _ = jax.vmap(backend.outer)(rows, dout, sizes)
+    tiles = PallasBackend(matmul_tile=PallasMatmulTile(64, 64, 2, 1), wgrad_tile=PallasWgradTile(64, 64, 2, 1))
+    interpreted = type("Interpreted", (Pallas,), {"interpret": interpreter})(tiles)
+
+    def product(contraction):
+        asked = problem(contraction, ROWS, w.shape, "bfloat16", device=Device("gpu", "NVIDIA H200", 2))
+        return lambda *arrays: bind(interpreted, asked)(Operands(*arrays)).out
+
+    products = jax.vmap(product("fwd"), (0, None, 0))(rows, w, sizes)
+    wgrads = jax.vmap(product("wgrad"))(rows, dout, sizes)
     for index, each in enumerate(sizes):
         assert_close(products[index], reference.grouped_matmul(rows[index], w, each), "bfloat16")
-        assert_close(outers[index], reference.grouped_wgrad(rows[index], dout[index], each), "bfloat16")
+        assert_close(wgrads[index], reference.grouped_wgrad(rows[index], dout[index], each), "bfloat16")
 
 
 FIELDS = {
@@ -187,11 +184,16 @@ def test_each_field_of_a_tile_is_read():
     def kernels(backend):
         shapes = (512, 128), (4, 128, 256), (512, 256)
         rows, w, dout = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+
+        def product(contraction, *arrays):
+            asked = problem(contraction, 512, shapes[1], "bfloat16", device=H200)
+            return select(asked, backend)(Operands(*arrays)).out
+
         return str(
             jax.make_jaxpr(
                 lambda rows, w, dout, sizes: (
-                    Pallas(backend).matmul(rows, w, sizes, transpose_w=False),
-                    Pallas(backend).outer(rows, dout, sizes),
+                    product("fwd", rows, w, sizes),
+                    product("wgrad", rows, dout, sizes),
                 )
             )(rows, w, dout, jax.ShapeDtypeStruct((4,), jnp.int32))
         )
@@ -210,43 +212,49 @@ def test_each_field_of_a_tile_is_read():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(platform="cpu", device_kind="cpu"), "for NVIDIA Hopper GPUs .* not 'cpu'"),
-        (dict(device_kind="NVIDIA A100-SXM4-80GB"), "not 'NVIDIA A100-SXM4-80GB'"),
-        (dict(device_kind="NVIDIA B200"), "not 'NVIDIA B200'"),
-        (dict(dtype="float32"), "multiply bfloat16 and float16, not float32"),
-        (dict(in_features=1000), "in_features=1000 is not a multiple of 64"),
-        (dict(out_features=2696), "out_features=2696 is not a multiple of 64"),
+        (dict(device=CPU), "for NVIDIA Hopper GPUs .* not 'cpu'"),
+        (dict(device=A100), "not 'NVIDIA A100-SXM4-80GB'"),
+        (dict(device=Device("gpu", "NVIDIA B200")), "not 'NVIDIA B200'"),
+        (dict(lhs=FLOAT32, rhs=FLOAT32, out=FLOAT32), "multiply bfloat16 and float16, .* not float32 x float32"),
+        (dict(rhs=Operand("float16")), "all in float16, not bfloat16 x float16 to bfloat16"),
+        (dict(rhs=Operand("int4")), "all in float16, not bfloat16 x int4 to bfloat16"),
+        (dict(k=1000), "k=1000 is not a positive multiple of 64"),
+        (dict(n=2696), "n=2696 is not a positive multiple of 64"),
+        (dict(n=0), "n=0 is not a positive multiple of 64"),
         (dict(num_rows=0), "num_rows=0 leaves"),
         (dict(num_experts=0), "num_experts=0 leaves"),
     ],
 )
 def test_refuses(changes, reason):
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(Pallas(PallasBackend()).supports(problem(**changes)))
+        raise AssertionError(Pallas(PallasBackend()).supports(dataclasses.replace(PROBLEM, **changes)))
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"])
 def test_auto_takes_it_on_hopper_without_compiled_kernels(kind, library_at, tmp_path):
     library_at(tmp_path / "none.so")
-    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fuse='measured'): runs it" in explain(
-        problem(device_kind=kind)
-    )
+    text = explain(dataclasses.replace(PROBLEM, device=Device("gpu", kind)))
+    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fuse='measured') runs it" in text
+
+
+def chosen(contraction, num_rows, w_shape):
+    return select(problem(contraction, num_rows, w_shape, "bfloat16", device=H200), PallasBackend())
 
 
 def test_a_measured_tile_comes_from_the_table():
     for num_rows, band in ((180224, 4), (100000, 4), (45056, 1)):
-        choice = choose("dgrad", num_rows, (512, 1024, 2688), "NVIDIA H200")
-        assert choice.tile.band == band
-        assert ("committed table" in choice.source) == (band == 4)
+        bound = chosen("dgrad", num_rows, (512, 1024, 2688))
+        assert bound.tile.band == band
+        assert ("committed table" in bound.source) == (band == 4)
 
 
 @pytest.mark.parametrize("columns", [64, 128, 192, 320, 1024, 2688, 5120])
 def test_a_tile_pads_little(columns):
     for num_rows in (64, 100000):
-        tile = choose("fwd", num_rows, (64, 512, columns), "NVIDIA H200").tile
+        tile = chosen("fwd", num_rows, (64, 512, columns)).tile
         width = tile.columns * tile.cluster
         assert -(-columns // width) * width <= max(1.25 * columns, 256)
-        tile = choose("wgrad", num_rows, (64, columns, 512), "NVIDIA H200").tile
+        tile = chosen("wgrad", num_rows, (64, columns, 512)).tile
         height = tile.rows * tile.cluster
         assert -(-columns // height) * height <= max(1.25 * columns, 256)
 

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax_latent_moe.grouped_matmul.fused import ACTIVATIONS, FASTER, FusedActivation
-from jax_latent_moe.grouped_matmul.pallas_hopper import Pallas
 
-from jax_latent_moe.config import LatentMoEConfig, PallasBackend, PallasMatmulTile
-from jax_latent_moe.grouped_matmul import Problem, explain, pallas_hopper_fused, reference, select_fusing
-from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_kept
+from jax_latent_moe.config import PallasBackend, PallasMatmulTile
+from jax_latent_moe.grouped_matmul import Epilogue, Operands, explain, fused, problem, reference, select
+from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_residual
+from jax_latent_moe.grouped_matmul.pallas_sm90.backend import FASTER, Pallas
+from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation
+from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation_grad as kernel_grad
+from jax_latent_moe.grouped_matmul.registry import bind
+from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS, kernel_activation
+from tests.kernels import H200, bound_activation, layer_of
 from tests.oracle.fused import activation_of_rows, kept_of, matmul_activation_grad
 from tests.tolerances import assert_close
 
@@ -30,27 +34,28 @@ GATED_TILES = [
     PallasMatmulTile(rows=128, columns=128, stages=2, store_buffers=3, band=2),
     PallasMatmulTile(rows=128, columns=128, stages=2, store_buffers=3, cluster=2),
 ]
-every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
+every_activation = pytest.mark.parametrize("name", KERNEL_ACTIVATIONS)
+# An activation with each residual that the kernels make its gradient of.
+RESIDUALS = [("relu2", "hidden"), *((name, "pre") for name in KERNEL_ACTIVATIONS)]
 
 
 def variant(name):
     """The activation as kernels know it, and the config by which the oracle does."""
-    config = LatentMoEConfig(
-        8, 4, 8, 2, 8, activation=name.removesuffix("_tanh"), gelu_approximate=name.endswith("_tanh")
-    )
-    betas = (config.situ_beta, config.situ_linear_beta) if name == "situ_glu" else ()
-    return FusedActivation(name, *betas), config
+    config = layer_of(name)
+    activation = kernel_activation(config.bound_activation)
+    assert activation is not None
+    return activation, config
 
 
-def operands(rng, dtype, config, sizes, num_rows=ROWS):
-    """Rows, both weights, output gradients, what is kept and rows' weights; NaN where rows belong to nobody."""
+def operands(rng, dtype, config, residual, sizes, num_rows=ROWS):
+    """Rows, both weights, output gradients, what is kept and rows' weights; NaN in padding rows."""
     width = HIDDEN * (2 if config.gated else 1)
     shapes = (num_rows, IN), (EXPERTS, IN, width), (num_rows, IN), (EXPERTS, HIDDEN, IN), (num_rows, width)
     rows, w_in, dout, w_out, pre = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     row_weights = rng.random(num_rows, np.float32)
     for x in (rows, dout, pre, row_weights):
         x[sum(sizes) :] = np.nan
-    kept = kept_of(config, 2 * pre)
+    kept = kept_of(config, 2 * pre, residual)
     return *(x.astype(jnp.dtype(dtype)) for x in (rows, w_in / 8, dout, w_out / 8, kept)), row_weights
 
 
@@ -61,27 +66,27 @@ def interpreter():
     assert not gpu_callbacks.get_races().races_found
 
 
-def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS):
-    """Both fused products against the oracle; exact zeros in the rows of nobody."""
+def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS, residual=None):
+    """Both fused products against the oracle; exact zeros in padding rows."""
     activation, config = variant(name)
-    rows, w_in, dout, w_out, kept, row_weights = operands(rng, dtype, config, sizes, num_rows)
+    residual = residual or ("hidden" if name == "relu2" else "pre")
+    rows, w_in, dout, w_out, kept, row_weights = operands(rng, dtype, config, residual, sizes, num_rows)
     settings = dict(activation=activation, tile=tile, num_sms=2 * tile.cluster, interpret=interpreter)
     groups = jnp.asarray(sizes, jnp.int32)
 
-    forward = functools.partial(
-        pallas_hopper_fused.matmul_activation, jnp.asarray(rows), jnp.asarray(w_in), groups, **settings
-    )
-    out, hidden = forward(keep_pre=True)
+    forward = functools.partial(matmul_activation, jnp.asarray(rows), jnp.asarray(w_in), groups, **settings)
+    out, hidden = forward(residual="pre")
     if tile.cluster == 2:
-        nothing, same = forward(keep_pre=False)
-        assert nothing is None
-        np.testing.assert_array_equal(np.asarray(hidden), np.asarray(same))
+        for other in ("hidden", None):
+            nothing, same = forward(residual=other)
+            assert nothing is None
+            np.testing.assert_array_equal(np.asarray(hidden), np.asarray(same))
     assert_close(out, reference.grouped_matmul(rows, w_in, sizes), dtype, "pre")
     assert_close(hidden, activation_of_rows(config, np.float64(out))[0], dtype, "hidden")
 
     arguments = map(jnp.asarray, (dout, w_out, groups, kept, row_weights))
-    grads = pallas_hopper_fused.matmul_activation_grad(*arguments, **settings)
-    expected = matmul_activation_grad(config, dout, w_out, sizes, np.float64(kept), np.float64(row_weights))
+    grads = kernel_grad(*arguments, residual=residual, **settings)
+    expected = matmul_activation_grad(config, dout, w_out, sizes, np.float64(kept), np.float64(row_weights), residual)
     assert [value is None for value in grads] == [ref is None for ref in expected]
     for label, value, ref in zip(("dpre", "hidden", "drow_weights"), grads, expected, strict=True):
         if ref is not None:
@@ -91,10 +96,10 @@ def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS):
         assert not value[sum(sizes) :].any()
 
 
-@every_activation
-def test_every_activation(rng, name, interpreter):
+@pytest.mark.parametrize(("name", "residual"), RESIDUALS)
+def test_every_activation_and_residual(rng, name, residual, interpreter):
     gated = variant(name)[0].gated
-    check(rng, interpreter, name, UNEVEN, (GATED_TILES if gated else PLAIN_TILES)[0])
+    check(rng, interpreter, name, UNEVEN, (GATED_TILES if gated else PLAIN_TILES)[0], residual=residual)
 
 
 @pytest.mark.parametrize("tile", [1, 2], ids=["tall", "cluster"])
@@ -128,60 +133,100 @@ def test_values_and_slopes(name):
     # Where situ_glu saturates, 1 - tanh^2 is right to some roundings of 1, which its bounds multiply.
     rounding = 2 * np.finfo(np.float32).eps * activation.beta * activation.linear_beta
     np.testing.assert_allclose(np.concatenate(slopes, axis=1), expected_slopes, rtol=1e-3, atol=max(1e-5, rounding))
-    same, slopes_of_kept = value_and_slopes_of_kept(activation, [value] if activation.keeps_hidden else parts)
-    np.testing.assert_array_equal(same, value)
-    assert_close(np.concatenate(slopes_of_kept, axis=1), expected_slopes, "float32")
+    for residual, kept in (("pre", parts), ("hidden", [value])):
+        if (name, residual) in RESIDUALS:
+            same, slopes_of_residual = value_and_slopes_of_residual(activation, residual, kept)
+            np.testing.assert_array_equal(same, value)
+            assert_close(np.concatenate(slopes_of_residual, axis=1), expected_slopes, "float32", residual)
 
 
-@every_activation
+@pytest.mark.parametrize(("name", "residual"), RESIDUALS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("large", [True, False], ids=["large", "decode"])
-def test_lowers_for_cuda(name, dtype, large):
+def test_lowers_for_cuda(name, residual, dtype, large):
     """Layouts and shared memory at the sizes of Nemotron-3 Super, gated of Qwen3-30B-A3B; the lowering needs no GPU."""
-    activation, _ = variant(name)
+    activation = bound_activation(name)
     rows, experts, latent, hidden = (131072, 128, 2048, 768) if activation.gated else (180224, 512, 1024, 2688)
     rows = rows if large else 23
     width = hidden * (2 if activation.gated else 1)
-    backend = Pallas(PallasBackend())
 
-    def run(rows, w_in, w_out, kept, row_weights, sizes):
+    def product(contraction, kept, lhs, w, *more):
+        epilogue = Epilogue(activation, kept)
+        asked = problem(contraction, rows, w.shape, dtype, epilogue=epilogue, device=H200)
+        backend = Pallas(PallasBackend(fuse="always"))
+        assert backend.supports(asked) is None
+        outputs = bind(backend, asked)(Operands(lhs, w, *more))
+        return outputs.out, outputs.residual, outputs.hidden, outputs.row_weight_gradients
+
+    def run(lhs, w_in, w_out, kept, row_weights, sizes):
         return (
-            backend.matmul_activation(rows, w_in, sizes, activation=activation, keep_pre=True),
-            backend.matmul_activation(rows, w_in, sizes, activation=activation, keep_pre=False),
-            backend.matmul_activation_grad(rows, w_out, sizes, kept, row_weights, activation=activation),
+            product("fwd", residual, lhs, w_in, sizes),
+            product("fwd", None, lhs, w_in, sizes),
+            product("dgrad", residual, lhs, w_out, sizes, kept, row_weights),
         )
 
     shapes = (rows, latent), (experts, latent, width), (experts, hidden, latent), (rows, width)
     arguments = *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((rows,), jnp.float32)
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
-    text = jax.jit(run).trace(*arguments, sizes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == 3
+    lowered = jax.jit(run).trace(*arguments, sizes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu_v2") == 3
+    keeps, keeps_nothing, gradient = lowered.out_info
+    assert keeps[0].shape == keeps_nothing[0].shape == (rows, hidden)
+    assert keeps[1].shape == (rows, width)
+    assert keeps_nothing[1] is None
+    assert [value and value.shape for value in gradient] == [
+        (rows, width),
+        None,
+        (rows, hidden) if residual == "pre" else None,
+        (rows,),
+    ]
 
 
-def problem(contraction, name, **changes):
-    h200 = Problem(contraction, 4096, 64, 256, 512, "bfloat16", "gpu", "NVIDIA H200", variant(name)[0])
-    return dataclasses.replace(h200, **changes)
+def plain(contraction, **changes):
+    return dataclasses.replace(problem(contraction, 4096, (64, 256, 512), "bfloat16", device=H200), **changes)
+
+
+def residual_of(name):
+    return "hidden" if name == "relu2" else "pre"
+
+
+def fuses(contraction, name, backend, residual=None, **changes):
+    epilogue = Epilogue(bound_activation(name), residual or residual_of(name))
+    return fused(select(plain(contraction, **changes), backend), epilogue) is not None
 
 
 @pytest.mark.parametrize("contraction", ["fwd", "dgrad"])
 def test_fuse_says_what_is_fused(contraction):
-    for name in ACTIVATIONS:
-        faster = name in FASTER["pallas"][contraction]
+    for name in KERNEL_ACTIVATIONS:
+        faster = name in FASTER[contraction]
         for fuse, expected in (("always", True), ("measured", faster), ("never", False)):
-            chosen = select_fusing(problem(contraction, name), PallasBackend(fuse=fuse))
-            assert (chosen is not None) == expected
+            assert fuses(contraction, name, PallasBackend(fuse=fuse)) == expected
+
+
+@pytest.mark.parametrize("contraction", ["fwd", "dgrad"])
+def test_gate_and_hidden_rows_side_by_side_are_refused(contraction):
+    for name in ("swiglu", "geglu", "geglu_tanh"):
+        assert not fuses(contraction, name, PallasBackend(fuse="always"), "gate_hidden")
+    epilogue = Epilogue(bound_activation("swiglu"), "gate_hidden")
+    reason = Pallas(PallasBackend(fuse="always")).supports(plain(contraction, epilogue=epilogue))
+    assert "not gate and hidden rows side by side" in reason
 
 
 def test_halves_that_no_block_divides_are_refused():
-    odd, backend = dict(out_features=192), PallasBackend(fuse="always")
-    assert "half of out_features=192" in Pallas(backend).supports(problem("fwd", "swiglu", **odd))
-    assert select_fusing(problem("fwd", "relu2", **odd), backend) is not None
-    assert select_fusing(problem("dgrad", "swiglu", **odd), backend) is not None
+    odd, backend = dict(n=192), PallasBackend(fuse="always")
+    epilogue = Epilogue(bound_activation("swiglu"), "pre")
+    assert "half of n=192" in Pallas(backend).supports(plain("fwd", epilogue=epilogue, **odd))
+    assert not fuses("fwd", "swiglu", backend, **odd)
+    assert fuses("fwd", "relu2", backend, **odd)
+    assert fuses("dgrad", "swiglu", backend, **odd)
 
 
 @every_activation
 @pytest.mark.parametrize("contraction", ["fwd", "dgrad"])
 def test_explain_names_the_tile(name, contraction):
     for num_rows in (100, 100000):
-        text = explain(problem(contraction, name, num_rows=num_rows), PallasBackend(fuse="always"))
-        assert "from a heuristic: fused products are not tuned" in text
+        epilogue = Epilogue(bound_activation(name), residual_of(name))
+        text = explain(plain(contraction, num_rows=num_rows, epilogue=epilogue), PallasBackend(fuse="always"))
+        assert f"{contraction} with {epilogue} of bfloat16" in text
+        assert "  tile: PallasMatmulTile(rows=" in text
+        assert "from a heuristic: no table has this problem" in text

@@ -178,7 +178,7 @@ def test_a_file_that_is_no_table_is_named(table, text):
 @pytest.mark.parametrize(
     ("device", "version", "message"),
     [
-        ("NVIDIA H100 80GB HBM3", 1, "holds tiles of 'NVIDIA H100 80GB HBM3', not of 'NVIDIA H200': remove it, or"),
+        ("NVIDIA H100 80GB HBM3", 1, "holds tiles of 'NVIDIA H100 80GB HBM3', not of 'NVIDIA H200': remove or move"),
         ("NVIDIA H200", 0, "must have version 1, a device, and entries with backend, contraction, .*: remove it"),
         ("NVIDIA H200", 2, "must have version 1"),
     ],

@@ -26,7 +26,7 @@ OUTER_SWEEP = (
 
 @functools.cache
 def _package():
-    """tokamax's module of GPU kernels, and its module of dimension numbers and gradients.
+    """Tokamax's module of GPU kernels, and its module of dimension numbers and gradients.
 
     Its benchmark helpers import xprof, a profiler that is not used here. If it is missing, an empty module replaces it.
     """

@@ -146,7 +146,6 @@ class Interval:
             "auxiliary_loss": float(np.mean([metrics.auxiliary_loss for metrics in good])),
             "grad_norm": float(np.mean([metrics.grad_norm for metrics in good])),
             "bad_steps": int(sum(metrics.bad for metrics in steps)),
-            "good_steps": int(sum(not metrics.bad for metrics in steps)),
             "learning_rate": rate,
             "tokens_per_second": self._tokens * len(steps) / (now - self._started),
             "seconds_left": (now - self._begun) / (step - self._first) * (self._total - step),

@@ -1,7 +1,7 @@
 """A decoder-only transformer over tokens: rotary attention, RMSNorm, and the feed-forward under study."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -165,7 +165,7 @@ class LanguageModel(nn.Module):
                 block,
                 variable_axes={"params": 0, "correction_bias": 0, "losses": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=cast(Any, nn.broadcast),  # Flax's annotation leaves it out
                 length=config.layers - 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )

@@ -75,7 +75,7 @@ GPU_80GB = Config(
         num_experts=128,
         top_k=8,
         expert_intermediate_size=1024,
-        shared_expert_intermediate_size=4096,
+        shared_expert_intermediate_size=2048,
         dtype="bfloat16",
     ),
     optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=1000, b2=0.95),
@@ -86,6 +86,7 @@ GPU_X8 = dataclasses.replace(
     GPU_80GB,
     preset="gpu-x8",
     batch_size=128,
+    accumulate=2,
     mesh="expert=8",
     model=dataclasses.replace(GPU_80GB.model, layers=24, num_experts=256),
 )
@@ -106,7 +107,7 @@ def preset(name: str) -> Config:
 def parts_that_fit(config: Config, memory: int) -> int:
     """The fewest parts of a batch, dividing it, of which one fits beside parameters, optimiser and gradients.
 
-    What the backward pass reads was fitted to XLA's own count for three models from 36 M to 1.4 G parameters.
+    What the backward pass reads was fitted to XLA's own count for models of 36 M, 270 M and 1.8 G parameters.
 
     Args:
         config: one GPU's.

@@ -185,7 +185,7 @@ def judge(record: dict[str, Any], config: Config, checkpoints: Checkpoints):
     Raises:
         TrainError: it did, or skipped every step of an interval.
     """
-    if not math.isfinite(record["loss"]) or (config.bad_step == "skip" and not record["good_steps"]):
+    if not math.isfinite(record["loss"]):
         raise TrainError(diverged(record["step"], checkpoints))
     if record["bad_steps"] and config.bad_step == "stop":
         raise TrainError(

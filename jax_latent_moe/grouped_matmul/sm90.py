@@ -9,7 +9,17 @@ from jax_latent_moe.grouped_matmul.problem import Problem
 Fuse = Literal["measured", "always", "never"]
 FUSE = ("measured", "always", "never")
 DTYPES = ("bfloat16", "float16")
-KERNEL_ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
+# The epilogues' names for activations of the package, by name and gelu_approximate.
+_EPILOGUES = {
+    ("relu2", False): "relu2",
+    ("gelu", False): "gelu",
+    ("gelu", True): "gelu_tanh",
+    ("swiglu", False): "swiglu",
+    ("geglu", False): "geglu",
+    ("geglu", True): "geglu_tanh",
+    ("situ_glu", False): "situ_glu",
+}
+KERNEL_ACTIVATIONS = tuple(_EPILOGUES.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +42,8 @@ class KernelActivation:
 def kernel_activation(activation: BoundActivation) -> KernelActivation | None:
     """An activation of the registry as the epilogues take it; None if they do not have it."""
     parameters = dict(activation.parameters)
-    name = activation.name + ("_tanh" if parameters.get("gelu_approximate") else "")
-    if name not in KERNEL_ACTIVATIONS:
+    name = _EPILOGUES.get((activation.name, bool(parameters.get("gelu_approximate"))))
+    if name is None:
         return None
     beta, linear_beta = parameters.get("situ_beta") or 0.0, parameters.get("situ_linear_beta") or 0.0
     return KernelActivation(name, activation.gated, beta, linear_beta)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
+from jax_latent_moe.activations import Residual
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.expert_plan import choose_residual
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
@@ -87,18 +88,17 @@ def _beside_kept_rows(config, narrow: int, kept: int) -> int:
     Gathered rows and outputs use the same memory at different times. If hidden rows are not kept, they and narrower
     rows use the memory of results that are not written yet, such as a weight's gradient.
     """
-    return narrow if hidden_rows_stay(config) or narrow >= kept else 0
+    return narrow if kept_residual(config) != "pre" or narrow >= kept else 0
 
 
-def hidden_rows_stay(config) -> bool:
-    """Whether the forward pass keeps the hidden rows for the backward pass, with the compiled kernels."""
+def kept_residual(config: LatentMoEConfig) -> Residual:
+    """What the forward pass keeps for the activation's gradient, with the compiled kernels."""
     activation = config.bound_activation
-    residual = choose_residual(
+    return choose_residual(
         activation,
         lambda residual: fuses("fwd", activation, residual),
         lambda residual: fuses("dgrad", activation, residual),
     )
-    return residual != "pre"
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:

@@ -8,9 +8,10 @@ from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, hidden_rows_stay, parameters_per_device
+from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, kept_residual, parameters_per_device
 
 OVERLAP = 0.3
 """The fraction of the shorter of arithmetic and memory time that adds to the longer; fitted to measured kernels."""
@@ -121,19 +122,25 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
 
 
 def _activation_passes(config, forward, training) -> int:
-    """Passes over hidden rows, beyond those of plain products, if the compiled kernels fuse the activation.
+    """Passes over hidden rows, beyond those of plain products, with the compiled kernels.
 
-    They leave situ_glu's gradient to XLA, which makes two more passes.
+    A gated pre-activation counts as two passes. If a kernel does not fuse the activation, XLA reads and writes once
+    more.
     """
+    residual, parts = kept_residual(config), 2 if config.gated else 1
+    value, gradient = (fuses(contraction, config.bound_activation, residual) for contraction in ("fwd", "dgrad"))
+    passes = 0 if value else forward * parts
     if not training:
-        return 0
-    if hidden_rows_stay(config):
+        return passes if value else passes + forward
+    if not gradient:
+        passes += 2
+    if residual != "pre":
         # A kernel reads the hidden rows and overwrites them with the gradient. If gated, it also reads the gate and
         # writes both halves.
-        return 3 if config.gated else 1
-    # The forward pass writes hidden rows besides the pre-activation. The gradient reads the pre-activation, which has
-    # its own width, and writes the hidden rows once more.
-    return forward + (4 if config.gated else 2) + 2 * (config.activation == "situ_glu")
+        return passes + (3 if config.gated else 1)
+    # The forward pass writes hidden rows besides the pre-activation. The gradient reads the pre-activation, is as wide,
+    # and writes the hidden rows once more.
+    return passes + forward + 2 * parts
 
 
 def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:

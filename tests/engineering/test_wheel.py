@@ -11,7 +11,7 @@ import pytest
 from tests.engineering.sandbox import ROOT
 
 LINUX = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="kernels are built on Linux on x86_64 alone"
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="kernels are built only on Linux on x86_64"
 )
 
 

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.grouped_matmul import (
     Epilogue,
     Operands,
@@ -17,9 +15,10 @@ from jax_latent_moe.grouped_matmul import (
     operand_of,
     problem,
     reference,
-    select,
 )
 from jax_latent_moe.grouped_matmul.operands import gathered
+from jax_latent_moe.grouped_matmul.registry import bind
+from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows, kept_of, matmul_activation_grad
 from tests.tolerances import assert_close
 
@@ -43,36 +42,34 @@ def float64(array):
     return np.asarray(array.astype(jnp.float32), np.float64)
 
 
-def run_product(
-    backend, contraction, lhs, rhs, groups, *, epilogue=None, tile=None, in_place=None, kept=None, row_weights=None
-):
-    """The outputs of one product by one backend, as arrays by name; a tile, or what is gathered where, may be given."""
-    w_shape = rhs.shape if contraction != "wgrad" else (groups.shape[0], lhs.shape[1], rhs.shape[1])
-    right = operand_of(rhs) if contraction == "wgrad" else None
-    asked = problem(contraction, lhs.shape[0], w_shape, lhs.dtype, lhs=operand_of(lhs), rhs=right, epilogue=epilogue)
-    bound = select(asked, backend)
-    changes = {"tile": tile, "in_place": in_place}
-    bound = dataclasses.replace(bound, **{name: value for name, value in changes.items() if value is not None})
-    outputs = bound(Operands(lhs, rhs, groups, kept, row_weights))
-    found = {
-        name: getattr(outputs, name) for name in ("out", "residual", "hidden", "row_weight_gradients", "lhs", "rhs")
-    }
-    return {name: gathered(value) for name, value in found.items() if value is not None}
+def product(backend, contraction, lhs, rhs, *more, epilogue=None):
+    """What a backend (`Cutlass(config)`, `Pallas(config)`) gives for operands as they are stored."""
+    w_shape = (more[0].shape[0], lhs.shape[1], rhs.shape[1]) if contraction == "wgrad" else rhs.shape
+    stored = {"lhs": operand_of(lhs), "rhs": operand_of(rhs)}
+    asked = problem(contraction, lhs.shape[0], w_shape, lhs.dtype, **stored, epilogue=epilogue)
+    assert backend.supports(asked) is None
+    return bind(backend, asked)(Operands(lhs, rhs, *more))
 
 
-def bound_activation(name):
-    """A registered activation by the name that kernels have for it, and a config of it."""
-    fields = {"activation": name.removesuffix("_tanh")}
-    if "gelu" in name or "geglu" in name:
-        fields["gelu_approximate"] = name.endswith("_tanh")
-    config = LatentMoEConfig(8, 4, 8, 2, 8, **fields)
-    return config.bound_activation, config
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="epilogue")
+def jitted(backend, contraction, *operands, epilogue=None) -> dict:
+    """`product` under jit, by name; columns of wider rows become an array of their own."""
+    outputs = product(backend, contraction, *operands, epilogue=epilogue)
+    values = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    return {name: None if value is None else gathered(value) for name, value in values.items()}
 
 
-def check_fused(backend, rng, name, dtype, sizes, num_rows, in_features, hidden_size):
+def same(values, others):
+    """Equal bits, NaN included."""
+    for value, other in zip(jax.tree.leaves(values), jax.tree.leaves(others), strict=True):
+        np.testing.assert_array_equal(float64(value), float64(other))
+
+
+def check_fused(backend, rng, name, residual, dtype, sizes, num_rows, in_features, hidden_size):
     """Both fused products: values, those of the rounded pre-activation; exact zeros and equal bits."""
-    activation, config = bound_activation(name)
-    total, width = int(np.sum(sizes)), hidden_size * (2 if activation.gated else 1)
+    config = layer_of(name)
+    kept_epilogue = Epilogue(config.bound_activation, residual)
+    total, width = int(np.sum(sizes)), hidden_size * (2 if config.gated else 1)
     shapes = (num_rows, in_features), (num_rows, in_features), (num_rows, width)
     rows, dout, pre = (rng.normal(size=shape) for shape in shapes)
     row_weights = rng.random(num_rows)
@@ -80,59 +77,46 @@ def check_fused(backend, rng, name, dtype, sizes, num_rows, in_features, hidden_
         x[total:] = np.nan
     w_in = rng.normal(size=(len(sizes), in_features, width)) / 8
     w_out = rng.normal(size=(len(sizes), hidden_size, in_features)) / 8
-    plan = plan_experts(
-        dataclasses.replace(config, backend=backend), num_rows, w_in.shape, w_out.shape, jnp.dtype(dtype)
-    )
-    residual, kept = plan.residual, kept_of(config, pre)
-    assert plan.up.problem.epilogue == plan.down_dgrad.problem.epilogue == Epilogue(activation, residual)
-    keeps_gate = residual == "gate_hidden"
-    if keeps_gate:
-        kept = np.concatenate([pre[:, :hidden_size], activation_of_rows(config, pre)[0]], axis=1)
+    kept = kept_of(config, pre, residual)
     rows, dout, kept, w_in, w_out = (jnp.asarray(x, dtype) for x in (rows, dout, kept, w_in, w_out))
     row_weights, groups = jnp.asarray(row_weights, jnp.float32), jnp.asarray(sizes, jnp.int32)
 
-    def forward(residual):
-        product = functools.partial(run_product, backend, "fwd", epilogue=Epilogue(activation, residual))
-        return jax.jit(product)(rows, w_in, groups)
+    def run():
+        forward = jitted(backend, "fwd", rows, w_in, groups, epilogue=kept_epilogue)
+        return forward, jitted(backend, "dgrad", dout, w_out, groups, kept, row_weights, epilogue=kept_epilogue)
 
-    values, without = forward(residual), forward(None)
-    assert "residual" not in without
-    hidden, out = values["out"], values["residual"]
+    values, gradients = run()
+    same((values, gradients), run())
+    hidden, left = values["out"], values["residual"]
+    alone = jitted(backend, "fwd", rows, w_in, groups, epilogue=dataclasses.replace(kept_epilogue, residual=None))
+    assert alone["residual"] is None
+    same(hidden, alone["out"])
     expected_pre = reference.grouped_matmul(float64(rows), float64(w_in), sizes)
-    if keeps_gate:
-        assert_close(float64(out[:, :hidden_size]), expected_pre[:, :hidden_size], dtype, "gate")
-        assert (np.asarray(hidden) == np.asarray(out[:, hidden_size:])).all()
-    elif residual == "pre":
-        assert_close(float64(out), expected_pre, dtype, "pre")
-        expected_pre = float64(out)
-    assert (np.asarray(hidden) == np.asarray(without["out"])).all()
-    assert_close(float64(hidden), activation_of_rows(config, expected_pre)[0], dtype, "hidden")
-    product = functools.partial(run_product, backend, "dgrad", epilogue=Epilogue(activation, residual))
-    backward = jax.jit(lambda dout, w, groups, kept, weights: product(dout, w, groups, kept=kept, row_weights=weights))
-    arguments = dout, w_out, groups, kept, row_weights
-    gradients = backward(*arguments)
+    match residual:
+        case "gate_hidden":
+            same(left[:, hidden_size:], hidden)
+            assert_close(float64(left[:, :hidden_size]), expected_pre[:, :hidden_size], dtype, "gate")
+        case "hidden":
+            same(left, hidden)
+        case "pre":
+            assert_close(float64(left), expected_pre, dtype, "pre")
+            expected_pre = float64(left)
+    # Rounded to the dtype of the rows, as the kernel rounds it before the activation.
+    rounded = float64(jnp.asarray(expected_pre, dtype))
+    assert_close(float64(hidden), activation_of_rows(config, rounded)[0], dtype, "hidden")
+
     expected = matmul_activation_grad(
-        config,
-        float64(dout),
-        float64(w_out),
-        sizes,
-        float64(kept),
-        np.asarray(row_weights, np.float64),
-        keeps_gate=keeps_gate,
+        config, float64(dout), float64(w_out), sizes, float64(kept), np.asarray(row_weights, np.float64), residual
     )
-    found = [gradients.get(name) for name in ("out", "hidden", "row_weight_gradients")]
-    assert [value is None for value in found] == [ref is None for ref in expected]
-    for label, value, ref in zip(("dpre", "hidden", "drow_weights"), found, expected, strict=True):
+    made = "out", "hidden", "row_weight_gradients"
+    for label, ref in zip(made, expected, strict=True):
+        assert (gradients[label] is None) == (ref is None)
         if ref is not None:
-            assert_close(np.asarray(value, np.float64), ref, dtype, label)
-            assert not value[total:].any()
-    # Beyond the sum the gate is 0 but for what makes hidden rows determine the up half.
-    for value in (hidden, *([] if keeps_gate else [out])):
-        assert not value[total:].any()
-    for first, second in zip(
-        jax.tree.leaves((values, gradients)), jax.tree.leaves((forward(residual), backward(*arguments))), strict=True
-    ):
-        np.testing.assert_array_equal(float64(first)[:total], float64(second)[:total])
+            assert_close(np.asarray(gradients[label], np.float64), ref, dtype, label)
+    # Beyond the sum the gate is 0 except for what lets hidden rows tell the up half.
+    zero = [hidden, *(gradients[label] for label in made)]
+    for value in zero if residual == "gate_hidden" else [*zero, left]:
+        assert value is None or not value[total:].any()
 
 
 def check(backend, rng, dtype, sizes, num_rows, in_features, out_features):

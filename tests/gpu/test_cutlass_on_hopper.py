@@ -19,24 +19,29 @@ from jax_latent_moe.grouped_matmul import (
     problem,
     reference,
 )
-from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import tiles
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import backend as cutlass
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import RESIDUALS, Cutlass
+from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import tiles as compiled_tiles
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from jax_latent_moe.native import library, library_path
 from tests.gpu.grouped import (
-    bound_activation,
     check,
     check_fused,
     check_weights_beyond_two_to_the_31_elements,
     float64,
+    jitted,
     needs_hopper,
-    run_product,
+    product,
+    same,
 )
+from tests.kernels import epilogue_of, layer_of
 from tests.oracle.fused import activation_of_rows, matmul_activation_grad
 from tests.tolerances import assert_close
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
-BACKEND, FUSED = CutlassBackend(), CutlassBackend(fuse="always")
+BACKEND = CutlassBackend()
+FUSING = Cutlass(CutlassBackend(fuse="always"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -71,40 +76,39 @@ def test_rows_that_the_kernel_gathers_are_those_gathered_before(rng, num_rows, o
     rows = GatheredRows(jnp.asarray(table, jnp.bfloat16), jnp.asarray(ids, jnp.int32))
     w, groups = jnp.asarray(w, jnp.bfloat16), jnp.asarray(sizes, jnp.int32)
     expected = reference.grouped_matmul(float64(rows.table)[np.clip(ids, 0, tokens - 1)], float64(w), sizes)
-    for tile in tiles(problem("fwd", num_rows, w.shape, "bfloat16")):
+    for tile in compiled_tiles(problem("fwd", num_rows, w.shape, "bfloat16")):
         multiply = jax.jit(functools.partial(grouped_matmul, backend=CutlassBackend(matmul_tile=tile)))
         out = multiply(rows, w, groups)
         assert_close(float64(out), expected, "bfloat16", repr(tile))
         assert (np.asarray(out) == np.asarray(multiply(gathered(rows), w, groups))).all()
     w_out, kept = w.reshape(experts, width, in_features), jnp.asarray(rng.random((num_rows, 2 * width)), jnp.bfloat16)
-    ones = jnp.ones(num_rows)
-    for name, residual, columns in (("relu2", "hidden", width), ("swiglu", "gate_hidden", 2 * width)):
-        epilogue = Epilogue(bound_activation(name)[0], residual)
-        up = jax.jit(functools.partial(run_product, FUSED, "fwd", epilogue=epilogue))
-        same(up(rows, w, groups), up(gathered(rows), w, groups))
-        product = functools.partial(run_product, FUSED, "dgrad", epilogue=epilogue)
-        down = jax.jit(lambda dout, kept, product=product: product(dout, w_out, groups, kept=kept, row_weights=ones))
-        for named in (rows, rows._replace(weights=jnp.asarray(rng.normal(size=num_rows), jnp.float32))):
-            same(down(named, kept[:, :columns]), down(gathered(named), kept[:, :columns]))
+    weighted = rows._replace(weights=jnp.asarray(rng.normal(size=num_rows), jnp.float32))
+    for name in ("relu2", "swiglu"):
+        fused, columns = epilogue_of(name), width * (2 if name == "swiglu" else 1)
+        same(*(jitted(FUSING, "fwd", lhs, w, groups, epilogue=fused) for lhs in (rows, gathered(rows))))
+        for named in (rows, weighted):
+            arguments = w_out, groups, kept[:, :columns], jnp.ones(num_rows)
+            same(*(jitted(FUSING, "dgrad", lhs, *arguments, epilogue=fused) for lhs in (named, gathered(named))))
 
 
 @pytest.mark.parametrize("owned", [2500, 3000])
-def test_weight_gradients_of_rows_that_the_kernel_gathers(rng, owned):
+def test_weight_gradients_of_rows_that_the_kernel_gathers(rng, monkeypatch, owned):
     """To the bit, by every tile, of either operand, weighted or not; and they are right."""
+    monkeypatch.setattr(cutlass, "FEW_PRODUCTS", 0)
     num_rows, experts, (k, n), tokens = 3000, 40, (264, 1032), 90
     groups = jnp.asarray(rng.multinomial(owned, rng.dirichlet(np.full(experts, 0.5))), jnp.int32)
     weights = jnp.asarray(rng.normal(size=num_rows), jnp.float32)
     ids = jnp.asarray(rng.integers(-3, tokens + 3, num_rows), jnp.int32)
     tables = [jnp.asarray(rng.normal(size=(tokens, width)), jnp.bfloat16) for width in (k, n)]
     rows, dout = (jnp.asarray(rng.normal(size=(num_rows, width)), jnp.bfloat16) for width in (k, n))
-    for tile in tiles(problem("wgrad", num_rows, (experts, k, n), "bfloat16")):
+    for tile in compiled_tiles(problem("wgrad", num_rows, (experts, k, n), "bfloat16")):
+        backend = Cutlass(CutlassBackend(wgrad_tile=tile))
         for weight in (None, weights):
             left, right = (GatheredRows(table, ids, weight) for table in tables)
-            for operands, in_place in (((left, dout), ("lhs",)), ((rows, right), ("rhs",)), ((left, right), ("lhs",))):
+            for operands in ((left, dout), (rows, right), (left, right)):
                 there = tuple(gathered(operand) for operand in operands)
-                wgrad = jax.jit(functools.partial(run_product, BACKEND, "wgrad", tile=tile, in_place=in_place))
-                found = wgrad(*operands, groups)
-                same(found, jax.jit(functools.partial(run_product, BACKEND, "wgrad", tile=tile))(*there, groups))
+                found = jitted(backend, "wgrad", *operands, groups)
+                same(found, jitted(backend, "wgrad", *there, groups))
                 same((found["lhs"], found["rhs"]), there)
                 expected = reference.grouped_wgrad(*map(float64, there), np.asarray(groups))
                 assert_close(float64(found["out"]), expected, "bfloat16", repr(tile))
@@ -122,17 +126,12 @@ def test_more_tiles_than_a_cluster_is_told_of_at_a_time(rng):
     left, right = np.asarray(rows), np.asarray(dout)
     own = [slice(starts[expert], starts[expert] + sizes[expert]) for expert in some]
     expected = np.stack([np.float64(left[rows]).T @ np.float64(right[rows]) for rows in own])
-    for tile in tiles(problem("wgrad", num_rows, (experts, *widths), "bfloat16")):
+    for tile in compiled_tiles(problem("wgrad", num_rows, (experts, *widths), "bfloat16")):
         wgrad = jax.jit(functools.partial(grouped_wgrad, backend=CutlassBackend(wgrad_tile=tile)))
         first = wgrad(rows, dout, groups)
         for _ in range(5):
             assert jnp.array_equal(first, wgrad(rows, dout, groups))
         assert_close(float64(first[some]), expected, "bfloat16", repr(tile))
-
-
-def same(values, others):
-    for value, other in zip(jax.tree.leaves(values), jax.tree.leaves(others), strict=True):
-        np.testing.assert_array_equal(float64(value), float64(other))
 
 
 def test_weights_beyond_two_to_the_31_elements(rng):
@@ -143,7 +142,7 @@ def test_weights_beyond_two_to_the_31_elements(rng):
 def test_every_compiled_tile(rng, contraction):
     sizes = rng.multinomial(2500, rng.dirichlet(np.full(40, 0.5)))
     w_shape = 40, 264, 1032
-    for tile in tiles(problem(contraction, 3000, w_shape, "bfloat16")):
+    for tile in compiled_tiles(problem(contraction, 3000, w_shape, "bfloat16")):
         kind = "wgrad_tile" if contraction == "wgrad" else "matmul_tile"
         check(dataclasses.replace(BACKEND, **{kind: tile}), rng, "bfloat16", sizes, 3000, *w_shape[1:])
 
@@ -186,16 +185,17 @@ def test_many_calls_in_one_program(rng):
 
 @pytest.mark.parametrize("name", KERNEL_ACTIVATIONS)
 def test_fused_activations(rng, name):
-    check_fused(FUSED, rng, name, "bfloat16", np.asarray([0, 300, 1, 77, 200]), 700, 72, 200)
-    check_fused(FUSED, rng, name, "bfloat16", rng.multinomial(900, rng.dirichlet(np.full(16, 0.3))), 1517, 128, 704)
+    fused = FUSING, rng, name, RESIDUALS[name], "bfloat16"
+    check_fused(*fused, np.asarray([0, 300, 1, 77, 200]), 700, 72, 200)
+    check_fused(*fused, rng.multinomial(900, rng.dirichlet(np.full(16, 0.3))), 1517, 128, 704)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "geglu", "geglu_tanh"])
 @pytest.mark.parametrize("gate", [0.0, 1e-30, -1e4, -30.0, 1e4])
 def test_gates_of_which_hidden_rows_tell_nothing(rng, name, gate):
     """Hidden rows are next to 0 whatever the gate is multiplied with; the gradient of either half is still right."""
-    activation, config = bound_activation(name)
-    epilogue = Epilogue(activation, "gate_hidden")
+    config = layer_of(name)
+    fused = Epilogue(config.bound_activation, "gate_hidden")
     sizes, (num_rows, width, hidden_size) = np.asarray([70, 0, 30]), (100, 64, 72)
     rows = np.abs(rng.normal(size=(num_rows, width))) + 0.1
     w_in = rng.normal(size=(3, width, 2 * hidden_size)) / 8
@@ -203,11 +203,11 @@ def test_gates_of_which_hidden_rows_tell_nothing(rng, name, gate):
     dout, w_out = rng.normal(size=(num_rows, width)), rng.normal(size=(3, hidden_size, width)) / 8
     rows, w_in, dout, w_out = (jnp.asarray(x, jnp.bfloat16) for x in (rows, w_in, dout, w_out))
     groups, ones = jnp.asarray(sizes, jnp.int32), jnp.ones(num_rows)
-    kept = run_product(FUSED, "fwd", rows, w_in, groups, epilogue=epilogue)["residual"]
-    hidden, arguments = kept[:, hidden_size:], {"kept": kept + 0, "row_weights": ones}
-    dpre = run_product(FUSED, "dgrad", dout, w_out, groups, epilogue=epilogue, **arguments)["out"]
+    kept = product(FUSING, "fwd", rows, w_in, groups, epilogue=fused).residual
+    hidden = kept[:, hidden_size:]
+    dpre = product(FUSING, "dgrad", dout, w_out, groups, kept + 0, ones, epilogue=fused).out
     pre = reference.grouped_matmul(float64(rows), float64(w_in), sizes)
-    expected = matmul_activation_grad(config, float64(dout), float64(w_out), sizes, pre, np.ones(num_rows))[0]
+    expected, *_ = matmul_activation_grad(config, float64(dout), float64(w_out), sizes, pre, np.ones(num_rows), "pre")
     gradients = np.split(float64(dpre), 2, axis=1)
     # Beside 1, since errors of what is next to 0 count by what else there could be.
     assert_close(1 + float64(hidden), 1 + activation_of_rows(config, pre)[0], "bfloat16", "hidden")
@@ -222,9 +222,13 @@ def test_columns_of_wider_rows_are_read_where_they_stand(rng, offset):
     matrix = jnp.asarray(rng.normal(size=(num_rows, offset + width)), jnp.bfloat16).at[:, :offset].set(jnp.nan)
     rows, groups = LastColumns(matrix, width), jnp.asarray(sizes, jnp.int32)
     w, dout = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4, width, 264), (num_rows, 264)))
-    for contraction, other, oracle in (("fwd", w, reference.grouped_matmul), ("wgrad", dout, reference.grouped_wgrad)):
-        expected = oracle(float64(gathered(rows)), float64(other), sizes)
-        for tile in tiles(problem(contraction, num_rows, w.shape, "bfloat16")):
-            found = run_product(BACKEND, contraction, rows, other, groups, tile=tile)["out"]
-            same(found, run_product(BACKEND, contraction, gathered(rows), other, groups, tile=tile)["out"])
-            assert_close(float64(found), expected, "bfloat16", repr(tile))
+    for tile in compiled_tiles(problem("fwd", num_rows, w.shape, "bfloat16")):
+        backend = Cutlass(CutlassBackend(matmul_tile=tile))
+        found = product(backend, "fwd", rows, w, groups).out
+        same(found, product(backend, "fwd", gathered(rows), w, groups).out)
+        assert_close(float64(found), reference.grouped_matmul(float64(gathered(rows)), float64(w), sizes), "bfloat16")
+    for tile in compiled_tiles(problem("wgrad", num_rows, w.shape, "bfloat16")):
+        backend = Cutlass(CutlassBackend(wgrad_tile=tile))
+        found = product(backend, "wgrad", rows, dout, groups).out
+        same(found, product(backend, "wgrad", gathered(rows), dout, groups).out)
+        assert_close(float64(found), reference.grouped_wgrad(float64(gathered(rows)), float64(dout), sizes), "bfloat16")

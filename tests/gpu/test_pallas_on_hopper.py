@@ -7,6 +7,7 @@ import pytest
 
 from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.grouped_matmul import grouped_wgrad, problem, select
+from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from tests.gpu.grouped import (
     check,
@@ -18,7 +19,6 @@ from tests.gpu.grouped import (
 from tests.tolerances import assert_close
 
 pytestmark = needs_hopper
-FUSED = PallasBackend(fuse="always")
 BACKENDS = {
     "chosen tiles": PallasBackend(),
     "tall tiles": PallasBackend(
@@ -56,23 +56,26 @@ def test_weights_beyond_two_to_the_31_elements(rng):
 
 def test_auto_picks_it_where_no_kernels_are_compiled(library_at, tmp_path):
     library_at(tmp_path / "none.so")
-    chosen = select(problem("fwd", 4096, (64, 256, 512), jnp.bfloat16))
-    assert type(chosen.backend).__name__ == "Pallas"
+    bound = select(problem("fwd", 4096, (64, 256, 512), jnp.bfloat16))
+    assert type(bound.backend).__name__ == "Pallas"
+
+
+FUSING = Pallas(PallasBackend(fuse="always"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", KERNEL_ACTIVATIONS)
-def test_fused_activations(rng, name, dtype):
+@pytest.mark.parametrize(("name", "residual"), [("relu2", "hidden"), *((name, "pre") for name in KERNEL_ACTIVATIONS)])
+def test_fused_activations(rng, name, residual, dtype):
     sizes = rng.multinomial(900, rng.dirichlet(np.full(16, 0.3)))
-    check_fused(FUSED, rng, name, dtype, sizes, 1517, 128, 192)
-    check_fused(FUSED, rng, name, dtype, np.asarray([0, 700, 1, 77, 222]), 1000, 256, 704)
+    check_fused(FUSING, rng, name, residual, dtype, sizes, 1517, 128, 192)
+    check_fused(FUSING, rng, name, residual, dtype, np.asarray([0, 700, 1, 77, 222]), 1000, 256, 704)
 
 
-@pytest.mark.parametrize("name", ["relu2", "swiglu"])
-def test_fused_activations_of_few_rows(rng, name):
+@pytest.mark.parametrize(("name", "residual"), [("relu2", "hidden"), ("swiglu", "pre")])
+def test_fused_activations_of_few_rows(rng, name, residual):
     for num_rows, total in ((1, 1), (22, 22), (22, 13), (9, 0)):
         sizes = rng.multinomial(total, np.full(40, 1 / 40))
-        check_fused(FUSED, rng, name, "bfloat16", sizes, num_rows, 128, 192)
+        check_fused(FUSING, rng, name, residual, "bfloat16", sizes, num_rows, 128, 192)
 
 
 def test_wgrad_differentiates(rng):

@@ -14,32 +14,34 @@ def activation_of_rows(config, pre):
     return hidden, np.concatenate(list(slopes), axis=1)
 
 
-def keeps_hidden(config):
-    """Whether a forward pass keeps hidden rows for the gradient: of relu2, whose slope they tell."""
-    return config.activation == "relu2"
-
-
-def kept_of(config, pre):
+def kept_of(config, pre, residual):
     """What a forward pass keeps of pre-activations."""
-    return activation_of_rows(config, pre)[0] if keeps_hidden(config) else pre
+    hidden, _ = activation_of_rows(config, pre)
+    if residual == "gate_hidden":
+        return np.concatenate([pre[:, : hidden.shape[1]], hidden], axis=1)
+    return {"pre": pre, "hidden": hidden}[residual]
 
 
-def matmul_activation_grad(config, dout, w, sizes, kept, row_weights, *, keeps_gate=False):
+def matmul_activation_grad(config, dout, w, sizes, kept, row_weights, residual):
     """The gradient of the pre-activation and hidden rows, both times row_weights; that of row_weights.
 
-    There are no hidden rows where they were kept, alone or behind the gate (`keeps_gate`). Zeros beyond the sum.
+    Hidden rows are None where they were kept, alone or behind the gate. Zeros beyond the sum.
     """
     owned = np.arange(len(dout)) < np.sum(sizes)
     dhidden = reference.grouped_matmul(dout, w, sizes, transpose_w=True)
     kept = np.where(owned[:, None], kept, 0)
-    if keeps_gate:
-        gate, hidden = np.split(kept, 2, axis=1)
-        gate = np.where(owned[:, None], gate, 1)
-        value, _ = activation_of_rows(config, np.concatenate([gate, np.ones_like(gate)], axis=1))
-        hidden, slopes = activation_of_rows(config, np.concatenate([gate, hidden / value], axis=1))
-    else:
-        hidden, slopes = (kept, 2 * np.sqrt(kept)) if keeps_hidden(config) else activation_of_rows(config, kept)
+    match residual:
+        case "pre":
+            hidden, slopes = activation_of_rows(config, kept)
+        case "hidden":
+            assert config.activation == "relu2"
+            hidden, slopes = kept, 2 * np.sqrt(kept)
+        case "gate_hidden":
+            gate, hidden = np.split(kept, 2, axis=1)
+            gate = np.where(owned[:, None], gate, 1)
+            value, _ = activation_of_rows(config, np.concatenate([gate, np.ones_like(gate)], axis=1))
+            hidden, slopes = activation_of_rows(config, np.concatenate([gate, hidden / value], axis=1))
     weights = np.where(owned, row_weights, 0)[:, None]
     dpre = slopes * np.tile(weights * dhidden, (1, 2 if config.gated else 1))
     drow_weights = np.sum(dhidden * hidden * owned[:, None], axis=1)
-    return dpre, None if keeps_hidden(config) or keeps_gate else hidden * weights, drow_weights
+    return dpre, hidden * weights if residual == "pre" else None, drow_weights
