@@ -1,9 +1,8 @@
 """The routed experts with their activation inside of a product and after it: the suite "fused" of `benchmarks.gpu`.
 
-Passes: "forward" is the up-projection, from tokens, with its activation, as a forward pass does it that a backward pass
-follows; "forward_backward" the whole routed block, from tokens to all gradients. A gradient that is fused takes the
-place of what was kept, so that no part of the backward pass can be timed alone: the copy that spares its argument would
-be timed with it.
+The pass "forward" is the up-projection of tokens with its activation, as in training. "forward_backward" is the whole
+routed block, from tokens to all gradients. No part of the backward pass is timed alone: a fused gradient overwrites the
+residual, so the time would include a copy that saves the residual.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ CHECKED_ROWS = 512
 
 
 def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
-    """Each backend that runs the products: fusing nothing, under its name, and all it can, under "<name>_fused"."""
+    """Each backend that runs the products. "<name>" fuses nothing, and "<name>_fused" all that it can."""
     found = {}
     for name, backend in BACKENDS.items():
         if isinstance(backend, XlaBackend):
@@ -45,7 +44,7 @@ def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
 
 
 def up_alone(config: LatentMoEConfig, rows, w_in, w_out, group_sizes):
-    """What an up-projection leaves for the down-projection and the backward pass: hidden rows, and the residual."""
+    """The results of an up-projection: hidden rows for the down-projection, and the residual."""
     plan = plan_experts(config, rows.shape[0], w_in.shape, w_out.shape, w_in.dtype)
     outputs = up(plan, plan.up, rows, w_in, group_sizes)
     assert outputs.residual is not None, "a gradient follows"
@@ -55,18 +54,18 @@ def up_alone(config: LatentMoEConfig, rows, w_in, w_out, group_sizes):
 
 
 def block_with_gradients(config: LatentMoEConfig, tokens, weights, w_in, w_out, plan, dout):
-    """The routed block's output and the gradients of all that it reads."""
+    """The routed block's output and the gradients of all its inputs."""
 
     def block(tokens, weights, w_in, w_out):
         return routed_experts(config, tokens, weights, w_in, w_out, plan)
 
     out, pullback = jax.vjp(block, tokens, weights, w_in, w_out)
-    out, dout = jax.lax.optimization_barrier((out, dout))  # as in training, where a loss stands between
+    out, dout = jax.lax.optimization_barrier((out, dout))  # as in training, where a loss separates them
     return out, *pullback(dout)
 
 
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoEConfig]]) -> None:
-    """One row a shape, pass and implementation; errors are distances from the first of them, which fuses nothing."""
+    """One row per shape, pass and implementation. Errors are relative to the first, which fuses nothing."""
     for name, (num_tokens, config) in shapes.items():
         pair = products(config, num_tokens)
         w_in, w_out = (pair[each].weights(seed) for seed, each in enumerate(("up", "down")))
@@ -92,7 +91,7 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
 def _measure_pass(session, suite, name, pass_, calls, flops):
     if not calls:
         return
-    parts = 1 if pass_ == "forward" else None  # backends keep different things beside hidden rows
+    parts = 1 if pass_ == "forward" else None  # backends have different residuals besides hidden rows
     outs = {impl: [part[:CHECKED_ROWS] for part in call.run()[:parts]] for impl, call in calls.items()}
     first = next(iter(outs.values()))
     for impl, ms in time_in_turn(calls, 3, session.rounds).items():

@@ -1,8 +1,8 @@
 """The example trainer's step and loop on GPUs, on real text: the suite "train" of `benchmarks.gpu`.
 
 Each size is trained as latent_moe, and as dense and moe of equal active FLOPs, in one run. A step is timed on
-Shakespeare and on uniformly random bytes, the loop on Shakespeare, without evaluations and checkpoints. With several
-GPUs the batch grows with them (weak scaling), once over each axis of the mesh. The names of passes:
+Shakespeare and on uniformly random bytes. The loop is timed on Shakespeare, without evaluations and checkpoints. With
+several GPUs, the batch grows with their number (weak scaling), over each axis of the mesh in turn. The passes are:
 
     compile: tracing and compiling the step; text, random: a compiled step on such bytes; loop: a step of the loop.
 """

@@ -1,4 +1,4 @@
-"""The parameter tree of a layer: its shapes, its logical axes, its first values, its check."""
+"""The parameter tree of a layer: shapes, logical axes, initial values and checks."""
 
 import math
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ Layout = dict[str, dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]]
 
 
 def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """The parameter tree as shapes and dtypes; parts that the config does not have are left out.
+    """The parameter tree as shapes and dtypes. It has only the parts that the config has.
 
-    Kernels are [in, out] and experts are stacked; a gated expert's gate and up kernels are one array [E, l, 2, m],
-    gate first. The correction bias is float32 whatever param_dtype says: bfloat16 would destroy the routing of
-    released checkpoints, whose biases differ by less than 0.25 near 64.
+    Kernels are [in, out] and experts are stacked. The gate and up kernels of gated experts are one array [E, l, 2, m],
+    gate first. The correction bias is always float32, whatever param_dtype is. bfloat16 would destroy the routing of
+    released checkpoints, whose biases are near 64 and differ by less than 0.25.
     """
     return {
         part: {
@@ -56,7 +56,7 @@ def param_axes(
 
 
 def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
-    """Draws the parameters of one layer: kernels as `config.init` says, scales 1, the correction bias 0.
+    """Draws the parameters of one layer. Kernels follow `config.init`, scales are 1, the correction bias is 0.
 
     Args:
         key: a JAX random key.
@@ -80,7 +80,7 @@ def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: st
     ):
         std *= config.init.output_scale
     index = _DRAWN.index((part, name))
-    # A normal cut at two standard deviations has this standard deviation: divide it out.
+    # 0.8796 is the standard deviation of a standard normal that is cut at two standard deviations.
     drawn = jax.random.truncated_normal(jax.random.fold_in(key, index), -2, 2, leaf.shape, jnp.float32)
     return (drawn * (std / 0.87962566103423978)).astype(leaf.dtype)
 
@@ -114,9 +114,7 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
     if missing or extra:
         listed = [f"missing {'/'.join(path)}" for path in missing] + [f"not used: {'/'.join(path)}" for path in extra]
         makes = (
-            "merge_state(trainable, state) puts it back"
-            if missing == [("router", "bias")]
-            else "init_params makes them"
+            "merge_state(trainable, state) restores it" if missing == [("router", "bias")] else "init_params makes them"
         )
         raise InputError(f"params do not fit the config: {', '.join(listed)}. {makes}.")
     none = [path for path, leaf in given.items() if leaf is None]
@@ -141,7 +139,7 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
 
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:
-    """Raises InputError unless it is w_in [E, l, m], gated [E, l, 2 m], or w_out [E, m, l]."""
+    """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] if gated, or w_out [E, m, l]."""
     if path[0] != "experts":
         raise InputError(f"params {'/'.join(path)} cannot be in format {leaf.format}: only the experts' weights can.")
     flat = (*shape[:2], math.prod(shape[2:]))
@@ -164,7 +162,7 @@ _DRAWN = (
     ("up_proj", "kernel"),
     ("shared", "gate"),
 )
-"""Every leaf; its place is folded into its key. A new leaf goes to the end, so that the others keep their values."""
+"""All leaves. A leaf's position is folded into its key. Append new leaves, so that the others keep their values."""
 
 
 def _layout(config) -> Layout:

@@ -136,7 +136,7 @@ def test_bad_arguments_of_grouped_matmul(arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((ROWS, ROWS[:5], SIZES), ["(6, 4)", "(5, 4)", "as many rows"]),
+        ((ROWS, ROWS[:5], SIZES), ["(6, 4)", "(5, 4)", "equally many rows"]),
         ((ROWS, ROWS[0], SIZES), ["dout of shape (4,)", "two axes"]),
         ((ROWS, ROWS.astype(np.float16), SIZES), ["float32", "float16"]),
         ((ROWS, ROWS, np.array([-5, 5, 1])), ["group_sizes[0]=-5", "negative"]),

@@ -96,7 +96,7 @@ def test_weight_decay_leaves_the_bias_alone(rng, way):
 
 
 def test_parameters_without_their_state_are_refused_with_the_way_out(rng):
-    with pytest.raises(InputError, match=r"missing router/bias. merge_state\(trainable, state\) puts it back"):
+    with pytest.raises(InputError, match=r"missing router/bias. merge_state\(trainable, state\) restores it"):
         latent_moe(split_state(params_of(CONFIG))[0], tokens(rng, 2), CONFIG)
 
 

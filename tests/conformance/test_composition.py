@@ -60,7 +60,7 @@ def chain_oracle(rows, w, group_sizes):
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_over_layers_with_gradients(arrays, row, remat):
     rows, w, group_sizes, dout = arrays
-    group_sizes[1] = group_sizes[0]  # a row must have an expert in every layer to matter
+    group_sizes[1] = group_sizes[0]  # a row affects the result only if it has an expert in every layer
 
     def layer(rows, weights):
         return grouped_matmul(rows, *weights, backend=row.backend), None

@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs and prints what it says, its links lead somewhere, no name is left out."""
+"""The documentation is true: its code runs and prints the shown output, its links work, and no public name is missing."""
 
 import importlib
 import importlib.util
@@ -31,7 +31,7 @@ END_OF_BLOCK = "=== end of block ==="
 
 
 def public_names() -> list[tuple[str, str]]:
-    """Every (module, name) that users may rely on: `__all__`, or what the module itself defines without underscore."""
+    """Every public (module, name): those in `__all__`, or else those defined in the module without an underscore."""
     found = []
     for module_name in PUBLIC:
         module = importlib.import_module(module_name)
@@ -51,7 +51,7 @@ def defined_in(module_name: str, name: str, value) -> bool:
 
 @pytest.fixture(scope="module")
 def inventory(tmp_path_factory) -> set[str]:
-    """The Python names of the built documentation; the build itself takes a warning for an error."""
+    """The Python names in the built documentation. The build treats a warning as an error."""
     out = tmp_path_factory.mktemp("html")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", out / "trees", ROOT / "docs", out]
     run = subprocess.run(command, cwd=ROOT, env=cpu_alone(), capture_output=True, text=True)
@@ -84,7 +84,7 @@ def test_a_public_name_has_a_docstring(module, name):
 
 
 def python_blocks(page: str) -> list[tuple[str, str | None]]:
-    """The code of each Python block with the output that a text block right after it shows."""
+    """The code of each Python block, with the output in the text block right after it."""
     fenced = [*re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S), ("", "")]
     following = [text if kind == "text" else None for kind, text in fenced[1:]]
     return [(code, shown) for (kind, code), shown in zip(fenced[:-1], following, strict=True) if kind == "python"]

@@ -1,14 +1,14 @@
-"""Writes the golden files beside it: MoE blocks of transformers, run by torch.
+"""Writes the golden files next to this script: values and gradients of transformers' MoE blocks, run by torch.
 
     pip install -r requirements.txt
     python generate.py [CASE ...]
 
-writes all cases, or the named ones. A folder a case: checkpoint/ as `save_pretrained` writes it (config.json,
-model.safetensors with the hub's names, bfloat16 but for the correction bias) and, run in float32 and in bfloat16 on the
-same weights, values_<dtype>.safetensors (x, dy, y, dx, expert_ids, weights) and gradients_<dtype>.safetensors (of
-sum(y * dy), under the checkpoint's names). Some cases also have stacked/: the same weights as transformers' own modules
-name them, with all experts in one tensor.
-Each file carries the versions and the seed. Nothing here comes from jax_latent_moe.
+writes all cases, or the named ones. Each case is a folder. checkpoint/ is the model as `save_pretrained` writes it
+(config.json, model.safetensors with the hub's names, in bfloat16 except for the correction bias). The block is run in
+float32 and in bfloat16 on the same weights: values_<dtype>.safetensors holds x, dy, y, dx, expert_ids and weights, and
+gradients_<dtype>.safetensors the gradients of sum(y * dy) under the checkpoint's names. Some cases also have stacked/,
+the same weights under the names of transformers' own modules, with all experts in one tensor.
+Each file holds the versions and the seed. Nothing here comes from jax_latent_moe.
 """
 
 import pathlib
@@ -87,7 +87,7 @@ FAMILIES = {
 LATENT = dict(moe_latent_size=8)
 GROUPS = dict(n_group=4, topk_group=2)
 V2_GROUPS = GROUPS | dict(topk_method="group_limited_greedy")
-# (name, family, config, seed, range of the correction bias: released NemotronH biases lie near 64, 0.25 apart at most)
+# (name, family, config, seed, range of the correction bias). Released NemotronH biases are near 64, within 0.25.
 NEAR_64, SMALL, NEGATIVE = (64.0, 64.25), (-0.1, 0.1), (-3.0, -1.0)
 CASES = [
     ("nemotron_latent_0", "nemotron_h", LATENT | dict(routed_scaling_factor=5.0), 0, NEAR_64),
@@ -150,7 +150,7 @@ def run(model, block_name, dtype, x, dy):
 
 
 def hub_named_gradients(model, names):
-    """The gradients under the checkpoint's names: transformers itself renames them when it saves."""
+    """The gradients under the checkpoint's names, which transformers gives them when it saves."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -164,7 +164,7 @@ def hub_named_gradients(model, names):
 
 
 def main():
-    """Writes every case, or those that the command line names, anew."""
+    """Writes all cases, or those named on the command line."""
     transformers.utils.logging.disable_progress_bar()
     for case, family, extra, seed, bias_range in CASES:
         if sys.argv[1:] and case not in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Random checkpoints, written by the safetensors package under names spelled out here: nothing comes from hf itself."""
+"""Random checkpoints, written by the safetensors package under names spelled out here. Nothing comes from hf itself."""
 
 import json
 import pathlib
@@ -174,7 +174,7 @@ def qwen_next(prefix):
 
 
 def stacked(shapes, prefix, gated):
-    """The same layer with its experts in two tensors [E, out, in]; gate rows before up rows."""
+    """The same layer with its experts in two tensors [E, out, in], gate rows before up rows."""
     rest = {name: shape for name, shape in shapes.items() if ".experts." not in name}
     width, m = (D, M) if gated else (L, M)
     w_in = (
@@ -204,7 +204,7 @@ def megatron(prefix, two=1, latent=True, shared=True, bias=True, ms=None, gate=F
 
 
 def other(layer):
-    """Tensors that are not of an MoE layer."""
+    """Tensors outside of MoE layers."""
     return {f"model.layers.{layer}.self_attn.q_proj.weight": (D, D), "lm_head.weight": (5, D)}
 
 
@@ -291,7 +291,7 @@ MAPPINGS = {
 
 
 def random_tensors(rng, shapes):
-    """bfloat16, but for correction biases: float32 near 64."""
+    """Tensors in bfloat16, except for correction biases, which are float32 and near 64."""
     return {
         name: (64 + rng.uniform(0, 0.25, shape)).astype(np.float32)
         if name.endswith("bias")
@@ -301,7 +301,7 @@ def random_tensors(rng, shapes):
 
 
 def save(folder: pathlib.Path, config, tensors, files: int = 1):
-    """A checkpoint folder of so many files, with an index where they are several."""
+    """Writes a checkpoint folder with this number of files, and an index if there are several."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if files == 1:

@@ -1,4 +1,4 @@
-"""Broken checkpoints: every problem in one error, whatever is broken, and nothing returned."""
+"""Broken checkpoints: one error lists every problem, and nothing is returned."""
 
 import itertools
 import json
@@ -124,7 +124,7 @@ def test_what_every_expert_lacks_is_one_line(mapping, missing, lines, rng, tmp_p
 
 def test_a_layer_that_is_no_moe_layer(rng, tmp_path):
     make(tmp_path, rng, "nemotron")
-    with pytest.raises(hf.CheckpointError, match="layer 1 is no MoE layer; these are: 0, 2"):
+    with pytest.raises(hf.CheckpointError, match="layer 1 is not an MoE layer; these are: 0, 2"):
         hf.import_layer(hf.open_checkpoint(tmp_path), 1)
 
 
@@ -157,7 +157,7 @@ def test_a_pipe_is_not_waited_for(rng, tmp_path):
         hf.open_checkpoint(tmp_path)
 
 
-# Each mutation breaks a folder of three indexed files, or of one, in a way drawn at random.
+# Each mutation breaks a folder of three indexed files, or of one file, in a random way.
 
 
 def header_of(file):

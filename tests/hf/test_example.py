@@ -1,4 +1,4 @@
-"""The worked example runs, and what it writes differs from the original in the correction biases alone."""
+"""The worked example runs, and its output differs from the original only in the correction biases."""
 
 import numpy as np
 import pytest

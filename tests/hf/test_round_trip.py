@@ -1,4 +1,4 @@
-"""Every mapping: the right tensor in the right place, and every byte back."""
+"""Every mapping puts each tensor in the right place, and writes every byte back."""
 
 import filecmp
 import shutil
@@ -177,7 +177,7 @@ def test_megatron_without_config_json_takes_a_config(rng, tmp_path):
     check_params(hf.import_layer(checkpoint, 2), config)
     with pytest.raises(hf.CheckpointError, match=r"config\.json"):
         hf.open_checkpoint(tmp_path, naming="megatron")
-    with pytest.raises(hf.CheckpointError, match="Megatron's names alone"):
+    with pytest.raises(hf.CheckpointError, match="config= needs naming='megatron'"):
         hf.open_checkpoint(tmp_path, config=config)
 
 

@@ -8,17 +8,17 @@ from jax_latent_moe.grouped_matmul.sm90 import FUSE, Fuse
 
 @dataclasses.dataclass(frozen=True)
 class CutlassTile:
-    """Tile and schedule of a compiled kernel of the `cutlass` backend; only the combinations that were compiled run.
+    """Tile and schedule of a compiled kernel of the `cutlass` backend. Only combinations that were compiled can run.
 
-    The two warpgroups of an SM take tiles in turn: one stores while the other multiplies.
+    The two consumer warpgroups of an SM take tiles in turn: one stores while the other multiplies.
 
     Attributes:
         rows: rows of a tile; in wgrad, its part of the first feature axis (K).
         columns: output columns of a tile; in wgrad, its part of the second feature axis (N).
-        stages: loads in flight, in a ring through shared memory.
-        cluster_rows: SMs whose tiles lie one above the other and share the loads of a column tile (wgrad only).
-        cluster_columns: SMs whose tiles lie side by side and share the loads of a row tile.
-        rows_first: whether tiles go down the rows of an expert before they go along its columns (not in wgrad).
+        stages: loads in flight, in a ring buffer in shared memory.
+        cluster_rows: SMs with tiles of the same columns, which share the loads of those columns (wgrad only).
+        cluster_columns: SMs with tiles of the same rows, which share the loads of those rows.
+        rows_first: whether tiles go through the rows of an expert before the columns (not in wgrad).
     """
 
     rows: int = 128
@@ -39,11 +39,11 @@ class CutlassBackend:
     """Expert matmuls as compiled Hopper kernels on CUTLASS' instruction wrappers, behind XLA FFI custom calls.
 
     Attributes:
-        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured tile of the shape, or a
-            heuristic's.
-        wgrad_tile: tile of wgrad; None likewise.
-        fuse: which activations and gradients run inside of a product. "measured" takes those that gained time where
-            they were measured. "always" takes all that were compiled, and needs the least memory. "never" takes none.
+        matmul_tile: tile of fwd and dgrad without a fused activation. None takes a measured tile for the shape, or the
+            heuristic's if there is none.
+        wgrad_tile: tile of wgrad, chosen in the same way if it is None.
+        fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
+            were measured. "always" fuses all that were compiled and needs the least memory. "never" fuses none.
     """
 
     matmul_tile: CutlassTile | None = None

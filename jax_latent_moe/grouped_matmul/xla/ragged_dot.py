@@ -49,5 +49,5 @@ def _ragged_dot(dimensions, left, right, group_sizes):
         ragged_dot_dimension_numbers=dimensions,
         preferred_element_type=_accumulator(left.dtype),
     )
-    # Its own rule for vmap refuses operands of which only some are mapped: map one after the other.
+    # JAX's vmap rule for it fails if only some operands are mapped, so the calls run one after the other.
     return custom_batching.sequential_vmap(dot)(left, right, group_sizes)
