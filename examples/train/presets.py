@@ -59,8 +59,8 @@ GPU = Config(
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
 )
 
-# 1.8 G parameters: their state takes 22 GB. JAX takes three quarters of the GPU, where the 33 GiB of temporaries of 32 k
-# tokens at once did not fit beside it.
+# 1.8 G parameters: their state takes 22 GB. JAX takes three quarters of the GPU, where the 33 GiB of temporaries of 32
+# k tokens at once did not fit beside it.
 GPU_80GB = Config(
     preset="gpu-80gb",
     steps=20_000,
