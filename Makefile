@@ -1,4 +1,4 @@
-# Every target sets the environment up first (scripts/setup.sh). GNU make 3.81, the one of macOS, is enough.
+# Most targets set up the environment first (scripts/setup.sh). GNU make 3.81, the version of macOS, is enough.
 PYTHON := .venv/bin/python
 WORKERS ?= auto
 ARGS ?=
@@ -15,13 +15,13 @@ setup: ## make .venv from uv.lock (Python and uv are found or fetched)
 train: setup ## train the example; ARGS="--help" lists its options
 	$(PYTHON) -m examples.train $(ARGS)
 
-plan: setup ## what a layer takes on a mesh of GPUs, on paper; ARGS="--help" lists the options
+plan: setup ## estimate a layer's memory and time on a mesh of GPUs; ARGS="--help" lists the options
 	JAX_PLATFORMS=cpu $(PYTHON) -m jax_latent_moe.plan $(ARGS)
 
 test: setup ## run the whole test suite, on the CPU; ARGS go to pytest
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
 
-# Without tf32, which XLA takes for float32 matmuls on a GPU and the tolerances do not allow for.
+# tf32 is off: XLA uses it for float32 matmuls on a GPU, and the tolerances do not allow for it.
 test-gpu: setup ## run the tests of the GPU kernels, the conformance suite and the layer's tests on an NVIDIA GPU
 	@scripts/device.sh | grep -q cuda || { echo "error: nvidia-smi shows no GPU with driver 525 or newer." >&2; exit 1; }
 	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest $(PYTHON) -m pytest \
@@ -33,7 +33,7 @@ sanitize: setup ## run the GPU tests under compute-sanitizer; ARGS="--help" list
 bench: setup ## time the layer and its matmuls
 	$(PYTHON) -m benchmarks $(ARGS)
 
-cuda: ## compile the kernels of the cutlass backend into the package; fetches a compiler where there is none
+cuda: ## compile the kernels of the cutlass backend into the package; fetches a compiler if there is none
 	@scripts/build-cuda.sh
 
 lint: setup ## ruff, pyright and shellcheck
@@ -45,7 +45,7 @@ lint: setup ## ruff, pyright and shellcheck
 lint-bazel: ## buildifier over the Bazel files (needs npm)
 	npx --yes @bazel/buildifier@8.2.1 -mode=check -lint=warn MODULE.bazel WORKSPACE.bazel BUILD.bazel */BUILD.bazel
 
-format: setup ## let ruff format the code and mend what it can
+format: setup ## format the code with ruff, and fix what ruff can fix
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
 

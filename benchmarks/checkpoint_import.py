@@ -1,10 +1,10 @@
-"""Import of one layer of Nemotron-3 Super's real shape (5.8 GB of files) against reading the same files.
+"""Compares the import of one layer of Nemotron-3 Super's shape (5.8 GB of files) with reading the same files.
 
     python -m benchmarks.checkpoint_import FOLDER [--experts 512]
 
-FOLDER is made, filled with a synthetic checkpoint and removed again. Each measurement is a process of its own, so that
-its peak memory is its own: the files read in order through one buffer, the same into memory that keeps them, and the
-layer imported; from the disk (the system is asked to forget the files first) and from the system's cache.
+FOLDER is created, filled with a synthetic checkpoint and removed again. Three things are measured: reading the files in
+order through one buffer, reading them into memory that is kept, and importing the layer. Each runs from the disk (the
+files are dropped from the system's cache first) and from the cache, in its own process, which gives its peak memory.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from jax_latent_moe import hf, presets
-from jax_latent_moe.hf.names import NEMOTRON_H, layer_slots, tensor_shapes
+from jax_latent_moe.hf.names import NEMOTRON_H, layer_blocks, tensor_shapes
 from jax_latent_moe.hf.tensor_file import create, write_bytes
 
 BUFFER = 8 << 20
@@ -45,7 +45,7 @@ def make(folder: pathlib.Path, experts: int) -> None:
         routed_scaling_factor=5.0,
     )
     (folder / "config.json").write_text(json.dumps(values))
-    shapes = tensor_shapes(config, layer_slots(config, NEMOTRON_H))
+    shapes = tensor_shapes(config, layer_blocks(config, NEMOTRON_H))
     names = sorted(shapes)
     noise = np.random.default_rng(0).integers(0, 2**14, max(map(np.prod, shapes.values())), np.uint16)
     for number in range(FILES):
@@ -60,7 +60,7 @@ def make(folder: pathlib.Path, experts: int) -> None:
 
 
 def forget(folder: pathlib.Path) -> None:
-    """Asks the system to drop the files from its cache."""
+    """Drops the files from the system's cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -77,7 +77,7 @@ def read(folder: pathlib.Path) -> int:
 
 
 def load(folder: pathlib.Path) -> int:
-    """Reads the files into memory and keeps them: what every import has to do at least, fresh memory included."""
+    """Reads the files into fresh memory and keeps them, the least that any import does."""
     paths = sorted(folder.glob("*.safetensors"))
     memory = np.empty(sum(path.stat().st_size for path in paths), np.uint8)
     view = memoryview(memory)
@@ -107,7 +107,7 @@ def measure(what: str, folder: pathlib.Path) -> dict:
 
 
 def main() -> None:
-    """Measures, prints a line each, and the two ratios."""
+    """Runs all measurements, and prints a line for each and the two ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--experts", type=int, default=presets.NEMOTRON_3_SUPER.num_experts)
@@ -128,7 +128,7 @@ def main() -> None:
                 seconds, gigabytes = rows[what]["seconds"], rows[what]["nbytes"] / 1e9
                 print(
                     f"{source:5} {what:6} {seconds:6.2f} s {gigabytes / seconds:6.2f} GB/s "
-                    f"({rows[what]['cpu']:.1f} s of processors, imports of modules included)",
+                    f"({rows[what]['cpu']:.1f} s of CPU time, including imports of modules)",
                     flush=True,
                 )
             layer = rows["import"]["nbytes"]

@@ -1,7 +1,7 @@
 """The xla backend on the CPU: `python -m benchmarks.cpu`.
 
-Forward with gradients of one grouped matmul at R 4096, K 256, N 512 in float32, blocked against jax.lax.ragged_dot, for
-8, 64 and 512 experts; and the layer at the same expert shape against its own matmuls.
+It times one grouped matmul with its gradients at R 4096, K 256, N 512 in float32, blocked against jax.lax.ragged_dot,
+for 8, 64 and 512 experts. It also times the layer with the same experts against the layer's matmuls.
 """
 
 import functools
@@ -25,7 +25,7 @@ def normal(*shape) -> jax.Array:
 
 
 def uneven_groups(num_experts: int) -> jax.Array:
-    """Group sizes of ROWS rows in all, as uneven as a young router's."""
+    """Group sizes that add up to ROWS, as uneven as those of a router early in training."""
     shares = RNG.dirichlet(np.ones(num_experts))
     return jnp.asarray(RNG.multinomial(ROWS, shares), jnp.int32)
 
@@ -38,7 +38,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def with_gradients(f):
-    """The call that runs f and its reverse pass against a given cotangent, its last argument."""
+    """The call that runs f and its reverse pass with a given cotangent, the last argument."""
 
     def call(*args):
         out, vjp = jax.vjp(f, *args[:-1])
@@ -67,7 +67,7 @@ def grouped(rate: float, bandwidth: float) -> list[Row]:
             5,
         )
         flops = 3 * 2 * ROWS * IN * OUT
-        # Rows and outputs pass twice (values and gradients), touched weights three times (twice read, once written).
+        # Rows and outputs are moved twice (values and gradients), used weights three times (two reads and one write).
         touched = int((group_sizes > 0).sum())
         traffic = 4 * (4 * ROWS * (IN + OUT) + (2 * touched + num_experts) * IN * OUT)
         for name, (ms, temp_bytes) in timed.items():
@@ -93,7 +93,7 @@ def max_error(result, rows, w, dout, group_sizes) -> float:
 
 
 def layer(rate: float) -> list[Row]:
-    """The whole layer against the matmuls it cannot do without, at the same group sizes."""
+    """The whole layer against its necessary matmuls, with the same group sizes."""
     config = LatentMoEConfig(1024, IN, 64, 4, OUT, dtype="float32", backend=XlaBackend())
     tokens = ROWS // config.top_k
     params, x = init_params(jax.random.key(int(RNG.integers(2**31))), config), normal(tokens, config.hidden_size)

@@ -1,10 +1,10 @@
-"""The plot of the README: Nemotron-3 Super's kernels and layer on one GPU beside the peers of the same run."""
+"""The plot of the README: Nemotron-3 Super's kernels and layer on one GPU, beside the peers of the same run."""
 
 import io
 
 from benchmarks import tables
 
-# By family: its colour, and what of it stands among the kernels and among the layers.
+# By family: its colour, and its implementations among the kernels and among the layers.
 FAMILIES = {
     "cutlass": ("#1b5e20", "cutlass", "cutlass"),
     "pallas": ("#43a047", "pallas", "pallas"),
@@ -19,11 +19,11 @@ KERNELS = {
 }
 LAYERS = {tables.PASSES[pass_]: ("super_t8192", pass_) for pass_ in ("forward", "forward_backward")}
 BAR = 0.84
-"""Width of a group of bars."""
+"""The width of a group of bars."""
 
 
 def render(rows: tables.Rows, device: str) -> str:
-    """The plot as SVG, the same text for the same rows."""
+    """The plot as SVG. The same rows always give the same text."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -41,12 +41,12 @@ def render(rows: tables.Rows, device: str) -> str:
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "jax_latent_moe", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    # matplotlib ends some lines in blanks.
+    # matplotlib leaves blanks at the end of some lines.
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
 def _bars(axes, problems, wanted, member, field, style) -> set[str]:
-    """A group of bars a problem, a bar a family with its value on top; returns the families that have one."""
+    """Draws a group of bars per problem and a bar per family, with its value on top; returns the families drawn."""
     impls = {name: family[member] for name, family in FAMILIES.items()}
     shown = [name for name, impl in impls.items() if any(impl in problems.get(key, {}) for key in wanted.values())]
     width = BAR / max(len(shown), 1)

@@ -1,9 +1,8 @@
 """The routed experts with their activation inside of a product and after it: the suite "fused" of `benchmarks.gpu`.
 
-Passes: "forward" is the up-projection, from tokens, with its activation, as a forward pass does it that a backward pass
-follows; "forward_backward" the whole routed block, from tokens to all gradients. A gradient that is fused takes the
-place of what was kept, so that no part of the backward pass can be timed alone: the copy that spares its argument would
-be timed with it.
+The pass "forward" is the up-projection of tokens with its activation, as in training. "forward_backward" is the whole
+routed block, from tokens to all gradients. No part of the backward pass is timed alone: a fused gradient overwrites the
+residual, so the time would include a copy that saves the residual.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import LatentMoEConfig, UnsupportedError, XlaBackend
 from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.experts import routed_experts, up
-from jax_latent_moe.grouped_matmul import LastColumns, problem, select
+from jax_latent_moe.grouped_matmul import problem, select
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 from jax_latent_moe.routing.permute import make_dispatch_plan, rows_of
 
@@ -27,7 +26,7 @@ CHECKED_ROWS = 512
 
 
 def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
-    """Each backend that runs the products: fusing nothing, under its name, and all it can, under "<name>_fused"."""
+    """Each backend that runs the products. "<name>" fuses nothing, and "<name>_fused" all that it can."""
     found = {}
     for name, backend in BACKENDS.items():
         if isinstance(backend, XlaBackend):
@@ -44,27 +43,29 @@ def backends(config: LatentMoEConfig, shape: Grouped) -> dict:
 
 
 def up_alone(config: LatentMoEConfig, rows, w_in, w_out, group_sizes):
-    """Hidden rows, perhaps behind their gate, and what else an up-projection leaves for a backward pass, not copied."""
-    plan = plan_experts(config, rows.shape[0], w_in.shape, w_out.shape, rows.dtype)
+    """The results of an up-projection: hidden rows for the down-projection, perhaps behind the gate, and the residual.
+
+    Hidden rows behind the gate are part of the residual: cutting them out would be timed too.
+    """
+    plan = plan_experts(config, rows.shape[0], w_in.shape, w_out.shape, w_in.dtype)
     outputs = up(plan, plan.up, rows, w_in, group_sizes)
-    if isinstance(outputs.out, LastColumns):
-        return (outputs.residual,)
-    return (outputs.out,) if outputs.residual is outputs.out else (outputs.out, outputs.residual)
+    assert outputs.residual is not None, "a gradient follows"
+    return (outputs.out, outputs.residual) if plan.residual == "pre" else (outputs.residual,)
 
 
 def block_with_gradients(config: LatentMoEConfig, tokens, weights, w_in, w_out, plan, dout):
-    """The routed block's output and the gradients of all that it reads."""
+    """The routed block's output and the gradients of all its inputs."""
 
     def block(tokens, weights, w_in, w_out):
         return routed_experts(config, tokens, weights, w_in, w_out, plan)
 
     out, pullback = jax.vjp(block, tokens, weights, w_in, w_out)
-    out, dout = jax.lax.optimization_barrier((out, dout))  # as in training, where a loss stands between
+    out, dout = jax.lax.optimization_barrier((out, dout))  # as in training, where a loss separates them
     return out, *pullback(dout)
 
 
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoEConfig]]) -> None:
-    """One row a shape, pass and implementation; errors are distances from the first of them, which fuses nothing."""
+    """One row per shape, pass and implementation. Errors are relative to the first, which fuses nothing."""
     for name, (num_tokens, config) in shapes.items():
         pair = products(config, num_tokens)
         w_in, w_out = (pair[each].weights(seed) for seed, each in enumerate(("up", "down")))
@@ -84,9 +85,8 @@ def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoE
         down_flops = 2 * pair["down"].rows * w_out.shape[1] * w_out.shape[2]
         flops = {"forward": up_flops, "forward_backward": 3 * (up_flops + down_flops)}
         for pass_, candidates in calls.items():
-            # Backends keep different things beside hidden rows, or in front of them.
-            width = config.expert_intermediate_size if pass_ == "forward" else None
-            _measure_pass(session, suite, name, pass_, prepare(candidates), flops[pass_], width)
+            hidden_width = config.expert_intermediate_size if pass_ == "forward" else None
+            _measure_pass(session, suite, name, pass_, prepare(candidates), flops[pass_], hidden_width)
 
 
 def _measure_pass(session, suite, name, pass_, calls, flops, hidden_width):
@@ -102,5 +102,5 @@ def _measure_pass(session, suite, name, pass_, calls, flops, hidden_width):
 
 
 def _checked(outs, hidden_width):
-    """The first rows of each output, or of the hidden rows alone."""
+    """The first rows of every output; of an up-projection only the hidden rows, since residuals differ."""
     return [part[:CHECKED_ROWS] for part in outs] if hidden_width is None else [outs[0][:CHECKED_ROWS, -hidden_width:]]

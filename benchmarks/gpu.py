@@ -1,7 +1,7 @@
-"""Grouped matmuls and layers on a GPU beside their peers, all in one run: `python -m benchmarks.gpu [suite ...]`.
+"""Grouped matmuls and layers on a GPU beside their peers, in one run: `python -m benchmarks.gpu [suite ...]`.
 
-All suites by default. A peer that is not installed or fails, and a backend that refuses, is left out with the reason.
-`--quick` keeps to few shapes and to the first tile of a sweep.
+All suites run by default. If a peer is missing or fails, or a backend refuses, it is left out and the reason printed.
+`--quick` runs few shapes and only the first tile of a sweep.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fusing, layers, matmuls, problems, steps, survey
+from benchmarks import fusing, layers, matmuls, problems, steps, survey, train
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("compile", "kernel", "fused", "layer", "decode", "step", "survey")
+SUITES = ("compile", "kernel", "fused", "layer", "decode", "step", "survey", "train")
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -31,15 +31,15 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--without", action="append", default=[], metavar="IMPL", help="not this; may be repeated")
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
-        parser.error(f"no suite is called {', '.join(sorted(unknown))}: there are {', '.join(SUITES)}.")
+        parser.error(f"no suite is called {', '.join(sorted(unknown))}: use {', '.join(SUITES)}.")
     known = {name for measured in tables(quick=False).values() for _, table in measured for name in table}
     if unknown := set(options.shape or ()) - known:
-        parser.error(f"no shape is called {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}.")
+        parser.error(f"no shape is called {', '.join(sorted(unknown))}: use {', '.join(sorted(known))}.")
     return options
 
 
 def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
-    """What each suite measures: functions, and the problems that they are given by name."""
+    """By suite: the functions that measure, and their problems by name."""
 
     def only(table, names):
         return {name: table[name] for name in names} if quick else table
@@ -55,6 +55,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         ],
         "step": [(steps.measure, problems.STEPS)],
         "survey": [(survey.measure, survey.shapes(4 if quick else 40))],
+        "train": [(train.measure, train.SIZES)],
     }
 
 
@@ -68,13 +69,13 @@ def ceilings(size: int = 8192, elements: int = 2**30) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measures, prints a line a row and records it."""
+    """Measures, and prints and records each row."""
     options = parse_options()
-    # torch allocates beside JAX in this process.
+    # torch needs memory in this process, too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = jax.devices()[0]
     if device.platform != "gpu":
-        raise SystemExit(f"this measures GPUs, and JAX found {device.device_kind!r}: `make bench` measures the CPU.")
+        raise SystemExit(f"this benchmark needs a GPU, not {device.device_kind!r}: `make bench` measures the CPU.")
     run = Run(device.device_kind.lower().removeprefix("nvidia ").replace(" ", "-"), options.out)
     limits = ceilings()
     print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)

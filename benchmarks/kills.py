@@ -1,8 +1,8 @@
-"""A training run that is killed again and again: `python -m benchmarks.kills --kills 50`.
+"""Kills a training run again and again: `python -m benchmarks.kills --kills 50`.
 
-A tiny model is trained with a checkpoint every second step; SIGKILL comes at a random moment of starting, training or
-saving, and the same command starts it again. Every start must go on from the newest complete checkpoint, and the end
-must have the bits of a run that nobody killed. The counts go to benchmarks/results as JSON.
+A tiny model is trained with a checkpoint every second step. SIGKILL comes at a random moment of starting, training or
+saving, and the same command starts the run again. Every start must go on from the newest complete checkpoint, and the
+final bits must be those of a run that was never killed. The counts go to benchmarks/results as JSON.
 """
 
 import argparse
@@ -29,19 +29,19 @@ TRAINING_SECONDS = (0.0, 4.0)
 
 
 def command(run: pathlib.Path, text: pathlib.Path, steps: int, every: int) -> list[str]:
-    """The trainer's command line, with a line and a checkpoint every so many steps."""
+    """The trainer's command line, with a line of metrics and a checkpoint every `every` steps."""
     options = f"--preset toy --steps {steps} --log-every {every} --checkpoint-every {every} --eval-every 100000"
     return [sys.executable, "-m", "examples.train", *options.split(), "--data", str(text), "--run", str(run)]
 
 
 def complete_steps(run: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints that stand under their final names."""
+    """Steps of the complete checkpoints, which have their final names."""
     folder = run / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def start(arguments: list[str], cache: pathlib.Path, output) -> subprocess.Popen:
-    """A run in a process of its own, with compiled programs from the runs before it."""
+    """Starts a run in its own process, with the compiled programs of earlier runs."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -53,14 +53,18 @@ def start(arguments: list[str], cache: pathlib.Path, output) -> subprocess.Popen
 
 
 def started_at(log: str) -> int | None:
-    """The step that a run's first line says; None where it was killed before."""
+    """The step in a run's first line; None if it was killed before that line."""
     if found := re.search(r"resumed at step (\d+)", log):
         return int(found[1])
     return 0 if ": started in" in log else None
 
 
 def kill_once(arguments, cache, folder: pathlib.Path, dice: random.Random) -> tuple[str, bool]:
-    """Starts the run and kills it at a random moment, one in five while it starts: its output, whether it had ended."""
+    """Starts the run and kills it at a random moment, in one of five cases during the start.
+
+    Returns:
+        The run's output, and whether it had ended by itself.
+    """
     log = folder / "log.txt"
     with log.open("w") as output, start(arguments, cache, output) as process:
         if dice.random() < 0.2:
@@ -75,7 +79,7 @@ def kill_once(arguments, cache, folder: pathlib.Path, dice: random.Random) -> tu
 
 
 def main() -> None:
-    """Kills, starts again, compares, records."""
+    """Kills and restarts the run, compares its bits, and records the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=2500, help="of the run; more than it does between all kills")

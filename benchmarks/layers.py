@@ -29,7 +29,7 @@ def products(config: LatentMoEConfig, tokens: int) -> dict[str, Grouped]:
 
 
 def refusal(config: LatentMoEConfig, tokens: int, pass_: str, backend) -> str | None:
-    """Why a backend cannot run the layer, as a sentence."""
+    """The reason why a backend cannot run the layer, as a sentence; None if it can."""
     contractions = tuple(CONTRACTIONS.values())[: None if pass_ == "forward_backward" else 1]
     for shape in products(config, tokens).values():
         for contraction in contractions:
@@ -42,18 +42,18 @@ def refusal(config: LatentMoEConfig, tokens: int, pass_: str, backend) -> str | 
 
 
 def with_gradients(layer):
-    """The call that runs a layer and its reverse pass against dy: y and the gradients of the parameters and of x."""
+    """The call that runs a layer and its reverse pass with dy: y, and the gradients of the parameters and of x."""
 
     def call(params, x, dy):
         y, pullback = jax.vjp(layer, params, x)
-        y, dy = jax.lax.optimization_barrier((y, dy))  # as in training, where a loss stands between
+        y, dy = jax.lax.optimization_barrier((y, dy))  # as in training, where a loss separates them
         return y, *pullback(dy)
 
     return call
 
 
 def tokamax_layer(config: LatentMoEConfig, tiles: dict[str, list] | None):
-    """The plain JAX layer on tokamax, at its own tiles or at those given for "up" and "down", one a pass."""
+    """The plain JAX layer on tokamax, with its own tiles or with those given for "up" and "down", one per pass."""
 
     def ragged_dot(rows, w, group_sizes):
         operation = tokamax_ragged_dot.operation()
@@ -65,7 +65,7 @@ def tokamax_layer(config: LatentMoEConfig, tiles: dict[str, list] | None):
 
 
 def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: Session) -> dict[str, Candidate]:
-    """What runs this pass of the layer, by name."""
+    """The implementations of this pass of the layer, by name."""
     layers, tokens = {}, x.shape[0]
     for name, backend in BACKENDS.items():
         if reason := refusal(config, tokens, pass_, backend):
@@ -92,12 +92,12 @@ def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: S
 
 
 def our_layer(config: LatentMoEConfig, params, x):
-    """The layer's output alone."""
+    """The layer's output, without auxiliary values."""
     return latent_moe(params, x, config)[0]
 
 
 def reference(config: LatentMoEConfig, params, x) -> tuple[np.ndarray, int]:
-    """The layer in float32 on portable operations, and the experts that its tokens reached."""
+    """The layer in float32 on the xla backend, and the experts that its tokens reached."""
     config = dataclasses.replace(config, dtype="float32", backend=XlaBackend())
     with jax.default_matmul_precision("highest"):
         y, aux = jax.jit(latent_moe, static_argnames="config")(params, x.astype(jnp.float32), config)
@@ -105,7 +105,7 @@ def reference(config: LatentMoEConfig, params, x) -> tuple[np.ndarray, int]:
 
 
 def measure_compilation(session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]]) -> None:
-    """One row a layer, pass and backend: how long tracing and compiling take, one after the other."""
+    """One row per layer, pass and backend: the time to trace and compile, one after the other."""
     for name, (tokens, config) in layers.items():
         params = jax.eval_shape(lambda config=config: init_params(jax.random.key(0), config))
         x = jax.ShapeDtypeStruct((tokens, config.hidden_size), jnp.bfloat16)
@@ -123,7 +123,7 @@ def measure_compilation(session: Session, suite: str, layers: dict[str, tuple[in
 
 
 def measure(session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]]) -> None:
-    """One row a layer (its tokens and configuration), pass and implementation; of "decode", the forward pass alone."""
+    """One row per layer (tokens and configuration), pass and implementation. "decode" has only the forward pass."""
     for name, (tokens, config) in layers.items():
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
         x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
@@ -141,7 +141,7 @@ def _measure_pass(session, suite, name, config, pass_, operands, checked):
         y = out[0] if isinstance(out, tuple) else out
         errors[impl] = relative_error(y.reshape(x.shape)[:CHECKED_TOKENS], expected)
         del out, y
-    # A backward pass takes twice the operations, reads each weight again and writes its gradient.
+    # A backward pass needs twice the operations, reads each weight again and writes its gradient.
     times = 3 if pass_ == "forward_backward" else 1
     experts = sum(leaf.nbytes for leaf in params["experts"].values())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - experts + experts * touched / config.num_experts

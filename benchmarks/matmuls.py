@@ -20,7 +20,7 @@ CONTRACTIONS: dict[str, Literal["fwd", "dgrad", "wgrad"]] = {
     "wgrad": "wgrad",
 }
 PASSES = tuple(CONTRACTIONS)
-# jax.lax.ragged_dot expands its rows over all experts on a GPU: shapes beyond this are left to others.
+# jax.lax.ragged_dot expands its rows over all experts on a GPU, so it is left out of shapes beyond this.
 MOST_EXPANDED_BYTES = 30e9
 
 
@@ -39,7 +39,7 @@ def dense(pass_, x, w, dout):
 
 
 def batched(pass_, x, w, dout):
-    """The batched matmul of as many rows in groups that are all equal."""
+    """The batched matmul of as many rows, in equal groups."""
     x, dout = (a.reshape(w.shape[0], -1, a.shape[1]) for a in (x, dout))
     equation = {"forward": "erk,ekn->ern", "dgrad": "ern,ekn->erk", "wgrad": "erk,ern->ekn"}[pass_]
     left, right = {"forward": (x, w), "dgrad": (dout, w), "wgrad": (x, dout)}[pass_]
@@ -47,7 +47,7 @@ def batched(pass_, x, w, dout):
 
 
 def candidates(shape: Grouped, pass_: str, x, w, dout, sizes, *, quick: bool, decode: bool) -> dict[str, Candidate]:
-    """What runs this pass, by name; a sweep's candidates are named "<peer>/<tile>"."""
+    """The implementations of this pass, by name. A sweep's candidates are named "<peer>/<tile>"."""
     found = {}
     for name, backend in BACKENDS.items():
         asked = problem(CONTRACTIONS[pass_], shape.rows, w.shape, x.dtype)
@@ -78,7 +78,7 @@ def candidates(shape: Grouped, pass_: str, x, w, dout, sizes, *, quick: bool, de
 
 
 def keep_fastest_of_sweeps(calls: dict) -> dict:
-    """Of the calls "<peer>/<tile>", the fastest of each peer, under the peer's name; a sweep may win at its default."""
+    """Replaces the calls "<peer>/<tile>" of each peer by the fastest one, under the peer's name."""
     kept = {name: call for name, call in calls.items() if "/" not in name}
     for peer in {name.split("/")[0] for name in calls if "/" in name}:
         swept = {name: call for name, call in calls.items() if name.startswith(f"{peer}/")}
@@ -93,7 +93,7 @@ def keep_fastest_of_sweeps(calls: dict) -> dict:
 
 @functools.cache
 def best_tokamax_tile(shape: Grouped, pass_: str, quick: bool) -> tuple | None:
-    """The fastest tile of tokamax's sweep, the first where quick; None, its own choice, where none of them runs."""
+    """The fastest tile of tokamax's sweep, or the first if `quick`. None, its own choice, if none of them runs."""
     if quick:
         return tokamax_ragged_dot.sweep(pass_, quick)[0]
     x, w, dout = shape.operands(0)
@@ -105,7 +105,7 @@ def best_tokamax_tile(shape: Grouped, pass_: str, quick: bool) -> tuple | None:
 
 
 def reference(pass_, x, w, dout, sizes) -> dict[int, np.ndarray]:
-    """By expert, its part of the result in float32: of the largest group, an empty one, and the ends."""
+    """The result in float32 for some experts: that of the largest group, an empty one, the first and the last."""
     starts = np.cumsum(sizes) - sizes
     experts = {int(sizes.argmax()), int(sizes.argmin()), 0, len(sizes) - 1}
     formula = {"forward": lambda a, b, k: a @ k, "dgrad": lambda a, b, k: b @ k.T, "wgrad": lambda a, b, k: a.T @ b}
@@ -118,7 +118,7 @@ def reference(pass_, x, w, dout, sizes) -> dict[int, np.ndarray]:
 
 
 def rows_of_group(array, start: int, size: int, longest: int) -> np.ndarray:
-    """array[start : start + size] in NumPy, where no size is above `longest`: one compiled slice serves all groups."""
+    """array[start : start + size] in NumPy, for sizes up to `longest`. One compiled slice serves all groups."""
     if not isinstance(array, jax.Array):
         return in_float32(array[start : start + size])
     first = min(start, array.shape[0] - longest)
@@ -131,7 +131,7 @@ def _slice(array, first, length):
 
 
 def max_error(pass_, out, expected: dict[int, np.ndarray], sizes) -> float:
-    """The largest relative error over the experts of `reference`; infinite where an empty expert is not zero."""
+    """The largest relative error over the experts of `reference`; infinite if an empty expert is not zero."""
     starts = np.cumsum(sizes) - sizes
     worst = 0.0
     for expert, right in expected.items():
@@ -149,7 +149,7 @@ def in_float32(value) -> np.ndarray:
 
 
 def relative_error(value, expected: np.ndarray) -> float:
-    """||value - expected|| / ||expected||; infinite for NaN, and for anything but zeros where zeros are expected."""
+    """||value - expected|| / ||expected||; infinite for NaN, or if zeros are expected and the value is not zero."""
     value = in_float32(value)
     distance, size = np.linalg.norm(value - expected), np.linalg.norm(expected)
     if not np.isfinite(distance) or (size == 0 and distance > 0):
@@ -158,7 +158,7 @@ def relative_error(value, expected: np.ndarray) -> float:
 
 
 def measure(session: Session, suite: str, shapes: dict[str, Grouped]) -> None:
-    """One row a shape, pass and implementation; of the suite "decode", the forward pass alone."""
+    """One row per shape, pass and implementation. The suite "decode" has only the forward pass."""
     for name, shape in shapes.items():
         sizes = shape.group_sizes(np.random.default_rng(0))
         operands = shape.operands(0)

@@ -1,4 +1,4 @@
-"""Timing and recording: a row a measurement, as JSON lines in benchmarks/results/."""
+"""Timing and recording: one row per measurement, as JSON lines in benchmarks/results/."""
 
 import dataclasses
 import datetime
@@ -17,7 +17,7 @@ import jax
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "torch", "triton", "transformers", "tokamax", "sonic-moe", "quack-kernels")
 WRONG = 1e9
-"""What `Row.max_error` says of a result that holds no numbers."""
+"""The value of `Row.max_error` for a result that holds NaN or infinity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "layer", "decode", "step" or "parallel".
+        suite: "compile", "kernel", "layer", "decode", "step", "train" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
-        pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file).
-        impl: what ran.
+        pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py has its own.
+        impl: name of the implementation.
         ms: median time of one call, or of one compilation, in milliseconds.
-        tflops: 1e12 floating-point operations a second, by the operations the maths needs.
-        floor_ms: the time that this device's measured matmul rate and bandwidth allow at best.
-        max_error: ||out - ref|| / ||ref|| against a float32 or float64 reference; None where another row shows it.
-        temp_bytes: temporary memory beside arguments and results: as XLA plans it, or as torch's allocator saw it; None
-            where nobody measured it.
+        tflops: 1e12 floating-point operations per second, counting the operations that the maths needs.
+        floor_ms: the least time at this device's measured matmul rate and bandwidth.
+        max_error: ||out - ref|| / ||ref|| against a float32 or float64 reference; None if another row has it.
+        temp_bytes: temporary memory besides arguments and results, from XLA's plan or torch's allocator; None if it is
+            not known.
     """
 
     suite: str
@@ -49,12 +49,12 @@ class Row:
 
 
 def time_interleaved(calls: dict[str, tuple[Callable, tuple]], repeats: int) -> dict[str, tuple[float, int]]:
-    """Median milliseconds and temporary bytes of jitted calls, taken in turn so that a drift hits all alike."""
+    """Median milliseconds and temporary bytes of jitted calls. They take turns, so that a drift affects all equally."""
     compiled = {name: (jax.jit(f).lower(*args).compile(), args) for name, (f, args) in calls.items()}
     times = {name: [] for name in compiled}
     for _ in range(repeats):
         for name, (call, args) in compiled.items():
-            # Each timed call follows one of its own kind, or it would pay for the memory that its neighbour took.
+            # Each timed call follows one of its own. Otherwise it would pay for the memory that the last call took.
             jax.block_until_ready(call(*args))
             start = time.perf_counter()
             jax.block_until_ready(call(*args))
@@ -69,7 +69,7 @@ def _temp_bytes(compiled) -> int:
 
 
 class Run:
-    """The rows of one run, each written as soon as it is measured: results/<device>-<date>.jsonl under one id.
+    """The rows of one run, with one id in results/<device>-<date>.jsonl. Each row is written once it is measured.
 
     Attributes:
         path: the file.
@@ -120,14 +120,14 @@ def show(row: Row) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """How one run of the GPU benchmark measures.
+    """The settings of one run of the GPU benchmark.
 
     Attributes:
-        run: takes the rows.
-        rate: FLOP/s of the device, measured.
-        bandwidth: bytes/s of the device, measured.
-        quick: fewer peers, no sweeps.
-        rounds: batches whose median is taken.
+        run: records the rows.
+        rate: the device's measured FLOP/s.
+        bandwidth: the device's measured bytes/s.
+        quick: whether to use fewer peers and no sweeps.
+        rounds: number of batches, of which the median is taken.
         without: implementations to leave out.
     """
 
@@ -139,11 +139,11 @@ class Session:
     without: frozenset[str] = frozenset()
 
     def floor_ms(self, flops: float, traffic: float) -> float:
-        """The time that so many operations and bytes take at best."""
+        """The least milliseconds for this many operations and bytes."""
         return 1e3 * max(flops / self.rate, traffic / self.bandwidth)
 
     def wanted[T](self, candidates: dict[str, T]) -> dict[str, T]:
-        """Those that are not to be left out; a sweep's are named "<implementation>/<tile>"."""
+        """The candidates without those to leave out. A sweep's are named "<implementation>/<tile>"."""
         return {name: value for name, value in candidates.items() if name.split("/")[0] not in self.without}
 
     def record(self, row: Row) -> None:

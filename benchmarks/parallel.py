@@ -1,7 +1,7 @@
-"""A layer on several GPUs of one host against one of them: `python -m benchmarks.parallel`.
+"""Compares a layer on several GPUs of one host with a layer on one GPU: `python -m benchmarks.parallel`.
 
-Each GPU holds its share of the experts and its own tokens; the layer on one GPU has as many tokens, and as many experts
-as one of the others holds, so that both do the same arithmetic. Scaling is devices * ms of one / ms of all.
+Each of the several GPUs holds its share of the experts and its own tokens. The single GPU has the tokens and experts of
+one device's share. Scaling is devices * ms of one / ms of all.
 """
 
 import argparse
@@ -39,14 +39,14 @@ def parse_options() -> argparse.Namespace:
 
 
 def forward_backward(config: LatentMoEConfig, params, x, dy):
-    """The layer's output and its gradients, and the rows that did not fit."""
+    """The layer's output and its gradients, and the number of dropped rows."""
 
     def layer(params, x):
         y, aux = latent_moe(params, x, config)
         return y, jnp.sum(aux.dropped_per_expert)
 
     y, pullback, dropped = jax.vjp(layer, params, x, has_aux=True)
-    y, dy = lax.optimization_barrier((y, dy))  # as in training, where a loss stands between
+    y, dy = lax.optimization_barrier((y, dy))  # as in training, where a loss separates them
     return (y, *pullback(dy)), dropped
 
 
@@ -60,7 +60,7 @@ def one_device(config: LatentMoEConfig, tokens: int, devices: int, rounds: int) 
 
 
 def all_devices(config: LatentMoEConfig, tokens: int, mesh) -> dict[str, Call]:
-    """The layer over the mesh by each dispatch that runs there."""
+    """The layer over the mesh with each dispatch that runs there."""
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh))
     params = jax.jit(init_params, static_argnums=1, out_shardings=specs)(jax.random.key(0), config)
     assert config.parallel is not None
@@ -76,7 +76,7 @@ def all_devices(config: LatentMoEConfig, tokens: int, mesh) -> dict[str, Call]:
 
 
 def link_rates(mesh, rounds: int, elements: int = 2**27) -> dict[str, float]:
-    """Bytes a second that one device sends in each collective of bfloat16 buffers."""
+    """Bytes per second that one device sends in each collective of bfloat16 buffers."""
     split, n = NamedSharding(mesh, PartitionSpec("expert")), mesh.size
     buffer = jax.device_put(jnp.zeros((n * elements,), jnp.bfloat16), split)
     collectives = {
@@ -99,7 +99,9 @@ def main() -> None:
     options = parse_options()
     devices = len(jax.devices())
     if devices < 2:
-        raise SystemExit(f"this needs two devices, and JAX found {devices}.")
+        raise SystemExit(
+            f"this benchmark needs at least two devices, not {devices}: run it on a host with several GPUs."
+        )
     tokens, config = SHAPES[options.shape]
     config = dataclasses.replace(config, parallel=ParallelConfig(capacity_factor=options.capacity_factor))
     kind = jax.devices()[0].device_kind.lower().removeprefix("nvidia ").replace(" ", "-")

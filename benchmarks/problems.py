@@ -1,4 +1,4 @@
-"""The shapes that kernels and layers are measured on, and what they are fed."""
+"""The shapes of the measured kernels and layers, and their inputs."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ BACKENDS = {"cutlass": CutlassBackend(), "pallas": PallasBackend(), "xla": XlaBa
 
 @dataclasses.dataclass(frozen=True)
 class Grouped:
-    """A grouped matmul as a layer's router would leave it.
+    """A grouped matmul with the group sizes of a router.
 
     Attributes:
-        tokens: T; each takes a row of top_k distinct experts.
+        tokens: T. Each token has a row for each of top_k distinct experts.
         top_k: k.
         num_experts: E.
         in_features: K.
@@ -39,7 +39,7 @@ class Grouped:
         return self.tokens * self.top_k
 
     def group_sizes(self, rng: np.random.Generator) -> np.ndarray:
-        """[E] int32, the rows of each expert: every token draws top_k experts by their shares, without repeating."""
+        """[E] int32, the rows of each expert. Every token draws top_k distinct experts by their shares."""
         log_share = rng.normal(0, self.spread, self.num_experts)
         log_share[rng.choice(self.num_experts, int(self.empty * self.num_experts), replace=False)] = -np.inf
         # The k largest of log-shares with Gumbel noise are k draws without replacement (arXiv 1903.06059).

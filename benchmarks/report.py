@@ -1,7 +1,7 @@
-"""Writes what was measured into the README, docs/performance.md and the README's plot: `python -m benchmarks.report`.
+"""Writes measurements into the README, docs/performance.md and the README's plot: `python -m benchmarks.report`.
 
-Between `<!-- measured: NAME -->` and `<!-- end -->` of a page stands what `SECTIONS[NAME]` makes of the recorded rows;
-the rest of a page is written by hand.
+`SECTIONS[NAME]` writes a page's text between `<!-- measured: NAME -->` and `<!-- end -->`, from the recorded rows. The
+rest of the page is written by hand.
 """
 
 import pathlib
@@ -9,16 +9,17 @@ import re
 from collections.abc import Callable
 
 from benchmarks import figure, tables
+from benchmarks.train_table import train_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
 FIGURE = ROOT / "docs/figures/performance.svg"
-# The GPU that the README speaks of.
+# The GPU whose results the README shows.
 DEVICE = "h200"
 
 
 def of_every_gpu(make: Callable[[tables.Rows, str], str], *suites: str) -> Callable[[tables.Rows], str]:
-    """The section that holds a table of every GPU that any of the suites was measured on, each under its name."""
+    """A section with a table for each GPU on which any of the suites was measured, under the GPU's name."""
 
     def section(rows: tables.Rows) -> str:
         found = tables.devices([row for row in rows if row["suite"] in suites])
@@ -29,7 +30,7 @@ def of_every_gpu(make: Callable[[tables.Rows, str], str], *suites: str) -> Calla
 
 
 def table_of(suite: str, *, memory: bool = False) -> Callable[[tables.Rows], str]:
-    """The section that holds a suite's table of every GPU."""
+    """A section with a suite's table for each GPU."""
     return of_every_gpu(lambda rows, device: tables.table(rows, suite, device, memory=memory), suite)
 
 
@@ -39,13 +40,11 @@ SECTIONS: dict[str, Callable[[tables.Rows], str]] = {
     "layers": table_of("layer", memory=True),
     "decode": table_of("decode"),
     "step": table_of("step", memory=True),
+    "train": of_every_gpu(train_table, "train"),
     "compile": of_every_gpu(tables.compile_table, "compile"),
     "errors": of_every_gpu(tables.errors, *tables.SUITES),
     "runs": of_every_gpu(tables.runs, *tables.SUITES),
     "cpu": tables.cpu_table,
-    "super kernels": lambda rows: tables.table(
-        [row for row in rows if row["shape"] == "super_up_t8192"], "kernel", DEVICE
-    ),
     "super layer": lambda rows: tables.table(
         [row for row in rows if row["shape"] == "super_t8192"], "layer", DEVICE, memory=True
     ),
@@ -53,7 +52,7 @@ SECTIONS: dict[str, Callable[[tables.Rows], str]] = {
 
 
 def fill(page: str, rows: tables.Rows) -> str:
-    """The page with its measured sections made from the rows."""
+    """The page, with its measured sections written from the rows."""
     for name in re.findall(r"<!-- measured: (.*?) -->", page):
         start, end = f"<!-- measured: {name} -->\n", "<!-- end -->"
         before, rest = page.split(start)

@@ -1,7 +1,7 @@
 """One optimiser step of the example trainer on a GPU, by backend: the suite "step" of `benchmarks.gpu`.
 
-The preset "gpu" learns from the sources of the standard library. What stands for an error is how far the loss of any of
-the first steps is from the portable backend's, from the same parameters on the same batches.
+The preset "gpu" learns from the sources of the standard library. The error is the largest distance of the losses of the
+first steps from the xla backend's, with the same parameters and batches.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Losses = Callable[[], np.ndarray]
 
 
 def measure(session: Session, suite: str, steps: dict[str, dict]) -> None:
-    """One row a preset, changed in some fields, and backend; a quick session leaves the losses unchecked."""
+    """One row per preset (changed in some fields) and backend. A quick session does not check the losses."""
     for name, changes in steps.items():
         first_losses: dict[str, Losses] = {}
         found = {backend: candidate(changes, backend, first_losses) for backend in BACKENDS}
@@ -44,7 +44,7 @@ def configuration(changes: dict, backend: str):
 
 
 def candidate(changes: dict, backend: str, first_losses: dict[str, Losses]) -> Candidate:
-    """The step with a backend; leaves in `first_losses` what runs it from the start, once it is compiled."""
+    """The step with a backend. Compiling it puts a function into `first_losses` that runs it from the start."""
 
     def lower():
         from examples.train import corpus, data, mlp, model, optimizer, placing, step
@@ -66,7 +66,7 @@ def candidate(changes: dict, backend: str, first_losses: dict[str, Losses]) -> C
             assert analysis is not None, "XLA plans memory on CPUs and GPUs"
 
             def losses():
-                state, values = jax.tree.map(jnp.copy, start), []  # a step takes its state's memory
+                state, values = jax.tree.map(jnp.copy, start), []  # a step reuses its state's memory
                 for batch in batches:
                     state, metrics = compiled(state, batch)
                     values.append(metrics.loss)
@@ -87,7 +87,7 @@ def candidate(changes: dict, backend: str, first_losses: dict[str, Losses]) -> C
 
 
 def operations(changes: dict) -> float:
-    """Floating-point operations of a step's matmuls: 6 an active parameter and token, and attention's scores."""
+    """Floating-point operations of a step's matmuls: 6 per active parameter and token, and attention's scores."""
     from examples.train import mlp
     from jax_latent_moe.cost import matmul_flops_per_token
 

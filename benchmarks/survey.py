@@ -1,4 +1,4 @@
-"""Shapes that no table has, what `auto` picks beside every tile and torch: suite "survey" of `benchmarks.gpu`."""
+"""Compares the tile that `auto` picks with all others and with torch, on random shapes: suite "survey"."""
 
 import dataclasses
 import json
@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.matmuls import CONTRACTIONS
 from benchmarks.measure import Row, Session
 from benchmarks.peers import torch_grouped_mm
 from benchmarks.problems import BACKENDS, Grouped
 from jax_latent_moe import UnsupportedError
 from jax_latent_moe.grouped_matmul import Bound, Operands, problem, select
+from jax_latent_moe.grouped_matmul.problem import Contraction
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
+PASSES: dict[str, Contraction] = {"forward": "fwd", "dgrad": "dgrad", "wgrad": "wgrad"}
 BATCH, ROUNDS = 6, 3
 MOST_WEIGHTS, MOST_ROWS = 2**31, 2**29
-"""Elements of the weights, and of the wider of both rows."""
+"""The most elements of the weights, and of the wider of the two rows."""
 
 
 def shapes(count: int, seed: int = 20261128) -> dict[str, Grouped]:
-    """Random shapes: 16 to 896 experts, 8 to 2000 rows an expert in the mean, K and N from 256 to 4096."""
+    """Random shapes: 16 to 896 experts, 8 to 2000 rows per expert on average, K and N from 256 to 4096."""
     rng, found = np.random.default_rng(seed), {}
     while len(found) < count:
         experts = round(float(np.exp(rng.uniform(np.log(16), np.log(896)))))
@@ -40,7 +41,7 @@ def measure(session: Session, suite: str, table: dict[str, Grouped]) -> None:
     for name, shape in table.items():
         x, w, dout = shape.operands(seed=0)
         sizes = jnp.asarray(shape.group_sizes(np.random.default_rng(0)))
-        for pass_, contraction in CONTRACTIONS.items():
+        for pass_, contraction in PASSES.items():
             asked = problem(contraction, shape.rows, w.shape, x.dtype)
             left, right = {"fwd": (x, w), "dgrad": (dout, w), "wgrad": (x, dout)}[contraction]
             bounds = _bounds(asked)
@@ -65,7 +66,7 @@ def measure(session: Session, suite: str, table: dict[str, Grouped]) -> None:
 
 
 def _bounds(asked) -> dict[str, Bound]:
-    """Every backend with every tile that runs the problem; `pallas`, whose kernels compile for seconds, with one."""
+    """Every backend with every tile that runs the problem; `pallas`, which takes seconds to compile, with its first."""
     found = {}
     for name, backend in BACKENDS.items():
         if name == "xla":
@@ -85,7 +86,7 @@ def _run(bound):
 
 
 def _key(bound) -> str:
-    """Name of a decision: backend/tile."""
+    """The name of a decision: backend/tile."""
     sizes = "x".join(str(int(value)) for value in dataclasses.astuple(bound.tile))
     return f"{type(bound.backend).__name__.lower()}/{sizes}"
 

@@ -1,4 +1,4 @@
-"""Recorded rows as Markdown tables: in each, a line is one problem in the newest run that measured it."""
+"""Recorded rows as Markdown tables. A line is one problem, from the newest run that measured it."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from benchmarks.problems import BACKENDS
 
 Rows = list[dict]
 SUITES = ("compile", "kernel", "fused", "layer", "decode", "step")
-# What ran, in the order of the columns, and what a reader calls it.
+# The implementations in the order of the columns, with their names for readers.
 LABELS = {
     "cutlass": "cutlass",
     "cutlass_fused": 'cutlass, `fuse="always"`',
@@ -38,7 +38,7 @@ PASSES = {
     "forward_backward": "forward and backward",
 }
 WRONG = 0.1
-"""Relative error from which a result is not the one asked for."""
+"""A result with at least this relative error counts as wrong."""
 
 
 def load(folder: pathlib.Path = RESULTS) -> Rows:
@@ -48,12 +48,12 @@ def load(folder: pathlib.Path = RESULTS) -> Rows:
 
 
 def devices(rows: Rows) -> list[str]:
-    """The GPUs that any suite was measured on."""
+    """The GPUs on which any of the suites was measured."""
     return sorted({row["device"] for row in rows if row["suite"] in SUITES} - {"cpu"})
 
 
 def problems(rows: Rows, suite: str, device: str) -> dict[tuple[str, str], dict[str, dict]]:
-    """By shape and pass, the row of each implementation in the newest run that measured the problem."""
+    """By shape and pass: the row of each implementation in the newest run that measured the problem."""
     found = {}
     for row in rows:
         if (row["suite"], row["device"]) == (suite, device):
@@ -70,10 +70,9 @@ def fastest_of_ours(impls: dict[str, dict]) -> dict | None:
 
 
 def table(rows: Rows, suite: str, device: str, *, memory: bool = False) -> str:
-    """Milliseconds by problem and implementation, with `memory` temporary gigabytes too.
+    """Milliseconds by problem and implementation, and temporary gigabytes with `memory`.
 
-    In parentheses: how many times as long a peer takes as the library's fastest backend, and that backend's share of
-    the floor.
+    Parentheses hold a peer's time over that of the library's fastest backend, and the floor's share of that time.
     """
     found = problems(rows, suite, device)
     names = [name for name in LABELS if any(name in impls for impls in found.values())]
@@ -97,7 +96,7 @@ def _cell(row: dict | None, ours: dict | None, memory: bool) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits, none of them after a point once there are three before it."""
+    """The value with three significant digits, or more if it has more digits before the point."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 

@@ -1,7 +1,7 @@
-"""Builds the package (PEP 517) by hatchling, or with the kernels by scikit-build-core: a wheel, where there is an nvcc.
+"""The build backend of the package (PEP 517). It uses hatchling, or scikit-build-core for a wheel with kernels.
 
-`-C wheel.cmake=false` leaves the kernels out, `-C wheel.cmake=true` fails where they cannot be compiled. Editable
-installs go without: `make cuda` adds them there.
+A wheel gets kernels if there is an nvcc. `-C wheel.cmake=false` leaves them out, and `-C wheel.cmake=true` fails if
+they cannot be compiled. An editable install has none: `make cuda` adds them.
 """
 
 import importlib.util
@@ -30,21 +30,21 @@ TOOLS = ["scikit-build-core>=1.1,<2", "cmake>=3.24", "ninja>=1.11"]
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """What compiling takes, where kernels are compiled."""
+    """The packages that the build needs, with those for the kernels if they are compiled."""
     if _compiler(config_settings)[0] is None:
         return pure.get_requires_for_build_wheel(config_settings)
     return TOOLS + [line for line in HEADERS.read_text().splitlines() if not line.startswith("#")]
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    """The wheel, and a line about the kernels."""
+    """Builds the wheel, and prints a line about the kernels."""
     compiler, why_none = _compiler(config_settings)
     if compiler is None:
         print(f"Without CUDA kernels: {why_none}.", flush=True)
         return pure.build_wheel(wheel_directory, config_settings, metadata_directory)
     from scikit_build_core import build
 
-    print(f"Compiling CUDA kernels with {compiler}, for minutes; -C wheel.cmake=false does without.", flush=True)
+    print(f"Compiling CUDA kernels with {compiler} takes minutes; -C wheel.cmake=false leaves them out.", flush=True)
     settings = {
         "cmake.define.CMAKE_CUDA_COMPILER": compiler,
         "cmake.define.LATENT_MOE_CUTLASS_INCLUDE": _folder("cutlass_library", "source/include"),
@@ -55,7 +55,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 def _compiler(config_settings):
-    """The nvcc to compile kernels with, or None and why."""
+    """The nvcc to compile kernels with; or None, and the reason."""
     choice = (config_settings or {}).get("wheel.cmake")
     if choice not in (None, "true", "false"):
         raise SystemExit(
@@ -72,7 +72,7 @@ def _compiler(config_settings):
 
 
 def _folder(module, path):
-    """A folder inside of an installed module, which is not imported."""
+    """The path of a folder in an installed module, found without an import."""
     spec = importlib.util.find_spec(module)
     if spec is None:
         raise SystemExit(f"error: {module} is not installed: install what {HEADERS.name} lists, or build in isolation.")

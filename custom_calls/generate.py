@@ -1,12 +1,12 @@
-"""Writes the C++ sources that follow from data: the FFI bindings, and the list of kernels with a source for each.
+"""Generates C++ sources: the FFI bindings, the list of kernels, and a source for each kernel.
 
 usage: generate.py INTERFACE FOLDER KERNELS ... [--few]
 
-INTERFACE is jax_latent_moe/native_interface.json. FOLDER/interface.h gets a struct for each target, which holds all
-that a call is given, and declares the function that handles it. FOLDER/interface.cc binds these functions to XLA's FFI.
+INTERFACE is jax_latent_moe/native_interface.json. FOLDER/interface.h gets a struct for each target, with the arguments
+of a call, and the declaration of the function that handles it. FOLDER/interface.cc binds these functions to XLA's FFI.
 KERNELS are text files with the name of a kernel on each line (src/sm90/kernels.txt). FOLDER/ARCHITECTURE/kernels.inc
-gets a line for each, and FOLDER/ARCHITECTURE/NAME.cu compiles it. --few takes only the kernels that are marked so.
-Prints the paths of the kernels' sources, separated by semicolons.
+gets a line for each, and FOLDER/ARCHITECTURE/NAME.cu compiles it. --few takes only the kernels marked "few".
+The script prints the paths of the kernels' sources, separated by semicolons.
 """
 
 import argparse
@@ -24,7 +24,7 @@ KERNEL = re.compile(
 
 
 def main():
-    """Writes all files, and leaves those alone that would not change, so that nothing is compiled again for them."""
+    """Writes the files that change. The others keep their time, so that they are not compiled again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("interface", type=pathlib.Path)
     parser.add_argument("folder", type=pathlib.Path)
@@ -43,12 +43,12 @@ def main():
 
 
 def interface_hash(targets: dict) -> str:
-    """The same as jax_latent_moe/native.py's."""
+    """The same hash as interface_hash in jax_latent_moe/native.py."""
     return hashlib.sha256(json.dumps(targets, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
 def header(targets: dict) -> str:
-    """Structs of calls, and declarations of the functions that handle them."""
+    """The structs of calls, and the declarations of the functions that handle them."""
     structs = "\n".join(_struct(name, target) for name, target in targets.items())
     return f"""// What the library and Python agree on. Generated from native_interface.json by generate.py.
 #pragma once
@@ -72,7 +72,7 @@ constexpr char kInterfaceHash[] = "{interface_hash(targets)}";
 
 
 def bindings(targets: dict) -> str:
-    """A handler for each target, which XLA finds by its name."""
+    """A handler for each target, exported under the name that XLA looks up."""
     calls, handlers = [], []
     for name, target in targets.items():
         parameters = ", ".join(f"{type_} {field}" for type_, field, _ in _fields(target))
@@ -99,21 +99,21 @@ def bindings(targets: dict) -> str:
 
 
 def kernel_names(text: str, *, few: bool) -> list[str]:
-    """The names on the lines of a list of kernels, of which some are marked "few"."""
+    """The kernels' names in a list; with `few`, only those that are marked."""
     lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
     names = [name for name, *marks in lines if not few or marks == ["few"]]
     if doubles := {name for name in names if names.count(name) > 1}:
-        raise SystemExit(f"error: {', '.join(sorted(doubles))} is listed twice.")
+        raise SystemExit(f"error: {', '.join(sorted(doubles))} must be listed only once.")
     return names
 
 
 def kernel_files(names: list[str]) -> dict[str, str]:
-    """The list of each architecture's kernels, and a source for each kernel, by path."""
+    """By path: the list of each architecture's kernels, and a source for each kernel."""
     lists, sources = {}, {}
     for name in names:
         kernel = KERNEL.fullmatch(name)
         if kernel is None:
-            raise SystemExit(f"error: {name!r} is no kernel's name: it must match {KERNEL.pattern}.")
+            raise SystemExit(f"error: {name!r} is not a kernel's name: it must match {KERNEL.pattern}.")
         architecture = kernel["architecture"]
         words = [kernel["contraction"], kernel["format"], kernel["activation"] or "none", kernel["residual"] or "none"]
         sizes = [kernel[size] for size in ("rows", "columns", "stages", "cluster_rows", "cluster_columns")]
@@ -135,7 +135,7 @@ def _struct(name: str, target: dict) -> str:
 
 
 def _fields(target: dict) -> list[tuple[str, str, str]]:
-    """(C++ type, name, description) of all that a call is given, in order."""
+    """(C++ type, name, description) of each argument of a call, in order."""
     return [
         ("cudaStream_t", "stream", ""),
         *(("ffi::AnyBuffer", name, described) for name, described in target["operands"].items()),

@@ -1,6 +1,6 @@
-"""Finds the machine's nvcc: that of $CUDACXX, of $CUDA_HOME or on PATH.
+"""Finds the machine's nvcc: $CUDACXX, the one in $CUDA_HOME, or the one on PATH.
 
-As a script it prints its path, or fails with the reason why there is none.
+Run as a script, it prints the path, or fails with the reason why there is none.
 """
 
 import os
@@ -15,18 +15,18 @@ OLDEST = (12, 4)
 
 
 class NotFoundError(Exception):
-    """There is no nvcc to compile the kernels with; the message says why."""
+    """No nvcc can compile the kernels; the message says why."""
 
 
 def find() -> str:
     """The path of the first nvcc that is new enough.
 
     Raises:
-        NotFoundError: there is none, or the library cannot be built on this platform.
+        NotFoundError: there is no such nvcc, or the library cannot be built on this platform.
     """
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise NotFoundError(
-            f"they are built on Linux on x86_64 alone, and this is {sys.platform} on {platform.machine()}"
+            f"they are built only on Linux on x86_64, and this is {sys.platform} on {platform.machine()}"
         )
     home = os.environ.get("CUDA_HOME")
     named = (os.environ.get("CUDACXX"), home and str(pathlib.Path(home, "bin/nvcc")), "nvcc")

@@ -31,6 +31,13 @@ def code_in_backticks(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"(?<!`)`([^`]+)`(?!`)(\w?)", r"``\1``\\ \2", line) for line in lines]
 
 
+def markdown_elsewhere(app, docname, source):
+    """Links to Markdown outside of docs/ give the file, as links to code do; MyST would look for a page."""
+    del app, docname
+    source[0] = re.sub(r"\]\((\.\./[^)#\s]+\.md)(#[^)]*)?\)", r"](<path:\1>)", source[0])
+
+
 def setup(app):
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", code_in_backticks)
+    app.connect("source-read", markdown_elsewhere)

@@ -32,6 +32,8 @@ def meanings(cls: type) -> dict[str, str]:
 
 def type_name(annotation) -> str:
     """A type as users write its values: strings for a Literal, names for the rest."""
+    if annotation is typing.Any:  # what registered backends are configured by
+        return "a backend's dataclass"
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f'`"{value}"`' for value in typing.get_args(annotation))
     if options := typing.get_args(annotation):

@@ -14,6 +14,7 @@ loads it there and compares the layers' outputs. With a published model instead,
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 
 import jax
@@ -96,6 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="a new folder")
     folder = parser.parse_args(arguments).folder
+    if os.path.lexists(folder):
+        parser.error(f"{folder} exists already, and nothing is overwritten: name a new folder.")
     original, balanced = folder / "original", folder / "balanced"
     make_checkpoint(original)
 

@@ -16,10 +16,11 @@ from jax_latent_moe.config import (
     RouterConfig,
     XlaBackend,
 )
-from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, UnsupportedError
+from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, NotCollectedWarning, UnsupportedError
 from jax_latent_moe.layer import LatentMoEAux, latent_moe
 from jax_latent_moe.params import init_params, param_axes, param_shapes
-from jax_latent_moe.routing.router import update_correction_bias
+from jax_latent_moe.routing.router import pin_choice, update_correction_bias
+from jax_latent_moe.training import after_step, merge_state, split_state, total_loss, trainable_mask
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "LatentMoEAux",
     "LatentMoEConfig",
     "LatentMoEError",
+    "NotCollectedWarning",
     "PallasBackend",
     "PallasMatmulTile",
     "PallasWgradTile",
@@ -38,12 +40,18 @@ __all__ = [
     "RouterConfig",
     "UnsupportedError",
     "XlaBackend",
+    "after_step",
     "cost",
     "init_params",
     "latent_moe",
+    "merge_state",
     "parallel",
     "param_axes",
     "param_shapes",
+    "pin_choice",
     "presets",
+    "split_state",
+    "total_loss",
+    "trainable_mask",
     "update_correction_bias",
 ]

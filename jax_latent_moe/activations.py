@@ -1,7 +1,7 @@
-"""The activations of experts: one registry of what each computes and what its gradient can be made of.
+"""The activations of experts: a registry of their values, gradients and residuals.
 
-Activations work elementwise in float32 (float64 for float64), from pre-activations to hidden rows. A new one is one
-`register` call; the layer, the Flax modules and the cost plan read everything from here.
+An activation maps pre-activations to hidden rows, elementwise, in float32 (float64 for float64). A new one is one
+`register` call: the layer, the Flax modules and the cost plan read everything from here.
 """
 
 import dataclasses
@@ -12,30 +12,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import ConfigError
 
 Residual = Literal["pre", "hidden", "gate_hidden"]
-"""What a forward pass keeps of the hidden rows' making, [R, m] or [R, 2 m].
+"""What a forward pass keeps for the activation's gradient, [R, m] or [R, 2 m].
 
-"pre" is the pre-activation. "hidden" is the hidden rows alone, for activations whose slope they determine.
-"gate_hidden" is the gate beside the hidden rows, which determine the up half; only fused kernels read it.
+"pre" is the pre-activation. "hidden" is the hidden rows, for activations whose slope follows from them. "gate_hidden"
+is the gate and the hidden rows side by side, from which the up half follows; only fused kernels read it.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """What one activation computes.
+    """One activation.
 
     Attributes:
-        name: what `LatentMoEConfig.activation` says.
-        value: (u, **parameters) -> hidden, or (gate, up, **parameters) -> hidden where gated.
-        gradient: (parts, dhidden, **parameters) -> gradients of the parts, a tuple like parts; None differentiates
+        name: the name in `LatentMoEConfig.activation`.
+        value: (u, **parameters) -> hidden, or (gate, up, **parameters) -> hidden if gated.
+        gradient: (parts, dhidden, **parameters) -> gradients of the parts, a tuple like parts. None differentiates
             value.
-        gated: whether the experts have a gate beside the up kernel.
+        gated: whether the experts have a gate besides the up kernel.
         parameters: fields of `LatentMoEConfig` that value and gradient take as keywords.
-        slope_of_hidden: hidden -> slope, for an activation of u alone whose hidden rows determine its slope; they are
-            then kept in place of the pre-activation.
-        gate_times_up: whether hidden is a function of the gate times up, so that a kernel may keep "gate_hidden".
+        slope_of_hidden: hidden -> slope, if the activation is not gated and its slope follows from the hidden rows.
+            They are then kept instead of the pre-activation.
+        gate_times_up: whether hidden is up times a function of the gate. A kernel may then keep "gate_hidden".
     """
 
     name: str
@@ -48,7 +49,7 @@ class Activation:
 
     @property
     def residuals(self) -> tuple[Residual, ...]:
-        """What the gradient can be made of, the smallest first."""
+        """The residuals from which the gradient can be computed, the smallest first."""
         if self.slope_of_hidden is not None:
             return "hidden", "pre"
         return ("gate_hidden", "pre") if self.gate_times_up else ("pre",)
@@ -56,10 +57,10 @@ class Activation:
 
 @dataclasses.dataclass(frozen=True)
 class BoundActivation:
-    """A registered activation with its parameters: hashable, so that it can be part of a static problem.
+    """A registered activation with its parameters. It is hashable, because it is part of static problems.
 
     Attributes:
-        name: of the registry.
+        name: the name in the registry.
         parameters: (name, value) of each parameter.
     """
 
@@ -68,7 +69,7 @@ class BoundActivation:
 
     @property
     def definition(self) -> Activation:
-        """Its row of the registry."""
+        """The activation's row in the registry."""
         return ACTIVATIONS[self.name]
 
     @property
@@ -96,16 +97,16 @@ def register(activation: Activation) -> None:
 
 
 def activate(pre: Float[Array, "*rows p"], activation: BoundActivation) -> Float[Array, "*rows m"]:
-    """Applies an activation; a gated one reads the gate from the first half of the last axis, up from the second.
+    """Applies an activation. If gated, the first half of the last axis is the gate, and the second half is up.
 
     Args:
-        pre: [..., m], or [..., 2 m] where gated.
-        activation: what to apply.
+        pre: [..., m], or [..., 2 m] if gated.
+        activation: the activation.
 
     Returns:
         [..., m] in float32, or float64 for float64 input. The caller casts it to the compute dtype.
     """
-    wide = pre.astype(jnp.promote_types(pre.dtype, jnp.float32))
+    wide = pre.astype(at_least_float32(pre.dtype))
     parts = jnp.split(wide, 2, axis=-1) if activation.gated else (wide,)
     return activation.definition.value(*parts, **dict(activation.parameters))
 
@@ -113,20 +114,20 @@ def activate(pre: Float[Array, "*rows p"], activation: BoundActivation) -> Float
 def hidden_and_pullback(
     kept: Float[Array, "*rows p"], residual: Residual, activation: BoundActivation
 ) -> tuple[Float[Array, "*rows m"], Callable[[Float[Array, "*rows m"]], Float[Array, "*rows p"]]]:
-    """The hidden rows, and the map from their gradient to that of the pre-activation.
+    """The hidden rows, and the function that maps their gradient to that of the pre-activation.
 
     Args:
-        kept: the residual of the forward pass.
-        residual: what it is, "pre" or "hidden".
-        activation: which activation.
+        kept: the residual from the forward pass.
+        residual: the kind of `kept`, "pre" or "hidden".
+        activation: the activation.
 
     Returns:
         Both in float32, or float64 for float64 input.
     """
-    wide = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+    wide = kept.astype(at_least_float32(kept.dtype))
     definition, parameters = activation.definition, dict(activation.parameters)
     if residual == "hidden":
-        assert definition.slope_of_hidden is not None, "the plan of the products keeps what can be differentiated"
+        assert definition.slope_of_hidden is not None, "the plan keeps hidden rows only if the slope follows from them"
         slope = definition.slope_of_hidden(wide)
         return wide, lambda dhidden: slope * dhidden
     if definition.gradient is None:
@@ -141,11 +142,11 @@ def _relu2(u):
 
 
 def _relu2_slope(hidden):
-    """2 relu(u) = 2 sqrt(h), to half of h's rounding error.
+    """2 relu(u) = 2 sqrt(h). Its relative error is half of h's rounding error.
 
-    In float16, hidden rows below 2^-24 vanish, and with them the slopes of pre-activations below 2^-12.
+    In float16, hidden values below 2^-24 become zero, and so does the slope of pre-activations below 2^-12.
     """
-    # The root at 0 is a constant, because its derivative there would be infinite.
+    # The root of 1 is taken at 0, because the derivative of the root at 0 is infinite.
     return 2 * jnp.where(hidden > 0, jnp.sqrt(jnp.where(hidden > 0, hidden, 1)), 0)
 
 
@@ -173,5 +174,5 @@ register(Activation("gelu", _gelu, parameters=("gelu_approximate",)))
 # swiglu: silu(g) * u (DeepSeek-V3, Qwen3).
 register(Activation("swiglu", _swiglu, gated=True, gate_times_up=True))
 register(Activation("geglu", _geglu, gated=True, gate_times_up=True, parameters=("gelu_approximate",)))
-# situ_glu: b tanh(g / b) sigmoid(g) * bl tanh(u / bl), or * u where bl is None (Kimi K3).
+# situ_glu: b tanh(g / b) sigmoid(g) * bl tanh(u / bl), or * u if bl is None (Kimi K3).
 register(Activation("situ_glu", _situ_glu, gated=True, parameters=("situ_beta", "situ_linear_beta")))

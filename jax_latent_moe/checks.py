@@ -1,11 +1,18 @@
 """Checks of configuration values: each raises `ConfigError` with the name, the value and the rule."""
 
 import dataclasses
-import math
+import numbers
 
 import jax.numpy as jnp
+import numpy as np
 
 from jax_latent_moe.errors import ConfigError
+
+MOST = 2**31 - 1
+"""Largest integer of a configuration: sizes and counts meet int32 arrays."""
+
+LEAST_FLOAT, MOST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Smallest and largest magnitude that float32 holds without loss."""
 
 
 def one_of(name, value, allowed):
@@ -19,35 +26,61 @@ def instance(name, value, cls):
 
 
 def boolean(name, value):
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ConfigError(f"{name}={value!r} must be True or False.")
+    return bool(value)
 
 
 def positive_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least 1.")
+    return integer(name, value, least=1)
+
+
+def integer(name, value, least=0):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral) or value < least:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+    if value > MOST:
+        raise ConfigError(f"{name}={value!r} must be at most {MOST}, the largest int32.")
+    return int(value)
 
 
 def finite(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A number that float32 holds, as a float: 0 or a magnitude within its normal numbers."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real) or not -np.inf < value < np.inf:
         raise ConfigError(f"{name}={value!r} must be a finite number.")
+    if value != 0 and not LEAST_FLOAT <= abs(value) <= MOST_FLOAT:
+        raise ConfigError(
+            f"{name}={value!r} must be 0 or of a magnitude between {LEAST_FLOAT:.3g} and {MOST_FLOAT:.3g}, which "
+            "float32 holds."
+        )
+    return float(value)
 
 
 def non_negative(name, value):
-    finite(name, value)
+    value = finite(name, value)
     if value < 0:
         raise ConfigError(f"{name}={value!r} must not be negative.")
+    return value
 
 
 def positive(name, value):
-    finite(name, value)
+    value = finite(name, value)
     if value <= 0:
         raise ConfigError(f"{name}={value!r} must be more than 0.")
+    return value
+
+
+def between(name, value, least, most):
+    value = finite(name, value)
+    if not least <= value <= most:
+        raise ConfigError(f"{name}={value!r} must lie between {least:g} and {most:g}.")
+    return value
 
 
 def dtype_name(name, value, allowed):
+    # None and Python's own float are float64 to NumPy, which is not what a user of either means.
+    python = value is None or (isinstance(value, type) and value in (float, int, bool, complex))
     try:
-        dtype = jnp.dtype(value).name
+        dtype = value if python else jnp.dtype(value).name
     except TypeError:
         dtype = value
     if dtype not in allowed:

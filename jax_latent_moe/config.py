@@ -5,14 +5,15 @@ in what they compute, the difference is a field here.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_type_hints
 
 from jax_latent_moe import checks
 from jax_latent_moe.activations import ACTIVATIONS, BoundActivation
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassBackend, CutlassTile
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasBackend, PallasMatmulTile, PallasWgradTile
-from jax_latent_moe.grouped_matmul.registry import BackendConfig, as_backend
+from jax_latent_moe.grouped_matmul.registry import BACKENDS, BackendConfig, as_backend, name_of
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
 
 __all__ = [
@@ -41,6 +42,17 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 DISPATCHES = ("auto", "all_gather", "all_to_all", "ragged_all_to_all")
 
+NORM_EPS = (1e-30, 1e6)
+"""Range of a sum's epsilon in which its square, times 2^80, is a float32 number; 0 is none."""
+LATENT_NORM_EPS = (1e-24, 1e24)
+"""Range of a norm's epsilon in which its power -3/2, the slope at a zero row, is a float32 number."""
+
+
+def _keep(config, prefix, check, names, *limits):
+    """Puts what a check makes of each field, a number or name of Python's own, in its place."""
+    for name in names:
+        object.__setattr__(config, name, check(prefix + name, getattr(config, name), *limits))
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
@@ -49,24 +61,25 @@ class RouterConfig:
     Attributes:
         score_function: "softmax" over all experts before the choice (Qwen3), "softmax_topk" over the chosen logits
             (Mixtral), "sigmoid" (DeepSeek-V3, NemotronH, Kimi K3) or "sqrt_softplus" (Megatron).
-        norm_topk_prob: divide the chosen scores by their sum.
-        norm_topk_eps: added to that sum (1e-20 in most systems, 0 in Qwen3, 1e-9 in marin).
+        norm_topk_prob: divide the chosen scores by their sum; refused where top_k is 1, whose weight would be 1.
+        norm_topk_eps: added to that sum (1e-20 in most systems, 0 in Qwen3, 1e-9 in marin); 0, or 1e-30 to 1e6.
         routed_scaling_factor: multiplies the weights, or the routed output: see
             `LatentMoEConfig.apply_routed_scale_to_output`.
         correction_bias: add a float32 bias [E] to the scores for the choice alone (auxiliary-loss-free balancing).
-        selection: choose by "score" (+ bias), or by "logit" (+ bias) as marin does.
-        per_expert_scale: a learned factor per expert on the weights (FastDeploy, MaxText).
+        selection: choose by "score" plus bias, or by "logit" plus bias as marin does.
+        per_expert_scale: multiply the weights by a learned factor per expert (FastDeploy, MaxText).
         num_groups: experts form this many equal groups; 1 turns group limits off.
         topk_groups: groups that a token may choose from.
         group_score_topk: a group's score is the sum of this many of its best experts (2 in Hugging Face and K3,
             top_k // topk_groups in Megatron).
         dtype: operand type of the router matmul; scores are float32, or float64 with "float64".
         switch_loss_coef: coefficient of the Switch load-balancing loss over the whole batch.
-        sequence_loss_coef: the same per sequence (second to last axis of x), averaged over sequences.
+        sequence_loss_coef: coefficient of the same loss for each sequence (second to last axis of x), averaged over
+            sequences.
         z_loss_coef: coefficient of mean logsumexp(logits)^2.
         bias_update_rate: step of `update_correction_bias`.
         capacity_factor: an expert keeps at most ceil(capacity_factor * T * k / E) rows; None keeps all.
-        min_capacity: lower bound of that number.
+        min_capacity: the least that this limit can be, in rows.
         drop_policy: over capacity, drop the rows of lowest weight ("probs") or the last ones ("position").
     """
 
@@ -90,26 +103,25 @@ class RouterConfig:
     drop_policy: Literal["probs", "position"] = "probs"
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", checks.dtype_name("router.dtype", self.dtype, ROUTER_DTYPES))
+        _keep(self, "router.", checks.dtype_name, ("dtype",), ROUTER_DTYPES)
         checks.one_of("router.score_function", self.score_function, SCORE_FUNCTIONS)
         checks.one_of("router.selection", self.selection, SELECTIONS)
         checks.one_of("router.drop_policy", self.drop_policy, DROP_POLICIES)
-        for name in ("norm_topk_prob", "correction_bias", "per_expert_scale"):
-            checks.boolean(f"router.{name}", getattr(self, name))
-        for name in ("num_groups", "topk_groups", "group_score_topk"):
-            checks.positive_int(f"router.{name}", getattr(self, name))
-        for name in ("norm_topk_eps", "switch_loss_coef", "sequence_loss_coef", "z_loss_coef", "bias_update_rate"):
-            checks.non_negative(f"router.{name}", getattr(self, name))
-        checks.finite("router.routed_scaling_factor", self.routed_scaling_factor)
+        _keep(self, "router.", checks.boolean, ("norm_topk_prob", "correction_bias", "per_expert_scale"))
+        _keep(self, "router.", checks.positive_int, ("num_groups", "topk_groups", "group_score_topk"))
+        _keep(self, "router.", checks.integer, ("min_capacity",))
+        losses = ("switch_loss_coef", "sequence_loss_coef", "z_loss_coef")
+        _keep(self, "router.", checks.non_negative, ("norm_topk_eps", "bias_update_rate", *losses))
+        if self.norm_topk_eps:
+            checks.between("router.norm_topk_eps", self.norm_topk_eps, *NORM_EPS)
+        _keep(self, "router.", checks.finite, ("routed_scaling_factor",))
+        if self.capacity_factor is not None:
+            _keep(self, "router.", checks.non_negative, ("capacity_factor",))
         if self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
                 "a token cannot keep more groups than there are."
             )
-        if isinstance(self.min_capacity, bool) or not isinstance(self.min_capacity, int) or self.min_capacity < 0:
-            raise ConfigError(f"router.min_capacity={self.min_capacity!r} must be an integer of at least 0.")
-        if self.capacity_factor is not None:
-            checks.non_negative("router.capacity_factor", self.capacity_factor)
         for fields, used, needs in (
             (("norm_topk_eps",), self.norm_topk_prob, "norm_topk_prob=True"),
             (("bias_update_rate",), self.correction_bias, "correction_bias=True"),
@@ -117,6 +129,16 @@ class RouterConfig:
             (("min_capacity", "drop_policy"), self.capacity_factor is not None, "capacity_factor"),
         ):
             checks.refuse_unused(self, "router.", fields, used, needs)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether an auxiliary loss has a coefficient."""
+        return any((self.switch_loss_coef, self.sequence_loss_coef, self.z_loss_coef))
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether the loads of a step move a correction bias."""
+        return self.correction_bias and self.bias_update_rate > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +158,9 @@ class InitConfig:
 
     def __post_init__(self):
         if self.std is not None:
-            checks.non_negative("init.std", self.std)
-        checks.non_negative("init.output_scale", self.output_scale)
-        checks.boolean("init.scale_expert_output", self.scale_expert_output)
+            _keep(self, "init.", checks.non_negative, ("std",))
+        _keep(self, "init.", checks.non_negative, ("output_scale",))
+        _keep(self, "init.", checks.boolean, ("scale_expert_output",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +172,13 @@ class ParallelConfig:
         fsdp_axis: mesh axis that splits tokens and every kernel, which is gathered before use.
         expert_axis: mesh axis that splits tokens and experts; the latents travel over it.
         tensor_axis: mesh axis that splits the inner width of the experts and of the shared expert.
-        dispatch: how latents reach their experts: "all_gather" of every latent and a reduce-scatter back, "all_to_all"
-            of buffers of equal size, "ragged_all_to_all" of the routed rows alone (no CPU has it), or "auto", the
-            faster of the first two by bytes and measured rates.
+        dispatch: how latents reach their experts. "all_gather" sends every latent to every device, and a
+            reduce-scatter brings the sums back. "all_to_all" sends buffers of equal size. "ragged_all_to_all" sends
+            the routed rows alone, and does not run on CPUs. "auto" takes the faster of the first two by bytes and
+            measured rates.
         capacity_factor: a device sends at most ceil(capacity_factor * T * k / n) of its T tokens' rows to each of the
-            n devices of expert_axis, rounded up to a multiple of 8; rows of least weight over that are dropped and
-            counted in `LatentMoEAux.dropped_per_expert`. None drops nothing and makes room for the worst case.
+            n devices of expert_axis, rounded up to a multiple of 8. The rows of least weight beyond that are dropped
+            and counted in `LatentMoEAux.dropped_per_expert`. None drops nothing, and buffers hold the worst case.
     """
 
     data_axis: str = "data"
@@ -173,7 +196,7 @@ class ParallelConfig:
             raise ConfigError(f"parallel axes {self.axes} must differ: each splits the layer in its own way.")
         checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
         if self.capacity_factor is not None:
-            checks.positive("parallel.capacity_factor", self.capacity_factor)
+            _keep(self, "parallel.", checks.positive, ("capacity_factor",))
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -192,21 +215,24 @@ class LatentMoEConfig:
         top_k: k, experts per token.
         expert_intermediate_size: m, inner width of one routed expert.
         shared_expert_intermediate_size: ms, inner width of the shared expert; 0 is none.
+        shared_expert_gate: multiply the shared expert's output by sigmoid(x @ gate), with a learned gate [d, 1]
+            (Qwen2-MoE, Qwen3-Next).
         activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up), or one that
             `activations.register` added.
-        gelu_approximate: tanh form of gelu for "gelu" and "geglu"; False is the exact form.
-        situ_beta: b of "situ_glu" (Kimi K3).
-        situ_linear_beta: bl of "situ_glu"; None leaves the up half linear.
+        gelu_approximate: True takes the tanh form of gelu in "gelu" and "geglu", False the exact form.
+        situ_beta: bound of the gate in "situ_glu", b (Kimi K3).
+        situ_linear_beta: bound of the up half in "situ_glu", bl; None leaves the up half linear.
         latent_norm: RMSNorm over l: "pre" after down_proj (marin), "post" after the combine (Kimi K3), or "none".
-        latent_norm_eps: its epsilon.
-        apply_probs_on_input: multiply the expert's input by the weight instead of its output (Megatron); top_k = 1.
-        apply_routed_scale_to_output: multiply the routed output, after the latent norm and before up_proj, by
-            routed_scaling_factor instead of the weights (vLLM). The same function unless latent_norm="post".
+        latent_norm_eps: epsilon of that norm, 1e-24 to 1e24.
+        apply_probs_on_input: multiply the expert's input by the weight instead of its output (Megatron). It needs
+            top_k = 1.
+        apply_routed_scale_to_output: multiply the routed output by routed_scaling_factor, after the latent norm and
+            before up_proj, instead of the weights (vLLM). It changes values only with latent_norm="post".
         router: how experts are chosen.
         init: how parameters are drawn.
-        dtype: type of the computation and of y; accumulation is in float32.
+        dtype: type of the computation and of y; sums are in float32.
         param_dtype: type of the stored parameters (the correction bias is always float32).
-        backend: "auto", a backend's name, or its dataclass.
+        backend: "auto", a backend's name ("xla", "pallas", "cutlass") or its dataclass.
         parallel: how the layer is spread over a mesh; None leaves that to XLA's own partitioning.
     """
 
@@ -216,6 +242,7 @@ class LatentMoEConfig:
     top_k: int
     expert_intermediate_size: int
     shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
     activation: str = "relu2"
     gelu_approximate: bool = False
     situ_beta: float = 4.0
@@ -232,28 +259,31 @@ class LatentMoEConfig:
     parallel: ParallelConfig | None = None
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"):
-            checks.positive_int(name, getattr(self, name))
+        _keep(self, "", checks.positive_int, ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"))
         if self.latent_size is not None:
-            checks.positive_int("latent_size", self.latent_size)
-        if self.shared_expert_intermediate_size != 0:
-            checks.positive_int("shared_expert_intermediate_size", self.shared_expert_intermediate_size)
+            _keep(self, "", checks.positive_int, ("latent_size",))
+        _keep(self, "", checks.integer, ("shared_expert_intermediate_size",))
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        for name in ("gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"):
-            checks.boolean(name, getattr(self, name))
-        checks.positive("situ_beta", self.situ_beta)
+        _keep(
+            self,
+            "",
+            checks.boolean,
+            ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"),
+        )
+        _keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps"))
         if self.situ_linear_beta is not None:
-            checks.positive("situ_linear_beta", self.situ_linear_beta)
-        checks.positive("latent_norm_eps", self.latent_norm_eps)
+            _keep(self, "", checks.positive, ("situ_linear_beta",))
+        checks.between("latent_norm_eps", self.latent_norm_eps, *LATENT_NORM_EPS)
         checks.instance("router", self.router, RouterConfig)
         checks.instance("init", self.init, InitConfig)
         if self.parallel is not None:
             checks.instance("parallel", self.parallel, ParallelConfig)
-        object.__setattr__(self, "dtype", checks.dtype_name("dtype", self.dtype, COMPUTE_DTYPES))
-        object.__setattr__(self, "param_dtype", checks.dtype_name("param_dtype", self.param_dtype, COMPUTE_DTYPES))
+        _keep(self, "", checks.dtype_name, ("dtype", "param_dtype"), COMPUTE_DTYPES)
         object.__setattr__(self, "backend", as_backend(self.backend))
         self._check_activation()
+        gate_used = self.shared_expert_intermediate_size > 0
+        checks.refuse_unused(self, "", ("shared_expert_gate",), gate_used, "shared_expert_intermediate_size")
         checks.refuse_unused(self, "", ("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'")
         self._check_routing()
 
@@ -273,6 +303,12 @@ class LatentMoEConfig:
         experts, k, router = self.num_experts, self.top_k, self.router
         if k > experts:
             raise ConfigError(f"top_k={k} is more than num_experts={experts}: a token chooses distinct experts.")
+        if k == 1 and (router.norm_topk_prob or router.score_function == "softmax_topk"):
+            what = "norm_topk_prob=True" if router.norm_topk_prob else "score_function='softmax_topk'"
+            raise ConfigError(
+                f"top_k=1 with router.{what} gives every weight 1 and the router no gradient: set "
+                "router.norm_topk_prob=False, and a score_function other than 'softmax_topk', as Megatron does."
+            )
         if self.apply_probs_on_input and k != 1:
             raise ConfigError(f"apply_probs_on_input needs top_k=1, got top_k={k}: weights differ between experts.")
         if experts % router.num_groups:
@@ -293,6 +329,22 @@ class LatentMoEConfig:
                 f"{router.topk_groups} groups of {group}: keep more groups or choose fewer experts."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON takes it: dicts, lists, strings and numbers. A backend is its name and its fields."""
+        fields = dataclasses.asdict(self)
+        if self.backend != "auto":
+            fields["backend"] = {"name": name_of(self.backend), **fields["backend"]}
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LatentMoEConfig":
+        """The config of `to_dict`; fields that are left out have their defaults.
+
+        Raises:
+            ConfigError: a field is unknown, is missing, or its value is refused.
+        """
+        return _from_dict(cls, "", fields)
+
     @property
     def latent_width(self) -> int:
         """Width that the routed experts read and write, which is latent_size, or hidden_size in a plain MoE."""
@@ -308,3 +360,30 @@ class LatentMoEConfig:
         """The activation with those of these fields that it reads."""
         names = ACTIVATIONS[self.activation].parameters
         return BoundActivation(self.activation, tuple((name, getattr(self, name)) for name in names))
+
+
+def _from_dict(cls, prefix, fields):
+    """The dataclass of these fields, of which dicts become the dataclass that the field's type names."""
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{prefix.removesuffix('.') or cls.__name__}={fields!r} must be a dict of fields.")
+    types = get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(map(str, fields)) - set(known)):
+        raise ConfigError(f"{prefix}{unknown[0]} is no field of {cls.__name__}: use {', '.join(known)}.")
+    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]} is missing: {cls.__name__} has no default for it.")
+    return cls(**{name: _value(types[name], f"{prefix}{name}", value) for name, value in fields.items()})
+
+
+def _value(kind, name, value):
+    if not isinstance(value, Mapping):
+        return value
+    choices = [choice for choice in (kind, *get_args(kind)) if dataclasses.is_dataclass(choice)]
+    if name == "backend":
+        checks.one_of("backend.name", value.get("name"), tuple(BACKENDS))
+        choices = [BACKENDS[value["name"]][0]]
+        value = {key: part for key, part in value.items() if key != "name"}
+    if not choices:
+        raise ConfigError(f"{name}={value!r} must not be a dict.")
+    return _from_dict(choices[0], f"{name}.", value)

@@ -1,6 +1,7 @@
-"""What a layer costs: parameters and floating-point operations, from its configuration alone."""
+"""Parameters, floating-point operations and exchanged bytes of a layer, computed from its configuration."""
 
 import math
+from fractions import Fraction
 
 import jax.numpy as jnp
 
@@ -9,12 +10,12 @@ from jax_latent_moe.params import param_shapes
 
 
 def parameters(config: LatentMoEConfig) -> int:
-    """Parameters of one layer, the correction bias included."""
+    """Parameters of one layer, including the correction bias."""
     return sum(math.prod(leaf.shape) for part in param_shapes(config).values() for leaf in part.values())
 
 
 def active_parameters(config: LatentMoEConfig) -> int:
-    """Parameters that one token uses: all but the experts it does not choose."""
+    """Parameters that one token uses: all but those of the experts it does not choose."""
     experts = sum(math.prod(leaf.shape) for leaf in param_shapes(config)["experts"].values())
     return parameters(config) - experts + experts * config.top_k // config.num_experts
 
@@ -22,49 +23,56 @@ def active_parameters(config: LatentMoEConfig) -> int:
 def matmul_flops_per_token(config: LatentMoEConfig) -> int:
     """Floating-point operations of the forward matmuls for one token: 2 per active kernel element.
 
-    A backward pass takes twice as many.
+    The backward pass needs twice as many.
     """
-    kernels = {"kernel", "w_in", "w_out"}
+    kernels = {"kernel", "w_in", "w_out", "gate"}
     total = 0
     for part, leaves in param_shapes(config).items():
         for name, leaf in leaves.items():
             if name in kernels:
-                share = config.top_k / config.num_experts if part == "experts" else 1
-                total += round(2 * math.prod(leaf.shape) * share)
+                chosen, of = (config.top_k, config.num_experts) if part == "experts" else (1, 1)
+                total += 2 * math.prod(leaf.shape) * chosen // of
     return total
 
 
 def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None) -> int:
-    """Rows of latents that a device may send to each device which holds experts.
+    """The most rows of latents that a device may send to each device that holds experts.
 
     Args:
         config: the layer.
-        devices: n, devices that share the experts.
+        devices: n, the number of devices that share the experts.
         tokens: T, tokens of one device.
         capacity_factor: as in `ParallelConfig`.
 
     Returns:
-        T * min(k, E / n), which is never too few, or ceil(capacity_factor * T * k / n), rounded up to a multiple of 8
-        for the kernels' sake, if that is less.
+        T * min(k, E / n), which is always enough; or ceil(capacity_factor * T * k / n), rounded up to a multiple of 8
+        for the kernels, if that is less.
     """
     enough = tokens * min(config.top_k, config.num_experts // devices)
     if capacity_factor is None:
         return enough
-    return min(enough, -(-math.ceil(capacity_factor * tokens * config.top_k / devices) // 8) * 8)
+    return min(enough, -(-share_of_rows(capacity_factor, tokens * config.top_k, devices) // 8) * 8)
+
+
+def share_of_rows(factor: float, rows: int, parts: int) -> int:
+    """ceil(factor * rows / parts), with the factor as a decimal number: 1.1 * 50 is 55, and not 56 as with floats."""
+    exact = Fraction(str(factor))
+    return -(-exact.numerator * rows // (exact.denominator * parts))
 
 
 def exchange_bytes(
     config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Bytes that one device sends to others by each dispatch in a forward pass: (latents to experts, results back).
+    """Bytes that one device sends to others in a forward pass, for each dispatch: (latents to experts, results back).
 
-    The gradients take as many again, the other way round. Ids and weights of the rows count, 4 bytes each.
+    The gradients are as many bytes, in the opposite direction. The rows' ids and weights are counted, 4 bytes each.
 
     Args:
-        config: the layer; rows are latent_width wide, in its dtype.
-        devices: n, devices that share the experts.
+        config: the layer. Rows are latent_width wide, in its dtype.
+        devices: n, the number of devices that share the experts.
         tokens: T, tokens of one device.
-        capacity_factor: as in `ParallelConfig`; it bounds "all_to_all". "ragged_all_to_all" is counted at even loads.
+        capacity_factor: as in `ParallelConfig`; it bounds "all_to_all". "ragged_all_to_all" is counted as if all
+            experts got equally many rows.
     """
     row, others = config.latent_width * jnp.dtype(config.dtype).itemsize, devices - 1
     capacity = exchange_capacity(config, devices, tokens, capacity_factor)

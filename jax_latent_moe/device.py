@@ -1,23 +1,23 @@
-"""The device that JAX computes on by default: backends, tiles and block sizes are chosen for it."""
+"""The device that JAX computes on by default, for which backends, tiles and block sizes are chosen."""
 
 import dataclasses
 
 import jax
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-"""Words that stand in the device kind of a Hopper GPU."""
+"""The words in a device kind that mark a Hopper GPU."""
 HOPPER_SMS = 132
-"""SMs of an H100 SXM and an H200."""
+"""SMs of an H100 SXM and of an H200."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What backends are asked about.
+    """The properties of a device that decide which backend and tile run on it.
 
     Attributes:
         platform: "cpu", "gpu" or "tpu".
-        kind: the device's own name, such as "NVIDIA H100 80GB HBM3".
-        num_sms: SMs of a GPU. Kernels that are interpreted on a CPU take those of an H100.
+        kind: the device's name, such as "NVIDIA H100 80GB HBM3".
+        num_sms: SMs of a GPU. On other devices it is that of an H100, for kernels that are interpreted.
     """
 
     platform: str
@@ -26,13 +26,13 @@ class Device:
 
     @property
     def architecture(self) -> str:
-        """Kernels are chosen by it: "sm90" for a Hopper GPU, else the platform."""
+        """The architecture, by which kernels are chosen: "sm90" for a Hopper GPU, else the platform."""
         hopper = self.platform == "gpu" and not set(HOPPER).isdisjoint(self.kind.split())
         return "sm90" if hopper else self.platform
 
 
 def current_device() -> Device:
-    """The default device. A trace reads it where it poses a problem, and hands it on from there."""
+    """The default device. It is read once, when a problem is made, and passed on from there."""
     device = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]

@@ -1,25 +1,29 @@
-"""What the library raises. Each message names the value, the rule and the way out."""
+"""The errors that the library raises. Each message names the value, the rule and the way out."""
 
 from collections.abc import Sequence
 
 
 class LatentMoEError(ValueError):
-    """Base of every error a user of this library can cause."""
+    """Base class of all errors that a user of this library can cause."""
 
 
 class ConfigError(LatentMoEError):
-    """A configuration that no backend could run: raised where the config is built."""
+    """A configuration that no backend can run. It is raised when the config is built."""
 
 
 class InputError(LatentMoEError):
-    """An array argument whose shape, dtype or value breaks the contract of the call."""
+    """An array argument with a wrong shape, dtype or value."""
+
+
+class NotCollectedWarning(UserWarning):
+    """A Flax layer was differentiated, but its auxiliary losses or its loads were not collected."""
 
 
 class CheckpointError(LatentMoEError):
-    """A checkpoint that cannot be read or written whole; nothing of it was returned.
+    """A checkpoint that cannot be read or written whole. No part of it is returned.
 
     Attributes:
-        problems: every problem found, a sentence each.
+        problems: all problems found, one sentence each.
     """
 
     def __init__(self, where: object, problems: Sequence[str]):
@@ -31,9 +35,9 @@ class UnsupportedError(LatentMoEError):
     """A named backend was asked for something it cannot do.
 
     Attributes:
-        backend: name of the backend that refused.
-        reason: why, as a sentence.
-        remedy: what would work instead.
+        backend: name of the backend.
+        reason: why it cannot do it, as a sentence.
+        remedy: what works instead, as a sentence.
     """
 
     def __init__(self, backend: str, reason: str, remedy: str):

@@ -1,6 +1,6 @@
-"""The products of one block of experts, decided before any runs: what runs each, and what the forward pass keeps.
+"""The static plan of the experts' products: the decision for each product, and the residual of the activation.
 
-Forward and backward pass read the same plan, so what one keeps is what the other differentiates.
+The forward and the backward pass read the same plan, so the residual that one keeps is the one that the other reads.
 """
 
 import dataclasses
@@ -13,23 +13,23 @@ from jax_latent_moe.grouped_matmul.problem import Contraction, Epilogue, Operand
 from jax_latent_moe.grouped_matmul.registry import Bound, fused, select
 
 PORTABLE: tuple[Residual, ...] = ("hidden", "pre")
-"""Residuals that XLA makes, and differentiates, where no kernel does."""
+"""The residuals that XLA can compute and differentiate without a fused kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertPlan:
-    """Six products and a residual. A product whose problem has no epilogue has its activation composed by XLA.
+    """The six products and the residual. If a product's problem has no epilogue, XLA computes the activation.
 
     Attributes:
-        activation: of the experts.
-        residual: what the forward pass keeps for the gradient.
-        up: the first product where a gradient follows, fwd.
-        up_without_gradient: the first product where none follows.
-        down: the second product, fwd.
-        down_dgrad: the gradient of the hidden rows, and of the pre-activation where it is fused.
-        down_wgrad: the gradient of w_out; None where w_out is frozen codes.
+        activation: the experts' activation.
+        residual: what the forward pass keeps for the activation's gradient.
+        up: the first product (fwd) when there is a backward pass.
+        up_without_gradient: the first product (fwd) when there is none.
+        down: the second product (fwd).
+        down_dgrad: the gradient of the hidden rows, or of the pre-activation if it is fused.
+        down_wgrad: the gradient of w_out; None if w_out is a `ScaledArray`, which is frozen.
         up_dgrad: the gradient of the rows.
-        up_wgrad: the gradient of w_in; None where w_in is frozen codes.
+        up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
     """
 
     activation: BoundActivation
@@ -62,17 +62,17 @@ def plan_experts(
     w_out: Operand | None = None,
     device: Device | None = None,
 ) -> ExpertPlan:
-    """The decisions for one block of experts.
+    """Decides all products of a layer's experts.
 
     Args:
-        config: read for the activation and the backend.
+        config: gives the activation and the backend.
         num_rows: R.
-        w_in_shape: (E, l, m), gated (E, l, 2 m).
+        w_in_shape: (E, l, m), or (E, l, 2 m) if gated.
         w_out_shape: (E, m, l).
-        dtype: of the rows.
-        w_in: how w_in is stored, where it is not an array of dtype.
-        w_out: how w_out is stored, likewise.
-        device: where they run; None is JAX's default device.
+        dtype: dtype of the rows.
+        w_in: format of w_in; None for an array of dtype.
+        w_out: format of w_out; None for an array of dtype.
+        device: the device that runs them; None is JAX's default device.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
@@ -87,7 +87,7 @@ def plan_experts(
         asked = problem(contraction, num_rows, shape, dtype, lhs=lhs, rhs=rhs, device=device)
         return select(asked, config.backend)
 
-    up, down_dgrad = bind("fwd", w_in_shape, table, w_in), bind("dgrad", w_out_shape, dense, w_out)
+    up, down_dgrad = bind("fwd", w_in_shape, table, w_in), bind("dgrad", w_out_shape, table, w_out)
     residual = choose_residual(
         activation,
         lambda residual: fused(up, Epilogue(activation, residual)) is not None,
@@ -95,11 +95,6 @@ def plan_experts(
     )
     kept = Epilogue(activation, residual)
     hidden = dataclasses.replace(dense, layout="columns") if residual == "gate_hidden" else dense
-    # One product gathers the gradients of the experts' outputs, and the other reads them gathered: wgrad comes first
-    # where hidden rows are kept, dgrad where it makes them anew.
-    wgrad_first = residual != "pre" and not frozen_out
-    if not wgrad_first:
-        down_dgrad = bind("dgrad", w_out_shape, table, w_out)
     return ExpertPlan(
         activation,
         residual,
@@ -107,7 +102,7 @@ def plan_experts(
         up_without_gradient=fused(up, Epilogue(activation, None)) or up,
         down=bind("fwd", w_out_shape, hidden, w_out),
         down_dgrad=fused(down_dgrad, kept) or down_dgrad,
-        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, table if wgrad_first else dense),
+        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, dense if residual == "pre" else table),
         up_dgrad=bind("dgrad", w_in_shape, dense, w_in),
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
     )
@@ -118,14 +113,14 @@ def choose_residual(
     fuses_value: Callable[[Residual], bool],
     fuses_gradient: Callable[[Residual], bool],
 ) -> Residual:
-    """The first residual of the activation that both passes can work with; the pre-activation serves any backend.
+    """The first residual of the activation that both passes support. Every backend supports the pre-activation.
 
     Args:
-        activation: of the experts.
-        fuses_value: whether the first product keeps a residual in its kernel.
-        fuses_gradient: whether the gradient of the second product reads it in its kernel.
+        activation: the experts' activation.
+        fuses_value: whether the kernel of the first product can store a residual.
+        fuses_gradient: whether the kernel of the second product's dgrad can read it.
     """
     for residual in activation.definition.residuals:
         if residual in PORTABLE or (fuses_value(residual) and fuses_gradient(residual)):
             return residual
-    raise AssertionError("an activation can be differentiated from its pre-activation")
+    raise AssertionError("every activation has the residual 'pre'")

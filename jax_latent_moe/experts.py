@@ -1,9 +1,9 @@
 """The routed experts on latent rows: gather, two grouped matmuls around an activation, weighted combine.
 
-One differentiation rule covers the block. It keeps the tokens, the routing and one residual of the activation. Gathered
-rows are made again in the backward pass, and the experts' outputs are never needed there: the gradient of a weight is
-<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). What runs each product, and what is kept, is decided
-beforehand by `plan_experts`; a product that does not fuse the activation is composed with it here.
+One differentiation rule covers the whole block. It keeps the tokens, the routing and one residual of the activation.
+The backward pass gathers rows again. It does not need the experts' outputs, because the gradient of a combine weight is
+<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). `plan_experts` decides what runs each product and what
+is kept. An activation that no kernel fuses is computed here.
 """
 
 import functools
@@ -35,14 +35,13 @@ def routed_experts(
     """sum_j weights[t, j] * expert_j(tokens[t]) -> [T, l] in the dtype of tokens, summed in float32.
 
     Args:
-        config: read for the activation and the backend.
+        config: gives the activation and the backend.
         tokens: [T, l].
-        weights: [T, k], 0 where a choice reaches no expert. Where hidden rows are kept the gradient of a weight that
-            is 0 is 0: no score function gives one but by underflow, where the score's slope vanishes too.
-        w_in: [E, l, m], gated [E, l, 2, m], in the dtype of tokens; or a `ScaledArray` of [E, l, m] or [E, l, 2 m],
-            which gets no gradient.
-        w_out: [E, m, l], in the dtype of tokens; or a `ScaledArray`.
-        dispatch: where each choice stands among the sorted rows.
+        weights: [T, k], 0 for an assignment that no expert computes.
+        w_in: [E, l, m], or [E, l, 2, m] if gated, in the dtype of tokens; or a `ScaledArray` of shape [E, l, m] or
+            [E, l, 2 m], which gets no gradient.
+        w_out: [E, m, l], in the dtype of tokens; or a `ScaledArray`, which gets no gradient.
+        dispatch: maps assignments to rows sorted by expert.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
@@ -83,28 +82,23 @@ def _routed_bwd(plan, residuals, dcombined):
     sizes = dispatch.group_sizes
     row_weights = dispatch.weights_of_rows(weights)
 
-    if plan.residual != "pre":
-        # One gather, of weighted gradients, serves both products; <w dout w_out^T, h> over w is the gradient of w.
-        dout, dw_out = rows_of(dcombined, dispatch, weights), None
-        if plan.down_wgrad is not None:
-            outputs = plan.down_wgrad(Operands(hidden_rows(plan, kept), dout, sizes))
-            dw_out, dout = outputs.out, outputs.rhs
-            if plan.down_dgrad.problem.epilogue is not None:
-                # The kernel may write the gradient over the residual, which wgrad must have read by then.
-                kept, dout, dw_out = jax.lax.optimization_barrier((kept, dout, dw_out))
-        outputs = down_gradient(plan, dout, w_out, sizes, kept, jnp.ones_like(row_weights))
-        weighted, products = row_weights != 0, outputs.row_weight_gradients
-        assert products is not None, "down_gradient makes them"
-        drow_weights = jnp.where(weighted, products / jnp.where(weighted, row_weights, 1), 0)
-    else:
-        outputs = down_gradient(plan, rows_of(dcombined, dispatch), w_out, sizes, kept, row_weights)
-        drow_weights = outputs.row_weight_gradients
-        dw_out = None if plan.down_wgrad is None else plan.down_wgrad(Operands(outputs.hidden, outputs.lhs, sizes)).out
-    dpre = outputs.out
-    # Summed before they are gathered: XLA would gather all that enters each sum.
+    dw_out = None
+    if plan.residual != "pre" and plan.down_wgrad is not None:
+        weighted_dout = rows_of(dcombined, dispatch, weights)
+        dw_out = plan.down_wgrad(Operands(hidden_rows(plan, kept), weighted_dout, sizes)).out
+        if plan.down_dgrad.problem.epilogue is not None:
+            # The kernel may overwrite the residual with the gradient, so wgrad must read the residual first.
+            kept, dw_out = jax.lax.optimization_barrier((kept, dw_out))
+    # Rows are gathered without their weights. With them, a weight's gradient would need a division by the weight, which
+    # may be 0.
+    outputs = down_gradient(plan, rows_of(dcombined, dispatch), w_out, sizes, kept, row_weights)
+    if plan.residual == "pre" and plan.down_wgrad is not None:
+        dw_out = plan.down_wgrad(Operands(outputs.hidden, outputs.lhs, sizes)).out
+    dpre, drow_weights = outputs.out, outputs.row_weight_gradients
+    # The barrier makes XLA sum before it gathers. Without it, XLA gathers all terms of each sum.
     drow_weights = jax.lax.optimization_barrier(drow_weights)
     dweights = drow_weights[dispatch.row_of_assignment].astype(weights.dtype)
-    # Rows of tokens are gathered no earlier than they are read.
+    # The barrier keeps XLA from gathering the tokens' rows earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
     dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(rows_of(tokens, dispatch), dpre, sizes)).out
     drows = plan.up_dgrad(Operands(dpre, w_in, sizes)).out
@@ -116,18 +110,18 @@ _routed.defvjp(_routed_fwd, _routed_bwd)
 
 
 def hidden_rows(plan: ExpertPlan, kept: Float[Array, "r p"]) -> Float[Array, "r m"] | LastColumns:
-    """The hidden rows in a residual that holds them, alone or behind the gate."""
+    """The hidden rows in a residual that holds them, alone or after the gate."""
     return LastColumns(kept, kept.shape[1] // 2) if plan.residual == "gate_hidden" else kept
 
 
 def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes) -> Outputs:
-    """The hidden rows [R, m], made of the pre-activation as rounded to the dtype of the rows, and the plan's residual.
+    """The hidden rows [R, m] and the plan's residual. The pre-activation is rounded to the dtype of the rows.
 
     Args:
-        plan: of the experts.
+        plan: the experts' plan.
         product: plan.up or plan.up_without_gradient.
-        rows: [R, l], sorted by expert, gathered or not.
-        w_in: [E, l, m], gated [E, l, 2 m].
+        rows: [R, l], sorted by expert, as an array or as `GatheredRows`.
+        w_in: [E, l, m], or [E, l, 2 m] if gated.
         group_sizes: [E].
     """
     outputs = product(Operands(rows, w_in, group_sizes))
@@ -139,18 +133,18 @@ def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes) -> Out
 
 
 def down_gradient(plan: ExpertPlan, dout, w_out: Weight, group_sizes, kept, row_weights) -> Outputs:
-    """The gradient of the pre-activation and, from a kept pre-activation, the hidden rows, both times the row's weight.
+    """The gradient of the pre-activation and, if the residual is "pre", the hidden rows, both times the rows' weights.
 
     Args:
-        plan: of the experts.
-        dout: [R, l], gradient of the experts' outputs, gathered or not.
+        plan: the experts' plan.
+        dout: [R, l], the gradient of the experts' outputs, as an array or as `GatheredRows`.
         w_out: [E, m, l].
         group_sizes: [E].
-        kept: the plan's residual; a kernel may write the gradient over it.
+        kept: the plan's residual. A kernel may overwrite it with the gradient.
         row_weights: [R].
 
     Returns:
-        `Outputs` as of a dgrad with the gradient in its epilogue, and dout as a dense array in lhs.
+        The `Outputs` of a dgrad with the gradient in its epilogue, with dout as a dense array in lhs.
     """
     outputs = plan.down_dgrad(Operands(dout, w_out, group_sizes, kept, row_weights))
     if plan.down_dgrad.problem.epilogue is not None:

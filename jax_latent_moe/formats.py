@@ -1,7 +1,7 @@
-"""The number formats of operands: one registry of how values are stored, and `ScaledArray`, which stores them so.
+"""The number formats of operands: a registry of formats, and `ScaledArray`, a weight stored in one of them.
 
-A plain array has the format of its dtype. Any other format is one `register` call: `encode` makes a `ScaledArray` of a
-weight, which takes the weight's place in a tree of parameters, and `decode` gives the values back.
+The format of a plain array is its dtype. A new format is one `register` call. `encode` turns a weight into a
+`ScaledArray`, which takes the weight's place in the parameter tree. `decode` returns the values.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ DENSE = ("float32", "bfloat16", "float16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a weight [..., K, N] is stored.
+    """One way to store a weight [..., K, N].
 
     Attributes:
-        name: of the registry, and in problems, tables and errors.
+        name: the name in the registry, in problems, tables and errors.
         bits: bits of one code.
-        block: (K, N) elements that share one scale. Sizes that a weight has must be multiples of it.
+        block: (K, N) elements that share one scale. The weight's K and N must be multiples of it.
         scale_bits: bits of one scale.
         encode: values [..., K, N] -> (codes, scales). Codes may be packed along K.
         decode: (codes, scales, dtype) -> values [..., K, N] in dtype.
-        packing: values that one stored code holds, along K.
-        row_multiple: multiple at which an expert's rows must begin, for formats whose blocks run along rows.
+        packing: number of values along K in one stored code.
+        row_multiple: an expert's rows must begin at a multiple of it, for formats whose blocks run along rows.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Format:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScaledArray:
-    """A weight as codes and scales: a subtree of parameters, which can be sharded and donated like any array.
+    """A weight as codes and scales. It is a pytree, and can be sharded and donated like an array.
 
     Attributes:
         codes: [..., K / packing, N].
-        scales: an array, or a tree of arrays, whose leading axes are those of codes.
+        scales: an array, or a tree of arrays, with the same leading axes as codes.
         format: name of a registered `Format`.
     """
 
@@ -60,17 +60,17 @@ class ScaledArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[..., K, N], of the values."""
+        """[..., K, N], the shape of the values."""
         *leading, k, n = self.codes.shape
         return (*leading, k * FORMATS[self.format].packing, n)
 
     @property
     def ndim(self) -> int:
-        """Axes of the values."""
+        """Number of axes of the values."""
         return self.codes.ndim
 
     def __getitem__(self, index) -> "ScaledArray":
-        """The same experts of codes and scales; index runs over the leading axis."""
+        """Indexes the leading axis of codes and scales, such as that of the experts."""
         return ScaledArray(self.codes[index], jax.tree.map(lambda scale: scale[index], self.scales), self.format)
 
     def decode(self, dtype) -> Float[Array, "*e k n"]:
@@ -100,28 +100,28 @@ def encode(values: Float[Array, "*e k n"], name: str) -> ScaledArray:
     """
     if name not in FORMATS:
         known = ", ".join(FORMATS) or "none"
-        raise ConfigError(f"format={name!r} is unknown: the registered ones are {known}; `formats.register` adds one.")
+        raise ConfigError(f"format={name!r} is unknown: registered are {known}; `formats.register` adds one.")
     blocks = FORMATS[name].block
     if any(size % block for size, block in zip(values.shape[-2:], blocks, strict=True)):
         raise ConfigError(
-            f"a weight of {values.shape[-2]} x {values.shape[-1]} does not divide into blocks of "
-            f"{blocks[0]} x {blocks[1]}, which {name} scales: pad it, or choose a format of smaller blocks."
+            f"a weight of {values.shape[-2]} x {values.shape[-1]} does not divide into {name}'s blocks of "
+            f"{blocks[0]} x {blocks[1]}: pad it, or choose a format with smaller blocks."
         )
     codes, scales = FORMATS[name].encode(values)
     return ScaledArray(codes, scales, name)
 
 
 def format_of(array: Array | ScaledArray) -> str:
-    """Name of the format of an array: that of its registry, or its dtype."""
+    """Name of an array's format: that of a `ScaledArray`, or else the dtype's."""
     return array.format if isinstance(array, ScaledArray) else jnp.dtype(array.dtype).name
 
 
 def row_multiple_of(*arrays: Array | ScaledArray) -> int:
-    """Multiple at which an expert's rows must begin for products with these weights."""
+    """The number that the first row of each expert must be a multiple of, for products with these weights."""
     scaled = [array for array in arrays if isinstance(array, ScaledArray)]
     return math.lcm(*(FORMATS[array.format].row_multiple for array in scaled))
 
 
 def decoded(array: Array | ScaledArray, dtype) -> Array:
-    """The values of a weight: decoded to dtype where it is a `ScaledArray`, else as they are."""
+    """The values of a weight: a `ScaledArray` decoded to dtype, or an array as it is."""
     return array.decode(dtype) if isinstance(array, ScaledArray) else array

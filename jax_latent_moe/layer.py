@@ -11,24 +11,29 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_latent_moe import cost
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import ScaledArray, row_multiple_of
 from jax_latent_moe.parallel.exchange import exchange
-from jax_latent_moe.parallel.mesh import over_mesh
+from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
-from jax_latent_moe.params import Params, check_params
+from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import (
+    CHOICE,
     NO_EXPERT,
+    ROUTER_DECIDES,
     auxiliary_losses,
     route,
     router_logits,
     router_logits_and_projection,
 )
+from jax_latent_moe.varying import varying
 
 LATENT = "latent_moe_latent"
 
@@ -61,16 +66,19 @@ def latent_moe(
 ) -> tuple[Float[Array, "*batch d"], LatentMoEAux]:
     """Computes y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), routed by x (arXiv 2601.18089).
 
+    With config.shared_expert_gate, shared(x) is multiplied by sigmoid(x @ gate) (arXiv 2407.10671, section 2.2.2).
+
     With config.parallel the layer is spread over the mesh that `jax.set_mesh` set: see `jax_latent_moe.parallel`.
 
     Args:
         params: as `init_params` makes them.
-        x: [..., d], floating; read in config.dtype, by the router in the router's dtype.
+        x: [..., d], floating, or what NumPy makes an array of. It is read in config.dtype, by the router in the
+            router's dtype.
         config: the layer; static under jit.
-        token_mask: [...]; a token that is False reaches no expert, no loss and no count, and its routed output is
-            zero. The shared expert still reads it, with its non-finite entries as zero, so that padding may hold NaN.
-        expert_ids: [..., k] integers: replay this choice, with weights (and gradients) from the scores there; -1
-            reaches no expert.
+        token_mask: [...]; a token that is False enters nothing and its output is zero: padding may hold anything, and
+            so may the gradient of its output.
+        expert_ids: [..., k] integers: replay this choice, with weights (and gradients) from the scores there. -1
+            reaches no expert; the router itself routes a token with -2 among its ids.
 
     Returns:
         y: [..., d] in config.dtype.
@@ -81,13 +89,15 @@ def latent_moe(
         ConfigError: an axis of the mesh does not divide what it splits.
         UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
     """
-    check_params(params, config)
+    if not isinstance(config, LatentMoEConfig):
+        raise InputError(f"config of type {type(config).__name__} must be a LatentMoEConfig.")
+    params = check_params(params, config)
+    x, token_mask, expert_ids = as_array("x", x), as_array("token_mask", token_mask), as_array("expert_ids", expert_ids)
     _check_inputs(x, config, token_mask, expert_ids)
-    run = partial(_layer, config)
-    if config.parallel is None:
-        by_token, totals = run(ONE_DEVICE, params, x, token_mask, expert_ids)
-    else:
-        by_token, totals = over_mesh(run, params, x, config, token_mask, expert_ids)
+    x, token_mask, expert_ids = jax.tree.map(jnp.asarray, (x, token_mask, expert_ids))
+    layer = partial(_layer, config)
+    run = partial(layer, ONE_DEVICE) if config.parallel is None else partial(over_mesh, layer, config)
+    by_token, totals = in_auto_mode(run, params, x, token_mask, expert_ids)
     y, chosen_ids, weights = by_token
     tokens_per_expert, dropped, losses = totals
     return y, LatentMoEAux(chosen_ids, weights, tokens_per_expert, dropped, losses)
@@ -98,7 +108,7 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     batch, tokens = x.shape[:-1], x.reshape(-1, config.hidden_size)
     mask = None if token_mask is None else token_mask.reshape(-1)
     if mask is not None:
-        tokens = jnp.where(mask[:, None] | jnp.isfinite(tokens), tokens, 0)
+        tokens = jnp.where(mask[:, None], tokens, 0)
 
     router = params["router"]
     router_dtype = config.router.dtype
@@ -136,6 +146,8 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     if "shared" in params:
         shared = _shared_expert(tokens, params["shared"], config)
         y = shards.sum_over_tensor(y + shared) if sum_in_y else y + shards.sum_over_tensor(shared)
+    if mask is not None:  # zero as it is: what keeps the gradient of padding rows out
+        y = jnp.where(mask[:, None], y, 0)
 
     sequences = (math.prod(batch[:-1]), batch[-1] if batch else 1)
     losses = auxiliary_losses(
@@ -157,12 +169,12 @@ def _route_through_experts(params, latent, routing, config, shards):
     expert_ids, weights = routing
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
-        kept = _within_capacity(expert_ids, weights, config, shards)
+        kept = checkpoint_name(_within_capacity(expert_ids, weights, config, shards), CHOICE)
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
-        latent = (latent * weights).astype(latent.dtype)
+        latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
 
     w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
@@ -170,7 +182,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     row_multiple = row_multiple_of(w_in, w_out)
 
     def experts(latent, weights, plan):
-        return routed_experts(config, latent, weights, w_in, w_out, plan)
+        operands = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
+        return routed_experts(config, *operands, plan)
 
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)
@@ -189,8 +202,11 @@ def _expert_weight(weight, config):
 def _within_capacity(expert_ids, weights, config, shards):
     """Which choices of these tokens the experts keep, [T, k]: an expert's capacity is one over all tokens."""
     expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
-    capacity = math.ceil(config.router.capacity_factor * expert_ids.size / config.num_experts)
-    capacity = max(capacity, config.router.min_capacity)
+    capacity = cost.share_of_rows(config.router.capacity_factor, expert_ids.size, config.num_experts)
+    if isinstance(capacity, int):
+        capacity = min(max(capacity, config.router.min_capacity), expert_ids.size)
+    else:  # of the symbolic sizes of jax.export
+        capacity = jnp.maximum(capacity, config.router.min_capacity)
     kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
     return shards.own_tokens(kept)
 
@@ -201,16 +217,23 @@ def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
 
 def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:
     w_in, w_out = (params[name].astype(x.dtype) for name in ("w_in", "w_out"))
-    return activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
+    out = activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
+    if "gate" not in params:
+        return out
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    gate = jnp.matmul(x, params["gate"].astype(x.dtype), preferred_element_type=wide)
+    return (out.astype(wide) * jax.nn.sigmoid(gate)).astype(x.dtype)
 
 
 def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> Float[Array, "t l"]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(wide.dtype)).astype(x.dtype)
+    return (normed * scale.astype(wide.dtype)[None]).astype(x.dtype)
 
 
 def _check_inputs(x, config, token_mask, expert_ids):
+    if x is None:
+        raise InputError("x=None must be an array.")
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise InputError(f"x of shape {x.shape} must end in hidden_size={config.hidden_size}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -229,8 +252,8 @@ def _check_inputs(x, config, token_mask, expert_ids):
     if not isinstance(expert_ids, Tracer) and expert_ids.size:
         values = np.asarray(expert_ids)  # NumPy's own functions would trace the array inside of a jit
         low, high = values.min(), values.max()
-        if low < NO_EXPERT or high >= config.num_experts:
+        if low < ROUTER_DECIDES or high >= config.num_experts:
             raise InputError(
                 f"expert_ids between {low} and {high} must lie in [0, num_experts={config.num_experts}), or be "
-                f"{NO_EXPERT} for no expert."
+                f"{NO_EXPERT} for no expert, {ROUTER_DECIDES} for a token that the router shall route."
             )

@@ -1,10 +1,11 @@
 """The layer as a flax.nnx module: it holds the parameters and calls `latent_moe`."""
 
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 from flax.core.spmd import get_logical_axis_rules
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,7 +13,7 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_params, param_axes
-from jax_latent_moe.routing import router
+from jax_latent_moe.training import move_bias, warn_if_differentiated
 
 _LOAD = "tokens_per_expert"
 
@@ -42,17 +43,21 @@ class LatentMoE(nnx.Module):
     router: nnx.Dict
     experts: nnx.Dict
 
-    def __init__(self, config: LatentMoEConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LatentMoEConfig, *, rngs: nnx.Rngs, axis_names: Mapping[str, str | None] | None = FrozenDict()
+    ):
         """Draws the parameters.
 
         Args:
             config: the layer.
             rngs: its stream "params" gives one key for the layer.
+            axis_names: other names for some logical axes, as in `param_axes`; None leaves the variables without.
         """
         self.config = config
         params = init_params(rngs.params(), config)
-        for part, leaves in param_axes(config).items():
-            setattr(self, part, nnx.Dict({name: _variable(name, params[part][name], leaves[name]) for name in leaves}))
+        for part, leaves in param_axes(config, axis_names).items():
+            named = {name: None if axis_names is None else axes for name, axes in leaves.items()}
+            setattr(self, part, nnx.Dict({name: _variable(name, params[part][name], named[name]) for name in leaves}))
 
     def __call__(
         self,
@@ -72,6 +77,8 @@ class LatentMoE(nnx.Module):
             [..., d] in config.dtype.
         """
         y, aux = latent_moe(to_params(self), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
+        if missing := self._not_collected():
+            y = warn_if_differentiated(missing, y)
         if hasattr(self, "__captures__"):  # sowing outside of nnx.capture is deprecated, and would grow at every call
             for name, loss in aux.losses.items():
                 self.sow(AuxiliaryLoss, name, loss)
@@ -79,11 +86,27 @@ class LatentMoE(nnx.Module):
                 self.sow(nnx.Intermediate, name, getattr(aux, name))
         return y
 
+    def _not_collected(self) -> str | None:
+        """What a training step would miss of this call, as a sentence."""
+        router = self.config.router
+        if hasattr(self, "__captures__") or not (router.has_losses or router.moves_bias):
+            return None
+        return (
+            "The auxiliary losses and loads of a LatentMoE are not collected: call the model by nnx.capture(model, "
+            "AuxiliaryLoss, nnx.Intermediate), or set their coefficients and router.bias_update_rate to 0."
+        )
+
 
 def _variable(name, value, axes):
     # Flax shards a named variable at once, and refuses where no mesh says what the names mean.
-    meaningful = bool(get_logical_axis_rules()) and not jax.sharding.get_abstract_mesh().empty
+    rules, mesh = get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    meaningful = bool(rules) and not mesh.empty
     kind = CorrectionBias if name == "bias" else nnx.Param
+    if axes is None:
+        return kind(value)
+    if meaningful:  # names without a rule split nothing, as in linen
+        known = {alias for alias, _ in rules} | set(mesh.axis_names)
+        axes = tuple(axis if axis in known else None for axis in axes)
     return kind(value, out_sharding=axes, eager_sharding=meaningful and nnx.using_eager_sharding())
 
 
@@ -95,26 +118,69 @@ def to_params(module: LatentMoE) -> Params:
     }
 
 
-def from_params(params: Params, config: LatentMoEConfig) -> LatentMoE:
+def from_params(
+    params: Params, config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = FrozenDict()
+) -> LatentMoE:
     """The module that holds these parameters; the arrays are shared, not copied.
+
+    Args:
+        params: the functional tree.
+        config: the layer.
+        axis_names: as the module's.
 
     Raises:
         InputError: the parameters do not fit the config.
     """
     check_params(params, config)
-    module = nnx.eval_shape(lambda: LatentMoE(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: LatentMoE(config, rngs=nnx.Rngs(0), axis_names=axis_names))
     nnx.update(module, params)
     return module
 
 
-def update_correction_bias(model: nnx.Module, intermediates: nnx.State) -> None:
-    """`jax_latent_moe.update_correction_bias` in place on every `LatentMoE` of a model, at the rate of its config.
+def total_loss(losses: nnx.State) -> Float[Array, ""]:
+    """All auxiliary losses of all layers, coefficients applied: add it to the objective, whatever the config.
 
-    Call it after the optimiser's step with what `nnx.capture` of the step's forward pass returned.
+    Args:
+        losses: the `AuxiliaryLoss`es that `nnx.capture` of the forward pass returned; layers may be stacked.
+
+    Raises:
+        InputError: there are none.
+    """
+    leaves = jax.tree.leaves(losses)
+    if not leaves:
+        raise InputError("losses hold no AuxiliaryLoss: call the model by nnx.capture(model, AuxiliaryLoss, ...).")
+    return sum(map(jnp.sum, leaves), start=jnp.zeros(()))
+
+
+def loads(intermediates: nnx.State) -> nnx.State:
+    """The counts "tokens_per_expert" of every layer: a tree to add up over microbatches, for `update_correction_bias`.
+
+    Args:
+        intermediates: the `nnx.Intermediate`s that `nnx.capture` returned.
+    """
+    return nnx.from_flat_state((path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] == _LOAD)
+
+
+def update_correction_bias(
+    model: nnx.Module,
+    intermediates: nnx.State,
+    rate: float | Float[Array, ""] | None = None,
+    *,
+    recentre: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+) -> None:
+    """Moves the correction bias of every `LatentMoE` of a model, in place, by the step's loads.
+
+    Call it once after the optimiser's step. Leading axes of the counts that a bias does not have, such as those of a
+    scan over microbatches, are added up. A model without such a bias stays as it is.
 
     Args:
         model: the model, or one layer; layers may be stacked by nnx.vmap.
-        intermediates: the `nnx.Intermediate`s. Counts of several calls of one layer are added.
+        intermediates: the `nnx.Intermediate`s that `nnx.capture` of the step's forward pass returned, or `loads` of
+            them. Counts of several calls of one layer are added.
+        rate: a schedule's value, 0 where no step was made; None takes that of each layer's config.
+        recentre: as in `jax_latent_moe.update_correction_bias`.
+        axis_name: mapped axes of a `shard_map` or `vmap` of your own, whose devices have other tokens.
 
     Raises:
         InputError: a layer with a bias has no counts in `intermediates`.
@@ -126,6 +192,7 @@ def update_correction_bias(model: nnx.Module, intermediates: nnx.State) -> None:
         if (*path, _LOAD) not in counts:
             names = "/".join(map(str, (*path, _LOAD)))
             raise InputError(f"intermediates hold no {names}: call the model by nnx.capture(model, nnx.Intermediate).")
-        step = partial(router.update_correction_bias, rate=module.config.router.bias_update_rate)
-        bias = module.router["bias"]
-        bias[...] = jnp.vectorize(step, signature="(e),(e)->(e)")(bias[...], sum(counts[*path, _LOAD].get_value()))
+        bias, own_rate = module.router["bias"], module.config.router.bias_update_rate
+        of_calls = counts[*path, _LOAD].get_value()
+        own_rate = own_rate if rate is None else rate
+        bias[...] = move_bias(bias[...], of_calls, own_rate, recentre=recentre, axis_name=axis_name)

@@ -1,9 +1,11 @@
-"""The parameter tree of a layer: its shapes, its logical axes, its first values, its check."""
+"""The parameter tree of a layer: shapes, logical axes, initial values and checks."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from jax_latent_moe.config import LatentMoEConfig
@@ -11,15 +13,16 @@ from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray
 
 Params = dict[str, dict[str, Array]]
+LOGICAL_AXES = ("hidden", "latent", "expert", "expert_latent", "expert_intermediate", "shared_intermediate")
 Layout = dict[str, dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]]
 
 
 def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """The parameter tree as shapes and dtypes; parts that the config does not have are left out.
+    """The parameter tree as shapes and dtypes. It has only the parts that the config has.
 
-    Kernels are [in, out] and experts are stacked; a gated expert's gate and up kernels are one array [E, l, 2, m],
-    gate first. The correction bias is float32 whatever param_dtype says: bfloat16 would destroy the routing of
-    released checkpoints, whose biases differ by less than 0.25 near 64.
+    Kernels are [in, out] and experts are stacked. The gate and up kernels of gated experts are one array [E, l, 2, m],
+    gate first. The correction bias is always float32, whatever param_dtype is. bfloat16 would destroy the routing of
+    released checkpoints, whose biases are near 64 and differ by less than 0.25.
     """
     return {
         part: {
@@ -30,13 +33,30 @@ def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeS
     }
 
 
-def param_axes(config: LatentMoEConfig) -> dict[str, dict[str, tuple[str | None, ...]]]:
-    """The parameter tree as logical axis names, one a dimension: what sharding rules map to mesh axes."""
-    return {part: {name: axes for name, (_, axes) in leaves.items()} for part, leaves in _layout(config).items()}
+def param_axes(
+    config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = None
+) -> dict[str, dict[str, tuple[str | None, ...]]]:
+    """The parameter tree as logical axis names, one a dimension: what sharding rules map to mesh axes.
+
+    Args:
+        config: the layer.
+        axis_names: other names for some of "hidden", "latent", "expert", "expert_latent", "expert_intermediate" and
+            "shared_intermediate", such as {"hidden": "embed"}; None leaves an axis without a name.
+
+    Raises:
+        InputError: axis_names renames an axis that no layer has.
+    """
+    renamed = dict(axis_names or {})
+    if unknown := sorted(renamed.keys() - set(LOGICAL_AXES)):
+        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
+    return {
+        part: {name: tuple(renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
+        for part, leaves in _layout(config).items()
+    }
 
 
 def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
-    """Draws the parameters of one layer: kernels as `config.init` says, scales 1, the correction bias 0.
+    """Draws the parameters of one layer. Kernels follow `config.init`, scales are 1, the correction bias is 0.
 
     Args:
         key: a JAX random key.
@@ -59,21 +79,48 @@ def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: st
         (part, name) == ("experts", "w_out") and config.init.scale_expert_output
     ):
         std *= config.init.output_scale
-    index = sorted((p, n) for p, leaves in _EVERY_LEAF.items() for n in leaves).index((part, name))
-    # A normal cut at two standard deviations has this standard deviation: divide it out.
+    index = _DRAWN.index((part, name))
+    # 0.8796 is the standard deviation of a standard normal that is cut at two standard deviations.
     drawn = jax.random.truncated_normal(jax.random.fold_in(key, index), -2, 2, leaf.shape, jnp.float32)
     return (drawn * (std / 0.87962566103423978)).astype(leaf.dtype)
 
 
-def check_params(params: Params, config: LatentMoEConfig) -> None:
-    """Raises InputError unless the tree has exactly the parts, shapes and kinds of dtype that the config asks for."""
+def as_array(name: str, value) -> Array | np.ndarray | None:
+    """The value as an array; None as itself, and arrays of JAX and NumPy too.
+
+    Raises:
+        InputError: NumPy makes no array of numbers of it.
+    """
+    if value is None or isinstance(value, jax.Array | np.ndarray):
+        return value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} of type {type(value).__name__} must be an array of numbers.") from None
+
+
+def check_params(params: Params, config: LatentMoEConfig) -> Params:
+    """The tree with JAX's arrays as its leaves.
+
+    Raises:
+        InputError: it has not exactly the parts, shapes and kinds of dtype that the config asks for.
+    """
     expected = param_shapes(config)
+    if not isinstance(params, Mapping) or not all(isinstance(leaves, Mapping) for leaves in params.values()):
+        raise InputError("params must be a dict of dicts of arrays: init_params(key, config) makes them.")
     given = {(part, name): leaf for part, leaves in params.items() for name, leaf in leaves.items()}
     wanted = {(part, name): leaf for part, leaves in expected.items() for name, leaf in leaves.items()}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
         listed = [f"missing {'/'.join(path)}" for path in missing] + [f"not used: {'/'.join(path)}" for path in extra]
-        raise InputError(f"params do not fit the config: {', '.join(listed)}. init_params(key, config) makes them.")
+        makes = (
+            "merge_state(trainable, state) restores it" if missing == [("router", "bias")] else "init_params makes them"
+        )
+        raise InputError(f"params do not fit the config: {', '.join(listed)}. {makes}.")
+    none = [path for path, leaf in given.items() if leaf is None]
+    if none:
+        raise InputError(f"params {'/'.join(none[0])}=None must be an array.")
+    given = {path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()}
     for path, leaf in given.items():
         if isinstance(leaf, ScaledArray):
             check_scaled(path, leaf, wanted[path].shape)
@@ -82,15 +129,17 @@ def check_params(params: Params, config: LatentMoEConfig) -> None:
             raise InputError(f"params {'/'.join(path)} of shape {leaf.shape} must be of shape {wanted[path].shape}.")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise InputError(f"params {'/'.join(path)} of dtype {leaf.dtype} must be floating.")
-    if "bias" in expected["router"] and params["router"]["bias"].dtype not in (jnp.float32, jnp.float64):
+    bias = given.get(("router", "bias"))
+    if bias is not None and bias.dtype not in (jnp.float32, jnp.float64):
         raise InputError(
-            f"params router/bias of dtype {params['router']['bias'].dtype} must be float32: a narrower one cannot hold "
+            f"params router/bias of dtype {bias.dtype} must be float32: a narrower one cannot hold "
             "the small differences that balance the experts."
         )
+    return {part: {name: jnp.asarray(given[part, name]) for name in leaves} for part, leaves in params.items()}
 
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:
-    """Raises InputError unless it is w_in [E, l, m], gated [E, l, 2 m], or w_out [E, m, l]."""
+    """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] if gated, or w_out [E, m, l]."""
     if path[0] != "experts":
         raise InputError(f"params {'/'.join(path)} cannot be in format {leaf.format}: only the experts' weights can.")
     flat = (*shape[:2], math.prod(shape[2:]))
@@ -100,14 +149,20 @@ def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...
         )
 
 
-_EVERY_LEAF = {
-    "router": ("kernel", "bias", "scale"),
-    "down_proj": ("kernel",),
-    "experts": ("w_in", "w_out"),
-    "latent_norm": ("scale",),
-    "up_proj": ("kernel",),
-    "shared": ("w_in", "w_out"),
-}
+_DRAWN = (
+    ("down_proj", "kernel"),
+    ("experts", "w_in"),
+    ("experts", "w_out"),
+    ("latent_norm", "scale"),
+    ("router", "bias"),
+    ("router", "kernel"),
+    ("router", "scale"),
+    ("shared", "w_in"),
+    ("shared", "w_out"),
+    ("up_proj", "kernel"),
+    ("shared", "gate"),
+)
+"""All leaves. A leaf's position is folded into its key. Append new leaves, so that the others keep their values."""
 
 
 def _layout(config) -> Layout:
@@ -135,4 +190,6 @@ def _layout(config) -> Layout:
             "w_in": ((d, *gate, ms), ("hidden", *gate_axis, "shared_intermediate")),
             "w_out": ((ms, d), ("shared_intermediate", "hidden")),
         }
+        if config.shared_expert_gate:
+            layout["shared"]["gate"] = ((d, 1), ("hidden", None))
     return layout

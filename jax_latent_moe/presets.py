@@ -1,4 +1,4 @@
-"""Published models as configurations of one MoE layer, from their released config files.
+"""Published models as configurations of one MoE layer, taken from their released config files.
 
 Change one with `dataclasses.replace(presets.KIMI_K3, dtype="float32")`.
 """
@@ -24,7 +24,7 @@ NEMOTRON_3_SUPER = LatentMoEConfig(
     shared_expert_intermediate_size=5376,
     router=RouterConfig(routed_scaling_factor=5.0),
 )
-"""NVIDIA Nemotron-3 Super 120B-A12B: 40 such layers of 88."""
+"""NVIDIA Nemotron-3 Super 120B-A12B: 40 of its 88 layers."""
 
 NEMOTRON_3_ULTRA = LatentMoEConfig(
     hidden_size=8192,
@@ -35,7 +35,7 @@ NEMOTRON_3_ULTRA = LatentMoEConfig(
     shared_expert_intermediate_size=10240,
     router=RouterConfig(routed_scaling_factor=5.0),
 )
-"""NVIDIA Nemotron-3 Ultra 550B-A55B: 48 such layers of 108."""
+"""NVIDIA Nemotron-3 Ultra 550B-A55B: 48 of its 108 layers."""
 
 NEMOTRON_3_NANO = LatentMoEConfig(
     hidden_size=2688,
@@ -61,7 +61,7 @@ KIMI_K3 = LatentMoEConfig(
     latent_norm="post",
     latent_norm_eps=1e-5,
 )
-"""Moonshot Kimi K3: 92 such layers of 93; its two shared experts are one MLP of twice the width."""
+"""Moonshot Kimi K3: 92 of its 93 layers. Its two shared experts are one MLP of twice the width."""
 
 DEEPSEEK_V3 = LatentMoEConfig(
     hidden_size=7168,
@@ -73,7 +73,7 @@ DEEPSEEK_V3 = LatentMoEConfig(
     activation="swiglu",
     router=RouterConfig(routed_scaling_factor=2.5, num_groups=8, topk_groups=4),
 )
-"""DeepSeek-V3: no latent, 58 such layers of 61."""
+"""DeepSeek-V3: no latent, 58 of its 61 layers."""
 
 QWEN3_30B_A3B = LatentMoEConfig(
     hidden_size=2048,
@@ -84,4 +84,4 @@ QWEN3_30B_A3B = LatentMoEConfig(
     activation="swiglu",
     router=RouterConfig(score_function="softmax", correction_bias=False, norm_topk_eps=0.0),
 )
-"""Qwen3-30B-A3B: no latent, no shared expert, 48 such layers of 48."""
+"""Qwen3-30B-A3B: no latent, no shared expert, all of its 48 layers."""

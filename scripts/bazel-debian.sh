@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the Bazel of Debian 12 (4.2.3) on the targets here, without a download: scripts/bazel-debian.sh test //tests/...
-# It knows no MODULE.bazel and cannot fetch rules: its native Python rules and the packages of .venv stand in for them.
+# Runs the Bazel of Debian 12 (4.2.3) on this repository's targets, without a download.
+# usage: scripts/bazel-debian.sh test //tests/...
+# That Bazel cannot read MODULE.bazel or fetch rules. Its native Python rules and the packages of .venv replace them.
 # Needs: apt-get install bazel-bootstrap bazel-platforms bazel-rules-java; make setup; make cuda for the CUDA targets
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -26,7 +27,7 @@ while IFS='=' read -r name _; do
   name=${name//[-.]/_}
   echo "py_library(name = \"$name\", visibility = [\"//visibility:public\"])" | write "pypi/$name/BUILD"
 done < <(grep -v '^#' tests/requirements-bazel.txt)
-headers() { # headers REPOSITORY FOLDER: those that `make cuda` fetched
+headers() { # headers REPOSITORY FOLDER: the headers that `make cuda` has fetched
   write "$1/BUILD" <custom_calls/headers.BUILD
   ln -s "$PWD/.tools/cuda/headers/$2/include" "$REPOSITORIES/$1/include"
 }

@@ -7,14 +7,14 @@ FEW=OFF
 case ${1:-} in
 --few) FEW=ON ;;
 "") ;;
-*) die "unknown argument $1: there is only --few." ;;
+*) die "unknown argument $1: the only one is --few." ;;
 esac
-[[ $(uname -s)-$(uname -m) == Linux-x86_64 ]] || die "the CUDA library is built on Linux on x86_64 alone."
+[[ $(uname -s)-$(uname -m) == Linux-x86_64 ]] || die "the CUDA library can be built only on Linux on x86_64."
 
 TOOLS=$PWD/.tools/cuda
 BUILD=build/cuda
 mapfile -t HEADERS < <(grep -v '^#' custom_calls/headers.txt)
-# One compiler in five packages, which work in these versions together.
+# The compiler is five packages; these versions work together.
 NVCC=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96
   nvidia-cuda-cccl==13.0.85)
 
@@ -28,7 +28,7 @@ fetch() { # folder, packages
   echo "Fetching $*" >&2
   rm -rf "$folder"
   "$uv" pip install --quiet --no-deps --python "$python" --target "$folder" "$@" ||
-    die "uv could not fetch $*, for the reason it gives above."
+    die "uv could not fetch $*, for the reason given above."
   echo "$*" >"$stamp"
 }
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts here: every one runs from the repository's root and ends in one sentence where it cannot go on.
+# Sourced by the other scripts. Each runs from the repository's root, and ends with one sentence if it cannot go on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,7 +8,7 @@ die() {
   exit 1
 }
 
-# Every executable of that name on PATH: a version manager's shim may come first and answer only with an error.
+# Lists every executable of that name on PATH: the first may be a version manager's shim that only prints an error.
 on_path() {
   type -aP "$@" 2>/dev/null || true
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the extra that fits this machine: cpu, cuda12 or cuda13. LATENT_MOE_DEVICE=NAME decides instead.
+# Prints the extra that fits this machine: cpu, cuda12 or cuda13. LATENT_MOE_DEVICE=NAME overrides it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case ${LATENT_MOE_DEVICE:-} in

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Prints the path of a Python that the locked packages have wheels for; lets uv download one where there is none.
+# Prints the path of a Python for which the locked packages have wheels. If there is none, uv downloads one.
 # usage: scripts/python.sh UV
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 uv=$1
 
-resolve() { # the path behind a shim, if it is 3.12 to 3.14 and no free-threaded build
+resolve() { # the path behind a shim, if it is 3.12 to 3.14 and not a free-threaded build
   "$1" -c 'import sys, sysconfig
 if not (3, 12) <= sys.version_info < (3, 15) or sysconfig.get_config_var("Py_GIL_DISABLED"):
     sys.exit(1)

@@ -1,8 +1,8 @@
-"""Runs the GPU tests under compute-sanitizer, a test a process, and prints what was clean, found, cut or not run.
+"""Runs the GPU tests under compute-sanitizer, one test per process, and prints a table of the outcomes.
 
     python scripts/sanitize.py --tool memcheck --tool racecheck --limit 240 --total 1500 tests/gpu
 
-A test that outlasts its limit is "cut": nothing was found until then. The exit status is 1 if a tool found anything.
+A test that exceeds its limit is "cut": nothing was found until then. The exit status is 1 if a tool found anything.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 99
-"""What compute-sanitizer exits with where it found something."""
+"""The exit status of compute-sanitizer if it found something."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs everything within the total time; returns the exit status."""
+    """Runs all tests within the total time; returns the exit status."""
     options = _parser().parse_args(arguments)
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def collect(paths: list[str], keyword: str) -> list[str]:
     """The ids of the tests in the paths."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", keyword, *paths]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-k", keyword, *paths]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     tests = [line for line in listed.stdout.splitlines() if "::" in line]
     if not tests:
@@ -67,7 +67,7 @@ def collect(paths: list[str], keyword: str) -> list[str]:
 
 
 def run(command: list[str], limit: float, log: pathlib.Path) -> str:
-    """How a command ended within its limit: "clean", "found", "failed" (the test, not the tool), "skipped" or "cut"."""
+    """Runs a command within its limit: "clean", "found", "failed" (the test, not the tool), "skipped" or "cut"."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -85,7 +85,7 @@ def run(command: list[str], limit: float, log: pathlib.Path) -> str:
 
 
 def table(results: dict[tuple[str, str], str]) -> str:
-    """Tests by outcome for each tool, and the tests that were not clean by name."""
+    """The table of outcomes: the number of tests by tool, then the name of each test that was not clean."""
     outcomes = ("clean", "found", "failed", "cut", "skipped", "not run")
     lines = ["", f"{'tool':10}" + "".join(f"{outcome:>9}" for outcome in outcomes)]
     for tool in dict.fromkeys(tool for tool, _ in results):

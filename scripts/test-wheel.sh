@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the package from its source archive and runs a layer from the wheel, with nothing installed but the core dependencies.
-# Where there is an nvcc, it builds a wheel with a compiled kernel of each kind too, and finds them in it.
+# Builds the package from its source archive and runs a layer from the wheel, with only the core dependencies installed.
+# If there is an nvcc, it also builds a wheel with a compiled kernel of each kind, and finds them in it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 BUILT=$PWD/.tools/dist
@@ -12,18 +12,18 @@ files() { # folder of the wheel
   "$python" -m zipfile -l "$1"/*.whl | grep -o '^jax_latent_moe/[^ ]*' | sort
 }
 
-installed() { # folder of the wheel, code to run with it: out of the checkout, which python would import instead
+installed() { # folder of the wheel, code to run with it: outside of the checkout, which python would import instead
   (cd "$1" && "$uv" run --quiet --isolated --no-project --python "$python" --with ./*.whl python -c "$2")
 }
 
 rm -rf "$BUILT"
 "$uv" build --quiet --python "$python" --sdist --out-dir "$BUILT"
-# By pip, and the other wheel by uv: they ask the build backend for different things.
+# pip builds this wheel and uv the other, because they call different functions of the build backend.
 "$uv" run --quiet --isolated --no-project --python "$python" --with pip \
   python -m pip wheel --quiet --no-deps -C wheel.cmake=false --wheel-dir "$BUILT/pure" "$BUILT"/*.tar.gz
 [[ -f $(echo "$BUILT"/pure/*-py3-none-any.whl) ]] || die "the wheel without kernels is not tagged py3-none-any."
 diff <(git ls-files jax_latent_moe | grep -v 'BUILD.bazel$' | sort) <(files "$BUILT/pure") ||
-  die "the wheel without kernels does not hold the package's files alone."
+  die "the wheel without kernels must hold the package's files and no others."
 installed "$BUILT/pure" '
 import jax, jax_latent_moe as lm
 config = lm.LatentMoEConfig(hidden_size=16, latent_size=8, num_experts=4, top_k=2, expert_intermediate_size=8)
@@ -39,7 +39,7 @@ fi
   --out-dir "$BUILT/cuda" "$BUILT"/*.tar.gz
 [[ -f $(echo "$BUILT"/cuda/*-py3-none-linux_x86_64.whl) ]] || die "the wheel with kernels is not tagged py3-none-linux_x86_64."
 diff <(files "$BUILT/pure") <(files "$BUILT/cuda" | grep -v 'libjax_latent_moe_cuda.so$') ||
-  die "the wheel with kernels does not hold what the one without does."
+  die "the wheel with kernels lacks files of the one without."
 installed "$BUILT/cuda" '
 from jax_latent_moe import native
 library = native.library()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the path of a uv that runs here; fetches the pinned one into .tools/ where there is none.
+# Prints the path of a uv that runs here. If there is none, it fetches the pinned one into .tools/.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 PINNED=0.13.9
@@ -29,7 +29,7 @@ fetch_with() {
   rm -rf .tools/uv
   if "$python" -m venv .tools/uv; then
     .tools/uv/bin/python -m pip install --retries 1 --only-binary=:all: "uv==$PINNED"
-  else # Debian ships python3 without venv; its pip can still fill a folder
+  else # Debian's python3 has no venv, but its pip can install into a folder
     rm -rf .tools/uv
     PIP_USER=0 "$python" -m pip install --retries 1 --only-binary=:all: --target .tools/uv "uv==$PINNED"
   fi

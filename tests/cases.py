@@ -72,12 +72,13 @@ class Case(NamedTuple):
 
 
 def nudge_sums(config, norm_sums) -> LatentMoEConfig:
-    """The layer with the sums that a single expert's weight and a norm's input are divided by off by a rounding.
+    """The layer with the sum that a norm's input is divided by off by a rounding.
 
-    The gradient of a single normalised weight cancels but for epsilon, and so does that of whatever scales the input
-    of a norm, such as the weight of the only expert that gives anything: rounding may be all that is left of it.
+    The gradient of whatever scales the input of a norm, such as the weight of the only expert that gives anything,
+    cancels but for epsilon: rounding may be all that is left of it. The same goes for the weight of an expert that a
+    replay leaves alone, which is normalised to 1.
     """
-    if config.top_k == 1 and config.router.norm_topk_prob:
+    if config.router.norm_topk_prob and config.router.norm_topk_eps:
         config = with_router(config, norm_topk_eps=config.router.norm_topk_eps + PERTURBATION)
     if norm_sums:
         config = dataclasses.replace(config, latent_norm_eps=config.latent_norm_eps + PERTURBATION * min(norm_sums))
@@ -104,6 +105,8 @@ def param_shapes(config) -> dict:
         shapes["latent_norm"] = {"scale": (latent,)}
     if ms:
         shapes["shared"] = {"w_in": (d, *gate, ms), "w_out": (ms, d)}
+        if config.shared_expert_gate:
+            shapes["shared"]["gate"] = (d, 1)
     return shapes
 
 

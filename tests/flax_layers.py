@@ -34,7 +34,7 @@ SMALL = dataclasses.replace(BARE, router=RouterConfig(switch_loss_coef=0.3, z_lo
 """The fewest parameters with a correction bias among them, and losses: quick to compile."""
 HALF = dataclasses.replace(FULL, dtype="bfloat16", param_dtype="bfloat16")
 CONFIGS = {"full": FULL, "bare": BARE, "half": HALF}
-OTHER = dataclasses.replace(FULL, top_k=1, num_experts=6, expert_intermediate_size=9)
+OTHER = dataclasses.replace(FULL, top_k=2, num_experts=6, expert_intermediate_size=9)
 """A second layer for a model with FULL."""
 
 

@@ -4,12 +4,12 @@ from jax_latent_moe.activations import ACTIVATIONS
 from jax_latent_moe.config import LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
 
 
-def random_router(rng, num_groups, topk_groups, group_score_topk) -> RouterConfig:
+def random_router(rng, k, num_groups, topk_groups, group_score_topk) -> RouterConfig:
     def maybe(value, otherwise):
         return value if rng.random() < 0.5 else otherwise
 
     conditional = {}
-    if norm_topk_prob := maybe(True, False):
+    if norm_topk_prob := k > 1 and maybe(True, False):
         conditional |= dict(norm_topk_eps=maybe(1e-20, 0.25))
     if num_groups > 1:
         conditional |= dict(group_score_topk=group_score_topk)
@@ -17,7 +17,7 @@ def random_router(rng, num_groups, topk_groups, group_score_topk) -> RouterConfi
         conditional |= dict(capacity_factor=maybe(0.75, 1.25), min_capacity=maybe(0, 2))
         conditional |= dict(drop_policy=maybe("probs", "position"))
     return RouterConfig(
-        score_function=rng.choice(SCORE_FUNCTIONS).item(),
+        score_function=rng.choice([name for name in SCORE_FUNCTIONS if k > 1 or name != "softmax_topk"]).item(),
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=maybe(1.0, 2.5),
         correction_bias=maybe(True, False),
@@ -38,8 +38,8 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
     group = rng.integers(2, 6).item() if groups > 1 else rng.integers(1, 17).item()
     topk_groups = rng.integers(1, groups, endpoint=True).item()
     experts = groups * group
-    router = random_router(rng, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item())
     k = rng.integers(1, topk_groups * group, endpoint=True).item()
+    router = random_router(rng, k, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item())
     activation, latent_norm = rng.choice(tuple(ACTIVATIONS)).item(), rng.choice(LATENT_NORMS).item()
     fields = dict(
         hidden_size=rng.integers(3, 12).item(),
@@ -55,6 +55,7 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
         router=router,
         dtype="float32",
     )
+    fields["shared_expert_gate"] = bool(fields["shared_expert_intermediate_size"]) and rng.random() < 0.5
     if activation in ("gelu", "geglu"):
         fields |= dict(gelu_approximate=rng.random() < 0.5)
     if activation == "situ_glu":

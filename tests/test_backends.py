@@ -225,7 +225,7 @@ def test_tables_have_gradients_where_rows_are_gathered_in_pairs(rng, monkeypatch
             GatheredRows(np.ones((6, 4), np.float32), np.zeros(6, int), np.ones(5)),
             r"weights of shape \(5,\) .* 6 row_ids",
         ),
-        (GatheredRows(np.ones((0, 4), np.float32), np.zeros(6, int)), "has no row for 6 row_ids"),
+        (GatheredRows(np.ones((0, 4), np.float32), np.zeros(6, int)), "has no rows, but there are 6 row_ids"),
         (GatheredRows(np.ones((6, 3), np.float32), np.zeros(6, int)), r"does not fit rows of shape \(6, 3\)"),
     ],
 )

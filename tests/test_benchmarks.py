@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import fusing, gpu, layers, matmuls, steps
+from benchmarks import fusing, gpu, layers, matmuls, steps, train_table
+from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
 from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
-from examples.train import presets
+from examples.train import corpus, flops, presets
+from examples.train.model import language_model
+from examples.train.text import Corpus, Text
 from jax_latent_moe import init_params, latent_moe
 from jax_latent_moe.grouped_matmul import reference
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
@@ -226,6 +229,27 @@ def test_steps_are_measured_and_recorded(run, session, monkeypatch):
     steps.measure(session, "step", {"toy": {"steps": 7}})
     (row,) = rows_of(run)
     assert (row["suite"], row["impl"], row["max_error"]) == ("step", "xla", 0.0)
+
+
+def test_training_is_measured_and_stands_in_the_table(run, session, monkeypatch):
+    monkeypatch.setattr(training, "LOOP_STEPS", 60)
+    monkeypatch.setattr(train_table, "SIZES", {"toy": presets.TOY})
+    text = Text.of(bytes(np.random.default_rng(0).integers(0, 256, 9000, np.uint8)))
+    monkeypatch.setattr(corpus, "load_corpus", lambda name: Corpus(text, text))
+    training.measure(session, "train", {"toy": presets.TOY})
+    rows = rows_of(run)
+    passes = [(name, mlp) for mlp in ("dense", "moe", "latent_moe") for name in ("compile", "text", "random")]
+    assert [(row["pass"], row["impl"]) for row in rows if "=" not in row["impl"]] == [*passes, ("loop", "latent_moe")]
+    assert {row["impl"] for row in rows if "=" in row["impl"]} == {f"latent_moe {axis}=8" for axis in training.AXES}
+    by_hand = flops.flops_per_token(language_model(presets.TOY)) * 8 * 32
+    for row in rows:
+        if row["pass"] != "compile":  # over several devices the batch grows as they do
+            np.testing.assert_allclose(row["tflops"] * row["ms"] * 1e9, by_hand)
+    table = train_table.train_table(rows, rows[0]["device"])
+    assert table.count("`toy`") == 6
+    ms = {row["impl"]: row["ms"] for row in rows if row["pass"] == "text"}
+    assert f"x {ms['latent_moe'] / ms['dense']:.2f} |" in table
+    assert f"{8 * 32 / ms['dense']:,.0f} k" in table
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch):

@@ -1,6 +1,7 @@
 """Configurations: refused where they are built, with the value, the rule and the way out; hashable; frozen."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,14 @@ from jax_latent_moe import (
     InitConfig,
     LatentMoEConfig,
     PallasBackend,
+    PallasWgradTile,
+    ParallelConfig,
     RouterConfig,
     XlaBackend,
 )
+from jax_latent_moe.config import CutlassTile
 from tests.cases import TOY
+from tests.random_configs import random_config
 
 BAD_LAYERS = [
     (dict(hidden_size=0), "hidden_size=0 must be an integer of at least 1"),
@@ -42,7 +47,21 @@ BAD_LAYERS = [
     (dict(init={}), "init={} must be a InitConfig"),
     (dict(dtype="int8"), "dtype='int8' is not supported: use one of 'float32'"),
     (dict(dtype="nonsense"), "dtype='nonsense' is not supported"),
+    (dict(dtype=None), "dtype=None is not supported: use one of 'float32', 'bfloat16', 'float16', 'float64'"),
+    (dict(dtype=float), "dtype=<class 'float'> is not supported: use one of 'float32'"),
+    (dict(param_dtype=None), "param_dtype=None is not supported: use one of 'float32'"),
     (dict(param_dtype=int), "is not supported"),
+    (dict(hidden_size=2**40), f"hidden_size={2**40} must be at most 2147483647"),
+    (dict(hidden_size=np.float32(8)), "must be an integer of at least 1"),
+    (dict(latent_norm="pre", latent_norm_eps=1e-30), "latent_norm_eps=1e-30 must lie between 1e-24 and 1e+24"),
+    (
+        dict(top_k=1),
+        "top_k=1 with router.norm_topk_prob=True gives every weight 1 and the router no gradient: set router",
+    ),
+    (
+        dict(top_k=1, router=RouterConfig(score_function="softmax_topk", norm_topk_prob=False)),
+        "top_k=1 with router.score_function='softmax_topk' gives every weight 1",
+    ),
     (dict(backend="cuda"), "backend='cuda' is unknown: use one of 'auto', 'xla', 'pallas', 'cutlass'"),
     (dict(backend=XlaBackend), "is unknown"),
     (dict(router=RouterConfig(num_groups=3)), "num_experts=8 must be a multiple of router.num_groups=3"),
@@ -68,6 +87,16 @@ BAD_ROUTERS = [
     (dict(z_loss_coef=None), "router.z_loss_coef=None must be a finite number"),
     (dict(bias_update_rate=-1e-3), "router.bias_update_rate=-0.001 must not be negative"),
     (dict(capacity_factor=-1.0), "router.capacity_factor=-1.0 must not be negative"),
+    (dict(norm_topk_eps=1e-35), "router.norm_topk_eps=1e-35 must lie between 1e-30 and 1e+06"),
+    (dict(routed_scaling_factor=2**1024), "router.routed_scaling_factor=17976931348"),
+    (dict(routed_scaling_factor=1e39), "router.routed_scaling_factor=1e+39 must be 0 or of a magnitude between"),
+    (dict(routed_scaling_factor=-1e-50), "router.routed_scaling_factor=-1e-50 must be 0 or of a magnitude between"),
+    (dict(routed_scaling_factor=True), "router.routed_scaling_factor=True must be a finite number"),
+    (dict(z_loss_coef=1e39), "router.z_loss_coef=1e+39 must be 0 or of a magnitude"),
+    (dict(capacity_factor=1.0, min_capacity=2**40), f"router.min_capacity={2**40} must be at most 2147483647"),
+    (dict(num_groups=2**40), f"router.num_groups={2**40} must be at most 2147483647"),
+    (dict(dtype=None), "router.dtype=None is not supported: use one of 'float32', 'bfloat16', 'float64'"),
+    (dict(dtype=float), "router.dtype=<class 'float'> is not supported"),
     (dict(capacity_factor=1.0, min_capacity=-1), "router.min_capacity=-1 must be an integer of at least 0"),
     (dict(dtype="float16"), "router.dtype='float16' is not supported: use one of 'float32', 'bfloat16', 'float64'"),
 ]
@@ -127,10 +156,62 @@ def test_an_unknown_field_is_an_error_of_python():
         dataclasses.replace(TOY, top_q=2)
 
 
+def test_numbers_of_numpy_are_those_of_python():
+    layer = dataclasses.replace(
+        TOY, hidden_size=np.int64(12), top_k=np.uint8(3), activation="situ_glu", situ_beta=np.float32(3),
+        apply_routed_scale_to_output=np.bool_(True), router=RouterConfig(routed_scaling_factor=np.int32(2)),
+    )  # fmt: skip
+    plain = dataclasses.replace(
+        TOY, activation="situ_glu", situ_beta=3.0, apply_routed_scale_to_output=True,
+        router=RouterConfig(routed_scaling_factor=2.0),
+    )  # fmt: skip
+    assert layer == plain
+    assert hash(layer) == hash(plain)
+    assert repr(layer) == repr(plain)
+
+
 def test_equal_configs_are_one_key():
     assert hash(TOY) == hash(dataclasses.replace(TOY))
     assert dataclasses.replace(TOY) == TOY
     assert dataclasses.replace(TOY, top_k=2) != TOY
+
+
+TILED = CutlassBackend(matmul_tile=CutlassTile(128, 256, 4), fuse="never")
+
+
+@pytest.mark.parametrize(
+    "backend", ["auto", XlaBackend(method="ragged_dot"), PallasBackend(wgrad_tile=PallasWgradTile()), TILED], ids=str
+)
+def test_dicts_and_json_hold_every_config(rng, backend):
+    for _ in range(20):
+        config = random_config(rng, backend=backend, parallel=ParallelConfig(data_axis="dp", capacity_factor=1.5))
+        config = dataclasses.replace(config, init=InitConfig(std=0.02))
+        assert LatentMoEConfig.from_dict(config.to_dict()) == config
+        assert LatentMoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    few = {"hidden_size": 8, "latent_size": None, "num_experts": 4, "top_k": 2, "expert_intermediate_size": 3}
+    assert LatentMoEConfig.from_dict(few) == LatentMoEConfig(**few)
+    assert LatentMoEConfig.from_dict(few | {"backend": "xla"}).backend == XlaBackend()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_q": 1}, "top_q is no field of LatentMoEConfig: use hidden_size, latent_size"),
+        ({"router": {"topk": 1}}, "router.topk is no field of RouterConfig"),
+        ({"router": {"z_loss_coef": -1}}, "router.z_loss_coef=-1.0 must not be negative"),
+        ({"router": [1]}, "router=[1] must be a RouterConfig"),
+        ({"hidden_size": {}}, "hidden_size={} must not be a dict"),
+        ({"backend": {"method": "blocked"}}, "backend.name=None is unknown: use one of 'xla', 'pallas', 'cutlass'"),
+        ({"backend": {"name": "xla", "fuse": "never"}}, "backend.fuse is no field of XlaBackend"),
+    ],
+)
+def test_bad_dicts_are_refused(changes, message):
+    assert message in refused(lambda **f: LatentMoEConfig.from_dict(TOY.to_dict() | f), changes)
+
+
+def test_dicts_name_what_is_missing():
+    assert "hidden_size is missing" in refused(lambda: LatentMoEConfig.from_dict({"top_k": 2}), {})
+    assert "LatentMoEConfig=None must be a dict" in refused(lambda: LatentMoEConfig.from_dict(None), {})
 
 
 def test_configs_are_frozen():

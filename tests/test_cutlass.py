@@ -30,7 +30,7 @@ FLOAT32 = Operand("float32")
 
 def test_without_its_library_it_says_how_to_get_it(library_at, tmp_path):
     library_at(tmp_path / native.FILE)
-    with pytest.raises(UnsupportedError, match=r"libjax_latent_moe_cuda.so is not there: `make cuda`"):
+    with pytest.raises(UnsupportedError, match=r"libjax_latent_moe_cuda.so does not exist: build it with `make cuda`"):
         select(PROBLEM, CutlassBackend())
 
 
@@ -49,8 +49,8 @@ def test_a_file_that_is_no_library_is_named(library_at, tmp_path):
         ({"device": CPU}, "for NVIDIA Hopper GPUs"),
         ({"device": Device("gpu", "NVIDIA B200")}, "for NVIDIA Hopper GPUs"),
         (dict.fromkeys(("lhs", "rhs", "out"), FLOAT32), "not float32 x float32 to float32"),
-        ({"rhs": Operand("float16")}, "all operands alike, not bfloat16 x float16 to bfloat16"),
-        ({"rhs": Operand("int4")}, "all operands alike, not bfloat16 x int4 to bfloat16"),
+        ({"rhs": Operand("float16")}, "all in float16, not bfloat16 x float16 to bfloat16"),
+        ({"rhs": Operand("int4")}, "all in float16, not bfloat16 x int4 to bfloat16"),
         ({"out": FLOAT32}, "not bfloat16 x bfloat16 to float32"),
         ({"k": 1004}, "k=1004 is not a positive multiple of 8"),
         ({"n": 0}, "n=0 is not a positive multiple of 8"),
@@ -72,7 +72,7 @@ def test_what_it_cannot_run_it_refuses(changes, reason):
 def test_auto_goes_on_where_there_is_no_library(library_at, tmp_path):
     library_at(tmp_path / native.FILE)
     text = explain(PROBLEM)
-    assert "is not there: `make cuda`" in text
+    assert "does not exist: build it with `make cuda`" in text
     assert type(select(PROBLEM).backend).__name__ == "Pallas"
 
 
@@ -84,7 +84,7 @@ def test_auto_takes_it():
 @pytest.mark.usefixtures("install_library")
 def test_a_tile_that_was_not_compiled_is_refused_with_those_that_were():
     backend = CutlassBackend(matmul_tile=CutlassTile(rows=128, columns=64))
-    with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled .*; there are CutlassTile\("):
+    with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled .*; these were: CutlassTile\("):
         select(PROBLEM, backend)
     wgrad = dataclasses.replace(PROBLEM, contraction="wgrad")
     with pytest.raises(UnsupportedError, match=r"columns=64.* was not compiled for wgrad of bfloat16; there are"):

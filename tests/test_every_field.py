@@ -38,6 +38,7 @@ LAYER = {
     "top_k": (TOY, 2),
     "expert_intermediate_size": (TOY, 6),
     "shared_expert_intermediate_size": (TOY, 8),
+    "shared_expert_gate": (TOY, True),
     "activation": (TOY, "gelu"),
     "gelu_approximate": (dataclasses.replace(TOY, activation="geglu"), True),
     "situ_beta": (dataclasses.replace(TOY, activation="situ_glu"), 3.0),

@@ -114,7 +114,7 @@ def test_attributes_that_are_missing_or_unknown_are_refused():
 
 def test_operands_and_results_that_are_not_the_interface_s_are_refused():
     operands = list(OPERANDS)
-    with pytest.raises(TypeError, match=r"matmul has 5 operands \(rows, w, .*\), not 4"):
+    with pytest.raises(TypeError, match=r"matmul takes 5 operands \(rows, w, .*\), not 4"):
         matmul(operands[:-1])
     with pytest.raises(TypeError, match=r"matmul has 3 results \(out, .*\), not 4"):
         matmul(results=[*RESULTS, RESULTS[0]])
@@ -127,21 +127,21 @@ def test_operands_and_results_that_are_not_the_interface_s_are_refused():
 def test_without_its_file_it_says_how_to_get_it(library_at, tmp_path):
     library_at(tmp_path / native.FILE)
     assert native.library().kernels == {}
-    assert "libjax_latent_moe_cuda.so is not there: `make cuda`" in (native.library().missing or "")
+    assert "libjax_latent_moe_cuda.so does not exist: build it with `make cuda`" in (native.library().missing or "")
 
 
 def test_a_file_that_is_no_library_is_named(library_at, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"no library")
     library_at(tmp_path / "broken.so")
     assert f"{tmp_path}/broken.so cannot be loaded (" in (native.library().missing or "")
-    assert (native.library().missing or "").endswith("build it anew with `make cuda`.")
+    assert (native.library().missing or "").endswith("rebuild it with `make cuda`.")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("int latent_moe_interface_version() { return 7; }", "an older kind"),
+        ("int latent_moe_interface_version() { return 7; }", "of an older version"),
         ('char const* latent_moe_interface_hash() { return "0123456789abcdef"; }', "0123456789abcdef"),
     ],
 )
@@ -150,8 +150,8 @@ def test_a_stale_library_is_to_be_built_anew(library_at, tmp_path, source, found
     stale = tmp_path / "stale.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", stale, tmp_path / "stale.c"], check=True)
     library_at(stale)
-    what = f"its library {stale} has an interface of {found}, not {native.interface_hash()}"
-    assert native.library() == native.Library({}, f"{what}: build it anew with `make cuda`.")
+    what = f"its library {stale} has the interface {found}, not {native.interface_hash()}"
+    assert native.library() == native.Library({}, f"{what}: rebuild it with `make cuda`.")
 
 
 def test_the_generated_sources_follow_the_interface_and_the_list_of_kernels(tmp_path):
@@ -168,9 +168,9 @@ def test_the_generated_sources_follow_the_interface_and_the_list_of_kernels(tmp_
         f'LATENT_MOE_KERNEL("{names[1]}", kWgrad, kF16, kNone, kNone, 128, 192, 4, 2, 1)',
     ]
     assert len(files) == 3
-    with pytest.raises(SystemExit, match=r"'sm90.fwd.bf16.128x192' is no kernel's name"):
+    with pytest.raises(SystemExit, match=r"'sm90.fwd.bf16.128x192' is not a kernel's name"):
         generate.kernel_files(["sm90.fwd.bf16.128x192"])
-    with pytest.raises(SystemExit, match="is listed twice"):
+    with pytest.raises(SystemExit, match="must be listed only once"):
         generate.kernel_names("\n".join(names[:1] * 2), few=False)
 
 
@@ -255,3 +255,18 @@ def test_the_library_refuses_a_call_with_too_many_or_too_few_parts(on_the_cpu):
     ):
         with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
             unchecked_matmul(**HANDED_OVER, **changes)
+
+
+def test_every_target_may_be_exported_on_request():
+    """JAX refuses to export custom calls that it does not know, unless each is named."""
+
+    @jax.jit
+    def choose(scores):
+        return native.call("top_k", [scores], [jax.ShapeDtypeStruct((4, 2), jnp.int32)])[0]
+
+    scores = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    with pytest.raises(ValueError, match="no compatibility guarantees"):
+        jax.export.export(choose, platforms=("cuda",))(scores)
+    exported = jax.export.export(choose, platforms=("cuda",), disabled_checks=native.export_checks())(scores)
+    assert "latent_moe_top_k" in exported.mlir_module()
+    assert len(native.export_checks()) == len(native.INTERFACE)

@@ -61,10 +61,13 @@ def test_gradients_of_every_score_function_and_activation(rng, function, activat
 
 
 def test_one_expert_by_hand():
-    """Where d = l = E = k = 1, y = w_out * relu(w_in * z)^2 * up and the weight is 1 after normalisation."""
+    """Where d = l = E = k = 1, y = weight * w_out * relu(w_in * z)^2 * up, and a softmax of one logit is 1."""
     config = LatentMoEConfig(
         hidden_size=1, latent_size=1, num_experts=1, top_k=1, expert_intermediate_size=1,
-        router=RouterConfig(correction_bias=False, z_loss_coef=1.0, switch_loss_coef=0.5), dtype="float64",
+        router=RouterConfig(
+            score_function="softmax", norm_topk_prob=False, correction_bias=False, z_loss_coef=1.0, switch_loss_coef=0.5
+        ),
+        dtype="float64",
     )  # fmt: skip
     params = {
         "router": {"kernel": np.full((1, 1), 3.0)},
@@ -81,7 +84,10 @@ def test_one_expert_by_hand():
 def test_perfect_balance_costs_the_coefficient():
     config = LatentMoEConfig(
         hidden_size=4, latent_size=None, num_experts=4, top_k=1, expert_intermediate_size=1,
-        router=RouterConfig(score_function="softmax", correction_bias=False, switch_loss_coef=0.7), dtype="float64",
+        dtype="float64",
+        router=RouterConfig(
+            score_function="softmax", norm_topk_prob=False, correction_bias=False, switch_loss_coef=0.7
+        ),
     )  # fmt: skip
     params = cases.random_params(np.random.default_rng(0), config) | {"router": {"kernel": 9 * np.eye(4)}}
     assert oracle.forward(params, np.eye(4), config).losses["switch"] == pytest.approx(0.7)

@@ -53,6 +53,14 @@ def test_kernels_are_drawn_with_the_fan_in_deviation():
         assert np.abs(kernel).max() <= 2.3 / math.sqrt(fan_in)
 
 
+def test_a_new_leaf_leaves_the_values_of_the_others():
+    gated = init(dataclasses.replace(WIDE, shared_expert_gate=True))
+    gate = gated["shared"].pop("gate")
+    assert gate.shape == (64, 1)
+    assert np.asarray(gate).std() == pytest.approx(1 / 8, rel=0.5)
+    jax.tree.map(np.testing.assert_array_equal, gated, init(WIDE))
+
+
 def test_scales_are_one_and_the_bias_is_zero():
     config = dataclasses.replace(TOY, latent_norm="pre", router=RouterConfig(per_expert_scale=True))
     params = init(config)

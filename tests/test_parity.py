@@ -77,6 +77,15 @@ def test_the_layer_is_the_block_of_transformers(case, dtype, tmp_path):
     assert_trees_close(dparams, gradients(case, dtype, tmp_path), dtype, "gradient")
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if (GOLDEN / case / "stacked").is_dir()])
+def test_stacked_experts_are_the_same_parameters(case):
+    """The same weights, as transformers wrote them under the hub's names and as its modules hold them."""
+    config, params = imported(GOLDEN / case / "checkpoint")
+    stacked_config, stacked = imported(GOLDEN / case / "stacked")
+    assert stacked_config == config
+    jax.tree.map(np.testing.assert_array_equal, stacked, params)
+
+
 def test_the_cases_cover_what_the_routers_differ_in():
     configs = [imported(GOLDEN / case / "checkpoint")[0] for case in CASES]
     assert {config.latent_size is None for config in configs} == {True, False}
@@ -84,6 +93,8 @@ def test_the_cases_cover_what_the_routers_differ_in():
     assert {config.router.num_groups for config in configs} == {1, 2, 4}
     assert {config.router.score_function for config in configs} == {"sigmoid", "softmax", "softmax_topk"}
     assert len({config.router.routed_scaling_factor for config in configs}) > 2
+    assert {config.router.group_score_topk for config in configs} == {1, 2}
+    assert {config.shared_expert_gate for config in configs} == {True, False}
     biases = [imported(GOLDEN / case / "checkpoint")[1]["router"].get("bias") for case in CASES]
     near_64 = [bias for bias in biases if bias is not None and bias.min() >= 64 and bias.max() - bias.min() < 0.25]
     assert len(near_64) > 3

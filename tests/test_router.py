@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import RouterConfig
+from jax_latent_moe import InputError, RouterConfig
 from jax_latent_moe.config import SCORE_FUNCTIONS
 from jax_latent_moe.routing.router import auxiliary_losses, route, router_logits, update_correction_bias
+from tests.cases import TOY
+from tests.oracle import losses as oracle_losses
+from tests.oracle import router as oracle_router
 from tests.tolerances import assert_close
 
 LOGITS = np.array([[2.0, -1.0, 0.5, 1.0], [-3.0, 0.25, 0.0, -0.5]], np.float32)
@@ -125,6 +128,49 @@ def test_extreme_logits_stay_finite():
         assert np.isfinite(gradient).all(), function
 
 
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("logit", [-60.0, -90.0, -300.0, 90.0, 300.0])
+def test_underflow_of_a_score_is_no_nan(function, normalised, logit):
+    """One logit, chosen or not, or all of a token: gradients of weights and losses are finite, and right."""
+    config = RouterConfig(
+        score_function=function, norm_topk_prob=normalised, sequence_loss_coef=1.0, switch_loss_coef=1.0
+    )
+    low = -abs(logit)
+    logits = np.array([[logit, 0, 0.1, 0.2], [low, low - 1, low + 1, low]], np.float32)
+
+    def loss(logits):
+        weights = route(logits, config, 2).weights
+        return jnp.sum(weights * jnp.array([1.0, 3.0])) + sum(auxiliary_losses(logits[None], config, 2).values())
+
+    gradient = jax.grad(loss)(logits)
+    assert np.isfinite(gradient).all()
+    layer = dataclasses.replace(TOY, num_experts=4, top_k=2, router=config)
+    exact = np.zeros((2, 4))
+    for row, ids in enumerate(np.asarray(route(logits, config, 2).expert_ids)):
+        _, saved = oracle_router.weigh(layer, np.float64(logits[row]), ids, np.ones(4))
+        exact[row], _ = oracle_router.weigh_backward(
+            layer, np.float64(logits[row]), np.ones(4), saved, np.array([1, 3])
+        )
+    _, gradients, _ = oracle_losses.losses(layer, np.float64(logits)[None], np.ones((1, 2), bool))
+    exact += sum(gradients.values())[0]
+    np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
+def test_weights_of_scores_that_underflow_still_have_a_ratio(function):
+    """Replayed ids that the scores did not choose, without an epsilon."""
+    config = RouterConfig(score_function=function, norm_topk_eps=0.0)
+    shift = 0.0 if function.startswith("softmax") else -200.0
+    logits = np.array([[90 + shift, shift, shift + 0.1, shift + 0.2]], np.float32)
+    ids = np.array([[1, 2]])
+    weights, gradient = jax.value_and_grad(lambda a: route(a, config, 2, expert_ids=ids).weights[0, 0])(logits)
+    by_root = 0.05 if function == "sqrt_softplus" else 0.1  # exp(a / 2) where exp(a) is small
+    assert float(weights) == pytest.approx(sigmoid(-by_root), rel=1e-5)
+    slope = sigmoid(by_root) * sigmoid(-by_root) * by_root / 0.1
+    np.testing.assert_allclose(gradient, [[0, slope, -slope, 0]], rtol=1e-5)
+
+
 def test_router_matmul_in_its_own_dtype(rng):
     x, kernel = rng.normal(size=(5, 16)), rng.normal(size=(16, 4))
     logits = router_logits(jnp.bfloat16(x), jnp.float32(kernel), "float32")
@@ -165,6 +211,21 @@ def test_bias_moves_against_the_load():
     updated = update_correction_bias(jnp.zeros(4), jnp.array([5, 1, 3, 3]), rate)
     assert updated.dtype == jnp.float32
     assert_close(updated, rate * np.array([-1, 1, 0, 0]), "float32")
+
+
+@pytest.mark.parametrize("size", [2**24, 2**30, 2**31 - 9])
+def test_bias_tells_single_counts_apart(size):
+    """float32 has no 2^24 + 1, and int32 no sum of these."""
+    counts = np.full(8, size)
+    counts[3] += 1
+    updated = update_correction_bias(jnp.zeros(8), counts.astype(np.int32), 1.0)
+    np.testing.assert_array_equal(updated, np.where(np.arange(8) == 3, -1, 1))
+    np.testing.assert_array_equal(update_correction_bias(jnp.zeros(8), np.full(8, size, np.int32), 1.0), 0)
+
+
+def test_bias_is_updated_from_counts_alone():
+    with pytest.raises(InputError, match="tokens_per_expert of dtype float32 must be integers"):
+        update_correction_bias(jnp.zeros(2), jnp.array([0.5, 0.5]), 1.0)
 
 
 def test_repeated_bias_updates_even_the_load(rng):

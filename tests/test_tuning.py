@@ -178,9 +178,9 @@ def test_a_file_that_is_no_table_is_named(table, text):
 @pytest.mark.parametrize(
     ("device", "version", "message"),
     [
-        ("NVIDIA H100 80GB HBM3", 1, "holds tiles of 'NVIDIA H100 80GB HBM3', not of 'NVIDIA H200': remove it, or"),
-        ("NVIDIA H200", 0, "must be of version 1, with a device and entries of backend, contraction, .*: remove it"),
-        ("NVIDIA H200", 2, "must be of version 1"),
+        ("NVIDIA H100 80GB HBM3", 1, "holds tiles of 'NVIDIA H100 80GB HBM3', not of 'NVIDIA H200': remove or move"),
+        ("NVIDIA H200", 0, "must have version 1, a device, and entries with backend, contraction, .*: remove it"),
+        ("NVIDIA H200", 2, "must have version 1"),
     ],
 )
 def test_a_table_of_another_device_or_version_is_refused(table, device, version, message):
@@ -212,7 +212,7 @@ def test_a_table_of_version_0_1_is_refused(monkeypatch, tmp_path, named):
     for use in (lambda: tile_of(SUPER_UP), lambda: explain(SUPER_UP, "pallas")):
         with pytest.raises(ConfigError, match=f"{old} is a table of tiles of version 0.1.*remove it, and run") as info:
             use()
-        assert "does not say the dtype it was measured in" in str(info.value)
+        assert "does not name the measured dtype" in str(info.value)
     assert explain(SUPER_UP, XlaBackend()), "what has no tiles reads no table"
     assert json.loads(old.read_text()) == OLD
 

@@ -1,4 +1,4 @@
-"""The layer as one would write it in plain JAX around a ragged_dot: argsort, gather, two products, un-sort, sum."""
+"""The layer in plain JAX around a ragged_dot: argsort, gather, two products, un-sort, sum."""
 
 import jax.numpy as jnp
 
@@ -10,7 +10,7 @@ def layer(params, x, config, ragged_dot):
     """The routed experts on x: [T, d] -> [T, d], differentiated by JAX and by ragged_dot's own rule.
 
     Args:
-        params: of `jax_latent_moe.init_params`.
+        params: from `jax_latent_moe.init_params`.
         x: [T, d].
         config: a layer without shared expert and latent norm.
         ragged_dot: rows [R, K], w [E, K, N], group_sizes -> [R, N].

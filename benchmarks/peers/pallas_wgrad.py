@@ -1,4 +1,4 @@
-"""JAX's own Pallas kernel for the weight gradient, at the best of a small sweep."""
+"""JAX's own Pallas kernel for the weight gradient, with the best tile of a small sweep."""
 
 # (block_m, block_n, block_k, max_concurrent_steps, grid_block_n)
 SWEEP = (
@@ -12,7 +12,7 @@ SWEEP = (
 
 
 def transposed_ragged_dot(tile: tuple, x, dout, sizes):
-    """x^T dout per expert: x [R, K], dout [R, N], sizes [E]; raises where a block does not divide K or N."""
+    """x^T dout per expert: x [R, K], dout [R, N], sizes [E]; raises if a block does not divide K or N."""
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
 
     names = ("block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n")

@@ -1,6 +1,6 @@
-"""SonicMoE's experts (arXiv 2512.14080) in a layer of torch, holding the values of our parameters.
+"""SonicMoE's experts (arXiv 2512.14080) in a torch layer, with the values of our parameters.
 
-It tunes each kernel among its own tiles on the first call of a shape, which takes minutes where none is compiled yet.
+It tunes each kernel over its own tiles on the first call of a shape, which takes minutes if none is compiled yet.
 """
 
 import jax.numpy as jnp
@@ -11,26 +11,26 @@ from jax_latent_moe.grouped_matmul.tuning.timing import Candidate
 
 
 def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:
-    """A candidate a pass: forward as for inference; forward_backward with gradients of x and of every parameter.
+    """One candidate per pass: forward as for inference; forward_backward with gradients of x and of every parameter.
 
     Args:
         config: a layer without shared expert: swiglu experts behind NemotronH's router and projections, or behind
             Qwen3's router. Lowering raises ValueError for another activation.
-        params: of `jax_latent_moe.init_params`, bfloat16.
+        params: from `jax_latent_moe.init_params`, bfloat16.
         x: [T, d].
         dy: [T, d].
     """
 
     def make():
         if config.activation != "swiglu":
-            raise ValueError(f"SonicMoE's experts are gated, and of our activations swiglu alone: {config.activation}.")
+            raise ValueError(f"SonicMoE's experts run swiglu only, not {config.activation}.")
         return _qwen3(config, params) if config.latent_size is None else _nemotron_h(config, params, x.shape[0])
 
     return torch_layer.candidates(make, x, dy)
 
 
 def expert_weights(w_in, w_out):
-    """Ours as SonicMoE reads them: contraction last, and beside each row of the gate its row of up.
+    """Our weights as SonicMoE reads them: the contracted axis is last, and each gate row is next to its up row.
 
     Args:
         w_in: [E, l, 2, m], gate first.
@@ -44,14 +44,14 @@ def expert_weights(w_in, w_out):
 
 
 def _leaves(*arrays):
-    """Tensors on the memory of JAX's arrays, to differentiate by."""
+    """Tensors that share the memory of JAX's arrays and require gradients."""
     import torch  # pyright: ignore[reportMissingImports]
 
     return tuple(torch.from_dlpack(array).detach().requires_grad_() for array in arrays)
 
 
 def _qwen3(config, params):
-    """SonicMoE's own layer, its router in bfloat16 as Qwen3's in transformers; and its parameters."""
+    """SonicMoE's own layer, with its router in bfloat16 as Qwen3's in transformers, and its parameters."""
     import torch  # pyright: ignore[reportMissingImports]
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
     from sonicmoe.functional import moe_TC_softmax_topk_layer  # pyright: ignore[reportMissingImports]
@@ -80,13 +80,13 @@ def _qwen3(config, params):
 
 
 def _nemotron_h(config, params, tokens_count):
-    """NemotronH's router and projections around SonicMoE's experts; and the parameters."""
+    """NemotronH's router and projections around SonicMoE's experts, and the parameters."""
     import torch  # pyright: ignore[reportMissingImports]
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
     from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]
 
     class Logits(torch.autograd.Function):
-        """x @ kernel in float32 of bfloat16 operands, whose gradients are bfloat16's: no slow float32 matmul."""
+        """x @ kernel in float32 from bfloat16 operands, with bfloat16 gradients: no slow float32 matmul."""
 
         @staticmethod
         def forward(ctx, x, kernel):  # pyright: ignore[reportIncompatibleMethodOverride]

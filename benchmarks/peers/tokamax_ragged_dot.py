@@ -1,4 +1,4 @@
-"""tokamax's Mosaic GPU ragged_dot, at its own choice of tiles and at the best of a small sweep."""
+"""tokamax's Mosaic GPU ragged_dot, with its own choice of tiles and with the best of a small sweep."""
 
 import functools
 import importlib.util
@@ -26,10 +26,9 @@ OUTER_SWEEP = (
 
 @functools.cache
 def _package():
-    """The module of tokamax's GPU kernels, and the one of its dimension numbers and gradients.
+    """Tokamax's module of GPU kernels, and its module of dimension numbers and gradients.
 
-    Its benchmark helpers import xprof, a profiler that nothing here calls: where that is missing, an empty module
-    stands in.
+    Its benchmark helpers import xprof, a profiler that is not used here. If it is missing, an empty module replaces it.
     """
     if "xprof" not in sys.modules and importlib.util.find_spec("xprof") is None:
         parent = None
@@ -38,20 +37,20 @@ def _package():
             if parent is not None:
                 setattr(parent, name.rsplit(".", 1)[1], module)
             parent = module
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it would warn of each shape without a tuned tile
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns about each shape without a tuned tile
     from tokamax._src.ops.ragged_dot import base, pallas_mosaic_gpu  # pyright: ignore[reportMissingImports]
 
     return pallas_mosaic_gpu, base
 
 
 def sweep(pass_: str, quick: bool) -> tuple:
-    """The tiles to try for a pass; quick takes the first alone."""
+    """The tiles to try for a pass; only the first if `quick`."""
     tiles = OUTER_SWEEP if pass_ == "wgrad" else ROWS_SWEEP
     return tiles[:1] if quick else tiles
 
 
 def operation(tile: tuple | None = None, dgrad: tuple | None = None, wgrad: tuple | None = None):
-    """The operation at the given tiles for its forward pass and its two gradients; None is its own choice."""
+    """The operation with the given tiles for its forward pass and its two gradients; None is its own choice."""
     module, base = _package()
 
     def at(tile, **rule):

@@ -28,15 +28,15 @@ def candidate(pass_: str, x, w, dout, sizes) -> Candidate:
 
 
 def torch_call(run: Callable) -> Call:
-    """A call of torch with the memory that its allocator handed out beside the results, where a GPU counts it.
+    """A call of torch, with the peak memory of its allocator besides the results, on a GPU.
 
-    To be made where a candidate is lowered: the others' compilers may be timing matmuls on the GPU afterwards.
+    Make it when a candidate is lowered: later, the compilers of other candidates may be timing matmuls on the GPU.
     """
     import torch  # pyright: ignore[reportMissingImports]
 
     if not torch.cuda.is_available():
         return Call(run, lambda _: None)
-    run()  # kernels that tune themselves do it now, with memory of their own
+    run()  # kernels that tune themselves do so now, and use extra memory
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""A layer in torch as candidates: forward without a graph, and forward with every gradient."""
+"""A torch layer as candidates: forward without a graph, and forward with all gradients."""
 
 import functools
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from jax_latent_moe.grouped_matmul.tuning.timing import Candidate
 
 
 def candidates(make: Callable, x, dy) -> dict[str, Candidate]:
-    """A candidate a pass: forward without a graph; forward_backward with gradients of x and of every parameter.
+    """One candidate per pass: forward without a graph; forward_backward with gradients of x and of every parameter.
 
     Args:
-        make: returns a function from tokens [T, d] to [T, d] and its parameters, a tuple of tensors. It is called where
-            a pass is lowered, and may raise what leaves the layer out.
+        make: returns a function from tokens [T, d] to [T, d], and its parameters, a tuple of tensors. It is called when
+            a pass is lowered. If it raises an error, the layer is left out.
         x: [T, d].
         dy: [T, d].
     """

@@ -1,4 +1,4 @@
-"""The MoE blocks of transformers with its experts on torch's grouped matmul, holding the values of our parameters."""
+"""The MoE blocks of transformers, with experts on torch's grouped matmul and the values of our parameters."""
 
 from benchmarks.peers import torch_layer
 from jax_latent_moe.config import LatentMoEConfig
@@ -6,12 +6,12 @@ from jax_latent_moe.grouped_matmul.tuning.timing import Candidate
 
 
 def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:
-    """A candidate a pass: forward without a graph; forward_backward with gradients of x and of every parameter.
+    """One candidate per pass: forward without a graph; forward_backward with gradients of x and of every parameter.
 
     Args:
         config: a layer without shared expert: relu2 or swiglu experts behind NemotronH's router and projections, or
             swiglu experts behind Qwen3's router.
-        params: of `jax_latent_moe.init_params`, bfloat16; copied into transformers' layout.
+        params: from `jax_latent_moe.init_params`, bfloat16; copied into transformers' layout.
         x: [T, d].
         dy: [T, d].
     """
@@ -25,14 +25,14 @@ def candidates(config: LatentMoEConfig, params, x, dy) -> dict[str, Candidate]:
 
 
 def _block(config, params):
-    """The module on the GPU: made without memory, then given its tensors."""
+    """The module on the GPU. It is made without memory and then gets its tensors."""
     import torch  # pyright: ignore[reportMissingImports]
 
     with torch.device("meta"):
         block = _nemotron_h(config) if config.router.score_function == "sigmoid" else _qwen3(config)
 
     def give(module, name, kernel):
-        """A kernel of ours, [.., in, out], as one of theirs, [.., out, in]."""
+        """Our kernel [.., in, out] in their layout [.., out, in]."""
         tensor = torch.from_dlpack(kernel).transpose(-2, -1).contiguous()
         setattr(module, name, torch.nn.Parameter(tensor))
 

@@ -1,6 +1,6 @@
 """Causal attention by name: cuDNN's fused kernel, JAX's own formula, or blocks of queries for a CPU."""
 
-from typing import Literal, get_args
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from examples.train.config import ModelConfig
 from examples.train.errors import TrainError
 
 Attention = Literal["cudnn", "xla", "blocks"]
-Table = tuple[Float[Array, "time 1 half"], Float[Array, "time 1 half"]]
-"""Cosines and sines of the angle of each position and pair of features."""
+Table = tuple[Float[Array, "time 1 1 half"], Float[Array, "time 1 2 half"]]
+"""Cosines of the angle of each position and pair of features, and sines, negative for the first of the pair."""
 ROTARY_BASE = 10_000.0
 BLOCKS = 4
 CUDNN_CAPABILITY = 8.0
@@ -35,8 +35,7 @@ def choose_attention(name: str, model: ModelConfig) -> Attention:
         return "blocks" if reason else "cudnn"
     if name == "cudnn" and reason:
         raise TrainError(f"--attention cudnn cannot run: {reason}; use --attention auto.")
-    assert name in get_args(Attention)
-    return name
+    return cast(Attention, name)
 
 
 def _why_not_cudnn(model: ModelConfig) -> str | None:
@@ -57,15 +56,18 @@ def rotary_table(length: int, width: int, dtype: str) -> Table:
     """The angles of rotary position embedding (Su et al., arXiv 2104.09864) for heads of a width."""
     half = width // 2
     frequency = ROTARY_BASE ** (-jnp.arange(half) / half)
-    angle = (jnp.arange(length)[:, None] * frequency)[:, None, :]
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+    angle = (jnp.arange(length)[:, None] * frequency)[:, None, None, :]
+    sign = jnp.asarray([-1.0, 1.0])[:, None]
+    return jnp.cos(angle).astype(dtype), (sign * jnp.sin(angle)).astype(dtype)
 
 
 def rotate(x: Float[Array, "batch time heads width"], table: Table) -> Float[Array, "batch time heads width"]:
     """Rotary position embedding, the halves of a head paired."""
     cos, sin = table
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    # Swapped by a reversal, not cut and put together: that fuses with what is before and after it.
+    swapped = jnp.flip(halves, axis=-2)
+    return (halves * cos + swapped * sin).reshape(x.shape)
 
 
 def attend(

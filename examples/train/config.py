@@ -162,8 +162,8 @@ class Config:
 
     def __post_init__(self):
         ranges.check_numbers(self, "", ranges.RUN)
-        for option in ("data", "run"):
-            ranges.check_text(option, getattr(self, option) or "")
+        for option in ("data", "data_column", "run"):
+            ranges.check_text(option.replace("_", "-"), getattr(self, option) or "")
         ranges.check_mesh(self.mesh)
         ranges.check_processes(self.coordinator, self.processes, self.process)
         routed, latent = self.mlp != "dense", self.mlp == "latent_moe"
@@ -180,13 +180,13 @@ class Config:
     @property
     def bpe_tokens(self) -> int | None:
         """N of `--tokenizer bpe:N`; None of anything else."""
-        found = re.fullmatch(r"bpe:(\d+)", self.tokenizer)
+        found = re.fullmatch(r"bpe:([0-9]{1,9})", self.tokenizer)
         return int(found[1]) if found and int(found[1]) >= SMALLEST_BPE else None
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
         """The first and the last step to profile; None of none."""
-        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile)
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
             return None
         return int(found[1]), int(found[2])

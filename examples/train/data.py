@@ -171,8 +171,9 @@ class ValidationWindows:
     def subset(self, count: int) -> "ValidationWindows":
         """At most `count` of the windows, evenly spread."""
         chosen = np.unique(np.linspace(0, len(self.inputs) - 1, count).astype(int))
-        parts = (None if part is None else part[chosen] for part in (self.targets, self.scored, self.starts))
-        return ValidationWindows(self.inputs[chosen], *parts, self.token_bytes)
+        starts = None if self.starts is None else self.starts[chosen]
+        parts = self.inputs[chosen], self.targets[chosen], self.scored[chosen]
+        return ValidationWindows(*parts, starts, self.token_bytes)
 
 
 def validation_windows(

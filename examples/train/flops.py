@@ -1,6 +1,6 @@
 """Floating-point operations of a model and of a GPU, for the share of the GPU that a run uses (MFU)."""
 
-import jax
+from typing import Any
 
 from examples.train.mlp import dense_width
 from examples.train.model import LanguageModel
@@ -34,7 +34,7 @@ def flops_per_token(model: LanguageModel) -> int:
     return 3 * (layers * attention + first + (layers - 1) * mlp + 2 * d * model.vocabulary)
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """Operations a second at most; None for a device without a row, such as a CPU."""
     if device.platform != "gpu":
         return None

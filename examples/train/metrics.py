@@ -19,6 +19,7 @@ from examples.train.model import LanguageModel
 from examples.train.processes import is_first_process
 from examples.train.step import Metrics
 from examples.train.trackers import Trackers
+from examples.train.whole_file import write_whole
 
 FILE = "metrics.jsonl"
 IN_FLIGHT = 4
@@ -46,9 +47,7 @@ class MetricsWriter:
         if not is_first_process():
             return  # the numbers are the same in all of them
         kept = [json.dumps(record) + "\n" for record in read_records(folder) if record["step"] <= step]
-        partial = folder / f"{FILE}.part"
-        partial.write_text("".join(kept))
-        partial.replace(folder / FILE)
+        write_whole(folder / FILE, "".join(kept).encode())
         self._file = (folder / FILE).open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

@@ -47,6 +47,7 @@ def moe_config(config: Config) -> LatentMoEConfig | None:
         activation="relu2",
         latent_norm="none" if mlp == "moe" else model.latent_norm,
         router=RouterConfig(
+            norm_topk_prob=top_k > 1,  # a single weight, normalised, would be 1
             routed_scaling_factor=model.routed_scaling_factor,
             switch_loss_coef=config.switch_loss_coef,
             bias_update_rate=config.bias_update_rate,

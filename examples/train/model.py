@@ -1,7 +1,7 @@
 """A decoder-only transformer over tokens: rotary attention, RMSNorm, and the feed-forward under study."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from examples.train.config import Config, ModelConfig
 from examples.train.cross_entropy import cross_entropy
 from examples.train.embedding import embed
 from examples.train.mlp import dense_width, moe_config, residual_scale
+from examples.train.norm import Dropout, RMSNorm
 from examples.train.placing import LAYERS
 from jax_latent_moe import LatentMoEConfig
 from jax_latent_moe.linen import LatentMoE
@@ -37,8 +38,8 @@ class SelfAttention(nn.Module):
         """Each position reads those before it."""
         features = (3, self.heads, x.shape[-1] // self.heads)
         qkv = nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
-        q = rotate(nn.RMSNorm(dtype=self.dtype, name="q_norm")(qkv[:, :, 0]), table)
-        k = rotate(nn.RMSNorm(dtype=self.dtype, name="k_norm")(qkv[:, :, 1]), table)
+        q = rotate(RMSNorm(name="q_norm")(qkv[:, :, 0]), table)
+        k = rotate(RMSNorm(name="k_norm")(qkv[:, :, 1]), table)
         y = checkpoint_name(attend(q, k, qkv[:, :, 2], self.how, documents), "attention")
         output = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=self.output_init, name="out"
@@ -73,14 +74,14 @@ class Block(nn.Module):
         """One block, and nothing to stack; dropout needs a "dropout" key unless deterministic."""
         heads, dtype = self.model.heads, self.model.dtype
         output_init = nn.initializers.variance_scaling(residual_scale(self.model) ** 2, "fan_in", "truncated_normal")
-        drop = nn.Dropout(self.model.dropout, deterministic=self.deterministic)
+        drop = Dropout(self.model.dropout, self.deterministic)
         if self.moe is None:
             mlp = DenseMLP(dense_width(self.model), dtype, output_init, name="mlp")
         else:
             mlp = LatentMoE(self.moe, name="mlp")
         attention = SelfAttention(heads, dtype, output_init, self.attention, name="attention")
-        x += drop(attention(nn.RMSNorm(dtype=dtype, name="attention_norm")(x), table, documents))
-        return x + drop(mlp(nn.RMSNorm(dtype=dtype, name="mlp_norm")(x))), None
+        x += drop(attention(RMSNorm(name="attention_norm")(x), table, documents))
+        return x + drop(mlp(RMSNorm(name="mlp_norm")(x))), None
 
 
 class Embedding(nn.Module):
@@ -164,12 +165,12 @@ class LanguageModel(nn.Module):
                 block,
                 variable_axes={"params": 0, "correction_bias": 0, "losses": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=cast(Any, nn.broadcast),  # Flax's annotation leaves it out
                 length=config.layers - 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, _ = scanned(config, self.moe, self.attention, deterministic, name=LAYERS)(x, table, documents)
-        x = nn.RMSNorm(dtype=dtype, name="norm")(x)
+        x = RMSNorm(name="norm")(x)
         return Head(self.vocabulary, name="head")(x, targets, weights)
 
     def _block(self):

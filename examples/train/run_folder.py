@@ -2,13 +2,20 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from examples.train.config import Config, ModelConfig, OptimizerConfig
 from examples.train.errors import TrainError
 from examples.train.processes import is_first_process
+from examples.train.whole_file import write_whole
 
 FILE = "config.json"
+WRITTEN = (
+    *(FILE, "checkpoints", "metrics.jsonl", "tensorboard", "profile"),
+    *("sample.txt", "loss.png", "throughput.png", "expert_load.png"),
+)
+"""What a run writes into its folder, and may replace there."""
 FREE = {
     *("preset", "run", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
     *("restore", "bad_step", "spike_factor", "mesh", "coordinator", "processes", "process"),
@@ -39,12 +46,22 @@ def open_folder(config: Config) -> Path:
         check_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         if is_first_process():
-            partial = folder / f"{FILE}.part"
-            partial.write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
-            partial.replace(folder / FILE)
+            _check_empty_of_others(folder)
+            options = json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n"
+            write_whole(folder / FILE, options.encode())
     except OSError as error:
         raise TrainError(f"The run folder {folder} cannot be used ({error}): choose another with --run.") from error
     return folder
+
+
+def _check_empty_of_others(folder):
+    """A folder that is no run may hold what it likes, but nothing that a run would overwrite."""
+    found = sorted(name for name in WRITTEN if os.path.lexists(folder / name))
+    if found and not (folder / FILE).exists():
+        raise TrainError(
+            f"{folder} holds {', '.join(found)}, which a run would overwrite, but no readable {FILE} of a run: give "
+            "another folder with --run."
+        )
 
 
 def read_config(folder: Path) -> Config:

@@ -1,7 +1,7 @@
 """Text as tokens, in memory or mapped from a file, with the places where its documents begin."""
 
 import dataclasses
-import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,9 +98,9 @@ def on_disk(folder: Path, dtype: type, make: Callable[[], Parts]) -> Text:
         TrainError: it cannot be written.
     """
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")  # a name of its own
         try:
-            partial.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(parents=True)
             length = 0
             with (partial / "tokens").open("wb") as tokens, (partial / "starts").open("wb") as starts:
                 for part, begins in make():

@@ -14,6 +14,7 @@ from examples.train.config import Config
 from examples.train.corpus import cache_folder
 from examples.train.errors import TrainError
 from examples.train.text import SEPARATOR, Corpus, Parts, Text, collected, on_disk
+from examples.train.whole_file import write_whole
 
 FILE = "tokenizer.json"
 PIECE, GROUP = 2**20, 16
@@ -97,9 +98,7 @@ class BytePairs:
 
     def save(self, folder: Path):
         """Keeps the tokenizer in a run's folder."""
-        partial = folder / f"{FILE}.part"
-        partial.write_text(self._pairs.to_str(pretty=True))
-        partial.replace(folder / FILE)
+        write_whole(folder / FILE, self._pairs.to_str(pretty=True).encode())
 
     def _encoded(self, text: Text) -> Text:
         if not isinstance(text.tokens, np.memmap):

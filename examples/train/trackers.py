@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from examples.train.config import Config
@@ -30,7 +31,7 @@ def _imported(name: str) -> Any:
 class Trackers:
     """One run at each of the packages; only the first process speaks to them."""
 
-    def __init__(self, packages: list[Any], config: Config):
+    def __init__(self, packages: Sequence[Any], config: Config):
         self._packages = packages if is_first_process() else []
         for package in self._packages:
             options = {key: str(value) for key, value in dataclasses.asdict(config).items()}

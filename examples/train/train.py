@@ -1,5 +1,6 @@
 """The training run: main -> train -> steps, ending in plots, a sample and the validation bits per byte."""
 
+import gc
 import math
 import sys
 import time
@@ -139,6 +140,7 @@ def run_steps(
     started = time.monotonic() - snapshot.seconds
     interval = Interval(config, model, mesh.size, first, tokenizer.bytes_per_token(corpus.validation.tokens))
     metrics = None
+    gc.freeze()  # or every third line or so would wait for Python to look through all that compiling has left behind
     try:
         for step in range(first + 1, config.steps + 1):
             profile.begin(step, metrics)
@@ -173,6 +175,7 @@ def run_steps(
         profile.close()
         report.close()
         writer.close()
+        gc.unfreeze()
     return Snapshot(state, ahead.get_state(), time.monotonic() - started)
 
 

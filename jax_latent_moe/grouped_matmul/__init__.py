@@ -1,6 +1,6 @@
 """Matrix products whose rows belong to experts: three contractions, one signature, any backend.
 
-Rows are sorted by expert and `group_sizes[e]` counts the rows of expert e. Nothing here knows of routing.
+Rows are sorted by expert, and `group_sizes[e]` counts the rows of expert e. This package does not depend on routing.
 """
 
 import functools
@@ -25,6 +25,7 @@ from jax_latent_moe.grouped_matmul.operands import (
 )
 from jax_latent_moe.grouped_matmul.problem import Epilogue, Operand, Problem, problem
 from jax_latent_moe.grouped_matmul.registry import BackendConfig, Bound, as_backend, explain, fused, register, select
+from jax_latent_moe.varying import varying
 
 __all__ = [
     "Backend",
@@ -58,14 +59,15 @@ def grouped_matmul(
 ) -> Float[Array, "r b"]:
     """rows[R,K] x w[e][K,N] -> [R,N] for the rows of each expert; with transpose_w, rows[R,N] x w[e]^T -> [R,K].
 
-    Rows beyond sum(group_sizes) give zeros and leak nowhere, gradients included, even where they hold NaN. An expert
-    without rows has an exactly zero gradient. Differentiable in reverse mode with respect to rows and w.
+    Rows beyond sum(group_sizes) are padding rows. They give zeros and affect no other value or gradient, even if they
+    hold NaN. An expert without rows has an exactly zero gradient. The function is differentiable in reverse mode with
+    respect to rows and w.
 
     Args:
-        rows: [R, K] (or [R, N] with transpose_w), sorted by expert; `GatheredRows` need not be gathered beforehand.
-        w: [E, K, N], of the dtype of rows, or a `ScaledArray`, which gets no gradient.
-        group_sizes: [E] int32, rows of each expert. Checked when the values are known; under jit, a negative size
-            counts as 0 and rows that do not exist are left out.
+        rows: [R, K] (or [R, N] with transpose_w), sorted by expert, as an array or as `GatheredRows`.
+        w: [E, K, N] in the dtype of rows, or a `ScaledArray`, which gets no gradient.
+        group_sizes: [E] int32, the number of rows of each expert. The values are checked when they are known. Under
+            jit, a negative size counts as 0, and groups are cut at the last row.
         transpose_w: contract the last axis of w instead of the second.
         backend: "auto", a name or a backend dataclass.
 
@@ -87,6 +89,7 @@ def grouped_matmul(
     if not isinstance(w, ScaledArray):
         _check_same_dtype(rows=rows, w=w)
     group_sizes = _check_group_sizes(group_sizes, w.shape[0], rows.shape[0])
+    rows, w = varying((rows, w), rows, w, group_sizes)
     return _matmul(as_backend(backend), transpose_w, rows, w, group_sizes)
 
 
@@ -99,11 +102,12 @@ def grouped_wgrad(
 ) -> Float[Array, "e k n"]:
     """rows^T x dout over the rows of each expert: [R,K], [R,N] -> [E,K,N].
 
-    Rows beyond sum(group_sizes) leak nowhere; an expert without rows gets exact zeros. Differentiable in reverse mode.
+    Rows beyond sum(group_sizes) are padding rows and affect no value. An expert without rows gets exact zeros. The
+    function is differentiable in reverse mode.
 
     Args:
         rows: [R, K], sorted by expert.
-        dout: [R, N], of the dtype of rows.
+        dout: [R, N], in the dtype of rows.
         group_sizes: [E] int32, as for `grouped_matmul`.
         backend: "auto", a name or a backend dataclass.
 
@@ -115,9 +119,10 @@ def grouped_wgrad(
     _check_rows("rows", rows)
     _check_rows("dout", dout)
     if rows.shape[0] != dout.shape[0]:
-        raise InputError(f"rows of shape {rows.shape} and dout of shape {dout.shape} must have as many rows.")
+        raise InputError(f"rows of shape {rows.shape} and dout of shape {dout.shape} must have equally many rows.")
     _check_same_dtype(rows=rows, dout=dout)
     group_sizes = _check_group_sizes(group_sizes, None, rows.shape[0])
+    rows, dout = varying((rows, dout), rows, dout, group_sizes)
     return _wgrad(as_backend(backend), rows, dout, group_sizes)
 
 
@@ -169,12 +174,12 @@ def _check_gathered(rows):
     if row_ids.ndim != 1 or not jnp.issubdtype(row_ids.dtype, jnp.integer):
         raise InputError(f"row_ids of shape {row_ids.shape} and dtype {row_ids.dtype} must be integers, [rows].")
     if row_ids.size and not table.shape[0]:
-        raise InputError(f"table of shape {table.shape} has no row for {row_ids.size} row_ids to name.")
+        raise InputError(f"table of shape {table.shape} has no rows, but there are {row_ids.size} row_ids.")
     weights = None if rows.weights is None else jnp.asarray(rows.weights)
     if weights is not None and (weights.shape != row_ids.shape or not jnp.issubdtype(weights.dtype, jnp.floating)):
         raise InputError(
-            f"weights of shape {weights.shape} and dtype {weights.dtype} must be floating, one for each of the "
-            f"{row_ids.size} row_ids; None leaves rows as they are."
+            f"weights of shape {weights.shape} and dtype {weights.dtype} must be floating, with one for each of the "
+            f"{row_ids.size} row_ids; weights=None does not scale the rows."
         )
     return GatheredRows(table, row_ids.astype(jnp.int32), weights)
 
@@ -190,7 +195,7 @@ def _check_same_dtype(**arrays):
     dtypes = {name: array.dtype for name, array in arrays.items()}
     if len(set(dtypes.values())) > 1:
         listed = " and ".join(f"{name} of dtype {dtype}" for name, dtype in dtypes.items())
-        raise InputError(f"{listed} must be of one dtype: cast one of them first.")
+        raise InputError(f"{listed} must have the same dtype: cast one of them first.")
 
 
 def _check_group_sizes(group_sizes, num_experts, num_rows):
@@ -199,11 +204,11 @@ def _check_group_sizes(group_sizes, num_experts, num_rows):
         expected = "[experts]" if num_experts is None else f"[{num_experts}], one for each expert of w"
         raise InputError(f"group_sizes of shape {group_sizes.shape} must be of shape {expected}.")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise InputError(f"group_sizes of dtype {group_sizes.dtype} must be integers, int32 at best.")
+        raise InputError(f"group_sizes of dtype {group_sizes.dtype} must be integers, preferably int32.")
     if not isinstance(group_sizes, Tracer):
         sizes = np.asarray(group_sizes)
         if (sizes < 0).any():
             raise InputError(f"group_sizes[{int(sizes.argmin())}]={sizes.min()} is negative: sizes are at least 0.")
         if sizes.sum() > num_rows:
-            raise InputError(f"group_sizes add up to {sizes.sum()}, more than the {num_rows} rows there are.")
+            raise InputError(f"group_sizes add up to {sizes.sum()}, more than the {num_rows} rows given.")
     return group_sizes.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""What a grouped-matmul backend is."""
+"""The interface of a grouped-matmul backend."""
 
 import abc
 import dataclasses
@@ -10,11 +10,11 @@ from jax_latent_moe.grouped_matmul.problem import Epilogue, Problem
 
 @dataclasses.dataclass(frozen=True)
 class Backend(abc.ABC):
-    """Computes the three contractions. Rows are sorted by expert; group_sizes counts the rows of each.
+    """Computes the three contractions. Rows are sorted by expert, and group_sizes counts the rows of each expert.
 
-    Under jit nothing can refuse negative sizes, or sums above the rows: they are cut to the rows there are. Rows beyond
-    the sum give zero rows and leak nowhere, whatever they hold. An expert without rows gets an exactly zero wgrad.
-    Accumulation is in float32 (float64 for float64 operands).
+    Group sizes cannot be checked under jit: a negative size counts as 0, and groups are cut at the last row. Padding
+    rows, those beyond the sum, give zero rows and affect no other value, whatever they hold. An expert without rows
+    gets an exactly zero wgrad. Accumulation is in float32 (float64 for float64 operands).
 
     Attributes:
         config: the backend's settings, a frozen dataclass.
@@ -24,14 +24,14 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def supports(self, problem: Problem) -> str | None:
-        """None when this backend runs the problem, else the reason, as a sentence."""
+        """None if this backend runs the problem, else the reason why not, as a sentence."""
 
     @abc.abstractmethod
     def run(self, problem: Problem, tile: Any, operands: Operands) -> Outputs:
-        """Runs a problem that it supports, with one of its tiles."""
+        """Runs a supported problem with one of its tiles."""
 
     def tiles(self, problem: Problem) -> tuple[Any, ...]:
-        """The tiles that `tune` times for the problem, the heuristic's first; empty where there is no choice.
+        """The tiles that `tune` times for the problem, best first by the heuristic; empty if there is no choice.
 
         A tile is a frozen dataclass.
         """
@@ -39,7 +39,7 @@ class Backend(abc.ABC):
         return ()
 
     def has_tile(self, problem: Problem, tile: Any) -> bool:
-        """Whether a kernel runs the problem with a tile that a table names."""
+        """Whether a kernel runs the problem with this tile, which a table names."""
         return tile in self.tiles(problem)
 
     def given_tile(self, problem: Problem) -> Any:
@@ -47,15 +47,15 @@ class Backend(abc.ABC):
         del problem
 
     def tile_type(self, problem: Problem) -> type | None:
-        """The dataclass of the problem's tiles, which tables of measured tiles are read into; None without tiles."""
+        """The dataclass of the problem's tiles, into which tables of measured tiles are read; None without tiles."""
         del problem
 
     def in_place(self, problem: Problem, tile: Any) -> tuple[str, ...]:
-        """Operands ("lhs", "rhs") that are not dense and that the kernel reads in place; others are made dense."""
+        """The operands ("lhs", "rhs") that are not dense and that the kernel reads without a dense copy."""
         del problem, tile
         return ()
 
     def insists(self, epilogue: Epilogue) -> bool:
-        """Whether an epilogue that `supports` refuses is an error, rather than left to XLA."""
+        """Whether it is an error if `supports` refuses the epilogue. Otherwise the epilogue is left to XLA."""
         del epilogue
         return False

@@ -1,4 +1,4 @@
-"""What a grouped matmul reads and gives: rows that need not be gathered or cut out beforehand, operands, results."""
+"""Operands and results of a grouped matmul, and rows that a kernel may gather or cut out of wider rows itself."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,17 +8,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
 from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.formats import ScaledArray, format_of
 from jax_latent_moe.grouped_matmul.problem import Operand
 
 
 class GatheredRows(NamedTuple):
-    """The rows table[row_ids], [R, K], perhaps weighted. Some kernels gather them while they multiply.
+    """The rows table[row_ids], [R, K], optionally times weights. Some kernels gather them while they multiply.
 
     Attributes:
         table: [T, K].
-        row_ids: [R] int32, which row of the table each row is; an id outside [0, T) takes the nearest row.
-        weights: [R], what each row is multiplied by, in float32, before it is rounded to the table's type; or None.
+        row_ids: [R] int32, the row of the table that each row is. An id outside [0, T) takes the nearest row.
+        weights: [R], or None. Each row is multiplied by its weight in float32, then rounded to the table's dtype.
     """
 
     table: Float[Array, "t k"]
@@ -32,12 +33,12 @@ class GatheredRows(NamedTuple):
 
     @property
     def dtype(self):
-        """That of the table."""
+        """The table's dtype."""
         return self.table.dtype
 
 
 class LastColumns(NamedTuple):
-    """The last columns of wider rows, [R, K]. Some kernels read them in place. It cannot be an argument of a jit.
+    """The last columns of wider rows, [R, K]. Some kernels read them in place. A jitted function cannot take it.
 
     Attributes:
         matrix: [R, C].
@@ -54,19 +55,19 @@ class LastColumns(NamedTuple):
 
     @property
     def dtype(self):
-        """That of the matrix."""
+        """The matrix's dtype."""
         return self.matrix.dtype
 
 
 class Operands(NamedTuple):
-    """What one product reads.
+    """The inputs of one product. The last two are for an epilogue with a gradient.
 
     Attributes:
         lhs: rows [R, K] of fwd and wgrad, [R, N] of dgrad.
         rhs: the weight [E, K, N] of fwd and dgrad, rows [R, N] of wgrad.
         group_sizes: [E] int32.
-        residual: with a gradient in the epilogue, what the forward pass kept, [R, K] or [R, 2 K].
-        row_weights: with a gradient in the epilogue, what each row's gradient is multiplied by, [R].
+        residual: the activation's residual from the forward pass, [R, K] or [R, 2 K].
+        row_weights: the factor of each row's gradient, [R].
     """
 
     lhs: Any
@@ -78,17 +79,18 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What one product gives; a field that the product does not have is None.
+    """The results of one product. A field that the product does not have is None.
+
+    An epilogue is a value (the activation, in fwd) or a gradient (of the activation, in dgrad).
 
     Attributes:
-        out: the product: [R, N], [R, K] or [E, K, N]. With a value in the epilogue the hidden rows; with a gradient in
-            it the gradient of the pre-activation times row_weights.
-        residual: with a value in the epilogue, what it keeps.
-        hidden: with a gradient in the epilogue that is made of the pre-activation, hidden rows times row_weights.
+        out: the product: [R, N], [R, K] or [E, K, N]. With a value in the epilogue, the hidden rows. With a gradient in
+            the epilogue, the gradient of the pre-activation times row_weights.
+        residual: with a value in the epilogue, the activation's residual.
+        hidden: with a gradient in the epilogue that reads the pre-activation, hidden rows times row_weights.
         row_weight_gradients: with a gradient in the epilogue, <dhidden, hidden> of each row, [R] float32.
-        lhs: the left operand as a dense array, or as `LastColumns`: gathered rows are there once a kernel has read
-            them.
-        rhs: the right operand, likewise.
+        lhs: the left operand as a dense array or as `LastColumns`. A kernel that gathers rows returns them here.
+        rhs: the right operand, in the same way.
     """
 
     out: Any
@@ -100,7 +102,7 @@ class Outputs:
 
 
 def operand_of(array: Array | ScaledArray | GatheredRows | LastColumns) -> Operand:
-    """How an array is stored, for a `Problem`."""
+    """The format and layout of an array, for a `Problem`."""
     if isinstance(array, GatheredRows | LastColumns):
         layout = "gathered" if isinstance(array, GatheredRows) else "columns"
         return Operand(jnp.dtype(array.dtype).name, layout)
@@ -110,11 +112,11 @@ def operand_of(array: Array | ScaledArray | GatheredRows | LastColumns) -> Opera
 def gathered(
     rows: Float[Array, "r k"] | GatheredRows | LastColumns, device: Device | None = None
 ) -> Float[Array, "r k"]:
-    """The rows as a dense array. Has no derivative: see `scattered`.
+    """The rows as a dense array. It is not to be differentiated by JAX: `scattered` computes its gradient.
 
     Args:
-        rows: dense rows, which come back as they are, rows of a table, or columns of wider rows.
-        device: where they are gathered; None is JAX's default device.
+        rows: rows of a table, columns of wider rows, or dense rows, which are returned as they are.
+        device: the device that gathers them; None is JAX's default device.
     """
     if isinstance(rows, LastColumns):
         return rows.matrix[:, rows.matrix.shape[1] - rows.width :]
@@ -122,7 +124,7 @@ def gathered(
         return rows
     table, row_ids, weights = rows
     platform = (device or current_device()).platform
-    # XLA's gather on a GPU moves one element a thread: two bfloat16 as one number take half the time.
+    # XLA's gather on a GPU moves one element per thread: two bfloat16 in one 32-bit number take half the time.
     if platform == "gpu" and table.dtype == jnp.bfloat16 and table.shape[1] % 2 == 0:
         pairs = _take(lax.bitcast_convert_type(table.reshape(table.shape[0], -1, 2), jnp.uint32), row_ids)
         pairs = pairs if weights is None else _times(pairs, weights[:, None])
@@ -132,7 +134,7 @@ def gathered(
 
 
 def scattered(rows: GatheredRows, drows: Float[Array, "r k"]) -> GatheredRows:
-    """The gradients of table and weights from that of the rows; sums run in the wider of float32 and the rows' type."""
+    """The gradients of table and weights, from that of the rows. Sums are in float32, or the rows' dtype if wider."""
     table, row_ids, weights = rows
     parts = drows.astype(_wide(drows)) if weights is None else _weigh(drows, weights)
     nearest = jnp.clip(row_ids, 0, table.shape[0] - 1)
@@ -148,11 +150,11 @@ def _weigh(rows, weights):
 
 
 def _wide(rows):
-    return jnp.promote_types(rows.dtype, jnp.float32)
+    return at_least_float32(rows.dtype)
 
 
 def _times(pairs: UInt32[Array, "r half"], weights: Float[Array, "r 1"]) -> UInt32[Array, "r half"]:
-    """Pairs of bfloat16 times weights. A bfloat16 is the upper half of a float32."""
+    """Multiplies pairs of bfloat16 by weights. A bfloat16 is the upper half of a float32."""
     halves = (lax.bitcast_convert_type(half, jnp.float32) for half in (pairs << 16, pairs & jnp.uint32(0xFFFF0000)))
     products = ((weights.astype(jnp.float32) * half).astype(jnp.bfloat16) for half in halves)
     low, high = (lax.bitcast_convert_type(product, jnp.uint16).astype(jnp.uint32) for product in products)

@@ -1,4 +1,4 @@
-"""One grouped matmul, as far as it is known before it runs: what backends are asked about."""
+"""The static description of one grouped matmul, by which a backend decides whether and how to run it."""
 
 import dataclasses
 from typing import Literal
@@ -14,10 +14,10 @@ Layout = Literal["dense", "gathered", "columns"]
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """How one operand, or the result, is stored.
+    """The format and layout of one operand, or of the result.
 
     Attributes:
-        format: a dtype's name, or that of a registered `Format`.
+        format: the name of a dtype or of a registered `Format`.
         layout: "dense", "gathered" for `GatheredRows`, or "columns" for `LastColumns` of wider rows.
     """
 
@@ -33,9 +33,8 @@ class Epilogue:
     """An activation inside of a product: its value in fwd, its gradient in dgrad.
 
     Attributes:
-        activation: which activation.
-        residual: what fwd keeps for the gradient, and what dgrad makes the gradient of. None in an fwd without
-            gradient.
+        activation: the activation.
+        residual: what fwd keeps, and what dgrad computes the gradient from. None in a fwd without a backward pass.
     """
 
     activation: BoundActivation
@@ -47,19 +46,19 @@ class Epilogue:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One grouped matmul, as far as it is known before it runs.
+    """The static description of one grouped matmul: everything that is known before it runs.
 
     Attributes:
         contraction: "fwd" is rows x w, "dgrad" is rows x w^T, "wgrad" is rows^T x rows, each per expert.
-        num_rows: R, rows in all.
-        num_experts: E, experts with rows or without.
+        num_rows: R, the number of all rows.
+        num_experts: E, the number of experts, with or without rows.
         k: K of the weight [E, K, N].
         n: N of the weight [E, K, N].
-        lhs: rows [R, K] of fwd and wgrad, [R, N] of dgrad.
-        rhs: the weight of fwd and dgrad, rows [R, N] of wgrad.
+        lhs: the rows [R, K] of fwd and wgrad, or [R, N] of dgrad.
+        rhs: the weight of fwd and dgrad, or the rows [R, N] of wgrad.
         out: the result.
-        device: where it runs.
-        epilogue: what is fused into the product; None for the plain product.
+        device: the device that runs it.
+        epilogue: the activation fused into the product; None for the plain product.
     """
 
     contraction: Contraction
@@ -102,17 +101,17 @@ def problem(
     epilogue: Epilogue | None = None,
     device: Device | None = None,
 ) -> Problem:
-    """A `Problem`: what `explain` and `select` ask for.
+    """Makes a `Problem`, for `explain` and `select`.
 
     Args:
         contraction: "fwd", "dgrad" or "wgrad".
         num_rows: R.
         w_shape: (E, K, N).
-        dtype: of the result, and of both operands unless they are given.
-        lhs: the left operand, where it is not a dense array of dtype.
-        rhs: the right operand, likewise.
-        epilogue: what is fused into the product.
-        device: where it runs; None is JAX's default device.
+        dtype: dtype of the result, and of both operands unless they are given.
+        lhs: the left operand; None for a dense array of dtype.
+        rhs: the right operand; None for a dense array of dtype.
+        epilogue: the activation fused into the product, or None.
+        device: the device that runs it; None is JAX's default device.
     """
     own, (num_experts, k, n) = Operand(jnp.dtype(dtype).name), w_shape
     return Problem(

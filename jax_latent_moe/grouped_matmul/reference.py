@@ -1,4 +1,4 @@
-"""The oracle: a float64 NumPy loop over experts. For tests and for readers; it knows nothing of any backend."""
+"""The oracle for tests and readers: a float64 NumPy loop over experts, independent of all backends."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ def grouped_matmul(
     """Rows x w (or w^T) for the rows of each expert, in float64; rows beyond sum(group_sizes) are zero.
 
     Raises:
-        InputError: a group size is negative, or they add up to more rows than there are.
+        InputError: a group size is negative, or the sizes add up to more than R.
     """
     rows, w = np.asarray(rows, np.float64), np.asarray(w, np.float64)
     out = np.zeros((rows.shape[0], w.shape[1 if transpose_w else 2]))
@@ -31,7 +31,7 @@ def grouped_wgrad(
     """rows^T x dout over the rows of each expert, in float64; zero for an expert without rows.
 
     Raises:
-        InputError: a group size is negative, or they add up to more rows than there are.
+        InputError: a group size is negative, or the sizes add up to more than R.
     """
     rows, dout = np.asarray(rows, np.float64), np.asarray(dout, np.float64)
     out = np.zeros((len(group_sizes), rows.shape[1], dout.shape[1]))

@@ -1,4 +1,4 @@
-"""Which backends there are, and the decision of one problem: backend, tile, and which rows are gathered when."""
+"""The registered backends, and the decision for one problem: its backend, its tile, and where rows are gathered."""
 
 import dataclasses
 from typing import Any, Literal
@@ -18,14 +18,15 @@ from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
 BackendConfig = Any
 """The settings of a registered backend: one of the dataclasses in `BACKENDS`."""
 
-# One row a backend: its name, its settings, what runs it.
+# One row per backend: its name, its settings, and the class that runs it.
 BACKENDS: dict[str, tuple[type, type[Backend]]] = {
     "xla": (XlaBackend, Xla),
     "pallas": (PallasBackend, Pallas),
     "cutlass": (CutlassBackend, Cutlass),
 }
 
-# What "auto" asks, in order, by platform. The first that supports the problem runs; docs/performance.md has the times.
+# The backends that "auto" tries, in order, by platform. The first that supports the problem runs it. The order is that
+# of the times in docs/performance.md.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
     "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
@@ -35,14 +36,14 @@ AUTO: dict[str, tuple[BackendConfig, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A problem with all that was decided about it. Calling it runs it.
+    """A problem with all decisions about it. Calling it runs the problem.
 
     Attributes:
-        backend: what runs it.
-        problem: what it runs.
-        tile: the tile of its kernel; None where there is nothing to choose.
+        backend: the backend that runs the problem.
+        problem: the problem.
+        tile: the tile of its kernel; None if there is no choice.
         source: where the tile comes from: the config, a table or a heuristic.
-        in_place: operands that the kernel gathers, or reads out of wider rows, while it runs.
+        in_place: the operands that the kernel itself gathers or reads out of wider rows.
     """
 
     backend: Backend
@@ -52,7 +53,7 @@ class Bound:
     in_place: tuple[str, ...]
 
     def __call__(self, operands: Operands) -> Outputs:
-        """Runs the problem on operands of its shapes."""
+        """Runs the problem on operands whose shapes fit it."""
         device = self.problem.device
         if "lhs" not in self.in_place:
             operands = operands._replace(lhs=gathered(operands.lhs, device))
@@ -79,7 +80,7 @@ class Bound:
 
 
 def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
-    """The whole decision of a problem, before anything runs.
+    """Decides a problem whole, before anything runs.
 
     Args:
         problem: the grouped matmul.
@@ -87,7 +88,7 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
 
     Raises:
         UnsupportedError: the named backend cannot run the problem.
-        ConfigError: the name is unknown, or the user's table of tiles cannot be read.
+        ConfigError: the backend's name is unknown, or the user's table of tiles cannot be read.
     """
     refusal = None
     for candidate in _candidates(problem, backend):
@@ -102,7 +103,7 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
 
 
 def bind(backend: Backend, problem: Problem) -> Bound:
-    """The decision of a problem that the backend supports: the config's tile, else a measured one, else a heuristic's.
+    """Decides the tile of a problem that the backend supports: the config's, else a measured one, else a heuristic's.
 
     Raises:
         ConfigError: the user's table of tiles cannot be read.
@@ -114,10 +115,10 @@ def bind(backend: Backend, problem: Problem) -> Bound:
 
 
 def fused(bound: Bound, epilogue: Epilogue) -> Bound | None:
-    """The same backend with the epilogue in its kernel; None where it does not fuse it, and the two are composed.
+    """The same problem with the epilogue in its kernel. None if the backend does not fuse it: then XLA computes it.
 
     Raises:
-        UnsupportedError: the backend's config insists on the epilogue, and its kernels do not know the activation.
+        UnsupportedError: the backend's config insists on the epilogue, and its kernels do not have the activation.
         ConfigError: the user's table of tiles cannot be read.
     """
     asked = dataclasses.replace(bound.problem, epilogue=epilogue)
@@ -161,7 +162,12 @@ def as_backend(backend: str | BackendConfig) -> "Literal['auto'] | BackendConfig
 
 
 def register(name: str, config_type: type, backend_type: type[Backend]) -> None:
-    """Adds a backend: `config_type` is the frozen dataclass of its settings, made without arguments for its name.
+    """Adds a backend.
+
+    Args:
+        name: its name, which stands for `config_type()`.
+        config_type: the frozen dataclass of its settings.
+        backend_type: the class that runs it.
 
     Raises:
         ConfigError: the name is taken.

@@ -1,4 +1,4 @@
-"""What the two backends with Hopper kernels share: what they refuse, and the activations that their epilogues know."""
+"""What the two backends with Hopper kernels share: their limits, and the activations in their epilogues."""
 
 import dataclasses
 from typing import Literal
@@ -24,13 +24,13 @@ KERNEL_ACTIVATIONS = tuple(_EPILOGUES.values())
 
 @dataclasses.dataclass(frozen=True)
 class KernelActivation:
-    """An activation as an epilogue knows it.
+    """An activation as the kernels' epilogues take it.
 
     Attributes:
         name: one of KERNEL_ACTIVATIONS.
         gated: whether it reads a gate and an up half.
-        beta: situ_glu's bound of the gate; 0 otherwise.
-        linear_beta: situ_glu's bound of the up half; 0 for none.
+        beta: situ_glu's bound on the gate; 0 otherwise.
+        linear_beta: situ_glu's bound on the up half; 0 if there is none.
     """
 
     name: str
@@ -40,7 +40,7 @@ class KernelActivation:
 
 
 def kernel_activation(activation: BoundActivation) -> KernelActivation | None:
-    """An activation of the registry as the epilogues know it; None where they do not."""
+    """An activation of the registry as the epilogues take it; None if they do not have it."""
     parameters = dict(activation.parameters)
     name = _EPILOGUES.get((activation.name, bool(parameters.get("gelu_approximate"))))
     if name is None:
@@ -50,19 +50,18 @@ def kernel_activation(activation: BoundActivation) -> KernelActivation | None:
 
 
 def refusal(problem: Problem, feature_multiple: int) -> str | None:
-    """None, or what keeps 16-bit kernels for Hopper GPUs from running the problem.
+    """None, or the reason why 16-bit kernels for Hopper GPUs cannot run the problem.
 
     Args:
         problem: the grouped matmul.
-        feature_multiple: what K and N, and half of N where an fwd with a gated activation splits it, must be multiples
-            of.
+        feature_multiple: the number that K and N must be multiples of, and half of N for a gated activation in fwd.
     """
     if problem.device.architecture != "sm90":
         return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device.kind!r}."
     formats = {operand.format for operand in (problem.lhs, problem.rhs, problem.out)}
     if len(formats) > 1 or not formats <= set(DTYPES):
         return (
-            f"its kernels multiply {' and '.join(DTYPES)}, all operands alike, not {problem.lhs.format} x "
+            f"its kernels need all operands in {' or all in '.join(DTYPES)}, not {problem.lhs.format} x "
             f"{problem.rhs.format} to {problem.out.format}."
         )
     for name in ("k", "n"):
@@ -71,28 +70,28 @@ def refusal(problem: Problem, feature_multiple: int) -> str | None:
     epilogue = problem.epilogue
     if epilogue and epilogue.activation.gated and problem.contraction == "fwd" and problem.n // 2 % feature_multiple:
         return (
-            f"half of n={problem.n} is not a multiple of {feature_multiple}: pad it, or let fuse='never' leave the "
-            "activation to XLA."
+            f"half of n={problem.n} is not a multiple of {feature_multiple}: pad it, or leave the activation to XLA "
+            "with fuse='never'."
         )
     return None
 
 
 def fuse_refusal(problem: Problem, fuse: Fuse, faster: dict[str, tuple[str, ...]]) -> str | None:
-    """None, or why a backend leaves the activation of a problem to XLA.
+    """None, or the reason why a backend leaves the activation of a problem to XLA.
 
     Args:
-        problem: with an epilogue.
+        problem: a problem with an epilogue.
         fuse: the setting of the backend's config.
-        faster: activations that gained time where they were measured, by contraction.
+        faster: the activations that were faster fused when they were measured, by contraction.
     """
     assert problem.epilogue is not None
     activation = problem.epilogue.activation
     kernel = kernel_activation(activation)
     if kernel is None:
         return (
-            f"its epilogues know {', '.join(KERNEL_ACTIVATIONS)}, not {activation.name}: fuse='measured' or "
-            "'never' leaves it to XLA."
+            f"its epilogues have {', '.join(KERNEL_ACTIVATIONS)}, not {activation.name}: leave it to XLA with "
+            "fuse='measured' or 'never'."
         )
     if fuse == "always" or (fuse == "measured" and kernel.name in faster[problem.contraction]):
         return None
-    return f"fuse={fuse!r} leaves {kernel.name} of {problem.contraction} to XLA: fuse='always' has the kernel take it."
+    return f"fuse={fuse!r} leaves {kernel.name} of {problem.contraction} to XLA: fuse='always' fuses it."

@@ -1,4 +1,6 @@
-"""Published checkpoints in and out: NemotronH, Kimi K3, DeepSeek-V3, Qwen3-MoE, Mixtral; the hub's or Megatron's names.
+"""Reads and writes published checkpoints, with the tensor names of the hub, of transformers 5 or of Megatron.
+
+Families: NemotronH, Kimi K2 and K3, DeepSeek-V2 and V3, GLM-4-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Mixtral.
 
 Example::
 
@@ -17,7 +19,7 @@ from jax_latent_moe.hf.importing import import_layer, import_layers
 from jax_latent_moe.hf.names import Names
 
 MEGATRON = names.MEGATRON
-"""Megatron-LM's names, as `write_layers` takes them."""
+"""Megatron-LM's tensor names, for `write_layers`."""
 
 __all__ = [
     "MEGATRON",

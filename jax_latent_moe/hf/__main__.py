@@ -1,4 +1,4 @@
-"""`python -m jax_latent_moe.hf`: look at, check and convert the MoE layers of a checkpoint folder."""
+"""`python -m jax_latent_moe.hf` lists, checks and converts the MoE layers of a checkpoint folder."""
 
 import argparse
 import pathlib
@@ -19,14 +19,14 @@ from jax_latent_moe.hf.outputs import check_new
 from jax_latent_moe.hf.tensor_file import read_json
 from jax_latent_moe.params import Params
 
-TO = "names to write: the model's own on the hub, Megatron's, or transformers 5's, with all experts in one tensor"
+TO = "names to write: the model's own on the hub, Megatron's, or transformers 5's (all experts in one tensor)"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with jax.enable_x64(True):  # else JAX would narrow float64 weights
+        with jax.enable_x64(True):  # without it, JAX would narrow float64 weights
             return options.run(open_checkpoint(options.folder, naming=options.naming), options)
     except (LatentMoEError, OSError) as error:
         print(_printable(error), file=sys.stderr)
@@ -42,18 +42,18 @@ def _parser() -> argparse.ArgumentParser:
         (
             _convert,
             "convert",
-            "import layers and write them unquantised, under names of the hub, of Megatron or of transformers 5",
+            "import layers and write them unquantised, with the names of the hub, of Megatron or of transformers 5",
         ),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("folder", help="checkpoint folder: config.json and *.safetensors")
-        command.add_argument("--naming", choices=("hf", "megatron"), default="hf", help="names in the folder")
-        command.add_argument("--layers", help="such as 1,3,mtp.1; all by default")
+        command.add_argument("--naming", choices=("hf", "megatron"), default="hf", help="names used in the folder")
+        command.add_argument("--layers", help="for example 1,3,mtp.1; all layers by default")
         command.set_defaults(run=run)
         if name == "convert":
-            command.add_argument("output", help="folder to make")
+            command.add_argument("output", help="folder to create")
             command.add_argument("--to", choices=("hf", "megatron", "stacked"), default="hf", help=TO)
-            command.add_argument("--dtype", choices=COMPUTE_DTYPES, help="of the parameters; as stored by default")
+            command.add_argument("--dtype", choices=COMPUTE_DTYPES, help="dtype to write; as stored by default")
     return parser
 
 
@@ -64,7 +64,7 @@ def _layers(checkpoint: Checkpoint, options) -> list[Layer]:
 
 
 def _printable(message: object) -> str:
-    """As text that any terminal takes: names of files may hold bytes that are no UTF-8."""
+    """The message as text that any terminal accepts: file names may hold bytes that are not valid UTF-8."""
     return str(message).encode(errors="backslashreplace").decode()
 
 
@@ -88,7 +88,7 @@ def _read(checkpoint: Checkpoint, options, dtype=None) -> Iterator[tuple[Layer, 
 
 
 def _progress(what: str):
-    """Prints a line for each parameter that is complete, and in between for large ones, to stderr."""
+    """Prints a line to stderr for each complete parameter, and every 512 MB within a large one."""
     printed = 0
 
     def report(name: str, done: int, total: int):
@@ -117,7 +117,7 @@ def _verify(checkpoint: Checkpoint, options) -> int:
 
 def _convert(checkpoint: Checkpoint, options) -> int:
     check_new(options.output, checkpoint.folder.path)
-    own = open_checkpoint(options.folder)  # names of the model's family, whatever the names in the folder
+    own = open_checkpoint(options.folder)  # gives the names of the model's family, even if the folder uses Megatron's
     names = {"hf": own.names, "stacked": own.stacked_names, "megatron": MEGATRON}[options.to]
     layers = _read(checkpoint, options, options.dtype)
     described = read_json(pathlib.Path(options.folder, "config.json"))

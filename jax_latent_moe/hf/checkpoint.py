@@ -1,4 +1,4 @@
-"""A checkpoint folder and which tensors hold what in each of its MoE layers: all is checked, no weight is read."""
+"""Opens a checkpoint folder and finds the tensors of each MoE layer. It checks all of them and reads no weight."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from jax_latent_moe.errors import CheckpointError
 from jax_latent_moe.hf.encodings import PLAIN, Encoding, identify, problems
 from jax_latent_moe.hf.families import layer_configs
 from jax_latent_moe.hf.folder import TensorFolder
-from jax_latent_moe.hf.names import MEGATRON, Layer, Names, Slot, layer_slots, tensor_shapes
+from jax_latent_moe.hf.names import MEGATRON, Block, Layer, Names, layer_blocks, tensor_shapes
 from jax_latent_moe.hf.tensor_file import DTYPES, NAMES, TensorInfo, as_path, read_json
 
 Naming = Literal["hf", "megatron"]
@@ -27,9 +27,9 @@ class Checkpoint:
     """An open checkpoint.
 
     Attributes:
-        folder: its tensors.
+        folder: the folder's tensors.
         configs: the configuration of each MoE layer.
-        names: how its tensors are called.
+        names: the names of its tensors.
     """
 
     folder: TensorFolder
@@ -38,18 +38,18 @@ class Checkpoint:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The MoE layers: their index in the model, or "mtp.1" for one of NemotronH's multi-token predictor."""
+        """The MoE layers: the index in the model, or "mtp.1" for a layer of NemotronH's multi-token predictor."""
         return tuple(self.configs)
 
     @property
     def stacked_names(self) -> Names:
-        """Names under which all experts of a layer are one tensor [E, out, in], as transformers 5 holds them."""
+        """The names of transformers 5, which holds all experts of a layer in one tensor [E, out, in]."""
         return self.names.stacked(next(iter(self.configs.values())).gated)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The tensors that hold one matrix or vector: its encoding, and each tensor by its suffix ("weight")."""
+    """The tensors that hold one matrix or vector: the encoding, and each tensor by its suffix (such as "weight")."""
 
     encoding: Encoding
     parts: Mapping[str, TensorInfo]
@@ -57,23 +57,23 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """Where each block of one layer's parameters is.
+    """The tensors that hold one layer, and the block of a parameter that each of them holds.
 
     Attributes:
-        config: the layer.
-        slots: every block of every parameter.
-        tensors: what holds each tensor that the slots name.
-        dtypes: the type in which each parameter is imported: as stored, or the model's where it is quantised.
+        config: the layer's configuration.
+        blocks: every block of every parameter.
+        tensors: the stored form of each tensor that the blocks name.
+        dtypes: the dtype in which each parameter is imported: the stored one, or the model's if it is quantised.
     """
 
     config: LatentMoEConfig
-    slots: tuple[Slot, ...]
+    blocks: tuple[Block, ...]
     tensors: Mapping[str, Stored]
     dtypes: Mapping[Path, np.dtype]
 
     @property
     def quantised(self) -> tuple[str, ...]:
-        """Names of the encodings in use other than the plain one."""
+        """Names of the encodings in use, without the plain one."""
         return tuple(sorted({stored.encoding.name for stored in self.tensors.values()} - {PLAIN.name}))
 
     @property
@@ -85,23 +85,26 @@ class LayerPlan:
 def open_checkpoint(
     path: str | os.PathLike[str], *, naming: Naming = "hf", config: LatentMoEConfig | None = None
 ) -> Checkpoint:
-    """Opens a folder of safetensors files; reads config.json and the index, or the headers where there is no index.
+    """Opens a folder of safetensors files. It reads config.json and the index, or all headers if there is no index.
 
     Args:
         path: the folder, as published on the Hugging Face hub.
         naming: "hf" for the names of the model's own family, "megatron" for Megatron's names.
-        config: of all layers, for a folder in Megatron's names without config.json.
+        config: the configuration of all layers, for a folder with Megatron's names and without config.json.
 
     Raises:
-        CheckpointError: the folder, its index or its config.json is absent, not valid, or of an unknown model.
+        CheckpointError: naming is unknown; the folder, its index or its config.json is absent or not valid; or the
+            model is unknown.
     """
     path = as_path(path)
+    if naming not in get_args(Naming):
+        raise CheckpointError(path, [f"naming={naming!r} is unknown: use one of {', '.join(get_args(Naming))}."])
     folder = TensorFolder(path)
     if config is None:
         configs, names = read_config(path / "config.json")
         return Checkpoint(folder, configs, MEGATRON if naming == "megatron" else names)
     if naming != "megatron":
-        raise CheckpointError(path, ["config is for Megatron's names alone: others are read from config.json."])
+        raise CheckpointError(path, ["config= needs naming='megatron': for other names, config.json is read."])
     found = {re.match(r"decoder\.layers\.(\d+)\.mlp\.router\.weight$", name) for name in folder.file_of}
     layers = sorted(int(match[1]) for match in found if match)
     if not layers:
@@ -110,7 +113,7 @@ def open_checkpoint(
 
 
 def read_config(path: pathlib.Path) -> tuple[dict[Layer, LatentMoEConfig], Names]:
-    """The MoE layers that a config.json describes, and their names; CheckpointError if it does not."""
+    """The MoE layers that a config.json describes, and their tensor names; CheckpointError if it describes none."""
     values: dict[str, Any] = read_json(path)
     try:
         return layer_configs(values)
@@ -121,39 +124,39 @@ def read_config(path: pathlib.Path) -> tuple[dict[Layer, LatentMoEConfig], Names
 
 
 def plan_layer(checkpoint: Checkpoint, layer: Layer) -> LayerPlan:
-    """Finds every tensor of a layer and checks names, shapes and dtypes.
+    """Finds every tensor of a layer and checks its name, shape and dtype.
 
     Raises:
-        CheckpointError: lists every missing, unexpected, mis-shaped or mistyped tensor.
+        CheckpointError: tensors are missing or unexpected, or have a wrong shape or dtype; the error lists them all.
     """
     folder = checkpoint.folder
     if layer not in checkpoint.layers:
         layers = ", ".join(map(str, checkpoint.layers))
-        raise CheckpointError(folder.path, [f"layer {layer} is no MoE layer; these are: {layers}."])
+        raise CheckpointError(folder.path, [f"layer {layer} is not an MoE layer; these are: {layers}."])
     config = checkpoint.configs[layer]
     names, prefix = checkpoint.names, checkpoint.names.prefix(layer, folder.file_of)
     stacked = names.stacked(config.gated)
     whole = [prefix + name for name in (stacked.w_up, stacked.w_out) if prefix + name in folder.file_of]
-    # Each also keeps an absurd number of experts from making as many names.
+    # Both checks come before any name is built, so that an absurd num_experts does not build as many names.
     if whole:
         names = stacked
         _check_stacked(folder, whole, config, layer)
     elif config.num_experts > len(folder.file_of):
-        few = f"{len(folder.file_of)} tensors in all cannot hold num_experts={config.num_experts}."
+        few = f"the {len(folder.file_of)} tensors of the folder cannot hold num_experts={config.num_experts}."
         raise CheckpointError(folder.path, [f"layer {layer}: {few}"])
     try:
-        slots = layer_slots(config, names)
+        blocks = layer_blocks(config, names)
     except ValueError as error:
         raise CheckpointError(folder.path, [f"layer {layer}: {error}"]) from error
-    tensors, found = _match(folder, prefix, tensor_shapes(config, slots))
-    dtypes, mistyped = _leaf_dtypes(prefix, slots, tensors, config)
+    tensors, found = _match(folder, prefix, tensor_shapes(config, blocks))
+    dtypes, mistyped = _leaf_dtypes(prefix, blocks, tensors, config)
     if found or mistyped:
         raise CheckpointError(f"{folder.path}, layer {layer}", found + mistyped)
-    return LayerPlan(config, tuple(slots), tensors, dtypes)
+    return LayerPlan(config, tuple(blocks), tensors, dtypes)
 
 
 def _check_stacked(folder, tensors, config, layer):
-    """Each tensor of all experts has one matrix an expert, and no more than it can hold."""
+    """Checks that each stacked tensor holds one non-empty matrix for each expert."""
     found = []
     for name, info in folder.locate(tensors).items():
         if len(info.shape) != 3 or info.shape[0] != config.num_experts or math.prod(info.shape) == 0:
@@ -164,10 +167,10 @@ def _check_stacked(folder, tensors, config, layer):
 
 
 def _match(folder, prefix, shapes) -> tuple[dict[str, Stored], list[str]]:
-    """Groups the tensors that begin with prefix by the matrix or vector they hold; says what does not fit."""
+    """Groups the tensors that begin with prefix by the matrix or vector they hold, and lists what does not fit."""
     present = [name for name in folder.file_of if name.startswith(prefix) and not name.endswith("_extra_state")]
     if not present:
-        return {}, [f"no tensor is called {prefix}*: is this layer in the files that you have?"]
+        return {}, [f"no tensor is called {prefix}*: check that you have the files of this layer."]
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name, info in folder.locate(present).items():
         tensor = name.removeprefix(prefix)
@@ -193,10 +196,10 @@ def _match(folder, prefix, shapes) -> tuple[dict[str, Stored], list[str]]:
 
 
 def _missing(prefix, shapes, present) -> list[str]:
-    """A sentence for each tensor that is missing; one for all of a kind where every expert lacks it."""
+    """A sentence for each missing tensor, or one sentence for all experts if every expert lacks it."""
     kinds: dict[str, list[str]] = {}
     for tensor in shapes:
-        kinds.setdefault(re.sub("[0-9]+", "{e}", tensor), []).append(tensor)
+        kinds.setdefault(re.sub(r"(?<=experts\.)[0-9]+(?=\.)|(?<=weight)[0-9]+$", "{e}", tensor), []).append(tensor)
     found = []
     for kind, tensors in kinds.items():
         missing = [tensor for tensor in tensors if tensor not in present]
@@ -212,7 +215,7 @@ def _names(tensor, parts):
 
 
 def _plain_problems(prefix, tensor, shape, parts):
-    """Of a tensor that is never quantised."""
+    """What is wrong with a tensor that is never quantised."""
     found = [f"not expected: {prefix}{name}." for name in _names(tensor, set(parts) - {"weight"})]
     if "weight" not in parts:
         return [*found, f"missing {prefix}{tensor}."]
@@ -224,19 +227,20 @@ def _plain_problems(prefix, tensor, shape, parts):
     return found
 
 
-def _leaf_dtypes(prefix, slots, tensors, config) -> tuple[dict[Path, np.dtype], list[str]]:
-    """The dtype of each parameter, and the tensors whose dtype does not fit."""
+def _leaf_dtypes(prefix, blocks, tensors, config) -> tuple[dict[Path, np.dtype], list[str]]:
+    """The dtype of each parameter, and a sentence for each tensor whose dtype does not fit."""
     model = NAMES[np.dtype(config.param_dtype)]
     stored_as: dict[Path, dict[str, str]] = {}
-    for slot in slots:
-        stored = tensors.get(slot.tensor)
+    for block in blocks:
+        stored = tensors.get(block.tensor)
         if stored is not None and stored.encoding is PLAIN and "weight" in stored.parts:
             dtype = stored.parts["weight"].dtype
             if dtype in PLAIN.dtypes["weight"]:
-                stored_as.setdefault(slot.path, {})[slot.tensor] = dtype
-    dtypes, found = {slot.path: DTYPES[model] for slot in slots}, []
+                stored_as.setdefault(block.path, {})[block.tensor] = dtype
+    dtypes, found = {block.path: DTYPES[model] for block in blocks}, []
     for path, by_tensor in stored_as.items():
-        # A narrow correction bias has lost the differences that route: those of NemotronH are below 0.25 near 64.
+        # A 16-bit correction bias cannot tell experts apart: NemotronH's biases are near 64 and differ by less than
+        # 0.25, which bfloat16 rounds away.
         allowed = ("F32",) if path == ("router", "bias") else tuple(dict.fromkeys((model, "F32")))
         expected = next(iter(by_tensor.values())) if next(iter(by_tensor.values())) in allowed else allowed[0]
         for tensor, dtype in by_tensor.items():

@@ -1,12 +1,12 @@
-"""How a matrix [out, in] is stored: as it is, or quantised in blocks along its input axis.
+"""The encodings of a stored matrix [out, in]: plain, or quantised in blocks along the input axis.
 
 Formats:
-    MXFP4: OCP Microscaling Formats 1.0: E2M1 codes in blocks of 32, one E8M0 scale (2^(u - 127)) a block.
-    NVFP4: E2M1 codes in blocks of 16, one E4M3 scale a block, one float32 scale a matrix (multiplied in ModelOpt's
-        files, divided by in compressed-tensors').
-    FP8: E4M3 with a scale for the matrix or for each row; DeepSeek-V3 and Qwen3: one for each 128 x 128 block.
-Scales that are not themselves coded are float32 or, in Qwen3's files among others, of 16 bits; products are in float32.
-Two E2M1 codes share a byte, the first in the low four bits: so does compressed-tensors, and ModelOpt too.
+    MXFP4: OCP Microscaling Formats 1.0. E2M1 codes in blocks of 32, with one E8M0 scale (2^(u - 127)) per block.
+    NVFP4: E2M1 codes in blocks of 16, with one E4M3 scale per block and one float32 scale per matrix. ModelOpt's files
+        multiply by the scale of the matrix, those of compressed-tensors divide by it.
+    FP8: E4M3 codes with one scale per matrix or per row. DeepSeek-V3 and Qwen3 have one per 128 x 128 block.
+The scales of a matrix, row or 128 x 128 block are float32, or 16-bit in some files (Qwen3's). Products are in float32.
+Two E2M1 codes share a byte and the low four bits hold the first, in ModelOpt and in compressed-tensors.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from jax_latent_moe.hf.tensor_file import TensorInfo
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""Value of each code: a sign bit, two bits of exponent, one of mantissa."""
+"""The value of each code: one sign bit, two exponent bits, one mantissa bit."""
 _E2M1_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1)
 _TILE = 128
 
@@ -31,11 +31,11 @@ class Encoding:
     """One way to store a matrix.
 
     Attributes:
-        name: as the messages call it.
+        name: the name used in messages.
         dtypes: the dtypes allowed for each tensor, by the tensor's suffix.
-        shapes: from the matrix's (out, in) to the shapes allowed for each tensor.
-        decode: from the tensors to the matrix in float32; None where the one tensor is the matrix.
-        unused: suffixes of tensors that may be there and say nothing of the weight (scales of activations).
+        shapes: maps the matrix's (out, in) to the shapes allowed for each tensor.
+        decode: maps the tensors to the matrix in float32; None if the tensor is the matrix itself.
+        unused: suffixes of tensors that may be present and do not affect the weight (scales of activations).
     """
 
     name: str
@@ -46,12 +46,12 @@ class Encoding:
 
 
 def _unpack(packed: np.ndarray) -> np.ndarray:
-    """E2M1 codes, two a byte, to values [out, in] in float32."""
+    """Decodes E2M1 codes, two per byte, to values [out, in] in float32."""
     return _E2M1_PAIRS[packed].reshape(packed.shape[0], -1)
 
 
 def _times_blocks(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Each row's blocks times their scales, in place."""
+    """Multiplies each block of each row by its scale, in place."""
     blocks = values.reshape(*scales.shape, -1)
     blocks *= scales[..., None]
     return values
@@ -59,9 +59,9 @@ def _times_blocks(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def _mxfp4(parts: Parts) -> np.ndarray:
     exponents = parts["weight_scale"].view(np.uint8)
-    # 255 is NaN by the format; 253 and 254 could overflow float32, which no weight comes near.
+    # The format defines 255 as NaN. 253 and 254 could overflow float32; real weights are far smaller.
     if exponents.size and exponents.max() > 252:
-        raise ValueError(f"a block scale of {exponents.max()} (2^(u - 127), 255 is NaN) is no weight's")
+        raise ValueError(f"a block scale is {exponents.max()} (2^(u - 127), 255 is NaN), over the limit of 252")
     return _times_blocks(_unpack(parts["weight_packed"]), np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
 
 
@@ -152,7 +152,7 @@ _BLOCK = {"MXFP4": 32, "NVFP4 (ModelOpt)": 16, "NVFP4 (compressed-tensors)": 16}
 
 
 def identify(parts: Mapping[str, TensorInfo]) -> Encoding:
-    """The encoding that tensors of these suffixes and dtypes most likely are: `problems` says whether they are."""
+    """The most likely encoding of tensors with these suffixes and dtypes; `problems` checks whether it fits."""
     if "weight_packed" in parts:
         scale = parts.get("weight_scale")
         return NVFP4_COMPRESSED if scale is not None and scale.dtype == "F8_E4M3" else MXFP4
@@ -165,7 +165,7 @@ def identify(parts: Mapping[str, TensorInfo]) -> Encoding:
 
 
 def problems(base: str, encoding: Encoding, shape: Shape, parts: Mapping[str, TensorInfo]) -> list[str]:
-    """What is wrong with the tensors `base` + suffix that should hold a matrix of this shape: a sentence each."""
+    """A sentence for each thing wrong with the tensors `base` + suffix, which should hold a matrix of this shape."""
     out, in_ = shape
     block = _BLOCK.get(encoding.name, 1)
     if in_ % block:

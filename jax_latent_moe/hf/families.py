@@ -1,7 +1,7 @@
-"""config.json of a published model -> the configuration of each of its MoE layers.
+"""Turns the config.json of a published model into the configuration of each of its MoE layers.
 
-Keys and defaults as in transformers 5.23 (NemotronH, DeepSeek-V3, Qwen3-MoE, Mixtral), in TensorRT-LLM
-(nemotron_h_puzzle) and in Kimi K3's own configuration.
+Keys and defaults follow transformers 5.23 (NemotronH, DeepSeek-V2 and V3, GLM-4-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next,
+Mixtral), TensorRT-LLM (nemotron_h_puzzle) and the published configurations of Kimi K2 and K3.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ Configs = dict[Layer, LatentMoEConfig]
 
 
 class Keys(Mapping[str, Any]):
-    """The keys of a config.json; a missing one or one of another type raises ValueError with its name.
+    """The keys of a config.json. A key that is missing or has the wrong type raises ValueError with its name.
 
-    A key whose value is null is missing: transformers writes null for what a model does not have.
+    A key whose value is null counts as missing: transformers writes null for a feature that the model does not have.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -41,35 +41,35 @@ class Keys(Mapping[str, Any]):
         """An integer from 0 to the limit."""
         value = self[key] if default is None else self.get(key, default)
         if type(value) is not int or not 0 <= value <= limit:
-            raise ValueError(f"{key}={value!r} is no integer from 0 to {limit}")
+            raise ValueError(f"{key}={value!r} is not an integer from 0 to {limit}")
         return value
 
     def layers(self) -> range:
-        """All layers of the model."""
+        """The indices of all layers of the model."""
         return range(self.integer("num_hidden_layers", limit=10_000))
 
     def either(self, *keys: str) -> str:
-        """The first of these keys that is there."""
+        """The first of these keys that is present; the first of all if none is."""
         return next((key for key in keys if key in self._values), keys[0])
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or the default where the key is missing."""
+        """The value, or the default if the key is missing."""
         return self._values.get(key, default)
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Refuses a value that the layer does not compute; a missing key is taken for the first allowed value."""
+        """Refuses a value that the layer does not support. A missing key stands for the first allowed value."""
         if self.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{key}={self[key]!r} is not supported, only {' or '.join(map(repr, allowed))}")
 
     def chosen(self, key: str, table: dict[str, str], default: str | None = None) -> Any:
-        """The table's entry for the value."""
+        """The table's entry for the key's value."""
         value = self[key] if default is None else self.get(key, default)
         if not isinstance(value, str) or value not in table:
             raise ValueError(f"{key}={value!r} is not supported, only {' or '.join(map(repr, table))}")
         return table[value]
 
     def dtype(self) -> str:
-        """The type that the model is stored and computed in."""
+        """The dtype in which the model is stored and computed."""
         key = self.either("dtype", "torch_dtype")
         return self.chosen(key, {name: name for name in COMPUTE_DTYPES})
 
@@ -78,9 +78,9 @@ def _common(keys: Keys) -> dict[str, Any]:
     return dict(hidden_size=keys.integer("hidden_size"), dtype=keys.dtype(), param_dtype=keys.dtype())
 
 
-def _groups(keys: Keys, num_groups: str, topk_groups: str) -> dict[str, Any]:
+def _groups(keys: Keys, num_groups: str, topk_groups: str, **when_grouped) -> dict[str, Any]:
     groups = keys.integer(num_groups, 1)
-    return dict(num_groups=groups, topk_groups=keys.integer(topk_groups, 1)) if groups > 1 else {}
+    return dict(num_groups=groups, topk_groups=keys.integer(topk_groups, 1)) | when_grouped if groups > 1 else {}
 
 
 def _normalised(keys: Keys, key: str, default: bool, **when_on) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _nemotron_h(keys: Keys) -> Configs:
     elif isinstance(blocks, list) and len(blocks) == len(types) and all(isinstance(b, dict) for b in blocks):
         overrides = blocks
     else:
-        raise ValueError(f"block_configs must be a list of {len(types)} objects, one a layer")
+        raise ValueError(f"block_configs must be a list of {len(types)} objects, one per layer")
     layers: dict[Layer, Keys] = {
         index: Keys({**keys, **Keys(override)})
         for index, (kind, override) in enumerate(zip(types, overrides, strict=True))
@@ -114,7 +114,7 @@ def _nemotron_h(keys: Keys) -> Configs:
 
 
 def _layer_types(keys: Keys, listed: str, pattern: str, blocks: Any) -> list[str]:
-    """What each layer is: a list in newer files, a string of letters in older ones, within block_configs in puzzles."""
+    """The kind of each layer, from a list (newer files), a string of letters (older ones) or block_configs (Puzzle)."""
     if keys.get(listed) is not None:
         types = keys[listed]
     elif pattern in keys and isinstance(keys[pattern], str):
@@ -146,12 +146,18 @@ def _nemotron_h_layer(keys: Keys) -> LatentMoEConfig:
     )
 
 
+def _text(keys: Keys) -> Keys:
+    """The keys of the language model within a model of text and images."""
+    if "text_config" not in keys:
+        return keys
+    if not isinstance(keys["text_config"], dict):
+        raise ValueError(f"text_config is a {type(keys['text_config']).__name__}, not an object")
+    dtypes = {key: keys[key] for key in ("dtype", "torch_dtype") if key in keys}
+    return Keys({**dtypes, **Keys(keys["text_config"])})
+
+
 def _kimi_k3(keys: Keys) -> Configs:
-    if "text_config" in keys:
-        if not isinstance(keys["text_config"], dict):
-            raise ValueError("text_config is no object")
-        outer = {key: keys[key] for key in ("dtype", "torch_dtype") if key in keys}
-        keys = Keys({**outer, **Keys(keys["text_config"])})
+    keys = _text(keys)
     latent = keys.get("routed_expert_hidden_size")
     activation = keys.chosen("hidden_act", _GATED)
     fields: dict[str, Any] = {}
@@ -179,33 +185,80 @@ def _kimi_k3(keys: Keys) -> Configs:
 
 
 def _after_dense(keys: Keys) -> list[int]:
-    """The layers from first_k_dense_replace on, every moe_layer_freq-th."""
+    """The layers from first_k_dense_replace on whose index is a multiple of moe_layer_freq."""
     frequency = keys.integer("moe_layer_freq", 1)
     first = keys.integer("first_k_dense_replace")
     return [layer for layer in keys.layers() if layer >= first and layer % max(frequency, 1) == 0]
 
 
+def _kimi_k25(keys: Keys) -> Configs:
+    return _deepseek_v3(_text(keys))
+
+
 def _deepseek_v3(keys: Keys) -> Configs:
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
+    return _deepseek(
+        keys,
+        RouterConfig(
+            routed_scaling_factor=keys["routed_scaling_factor"],
+            **_normalised(keys, "norm_topk_prob", True),
+            **_groups(keys, "n_group", "topk_group"),
+        ),
+    )
+
+
+def _deepseek_v2(keys: Keys) -> Configs:
+    keys.only("scoring_func", "softmax")
+    keys.only("topk_method", "greedy", "group_limited_greedy")
+    keys.only("norm_topk_prob", False)  # transformers ignores it; DeepSeek's code then drops the factor
+    groups: dict[str, Any] = {}
+    if keys.get("topk_method") == "group_limited_greedy":  # a group's score is that of its best expert
+        groups = _groups(keys, "n_group", "topk_group", group_score_topk=1)
+    return _deepseek(
+        keys,
+        RouterConfig(
+            score_function="softmax",
+            correction_bias=False,
+            norm_topk_prob=False,
+            routed_scaling_factor=keys.get("routed_scaling_factor", 1.0),
+            **groups,
+        ),
+    )
+
+
+def _deepseek(keys: Keys, router: RouterConfig) -> Configs:
     config = LatentMoEConfig(
         **_common(keys),
         latent_size=None,
         num_experts=keys.integer("n_routed_experts"),
         top_k=keys.integer("num_experts_per_tok"),
         expert_intermediate_size=keys.integer("moe_intermediate_size"),
-        shared_expert_intermediate_size=keys.integer("n_shared_experts") * keys.integer("moe_intermediate_size"),
+        shared_expert_intermediate_size=keys.integer("n_shared_experts", 0) * keys.integer("moe_intermediate_size"),
         activation=keys.chosen("hidden_act", _GATED, "silu"),
-        router=RouterConfig(
-            routed_scaling_factor=keys["routed_scaling_factor"],
-            **_normalised(keys, "norm_topk_prob", True),
-            **_groups(keys, "n_group", "topk_group"),
-        ),
+        router=router,
     )
     return dict.fromkeys(_after_dense(keys), config)
 
 
 def _qwen3_moe(keys: Keys) -> Configs:
+    return _qwen(keys, normalised=False)
+
+
+def _qwen2_moe(keys: Keys) -> Configs:
+    return _qwen(keys, normalised=False, **_gated_shared(keys))
+
+
+def _qwen3_next(keys: Keys) -> Configs:
+    return _qwen(keys, normalised=True, **_gated_shared(keys))
+
+
+def _gated_shared(keys: Keys) -> dict[str, Any]:
+    width = keys.integer("shared_expert_intermediate_size")
+    return dict(shared_expert_intermediate_size=width, shared_expert_gate=width > 0)
+
+
+def _qwen(keys: Keys, normalised: bool, **shared) -> Configs:
     config = LatentMoEConfig(
         **_common(keys),
         latent_size=None,
@@ -216,12 +269,13 @@ def _qwen3_moe(keys: Keys) -> Configs:
         router=RouterConfig(
             score_function="softmax",
             correction_bias=False,
-            **_normalised(keys, "norm_topk_prob", False, norm_topk_eps=0.0),
+            **_normalised(keys, "norm_topk_prob", normalised, norm_topk_eps=0.0),
         ),
+        **shared,
     )
     dense = keys.get("mlp_only_layers") or []
     if not isinstance(dense, list):
-        raise ValueError(f"mlp_only_layers={dense!r} is no list")
+        raise ValueError(f"mlp_only_layers={dense!r} is not a list")
     step = max(keys.integer("decoder_sparse_step", 1), 1)
     return {layer: config for layer in keys.layers() if layer not in dense and (layer + 1) % step == 0}
 
@@ -244,23 +298,36 @@ FAMILIES: dict[str, tuple[Callable[[Keys], Configs], Names]] = {
     "nemotron_h_puzzle": (_nemotron_h, names.NEMOTRON_H),
     "kimi_k3": (_kimi_k3, names.KIMI),
     "kimi_linear": (_kimi_k3, names.KIMI),
+    "kimi_k2": (_deepseek_v3, names.DEEPSEEK_V3),
+    "kimi_k25": (_kimi_k25, names.KIMI_K25),
     "deepseek_v3": (_deepseek_v3, names.DEEPSEEK_V3),
+    "deepseek_v2": (_deepseek_v2, names.DEEPSEEK_V3),
+    "glm4_moe": (_deepseek_v3, names.DEEPSEEK_V3),
+    "qwen2_moe": (_qwen2_moe, names.QWEN3_NEXT),
     "qwen3_moe": (_qwen3_moe, names.QWEN3_MOE),
+    "qwen3_next": (_qwen3_next, names.QWEN3_NEXT),
     "mixtral": (_mixtral, names.MIXTRAL),
 }
-"""By model_type: how its layers are configured, and how their tensors are called."""
+"""By model_type: the function that configures its layers, and the names of their tensors."""
+REFUSED = {
+    "gpt_oss": "its router and experts have biases, and its swiglu is clamped, shifted and scaled",
+    "deepseek_v4": "its swiglu is clamped, and its first layers choose experts by a table of token ids",
+}
+"""By model_type: why a known model is refused."""
 
 
 def layer_configs(values: dict[str, Any]) -> tuple[Configs, Names]:
     """The MoE layers that a config.json describes, and the names of their tensors.
 
     Raises:
-        ValueError: a key is missing or asks for what the layer does not compute (`ConfigError` is a ValueError).
+        ValueError: a key is missing, or its value is not supported by the layer (`ConfigError` is a ValueError).
     """
     keys = Keys(values)
     model_type = keys["model_type"]
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise ValueError(f"model_type={model_type!r} is not supported: {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} is not known, only {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type={model_type!r} is not known: these are: {', '.join(FAMILIES)}")
     configs_of, naming = FAMILIES[model_type]
     configs = configs_of(keys)
     if not configs:

@@ -12,20 +12,21 @@ INDEX = "model.safetensors.index.json"
 
 
 class TensorFolder:
-    """The names of all tensors and the file of each; a file's header is read when one of its tensors is asked for.
+    """The names of all tensors, and the file of each.
 
-    So one layer can be read where only the files that hold it are present.
+    A file's header is read when one of its tensors is first located. With an index, therefore, one layer can be read
+    while the files of other layers are absent.
 
     Attributes:
         path: the folder.
-        file_of: the file's name, by the tensor's.
+        file_of: the name of the file that holds each tensor, by the tensor's name.
     """
 
     def __init__(self, path: pathlib.Path):
-        """Reads the index, or, where there is none, the headers of all *.safetensors files.
+        """Reads the index, or the headers of all *.safetensors files if there is no index.
 
         Raises:
-            CheckpointError: there is nothing to read, or it is not valid.
+            CheckpointError: the folder holds neither, or they are not valid.
         """
         self.path = path
         self._headers: dict[str, dict[str, TensorInfo]] = {}
@@ -59,11 +60,15 @@ class TensorFolder:
         return self._headers[file]
 
     def locate(self, names: Iterable[str]) -> dict[str, TensorInfo]:
-        """Where these tensors lie; `names` are keys of `file_of`.
+        """The file, dtype, shape and offset of each of these tensors.
 
         Raises:
-            CheckpointError: a file is absent or invalid, or does not agree with the index.
+            CheckpointError: no tensor has such a name; or a file is absent, invalid or does not match the index.
         """
+        names = list(names)
+        unknown = [name for name in names if name not in self.file_of]
+        if unknown:
+            raise CheckpointError(self.path, [f"no tensor is called {name}." for name in unknown])
         return {name: self._header(self.file_of[name])[name] for name in names}
 
 
@@ -76,13 +81,14 @@ def write_index(path: pathlib.Path, file_of: dict[str, str], total_size: int) ->
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(path, ["it has no object weight_map."])
+        raise CheckpointError(path, ["weight_map is missing or not an object."])
     problems = []
     for name, file in weight_map.items():
-        # A name with a folder in it could reach files outside of the checkpoint; NUL and lone surrogates name no file.
+        # A name with a folder in it could reach files outside of the checkpoint. NUL and lone surrogates cannot be in
+        # a file's name.
         plain = isinstance(file, str) and pathlib.PurePath(file).name == file and file.isprintable()
         if not plain or not file.endswith(".safetensors"):
-            problems.append(f"weight_map[{name!r}] is {file!r}, which is no name of a *.safetensors file.")
+            problems.append(f"weight_map[{name!r}] is {file!r}, which is not the name of a *.safetensors file.")
     if problems:
         raise CheckpointError(path, problems)
     return weight_map
@@ -90,8 +96,10 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 def _check_index(path, header, expected):
     problems = [
-        f"the index places {name} here, but the file does not hold it." for name in sorted(expected - set(header))
+        f"the file does not hold {name}, which the index places in it." for name in sorted(expected - set(header))
     ]
-    problems += [f"it holds {name}, which the index does not place here." for name in sorted(set(header) - expected)]
+    problems += [
+        f"the file holds {name}, which the index does not list for it." for name in sorted(set(header) - expected)
+    ]
     if problems:
         raise CheckpointError(path, problems)

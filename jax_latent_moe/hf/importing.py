@@ -1,4 +1,4 @@
-"""Layers out of a checkpoint: tensor by tensor through a small buffer into the stacked parameters."""
+"""Imports layers from a checkpoint: each tensor goes through a small buffer into the stacked parameters."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ from jax_latent_moe.config import COMPUTE_DTYPES
 from jax_latent_moe.errors import CheckpointError, InputError
 from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, Stored, plan_layer
 from jax_latent_moe.hf.encodings import PLAIN
-from jax_latent_moe.hf.names import Layer, Slot
+from jax_latent_moe.hf.names import Block, Layer
 from jax_latent_moe.hf.tensor_file import DTYPES, opened, read_bytes, read_tensor
 from jax_latent_moe.params import Params, param_shapes
 
 CHUNK = 256 * 1024
-"""Bytes of a tensor read at once: small enough to stay in a core's cache until it is transposed."""
-_ALIGNMENT = 64  # of a buffer that a CPU device takes over without a copy
+"""Bytes of a tensor read at once. They stay in a core's cache until they are transposed."""
+_ALIGNMENT = 64  # bytes; a CPU device takes over a buffer with this alignment without a copy
 
 Report = Callable[[str, int, int], None]
 Files = Mapping[pathlib.Path, BinaryIO]
@@ -36,24 +36,24 @@ def import_layer(
     sharding: Sharding | Mapping[str, Mapping[str, Sharding]] | None = None,
     report: Report | None = None,
 ) -> Params:
-    """One layer's parameters, each read straight into the shards it is asked for in.
+    """Imports one layer's parameters, each read straight into its shards.
 
-    At no time is there a second copy of the layer: a parameter is assembled in host memory from pieces of 256 KB (whole
-    matrices where they are quantised) and handed to its devices before the next is read; a CPU device takes the memory
-    over as it is.
+    The layer never exists twice in memory. Each parameter is assembled in host memory from pieces of 256 KB, or from
+    whole matrices if it is quantised. It is moved to its devices before the next one is read. A CPU device takes over
+    the host memory without a copy.
 
     Args:
         checkpoint: from `open_checkpoint`.
         layer: one of `checkpoint.layers`.
-        dtype: type of the parameters; None keeps each as stored (the model's dtype where it is quantised). The
-            correction bias is float32 in any case.
-        sharding: for all parameters, or one for each as `param_shapes` lists them; None is JAX's default device.
-        report: called now and then with the parameter's name, the bytes of it assembled so far, and all its bytes.
+        dtype: dtype of the parameters. None keeps the stored dtype, or takes the model's if a parameter is quantised.
+            The correction bias is always float32.
+        sharding: one for all parameters, or one per leaf of `param_shapes`. None places them on JAX's default device.
+        report: called from time to time with the parameter's name, its bytes assembled so far, and all its bytes.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, mis-shaped or mistyped (all are listed), a file is truncated,
-            or a quantised weight is not finite.
-        InputError: dtype is unknown, or a parameter is float64 and JAX's 64-bit types are off.
+        CheckpointError: tensors are missing or unexpected, or have a wrong shape or dtype (the error lists them all); a
+            file is truncated; or a quantised weight is not finite.
+        InputError: dtype is unknown, sharding lacks a parameter, or float64 is needed and JAX's 64-bit types are off.
     """
     if dtype is not None and dtype not in COMPUTE_DTYPES:
         raise InputError(f"dtype={dtype!r} is unknown: use one of {', '.join(COMPUTE_DTYPES)}, or None.")
@@ -61,9 +61,11 @@ def import_layer(
     float64 = dtype == "float64" or (dtype is None and np.dtype("float64") in plan.dtypes.values())
     if float64 and not jax.config.jax_enable_x64:
         raise InputError(
-            "dtype float64 needs jax.config.update('jax_enable_x64', True), without which JAX narrows it to float32: "
-            "set that, or ask for dtype='float32'."
+            "dtype float64 needs JAX's 64-bit types, and they are off: call jax.config.update('jax_enable_x64', True), "
+            "or pass dtype='float32'."
         )
+    if isinstance(sharding, Mapping):
+        _check_shardings(sharding, param_shapes(plan.config))
     params: Params = {}
     with _open_files(plan) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
         for part, leaves in param_shapes(plan.config).items():
@@ -71,12 +73,12 @@ def import_layer(
             for name, leaf in leaves.items():
                 path = (part, name)
                 wanted = plan.dtypes[path] if dtype is None or name == "bias" else np.dtype(dtype)
-                slots = [slot for slot in plan.slots if slot.path == path]
+                blocks = [block for block in plan.blocks if block.path == path]
 
-                def read(index, slots=slots, shape=leaf.shape, wanted=wanted, name=f"{part}/{name}"):
-                    block = _aligned_empty(_shape_of(index, shape), wanted)
-                    _fill(block, index, shape, slots, plan, files, pool, name, report)
-                    return block
+                def read(index, blocks=blocks, shape=leaf.shape, wanted=wanted, name=f"{part}/{name}"):
+                    array = _aligned_empty(_shape_of(index, shape), wanted)
+                    _fill(array, index, shape, blocks, plan, files, pool, name, report)
+                    return array
 
                 where = sharding[part][name] if isinstance(sharding, Mapping) else sharding
                 params[part][name] = _place(leaf.shape, where, read)
@@ -86,15 +88,21 @@ def import_layer(
 def import_layers(
     checkpoint: Checkpoint, layers: Sequence[Layer] | None = None, **options
 ) -> Iterator[tuple[Layer, Params]]:
-    """Layer after layer (all of them by default), each as `import_layer` reads it; nothing is kept between them."""
+    """Yields (layer, parameters) from `import_layer`, one layer at a time; all layers by default."""
     for layer in checkpoint.layers if layers is None else layers:
         yield layer, import_layer(checkpoint, layer, **options)
+
+
+def _check_shardings(sharding, shapes):
+    lacking = [f"{part}/{name}" for part in shapes for name in shapes[part] if name not in sharding.get(part, {})]
+    if lacking:
+        raise InputError(f"sharding has none for {', '.join(lacking)}: give one for each leaf of param_shapes(config).")
 
 
 def _place(shape, sharding, read) -> jax.Array:
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
         device = jax.devices()[0] if sharding is None else sharding
-        # Nothing else refers to this buffer: a CPU device may keep it rather than copy it.
+        # This is the only reference to the buffer, so a CPU device may keep it instead of a copy.
         return jax.block_until_ready(jax.device_put(read((slice(None),) * len(shape)), device, may_alias=True))
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
 
@@ -117,61 +125,60 @@ def _open_files(plan: LayerPlan) -> Iterator[Files]:
         yield {path: stack.enter_context(opened(path)) for path in paths}
 
 
-def _fill(block, index, shape, slots, plan, files, pool, name, report):
-    """Reads the part `index` of a parameter into block, slots in parallel."""
+def _fill(array, index, shape, blocks, plan, files, pool, name, report):
+    """Reads the part `index` of a parameter into array, with its blocks in parallel."""
     index = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     jobs = []
-    for slot in slots:
-        target, ranges = block, index
-        if slot.expert is not None:
-            if slot.expert not in ranges[0]:
+    for block in blocks:
+        target, ranges = array, index
+        if block.expert is not None:
+            if block.expert not in ranges[0]:
                 continue
-            target, ranges = target[ranges[0].index(slot.expert)], ranges[1:]
-        if slot.half is not None:
-            if slot.half not in ranges[1]:
+            target, ranges = target[ranges[0].index(block.expert)], ranges[1:]
+        if block.half is not None:
+            if block.half not in ranges[1]:
                 continue
-            target, ranges = target[:, ranges[1].index(slot.half)], [ranges[0], ranges[2]]
-        jobs.append((slot, target, ranges))
+            target, ranges = target[:, ranges[1].index(block.half)], [ranges[0], ranges[2]]
+        jobs.append((block, target, ranges))
     done = 0
 
     def fill(job):
-        slot, target, ranges = job
-        return _fill_slot(slot, target, ranges, plan.tensors[slot.tensor], files)
+        block, target, ranges = job
+        return _fill_block(block, target, ranges, plan.tensors[block.tensor], files)
 
     try:
         for nbytes in pool.map(fill, jobs):
             done += nbytes
             if report is not None:
-                report(name, done, block.nbytes)
+                report(name, done, array.nbytes)
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise
 
 
-def _fill_slot(slot: Slot, target: np.ndarray, ranges: Sequence[range], stored: Stored, files: Files) -> int:
-    """Reads one slot into target: [n], or [in, out] of the ranges asked for. Returns the bytes of target."""
+def _fill_block(block: Block, target: np.ndarray, ranges: Sequence[range], stored: Stored, files: Files) -> int:
+    """Reads the ranges of one block into target, [n] or [in, out]. Returns the number of bytes in target."""
     if target.ndim == 1:
         info = stored.parts["weight"]
         target[...] = read_tensor(files[info.file], info)[ranges[0].start : ranges[0].stop]
     elif stored.encoding is PLAIN:
-        _fill_plain(slot, target, ranges, stored.parts["weight"], files)
+        _fill_plain(block, target, ranges, stored.parts["weight"], files)
     else:
         columns, rows = (slice(part.start, part.stop) for part in ranges)
-        _transpose_into(target, _decode(slot.tensor, stored, files)[slot.first_row :][rows, columns])
+        _transpose_into(target, _decode(block.tensor, stored, files)[block.first_row :][rows, columns])
     return target.nbytes
 
 
-def _fill_plain(slot, target, ranges, info, files):
+def _fill_plain(block, target, ranges, info, files):
     columns, rows = ranges
     width = info.shape[-1]
     dtype = DTYPES[info.dtype]
-    step = (
-        max(1, CHUNK // max(1, width * dtype.itemsize * 32)) * 32
-    )  # 32 rows of bfloat16: a whole cache line of target
+    # A multiple of 32 rows: 32 of bfloat16 are a whole cache line of target.
+    step = max(1, CHUNK // max(1, width * dtype.itemsize * 32)) * 32
     buffer = np.empty((step, width), dtype)
     for first in range(rows.start, rows.stop, step):
         chunk = buffer[: min(step, rows.stop - first)]
-        read_bytes(files[info.file], info, (slot.first_row + first) * width * dtype.itemsize, chunk)
+        read_bytes(files[info.file], info, (block.first_row + first) * width * dtype.itemsize, chunk)
         out = target[:, first - rows.start : first - rows.start + len(chunk)]
         _transpose_into(out, chunk[:, columns.start : columns.stop])
 
@@ -179,10 +186,10 @@ def _fill_plain(slot, target, ranges, info, files):
 def _transpose_into(target: np.ndarray, matrix: np.ndarray):
     """Copies matrix.T into target.
 
-    NumPy moves one element at a time where it transposes. Two-byte types are therefore packed first, four rows into one
-    row of eight-byte elements, which halves the time.
+    NumPy transposes one element at a time. Four rows of a two-byte type are therefore packed first into one row of
+    eight-byte elements, which halves the time.
     """
-    if target.dtype == matrix.dtype:  # as integers: NumPy copies those faster than bfloat16
+    if target.dtype == matrix.dtype:  # NumPy copies integers faster than bfloat16
         bits = np.dtype(f"u{target.itemsize}")
         target, matrix = target.view(bits), matrix.view(bits)
         if target.itemsize == 2 and matrix.shape[0] % 4 == 0 and target.strides[1] == 2 and sys.byteorder == "little":
@@ -191,7 +198,7 @@ def _transpose_into(target: np.ndarray, matrix: np.ndarray):
 
 
 def _pack_rows(matrix: np.ndarray) -> np.ndarray:
-    """Rows 2 i and 2 i + 1 of unsigned integers as row i of integers twice as wide, the first in the low half."""
+    """Packs rows 2 i and 2 i + 1 of unsigned integers into row i of integers twice as wide, the first low."""
     packed = matrix[1::2].astype(f"u{2 * matrix.itemsize}")
     packed <<= 8 * matrix.itemsize
     packed |= matrix[::2]
@@ -201,7 +208,7 @@ def _pack_rows(matrix: np.ndarray) -> np.ndarray:
 def _decode(tensor: str, stored: Stored, files: Files) -> np.ndarray:
     parts = {name: read_tensor(files[stored.parts[name].file], stored.parts[name]) for name in stored.encoding.dtypes}
     decode = stored.encoding.decode
-    assert decode is not None, "a plain tensor is read as it is"
+    assert decode is not None, "plain tensors are not decoded"
     try:
         return decode(parts)
     except ValueError as error:

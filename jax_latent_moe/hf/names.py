@@ -1,8 +1,8 @@
-"""How each system calls the tensors of an MoE layer, and which block of which parameter each one holds."""
+"""The tensor names of an MoE layer in each system, and the block of a parameter that each tensor holds."""
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from jax_latent_moe.config import LatentMoEConfig
@@ -10,20 +10,20 @@ from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.params import param_shapes
 
 Layer = int | str
-"""A layer's index, or "mtp.1" for the second layer of NemotronH's multi-token predictor."""
+"""A layer's index, or "mtp.1" for layer 1 of NemotronH's multi-token predictor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Tensor names of one system; {e} is the expert. Matrices are [out, in] there.
+    """Tensor names of one system, in which {e} stands for the expert's number. Stored matrices are [out, in].
 
-    Where gate and up have one name they are one tensor: gate rows first, then up rows. An expert's name without {e} is
-    that of one tensor [E, out, in], which holds all experts.
+    If gate and up have the same name, they are one tensor: the gate rows come first, then the up rows. An expert's name
+    without {e} names one tensor [E, out, in] that holds all experts.
 
     Attributes:
-        roots: what may stand before "layers.{i}.": the first that occurs in the checkpoint is taken. The first is the
-            hub's, the last that of transformers' own modules.
-        blocks: what may follow, likewise.
+        roots: prefixes that may come before "layers.{i}.". The first that occurs in the checkpoint is used. The hub's
+            is listed first, and that of transformers' own modules last.
+        blocks: prefixes that may come after it, in the same order.
     """
 
     roots: tuple[str, ...]
@@ -36,6 +36,7 @@ class Names:
     shared_gate: str
     shared_up: str
     shared_out: str
+    shared_expert_gate: str = ""
     down_proj: str = ""
     latent_norm: str = ""
     up_proj: str = ""
@@ -47,30 +48,31 @@ class Names:
                 name.format(e=0)
             except (AttributeError, LookupError, ValueError) as error:
                 raise ConfigError(
-                    f"Names.{field}={name!r} must be text in which {{e}} stands for the expert's number."
+                    f"Names.{field}={name!r} must be text in which {{e}} stands for the expert's number, and no other "
+                    "braces occur."
                 ) from error
 
-    def prefix(self, layer: Layer, present: Iterable[str]) -> str:
-        """What the names of this layer's tensors begin with, among the names that are present.
+    def prefix(self, layer: Layer, present: Collection[str]) -> str:
+        """The prefix of this layer's tensor names: the first candidate that occurs among the names present.
 
         Raises:
-            ValueError: the layer is neither an index nor such as "mtp.1".
+            ValueError: the layer is neither an index nor a name like "mtp.1".
         """
         roots, index = self.roots, layer
         if isinstance(layer, str):
             match = re.fullmatch(r"([a-z_]+)\.([0-9]+)", layer)
             if match is None:
-                raise ValueError(f'{layer!r} names no layer: give its index, or "mtp.1" for one of the predictor\'s.')
+                raise ValueError(f'{layer!r} names no layer: give an index, or "mtp.1" for layer 1 of the predictor.')
             roots, index = (f"{match[1]}.",), match[2]
         prefixes = [f"{root}layers.{index}.{block}." for root in roots for block in self.blocks]
-        used = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in present)]
-        return used[0] if used else prefixes[0]
+        used = (prefix for prefix in prefixes if any(name.startswith(prefix) for name in present))
+        return next(used, prefixes[0])
 
     def stacked(self, gated: bool) -> "Names":
-        """The names of transformers' own modules from version 5 on, which hold a layer's experts in two tensors.
+        """The names of transformers' own modules since version 5, which hold a layer's experts in two tensors.
 
         Args:
-            gated: whether the experts have a gate, which is stored in one tensor with up.
+            gated: whether the experts have a gate; gate and up then share one tensor.
         """
         w_in = "experts.gate_up_proj" if gated else "experts.up_proj"
         return dataclasses.replace(
@@ -116,7 +118,15 @@ KIMI = Names(
     up_proj="routed_expert_up_proj.weight",
 )
 DEEPSEEK_V3 = Names(roots=("model.",), blocks=("mlp",), **_GATE, **_GATE_UP_DOWN, **_SHARED)
+KIMI_K25 = dataclasses.replace(DEEPSEEK_V3, roots=("language_model.model.", "model.language_model."))
 QWEN3_MOE = DEEPSEEK_V3
+QWEN3_NEXT = dataclasses.replace(
+    DEEPSEEK_V3,
+    shared_gate="shared_expert.gate_proj.weight",
+    shared_up="shared_expert.up_proj.weight",
+    shared_out="shared_expert.down_proj.weight",
+    shared_expert_gate="shared_expert_gate.weight",
+)
 MIXTRAL = Names(roots=("model.",), blocks=("block_sparse_moe", "mlp"), **_GATE, **_W1_W3_W2, **_SHARED)
 MEGATRON = Names(
     roots=("decoder.",),
@@ -129,21 +139,22 @@ MEGATRON = Names(
     shared_gate="shared_experts.linear_fc1.weight",
     shared_up="shared_experts.linear_fc1.weight",
     shared_out="shared_experts.linear_fc2.weight",
+    shared_expert_gate="shared_experts.gate_weight",
     down_proj="fc1_latent_proj.weight",
     up_proj="fc2_latent_proj.weight",
 )
 
 
-class Slot(NamedTuple):
-    """One block of a parameter and the rows of a tensor that hold it, transposed.
+class Block(NamedTuple):
+    """One block of a parameter, and the rows of a tensor that hold its transpose.
 
     Attributes:
-        tensor: name within the layer.
-        first_row: of the tensor's rows; a tensor [E, out, in] counts as one of E * out rows.
+        tensor: the tensor's name within the layer.
+        first_row: the first row of the tensor that belongs to the block. A tensor [E, out, in] counts E * out rows.
         path: (part, leaf) of the parameter tree.
-        expert: index on the leaf's first axis; None where it has no experts.
-        half: 0 for the gate and 1 for the up half of a gated w_in; None elsewhere.
-        stacked: whether the tensor is such a one, of all experts.
+        expert: index on the leaf's first axis; None if the leaf has no axis of experts.
+        half: 0 for the gate and 1 for the up half of a gated w_in; None otherwise.
+        stacked: whether the tensor holds all experts, [E, out, in].
     """
 
     tensor: str
@@ -154,7 +165,7 @@ class Slot(NamedTuple):
     stacked: bool = False
 
 
-def layer_slots(config: LatentMoEConfig, naming: Names) -> list[Slot]:
+def layer_blocks(config: LatentMoEConfig, naming: Names) -> list[Block]:
     """Every block of the layer's parameters.
 
     Raises:
@@ -167,61 +178,62 @@ def layer_slots(config: LatentMoEConfig, naming: Names) -> list[Slot]:
         ("latent_norm", "scale"): naming.latent_norm,
         ("up_proj", "kernel"): naming.up_proj,
         ("shared", "w_out"): naming.shared_out,
+        ("shared", "gate"): naming.shared_expert_gate,
     }
-    slots = []
+    blocks = []
     for part, leaves in param_shapes(config).items():
         for leaf, struct in leaves.items():
             path = (part, leaf)
             if part == "experts":
-                slots += _expert_slots(config, naming, path, struct.shape)
+                blocks += _expert_blocks(config, naming, path, struct.shape)
             elif leaf == "w_in":
-                slots += _matrix_slots(config, naming.shared_gate, naming.shared_up, path, struct.shape[-1])
+                blocks += _matrix_blocks(config, naming.shared_gate, naming.shared_up, path, struct.shape[-1])
             elif simple.get(path):
-                slots.append(Slot(simple[path], 0, path))
+                blocks.append(Block(simple[path], 0, path))
             else:
-                raise ValueError(f"{part}/{leaf} has no name in this system: only the configuration without it fits.")
-    return slots
+                raise ValueError(f"{part}/{leaf} has no name in this system: choose a configuration without it.")
+    return blocks
 
 
-def _matrix_slots(config, gate, up, path, rows, expert=None) -> list[Slot]:
-    """The blocks of a w_in; gate and up are of so many rows each."""
+def _matrix_blocks(config, gate, up, path, rows, expert=None) -> list[Block]:
+    """The blocks of a w_in, whose gate and up halves have `rows` rows each."""
     if not config.gated:
-        return [Slot(up, 0, path, expert)]
-    return [Slot(gate, 0, path, expert, 0), Slot(up, rows if gate == up else 0, path, expert, 1)]
+        return [Block(up, 0, path, expert)]
+    return [Block(gate, 0, path, expert, 0), Block(up, rows if gate == up else 0, path, expert, 1)]
 
 
-def _expert_slots(config, naming, path, shape) -> list[Slot]:
-    slots = []
+def _expert_blocks(config, naming, path, shape) -> list[Block]:
+    blocks = []
     for e in range(config.num_experts):
         if path[1] == "w_out":
-            of_expert = [Slot(naming.w_out.format(e=e), 0, path, e)]
+            of_expert = [Block(naming.w_out.format(e=e), 0, path, e)]
         else:
             gate, up = naming.w_gate.format(e=e), naming.w_up.format(e=e)
-            of_expert = _matrix_slots(config, gate, up, path, shape[-1], e)
-        rows = {slot.tensor: slot.first_row + shape[-1] for slot in of_expert}
-        for slot in of_expert:
-            stacked = slot.tensor in (naming.w_gate, naming.w_up, naming.w_out)
-            first_row = slot.first_row + e * rows[slot.tensor] if stacked else slot.first_row
-            slots.append(slot._replace(first_row=first_row, stacked=stacked))
-    return slots
+            of_expert = _matrix_blocks(config, gate, up, path, shape[-1], e)
+        rows = {block.tensor: block.first_row + shape[-1] for block in of_expert}
+        for block in of_expert:
+            stacked = block.tensor in (naming.w_gate, naming.w_up, naming.w_out)
+            first_row = block.first_row + e * rows[block.tensor] if stacked else block.first_row
+            blocks.append(block._replace(first_row=first_row, stacked=stacked))
+    return blocks
 
 
-def tensor_shapes(config: LatentMoEConfig, slots: Iterable[Slot]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the slots name: [out, in], [E, out, in], or [n] for a bias or a scale."""
+def tensor_shapes(config: LatentMoEConfig, blocks: Iterable[Block]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the blocks name: [out, in], [E, out, in], or [n] for a bias or a scale."""
     shapes = param_shapes(config)
     tensors: dict[str, tuple[int, ...]] = {}
-    for slot in slots:
-        shape = block_shape(shapes[slot.path[0]][slot.path[1]].shape, slot)
+    for block in blocks:
+        shape = block_shape(shapes[block.path[0]][block.path[1]].shape, block)
         if len(shape) == 1:
-            tensors[slot.tensor] = shape
+            tensors[block.tensor] = shape
             continue
-        rows = slot.first_row + shape[1]  # slots of one tensor come in order of rows
-        stack = (config.num_experts, rows // config.num_experts) if slot.stacked else (rows,)
-        tensors[slot.tensor] = (*stack, shape[0])
+        rows = block.first_row + shape[1]  # blocks of one tensor come in order of rows
+        stack = (config.num_experts, rows // config.num_experts) if block.stacked else (rows,)
+        tensors[block.tensor] = (*stack, shape[0])
     return tensors
 
 
-def block_shape(leaf_shape: tuple[int, ...], slot: Slot) -> tuple[int, ...]:
-    """Shape [in, out], or [n], of a slot's block of its leaf."""
-    shape = leaf_shape if slot.expert is None else leaf_shape[1:]
-    return shape if slot.half is None else (shape[0], shape[2])
+def block_shape(leaf_shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """Shape of a block of a leaf: [in, out] or [n]."""
+    shape = leaf_shape if block.expert is None else leaf_shape[1:]
+    return shape if block.half is None else (shape[0], shape[2])

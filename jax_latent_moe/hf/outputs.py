@@ -1,4 +1,4 @@
-"""Folders to write: each appears whole under its name, and nothing that was there before is removed or overwritten."""
+"""Writes folders. Each appears under its name when it is complete, and nothing existing is removed or overwritten."""
 
 import contextlib
 import os
@@ -12,40 +12,41 @@ from jax_latent_moe.hf.tensor_file import as_path
 
 
 def check_new(path: str | os.PathLike[str], source: pathlib.Path | None = None) -> pathlib.Path:
-    """The absolute path of a folder that may be made.
+    """The absolute path of a folder that may be created.
 
     Args:
-        path: a name that nothing has yet.
-        source: a folder that is being read, outside of which `path` must lie.
+        path: a path at which nothing exists yet.
+        source: the folder that is being read; `path` must lie outside of it.
 
     Raises:
-        CheckpointError: something has the name, or it lies in the source.
+        CheckpointError: something exists at path, or path lies in the source.
     """
     path = as_path(path)
     with writing(path):
-        # Links before the last name are followed, "new/.." has no name of its own, and a link of that name counts.
+        # All links but the last name are followed: a link at the last name counts as existing. "new/.." has no last
+        # name, so it is followed whole.
         path = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
         if _is_taken(path):
-            what = "it exists already" if path.exists() else "it is a link that leads nowhere"
+            what = "it exists already" if path.exists() else "it is a dangling link"
             raise CheckpointError(path, [f"{what}, and nothing is overwritten: name a new folder."])
         if source is not None and path.is_relative_to(source.resolve()):
-            raise CheckpointError(path, [f"it lies in {source}, which is read: name a folder outside of that."])
+            raise CheckpointError(path, [f"it lies in {source}, which is being read: name a folder outside of it."])
     return path
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], source: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
-    """An empty folder to write to, which becomes `path` if all goes well and is removed if not.
+    """Yields an empty folder to write to. It is renamed to `path` on success and removed on failure.
 
-    It stands beside `path` under a random name (".1f2e3d4c5b6a7988.partial"), which only this call uses. A process that
-    is killed leaves it there.
+    The folder lies beside `path` under a random name (".1f2e3d4c5b6a7988.partial") that only this call uses. A process
+    that is killed leaves it behind.
 
     Args:
-        path: a name that nothing has yet.
-        source: a folder that is being read, outside of which `path` must lie.
+        path: a path at which nothing exists yet.
+        source: the folder that is being read; `path` must lie outside of it.
 
     Raises:
-        CheckpointError: something has the name, it lies in the source, or it cannot be written.
+        CheckpointError: something exists at path, path lies in the source, or it cannot be written.
     """
     path = check_new(path, source)
     with writing(path):
@@ -61,27 +62,29 @@ def new_folder(path: str | os.PathLike[str], source: pathlib.Path | None = None)
 
 
 def copy_folder(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what a folder holds into an empty one; links are followed, so that the copy shares no file with it.
+    """Copies the content of a folder into an empty one. Links are followed, so that the two share no file.
 
     Raises:
-        CheckpointError: a link leads to a folder that holds the source or the target: the copy would have no end.
+        CheckpointError: a link leads to a folder that holds the source or the target, so the copy would never end.
     """
     for entry in sorted(source.iterdir()):
         if entry.is_dir():
             real = entry.resolve()
             if source.resolve().is_relative_to(real) or target.resolve().is_relative_to(real):
-                raise CheckpointError(entry, [f"it leads to {real}, which holds the folder that is copied: remove it."])
+                raise CheckpointError(
+                    entry, [f"it is a link to {real}, which holds the folder being copied: remove it."]
+                )
             (target / entry.name).mkdir()
             copy_folder(entry, target / entry.name)
         elif entry.is_file():
             shutil.copyfile(entry, target / entry.name)
         else:
-            raise CheckpointError(entry, ["neither a file nor a folder, so that it cannot be copied: remove it."])
+            raise CheckpointError(entry, ["it is neither a file nor a folder and cannot be copied: remove it."])
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns what the system says into a CheckpointError about `path`."""
+    """Turns an OSError into a CheckpointError about `path`."""
     try:
         yield
     except OSError as error:
@@ -98,8 +101,8 @@ def _is_taken(path: pathlib.Path) -> bool:
 
 
 def _rename(partial: pathlib.Path, path: pathlib.Path):
-    """Renames a folder; fails where something has the new name by now."""
-    path.mkdir()  # claims the name: renaming alone would replace an empty folder that is there
+    """Renames a folder; fails if something has the new name by now."""
+    path.mkdir()  # claims the name: renaming alone would replace an empty folder
     try:
         partial.rename(path)
     except BaseException:

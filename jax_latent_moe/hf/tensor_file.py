@@ -1,8 +1,8 @@
-"""The safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes.
+"""Reads and writes the safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes.
 
-It is read here and not by the safetensors package for the sake of memory and of errors: tensors go through one small
-buffer straight to their place in a stacked array, and duplicate keys, holes and oversized headers are refused with the
-name of the file. Format: https://github.com/huggingface/safetensors#format
+The safetensors package is not used, to save memory and to give better errors. Tensors go through one small buffer
+straight to their place in a stacked array. Duplicate keys, holes and oversized headers are refused, and the error names
+the file. Format: https://github.com/huggingface/safetensors#format
 """
 
 import collections
@@ -38,22 +38,23 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000
-"""Bytes; the limit of the safetensors package as well."""
+"""Bytes; the safetensors package has the same limit."""
 JSON_LIMIT = 1_000_000_000
+"""Bytes of a JSON file."""
 SHOWN = 10
-"""Names that a message lists."""
+"""The most names that a message lists."""
 MOST_DIMENSIONS = 64
-"""Of an array in NumPy; the limit also bounds the time that a product of sizes takes."""
+"""NumPy's limit for an array. It also bounds the time to multiply the sizes."""
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies.
+    """A tensor's place in a file.
 
     Attributes:
-        file: path of its file.
-        dtype: as the format names it ("BF16").
-        shape: its dimensions.
-        start: offset of its first byte in the file.
+        file: path of the file.
+        dtype: the format's name of the dtype ("BF16").
+        shape: the tensor's dimensions.
+        start: offset of the tensor's first byte in the file.
     """
 
     file: pathlib.Path
@@ -63,17 +64,18 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes of the tensor in the file."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path; CheckpointError if no file can have that name."""
+    """The argument as a path; CheckpointError if no file can have that name."""
+    shown = repr(os.fspath(path))
     try:
         if b"\0" in os.fsencode(path):
-            raise CheckpointError(repr(os.fspath(path)), ["it holds a NUL character, which no name may: change it."])
+            raise CheckpointError(shown, ["it holds a NUL character, which no file name may contain: remove it."])
     except UnicodeEncodeError as error:
-        raise CheckpointError(repr(os.fspath(path)), [f"the system has no such name ({error}): change it."]) from error
+        raise CheckpointError(shown, [f"the system cannot encode the name ({error}): change it."]) from error
     return pathlib.Path(path)
 
 
@@ -81,16 +83,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: the file is absent, too large, no JSON, no object, or names a key twice.
+        CheckpointError: the file is absent or too large, is not a JSON object, or names a key twice.
     """
     with opened(path) as file:
         if os.fstat(file.fileno()).st_size > JSON_LIMIT:
-            raise CheckpointError(path, [f"more than {JSON_LIMIT} bytes of JSON."])
+            raise CheckpointError(path, [f"it holds more than {JSON_LIMIT} bytes of JSON, which is the limit."])
         return parse_json(path, file.read())
 
 
 def parse_json(where: object, data: bytes) -> dict[str, Any]:
-    """The JSON object in data; CheckpointError, naming `where`, if it is none."""
+    """The JSON object in data; CheckpointError about `where` if data is not a JSON object."""
 
     def unique(pairs):
         values = dict(pairs)
@@ -103,17 +105,17 @@ def parse_json(where: object, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(where, [f"no valid JSON: {error}."]) from error
+        raise CheckpointError(where, [f"not valid JSON: {error}."]) from error
     if not isinstance(value, dict):
-        raise CheckpointError(where, [f"a JSON {type(value).__name__} where an object is expected."])
+        raise CheckpointError(where, [f"it holds a JSON {type(value).__name__}, expected an object."])
     return value
 
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A regular file, open for unbuffered reading; what the system says of it becomes a CheckpointError."""
+    """Opens a regular file for unbuffered reading. An OSError becomes a CheckpointError."""
     try:
-        # Asked before opening: opening a pipe would wait for a writer.
+        # The check comes first, because opening a pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(path, ["not a regular file."])
         with path.open("rb", buffering=0) as file:
@@ -126,16 +128,16 @@ def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file.
 
     Raises:
-        CheckpointError: the file is absent or truncated, or its header is not a valid one.
+        CheckpointError: the file is absent or truncated, or its header is not valid.
     """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or 8 + length > size:
-            raise CheckpointError(path, [f"truncated, or no safetensors file: {size} bytes cannot hold its header."])
+            raise CheckpointError(path, [f"truncated, or not a safetensors file: {size} bytes cannot hold its header."])
         if length > HEADER_LIMIT:
-            raise CheckpointError(path, [f"a header of {length} bytes is over the limit of {HEADER_LIMIT}."])
+            raise CheckpointError(path, [f"its header has {length} bytes, over the limit of {HEADER_LIMIT}."])
         header = parse_json(f"{path} (header)", file.read(length))
     header.pop("__metadata__", None)
     begin = 8 + length
@@ -151,13 +153,11 @@ def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     end = 0
     for first, last, name in sorted(spans) if not problems else ():
         if first != end:
-            problems.append(
-                f"{name}: its bytes begin at {first}, where {end} is expected: tensors overlap or leave holes."
-            )
+            problems.append(f"{name}: its bytes begin at {first}, expected {end}: tensors overlap or leave holes.")
         end = last
     if not problems and begin + end != size:
         what = "truncated" if size < begin + end else "longer than its header says"
-        problems.append(f"{what}: {size} bytes, the header asks for {begin + end}.")
+        problems.append(f"{what}: the file has {size} bytes, its header needs {begin + end}.")
     if problems:
         raise CheckpointError(path, problems)
     return tensors
@@ -175,8 +175,9 @@ def _invalid_entry(entry) -> str | None:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         return f"data_offsets {_short(offsets)} are not two integers from 0 to 2^63 - 1"
     expected = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != expected:
-        return f"{dtype} of shape {shape} takes {expected} bytes, data_offsets {offsets} span {offsets[1] - offsets[0]}"
+    found = offsets[1] - offsets[0]
+    if found != expected:
+        return f"{dtype} of shape {shape} takes {expected} bytes, but data_offsets {offsets} span {found}"
     return None
 
 
@@ -185,33 +186,38 @@ def _is_size(value) -> bool:
 
 
 def _short(value) -> str:
-    """At most a few dozen characters of what a file holds."""
+    """A value from a file, cut to a few dozen characters."""
     return reprlib.repr(value)
 
 
 def read_bytes(file: BinaryIO, info: TensorInfo, offset: int, buffer: np.ndarray) -> None:
-    """Fills a contiguous buffer with the bytes of a tensor that begin at `offset` of it.
+    """Fills a contiguous buffer with the bytes of a tensor from byte `offset` of the tensor on.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file ends before the buffer is full.
     """
     view, position = memoryview(buffer.reshape(-1).view(np.uint8)), info.start + offset
     while view:
         count = os.preadv(file.fileno(), [view], position)
         if count == 0:
-            raise CheckpointError(info.file, [f"truncated while it was read, at byte {position}."])
+            raise CheckpointError(info.file, [f"the file was truncated while it was read: it ends at byte {position}."])
         view, position = view[count:], position + count
 
 
 def read_tensor(file: BinaryIO, info: TensorInfo) -> np.ndarray:
-    """A whole tensor, as stored."""
+    """Reads a whole tensor, as stored."""
     raw = np.empty(info.nbytes, np.uint8)
     read_bytes(file, info, 0, raw)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def create(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-    """Makes a safetensors file of (dtype, shape) by name, in that order, its data still zero; says where each lies."""
+    """Creates a safetensors file whose data is zero, and returns the place of each tensor.
+
+    Args:
+        path: the file to create.
+        tensors: (dtype, shape) by the tensor's name, in the order of the file.
+    """
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         nbytes = math.prod(shape) * DTYPES[dtype].itemsize
@@ -226,7 +232,7 @@ def create(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]
 
 
 def write_bytes(file: BinaryIO, info: TensorInfo, offset: int, data: np.ndarray) -> None:
-    """Overwrites the bytes of a tensor, from `offset` of it on."""
+    """Overwrites the bytes of a tensor from byte `offset` of the tensor on."""
     view, position = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)), info.start + offset
     while view:
         count = os.pwrite(file.fileno(), view, position)

@@ -1,4 +1,4 @@
-"""A layer on GPUs one does not have yet: memory, traffic and time on paper, and what binds.
+"""Estimates the memory, traffic and time of a layer on GPUs that need not be present, and names the bottleneck.
 
 `python -m jax_latent_moe.plan --preset nemotron_3_super --mesh data=8,expert=8` prints a plan.
 """
@@ -10,4 +10,4 @@ from jax_latent_moe.plan.timing import Part
 __all__ = ["GPU", "GPUS", "CostPlan", "Part", "make_cost_plan", "render"]
 
 GPUS = {"h100": H100, "h200": H200, "b200": B200}
-"""The GPUs that are known, by name."""
+"""The known GPUs, by name."""

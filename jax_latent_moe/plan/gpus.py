@@ -1,22 +1,22 @@
-"""What GPUs can do: rates that a plan divides by."""
+"""The rates of GPUs, by which a plan computes times."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """One GPU and its links; rates are what programs reach, not the datasheet's peak, where `measured` says so.
+    """One GPU and its links. If `measured`, rates are those that programs reach, not the datasheet's peak.
 
     Attributes:
-        memory: bytes.
-        dense_flops: bfloat16 operations a second of a large dense matmul.
-        grouped_flops: the same of the experts' grouped matmuls while weights cost nothing.
-        router_flops: operations a second of the router's matmul, each of several bfloat16 ones.
-        bandwidth: bytes of memory a second.
-        link: bytes a second that it sends to GPUs of its host.
-        network: bytes a second that it sends to other hosts.
-        host: GPUs of one host.
-        measured: whether the first five rates were, on this kind; the network's never was.
+        memory: bytes of memory.
+        dense_flops: bfloat16 operations per second of a large dense matmul.
+        grouped_flops: bfloat16 operations per second of the experts' grouped matmuls, not counting reads of weights.
+        router_flops: operations per second of the router's matmul. Each is made of several bfloat16 operations.
+        bandwidth: bytes per second from and to memory.
+        link: bytes per second sent to GPUs of the same host.
+        network: bytes per second sent to other hosts. It was never measured.
+        host: number of GPUs in a host.
+        measured: whether the rates but `network` were measured on this kind of GPU.
     """
 
     memory: float
@@ -31,13 +31,13 @@ class GPU:
 
 
 H200 = GPU(141e9, 7.2e14, 6.6e14, 3.0e14, 4.2e12, 2.77e11, 5.0e10)
-"""H200 SXM: benchmarks/results/h200-2026-11-23.jsonl, the experts' and the router's matmuls fitted to those of
-2026-11-27; links as measured between two of one host; 400 Gb/s a GPU between hosts by the datasheet of the usual
-server."""
+"""H200 SXM. Rates are from benchmarks/results/h200-2026-11-23.jsonl, those of the experts' and the router's matmuls
+from a fit to 2026-11-27. The link was measured between two GPUs of one host. The network is 400 Gb/s per GPU, from the
+datasheet of the usual server."""
 
 H100 = GPU(80e9, 7.3e14, 7.0e14, 3.0e14, 3.0e12, 2.77e11, 5.0e10)
-"""H100 SXM: its matmul and copy rates were measured, grouped matmuls fitted to those of 2026-11-27 (Super alone); the
-others are the H200's."""
+"""H100 SXM. Rates of dense matmuls and memory were measured, that of grouped matmuls is a fit to 2026-11-27 (Super
+only). The others are the H200's."""
 
 B200 = GPU(180e9, 1.6e15, 1.3e15, 6.6e14, 6.8e12, 5.5e11, 5.0e10, measured=False)
-"""B200: the datasheet's rates times fractions that the H200 reached; no kernel of this library was tried on it."""
+"""B200. Rates are the datasheet's, times the fraction that the H200 reached. No kernel of this library ran on it."""

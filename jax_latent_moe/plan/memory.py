@@ -1,4 +1,4 @@
-"""Bytes of one device: what stays from step to step, what layers keep for the backward pass, what one layer needs."""
+"""Memory of one device: parameters and optimiser, residuals for the backward pass, and scratch memory of one layer."""
 
 import math
 
@@ -14,11 +14,11 @@ from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
 
 ADAM_BYTES = 8
-"""Two float32 moments a parameter."""
+"""Bytes of Adam's two float32 moments per parameter."""
 
 
 def parameters_per_device(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
-    """Parameters of one layer that one device stores; what an axis does not split is stored by each."""
+    """Parameters of one layer that one device stores. A parameter that no axis splits is stored on every device."""
     specs = param_specs(config, mesh)
     return sum(
         math.prod(leaf.shape) // math.prod(mesh.shape[axis] for axis in specs[part][name] if axis is not None)
@@ -28,7 +28,7 @@ def parameters_per_device(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
 
 
 def gathered_parameters(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
-    """Parameters of one layer that one device computes with, once fsdp has gathered them."""
+    """Parameters of one layer that one device computes with, after fsdp has gathered them."""
     parallel = _parallel(config)
     mesh_without = AbstractMesh(
         tuple(1 if name == parallel.fsdp_axis else size for name, size in mesh.shape.items()), tuple(mesh.shape)
@@ -37,7 +37,7 @@ def gathered_parameters(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
 
 
 def allocated_rows(config: LatentMoEConfig, mesh: AbstractMesh, tokens: int) -> int:
-    """Rows that one device's experts have room for: the routed ones of its own tokens, or what it may be sent."""
+    """Rows for which one device's experts have memory: those of its own tokens, or all that it may be sent."""
     parallel = _parallel(config)
     devices = axis_sizes(parallel, mesh)[parallel.expert_axis]
     if devices == 1:
@@ -48,15 +48,15 @@ def allocated_rows(config: LatentMoEConfig, mesh: AbstractMesh, tokens: int) -> 
 def memory(
     config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, layers: int, *, training: bool, remat: bool
 ) -> dict[str, int]:
-    """Bytes of one device by use, for the MoE layers alone.
+    """Bytes of one device by use, for the MoE layers only.
 
     Args:
         config: the layer, with `parallel` set.
         mesh: axes and sizes.
         tokens: tokens of one device.
         layers: MoE layers that the device holds.
-        training: with gradients, Adam's moments and what the backward pass keeps.
-        remat: the layers keep their input alone and are computed twice.
+        training: whether to count gradients, Adam's moments and the residuals for the backward pass.
+        remat: whether the layers keep only their input and are computed twice.
     """
     stored, param_bytes = layers * parameters_per_device(config, mesh), jnp.dtype(config.param_dtype).itemsize
     item, d, latent = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
@@ -65,10 +65,10 @@ def memory(
     rows = allocated_rows(config, mesh, tokens)
     kept_rows = rows * inner * (2 if config.gated else 1) * item
     narrow = rows * latent * item
-    # Without a latent, tokens themselves go to the experts.
+    # Without a latent space, the tokens themselves go to the experts.
     widths = d if config.latent_size is None else d + latent
     per_token = tokens * d * item
-    # Of a layer that fsdp gathers, the whole kernels stand beside.
+    # `working` is the scratch memory of one layer. The kernels that fsdp gathers are added below.
     working = _beside_kept_rows(config, narrow, kept_rows) + per_token if training else narrow + rows * inner * item
     working += _exchanged(config, mesh, tokens, rows)
     used = {"parameters": stored * param_bytes}
@@ -83,16 +83,16 @@ def memory(
 
 
 def _beside_kept_rows(config, narrow: int, kept: int) -> int:
-    """Bytes of rows that stand beside those that a backward pass needs: gathered ones and outputs of experts.
+    """Bytes of rows that a backward pass needs besides the kept ones: gathered rows and the experts' outputs.
 
-    Gathered rows and outputs of experts use the same memory at different times. Hidden rows that are not kept, and
-    narrower rows beside them, use memory of results that are not written yet, such as a weight's gradient.
+    Gathered rows and outputs use the same memory at different times. If hidden rows are not kept, they and narrower
+    rows use the memory of results that are not written yet, such as a weight's gradient.
     """
     return narrow if kept_residual(config) != "pre" or narrow >= kept else 0
 
 
 def kept_residual(config: LatentMoEConfig) -> Residual:
-    """What a backward pass needs, by the decision that the compiled kernels lead to."""
+    """What the forward pass keeps for the activation's gradient, with the compiled kernels."""
     activation = config.bound_activation
     return choose_residual(
         activation,
@@ -102,7 +102,7 @@ def kept_residual(config: LatentMoEConfig) -> Residual:
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:
-    """Bytes of what devices send each other: all latents and their sums in float32, or the rows that arrive."""
+    """Bytes that devices exchange: all latents and their sums in float32, or the rows that arrive."""
     devices, item = axis_sizes(_parallel(config), mesh)[_parallel(config).expert_axis], jnp.dtype(config.dtype).itemsize
     if devices == 1:
         return 0

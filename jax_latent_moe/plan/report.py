@@ -1,4 +1,4 @@
-"""A plan: a layer on a mesh of GPUs on paper, and how it reads."""
+"""A cost plan of a layer on a mesh of GPUs, and its text."""
 
 import dataclasses
 
@@ -16,17 +16,17 @@ COMPUTE = ("arithmetic", "memory")
 
 @dataclasses.dataclass(frozen=True)
 class CostPlan:
-    """What `make_cost_plan` found, for one device.
+    """The result of `make_cost_plan`, for one device.
 
     Attributes:
         config: the layer, with `parallel` set.
         sizes: devices along each mesh axis.
         tokens: tokens of one device.
         gpu: the device.
-        layers: MoE layers counted.
-        training: whether the backward pass and the optimiser are.
+        layers: number of MoE layers.
+        training: whether the backward pass and the optimiser are counted.
         memory: bytes by use.
-        parts: time by part, of one layer.
+        parts: the parts of one layer, with their times.
     """
 
     config: LatentMoEConfig
@@ -40,22 +40,22 @@ class CostPlan:
 
     @property
     def compute_ms(self) -> float:
-        """Time of one layer's kernels, one after the other."""
+        """Time of one layer's kernels, run one after the other."""
         return sum(part.ms for part in self.parts if part.bound in COMPUTE)
 
     @property
     def communication_ms(self) -> float:
-        """Time of one layer's collectives, one after the other."""
+        """Time of one layer's collectives, run one after the other."""
         return sum(part.ms for part in self.parts if part.bound not in COMPUTE)
 
     @property
     def bytes(self) -> int:
-        """Memory of one device."""
+        """Bytes of memory of one device."""
         return sum(self.memory.values())
 
     @property
     def binds(self) -> str:
-        """The first thing to change, as a sentence."""
+        """The bottleneck, as a sentence."""
         if self.bytes > self.gpu.memory:
             use = max(self.memory, key=lambda name: self.memory[name])
             return f"Memory: {self.bytes / 1e9:.0f} of {self.gpu.memory / 1e9:.0f} GB, most of it {use}."
@@ -74,20 +74,20 @@ def make_cost_plan(
     training: bool = True,
     remat: bool = False,
 ) -> CostPlan:
-    """What MoE layers on a mesh take of each GPU, by the roofline of each part.
+    """Estimates the memory and time of MoE layers on a mesh, from the roofline of each part.
 
     Args:
-        config: the layer; without `parallel`, its defaults.
+        config: the layer. If it has no `parallel`, the defaults of `ParallelConfig` are used.
         sizes: devices along each mesh axis, such as {"data": 8, "expert": 8}.
         tokens: tokens of one device.
-        gpu: one of `GPUS`, or another.
-        layers: MoE layers; memory counts them all, times are of one.
-        training: with gradients and Adam.
-        remat: layers keep their input alone and are computed again.
+        gpu: one of `GPUS`, or your own.
+        layers: number of MoE layers. Memory counts all of them, times are those of one.
+        training: whether to count gradients and Adam.
+        remat: whether the layers keep only their input and are computed again.
 
     Raises:
-        ConfigError: an axis does not divide what it splits.
-        UnsupportedError: the named dispatch does not run here.
+        ConfigError: the size of an axis does not divide the dimension that it splits.
+        UnsupportedError: the named dispatch does not run on this mesh.
     """
     if config.parallel is None:
         config = dataclasses.replace(config, parallel=ParallelConfig())

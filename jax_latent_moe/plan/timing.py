@@ -1,4 +1,4 @@
-"""Time that each part of a layer needs at the rates of a GPU, and what binds it."""
+"""The time of each part of a layer at the rates of a GPU, and the resource that bounds it."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,24 +14,24 @@ from jax_latent_moe.plan.gpus import GPU
 from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, kept_residual, parameters_per_device
 
 OVERLAP = 0.3
-"""Of arithmetic and memory traffic of one kernel, the part of the shorter that shows; fitted to measured kernels."""
+"""The fraction of the shorter of arithmetic and memory time that adds to the longer; fitted to measured kernels."""
 
 GROUPED_MS = 0.095
-"""A grouped matmul of next to no rows, from launch to end; measured between 0.066 and 0.120, most of it the host's."""
+"""Time of a grouped matmul of very few rows. Between 0.066 and 0.120 were measured, most of it on the host."""
 
 COLLECTIVE_MS = 0.07
-"""A collective that moves nothing, as measured on two GPUs."""
+"""Time of a collective that moves no data, measured on two GPUs."""
 
 
 class Part(NamedTuple):
     """One part of a layer on one device.
 
     Attributes:
-        name: what it is.
-        ms: expected time.
-        bound: what it waits for: "arithmetic", "memory", "link" (within a host) or "network" (between hosts).
-        flops: its operations.
-        bytes: what it moves, through memory or over the bound wires.
+        name: name of the part.
+        ms: expected time in milliseconds.
+        bound: the resource it waits for: "arithmetic", "memory", "link" (within a host) or "network" (between hosts).
+        flops: floating-point operations.
+        bytes: bytes moved through memory, or over the link or network.
     """
 
     name: str
@@ -42,25 +42,25 @@ class Part(NamedTuple):
 
 
 def kernel(name: str, gpu: GPU, flops: float, moved: float, rate: float) -> Part:
-    """A kernel of so many operations at a rate, that moves so many bytes through memory."""
+    """A kernel that computes `flops` operations at `rate` and moves `moved` bytes through memory."""
     arithmetic, traffic = 1e3 * flops / rate, 1e3 * moved / gpu.bandwidth
     shorter, longer = sorted((arithmetic, traffic))
     return Part(name, longer + OVERLAP * shorter, "arithmetic" if arithmetic > traffic else "memory", flops, moved)
 
 
 def collective(name: str, gpu: GPU, sent: float, span: int, calls: int = 1) -> Part:
-    """Collectives in which one device sends so many bytes; span is the number of devices that they reach over."""
+    """Collectives in which one device sends `sent` bytes, among devices that are spread over `span` neighbours."""
     bound, rate = ("link", gpu.link) if span <= gpu.host else ("network", gpu.network)
     return Part(name, calls * COLLECTIVE_MS + 1e3 * sent / rate, bound, 0.0, sent)
 
 
 def grouped_matmuls(config: LatentMoEConfig, gpu: GPU, rows: int, experts: int, tensor: int) -> dict[str, Part]:
-    """The products of the experts of one device, by contraction: "forward", "dgrad" and "wgrad", up and down each."""
+    """The expert products of one device: "forward", "dgrad" and "wgrad" of "up" and of "down", by name ("up dgrad")."""
     inner, width = config.expert_intermediate_size // tensor, config.latent_width
     item, gate = jnp.dtype(config.dtype).itemsize, 2 if config.gated else 1
     found = {}
     for name, k, n in (("up", width, inner * gate), ("down", inner, width)):
-        # A contraction reads or writes rows of both widths and every reached expert's weight.
+        # Each contraction reads or writes rows of both widths, and the weight of every expert that has rows.
         moved = item * (rows * (k + n) + min(experts, max(rows, 1)) * k * n)
         for contraction in ("forward", "dgrad", "wgrad"):
             part = kernel(f"{name} {contraction}", gpu, 2.0 * rows * k * n, moved, gpu.grouped_flops)
@@ -71,15 +71,15 @@ def grouped_matmuls(config: LatentMoEConfig, gpu: GPU, rows: int, experts: int, 
 def layer_parts(
     config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, gpu: GPU, *, training: bool, remat: bool
 ) -> list[Part]:
-    """Every part of one layer and pass, on one device at even loads.
+    """The parts of one layer on one device, if all experts get equally many rows.
 
     Args:
         config: the layer, with `parallel` set.
         mesh: axes and sizes.
         tokens: tokens of one device.
-        gpu: what it runs on.
-        training: with the backward pass.
-        remat: the forward pass a second time.
+        gpu: the device.
+        training: whether to count the backward pass.
+        remat: whether to count the forward pass twice.
     """
     return [*_kernels(config, mesh, tokens, gpu, training, remat), *_collectives(config, mesh, tokens, gpu, training)]
 
@@ -87,7 +87,7 @@ def layer_parts(
 def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
     sizes = axis_sizes(config.parallel, mesh)
     _, _, expert, tensor = (sizes[axis] for axis in config.parallel.axes)
-    rows, room = tokens * config.top_k, allocated_rows(config, mesh, tokens)
+    rows, allocated = tokens * config.top_k, allocated_rows(config, mesh, tokens)
     item, d, width = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
     inner, gate = config.expert_intermediate_size // tensor, 2 if config.gated else 1
     forward = 1 + (training and remat)
@@ -115,15 +115,17 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
         sum(part.bytes * count for part, count in parts),
     )
     hidden_passes = _activation_passes(config, forward, training)
-    yield kernel("activation", gpu, 0.0, item * room * inner * hidden_passes, gpu.dense_flops)
-    gathers = 3 * forward + 5 * training  # rows written and read, sums read; backward two gathers and a sum
-    yield kernel("gather and combine", gpu, 0.0, item * room * width * gathers, gpu.dense_flops)
+    yield kernel("activation", gpu, 0.0, item * allocated * inner * hidden_passes, gpu.dense_flops)
+    # Forward writes and reads rows, and reads them for the sums. Backward has two gathers and a sum.
+    gathers = 3 * forward + 5 * training
+    yield kernel("gather and combine", gpu, 0.0, item * allocated * width * gathers, gpu.dense_flops)
 
 
 def _activation_passes(config, forward, training) -> int:
-    """Passes over hidden rows beside those that plain products would make, where the compiled kernels run.
+    """Passes over hidden rows, beyond those of plain products, with the compiled kernels.
 
-    A gated pre-activation is two passes. What a kernel does not fuse, XLA reads and writes once more.
+    A gated pre-activation counts as two passes. If a kernel does not fuse the activation, XLA reads and writes once
+    more.
     """
     residual, parts = kept_residual(config), 2 if config.gated else 1
     value, gradient = (fuses(contraction, config.bound_activation, residual) for contraction in ("fwd", "dgrad"))
@@ -133,9 +135,11 @@ def _activation_passes(config, forward, training) -> int:
     if not gradient:
         passes += 2
     if residual != "pre":
-        # The gradient is written over the hidden rows that it reads; a gated one reads the gate and writes both halves.
+        # A kernel reads the hidden rows and overwrites them with the gradient. If gated, it also reads the gate and
+        # writes both halves.
         return passes + (3 if config.gated else 1)
-    # Hidden rows are written beside the pre-activation; its gradient reads it, is as wide, and writes them once more.
+    # The forward pass writes hidden rows besides the pre-activation. The gradient reads the pre-activation, is as wide,
+    # and writes the hidden rows once more.
     return passes + forward + 2 * parts
 
 
@@ -143,7 +147,7 @@ def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:
     sizes = axis_sizes(config.parallel, mesh)
     data, fsdp, expert, tensor = (sizes[axis] for axis in config.parallel.axes)
     passes, item = 1 + training, jnp.dtype(config.dtype).itemsize
-    # Devices stand on hosts with tensor innermost, then expert, fsdp and data.
+    # Devices are assigned to hosts with tensor as the innermost axis, then expert, fsdp and data.
     if expert > 1:
         dispatch = choose_dispatch(config, expert, tokens)
         sent = sum(cost.exchange_bytes(config, expert, tokens, config.parallel.capacity_factor)[dispatch])

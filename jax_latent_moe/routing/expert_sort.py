@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Int32
 
 from jax_latent_moe import native
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
@@ -42,7 +42,7 @@ def sort_by_expert(expert_ids: Int[Array, "..."], num_experts: int, backend: str
         num_experts: E.
         backend: of the experts. "auto" and `CutlassBackend` take the compiled kernel where it runs.
     """
-    ids = expert_ids.reshape(-1).astype(jnp.int32)
+    ids = int32_ids(expert_ids).reshape(-1)
     if compiled_runs(backend) and num_experts <= MOST_EXPERTS:
         return compiled_sort_by_expert(ids, num_experts)
     expert = no_expert_last(ids, num_experts)
@@ -66,16 +66,30 @@ def count_experts(
 
     Where the compiled kernel runs it is asked for: XLA merges it with the sort of the same choices.
     """
-    ids = expert_ids.reshape(-1).astype(jnp.int32)
+    ids = int32_ids(expert_ids).reshape(-1)
     if compiled_runs(backend) and num_experts <= MOST_EXPERTS:
         return compiled_sort_by_expert(ids, num_experts).sizes
     return _count(no_expert_last(ids, num_experts), num_experts)
 
 
+def int32_ids(ids: Int[Array, "*any"]) -> Int32[Array, "*any"]:
+    """Ids of any integer type as int32, before they are compared with numbers that the type may not hold.
+
+    What int32 cannot hold becomes its largest or smallest number, which is no expert.
+    """
+    ids = jnp.asarray(ids)
+    if ids.dtype.itemsize >= 4 and ids.dtype != jnp.int32:
+        limits = jnp.iinfo(jnp.int32)
+        ids = jnp.clip(ids, max(limits.min, int(jnp.iinfo(ids.dtype).min)), limits.max)
+    return ids.astype(jnp.int32)
+
+
 def no_expert_last(ids: Int[Array, " r"], num_experts: int) -> Int[Array, " r"]:
-    """The ids, num_experts where they are no expert."""
+    """The ids as int32, num_experts where they are no expert."""
+    ids = int32_ids(ids)
     return jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
 
 def _count(expert, num_experts):
-    return jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
+    # A place for no expert: an index out of bounds, though dropped, would alarm checkify.
+    return jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)[:num_experts]

@@ -1,22 +1,37 @@
 """Which experts a token reaches and with what weight; the losses and the bias that keep the experts' loads even."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import RouterConfig
 from jax_latent_moe.device import current_device
+from jax_latent_moe.dtypes import at_least_float32
+from jax_latent_moe.errors import InputError
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
-from jax_latent_moe.routing.expert_sort import count_experts
+from jax_latent_moe.routing.expert_sort import count_experts, int32_ids
 from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
 from jax_latent_moe.routing.top_k import top_k_ids
 
 NO_EXPERT = -1
+"""In a routing to replay: this choice reaches no expert."""
+
+ROUTER_DECIDES = -2
+"""In a routing to replay: the router chooses all experts of a token that holds it."""
+
+
+CHOICE = "latent_moe_choice"
+"""The checkpoint name of every discrete choice: of experts, for the losses' counts, and of what capacity keeps."""
+
+pin_choice = jax.checkpoint_policies.save_only_these_names(CHOICE)
+"""A policy of `jax.checkpoint` that saves the choices alone: what is computed again is routed as it was."""
 
 
 class Routing(NamedTuple):
@@ -38,7 +53,7 @@ def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: st
     """
     if _splits(x, dtype):
         return split_matmul(x, kernel)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     return jnp.matmul(
         x.astype(dtype), kernel.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide
     )
@@ -82,32 +97,30 @@ def route(
         scale: [E], a learned factor on the weights.
         routed_scaling_factor: factor on the weights; None takes the config's.
         token_mask: [T]; tokens that are False choose no expert.
-        expert_ids: [T, k], the choice to replay instead of making one; weights are the scores there. An id outside
-            [0, E) is no expert.
+        expert_ids: [T, k] of any integer type, the choice to replay; weights are the scores there. A token with
+            `ROUTER_DECIDES` among its ids is routed as without them; any other id outside [0, E) is no expert.
         backend: of the experts; it may hold a kernel for the choice, which it does not change.
     """
-    num_experts = logits.shape[1]
-    scores = _scores(logits, config.score_function)
-    if expert_ids is None:
-        selected = lax.stop_gradient(logits if config.selection == "logit" else scores)
-        expert_ids = top_k_ids(_selection(selected, bias, config), top_k, backend)
-    chosen = (expert_ids >= 0) & (expert_ids < num_experts)
+    ids = checkpoint_name(top_k_ids(_selection(logits, bias, config), top_k, backend), CHOICE)
+    chosen = None  # every choice reaches an expert
+    if expert_ids is not None:
+        replayed = int32_ids(expert_ids)
+        ids = jnp.where(jnp.any(replayed == ROUTER_DECIDES, axis=1, keepdims=True), ids, replayed)
+        chosen = (ids >= 0) & (ids < logits.shape[1])
     if token_mask is not None:
-        chosen &= token_mask[:, None]
-    safe_ids = jnp.where(chosen, expert_ids, 0)
-    weights = jnp.take_along_axis(scores, safe_ids, axis=1)
-    if config.score_function == "softmax_topk":
-        weights = _masked_softmax(weights, chosen)
-    weights = jnp.where(chosen, weights, 0)
-    if config.norm_topk_prob:
-        # An exact factor: the derivative of a quotient squares its divisor, and 1e-20 squared is no float32 number.
-        weights, eps = weights * 2.0**40, config.norm_topk_eps * 2.0**40
-        total = jnp.sum(weights, axis=1, keepdims=True) + eps
-        weights /= jnp.where(jnp.any(chosen, axis=1, keepdims=True), total, 1)
+        real = jnp.broadcast_to(token_mask[:, None], ids.shape)
+        chosen = real if chosen is None else chosen & real
+    safe_ids = ids if chosen is None else jnp.where(chosen, ids, 0)
+    weights = _weights(logits, safe_ids, chosen, config)
     if scale is not None:
-        weights *= jnp.where(chosen, scale.astype(weights.dtype)[safe_ids], 0)
+        weights *= _where(chosen, scale.astype(weights.dtype)[safe_ids], 0)
     weights *= config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
-    return Routing(jnp.where(chosen, expert_ids, NO_EXPERT).astype(jnp.int32), weights)
+    return Routing(_where(chosen, ids, NO_EXPERT), weights)
+
+
+def _where(chosen, values, otherwise):
+    """The values where a choice reaches an expert; without a mask each does."""
+    return values if chosen is None else jnp.where(chosen, values, otherwise)
 
 
 def _scores(logits, score_function):
@@ -117,15 +130,70 @@ def _scores(logits, score_function):
     if score_function == "sigmoid":
         return jax.nn.sigmoid(logits)
     if score_function == "sqrt_softplus":
-        return jnp.sqrt(jax.nn.softplus(logits))
+        small, logits, small_logits = _split_at_underflow(logits)
+        return jnp.where(small, jnp.exp(small_logits / 2), jnp.sqrt(jax.nn.softplus(logits)))
     assert score_function == "softmax_topk"
     return logits
 
 
-def _selection(scores, bias, config):
+def _log_scores(logits, score_function):
+    """Logarithms of scores, but for a constant of each token."""
+    if score_function == "sigmoid":
+        return jax.nn.log_sigmoid(logits)
+    if score_function == "sqrt_softplus":
+        small, logits, small_logits = _split_at_underflow(logits)
+        return jnp.where(small, small_logits, jnp.log(jax.nn.softplus(logits))) / 2
+    return logits
+
+
+def _split_at_underflow(logits):
+    """Where log(1 + exp(a)) is exp(a) to the last bit; the logits above, and those below, each with 0 in other places.
+
+    The root of exp(a) is exp(a / 2), which has a slope where exp(a) is 0 already.
+    """
+    small = logits < math.log(jnp.finfo(logits.dtype).eps)
+    return small, jnp.where(small, 0, logits), jnp.where(small, logits, 0)
+
+
+def _weights(logits, ids, chosen, config):
+    """Weights of the chosen, [T, k], before any factor; `chosen` None is all of them."""
+    chosen_logits = _at(logits, ids)
+    eps = config.norm_topk_eps
+    if config.score_function == "softmax_topk" or (config.norm_topk_prob and eps == 0):
+        # The ratio of scores that have underflowed is still known from their logarithms.
+        weights = _masked_softmax(_log_scores(chosen_logits, config.score_function), chosen)
+        if eps == 0:
+            return weights
+    elif config.score_function == "softmax":
+        weights = _where(chosen, _at(jax.nn.softmax(logits, axis=1), ids), 0)
+    else:
+        weights = _where(chosen, _scores(chosen_logits, config.score_function), 0)
+    if not config.norm_topk_prob:
+        return weights
+    return _over_sum(weights, eps)
+
+
+def _at(values, ids):
+    """values[t, ids[t, j]]; take_along_axis has a gradient that the index checks of checkify cannot read."""
+    tokens = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
+    return values.at[tokens, ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _over_sum(scores, eps):
+    """The scores divided by their sum and eps; eps is more than 0."""
+    # An exact factor: the derivative of a quotient squares its divisor, and 1e-20 squared is no float32 number.
+    scores = scores * 2.0**40
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + eps * 2.0**40)
+
+
+def _selection(logits, bias, config):
     """The scores by which experts are chosen: with the bias, and -inf outside the best groups."""
+    logits = lax.stop_gradient(logits)
+    # Scores alone are in the order of the logits, and logits are still told apart where scores saturate.
+    by_logit = config.selection == "logit" or (bias is None and config.num_groups == 1)
+    scores = logits if by_logit else _scores(logits, config.score_function)
     if bias is not None:
-        scores = scores + lax.stop_gradient(bias).astype(scores.dtype)
+        scores = scores + lax.stop_gradient(bias).astype(scores.dtype)[None]
     return _limit_groups(scores, config) if config.num_groups > 1 else scores
 
 
@@ -134,11 +202,13 @@ def _limit_groups(scores, config):
     grouped = scores.reshape(scores.shape[0], config.num_groups, -1)
     group_scores = jnp.sum(lax.top_k(grouped, config.group_score_topk)[0], axis=-1)
     kept = lax.top_k(group_scores, config.topk_groups)[1]
-    keep = jnp.any(kept[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    keep = jnp.any(kept[:, :, None] == jnp.arange(config.num_groups)[None, None], axis=1)
     return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def _masked_softmax(logits, mask):
+    if mask is None:
+        return jax.nn.softmax(logits, axis=1)
     # A finite fill keeps the softmax of a row without any choice, and its gradient, finite.
     return jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=1), 0)
 
@@ -158,7 +228,7 @@ def auxiliary_losses(
     switch (Switch Transformers, arXiv 2101.03961, as in Megatron): E / (k T^2) * sum_e n_e sum_t P[t, e] over the T
     unmasked tokens, with P the scores as probabilities and n_e the tokens whose top-k of P holds e (without bias or
     group limits); it equals its coefficient at perfect balance. sequence: the same for each sequence, averaged over
-    them. z (ST-MoE, arXiv 2202.08906): mean_t logsumexp(logits_t)^2.
+    those with unmasked tokens. z (ST-MoE, arXiv 2202.08906): mean_t logsumexp(logits_t)^2.
 
     Args:
         logits: [B, S, E], of this device's tokens.
@@ -179,19 +249,27 @@ def auxiliary_losses(
     if config.sequence_loss_coef:
         within, between = (all_tokens, lambda n: n) if sequences_split else (lambda n: n, all_tokens)
         imbalance = imbalance_of(logits, mask, all_tokens=within)
-        sequences = between(jnp.full((), imbalance.size))
-        losses["sequence"] = config.sequence_loss_coef * between(jnp.sum(imbalance)) / jnp.maximum(sequences, 1)
+        real = imbalance.size if token_mask is None else jnp.sum(within(jnp.sum(mask, axis=1)) > 0)
+        sequences = between(jnp.full((), real))
+        losses["sequence"] = (
+            config.sequence_loss_coef * between(jnp.sum(imbalance)) / _at_least_one(sequences, imbalance)
+        )
     if config.z_loss_coef:
         squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
-        losses["z"] = config.z_loss_coef * all_tokens(jnp.sum(squared)) / jnp.maximum(all_tokens(jnp.sum(mask)), 1)
+        losses["z"] = (
+            config.z_loss_coef * all_tokens(jnp.sum(squared)) / _at_least_one(all_tokens(jnp.sum(mask)), squared)
+        )
     return losses
+
+
+def _at_least_one(count, like):
+    return jnp.maximum(count, 1).astype(like.dtype)
 
 
 def _probabilities(logits, score_function):
     if score_function in ("softmax", "softmax_topk"):
         return jax.nn.softmax(logits, axis=-1)
-    scores = _scores(logits, score_function)
-    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    return _over_sum(_scores(logits, score_function), 1e-20)
 
 
 def _imbalance(
@@ -200,28 +278,59 @@ def _imbalance(
     """E / (k T^2) * sum_e n_e sum_t P[t, e] of each sequence, which all_tokens completes; 0 for one without tokens."""
     batch, length, num_experts = logits.shape
     probs = jnp.where(mask[..., None], _probabilities(logits, score_function), 0)
-    ids = top_k_ids(lax.stop_gradient(probs).reshape(-1, num_experts), top_k, backend).reshape(batch, length, top_k)
+    ids = top_k_ids(lax.stop_gradient(logits).reshape(-1, num_experts), top_k, backend).reshape(batch, length, top_k)
     offset = num_experts * jnp.arange(batch)[:, None, None]
-    ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
+    ids = jnp.where(mask[..., None], checkpoint_name(ids, CHOICE) + offset, NO_EXPERT)
     counts = all_tokens(count_experts(ids, batch * num_experts, backend).reshape(batch, num_experts))
-    tokens = jnp.maximum(all_tokens(jnp.sum(mask, axis=1)), 1).astype(probs.dtype)
-    return jnp.sum(counts * all_tokens(jnp.sum(probs, axis=1)), axis=1) * num_experts / (top_k * tokens**2)
+    tokens = _at_least_one(all_tokens(jnp.sum(mask, axis=1)), probs)
+    return (
+        jnp.sum(counts.astype(probs.dtype) * all_tokens(jnp.sum(probs, axis=1)), axis=1)
+        * num_experts
+        / (top_k * tokens**2)
+    )
 
 
 def update_correction_bias(
-    bias: Float[Array, " e"], tokens_per_expert: Int[Array, " e"], rate: float
-) -> Float[Array, " e"]:
+    bias: Float[Array, "*layers e"],
+    tokens_per_expert: Int[Array, "*layers e"],
+    rate: float | Float[Array, ""],
+    *,
+    recentre: bool = False,
+    axis_name: str | Sequence[str] | None = None,
+) -> Float[Array, "*layers e"]:
     """b_e + rate * sign(mean(n) - n_e): raises the bias of experts with few tokens (DeepSeek-V3, arXiv 2412.19437).
 
     Call it after the optimiser's step, outside of autodiff, with the counts of the whole batch (summed over devices).
 
     Args:
-        bias: [E] float32.
-        tokens_per_expert: [E] int32, as in `LatentMoEAux`.
+        bias: [..., E] float32; axes before the last are layers.
+        tokens_per_expert: [..., E] integers, as in `LatentMoEAux`; every count is told from the mean, however large.
         rate: the step, `RouterConfig.bias_update_rate`.
+        recentre: subtract the mean over experts afterwards. It never changes a choice, and keeps the biases where
+            float32 is finest.
+        axis_name: mapped axes over which the counts are to be summed first.
 
     Returns:
-        [E] float32.
+        [..., E] float32.
+
+    Raises:
+        InputError: the counts are no integers, or not of the bias's shape.
     """
-    counts = tokens_per_expert.astype(jnp.float32)
-    return bias.astype(jnp.float32) + rate * jnp.sign(jnp.mean(counts) - counts)
+    bias, counts = jnp.asarray(bias), jnp.asarray(tokens_per_expert)
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise InputError(f"tokens_per_expert of dtype {counts.dtype} must be integers: counts, not means or shares.")
+    if counts.shape != bias.shape:
+        raise InputError(f"tokens_per_expert of shape {counts.shape} must be of the bias's shape {bias.shape}.")
+    counts = counts if counts.dtype.itemsize >= 4 else counts.astype(jnp.int32)
+    counts = counts if axis_name is None else lax.psum(counts, axis_name)
+    moved = bias.astype(jnp.float32) + rate * _sign_of_mean_minus(counts).astype(jnp.float32)
+    return moved - jnp.mean(moved, axis=-1, keepdims=True) if recentre else moved
+
+
+def _sign_of_mean_minus(counts):
+    """sign(mean(n) - n_e) without rounding: float32 cannot tell 2^24 from one more, and sums may pass 2^31."""
+    experts = counts.shape[-1]
+    rest = jnp.sum(counts % experts, axis=-1, keepdims=True)
+    mean = jnp.sum(counts // experts, axis=-1, keepdims=True) + rest // experts
+    rest %= experts  # the mean is mean + rest / experts
+    return jnp.where(counts > mean, -1, jnp.where((counts == mean) & (rest == 0), 0, 1))

@@ -1,4 +1,4 @@
-"""What a grouped matmul must give, row by row in float64, and the function of it that the suite runs."""
+"""The right result of a grouped matmul, row by row in float64, and the function that the suite compares with it."""
 
 import functools
 
@@ -9,7 +9,7 @@ from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad
 
 
 def rows_of_experts(group_sizes) -> list[int]:
-    """The expert of each row that has one."""
+    """The expert of each row, without the padding rows."""
     return [expert for expert, size in enumerate(group_sizes) for _ in range(size)]
 
 
@@ -31,7 +31,7 @@ def oracle_wgrad(rows, dout, group_sizes):
 
 
 def oracle_run(rows, w, group_sizes, dout, transpose_w=False):
-    """What `compiled` must return, by name."""
+    """The results that `compiled` must return, by name."""
     wgrad = oracle_wgrad(rows, dout, group_sizes)
     return {
         "out": oracle_matmul(rows, w, group_sizes, transpose_w),
@@ -45,7 +45,7 @@ def oracle_run(rows, w, group_sizes, dout, transpose_w=False):
 def compiled(row, transpose_w=False):
     """Jitted grouped matmul with its gradients, and wgrad: (rows, w, group_sizes, dout) -> arrays by name.
 
-    Weights that are codes have no gradient.
+    A weight that is a `ScaledArray` has no gradient.
     """
 
     @jax.jit

@@ -1,7 +1,7 @@
-"""Every way to run a grouped matmul, a row each. A new backend or format joins the whole suite by one row.
+"""Every way to run a grouped matmul, one row for each. One new row adds a backend or format to the whole suite.
 
-Kernels run on a GPU where there is one, and those that can be interpreted run on the CPU too: a few cells of the
-suite, or all of them with JAX_LATENT_MOE_EVERY_CELL=1.
+Kernels run on a GPU if there is one. Those that can be interpreted also run on the CPU: a few cells of the suite, or
+all of them with JAX_LATENT_MOE_EVERY_CELL=1.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """One way to run a grouped matmul, and what it declares.
+    """One way to run a grouped matmul, with its limits.
 
     Attributes:
-        name: of the row.
-        backend: the settings.
-        dtypes: what its rows can be.
-        multiple: what its K and N must be multiples of; the suite scales its sizes by it.
-        weight_format: a registered format that weights are encoded in; None leaves them as arrays.
-        tolerance: relative error allowed against the float64 oracle on decoded operands, by dtype.
+        name: the row's name.
+        backend: the backend's settings.
+        dtypes: the dtypes that rows may have.
+        multiple: K and N must be multiples of it; the suite scales its sizes by it.
+        weight_format: the registered format of the weights; None leaves them as arrays.
+        tolerance: the relative error allowed against the float64 oracle on decoded operands, by dtype.
         hopper: whether it needs a Hopper GPU.
-        interpreted: whether it interprets kernels, seconds a call: then most cells need EVERY_CELL.
-        isolates: whether an expert whose weights are NaN spoils its own rows alone.
-        any_rows: whether it runs with no rows.
+        interpreted: whether kernels are interpreted, which takes seconds per call; most cells then need EVERY_CELL.
+        isolates: whether an expert with NaN weights spoils only its own rows.
+        any_rows: whether it can run without any rows.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Row:
 
     @property
     def dtype(self) -> str:
-        """The most exact of its dtypes."""
+        """The most exact of the dtypes."""
         return self.dtypes[0]
 
     def size(self, size: int) -> int:
-        """A feature size of the suite, scaled to what the row can run."""
+        """A feature size of the suite, scaled to the row's multiple."""
         return size if self.multiple == 1 else self.multiple * max(1, size // 3)
 
     def weight(self, w: np.ndarray) -> Any:
@@ -70,13 +70,13 @@ class Row:
         return w if self.weight_format is None else encode(np.asarray(w), self.weight_format)
 
     def values(self, weight: Any) -> np.ndarray:
-        """The values that products see, in float64."""
+        """The values of a weight as products read them, in float64."""
         return np.float64(np.asarray(weight if self.weight_format is None else weight.decode("float32")))
 
 
 @dataclasses.dataclass(frozen=True)
 class InterpretedPallas:
-    """Settings of the `pallas` kernels as Pallas' GPU interpreter runs them on a CPU."""
+    """Settings of the `pallas` kernels, run on a CPU by Pallas' GPU interpreter."""
 
     fuse: str = "never"
     matmul_tile: None = None
@@ -121,12 +121,12 @@ ROWS = (
 
 
 def every_row(check):
-    """Runs a check for every row; an interpreted one skips it unless EVERY_CELL is set: see `few_cells`."""
+    """Runs a check for every row. Interpreted rows are skipped unless EVERY_CELL is set; see `few_cells`."""
     return pytest.mark.parametrize("row", [_param(row, few=False) for row in ROWS])(check)
 
 
 def few_cells(check):
-    """Runs a check for every row, interpreted ones included."""
+    """Runs a check for every row, including interpreted ones."""
     return pytest.mark.parametrize("row", [_param(row, few=True) for row in ROWS])(check)
 
 

@@ -21,7 +21,7 @@ def draw(row: Row, rng, dtype=None, rows=ROWS, experts=EXPERTS, k=K, n=N, transp
 
 
 def check(row: Row, rows, w, group_sizes, dout, dtype=None, transpose_w=False, counted=None):
-    """Compares every result with the oracle's, for `counted` group sizes where they differ from the given ones."""
+    """Compares every result with the oracle's. `counted` are the sizes that take effect, if they differ."""
     sizes = group_sizes if counted is None else counted
     total = int(np.sum(sizes))
     clean = [np.array(array) for array in (rows, dout)]
@@ -42,7 +42,7 @@ def check(row: Row, rows, w, group_sizes, dout, dtype=None, transpose_w=False, c
 
 
 def check_random_groups(row, rng):
-    """Sums below and at the rows, every dtype, both orders of the weight."""
+    """Group sizes that add up to fewer rows or to all, every dtype, both orders of the weight."""
     for dtype, transpose_w in itertools.product(row.dtypes, (False, True)):
         for total in (ROWS, ROWS - 5):
             rows, w, dout = draw(row, rng, dtype, transpose_w=transpose_w)
@@ -50,7 +50,7 @@ def check_random_groups(row, rng):
 
 
 def check_sizes_that_no_block_divides(row, rng):
-    """One row, more experts than rows, sizes that no tile divides, no rows at all."""
+    """One row, more experts than rows, sizes that no tile divides, no rows."""
     shapes = [(1, 1, 1, 1), (1, 5, 3, 2), (97, 3, 33, 17), (40, 20, 16, 1), (6, 1, 4, 4)]
     for count, experts, k, n in [*shapes, *([(0, 4, 3, 2)] * row.any_rows)]:
         rows, w, dout = draw(row, rng, rows=count, experts=experts, k=k, n=n)
@@ -77,7 +77,7 @@ def check_all_rows_on_one_expert(row, rng):
 
 
 def check_padding_rows_leak_nowhere(row, rng):
-    """Rows beyond the groups hold NaN or infinity, and the weights' other experts are untouched."""
+    """Padding rows hold NaN or infinity, which must not reach any other result."""
     for total, poison in itertools.product((0, 1, ROWS - 1), (np.nan, np.inf)):
         rows, w, dout = draw(row, rng)
         rows[total:], dout[total:] = poison, poison
@@ -96,7 +96,7 @@ def check_a_nan_row_poisons_its_own_row_alone(row, rng):
 
 
 def check_group_sizes_are_cut_under_jit(row, rng):
-    """Negative sizes count as 0, and rows that do not exist are left out."""
+    """A negative size counts as 0, and groups are cut at the last row."""
     rows, w, dout = draw(row, rng)
     for given, counted in (
         ([20, 20, 0, 0, 0, 0, 0, 3], [20, 4, 0, 0, 0, 0, 0, 0]),
@@ -109,7 +109,7 @@ def check_group_sizes_are_cut_under_jit(row, rng):
 
 
 def check_two_runs_give_equal_bits(row, rng):
-    """No atomics on values."""
+    """Two runs give equal bits, because values are not summed by atomics."""
     rows, w, dout = draw(row, rng)
     arguments = rows, w, random_group_sizes(rng, EXPERTS, ROWS), dout
     for first, second in zip(*(jax.tree.leaves(compiled(row)(*arguments)) for _ in range(2)), strict=True):

@@ -36,7 +36,9 @@ def test_all_rows_on_one_expert(rng, row):
     suite.check_all_rows_on_one_expert(row, rng)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter multiplies what it will clear
+@pytest.mark.filterwarnings(
+    "ignore:invalid value:RuntimeWarning"
+)  # the interpreter multiplies values that it clears later
 @few_cells
 def test_padding_rows_leak_nowhere(rng, row):
     suite.check_padding_rows_leak_nowhere(row, rng)

@@ -1,4 +1,4 @@
-"""A copy of the set-up scripts with a PATH of our own making: what a machine without uv, Python or a network does."""
+"""A copy of the set-up scripts with a faked PATH, to test machines without uv, Python or a network."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ esac
 
 @dataclasses.dataclass(frozen=True)
 class Sandbox:
-    """A checkout of the scripts alone, with `bin` as its whole PATH."""
+    """A checkout of only the scripts, with `bin` as its whole PATH."""
 
     root: pathlib.Path
 
@@ -35,7 +35,7 @@ class Sandbox:
         return self.root / "bin"
 
     def command(self, name: str, body: str) -> pathlib.Path:
-        """Put a shell script called `name` on PATH."""
+        """Puts a shell script called `name` on PATH."""
         path = self.bin / name
         path.unlink(missing_ok=True)  # it may be a link to the real one
         path.write_text(f"#!/bin/bash\n{body}\n")

@@ -1,4 +1,4 @@
-"""What Bazel is given agrees with what uv locks."""
+"""Bazel's versions are those that uv locks."""
 
 import re
 import tomllib

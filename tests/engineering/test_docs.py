@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs and prints what it says, its links lead somewhere, no name is left out."""
+"""The documentation is true: its code prints what is shown, its links work, and no public name is missing."""
 
 import importlib
 import importlib.util
@@ -15,6 +15,7 @@ from jax_latent_moe import native
 from tests.engineering.sandbox import ROOT
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+LINKED = [*PAGES, *sorted(ROOT.glob("C*.md")), *sorted(ROOT.glob("benchmarks/results/**/*.md"))]
 PUBLIC = (
     "jax_latent_moe",
     "jax_latent_moe.cost",
@@ -30,7 +31,7 @@ END_OF_BLOCK = "=== end of block ==="
 
 
 def public_names() -> list[tuple[str, str]]:
-    """Every (module, name) that users may rely on: `__all__`, or what the module itself defines without underscore."""
+    """Every public (module, name): those in `__all__`, or else those defined in the module without an underscore."""
     found = []
     for module_name in PUBLIC:
         module = importlib.import_module(module_name)
@@ -50,7 +51,7 @@ def defined_in(module_name: str, name: str, value) -> bool:
 
 @pytest.fixture(scope="module")
 def inventory(tmp_path_factory) -> set[str]:
-    """The Python names of the built documentation; the build itself takes a warning for an error."""
+    """The Python names in the built documentation. The build treats a warning as an error."""
     out = tmp_path_factory.mktemp("html")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", out / "trees", ROOT / "docs", out]
     run = subprocess.run(command, cwd=ROOT, env=cpu_alone(), capture_output=True, text=True)
@@ -83,7 +84,7 @@ def test_a_public_name_has_a_docstring(module, name):
 
 
 def python_blocks(page: str) -> list[tuple[str, str | None]]:
-    """The code of each Python block with the output that a text block right after it shows."""
+    """The code of each Python block, with the output in the text block right after it."""
     fenced = [*re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S), ("", "")]
     following = [text if kind == "text" else None for kind, text in fenced[1:]]
     return [(code, shown) for (kind, code), shown in zip(fenced[:-1], following, strict=True) if kind == "python"]
@@ -102,7 +103,13 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page):
         assert expected in (None, output), code
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("block", [code for code, _ in python_blocks((ROOT / "README.md").read_text())])
+def test_a_block_of_the_readme_runs_alone_from_any_folder(block, tmp_path):
+    run = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=cpu_alone(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     assert not [target for target in targets if "://" not in target and not (page.parent / target).exists()]
@@ -117,7 +124,10 @@ def test_the_tables_of_fields_are_those_of_the_dataclasses():
     assert tables.PAGE.read_text() == tables.render(tables.PAGE.read_text()), "run docs/config_tables.py"
 
 
-def test_the_readme_names_targets_that_exist():
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M))
+@pytest.mark.parametrize(
+    ("page", "expected"), [("README.md", {"train", "test"}), ("CONTRIBUTING.md", {"test", "lint", "docs"})]
+)
+def test_a_page_names_targets_that_exist(page, expected):
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / page).read_text(), re.M))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert {"train", "test"} <= named <= targets
+    assert expected <= named <= targets

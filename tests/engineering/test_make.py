@@ -1,4 +1,4 @@
-"""The Makefile's targets and the CI script say what they run."""
+"""The Makefile's targets and the CI script run the right commands."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from tests.engineering.sandbox import ROOT
 def make(*arguments: str) -> str:
     program = shutil.which("make")
     assert program
-    # Under `make test` an inner make would take this one's flags and print which folder it enters.
+    # Under `make test`, an inner make would inherit the outer one's flags and print the folder that it enters.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     return subprocess.run(
         [program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

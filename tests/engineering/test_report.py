@@ -1,4 +1,4 @@
-"""What stands in the pages is what was measured."""
+"""The pages show the measured values."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_the_plot_shows_what_the_rows_say():
 
 @pytest.fixture
 def rows(tmp_path):
-    """Two runs of one problem on a GPU; in the second a peer is wrong, and one was not there."""
+    """Two runs of one problem on a GPU. In the second, one peer is wrong and one is missing."""
     first, second = Run("h200", tmp_path), Run("h200", tmp_path)
     for run, measured in (
         (first, {"pallas": (9.0, None), "lax_ragged_dot": (20.0, 0.001)}),

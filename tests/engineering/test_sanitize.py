@@ -1,4 +1,4 @@
-"""What the sanitizer script says of tests that pass, fail, skip, outlast their limit or show a fault."""
+"""The sanitizer script reports tests that pass, fail, skip, exceed their limit or have a fault."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""The set-up scripts on faked machines: which packages they ask for, and the one sentence where they cannot go on."""
+"""The set-up scripts on faked machines: the packages that they install, and the sentence that they fail with."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def sandbox(tmp_path) -> Sandbox:
 
 @pytest.fixture
 def ready(sandbox) -> Sandbox:
-    """A machine that has uv and Python 3.12."""
+    """A machine with uv and Python 3.12."""
     sandbox.command("uv", UV)
     sandbox.command("python3.12", PYTHON_312)
     sandbox.command("uname", "case $1 in -s) echo Linux ;; *) echo x86_64 ;; esac")
@@ -21,7 +21,7 @@ def ready(sandbox) -> Sandbox:
 
 
 def refusal(result) -> str:
-    """The sentence that a failed script ends in."""
+    """The sentence with which a failed script ends."""
     assert result.returncode == 1, result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: ")

@@ -1,4 +1,4 @@
-"""Which nvcc is found, and when a wheel is built with kernels (scripts/test-wheel.sh builds such wheels)."""
+"""Finding nvcc, and the conditions for a wheel with kernels (scripts/test-wheel.sh builds such wheels)."""
 
 import importlib
 import platform
@@ -11,13 +11,13 @@ import pytest
 from tests.engineering.sandbox import ROOT
 
 LINUX = pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="kernels are built on Linux on x86_64 alone"
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="kernels are built only on Linux on x86_64"
 )
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine that has no nvcc until `machine(folder, version)` puts one there."""
+    """A machine without nvcc, until `machine(folder, version)` adds one."""
 
     def install(folder, version):
         path = tmp_path / folder / "nvcc"
@@ -39,7 +39,7 @@ def nvcc(monkeypatch):
 
 @pytest.fixture
 def backend(machine, monkeypatch):
-    """The build backend over builders that answer with their name and the settings they were given."""
+    """The build backend over fake builders, which return their name and settings."""
     for name in ("hatchling", "scikit_build_core"):
         build = types.ModuleType(f"{name}.build")
         for hook in ("build_sdist", "build_editable"):

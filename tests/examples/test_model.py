@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
+from examples.train.attention import attend, rotary_table, rotate
 from examples.train.config import Config, ModelConfig, OptimizerConfig
 from examples.train.errors import TrainError
 from examples.train.generate import make_generate
 from examples.train.mlp import dense_width, moe_config
-from examples.train.model import LanguageModel, causal_attention, rotate
+from examples.train.model import LanguageModel
 from examples.train.optimizer import learning_rate, make_optimizer, muon_dimensions
 from examples.train.presets import PRESETS, TOY
 from examples.train.step import init_state, predict
+from examples.train.tokenizer import Bytes
 from jax_latent_moe import cost
 from tests.tolerances import assert_close
 
@@ -50,12 +52,13 @@ def test_moe_of_half_an_expert_is_refused():
 def test_attention_is_causal_softmax_attention(rng):
     q, k, v = (jnp.asarray(rng.normal(size=(2, 150, 2, 8)), jnp.float32) for _ in range(3))
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    assert_close(jax.jit(causal_attention)(q, k, v), expected, "float32")
+    assert_close(jax.jit(attend, static_argnums=3)(q, k, v, "blocks"), expected, "float32")
 
 
 def test_rotary_scores_depend_on_distance_alone(rng):
     q, k = (jnp.broadcast_to(jnp.asarray(rng.normal(size=8), jnp.float32), (1, 20, 1, 8)) for _ in range(2))
-    scores = jnp.einsum("bqhw,bkhw->qk", rotate(q), rotate(k))
+    table = rotary_table(20, 8, "float32")
+    scores = jnp.einsum("bqhw,bkhw->qk", rotate(q, table), rotate(k, table))
     for distance in range(5):
         np.testing.assert_allclose(jnp.diagonal(scores, -distance), scores[distance, 0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(scores[1, 0], scores[5, 0])
@@ -115,7 +118,7 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_generation_depends_on_key_and_prompt_alone(toy):
     model, state = toy
-    generate = make_generate(model, 50)
+    generate = make_generate(model, Bytes(), 50)
     text = generate(state, b"To be", jax.random.key(1))
     assert text.startswith(b"To be")
     assert len(text) == 55
@@ -125,7 +128,7 @@ def test_generation_depends_on_key_and_prompt_alone(toy):
 
 def test_cold_generation_takes_the_likeliest_byte(toy):
     model, state = toy
-    text = make_generate(model, 40, temperature=1e-6)(state, b"ab", jax.random.key(0))
+    text = make_generate(model, Bytes(), 40, temperature=1e-6)(state, b"ab", jax.random.key(0))
     seen, logits = b"\n" + text, logits_of(model)
     for end in range(3, len(seen)):
         window = np.frombuffer(seen[max(0, end - TOY.model.context) : end], np.uint8).astype(np.int32)

@@ -16,9 +16,14 @@ from examples.train.cli import parse
 from examples.train.config import Config, ModelConfig, OptimizerConfig
 from examples.train.errors import TrainError
 from examples.train.generate import generate
+from examples.train.metrics import MetricsWriter
 from examples.train.optimizer import learning_rate, make_optimizer
 from examples.train.presets import PRESETS
 from examples.train.processes import join
+from examples.train.run_folder import WRITTEN, open_folder
+from examples.train.text import on_disk
+from examples.train.trackers import Trackers
+from examples.train.whole_file import write_whole
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.parallel import mesh_sizes
 
@@ -89,6 +94,11 @@ def test_the_ends_of_a_range(cls, field):
         (["--switch-loss-coef", "nan"], r"switch_loss_coef=nan must be"),
         (["--spike-factor", "-2"], r"spike_factor=-2\.0 must be"),
         (["--spike-factor", "1"], r"spike_factor=1\.0 must be more than 1"),
+        (["--tokenizer", "bpe:²"], r"--tokenizer bpe:² must be bytes, or bpe:N"),
+        (["--tokenizer", "bpe:" + "9" * 5000], r"must be bytes, or bpe:N"),
+        (["--profile", "1:" + "9" * 5000], r"must be FIRST:LAST"),
+        (["--profile", "²:3"], r"--profile ²:3 must be FIRST:LAST"),
+        (["--data-column", os.fsdecode(b"\xff")], r"--data-column '\\udcff' must be UTF-8"),
         (["--process", "5"], r"--process 5 needs --coordinator"),
         (["--processes", "2"], r"--processes 2 needs --coordinator"),
         (["--process", "1", "--coordinator", "auto"], r"--process 1 has no effect with --coordinator auto"),
@@ -164,6 +174,50 @@ def test_what_is_accepted_gives_a_finite_step(drawn, warmup_steps):
 def test_generating_checks_its_options_before_it_reads_a_run(options, message, tmp_path):
     with pytest.raises(TrainError, match=message):
         generate(tmp_path / "no run", **options)
+
+
+def test_files_that_others_left_in_a_run_folder_stay(tmp_path):
+    config = dataclasses.replace(PRESETS["toy"], run=tmp_path)
+    left = ["config.json.part", "metrics.jsonl.part", ".config.json.part", "notes.txt"]
+    for name in left:
+        (tmp_path / name).write_text("mine")
+    open_folder(config)
+    MetricsWriter(tmp_path, 0, Trackers([], config)).close()
+    assert [(tmp_path / name).read_text() for name in left] == ["mine"] * 4
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "config.json", "metrics.jsonl", "tensorboard"}
+    open_folder(config)  # a second run in it
+
+
+def test_texts_of_others_beside_a_cached_text_stay(tmp_path):
+    for name in (f"text.{os.getpid()}.part", "text.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+    text = on_disk(tmp_path / "text", np.uint8, lambda: iter([(np.arange(3, dtype=np.uint8), True)]))
+    assert text.tokens.tolist() == [0, 1, 2]
+    made = {tmp_path / "text", tmp_path / "text" / "tokens", tmp_path / "text" / "starts"}
+    assert set(tmp_path.rglob("*")) == {*before, *made}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_folder_with_files_of_others_is_no_run(name, tmp_path):
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(TrainError, match=f"holds {name}, which a run would overwrite, but no readable config"):
+        open_folder(dataclasses.replace(PRESETS["toy"], run=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    write_whole(path, b"old")
+
+    def fails(self, target):
+        raise OSError("full")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"config.json": b"old"}
 
 
 def test_folders_of_other_alphabets_are_taken():

@@ -43,7 +43,7 @@ def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
         (["--model.top-k", "9"], "error: top_k=9 is more than num_experts=8"),
         (["--mlp", "moe", "--model.top-k", "1"], "error: --mlp moe has model.num_experts and model.top_k times"),
         (["--data", "TEXT", "--model.context", "99999"], "error: The text has 19000 bytes to train on and 1000 to"),
-        (["--preset", "huge"], "error: --preset huge is unknown: use one of auto, toy, cpu, gpu."),
+        (["--preset", "huge"], "error: --preset huge is unknown: use one of auto, toy, cpu, gpu, gpu-80gb, gpu-x8."),
     ],
 )
 def test_wrong_options_end_in_one_sentence(tmp_path, arguments, sentence):

@@ -1,38 +1,48 @@
-"""Writes the golden files beside it: MoE blocks of transformers, run by torch.
+"""Writes the golden files next to this script: values and gradients of transformers' MoE blocks, run by torch.
 
     pip install -r requirements.txt
-    python generate.py
+    python generate.py [CASE ...]
 
-A folder a case: checkpoint/ as `save_pretrained` writes it (config.json, model.safetensors with the hub's names,
-bfloat16 but for the correction bias) and, run in float32 and in bfloat16 on the same weights,
-values_<dtype>.safetensors (x, dy, y, dx, expert_ids, weights) and gradients_<dtype>.safetensors (of sum(y * dy), under
-the checkpoint's names).
-Each file carries the versions and the seed. Nothing here comes from jax_latent_moe.
+writes all cases, or the named ones. Each case is a folder. checkpoint/ is the model as `save_pretrained` writes it
+(config.json, model.safetensors with the hub's names, in bfloat16 except for the correction bias). The block is run in
+float32 and in bfloat16 on the same weights: values_<dtype>.safetensors holds x, dy, y, dx, expert_ids and weights, and
+gradients_<dtype>.safetensors the gradients of sum(y * dy) under the checkpoint's names. Some cases also have stacked/,
+the same weights under the names of transformers' own modules, with all experts in one tensor.
+Each file holds the versions and the seed. Nothing here comes from jax_latent_moe.
 """
 
 import pathlib
 import platform
 import shutil
+import sys
 import tempfile
 
 import safetensors.torch
 import torch
 import transformers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 HERE = pathlib.Path(__file__).parent
 WIDTH, EXPERTS, TOP_K, INNER, BATCH = 16, 8, 3, 12, (2, 7)
 
 ATTENTION = dict(num_attention_heads=1, num_key_value_heads=1)
+MLA = ATTENTION | dict(kv_lora_rank=2, q_lora_rank=2, qk_rope_head_dim=2, v_head_dim=2, qk_nope_head_dim=2)
+ONE_LAYER = dict(first_k_dense_replace=0, num_hidden_layers=1, n_routed_experts=EXPERTS, intermediate_size=4)
 FAMILIES = {
     "nemotron_h": (
         NemotronHConfig,
@@ -46,9 +56,19 @@ FAMILIES = {
         DeepseekV3Config,
         DeepseekV3ForCausalLM,
         "mlp",
+        MLA | ONE_LAYER,
+    ),
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM, "mlp", MLA | ONE_LAYER),
+    "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM, "mlp", ATTENTION | ONE_LAYER | dict(head_dim=4)),
+    "qwen3_next": (
+        Qwen3NextConfig,
+        Qwen3NextForCausalLM,
+        "mlp",
         ATTENTION
-        | dict(kv_lora_rank=2, q_lora_rank=2, qk_rope_head_dim=2, v_head_dim=2, qk_nope_head_dim=2)
-        | dict(first_k_dense_replace=0, num_hidden_layers=1, n_routed_experts=EXPERTS, intermediate_size=4),
+        | dict(
+            head_dim=4, num_hidden_layers=1, layer_types=["full_attention"], num_experts=EXPERTS, intermediate_size=4
+        )
+        | dict(shared_expert_intermediate_size=20),
     ),
     "qwen3_moe": (
         Qwen3MoeConfig,
@@ -66,7 +86,8 @@ FAMILIES = {
 }
 LATENT = dict(moe_latent_size=8)
 GROUPS = dict(n_group=4, topk_group=2)
-# (name, family, config, seed, range of the correction bias: released NemotronH biases lie near 64, 0.25 apart at most)
+V2_GROUPS = GROUPS | dict(topk_method="group_limited_greedy")
+# (name, family, config, seed, range of the correction bias). Released NemotronH biases are near 64, within 0.25.
 NEAR_64, SMALL, NEGATIVE = (64.0, 64.25), (-0.1, 0.1), (-3.0, -1.0)
 CASES = [
     ("nemotron_latent_0", "nemotron_h", LATENT | dict(routed_scaling_factor=5.0), 0, NEAR_64),
@@ -83,7 +104,12 @@ CASES = [
     ("qwen3_unnormalised", "qwen3_moe", dict(norm_topk_prob=False), 11, None),
     ("mixtral_0", "mixtral", {}, 12, None),
     ("mixtral_1", "mixtral", {}, 13, None),
+    ("deepseek_v2", "deepseek_v2", dict(n_shared_experts=2, routed_scaling_factor=1.0), 14, None),
+    ("deepseek_v2_groups", "deepseek_v2", V2_GROUPS | dict(n_shared_experts=1, routed_scaling_factor=16.0), 15, None),
+    ("glm4_groups", "glm4_moe", GROUPS | dict(n_shared_experts=1, routed_scaling_factor=2.5), 16, SMALL),
+    ("qwen3_next", "qwen3_next", dict(norm_topk_prob=True), 17, None),
 ]
+STACKED = ("nemotron_latent_0", "deepseek_groups", "mixtral_0", "qwen3_next")
 
 
 def build(family, extra, seed, bias_range):
@@ -124,7 +150,7 @@ def run(model, block_name, dtype, x, dy):
 
 
 def hub_named_gradients(model, names):
-    """The gradients under the checkpoint's names: transformers itself renames them when it saves."""
+    """The gradients under the checkpoint's names, which transformers gives them when it saves."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -138,14 +164,19 @@ def hub_named_gradients(model, names):
 
 
 def main():
-    """Writes every case anew."""
+    """Writes all cases, or those named on the command line."""
     transformers.utils.logging.disable_progress_bar()
     for case, family, extra, seed, bias_range in CASES:
+        if sys.argv[1:] and case not in sys.argv[1:]:
+            continue
         folder = HERE / case
         shutil.rmtree(folder, ignore_errors=True)
         model, generator = build(family, extra, seed, bias_range)
         model.save_pretrained(folder / "checkpoint")
         (folder / "checkpoint" / "generation_config.json").unlink(missing_ok=True)
+        if case in STACKED:
+            model.save_pretrained(folder / "stacked", save_original_format=False)
+            (folder / "stacked" / "generation_config.json").unlink(missing_ok=True)
         stored = safetensors.torch.load_file(folder / "checkpoint" / "model.safetensors")
         moe = [name for name in stored if any(f".0.{block}." in name for block in ("mixer", "mlp", "block_sparse_moe"))]
         x, dy = (torch.randn(*BATCH, WIDTH, generator=generator).to(torch.bfloat16) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Random checkpoints, written by the safetensors package under names spelled out here: nothing comes from hf itself."""
+"""Random checkpoints, written by the safetensors package under names spelled out here. Nothing comes from hf itself."""
 
 import json
 import pathlib
@@ -107,6 +107,22 @@ MIXTRAL = dict(
 )
 
 
+KIMI_K2 = DEEPSEEK_V3 | dict(model_type="kimi_k2", n_group=1, topk_group=1)
+KIMI_K25 = dict(model_type="kimi_k25", dtype="bfloat16", text_config=KIMI_K2 | dict(torch_dtype=None))
+GLM4_MOE = {key: value for key, value in DEEPSEEK_V3.items() if key not in ("scoring_func", "topk_method")} | dict(
+    model_type="glm4_moe"
+)
+DEEPSEEK_V2 = DEEPSEEK_V3 | dict(
+    model_type="deepseek_v2",
+    scoring_func="softmax",
+    topk_method="group_limited_greedy",
+    norm_topk_prob=False,
+    routed_scaling_factor=16.0,
+)
+QWEN3_NEXT = QWEN3_MOE | dict(model_type="qwen3_next", shared_expert_intermediate_size=MS)
+QWEN2_MOE = QWEN3_NEXT | dict(model_type="qwen2_moe")
+
+
 def nemotron(prefix, m=M):
     shapes = {
         "gate.weight": (E, D),
@@ -151,8 +167,14 @@ def gated(prefix, names=("gate_proj", "up_proj", "down_proj"), bias=False, share
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
+def qwen_next(prefix):
+    shared = {"gate_proj": (MS, D), "up_proj": (MS, D), "down_proj": (D, MS)}
+    shapes = {f"{prefix}shared_expert.{name}.weight": shape for name, shape in shared.items()}
+    return gated(prefix) | shapes | {f"{prefix}shared_expert_gate.weight": (1, D)}
+
+
 def stacked(shapes, prefix, gated):
-    """The same layer with its experts in two tensors [E, out, in]; gate rows before up rows."""
+    """The same layer with its experts in two tensors [E, out, in], gate rows before up rows."""
     rest = {name: shape for name, shape in shapes.items() if ".experts." not in name}
     width, m = (D, M) if gated else (L, M)
     w_in = (
@@ -161,7 +183,7 @@ def stacked(shapes, prefix, gated):
     return rest | w_in | {f"{prefix}experts.down_proj": (E, width, m)}
 
 
-def megatron(prefix, two=1, latent=True, shared=True, bias=True):
+def megatron(prefix, two=1, latent=True, shared=True, bias=True, ms=None, gate=False):
     width = L if latent else D
     shapes = {"router.weight": (E, D)}
     if bias:
@@ -169,8 +191,10 @@ def megatron(prefix, two=1, latent=True, shared=True, bias=True):
     if latent:
         shapes |= {"fc1_latent_proj.weight": (L, D), "fc2_latent_proj.weight": (D, L)}
     if shared:
-        ms = MS if two == 1 else M
+        ms = ms or (MS if two == 1 else M)
         shapes |= {"shared_experts.linear_fc1.weight": (two * ms, D), "shared_experts.linear_fc2.weight": (D, ms)}
+    if gate:
+        shapes["shared_experts.gate_weight"] = (1, D)
     for e in range(E):
         shapes |= {
             f"experts.linear_fc1.weight{e}": (two * M, width),
@@ -180,7 +204,7 @@ def megatron(prefix, two=1, latent=True, shared=True, bias=True):
 
 
 def other(layer):
-    """Tensors that are not of an MoE layer."""
+    """Tensors outside of MoE layers."""
     return {f"model.layers.{layer}.self_attn.q_proj.weight": (D, D), "lm_head.weight": (5, D)}
 
 
@@ -216,6 +240,24 @@ MAPPINGS = {
     ),
     "deepseek": (DEEPSEEK_V3, "hf", gated("model.layers.1.mlp.", bias=True, shared=True) | other(0)),
     "qwen3": (QWEN3_MOE, "hf", gated("model.layers.0.mlp.") | gated("model.layers.2.mlp.") | other(1)),
+    "qwen3_next": (
+        QWEN3_NEXT,
+        "hf",
+        qwen_next("model.layers.0.mlp.")
+        | stacked(qwen_next("model.layers.2.mlp."), "model.layers.2.mlp.", gated=True)
+        | other(1),
+    ),
+    "qwen2": (QWEN2_MOE, "hf", qwen_next("model.layers.0.mlp.") | qwen_next("model.layers.2.mlp.") | other(1)),
+    "glm4": (GLM4_MOE, "hf", gated("model.layers.1.mlp.", bias=True, shared=True) | other(0)),
+    "kimi_k2": (KIMI_K2, "hf", gated("model.layers.1.mlp.", bias=True, shared=True) | other(0)),
+    "kimi_k25": (KIMI_K25, "hf", gated("language_model.model.layers.1.mlp.", bias=True, shared=True) | other(0)),
+    "deepseek_v2": (DEEPSEEK_V2, "hf", gated("model.layers.1.mlp.", shared=True) | other(0)),
+    "megatron_shared_gate": (
+        QWEN2_MOE,
+        "megatron",
+        megatron("decoder.layers.0.mlp.", two=2, latent=False, bias=False, ms=MS, gate=True)
+        | megatron("decoder.layers.2.mlp.", two=2, latent=False, bias=False, ms=MS, gate=True),
+    ),
     "mixtral": (MIXTRAL, "hf", gated("model.layers.0.block_sparse_moe.", W1_W3_W2) | other(0)),
     "nemotron_stacked": (
         NEMOTRON_H,
@@ -249,7 +291,7 @@ MAPPINGS = {
 
 
 def random_tensors(rng, shapes):
-    """bfloat16, but for correction biases: float32 near 64."""
+    """Tensors in bfloat16, except for correction biases, which are float32 and near 64."""
     return {
         name: (64 + rng.uniform(0, 0.25, shape)).astype(np.float32)
         if name.endswith("bias")
@@ -259,7 +301,7 @@ def random_tensors(rng, shapes):
 
 
 def save(folder: pathlib.Path, config, tensors, files: int = 1):
-    """A checkpoint folder of so many files, with an index where they are several."""
+    """Writes a checkpoint folder with this number of files, and an index if there are several."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if files == 1:

@@ -1,4 +1,4 @@
-"""Quantised weights against their formats' definitions, spelled out here one value at a time."""
+"""Quantised weights against the definitions of their formats, one value at a time."""
 
 import math
 
@@ -33,7 +33,7 @@ E4M3 = np.array([e4m3(code) for code in range(256)])
 
 
 def unpacked(packed):
-    """Codes of a row: the low four bits of a byte are the first of its two."""
+    """The codes of a row. The low four bits of a byte are the first code, the high four bits the second."""
     return np.array([[e2m1(code) for byte in row for code in (byte & 15, byte >> 4)] for row in packed.tolist()])
 
 
@@ -91,7 +91,7 @@ def replace(tensors, name, parts):
 
 
 def quantised_nemotron(rng):
-    """Experts NVFP4, projections and shared expert FP8, as in the published NVFP4 checkpoints; and the values."""
+    """A layer like the published NVFP4 ones: NVFP4 experts, FP8 projections and shared expert; and its values."""
     config = NEMOTRON_H | dict(hidden_size=32, moe_latent_size=16, moe_intermediate_size=48)
     config |= dict(moe_shared_expert_intermediate_size=20, layers_block_type=["moe"])
     prefix = "backbone.layers.0.mixer."

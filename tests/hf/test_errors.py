@@ -1,4 +1,4 @@
-"""Broken checkpoints: every problem in one error, whatever is broken, and nothing returned."""
+"""Broken checkpoints: one error lists every problem, and nothing is returned."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ from jax_latent_moe import hf
 from tests.hf.checkpoints import BFLOAT16, MAPPINGS, NEMOTRON_H, make, nemotron, random_tensors, save
 
 MUTATIONS = 300
+GATED = ("gate", "up", "down")
 LAYER = "backbone.layers.0.mixer."
 
 
@@ -95,9 +96,35 @@ def test_experts_under_unknown_names_are_told_in_a_few_lines(rng, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("mapping", "missing", "lines"),
+    [
+        (
+            "kimi",
+            [".w1.", ".w2."],
+            ["experts.{e}.w1.weight of all 4 experts", "experts.{e}.w2.weight of all 4 experts"],
+        ),
+        ("nemotron", ["fc1_", "fc2_"], ["fc1_latent_proj.weight", "fc2_latent_proj.weight"]),
+        ("megatron_latent", ["experts.linear_fc1"], ["experts.linear_fc1.weight{e} of all 4 experts"]),
+        ("deepseek", ["experts.0.", "experts.1."], [f"experts.{e}.{n}_proj.weight" for e in (0, 1) for n in GATED]),
+    ],
+)
+def test_what_every_expert_lacks_is_one_line(mapping, missing, lines, rng, tmp_path):
+    config, naming, shapes = MAPPINGS[mapping]
+    left = {name: shape for name, shape in shapes.items() if not any(part in name for part in missing)}
+    if mapping == "megatron_latent":
+        left |= {name: shape for name, shape in shapes.items() if "shared_experts" in name}
+    save(tmp_path, config, random_tensors(rng, left))
+    checkpoint = hf.open_checkpoint(tmp_path, naming=naming)
+    with pytest.raises(hf.CheckpointError) as caught:
+        hf.import_layer(checkpoint, checkpoint.layers[-1])
+    prefix = checkpoint.names.prefix(checkpoint.layers[-1], left)
+    assert sorted(caught.value.problems) == sorted(f"missing {prefix}{line}." for line in lines)
+
+
 def test_a_layer_that_is_no_moe_layer(rng, tmp_path):
     make(tmp_path, rng, "nemotron")
-    with pytest.raises(hf.CheckpointError, match="layer 1 is no MoE layer; these are: 0, 2"):
+    with pytest.raises(hf.CheckpointError, match="layer 1 is not an MoE layer; these are: 0, 2"):
         hf.import_layer(hf.open_checkpoint(tmp_path), 1)
 
 
@@ -130,7 +157,7 @@ def test_a_pipe_is_not_waited_for(rng, tmp_path):
         hf.open_checkpoint(tmp_path)
 
 
-# Each mutation breaks a folder of three indexed files, or of one, in a way drawn at random.
+# Each mutation breaks a folder of three indexed files, or of one file, in a random way.
 
 
 def header_of(file):

@@ -1,9 +1,19 @@
-"""The worked example runs, and what it writes differs from the original in the correction biases alone."""
+"""The worked example runs, and its output differs from the original only in the correction biases."""
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from examples.import_hf import main
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
+    (tmp_path / "run").symlink_to("nowhere")
+    for folder in ("run", "."):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / folder)])
+        assert "exists already, and nothing is overwritten: name a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_import_hf(tmp_path, capsys):

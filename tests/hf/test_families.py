@@ -1,13 +1,27 @@
-"""config.json to configurations: the presets come out of the published values, and what is not computed is refused."""
+"""config.json to configurations: the published values give the presets, and unsupported features are refused."""
 
 import dataclasses
 import json
 
 import pytest
 
-from jax_latent_moe import cost, hf, presets
+from jax_latent_moe import RouterConfig, cost, hf, presets
 from jax_latent_moe.hf.checkpoint import read_config
-from tests.hf.checkpoints import DEEPSEEK_V3, KIMI_K3, MIXTRAL, NEMOTRON_H, NEMOTRON_H_MTP, PUZZLE, QWEN3_MOE
+from tests.hf.checkpoints import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    KIMI_K2,
+    KIMI_K3,
+    KIMI_K25,
+    MIXTRAL,
+    NEMOTRON_H,
+    NEMOTRON_H_MTP,
+    PUZZLE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    QWEN3_NEXT,
+)
 
 SUPER = NEMOTRON_H | dict(
     hidden_size=4096,
@@ -84,7 +98,7 @@ def test_published_values_give_the_preset(values, preset, layers, tmp_path):
     assert set(configs.values()) == {expected}
 
 
-# Published totals, in billions of parameters: the MoE layers are most of a model, and never more than it.
+# Published totals, in billions of parameters. The MoE layers are most of a model, and never more than all of it.
 @pytest.mark.parametrize(
     ("preset", "layers", "total"),
     [
@@ -99,6 +113,82 @@ def test_published_values_give_the_preset(values, preset, layers, tmp_path):
 def test_the_moe_layers_are_most_of_the_published_total(preset, layers, total):
     share = layers * cost.parameters(getattr(presets, preset)) / 1e9 / total
     assert 0.93 < share < 1, share
+
+
+K2 = KIMI_K2 | dict(
+    hidden_size=7168,
+    n_routed_experts=384,
+    num_experts_per_tok=8,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    routed_scaling_factor=2.827,
+)
+GLM_45 = GLM4_MOE | dict(
+    hidden_size=5120,
+    n_routed_experts=160,
+    num_experts_per_tok=8,
+    moe_intermediate_size=1536,
+    num_hidden_layers=92,
+    first_k_dense_replace=3,
+)
+V2 = DEEPSEEK_V2 | dict(
+    hidden_size=5120,
+    n_routed_experts=160,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1536,
+    num_hidden_layers=60,
+    n_group=8,
+    topk_group=3,
+)
+NEXT_80B = QWEN3_NEXT | dict(
+    hidden_size=2048,
+    num_experts=512,
+    num_experts_per_tok=10,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+    num_hidden_layers=48,
+    mlp_only_layers=[],
+)
+
+
+# Published values of config.json, and published total and active parameters in billions.
+@pytest.mark.parametrize(
+    ("values", "layers", "total", "active"),
+    [(K2, 60, 1026, 32), (GLM_45, 89, 355, 32), (V2, 59, 236, 21), (NEXT_80B, 48, 80, 3)],
+    ids=["kimi_k2", "glm_4.5", "deepseek_v2", "qwen3_next_80b"],
+)
+def test_published_values_give_most_of_the_published_totals(values, layers, total, active, tmp_path):
+    configs = configs_of(values, tmp_path)
+    assert len(configs) == layers
+    (config,) = set(configs.values())
+    assert 0.93 < layers * cost.parameters(config) / 1e9 / total < 1
+    assert 0.5 < layers * cost.matmul_flops_per_token(config) / 2e9 / active < 1
+
+
+def test_routers_of_newer_families(tmp_path):
+    routers = {
+        values["model_type"]: configs_of(values, tmp_path)[values.get("first_k_dense_replace", 0)].router
+        for values in (KIMI_K2, GLM4_MOE, DEEPSEEK_V2, QWEN3_NEXT, QWEN2_MOE)
+    }
+    assert configs_of(KIMI_K25, tmp_path) == configs_of(KIMI_K2, tmp_path)
+    assert routers["glm4_moe"] == configs_of(DEEPSEEK_V3, tmp_path)[1].router
+    assert routers["kimi_k2"] == RouterConfig(routed_scaling_factor=2.5)
+    softmax = RouterConfig(score_function="softmax", correction_bias=False, norm_topk_prob=False)
+    v2 = dict(routed_scaling_factor=16.0, num_groups=2, topk_groups=1, group_score_topk=1)
+    assert routers["deepseek_v2"] == dataclasses.replace(softmax, **v2)
+    greedy = configs_of(DEEPSEEK_V2 | dict(topk_method="greedy", n_group=None), tmp_path)[1].router
+    assert greedy == dataclasses.replace(softmax, routed_scaling_factor=16.0)
+    normalised = dataclasses.replace(softmax, norm_topk_prob=True, norm_topk_eps=0.0)
+    assert routers["qwen3_next"] == routers["qwen2_moe"] == normalised
+    for values, norm in ((QWEN3_NEXT, True), (QWEN2_MOE, False)):  # the defaults differ
+        assert configs_of(values | dict(norm_topk_prob=None), tmp_path)[0].router.norm_topk_prob is norm
+
+
+def test_the_shared_expert_has_a_gate_where_there_is_one(tmp_path):
+    assert configs_of(QWEN3_NEXT, tmp_path)[0].shared_expert_gate
+    none = configs_of(QWEN3_NEXT | dict(shared_expert_intermediate_size=0), tmp_path)[0]
+    assert (none.shared_expert_intermediate_size, none.shared_expert_gate) == (0, False)
 
 
 def test_older_nemotron_files_name_layers_by_letters(tmp_path):
@@ -172,9 +262,20 @@ def test_routers(tmp_path):
         ({key: value for key, value in NEMOTRON_H.items() if key != "hidden_size"}, "hidden_size is missing"),
         (PUZZLE | dict(block_configs=[{}]), "block_configs must be a list of 3 objects"),
         (DEEPSEEK_V3 | dict(scoring_func="softmax"), "scoring_func='softmax' is not supported"),
-        (DEEPSEEK_V3 | dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is no integer"),
-        (QWEN3_MOE | dict(mlp_only_layers=3), "mlp_only_layers=3 is no list"),
-        (KIMI_K3 | dict(text_config=[]), "text_config is no object"),
+        (NEMOTRON_H | dict(model_type="gpt_oss"), "model_type='gpt_oss' is not supported: its router and experts have"),
+        (
+            NEMOTRON_H | dict(model_type="deepseek_v4"),
+            "model_type='deepseek_v4' is not supported: its swiglu is",
+        ),
+        (NEMOTRON_H | dict(model_type=[]), r"model_type=\[\] is not known"),
+        (DEEPSEEK_V2 | dict(norm_topk_prob=True), "norm_topk_prob=True is not supported"),
+        (DEEPSEEK_V2 | dict(topk_method="noaux_tc"), "topk_method='noaux_tc' is not supported"),
+        (GLM4_MOE | dict(scoring_func="softmax"), "scoring_func='softmax' is not supported"),
+        (KIMI_K25 | dict(text_config=3), r"text_config is a (int|list), not an object"),
+        (QWEN3_NEXT | dict(shared_expert_intermediate_size=None), "shared_expert_intermediate_size is missing"),
+        (DEEPSEEK_V3 | dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is not an integer"),
+        (QWEN3_MOE | dict(mlp_only_layers=3), "mlp_only_layers=3 is not a list"),
+        (KIMI_K3 | dict(text_config=[]), r"text_config is a (int|list), not an object"),
     ],
 )
 def test_what_is_not_computed_is_refused(values, message, tmp_path):

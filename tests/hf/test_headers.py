@@ -1,4 +1,4 @@
-"""Headers of safetensors files: read as the safetensors package reads them, or refused in one error, in linear time."""
+"""Headers are read as by the safetensors package, or refused with one error, in linear time."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from jax_latent_moe.hf.tensor_file import DTYPES, parse_json, read_header
 
 MANY = 100_000
 SECONDS = 10
-"""Linear work takes under one here; what was quadratic took over a minute."""
+"""Seconds. Linear work takes less than one; quadratic work took over a minute."""
 
 
 def write(path: pathlib.Path, header: bytes, data: bytes = b"", length: int | None = None):
@@ -23,7 +23,7 @@ def write(path: pathlib.Path, header: bytes, data: bytes = b"", length: int | No
 
 
 def within_seconds(read, *arguments):
-    """The error that reading ends in."""
+    """The error of reading the file."""
     started = time.monotonic()
     with pytest.raises(hf.CheckpointError) as caught:
         read(*arguments)
@@ -74,7 +74,7 @@ def test_an_index_with_a_file_for_each_tensor(tmp_path):
     assert "No such file" in within_seconds(lambda: TensorFolder(tmp_path).locate(weight_map))
 
 
-# Names and values near to valid ones: a tensor of each dtype and shape, moved, cut or of another type.
+# Names and values that are nearly valid: a tensor of each dtype and shape, moved, cut or of another type.
 names = st.sampled_from(["a", "b.weight", "", "__metadata__", "é", "\ud800"]) | st.text(max_size=3)
 sizes = st.integers(0, 4) | st.sampled_from([-1, 2**31, 2**63, 2**64, 10**30, True, 1.0, "1", None])
 shapes = st.lists(sizes, max_size=3) | st.sampled_from([None, 3, "x", {}, [0] * 65, [1] * 64])
@@ -91,7 +91,7 @@ entries = anything | st.fixed_dictionaries(
 
 @st.composite
 def nearly_valid(draw):
-    """(header, bytes of data): tensors one after the other, of which at most one is drawn at random."""
+    """(header, bytes of data) of consecutive tensors, at most one of which is random."""
     header, end = {}, 0
     for name in draw(st.lists(names.filter("__metadata__".__ne__), max_size=4, unique=True)):
         dtype, shape = draw(st.sampled_from(list(DTYPES))), draw(st.lists(st.integers(0, 3), max_size=3))
@@ -108,7 +108,7 @@ def nearly_valid(draw):
 
 
 def read_by_the_package(path):
-    """(dtype, shape) by name, or None where the safetensors package refuses the file."""
+    """(dtype, shape) by name, or None if the safetensors package refuses the file."""
     try:
         with safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
@@ -118,7 +118,7 @@ def read_by_the_package(path):
 
 
 def attempt(read, *arguments):
-    """(what it returns, None) or (None, its CheckpointError)."""
+    """(result, None) or (None, CheckpointError)."""
     try:
         return read(*arguments), None
     except hf.CheckpointError as error:

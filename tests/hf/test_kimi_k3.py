@@ -1,4 +1,4 @@
-"""An imported Kimi K3 layer against the block's published definition: outputs, and gradients by differences."""
+"""An imported Kimi K3 layer against the block's published definition: outputs, and gradients by finite differences."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The command: what it prints, what it writes, and its exit status."""
+"""The command's printed output, written files and exit status."""
 
 from safetensors.numpy import load_file
 

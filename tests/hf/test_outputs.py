@@ -1,4 +1,4 @@
-"""What the converter writes: a new folder, whole, readable; nothing that was there before is touched."""
+"""The converter writes a new folder, complete and readable, and changes nothing that existed before."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from tests.hf.test_round_trip import same_trees
 
 
 def snapshot(folder):
-    """Every path below a folder: what a link leads to, what a file holds, None for a folder."""
+    """Every path below a folder, with a link's target, a file's bytes, or None for a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -27,7 +27,7 @@ def snapshot(folder):
 
 
 def write(checkpoint, how, path, layers=None):
-    """Writes a checkpoint by one of the three ways there are."""
+    """Writes a checkpoint in one of the three ways."""
     layers = hf.import_layers(checkpoint) if layers is None else layers
     if how == "replace_layers":
         hf.replace_layers(checkpoint, layers, path)
@@ -41,7 +41,7 @@ WAYS = ["replace_layers", "write_layers", "convert"]
 
 
 def refuses(checkpoint, how, path, capsys) -> str:
-    """The sentence with which a way of writing refuses a path."""
+    """The sentence with which one way of writing refuses a path."""
     if how == "convert":
         assert main(["convert", str(checkpoint.folder.path), str(path)]) == 1
         return capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_a_name_that_is_taken_is_refused_in_a_sentence(how, take, checkpoint, tm
 def test_an_output_inside_of_the_source_is_refused(how, inside, checkpoint, tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "in")
     before = snapshot(tmp_path)
-    assert "which is read: name a folder outside of that" in refuses(checkpoint, how, tmp_path / inside, capsys)
+    assert "which is being read: name a folder outside of it" in refuses(checkpoint, how, tmp_path / inside, capsys)
     assert snapshot(tmp_path) == before
 
 
@@ -124,7 +124,7 @@ def test_a_source_that_leads_back_to_itself_is_not_copied_without_end(target, ch
     (tmp_path / "beside").mkdir()
     (tmp_path / "in" / "link").symlink_to(target)
     before = snapshot(tmp_path)
-    with pytest.raises(hf.CheckpointError, match="holds the folder that is copied"):
+    with pytest.raises(hf.CheckpointError, match="holds the folder being copied"):
         write(checkpoint, "replace_layers", tmp_path / "beside" / "out")
     assert snapshot(tmp_path) == before
 
@@ -229,6 +229,20 @@ def test_names_that_cannot_tell_experts_apart(name, checkpoint):
     fields = {field: getattr(checkpoint.names, field) for field in checkpoint.names.__dataclass_fields__}
     with pytest.raises(ConfigError, match=r"Names\.w_out=.* must be text in which \{e\}"):
         hf.Names(**fields | {"w_out": name})
+
+
+def test_what_is_asked_for_and_is_not_there_is_named(checkpoint, tmp_path):
+    with pytest.raises(hf.CheckpointError, match="no tensor is called lm_head\\.bias") as caught:
+        checkpoint.folder.locate(["lm_head.bias", "lm_head.weight", "x"])
+    assert len(caught.value.problems) == 2
+    for layer in (1, "mtp.1", "", [0], None, 0.5):
+        with pytest.raises(hf.CheckpointError, match="is not an MoE layer; these are: 0, 2"):
+            hf.import_layer(checkpoint, layer)
+    with pytest.raises(hf.CheckpointError, match="naming='jax' is unknown: use one of hf, megatron"):
+        hf.open_checkpoint(tmp_path / "in", naming="jax")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(InputError, match="sharding has none for router/bias, experts/w_in, experts/w_out"):
+        hf.import_layer(checkpoint, 0, sharding={"router": {"kernel": device}})
 
 
 def test_a_dtype_that_no_safetensors_file_has(checkpoint, tmp_path):

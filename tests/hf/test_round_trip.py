@@ -1,4 +1,4 @@
-"""Every mapping: the right tensor in the right place, and every byte back."""
+"""Every mapping puts each tensor in the right place, and writes every byte back."""
 
 import filecmp
 import shutil
@@ -70,7 +70,7 @@ def test_layers_alone_come_back_under_either_names(mapping, to, rng, tmp_path):
         assert not (tmp_path / "out").exists()
         return
     hf.write_layers(tmp_path / "out", layers.items(), dict(checkpoint.configs), names)
-    if names is checkpoint.names and mapping != "nemotron_renamed" and "stacked" not in mapping:
+    if names is checkpoint.names and mapping not in ("nemotron_renamed", "qwen3_next") and "stacked" not in mapping:
         written = {
             name: tensor
             for file in (tmp_path / "out").glob("*.safetensors")
@@ -147,6 +147,19 @@ def test_stacked_experts_are_the_stack_of_the_others(rng, tmp_path):
     same_bits(written["model.layers.0.mlp.experts.down_proj"], w2)
 
 
+@pytest.mark.parametrize(
+    ("mapping", "layer", "name"),
+    [
+        ("qwen3_next", 2, "model.layers.2.mlp.shared_expert_gate.weight"),
+        ("megatron_shared_gate", 2, "decoder.layers.2.mlp.shared_experts.gate_weight"),
+    ],
+)
+def test_the_gate_of_the_shared_expert_is_where_it_belongs(mapping, layer, name, rng, tmp_path):
+    naming, tensors = make(tmp_path, rng, mapping)
+    params = hf.import_layer(hf.open_checkpoint(tmp_path, naming=naming), layer)
+    same_bits(params["shared"]["gate"], tensors[name].T)
+
+
 def test_megatron_packs_the_gate_before_up(rng, tmp_path):
     _, tensors = make(tmp_path, rng, "megatron_gated")
     params = hf.import_layer(hf.open_checkpoint(tmp_path, naming="megatron"), 1)
@@ -164,7 +177,7 @@ def test_megatron_without_config_json_takes_a_config(rng, tmp_path):
     check_params(hf.import_layer(checkpoint, 2), config)
     with pytest.raises(hf.CheckpointError, match=r"config\.json"):
         hf.open_checkpoint(tmp_path, naming="megatron")
-    with pytest.raises(hf.CheckpointError, match="Megatron's names alone"):
+    with pytest.raises(hf.CheckpointError, match="config= needs naming='megatron'"):
         hf.open_checkpoint(tmp_path, config=config)
 
 

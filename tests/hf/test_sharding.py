@@ -1,4 +1,4 @@
-"""Import straight into shards: on four devices, in a process of its own."""
+"""Import straight into shards, on four devices, in a separate process."""
 
 import os
 import subprocess

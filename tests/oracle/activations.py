@@ -8,7 +8,7 @@ erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def sigmoid(x):
-    return 0.5 * (1 + np.tanh(0.5 * x))
+    return np.exp(-np.logaddexp(0, -x))  # 0.5 (1 + tanh(x / 2)) would cancel
 
 
 def gelu(x, approximate):

@@ -1,11 +1,13 @@
 """The whole layer, one token at a time, and its gradients, in float64."""
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.oracle.activations import mlp, mlp_backward
+from tests.oracle.activations import mlp, mlp_backward, sigmoid
 from tests.oracle.losses import losses
 from tests.oracle.router import choose, gap, weigh, weigh_backward
 
@@ -45,7 +47,8 @@ def keep_rows(config, ids, weights):
     keep, margin = ids >= 0, np.inf
     if router.capacity_factor is None:
         return keep, margin
-    capacity = max(router.min_capacity, math.ceil(router.capacity_factor * tokens * k / config.num_experts))
+    rows = Fraction(Decimal(str(router.capacity_factor))) * tokens * k / config.num_experts
+    capacity = max(router.min_capacity, math.ceil(rows))
     for e in range(config.num_experts):
         rows = [(t, j) for t in range(tokens) for j in range(k) if ids[t, j] == e]
         if router.drop_policy == "probs":
@@ -64,8 +67,7 @@ def forward(params, x, config, token_mask=None, expert_ids=None) -> Result:
     flat = x.reshape(-1, config.hidden_size)
     tokens = len(flat)
     mask = np.ones(tokens, bool) if token_mask is None else np.asarray(token_mask).reshape(-1)
-    usable = mask[:, None] | np.isfinite(flat)
-    flat = np.where(usable, flat, 0.0)
+    flat = np.where(mask[:, None], flat, 0.0)
     logits = flat @ params["router"]["kernel"]
     bias = params["router"]["bias"] if config.router.correction_bias else np.zeros(experts)
     expert_scale = params["router"]["scale"] if config.router.per_expert_scale else np.ones(experts)
@@ -75,11 +77,12 @@ def forward(params, x, config, token_mask=None, expert_ids=None) -> Result:
     for t in range(tokens):
         if not mask[t]:
             continue
-        if expert_ids is None:
+        replayed = None if expert_ids is None else np.asarray(expert_ids).reshape(-1, k)[t]
+        if replayed is None or -2 in replayed:
             ids[t], token_margin = choose(config, logits[t], bias)
             margin = min(margin, token_margin)
         else:
-            ids[t] = np.asarray(expert_ids).reshape(-1, k)[t]
+            ids[t] = replayed
         weights[t], saved_weights[t] = weigh(config, logits[t], ids[t], expert_scale)
     counts = np.array([(ids == e).sum() for e in range(experts)])
     keep, drop_margin = keep_rows(config, ids, weights)
@@ -95,7 +98,7 @@ def forward(params, x, config, token_mask=None, expert_ids=None) -> Result:
     shape = (batch, sequence, experts)
     values, loss_gradients, loss_margin = losses(config, logits.reshape(shape), mask.reshape(shape[:2]))
     loss_gradients = {name: gradient.reshape(tokens, experts) for name, gradient in loss_gradients.items()}
-    tape = (flat, usable, logits, expert_scale, saved_weights, saved_tokens, loss_gradients)
+    tape = (flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients)
     assert width == (config.latent_size or config.hidden_size)
     return Result(
         y.reshape(x.shape),
@@ -131,18 +134,22 @@ def token_forward(params, x, config, ids, weights, keep):
     y = scaled if config.latent_size is None else scaled @ params["up_proj"]["kernel"]
     shared = None
     if config.shared_expert_intermediate_size:
-        out, shared = mlp(config, x, params["shared"]["w_in"], params["shared"]["w_out"])
-        y = y + out
+        out, saved_mlp = mlp(config, x, params["shared"]["w_in"], params["shared"]["w_out"])
+        gate = sigmoid(x @ params["shared"]["gate"][:, 0]) if config.shared_expert_gate else 1.0
+        shared = (saved_mlp, out, gate)
+        y = y + gate * out
     return y, (z, pre_norm, rows, post_norm, scaled, shared)
 
 
 def backward(params, config, result, dy, dlosses=1.0):
     """Gradients of sum(y * dy) + dlosses * sum(losses): returns those of params and of x."""
-    flat, usable, logits, expert_scale, saved_weights, saved_tokens, loss_gradients = result.tape
+    flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients = result.tape
     grads = {part: {name: np.zeros(p.shape) for name, p in leaves.items()} for part, leaves in params.items()}
     dflat = np.zeros_like(flat)
     dlogits = dlosses * sum(loss_gradients.values())
     for t, out_gradient in enumerate(dy.reshape(flat.shape)):
+        if not mask[t]:
+            continue
         dflat[t], dweights = token_backward(params, flat[t], config, saved_tokens[t], out_gradient, grads)
         if saved_weights[t] is not None:
             dlogit, dscale = weigh_backward(config, logits[t], expert_scale, saved_weights[t], dweights)
@@ -151,7 +158,7 @@ def backward(params, config, result, dy, dlosses=1.0):
                 grads["router"]["scale"] += dscale
     grads["router"]["kernel"] += flat.T @ dlogits
     dflat += dlogits @ params["router"]["kernel"].T
-    return grads, np.where(usable, dflat, 0.0).reshape(dy.shape)
+    return grads, np.where(mask[:, None], dflat, 0.0).reshape(dy.shape)
 
 
 def token_backward(params, x, config, saved, dy, grads):
@@ -159,7 +166,12 @@ def token_backward(params, x, config, saved, dy, grads):
     z, pre_norm, rows, post_norm, scaled, shared = saved
     dx, dweights = np.zeros_like(x), np.zeros(config.top_k)
     if shared is not None:
-        drow, dw_in, dw_out = mlp_backward(shared, params["shared"]["w_in"], params["shared"]["w_out"], dy)
+        saved_mlp, out, gate = shared
+        drow, dw_in, dw_out = mlp_backward(saved_mlp, params["shared"]["w_in"], params["shared"]["w_out"], gate * dy)
+        if config.shared_expert_gate:
+            dlogit = gate * (1 - gate) * np.dot(dy, out)
+            grads["shared"]["gate"][:, 0] += dlogit * x
+            dx += dlogit * params["shared"]["gate"][:, 0]
         grads["shared"]["w_in"] += dw_in
         grads["shared"]["w_out"] += dw_out
         dx += drow

@@ -37,8 +37,8 @@ def losses(config, logits, mask):
         value, gradient, margin = balance_loss(config, logits[mask])
         values["switch"] = router.switch_loss_coef * value
         gradients["switch"][mask] = router.switch_loss_coef * gradient
-    if router.sequence_loss_coef and len(logits):
-        coef = router.sequence_loss_coef / len(logits)
+    if router.sequence_loss_coef and mask.any():
+        coef = router.sequence_loss_coef / mask.any(axis=1).sum()
         for b, rows in enumerate(mask):
             value, gradient, sequence_margin = balance_loss(config, logits[b][rows])
             values["sequence"] += coef * value

@@ -31,6 +31,7 @@ def drawn_config(rng, dispatch, norm):
         with_dispatch(BASE, dispatch, rng.choice([None, 100.0])),
         activation=activation,
         shared_expert_intermediate_size=shared,
+        shared_expert_gate=shared > 0 and rng.random() < 0.5,
         latent_size=int(latent) * 2,
         latent_norm=norm,
         latent_norm_eps=1e-2 if norm != "none" else 1e-5,
@@ -61,10 +62,18 @@ def test_any_mesh(rng, sizes, strategy, norm):
         layers.check_against_oracle(case)
 
 
+@pytest.mark.parametrize("norm", ["none", "post"])
+def test_a_gated_shared_expert_in_parts(rng, norm):
+    config = dataclasses.replace(drawn_config(rng, "all_gather", norm), shared_expert_intermediate_size=8)
+    config = dataclasses.replace(config, shared_expert_gate=True)
+    with jax.set_mesh(make_mesh(1, 2, 2, 2)):
+        layers.check_against_oracle(drawn_case(rng, config))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_plain_moe_without_latent(rng, strategy):
-    config = dataclasses.replace(with_dispatch(BASE, strategy), latent_size=None, top_k=1, apply_probs_on_input=True)
-    config = with_router(config, norm_topk_prob=False)
+    config = with_router(with_dispatch(BASE, strategy), norm_topk_prob=False)
+    config = dataclasses.replace(config, latent_size=None, top_k=1, apply_probs_on_input=True)
     with jax.set_mesh(make_mesh(1, 2, 2, 2)):
         layers.check_against_oracle(cases.random_inputs(rng, config, (4, 3)))
 

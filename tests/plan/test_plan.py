@@ -1,4 +1,4 @@
-"""Plans against what was published and what was measured, and against the sharded parameters of a real mesh."""
+"""Plans against published and measured values, and against the sharded parameters of a real mesh."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from jax_latent_moe.plan.timing import grouped_matmuls
 from tests.parallel.meshes import BASE, make_mesh
 
 H200 = GPUS["h200"]
-# By what results call the GPU.
+# By the GPU's name in the results.
 MEASURED = {"h200": H200, "h100-80gb-hbm3": GPUS["h100"]}
 
 
@@ -50,7 +50,7 @@ def test_expert_parameters_of_published_models(config, billions):
     ],
 )
 def test_moe_layers_are_most_of_the_published_totals(config, layers, total, active):
-    """The rest is attention, Mamba and dense layers and embeddings, which no config here describes."""
+    """The other parameters are in attention, Mamba and dense layers and embeddings, which no config here describes."""
     assert 0.93 * total < layers * cost.parameters(config) < total
     assert 0.4 * active < layers * cost.active_parameters(config) < active
 

@@ -1,4 +1,4 @@
-// What one launch of a kernel works on.
+// The arguments of one launch of a kernel.
 #pragma once
 
 #include <cuda.h>
@@ -10,10 +10,10 @@
 
 namespace latent_moe {
 
-// Where a box of the rows first ... first + count - 1 (count <= 64) begins in a `window_map` (tensor_maps.h). Its last row
-// is the last of the map's second axis, so that TMA clips the box there and reads zeros beyond. The third axis advances by
-// rows as the second does. The fourth, at kAxis, goes back kAxis rows: its stride is 2^34 bytes less a row's, and addresses
-// wrap at 2^64. (Triton's ragged_tma.py places boxes so.)
+// The coordinates in a `window_map` (tensor_maps.h) of a box with the rows first ... first + count - 1 (count <= 64). The
+// box's last row is the last of the map's second axis, so TMA clips the box there and reads zeros beyond. The third axis
+// advances by rows, as the second does. The fourth, at kAxis, goes back kAxis rows: its stride is 2^34 bytes less a row's,
+// and addresses wrap at 2^64. (The method is that of Triton's ragged_tma.py.)
 struct Window {
   static constexpr int32_t kAxis = 1 << 30;
   int32_t y, z;
@@ -32,7 +32,7 @@ struct Problem {
   bool rows_first;      // walk down the rows of an expert before its columns
 };
 
-// Rows of a table, perhaps to be weighted, that are copied to `rows` while the kernel runs.
+// Rows of a table, optionally times weights, that are copied to `rows` while the kernel runs.
 struct Gather {
   int32_t units;       // of 16 bytes, in a row
   uint4 const* table;  // null where nothing is gathered
@@ -58,8 +58,8 @@ struct Args {
   size_t counter_bytes;  // to be cleared: the counter, and those of `gather` behind it
   Gather gather;
   L2Slices l2_slices;
-  float beta, linear_beta;   // situ_glu's bounds of the gate and of the up half
   bool keep_residual;        // of an activation: whether `out` is written
+  float beta, linear_beta;   // situ_glu's bounds of the gate and of the up half
   float const* row_weights;  // of an activation's gradient: [rows]
   float* partial;            // of an activation's gradient: sums of dhidden * hidden, [column tiles, rows]
 };

@@ -1,4 +1,4 @@
-// Checks of what a handler is given, which become the error that it returns.
+// Checks of a handler's arguments. A failed check becomes the error that the handler returns.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +48,7 @@ class Check {
          std::string(name) + "=" + std::to_string(size) + " is not a positive multiple of " + std::to_string(multiple));
   }
 
-  // What another function reports, empty where all went well.
+  // The error text of another function, empty if it succeeded.
   void operator()(std::string const& error) { that(error.empty(), error); }
 
   bool ok() const { return error_.empty(); }

@@ -1,6 +1,6 @@
-// Rows of a table are copied, in the order in which tiles need them, to where TMA reads them, while other rows are
-// multiplied. Warps beside the producer thread do it. Fetching rows right into the stages, as SonicMoE does (arXiv
-// 2512.14080), was slower here, because every column of tiles fetches its rows again
+// Copies rows of a table to workspace, where TMA reads them, in the order in which tiles need them, while other rows are
+// multiplied. The warps beside the producer thread do it. Loading rows directly into the stages, as SonicMoE does (arXiv
+// 2512.14080), was slower here, because every column of tiles loads its rows again
 // (benchmarks/results/profiles/h200-2026-11-26.md).
 #pragma once
 
@@ -13,14 +13,14 @@ constexpr int kGatherers = 2;  // warps of a block
 constexpr int kChunk = 8;      // rows that a warp takes at a time
 static_assert(kReadyRows % kChunk == 0);
 
-// Whether this SM is near the second L2 slice. Blocks there take tiles, and rows to gather, from the last on (queue.cuh).
+// Whether this SM is near the second L2 slice. Its blocks take tiles, and rows to gather, from the end (queue.cuh).
 __device__ __forceinline__ bool takes_last_first(L2Slices const& slices) {
   uint32_t sm;
   asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
   return sm < L2Slices::kMaxSms && (slices.bits[sm / 32] >> sm % 32 & 1);
 }
 
-// Orders what threads wrote to memory, or saw written, before what TMA reads of it.
+// Orders writes of threads to memory, or writes that they have seen, before TMA's reads of it.
 __device__ __forceinline__ void fence_tma() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 template <class T>
@@ -73,7 +73,7 @@ __device__ __forceinline__ void gather_rows(Gather const& gather, int num_rows, 
   }
 }
 
-// Which rows a thread knows to have been copied.
+// The rows that a thread knows to be copied.
 class RowsReady {
  public:
   // Waits for rows first ... first + count - 1.

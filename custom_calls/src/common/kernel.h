@@ -1,4 +1,4 @@
-// What a compiled kernel is: the words of its name, its tile, and how it is launched.
+// A compiled kernel: the parts of its name, its tile, and its launch function.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,8 +15,9 @@ enum class Format { kBf16, kF16 };
 enum class Activation { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeglu, kGegluTanh, kSituGlu };
 
 // What a forward pass with an activation keeps for the gradient: the pre-activation; the hidden rows, which determine the
-// slope of relu2; or the gate beside the hidden rows, which together determine the up half where hidden rows are a function
-// of the gate times the up half. Gate and hidden rows are as many bytes as the pre-activation, and replace the hidden rows.
+// slope of relu2; or the gate and the hidden rows side by side, which determine the up half if hidden rows are a function
+// of the gate times the up half. Gate and hidden rows have as many bytes as the pre-activation, and the hidden rows need
+// not be stored again.
 enum class Residual { kNone, kPre, kHidden, kGateHidden };
 
 constexpr int element_bytes(Format format) {
@@ -30,8 +31,7 @@ constexpr int element_bytes(Format format) {
 
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 
-// One block computes a tile of `rows` x `columns`. The blocks of a cluster share what they load: cluster_rows of them are
-// stacked, cluster_columns are side by side.
+// One block computes a tile of `rows` x `columns`. A cluster is cluster_rows x cluster_columns blocks, which share loads.
 struct Tile {
   int rows, columns, stages, cluster_rows, cluster_columns;
 };

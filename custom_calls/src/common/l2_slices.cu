@@ -15,7 +15,7 @@ constexpr int kDevices = 64;
 __device__ int lines[kLines][kLineInts];
 __device__ uint32_t cycles[L2Slices::kMaxSms][kLines];
 
-// Cycles of a chain of atomics on each line.
+// Measures the cycles of a chain of atomics on each line.
 __global__ void time_atomics() {
   uint32_t sm;
   asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
@@ -36,8 +36,8 @@ __global__ void time_atomics() {
   }
 }
 
-// Splits the SMs by the strongest pattern in their times, after the means of each SM and of each line are subtracted. An SM
-// goes by the sign of its product with the pattern, and the next pattern is the sum of the SMs' times with these signs.
+// Splits the SMs by the strongest pattern in their times, after subtracting the mean of each SM and of each line. The sign
+// of an SM's product with the pattern decides its slice. The next pattern is the sum of the SMs' times with these signs.
 L2Slices split(uint32_t const (&times)[L2Slices::kMaxSms][kLines], int count) {
   std::vector<std::array<double, kLines>> rest(count);
   std::array<double, kLines> line_mean = {};

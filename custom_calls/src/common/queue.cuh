@@ -1,11 +1,11 @@
-// In which order tiles are taken: each cluster takes the next one.
+// The queue of tiles: each cluster takes the next one.
 //
 // Tiles differ in their rows. If each cluster took every n-th tile, clusters would drift apart, and the weights that
 // neighbouring tiles share would leave the L2 cache in between. One thread of a cluster takes the next number from a counter
-// in memory, looks up its tile, waits for its rows where they are gathered, and tells the blocks of the cluster. This runs
-// some tiles ahead, so that loads and products, which are short where few rows are contracted, do not wait for it. Clusters
-// near one L2 slice take tiles from the first on, those near the other from the last on, so that nearly all tiles of an
-// expert run near one slice (l2_slices.h).
+// in memory, looks up its tile, waits for its rows if they are gathered, and tells the blocks of the cluster. It runs some
+// tiles ahead, so that loads and products do not wait for it, even if they are short because few rows are contracted.
+// Clusters near one L2 slice take tiles from the start, those near the other slice from the end, so that nearly all tiles
+// of an expert run near one slice (l2_slices.h).
 #pragma once
 
 #include "common/gather.cuh"
@@ -16,28 +16,28 @@
 
 namespace latent_moe {
 
-// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. Where Counts
-// is false there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
+// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. If Counts is
+// false, there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
 template <class Schedule, int Cluster, int Readers, bool Counts>
 class Queue {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  static constexpr int kSlots = Counts ? 4 : 0;
+  static constexpr int kEntries = Counts ? 4 : 0;
 
  public:
-  static constexpr int kSharedBytes = kSlots * (sizeof(Work) + 2 * sizeof(uint64_t));
+  static constexpr int kSharedBytes = kEntries * (sizeof(Work) + 2 * sizeof(uint64_t));
 
   __device__ Queue(char* shared, Schedule const& schedule, int rank)
       : schedule_(schedule),
         works_(reinterpret_cast<Work*>(shared)),
-        full_(reinterpret_cast<Barrier*>(works_ + kSlots)),
-        empty_(full_ + kSlots),
+        full_(reinterpret_cast<Barrier*>(works_ + kEntries)),
+        empty_(full_ + kEntries),
         rank_(rank) {}
 
   // One thread of each block calls it, before the blocks of the cluster meet.
   __device__ void init() const {
-    for (int slot = 0; slot < kSlots; ++slot) {
-      full_[slot].init(1);
-      empty_[slot].init(Cluster * Readers);
+    for (int entry = 0; entry < kEntries; ++entry) {
+      full_[entry].init(1);
+      empty_[entry].init(Cluster * Readers);
     }
   }
 
@@ -58,10 +58,10 @@ class Queue {
       if (args.gather.table != nullptr && work.steps > 0) {
         rows_ready.wait(args.gather, args.problem.num_rows, work.row, work.valid);
       }
-      empty_[slot_].wait(phase_ ^ 1);
+      empty_[entry_].wait(phase_ ^ 1);
       if constexpr (Cluster == 1) {
-        works_[slot_] = work;
-        full_[slot_].arrive();
+        works_[entry_] = work;
+        full_[entry_].arrive();
       } else {
         for (int block = 0; block < Cluster; ++block) send(work, block);
       }
@@ -79,15 +79,15 @@ class Queue {
       if (id >= schedule_.count()) return false;
       work = schedule_.work(id, expert_);
     } else {
-      Barrier& full = full_[slot_];
+      Barrier& full = full_[entry_];
       if (Producer && Cluster > 1) full.arrive_and_expect_tx(sizeof(Work));
       full.wait(phase_);
-      work = read(works_ + slot_);
+      work = read(works_ + entry_);
       // One lane reports that its warp has read. The values must have arrived by then, and no barrier waits for that: a load
       // may queue behind stores for long. The condition is always true, but needs both loads to be known.
       const bool came_back = (work.row | work.steps) >= 0;
       if ((Producer || threadIdx.x % 32 == 0) && came_back) {
-        Cluster == 1 ? empty_[slot_].arrive() : empty_[slot_].arrive(0u);
+        Cluster == 1 ? empty_[entry_].arrive() : empty_[entry_].arrive(0u);
       }
       next();
       if (work.expert < 0) return false;
@@ -106,8 +106,8 @@ class Queue {
 
   // To another block of the cluster, whose barrier counts the bytes.
   __device__ void send(Work const& work, int block) const {
-    const uint32_t to = cute::set_block_rank(cute::cast_smem_ptr_to_uint(works_ + slot_), block);
-    const uint32_t barrier = cute::set_block_rank(cute::cast_smem_ptr_to_uint(full_ + slot_), block);
+    const uint32_t to = cute::set_block_rank(cute::cast_smem_ptr_to_uint(works_ + entry_), block);
+    const uint32_t barrier = cute::set_block_rank(cute::cast_smem_ptr_to_uint(full_ + entry_), block);
     const auto* words = reinterpret_cast<uint32_t const*>(&work);
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
@@ -132,14 +132,14 @@ class Queue {
   }
 
   __device__ __forceinline__ void next() {
-    if (++slot_ == kSlots) slot_ = 0, phase_ ^= 1;
+    if (++entry_ == kEntries) entry_ = 0, phase_ ^= 1;
   }
 
   Schedule const& schedule_;
   Work* works_;
   Barrier* full_;
   Barrier* empty_;
-  int rank_, slot_ = 0, taken_ = 0, expert_ = 0;
+  int rank_, entry_ = 0, taken_ = 0, expert_ = 0;
   uint32_t phase_ = 0;
 };
 

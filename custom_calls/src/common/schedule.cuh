@@ -1,4 +1,4 @@
-// Which tile a block works on: found on the device from group_sizes, which never travel to the host.
+// Finds the tile that a block works on, on the device from group_sizes.
 #pragma once
 
 #include "common/args.h"
@@ -7,7 +7,7 @@
 
 namespace latent_moe {
 
-// A tile of the output: its expert, where it begins, and how much of it there is.
+// A tile of the output: its expert, its first row and column, and its size.
 struct alignas(32) Work {
   int expert;   // -1: there is no tile
   int row;      // first row of the tile (wgrad: of the expert)
@@ -55,7 +55,7 @@ class Schedule {
 
   __device__ int count() const { return count_; }
 
-  // The tile of a cluster's first block. `expert` is another tile's, or 0, where the search begins, and becomes this one's.
+  // The tile of a cluster's first block. The search begins at `expert`, that of another tile or 0, and sets it.
   __device__ __forceinline__ Work work(int id, int& expert) const {
     Work work = {};
     int local, row, column;
@@ -88,14 +88,14 @@ class Schedule {
     return work;
   }
 
-  // From the tile of a cluster's first block to that of the block `rank`.
+  // Turns the tile of a cluster's first block into that of the block `rank`.
   static __device__ __forceinline__ void of_block(Work& work, int rank) {
     work.out_row += rank / kClusterColumns * kRows;
     work.column += rank % kClusterColumns * kColumns;
   }
 
  private:
-  // The last group whose first tile is at most `id`, searched from another group on: mostly it is a step or two away.
+  // The last group whose first tile is at most `id`. The search begins at another group, mostly a step or two away.
   __device__ __forceinline__ int find(int id, int from) const {
     int low = from, high = problem_.num_experts;
     if (tiles_[from] > id) {

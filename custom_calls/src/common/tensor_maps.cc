@@ -34,7 +34,7 @@ template <size_t Rank>
 Error encode(CUtensorMap* map, Format format, void const* data, cuuint64_t const (&sizes)[Rank],
              cuuint64_t const (&strides)[Rank - 1], cuuint32_t const (&box)[Rank]) {
   auto const encode_tiled = encoder();
-  if (encode_tiled == nullptr) return "the driver has no cuTensorMapEncodeTiled: it needs to be of CUDA 12 or newer";
+  if (encode_tiled == nullptr) return "the driver has no cuTensorMapEncodeTiled: install a driver for CUDA 12 or newer";
   cuuint32_t const steps[5] = {1, 1, 1, 1, 1};
   auto const result = encode_tiled(map, data_type(format), Rank, const_cast<void*>(data), sizes, strides, box, steps,
                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -10,7 +10,7 @@
 
 namespace latent_moe {
 
-// An error message, empty where all went well.
+// An error message, empty if all went well.
 using Error = std::string;
 
 constexpr int kBoxBytes = 128;  // of a box's row
@@ -20,13 +20,13 @@ constexpr int block_columns(Format format) { return kBoxBytes / element_bytes(fo
 Error dense_map(CUtensorMap* map, Format format, void const* data, int64_t depth, int64_t rows, int64_t columns,
                 int box_rows);
 
-// The same cut into blocks, [depth][blocks][rows][a block], for boxes of [1][box_blocks][box_rows][a block]. A single thread
-// issues all loads, and such a box takes the place of several.
+// The same, cut into blocks: [depth][blocks][rows][a block], for boxes of [1][box_blocks][box_rows][a block]. One such box
+// replaces several, because a single thread issues all loads.
 Error blocks_map(CUtensorMap* map, Format format, void const* data, int64_t depth, int64_t rows, int64_t columns,
                  int box_rows, int box_blocks);
 
-// [rows][columns] for boxes that end at any row, beyond which zeros are read: `Window` (args.h) says where they begin. Rows
-// are `pitch` elements apart.
+// [rows][columns] for boxes that end at any row, beyond which zeros are read. `Window` (args.h) gives their coordinates.
+// Rows are `pitch` elements apart.
 Error window_map(CUtensorMap* map, Format format, void const* data, int64_t columns, int64_t pitch, int box_rows);
 Error blocks_window_map(CUtensorMap* map, Format format, void const* data, int64_t columns, int64_t pitch, int box_rows,
                         int box_blocks);

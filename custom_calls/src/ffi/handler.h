@@ -1,4 +1,4 @@
-// How functions are exported from the library, and become handlers that XLA calls.
+// Macros that export a function from the library, and that make it a handler that XLA calls.
 #pragma once
 
 #include "xla/ffi/api/ffi.h"

@@ -29,7 +29,7 @@ std::string not_compiled(std::string_view name) {
   for (Kernel const& kernel : all()) {
     if (kind(kernel.name) == kind(name)) others += (others.empty() ? "" : ", ") + std::string(kernel.name);
   }
-  return "kernel=" + std::string(name) + " was not compiled; of its kind there are: " + (others.empty() ? "none" : others);
+  return "kernel=" + std::string(name) + " was not compiled; compiled of its kind: " + (others.empty() ? "none" : others);
 }
 
 std::string const& kernel_list() {

@@ -11,7 +11,7 @@ namespace latent_moe {
 // The kernel of that name, or null.
 Kernel const* find_kernel(std::string_view name);
 
-// A sentence: there is no such kernel, but those of the same contraction, format and activation, which it lists.
+// The error that there is no such kernel. It lists those of the same contraction, format and activation.
 std::string not_compiled(std::string_view name);
 
 // A line for each kernel: its name, and how many experts it takes at most.

@@ -1,4 +1,4 @@
-// From a call that names a kernel to its launch.
+// Finds the kernel that a call names, and launches it.
 #pragma once
 
 #include <initializer_list>
@@ -13,17 +13,16 @@ namespace latent_moe {
 // Rows of a kernel must be fewer than this: it numbers them, and those of a last partial tile, in 32 bits.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;
 
-// The kernel of that name, which must be for one of the contractions, and with an activation or without. Null where a check
-// fails.
+// The kernel of that name. It must be for one of the contractions, and with or without an activation as asked. Null if a
+// check fails.
 Kernel const* named_kernel(Check& check, std::string_view name, std::initializer_list<Contraction> contractions,
                            bool with_activation);
 
-// Checks the counters and describes them: two numbers count tiles. Where rows are gathered, two more count chunks, and the
-// others the rows that are copied, of all and of each kReadyRows. To be called when args.problem and args.gather are
-// complete.
+// Checks the counters and sets them in args: two numbers count tiles. If rows are gathered, two more count chunks, and the
+// others count copied rows, in all and in each block of kReadyRows. It needs complete args.problem and args.gather.
 void take_counters(Check& check, Args& args, ffi::AnyBuffer const& counters);
 
-// Launches a kernel for what was checked.
+// Launches a kernel, if no check has failed.
 ffi::Error launch(Kernel const& kernel, Args const& checked, cudaStream_t stream);
 
 }  // namespace latent_moe

@@ -1,4 +1,4 @@
-// What the library offers beside its targets.
+// The library's functions other than its targets.
 #include <algorithm>
 #include <iterator>
 #include <string>
@@ -12,7 +12,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// XLA calls this before it records or runs a program, when the program may still wait for the device.
+// XLA calls this before it records or runs a program. At that time, the program may still wait for the device.
 ffi::Error initialize(cudaStream_t stream, int32_t device, ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
   auto const error = measure_l2_slices(device, stream);
   if (error == cudaSuccess) return ffi::Error::Success();

@@ -1,4 +1,4 @@
-// The handlers of fwd and dgrad products, without and with an activation: they check what they are given, describe it to TMA
+// The handlers of fwd and dgrad, without and with an activation. They check their arguments, make the tensor maps for TMA
 // and launch a compiled kernel.
 #include <cstdint>
 #include <string>
@@ -11,7 +11,7 @@
 namespace latent_moe {
 namespace {
 
-// rows x w (fwd) or rows x w^T (dgrad), as far as all handlers agree. Nothing but `check` is set where a check fails.
+// rows x w (fwd) or rows x w^T (dgrad): the part that all handlers share. If a check fails, only `check` is set.
 class Product {
  public:
   Check check;
@@ -55,7 +55,7 @@ class Product {
     args.problem.rows_first = rows_first;
   }
 
-  // Sets where the product goes, of `width` columns (of a gated activation, of one half).
+  // Sets the output, of `width` columns (those of one half if the activation is gated).
   void write_to(ffi::AnyBuffer const& buffer, int64_t width) {
     args.out = buffer.untyped_data();
     args.problem.out_columns = width;

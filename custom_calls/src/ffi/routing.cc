@@ -1,4 +1,4 @@
-// The handlers of the choice of experts and of the sort by expert.
+// The handlers of top-k and of the sort by expert.
 #include <cstdint>
 #include <string>
 

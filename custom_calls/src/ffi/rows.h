@@ -1,4 +1,4 @@
-// Rows as an operand of a product: where they are in memory, or how they are gathered.
+// Rows as an operand of a product: dense, or gathered from a table.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace latent_moe {
 
-// What a call says of rows that may have to be gathered from a table: which rows, their weights (of no elements where they
-// have none), and the memory that they are gathered to.
+// The arguments of a call about rows that may be gathered from a table: their ids, their weights (empty if there are none)
+// and the workspace to which they are gathered.
 struct Gathering {
   ffi::AnyBuffer const& ids;
   ffi::AnyBuffer const& weights;
@@ -33,7 +33,7 @@ struct Rows {
     return first + element_bytes(format) * first_column;
   }
 
-  // Checks how many axes data and ids have, which may be of any shape. Only then may the functions above be called.
+  // Checks the number of axes of data and ids. The functions above may be called only afterwards.
   bool have_axes(Check& check) const {
     check.that(data.dimensions().size() == 2, std::string(name) + " of shape " + shape(data) + " must have 2 axes");
     int const multiple = 16 / element_bytes(format);
@@ -47,7 +47,7 @@ struct Rows {
     return check.ok();
   }
 
-  // Checks the gathering, if there is one, and describes it.
+  // Checks the arguments for gathering, if rows are gathered, and sets them in args.
   void describe(Check& check, Gather& gather, Kernel const& kernel) const {
     if (!gathering) return;
     auto const& [ids, weights, rows] = *gathering;
@@ -56,9 +56,9 @@ struct Rows {
     check.buffer("row_ids", ids, ffi::DataType::S32, {count()});
     check.buffer("gather_weights", weights, ffi::DataType::F32, {weighted ? count() : 0});
     check.buffer("gathered_rows", rows, data.element_type(), {count(), width});
-    check.that(table_rows > 0, std::string(name) + " of shape " + shape(data) + " hold none to gather");
+    check.that(table_rows > 0, std::string(name) + " of shape " + shape(data) + " has no row to gather");
     check.that(table_rows < int64_t{1} << 31,
-               "there are " + std::to_string(table_rows) + " rows to gather from, but must be fewer than 2^31");
+               "the table has " + std::to_string(table_rows) + " rows, but must have fewer than 2^31");
     check.that(kernel.gathers, "kernel " + std::string(kernel.name) + " gathers no rows");
     gather.units = width * element_bytes(format) / 16;
     gather.table = static_cast<uint4 const*>(data.untyped_data());

@@ -1,4 +1,4 @@
-// The handler of weight gradients: it checks what it is given, describes it to TMA and launches a compiled kernel.
+// The handler of wgrad. It checks its arguments, makes the tensor maps for TMA and launches a compiled kernel.
 #include <cstdint>
 #include <string>
 

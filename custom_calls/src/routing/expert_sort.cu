@@ -1,5 +1,5 @@
 // A counting sort: each warp counts the experts of a chunk of assignments, the counts are summed over chunks, and each warp
-// places its chunk. XLA's radix sort takes a dozen launches, and a scatter each to invert the order and to count.
+// places its chunk. XLA's radix sort needs a dozen launches, and a scatter for the inverse order and another for the counts.
 #include "routing/expert_sort.h"
 
 namespace latent_moe::routing {
@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   for (int e = lane; e <= experts; e += kWarp) counts[int64_t{chunk} * (experts + 1) + e] = own[e];
 }
 
-// Replaces counts by how many assignments of the expert are in earlier chunks. Threads x have an expert each, and threads y
-// a share of its chunks.
+// Replaces each count by the number of the expert's assignments in earlier chunks. Thread x is the expert, and thread y a
+// share of its chunks.
 __global__ void __launch_bounds__(kWarp* kWarp) sum_chunks(int32_t* counts, int chunks, int experts, int32_t* sizes) {
   __shared__ int sums[kWarp][kWarp];
   const int expert = blockIdx.x * kWarp + threadIdx.x, share = (chunks + kWarp - 1) / kWarp;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   extern __shared__ int shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, chunk = blockIdx.x * kWarps + warp;
   if (chunk >= chunks) return;
-  // The row of each expert's next assignment: behind all of lower experts, and its own of earlier chunks.
+  // The row of each expert's next assignment: after those of lower experts, and after its own of earlier chunks.
   int* next = shared + warp * (experts + 1);
   int start = 0;
   for (int first = 0; first <= experts; first += kWarp) {

@@ -1,4 +1,4 @@
-// A warp takes the k largest scores of a row one by one. XLA sorts whole rows where k is above 16.
+// A warp takes the k largest scores of a row one by one. XLA sorts whole rows if k is above 16.
 #include "routing/top_k.h"
 
 namespace latent_moe::routing {
@@ -13,8 +13,8 @@ __device__ __forceinline__ uint32_t ordered(float score) {
   return max(bits & 0x80000000 ? ~bits : bits | 0x80000000, kNone + 1);
 }
 
-// Lane l holds the columns l, l + 32, ... in shared memory, and the best of them in a register. Each round takes the best of
-// all lanes. The whole warp then looks for the next best of that lane.
+// Lane l has the columns l, l + 32, ... in shared memory, and the best of them in a register. Each round takes the best of
+// all lanes. The whole warp then finds that lane's next best.
 template <int Each>
 __global__ void __launch_bounds__(kWarp* kWarps) choose(float const* scores, int32_t* ids, int rows, int columns, int k) {
   __shared__ uint32_t shared[kWarps][Each][kWarp + 1];  // one more, so that a lane's columns are in different banks

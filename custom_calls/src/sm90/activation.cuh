@@ -94,7 +94,7 @@ __device__ __forceinline__ Value up_value(float u, ActivationParams const& param
   return {u, 1.0f};
 }
 
-// A gate, moved so that the hidden rows are large enough to determine the up half (Residual::kGateHidden). The move changes
+// A gate, changed so that the hidden rows are large enough to determine the up half (Residual::kGateHidden). This changes
 // the gate's function by less than 10^-12.
 template <Activation A>
 __device__ __forceinline__ float gate_to_keep(float gate) {
@@ -103,8 +103,7 @@ __device__ __forceinline__ float gate_to_keep(float gate) {
   return fabsf(gate) < smallest ? copysignf(smallest, gate) : gate;
 }
 
-// Two hidden elements, made of the pre-activation's as they are rounded for the backward pass. `up` is read by gated
-// activations alone.
+// Two hidden elements, from the pre-activation as it is rounded for the backward pass. Only gated activations read `up`.
 template <class T, Activation A>
 __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up, ActivationParams const& params) {
   const float2 g = unpack<T>(gate);
@@ -116,12 +115,12 @@ __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up, Activatio
   return pack<T>(gate_value<A>(g.x, params).value * u.x, gate_value<A>(g.y, params).value * u.y);
 }
 
-// A hidden element, and its derivatives by the gate (or by the pre-activation) and by the up half.
+// A hidden element, and its derivatives with respect to the gate (or the pre-activation) and the up half.
 struct Slopes {
   float hidden, gate, up;
 };
 
-// Made of the residual: of `first` alone, or of a gated activation's two halves.
+// Computes them from the residual: from `first` only, or from the two halves of a gated activation.
 template <Activation A, Residual R>
 __device__ __forceinline__ Slopes slopes_of_residual(float first, float second, ActivationParams const& params) {
   if constexpr (R == Residual::kHidden) {  // relu2's slope is twice the root
@@ -131,7 +130,7 @@ __device__ __forceinline__ Slopes slopes_of_residual(float first, float second, 
   } else {
     const Value gate = gate_value<A>(first, params);
     if constexpr (R == Residual::kGateHidden) {
-      // The value is 0 in padding rows alone, which read as 0.
+      // The value is 0 only in padding rows, which read as 0.
       const float up = gate.value == 0.0f ? 0.0f : second * reciprocal(gate.value);
       return {second, gate.slope * up, gate.value};
     }

@@ -1,9 +1,9 @@
 // One persistent, warp-specialised kernel for the three contractions (fwd, dgrad, wgrad) of rows that are sorted by expert.
 //
 // A producer thread feeds a ring of shared-memory stages through TMA. Two consumer warpgroups alternate: while one
-// multiplies a tile, the other stores the tile before (CUTLASS calls it ping-pong). The rows of an expert end anywhere. TMA
-// clips their boxes at the end of the expert (`Window`), because zeros take less power to multiply than rows of the next
-// expert. Partial tiles are stored row by row. Rows may be gathered from a table meanwhile (gather.cuh).
+// multiplies a tile, the other stores the previous tile (CUTLASS calls it ping-pong). An expert may end at any row. TMA
+// clips the boxes there (`Window`), because zeros need less power to multiply than rows of the next expert. Partial tiles
+// are stored row by row. Other warps may gather rows from a table meanwhile (gather.cuh).
 #pragma once
 
 #include "common/gather.cuh"
@@ -143,8 +143,8 @@ struct GroupedKernel {
     }
   }
 
-  // Loads columns of an operand of a weight gradient, as [kDepth][64] blocks side by side: in one box where the map is cut
-  // into blocks, unless blocks of the cluster share the load.
+  // Loads columns of an operand of wgrad, as [kDepth][64] blocks side by side. If the map is cut into blocks, one box loads
+  // them, unless blocks of the cluster share the load.
   template <int Sharers, int Blocks>
   static __device__ __forceinline__ void load_wgrad(CUtensorMap const& map, bool whole, Barrier& full, char* smem,
                                                     uint16_t mask, int rank, int column, Window const& window) {
@@ -180,8 +180,8 @@ struct GroupedKernel {
     }
   }
 
-  // The products of a tile: `multiply(stage, k16)` issues those of 16 elements of the contracted axis, where `stage` is the
-  // descriptor of a stage's first block. Passes the turn on when all are issued, and returns when all are done.
+  // The products of a tile. `multiply(stage, k16)` issues those of 16 elements of the contracted axis; `stage` is the
+  // descriptor of a stage's first block. It passes the turn on when all are issued, and returns when all are done.
   template <class Multiply>
   static __device__ __forceinline__ void products(Shared const& shared, Work const& work, Place& place, int warpgroup,
                                                   int thread, Multiply const& multiply) {
@@ -224,7 +224,7 @@ struct GroupedKernel {
     }
   }
 
-  // Multiplies and stores a tile of which `Blocks` 64-row blocks hold rows.
+  // Multiplies and stores a tile with rows in `Blocks` 64-row blocks.
   template <int Blocks>
   static __device__ __forceinline__ void tile(Args const& args, Shared const& shared, Epilogue const& epilogue,
                                               Work const& work, Place& place, uint32_t turn_phase, int warpgroup,
@@ -311,7 +311,7 @@ template <class Spec>
 __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
   using K = GroupedKernel<Spec>;
   extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
-  // Where the compiler knows that an address is the same for the whole warp, it keeps it out of the lanes' registers.
+  // If the compiler knows that an address is the same for the whole warp, it keeps it out of the lanes' registers.
   const uint32_t start = uniform(cute::cast_smem_ptr_to_uint(base));
   const typename K::Shared shared(static_cast<char*>(__cvta_shared_to_generic(start)));
   const int warpgroup = threadIdx.x / kWarpgroup;
@@ -376,7 +376,7 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
   if (K::kCounts) {
     if (auto error = cudaMemsetAsync(args.counter, 0, args.counter_bytes, stream)) return error;
   }
-  // All blocks run at once. The GPU may hold fewer clusters than its SMs would make.
+  // All blocks run at once. The GPU may hold fewer clusters than its SMs suggest.
   int clusters = num_sms / K::kCluster;
   if constexpr (K::kCluster > 2) {
     config.gridDim = clusters * K::kCluster;

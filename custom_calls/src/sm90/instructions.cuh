@@ -1,4 +1,4 @@
-// Hopper's instructions as the kernels use them: thin calls over CuTe's wrappers.
+// Hopper's instructions for the kernels: thin functions over CuTe's wrappers.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Moves a warp's 16 rows of 64 columns between registers, shared memory and memory.
+// Moves a warp's 16 rows of 64 columns between registers, shared memory and global memory.
 #pragma once
 
 #include "cutlass/arch/memory.h"
@@ -11,8 +11,8 @@ constexpr int kWarpRows = 16;
 static_assert(kStoredRows == kWarpRows);
 constexpr int kPieceBytes = kWarpRows * kRowBytes;  // a warp's part of a [64][64] block
 
-// Sixteen rows of a matrix of 16-bit elements in memory. A lane moves 16 bytes of every fourth row. What lies beyond `rows`
-// and `columns` is not touched.
+// Sixteen rows of a matrix of 16-bit elements in memory. A lane moves 16 bytes of every fourth row. Elements beyond `rows`
+// and `columns` are not touched.
 template <class T>
 struct Strip {
   T* start;  // of this lane
@@ -38,7 +38,7 @@ class Piece {
       : by_quarter_(base + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)),
         by_row_(base + lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4)) {}
 
-  // Elements as a thread holds them after a product, in pairs, 16 columns (a quarter) at a time. Pair i is in row
+  // The layout of a thread's elements after a product: in pairs, 16 columns (a quarter) at a time. Pair i is in row
   // 8 (i % 2) + lane / 4, at column 16 quarter + 8 (i / 2) + 2 (lane % 4).
   __device__ __forceinline__ void put(uint32_t const (&p)[4], int quarter) const {
     cute::SM90_U32x4_STSM_N::copy(p[0], p[1], p[2], p[3], *flipped(by_quarter_, quarter << 5));
@@ -47,7 +47,7 @@ class Piece {
     cute::SM75_U32x4_LDSM_N::copy(*flipped(by_quarter_, quarter << 5), p[0], p[1], p[2], p[3]);
   }
 
-  // Writes to memory what the whole warp has put.
+  // Writes to memory the elements that the whole warp has put.
   __device__ __forceinline__ void write(Strip<T> const& to, int c) const {
     uint4 units[kWarpRows / 4];
 #pragma unroll
@@ -72,7 +72,7 @@ class Piece {
   // This lane's 16 bytes of row lane / 8 + 4 i.
   __device__ __forceinline__ cute::uint128_t* row(int i) const { return flipped(by_row_ + i * 4 * 128, i % 2 << 6); }
 
-  // The swizzled address of what is `bits` bytes further in the row, or four rows further on.
+  // The swizzled address `bits` bytes further in the row, or four rows further on.
   static __device__ __forceinline__ cute::uint128_t* flipped(uint32_t place, uint32_t bits) {
     return static_cast<cute::uint128_t*>(__cvta_shared_to_generic(place ^ bits));
   }

@@ -1,6 +1,6 @@
-// From accumulators to memory: rounded, through an ungated activation, or through an activation's gradient.
+// Stores accumulators to memory: rounded, through an ungated activation, or through an activation's gradient.
 //
-// Each warp sends its 16 rows through 2 KB of shared memory of its own, to write 128 bytes of a row at a time.
+// Each warp moves its 16 rows through its own 2 KB of shared memory, to write 128 bytes of a row at a time.
 #pragma once
 
 #include "common/schedule.cuh"
@@ -18,8 +18,8 @@ class RowEpilogue {
   static constexpr int kColumnBlocks = kTile.columns / kBlock;
   static constexpr bool kGated = is_gated(kActivation);
   static constexpr int kHalves = kGated ? 2 : 1;
-  // A gradient that reads the pre-activation also makes the hidden rows again, times their weights, as SonicMoE does (arXiv
-  // 2512.14080).
+  // A gradient that reads the pre-activation also computes the hidden rows again, times their weights, as SonicMoE does
+  // (arXiv 2512.14080).
   static constexpr bool kRemakes = kGradient && Spec::kResidual == Residual::kPre;
   // Blocks of the residual that are in shared memory, or being loaded, while the tile is multiplied.
   static constexpr int kAhead = kGated || kRemakes ? 1 : 3;
@@ -45,7 +45,7 @@ class RowEpilogue {
     }
   }
 
-  // Stores a tile of which `Blocks` 64-row blocks hold rows.
+  // Stores a tile with rows in `Blocks` 64-row blocks.
   template <int Blocks>
   __device__ __forceinline__ void finish(Accumulator const (&acc)[Blocks], Work const& work) const {
     if constexpr (kGradient) {
@@ -67,7 +67,7 @@ class RowEpilogue {
  private:
   __device__ __forceinline__ Piece<T> piece(int i) const { return Piece<T>(base_ + i * kPieceBytes, lane_); }
 
-  // This warp's rows of a row block of the tile. Half 1 is the up half where a gated activation has two.
+  // This warp's rows in a row block of the tile. Half 1 is the up half of a gated activation.
   __device__ __forceinline__ Strip<T> strip(void* matrix, Work const& work, int block, int halves = 1, int half = 0) const {
     const int first = block * kBlock + warp_ * kWarpRows, columns = args_.problem.out_columns;
     const int64_t pitch = halves * columns;
@@ -91,7 +91,7 @@ class RowEpilogue {
     write(piece(0), out, c);
   }
 
-  // Ungated activations alone come here. Gated ones have swap-AB tiles (swap_ab_epilogue.cuh).
+  // Only ungated activations come here. Gated ones have swap-AB tiles (swap_ab_epilogue.cuh).
   __device__ __forceinline__ void store_activation(Accumulator const& acc, Work const& work, int block) const {
     static_assert(kGradient || !kGated);
     if (args_.keep_residual) {
@@ -129,8 +129,8 @@ class RowEpilogue {
   }
 
   // The accumulators hold the gradient of hidden rows. It becomes that of the pre-activation, which may overwrite the
-  // residual. Where kRemakes, weighted hidden rows are stored too. The rows' weights enter here, and their own gradient
-  // <dhidden, hidden> is stored as one partial sum for each column tile (SonicMoE, arXiv 2512.14080).
+  // residual. If kRemakes, weighted hidden rows are stored too. The gradient is multiplied by the rows' weights here, and the
+  // weights' own gradient <dhidden, hidden> is stored as one partial sum per column tile (SonicMoE, arXiv 2512.14080).
   template <int Blocks>
   __device__ __forceinline__ void store_gradient(Accumulator const (&acc)[Blocks], Work const& work) const {
 #pragma unroll

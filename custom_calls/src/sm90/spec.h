@@ -1,4 +1,4 @@
-// One of Hopper's compiled kernels as a type: everything that its code is generated from.
+// One of Hopper's compiled kernels as a type: all of its compile-time constants.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,20 +28,20 @@ struct Spec {
   static constexpr bool kHalves = kActivates && is_gated(A);
 
   // Whether wgmma's operands are swapped: rows lie along its N axis, of any multiple of 8, rather than along its M axis
-  // of 64. Then the tiles of an expert have equal heights, and multiply few rows too many. Tiles of three column blocks gain
+  // of 64. The tiles of an expert then have equal heights, and multiply few padding rows. Tiles of three column blocks gain
   // nothing, because each block reads the rows from shared memory again. Small tiles are bound by reading weights. Only
   // plain products and gated activations have such an epilogue.
   static constexpr bool kSwapAb = !kWgrad && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192;
 
-  // Elements of the contracted axis that a step multiplies. Large tiles of weight gradients wait for loads. They take steps
-  // of 32, so that more of the ring is being loaded. Such a step of a smaller tile would end before the next stage arrives.
+  // Elements of the contracted axis that a step multiplies. Large tiles of wgrad wait for loads. They take steps of 32, so
+  // that more of the ring is being loaded. In a smaller tile, such a step would end before the next stage arrives.
   static constexpr int kStepDepth = kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
 
-  // Whether a counter deals out tiles, which gathering rows takes. A kernel of small tiles is bound by reading weights, each
-  // once, and saves the clearing of a counter.
+  // Whether a counter deals out tiles; gathering rows needs one. A kernel with small tiles is bound by reading each weight
+  // once, and does better without clearing a counter.
   static constexpr bool kCounts = Rows > 64;
 
-  // What Schedule needs (common/schedule.cuh).
+  // The constants that Schedule needs (common/schedule.cuh).
   struct Tiles {
     static constexpr bool kWgrad = Spec::kWgrad, kEvenHeights = Spec::kSwapAb;
     static constexpr int kRows = Rows, kColumns = kHalves ? Columns / 2 : Columns;
@@ -60,7 +60,7 @@ struct Spec {
 template <class Spec>
 cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream);
 
-// How many experts fit: their bounds share an SM's shared memory with the stages.
+// The number of experts that fit: their bounds share an SM's shared memory with the stages.
 template <class Spec>
 int max_experts();
 

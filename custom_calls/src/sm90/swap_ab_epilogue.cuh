@@ -1,9 +1,8 @@
-// From the accumulators of a swap-AB tile, which hold the transposed product, to memory: rounded, or through a gated
-// activation.
+// Stores the accumulators of a swap-AB tile, which hold the transposed product: rounded, or through a gated activation.
 //
-// The four warps of a warpgroup send 16 rows of all columns through shared memory. They transpose them on the way in, and
-// write whole blocks of a row on the way out. With a gated activation, a thread holds the gate and the up half of the same
-// element in the two blocks of columns. Hidden rows become a third block, or take the place of the up half.
+// The four warps of a warpgroup move 16 rows of all columns through shared memory. They transpose the rows on the way in,
+// and write whole blocks of a row on the way out. With a gated activation, a thread holds the gate and the up half of the
+// same element in the two blocks of columns. Hidden rows become a third block, or overwrite the up half.
 #pragma once
 
 #include "common/schedule.cuh"
@@ -84,8 +83,8 @@ class SwapAbEpilogue {
                                   *at(lane_ / 16 * 8 + lane_ % 8, block * 8 + warp_ * 2 + lane_ / 8 % 2));
   }
 
-  // Writes the blocks `from`, ... of this warp's four rows to the columns `offset` + column, ... of a matrix, as far as
-  // there are rows (`rows`) and columns.
+  // Writes the blocks `from`, ... of this warp's four rows to the columns `offset` + column, ... of a matrix, up to its last
+  // row (`rows`) and column.
   template <int Blocks>
   __device__ __forceinline__ void write(int from, void* matrix, int64_t pitch, int first, int rows, int column,
                                         int offset) const {
@@ -99,7 +98,7 @@ class SwapAbEpilogue {
     }
   }
 
-  // The address of 8 columns of a row, swizzled so that neither way of access has bank conflicts.
+  // The address of 8 columns of a row, swizzled so that neither access pattern has bank conflicts.
   __device__ __forceinline__ cute::uint128_t* at(int row, int eight) const {
     return reinterpret_cast<cute::uint128_t*>(base_ + row * kPitch + ((eight ^ (row & 7)) << 4));
   }

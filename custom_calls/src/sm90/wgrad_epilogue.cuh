@@ -1,7 +1,8 @@
-// From the accumulators of a weight gradient to memory, by TMA, which clips a tile at the ends of the product.
+// Stores the accumulators of a weight gradient to memory by TMA, which clips a tile at the ends of the product.
 //
 // A tile of few steps is multiplied about as fast as it is stored. If warps wrote to memory themselves, their accesses to
-// shared memory would queue behind these writes. So each warp leaves 16 rows of 64 columns at a time in shared memory.
+// shared memory would queue behind these writes. Each warp therefore leaves 16 rows of 64 columns at a time in shared
+// memory, for TMA.
 #pragma once
 
 #include "common/schedule.cuh"

@@ -13,21 +13,21 @@ from jax_latent_moe.grouped_matmul.problem import Contraction
 from jax_latent_moe.grouped_matmul.sm90 import fuse_refusal, kernel_activation, refusal
 
 FEATURE_MULTIPLE = 8
-"""Elements of 16 bytes, which rows are read at a time."""
+"""16-bit elements in 16 bytes, the unit in which rows are read."""
 MAX_ROWS = 2**31 - 256
 FEW_PRODUCTS = 1024
-"""Products of each gathered element below which a kernel would wait for its rows: they are gathered beforehand.
+"""Below this many products per gathered element, a kernel would wait for its rows, and XLA gathers them beforehand.
 
 Kernels waited at 768 products and did not wait at 1536 (benchmarks/results/profiles/h200-2026-11-27.md).
 """
 
-# Activations that gained time inside of a product where they were measured (benchmarks/results/profiles).
+# Activations that were faster inside of a product when they were measured (benchmarks/results/profiles).
 FASTER = {
     "fwd": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh", "situ_glu"),
     "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
 }
 
-# What the compiled kernels keep of each activation, and make its gradient of.
+# The residual that the compiled kernels keep of each activation and compute its gradient from.
 RESIDUALS = {
     "relu2": "hidden",
     "gelu": "pre",
@@ -40,9 +40,9 @@ RESIDUALS = {
 
 
 def fuses(contraction: Contraction, activation: BoundActivation, residual: Residual) -> bool:
-    """Whether a library with all kernels fuses an activation that keeps a residual, where fuse is "measured".
+    """Whether a library with all kernels fuses an activation that keeps this residual, for fuse="measured".
 
-    For plans on paper of a GPU that is not there.
+    It is for the plan of a GPU that is not present.
     """
     kernel = kernel_activation(activation)
     return kernel is not None and kernel.name in FASTER[contraction] and RESIDUALS[kernel.name] == residual
@@ -52,7 +52,7 @@ class Cutlass(Backend):
     """The `cutlass` backend: see `CutlassBackend` for its settings."""
 
     def supports(self, problem):
-        """None, or what keeps the kernels from running the problem."""
+        """None, or the reason why the kernels cannot run the problem."""
         if reason := refusal(problem, FEATURE_MULTIPLE):
             return reason
         if problem.num_experts == 0:
@@ -81,9 +81,11 @@ class Cutlass(Backend):
         return CutlassTile
 
     def in_place(self, problem, tile):
-        """Columns of wider rows are read in place by plain products. Rows are gathered by large tiles of many products.
+        """See `Backend.in_place`.
 
-        A wgrad kernel gathers the rows of one operand, and no dgrad kernel without an epilogue was tried with any.
+        Plain products read columns of wider rows in place. Kernels with large tiles gather rows, if each gathered
+        element has enough products. A wgrad kernel gathers the rows of one operand only. A dgrad kernel without an
+        epilogue does not gather rows: that was never measured.
         """
         plain, products = problem.epilogue is None, problem.k if problem.contraction == "dgrad" else problem.n
         gathers = tile.rows > cutlass_tiles.SMALL_TILE and problem.num_rows > 0
@@ -94,7 +96,7 @@ class Cutlass(Backend):
         return ("lhs",) * (gathers_lhs or reads_columns) + ("rhs",) * gathers_rhs
 
     def insists(self, epilogue):
-        """See `Backend.insists`: fuse="always" does not leave an activation to XLA that its kernels do not know."""
+        """See `Backend.insists`: with fuse="always", an activation that the kernels do not have is an error."""
         return self.config.fuse == "always" and kernel_activation(epilogue.activation) is None
 
     def run(self, problem, tile, operands):
@@ -110,7 +112,7 @@ class Cutlass(Backend):
             (out,), lhs = _call("matmul", outs, operands.lhs, _tables(operands), attributes)
             return Outputs(out, lhs=lhs)
         activation = kernel_activation(problem.epilogue.activation)
-        assert activation is not None, "supports refuses what no epilogue knows"
+        assert activation is not None, "supports refuses an activation that the epilogues do not have"
         attributes |= {"beta": activation.beta, "linear_beta": activation.linear_beta}
         run = _activation if problem.contraction == "fwd" else _activation_grad
         return run(problem, tile, operands, attributes)
@@ -141,7 +143,7 @@ def _activation_grad(problem, tile, operands, attributes) -> Outputs:
         jax.ShapeDtypeStruct((-(-width // tile.columns), num_rows), jnp.float32),
     ]
     given = *_tables(operands), kept, operands.row_weights.astype(jnp.float32)
-    # The gradient takes the place of the residual.
+    # The gradient overwrites the residual.
     (dpre, hidden, sums), lhs = _call(
         "matmul_activation_grad", outs, operands.lhs, given, attributes, input_output_aliases={3: 0}
     )
@@ -182,12 +184,12 @@ def _first_column(rows) -> int:
 
 
 def _call(target, outs, rows, operands, attributes, **options):
-    """The results of a target, and `rows` as it gathered them, or as they are where they need not be gathered."""
+    """The results of a target, and `rows` as a dense array if the kernel gathered them, else as given."""
     named = isinstance(rows, GatheredRows)
     row_ids, weights = (rows.row_ids, rows.weights) if named else (jnp.zeros(0, jnp.int32), None)
     weights = jnp.zeros(0) if weights is None else weights
-    # A kernel counts the tiles that it took from either end. With gathered rows it also counts the chunks of rows taken
-    # from either end, and the rows that are there, in all and of each 64.
+    # A kernel takes tiles from both ends of the queue and counts those taken from each. With gathered rows it also
+    # counts the chunks of rows taken from each end, and the rows gathered so far, in all and in each block of 64.
     counters = 5 + -(-rows.shape[0] // 64) if named else 2
     workspace = jax.ShapeDtypeStruct(rows.shape if named else (0, 0), rows.dtype)
     outs = [*outs, workspace, jax.ShapeDtypeStruct((counters,), jnp.int32)]

@@ -8,18 +8,17 @@ from jax_latent_moe.grouped_matmul.sm90 import FUSE, Fuse
 
 @dataclasses.dataclass(frozen=True)
 class CutlassTile:
-    """Tile and schedule of a compiled kernel of the `cutlass` backend; only the combinations that were compiled run.
+    """Tile and schedule of a compiled kernel of the `cutlass` backend. Only combinations that were compiled can run.
 
-    A tile of more than 192 x 128 elements is shared by both warpgroups of a SM, which otherwise take tiles
-    in turn, one storing while the other multiplies.
+    The two consumer warpgroups of an SM take tiles in turn: one stores while the other multiplies.
 
     Attributes:
-        rows: rows of a tile; in wgrad, the first feature axis (K).
-        columns: output columns of a tile; in wgrad, the second feature axis (N).
-        stages: loads in flight, in a ring through shared memory.
-        cluster_rows: SMs, one above the other, that share the loads of a column tile (wgrad only).
-        cluster_columns: SMs, side by side, that share the loads of a row tile.
-        rows_first: walk down the rows of an expert before its columns (not in wgrad).
+        rows: rows of a tile; in wgrad, its part of the first feature axis (K).
+        columns: output columns of a tile; in wgrad, its part of the second feature axis (N).
+        stages: loads in flight, in a ring buffer in shared memory.
+        cluster_rows: SMs with tiles of the same columns, which share the loads of those columns (wgrad only).
+        cluster_columns: SMs with tiles of the same rows, which share the loads of those rows.
+        rows_first: whether tiles go through the rows of an expert before the columns (not in wgrad).
     """
 
     rows: int = 128
@@ -40,11 +39,11 @@ class CutlassBackend:
     """Expert matmuls as compiled Hopper kernels on CUTLASS' instruction wrappers, behind XLA FFI custom calls.
 
     Attributes:
-        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured one for the
-            shape, or a heuristic.
-        wgrad_tile: tile of wgrad; None likewise.
-        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
-            where they were measured, "always" all that were compiled, which takes the least memory, "never" none.
+        matmul_tile: tile of fwd and dgrad without a fused activation. None takes a measured tile for the shape, or the
+            heuristic's if there is none.
+        wgrad_tile: tile of wgrad, chosen in the same way if it is None.
+        fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
+            were measured. "always" fuses all that were compiled and needs the least memory. "never" fuses none.
     """
 
     matmul_tile: CutlassTile | None = None

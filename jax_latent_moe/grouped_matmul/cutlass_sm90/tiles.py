@@ -1,4 +1,4 @@
-"""Which compiled kernels of the `cutlass` backend can run a problem, and which one a heuristic likes best."""
+"""The compiled kernels of the `cutlass` backend that can run a problem, ordered by a heuristic."""
 
 import re
 
@@ -8,37 +8,37 @@ from jax_latent_moe.grouped_matmul.problem import Problem
 from jax_latent_moe.grouped_matmul.sm90 import kernel_activation
 
 SMALL_GROUP = 64
-"""Mean rows per expert up to which a call is bound by reading weights."""
+"""A call with at most this many rows per expert, on average, is bound by reading weights."""
 SMALL_TILE = 64
-"""Rows of tiles for such calls: their kernels do without a counter of tiles, and gather no rows."""
+"""Rows of the tiles for such calls. Their kernels have no counter of tiles and gather no rows."""
 FEW_ROWS = 512
-"""Mean rows per expert up to which tiles run down an expert's rows before its columns.
+"""With at most this many rows per expert, on average, tiles go through an expert's rows before its columns.
 
-At 352 rows the fastest tiles of Super's products are 1.6 to 4.6 % faster so on an H100. At 1024 rows some are 6 %
-slower (benchmarks/results/profiles/h100-2026-11-27.md). Up to 512 rows an H200's table has either order for half of the
-products.
+At 352 rows this order makes the fastest tiles of Super's products 1.6 to 4.6 % faster on an H100. At 1024 rows it makes
+some 6 % slower (benchmarks/results/profiles/h100-2026-11-27.md). On an H200, up to 512 rows, each order is the faster
+one for half of the products.
 """
 FORMATS = {"bfloat16": "bf16", "float16": "f16"}
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)x(\d+)")
 
 
 def kernel_name(problem: Problem, tile: CutlassTile) -> str:
-    """The compiled kernel of a problem and tile: sm90.CONTRACTION.FORMAT[.ACTIVATION:RESIDUAL].TILE.CLUSTER.
+    """The name of the compiled kernel: sm90.CONTRACTION.FORMAT[.ACTIVATION:RESIDUAL].TILE.CLUSTER.
 
-    A kernel that keeps a residual also runs without keeping it.
+    A kernel that keeps a residual can also run without keeping it.
     """
     return next(name for name, found in _kernels(problem) if found == _shape(tile))
 
 
 def tiles(problem: Problem) -> tuple[CutlassTile, ...]:
-    """The tiles that were compiled for the problem's contraction, format and epilogue, by `_cost`."""
+    """The tiles that were compiled for the problem's contraction, format and epilogue, sorted by `_cost`."""
     orders = (False,) if problem.contraction == "wgrad" else (False, True)
     compiled = [CutlassTile(*shape, rows_first=order) for _, shape in _kernels(problem) for order in orders]
     return tuple(sorted(compiled, key=lambda tile: _cost(problem, tile)))
 
 
 def refusal(problem: Problem, given: CutlassTile | None) -> str | None:
-    """None, or why no compiled kernel runs the problem with the given tile, or with any."""
+    """None, or the reason why no compiled kernel runs the problem with the given tile, or with any tile."""
     found = tiles(problem)
     what = f"{problem.contraction} of {problem.lhs.format}"
     if problem.epilogue is not None:
@@ -46,7 +46,7 @@ def refusal(problem: Problem, given: CutlassTile | None) -> str | None:
     if not found:
         return f"no kernel was compiled for {what} and {problem.num_experts} experts."
     if given is not None and given not in found:
-        return f"{given!r} was not compiled for {what}; there are {', '.join(repr(tile) for tile in found)}."
+        return f"{given!r} was not compiled for {what}; these were: {', '.join(repr(tile) for tile in found)}."
     return None
 
 
@@ -55,7 +55,7 @@ def _kernels(problem) -> list[tuple[str, tuple[int, int, int, int, int]]]:
     prefix = f"sm90.{problem.contraction}.{FORMATS[problem.lhs.format]}."
     if problem.epilogue is not None:
         activation = kernel_activation(problem.epilogue.activation)
-        assert activation is not None, "fuse_refusal comes before"
+        assert activation is not None, "fuse_refusal refuses an activation that the epilogues do not have"
         prefix += f"{activation.name}:"
         if problem.epilogue.residual is not None:
             prefix += f"{problem.epilogue.residual}."
@@ -64,7 +64,7 @@ def _kernels(problem) -> list[tuple[str, tuple[int, int, int, int, int]]]:
         tile = _TILE.fullmatch(".".join(name.split(".")[-2:]))
         plain = name.count(".") == 4
         if name.startswith(prefix) and plain == (problem.epilogue is None) and problem.num_experts <= max_experts:
-            assert tile is not None, f"the library names its kernels so: {name}"
+            assert tile is not None, f"{name} does not end in TILE.CLUSTER"
             rows, columns, stages, cluster_rows, cluster_columns = map(int, tile.groups())
             found.append((name, (rows, columns, stages, cluster_rows, cluster_columns)))
     return found
@@ -75,12 +75,11 @@ def _shape(tile) -> tuple[int, ...]:
 
 
 def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
-    """Whether it is a tile for the other kind of call; multiplied elements over wanted ones; the less likely order.
+    """The sort key of a tile: is it for the other kind of call, its padding factor, has it the less likely order.
 
-    The first of equals wins.
-
-    In the mean of the table's shapes its choice took 1 % longer than the fastest on an H100, at most 4 %; on an H200 2
-    %, at most 23 %, weight gradients 9 % (benchmarks/results/profiles/).
+    The first of equal tiles wins. Over the shapes in the tables, the chosen tile took 1 % longer than the fastest on
+    average on an H100, and at most 4 %. On an H200 it took 2 % longer on average, and at most 23 % (9 % in wgrad), by
+    benchmarks/results/profiles/.
     """
     k, n = problem.k, problem.n
     if problem.contraction == "wgrad":
@@ -93,5 +92,5 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
 
 
 def _padded(size, tile):
-    """Size in whole tiles over size."""
+    """The size rounded up to whole tiles, divided by the size."""
     return -(-size // tile) * tile / size

@@ -1,7 +1,7 @@
-"""Activations and their slopes in float32, from operations that Mosaic GPU lowers, without a branch.
+"""Activations and their slopes in float32, without branches, from operations that Mosaic GPU can lower.
 
-A division and the library's tanh branch in every thread, and erf has no lowering in the oldest JAX: here all is made of
-exp and of rsqrt, the square of which is the reciprocal of a positive number.
+A division branches in every thread, and so does the library's tanh. erf has no lowering in the oldest supported JAX.
+Everything is therefore built from exp and rsqrt, whose square is the reciprocal of a positive number.
 """
 
 import math
@@ -20,14 +20,14 @@ _ERFC_P = 0.3275911
 _ERFC_COEFFICIENTS = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 # gelu's tanh form: Hendrycks and Gimpel (arXiv 1606.08415).
 _GELU_SCALE, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
-# Below, 2 sigmoid(2x) - 1 would lose digits that x - x^3 / 3 has.
+# Below this, 2 sigmoid(2x) - 1 loses digits that x - x^3 / 3 keeps.
 _SMALL_TANH = 0.02
-# Of float32, without its digits: its reciprocal root is finite.
+# Near the smallest normal float32. Its reciprocal square root is finite.
 _SMALLEST = 1.2e-38
 
 
 def value_and_slopes(activation: KernelActivation, parts: list[Block]) -> tuple[Block, list[Block]]:
-    """The activation of its parts, [u] or [gate, up], and its derivative by each of them."""
+    """The activation of its parts, [u] or [gate, up], and its derivative with respect to each part."""
     first, slope = _first(activation, parts[0])
     if not activation.gated:
         return first, [slope]
@@ -38,7 +38,7 @@ def value_and_slopes(activation: KernelActivation, parts: list[Block]) -> tuple[
 def value_and_slopes_of_residual(
     activation: KernelActivation, residual: Residual, parts: list[Block]
 ) -> tuple[Block, list[Block]]:
-    """The same from what a forward pass keeps: the pre-activation's parts, or relu2's hidden rows."""
+    """The same from the residual of a forward pass: the pre-activation's parts, or relu2's hidden rows."""
     if residual == "pre":
         return value_and_slopes(activation, parts)
     (hidden,) = parts
@@ -46,7 +46,7 @@ def value_and_slopes_of_residual(
 
 
 def _first(activation, x):
-    """Value and slope of what is applied to u, or to the gate."""
+    """Value and slope of the function applied to u, or to the gate."""
     match activation.name:
         case "relu2":
             positive = jnp.where(x < 0, 0, x)
@@ -77,7 +77,7 @@ def _first(activation, x):
 
 
 def _up(activation, x):
-    """Value and slope of what is applied to the up half; None for a slope of 1."""
+    """Value and slope of the function applied to the up half; None for a slope of 1."""
     if not activation.linear_beta:
         return x, None
     tanh = _tanh(x * (1 / activation.linear_beta))

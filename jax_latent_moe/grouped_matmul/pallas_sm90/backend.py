@@ -13,7 +13,7 @@ from jax_latent_moe.grouped_matmul.sm90 import fuse_refusal, kernel_activation, 
 FEATURE_MULTIPLE = 64
 """Columns of one swizzled block."""
 
-# Activations that gained time inside of a product where they were measured (benchmarks/results/profiles).
+# Activations that were faster inside of a product when they were measured (benchmarks/results/profiles).
 FASTER = {"fwd": ("relu2",), "dgrad": ()}
 
 
@@ -24,12 +24,12 @@ class Pallas(Backend):
     """Parameters of Pallas' GPU interpreter, for a subclass that runs the kernels on a CPU."""
 
     def supports(self, problem):
-        """None, or what keeps the kernels from running the problem."""
+        """None, or the reason why the kernels cannot run the problem."""
         if reason := refusal(problem, FEATURE_MULTIPLE):
             return reason
         for name in ("num_rows", "num_experts"):
             if getattr(problem, name) == 0:
-                return f"{name}=0 leaves its kernels nothing to do."
+                return f"{name}=0 must be at least 1."
         if problem.epilogue is None:
             return None
         if problem.epilogue.residual == "gate_hidden":
@@ -55,7 +55,7 @@ class Pallas(Backend):
         return PallasWgradTile if problem.contraction == "wgrad" else PallasMatmulTile
 
     def insists(self, epilogue):
-        """See `Backend.insists`: fuse="always" does not leave an activation to XLA that its kernels do not know."""
+        """See `Backend.insists`: with fuse="always", an activation that the kernels do not have is an error."""
         return self.config.fuse == "always" and kernel_activation(epilogue.activation) is None
 
     def run(self, problem, tile, operands):
@@ -83,5 +83,5 @@ class Pallas(Backend):
 
 
 def _call(function, *arrays, **settings):
-    """Under vmap one call after the other: Pallas would add an axis to references, which the kernels do not expect."""
+    """Runs a kernel. Under vmap, calls run in turn, because Pallas would add an axis that the kernels do not expect."""
     return custom_batching.sequential_vmap(functools.partial(function, **settings))(*arrays)

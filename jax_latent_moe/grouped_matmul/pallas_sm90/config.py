@@ -6,7 +6,7 @@ from jax_latent_moe import checks
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul.sm90 import FUSE, Fuse
 
-# What a tile of the Pallas kernels may take: 192 float32 accumulators a thread, and shared memory less its barriers.
+# Limits of a tile: 192 float32 accumulators per thread, and the bytes of shared memory without barriers.
 TILE_AREA = 128 * 192
 SHARED_MEMORY = 231424
 
@@ -16,11 +16,11 @@ class PallasMatmulTile:
     """Tile and schedule of the Pallas kernel for fwd and dgrad.
 
     Attributes:
-        rows: rows of a tile, 64, 128 or 192; a tile with fewer rows multiplies the next multiple of 64.
+        rows: rows of a tile, 64, 128 or 192. An incomplete tile multiplies its rows up to the next multiple of 64.
         columns: output columns of a tile, a multiple of 64.
-        stages: loads in flight, in a ring through shared memory.
+        stages: loads in flight, in a ring buffer in shared memory.
         store_buffers: buffers through which a tile is stored, 64 columns each.
-        band: row tiles that are walked together, column by column.
+        band: row tiles that are computed together, column by column.
         cluster: SMs, 1 or 2, that share the loads of one row tile.
     """
 
@@ -41,9 +41,9 @@ class PallasWgradTile:
     """Tile and schedule of the Pallas kernel for wgrad.
 
     Attributes:
-        rows: tile of the first feature axis (K), 64, 128 or 192.
-        columns: tile of the second feature axis (N), a multiple of 64.
-        stages: loads in flight, in a ring through shared memory.
+        rows: a tile's part of the first feature axis (K), 64, 128 or 192.
+        columns: a tile's part of the second feature axis (N), a multiple of 64.
+        stages: loads in flight, in a ring buffer in shared memory.
         store_buffers: buffers through which a tile is stored, 64 columns each.
         cluster: SMs, 1 or 2, that share the loads of one column tile.
     """
@@ -59,14 +59,14 @@ class PallasWgradTile:
 
 
 def _check_pallas_tile(tile):
-    """A tile must fit a Hopper SM: its accumulators the registers, its buffers the shared memory."""
+    """Checks that a tile fits a Hopper SM: its accumulators the registers, its buffers the shared memory."""
     name = type(tile).__name__
     for field in ("rows", "columns", "stages", "store_buffers", "cluster"):
         checks.positive_int(f"{name}.{field}", getattr(tile, field))
     if tile.rows not in (64, 128, 192) or tile.columns % 64:
         raise ConfigError(
-            f"{name}.rows={tile.rows} must be 64, 128 or 192 and columns={tile.columns} a multiple of 64: a product of "
-            "matrix units has 64 of either."
+            f"{name}.rows={tile.rows} must be 64, 128 or 192 and columns={tile.columns} a multiple of 64: the kernels "
+            "compute blocks of 64 x 64."
         )
     if tile.columns > 256 or tile.rows * tile.columns > TILE_AREA:
         raise ConfigError(
@@ -88,11 +88,11 @@ class PallasBackend:
     """Expert matmuls as Pallas (Mosaic GPU) kernels for Hopper GPUs.
 
     Attributes:
-        matmul_tile: tile of fwd and dgrad without a fused activation; None takes the measured one for the
-            shape, or a heuristic.
-        wgrad_tile: tile of wgrad; None likewise.
-        fuse: which activations, and gradients of them, run inside of a product: "measured" those that gained time
-            where they were measured, "always" all, which takes the least memory, "never" none.
+        matmul_tile: tile of fwd and dgrad without a fused activation. None takes a measured tile for the shape, or the
+            heuristic's if there is none.
+        wgrad_tile: tile of wgrad, chosen in the same way if it is None.
+        fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
+            were measured. "always" fuses all and needs the least memory. "never" fuses none.
     """
 
     matmul_tile: PallasMatmulTile | None = None

@@ -1,9 +1,9 @@
-"""What a consumer of the Pallas matmul kernel does with a tile it has accumulated: store it, or fuse an activation.
+"""Epilogues of the Pallas matmul kernel: they store an accumulated tile, or fuse an activation with it.
 
-Each consumer warpgroup makes its own epilogue, in the kernel, from references. It works through a tile in blocks of 64
-columns by way of buffers of shared memory. Stores are asynchronous, and a consumer waits for one only when it needs the
-buffer again; meanwhile the other consumer multiplies. Within a block it computes 64 rows at a time: the accumulator
-leaves few registers to an activation.
+Each consumer warpgroup makes its own epilogue in the kernel. It stores a tile in blocks of 64 columns, through buffers
+in shared memory. Stores are asynchronous: a consumer waits for one only when it needs the buffer again, and the other
+consumer multiplies meanwhile. Within a block it computes 64 rows at a time, because the accumulator leaves few
+registers to an activation.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,15 @@ ROW_BLOCK = 64
 
 
 class Place(NamedTuple):
-    """Where a tile lies: its first row (a multiple of 8) and column, its own rows counted from there, rows computed."""
+    """The place of a tile in the output.
+
+    Attributes:
+        row: first row, a multiple of 8.
+        column: first column.
+        begin: first of the tile's own rows, counted from `row`.
+        end: end of the tile's own rows, counted from `row`.
+        height: rows that are computed.
+    """
 
     row: int
     column: int
@@ -40,22 +48,22 @@ class Place(NamedTuple):
 
 
 class StoreBuffers:
-    """The buffers of one consumer, smem [buffers, rows, 64]; the blocks of its tiles and the width that these cut."""
+    """The buffers of one consumer, smem [buffers, rows, 64]. A tile has `blocks` blocks, the output `width` columns."""
 
     def __init__(self, smem, blocks: int, width: int, *, native: bool):
         self.smem, self.blocks, self.width, self.native = smem, blocks, width, native
         self.count = smem.shape[0]
 
     def at(self, buffer, place):
-        """The rows of a buffer that a tile computes."""
+        """The part of a buffer that holds the rows a tile computes."""
         return self.smem.at[buffer, pl.ds(0, place.height)]
 
     def inside(self, place, block):
-        """Whether the output has the block."""
+        """Whether the block lies within the output's columns."""
         return place.block(block) < self.width
 
     def send(self, buffer, place, block, out, column):
-        """Starts storing the tile's own rows of a buffer, which holds a block, at a column of out."""
+        """Starts storing a block, from the tile's own rows of a buffer, at a column of out."""
         end = jnp.where(self.inside(place, block), place.end, place.begin)
         mgpu_code.store_rows(self.at(buffer, place), out, place.row, column, place.begin, end, native=self.native)
 
@@ -63,9 +71,9 @@ class StoreBuffers:
         """Stores the values of one block, each to its (out, column), through the buffers in turn.
 
         Args:
-            place: of the tile.
-            block: of the tile's columns.
-            values_of_rows: a value [64, 64] for each target, for 64 rows of the tile.
+            place: the tile's place.
+            block: index of the block among the tile's columns.
+            values_of_rows: maps 64 rows of the tile to a value [64, 64] for each target.
             targets: (out, column) for each value.
         """
         sets = self.count // len(targets)
@@ -87,14 +95,14 @@ class Product:
         self.buffers, (self.out,) = buffers, outs
 
     def start(self, place):
-        """Before the tile is multiplied."""
+        """Called before the tile is multiplied."""
 
     def targets(self, place, block):
-        """Where the values of a block are stored: (out, column) of each."""
+        """The (out, column) at which each value of a block is stored."""
         return [(self.out, place.block(block))]
 
     def finish(self, place, accumulated):
-        """After the tile was multiplied: float32 [height, columns]."""
+        """Called after the tile was multiplied, with the product in float32, [height, columns]."""
         value = accumulated.astype(self.out.dtype)
         for block in range(self.buffers.blocks):
             self.buffers.store(
@@ -103,9 +111,9 @@ class Product:
 
 
 class Activation:
-    """Stores the pre-activation, if it has an output, and the activation of it as rounded.
+    """Stores the activation of the rounded pre-activation, and the pre-activation itself if there is an output for it.
 
-    Gated tiles hold 64 gate columns, then the 64 up columns of the same hidden ones.
+    A gated tile holds 64 gate columns, then the 64 up columns that belong to the same hidden columns.
     """
 
     def __init__(self, activation, buffers: StoreBuffers, operands, outs, scratch, warpgroup):
@@ -138,8 +146,8 @@ class Activation:
 class ActivationGradient:
     """Turns the gradient of hidden rows into that of the pre-activation, and into its inner product with hidden rows.
 
-    The blocks of what was kept are loaded into buffers before the tile is multiplied, as many as there are buffers,
-    and the gradient is stored from where they lay.
+    Blocks of the residual are loaded before the tile is multiplied, as many as the buffers can hold. The gradient
+    overwrites them there and is stored from there.
     """
 
     def __init__(self, residual, activation, buffers: StoreBuffers, operands, outs, scratch, warpgroup):
@@ -169,7 +177,7 @@ class ActivationGradient:
         current = block % self.sets
         parts = _parts_of(self.kept, place.block(block), self.activation, self.buffers)
         for part, (kept, column) in enumerate(parts):
-            # A column that does not exist reads as zeros.
+            # TMA fills columns beyond the end with zeros.
             column = jnp.where(self.buffers.inside(place, block), column, kept.shape[1])
             plgpu.copy_gmem_to_smem(
                 kept.at[_rows(place), pl.ds(pl.multiple_of(column, COLUMN_BLOCK), COLUMN_BLOCK)],
@@ -223,7 +231,7 @@ def _num_parts(activation) -> int:
 
 
 def _parts_of(pre, column, activation, buffers):
-    """(ref, column) of the blocks of a pre-activation, or its gradient, that belong to a block of hidden columns."""
+    """(ref, column) of each block of a pre-activation, or its gradient, that belongs to a block of hidden columns."""
     return [(pre, column + part * buffers.width) for part in range(_num_parts(activation))]
 
 

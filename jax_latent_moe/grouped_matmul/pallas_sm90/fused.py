@@ -28,15 +28,15 @@ def matmul_activation(
     num_sms: int,
     interpret=None,
 ) -> tuple[Float[Array, "r n"] | None, Float[Array, "r m"]]:
-    """The activation of rows x w; K, N and, gated, N / 2 are multiples of 64.
+    """The activation of rows x w. K and N are multiples of 64, and so is N / 2 if the activation is gated.
 
     Args:
         rows: [R, K], bfloat16 or float16, sorted by expert.
-        w: [E, K, N]; gated, N = 2 M, the gate half first.
+        w: [E, K, N]. If gated, N = 2 M and the gate half comes first.
         group_sizes: [E], on the device.
-        activation: applied to the pre-activation as rounded to the dtype of rows.
+        activation: the activation, applied to the pre-activation rounded to the dtype of rows.
         residual: "pre" stores the pre-activation for the backward pass.
-        tile: tile shape and schedule; gated, of 128 columns, with at least 3 store_buffers, else 2.
+        tile: tile shape and schedule, with at least 2 store_buffers. If gated, 128 columns and at least 3.
         num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
@@ -84,22 +84,23 @@ def matmul_activation_grad(
         group_sizes: [E], on the device.
         kept: the residual in the dtype of dout: the pre-activation [R, M], gated [R, 2 M], or the hidden rows [R, M].
         row_weights: [R].
-        activation: of which the gradient is taken.
-        residual: what kept is, "pre" or "hidden".
-        tile: tile shape and schedule; gated with at least 2 store_buffers.
+        activation: the activation.
+        residual: the kind of `kept`, "pre" or "hidden".
+        tile: tile shape and schedule. If gated, at least 2 store_buffers.
         num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
-        The gradient of the pre-activation in the shape of kept, times row_weights and in the dtype of dout; the hidden
-        rows [R, M] times row_weights, made beside the kernel, or None where they were kept; the gradient of row_weights
-        [R] in float32, summed in a fixed order.
+        A tuple of three:
+            The gradient of the pre-activation times row_weights, in the shape of kept and the dtype of dout.
+            The hidden rows [R, M] times row_weights, computed outside of the kernel; None if kept holds them.
+            The gradient of row_weights [R] in float32, summed in a fixed order.
     """
     num_rows, width = dout.shape[0], w.shape[1]
-    # With those that a cluster computes beyond the last column, which are zero.
+    # A cluster may compute tiles beyond the last column. Their sums are zero and are counted here.
     column_tiles = -(-width // (tile.columns * tile.cluster)) * tile.cluster
     num_parts = 2 if activation.gated else 1
-    # Blocks of what was kept that are in shared memory at once.
+    # Blocks of the residual that are in shared memory at once.
     sets = min(tile.store_buffers // num_parts, tile.columns // COLUMN_BLOCK)
     dpre, sums = multiply(
         functools.partial(ActivationGradient, residual),

@@ -37,13 +37,13 @@ def matmul(
         rows: [R, K] (or [R, N]), bfloat16 or float16, sorted by expert; K and N are multiples of 64.
         w: [E, K, N].
         group_sizes: [E], on the device.
-        transpose_w: contract the last axis of w; done by the layout of the tile, not by a copy.
+        transpose_w: contract the last axis of w. The layout of the tile does it, without a copy.
         tile: tile shape and schedule.
         num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
-        [R, N] (or [R, K]) in the dtype of rows, accumulated in float32; zero rows beyond sum(group_sizes).
+        [R, N] (or [R, K]) in the dtype of rows, accumulated in float32. Rows beyond sum(group_sizes) are zero.
     """
     num_rows, out_features = rows.shape[0], w.shape[1 if transpose_w else 2]
     (out,) = multiply(
@@ -75,17 +75,17 @@ def multiply(
     num_sms: int,
     interpret=None,
 ) -> Sequence[Array]:
-    """The kernel with any epilogue; see `matmul` for the arguments that they share.
+    """Runs the kernel with any epilogue; see `matmul` for the arguments that they share.
 
     Args:
-        epilogue: a class of `epilogues`; each consumer makes its own.
+        epilogue: a class of `epilogues`. Each consumer makes an instance.
         rows: [R, K] (or [R, N]).
         w: [E, K, N].
         group_sizes: [E].
         operands: arrays that the epilogue reads.
-        out_types: shapes and types of what it stores.
-        scratch_types: shared memory and barriers that it needs beside the buffers of the tile.
-        activation: what it fuses. With a gated one and w not transposed, a tile holds 64 gate and 64 up columns.
+        out_types: shapes and dtypes of the arrays that the epilogue stores.
+        scratch_types: shared memory and barriers that the epilogue needs besides the buffers of the tile.
+        activation: the activation to fuse. If it is gated and w not transposed, a tile holds 64 gate and 64 up columns.
         transpose_w: contract the last axis of w.
         tile: tile shape and schedule.
         num_sms: SMs to run on.
@@ -102,7 +102,7 @@ def multiply(
     swizzled, native = mgpu_code.swizzled(dtype), interpret is not None
     if halves:
         assert tile.columns == 2 * COLUMN_BLOCK
-        # TMA has 5 dimensions: two for the rows of all experts, cut in eights, two for the columns, and the halves.
+        # TMA has 5 dimensions: two for the rows of all experts in blocks of 8, two for the columns, one for the halves.
         w = w.reshape(-1, 2, width)
         b_smem = mgpu_code.halves_smem(tile.stages, dtype, native=native)
     else:
@@ -136,7 +136,7 @@ def multiply(
 
 
 def pad_rows(rows: Shaped[Array, "r ..."]) -> Shaped[Array, "padded ..."]:
-    """Rows up to a multiple of 8, which is how TMA reads them: no copy where they are."""
+    """Pads rows to a multiple of 8, because TMA reads 8 rows at a time. There is no copy if they are one already."""
     return jnp.pad(rows, ((0, -rows.shape[0] % ROW_ALIGNMENT), *((0, 0),) * (rows.ndim - 1)))
 
 
@@ -157,9 +157,9 @@ def _kernel(
 ):
     """Two consumer warpgroups take turns: one multiplies its tile while the other stores its own (ping-pong).
 
-    All stages form one ring: the producer fills it tile after tile. `filled` has a barrier per consumer and stage, so
-    that each consumer sees every phase of its own barriers; `freed` has one per stage. The SMs of a
-    cluster take neighbouring columns of one row tile, and each loads its part of the rows for all of them.
+    All stages form one ring, which the producer fills tile after tile. `filled` has a barrier for each consumer and
+    stage, so that a consumer sees every phase of its own barriers. `freed` has one for each stage. The SMs of a cluster
+    take neighbouring columns of one row tile, and each loads its part of the rows for all of them.
     """
     ends = list(itertools.accumulate(counts_of_refs))
     operands, outs, scratch = (refs[end - count : end] for end, count in zip(ends, counts_of_refs, strict=True))
@@ -172,7 +172,7 @@ def _kernel(
     my_tiles = lax.div(expert_tiles * column_tiles - cluster + (clusters - 1), clusters)
 
     def locate(i):
-        """Row tile and first column of the i-th tile: bands of row tiles, the columns slowest within a band."""
+        """Row tile and first column of the i-th tile. Tiles go by bands of row tiles, column by column in each band."""
         linear = cluster + i * clusters
         band = lax.div(linear, tile.band * column_tiles)
         within = linear - band * (tile.band * column_tiles)
@@ -181,22 +181,22 @@ def _kernel(
         return band * tile.band + within - column * height, (column * tile.cluster + rank) * out_columns
 
     def load_w(expert, k, column, buffer, barrier):
-        inner, outer, b = k * CONTRACTED, pl.ds(column, out_columns), b_smem.at[buffer]
+        first, columns, b = k * CONTRACTED, pl.ds(column, out_columns), b_smem.at[buffer]
         if halves:
-            half_rows = w.at[pl.ds(expert * rows.shape[1] + inner, CONTRACTED), :, outer]
+            half_rows = w.at[pl.ds(expert * rows.shape[1] + first, CONTRACTED), :, columns]
             mgpu_code.load_halves(half_rows, b, barrier, native=native)
             return
-        inner = pl.ds(inner, CONTRACTED)
-        plgpu.copy_gmem_to_smem(w.at[(expert, outer, inner) if transpose_w else (expert, inner, outer)], b, barrier)
+        depth = pl.ds(first, CONTRACTED)
+        plgpu.copy_gmem_to_smem(w.at[(expert, columns, depth) if transpose_w else (expert, depth, columns)], b, barrier)
 
     def stage_of_w(buffer):
-        """[contracted, columns]."""
+        """A stage of w as [contracted, columns]."""
         if halves:
             return mgpu_code.joined_halves(b_smem.at[buffer], native=native)
         return b_smem.at[buffer].transpose((1, 0)) if transpose_w else b_smem.at[buffer]
 
     def for_height(end, body):
-        """Rows that a tile does not have are not multiplied: the code exists for each multiple of 64 rows."""
+        """Runs the body for the next multiple of 64 rows: an incomplete tile does not multiply the rows it lacks."""
         for height in range(WGMMA_ROWS, tile.rows + 1, WGMMA_ROWS):
             pl.when((end > height - WGMMA_ROWS) & (end <= height))(functools.partial(body, height))
 
@@ -220,7 +220,7 @@ def _kernel(
                         collective_axes="cluster" if tile.cluster > 1 else None,
                     )
                     load_w(expert, k, column, buffer, filled.at[mine + buffer])
-                    return mgpu_code.next_slot(buffer, tile.stages)
+                    return mgpu_code.next_stage(buffer, tile.stages)
 
                 lax.fori_loop(0, steps, step, buffer)
 
@@ -241,7 +241,7 @@ def _kernel(
         def _tile(i):
             row_tile, column = locate(i)
             row, begin, end = table[1, row_tile], table[2, row_tile], table[3, row_tile]
-            first_slot = lax.rem(i * steps, tile.stages)
+            first_stage = lax.rem(i * steps, tile.stages)
 
             def compute(height):
                 place = Place(row, column, begin, end, height)
@@ -253,23 +253,23 @@ def _kernel(
                         plgpu.wgmma(acc, a_smem.at[buffer, pl.ds(0, height)], stage_of_w(buffer))
 
                     def step(_, buffer):
-                        after = mgpu_code.next_slot(buffer, tile.stages)
+                        after = mgpu_code.next_stage(buffer, tile.stages)
                         one(after)
                         plgpu.wgmma_wait(1)
                         plgpu.barrier_arrive(freed.at[buffer])
                         return after
 
-                    one(first_slot)
-                    last_slot = lax.fori_loop(1, steps, step, first_slot)
-                    return acc[...], last_slot
+                    one(first_stage)
+                    last_stage = lax.fori_loop(1, steps, step, first_stage)
+                    return acc[...], last_stage
 
-                value, last_slot = pl.run_scoped(accumulate, plgpu.ACC((height, tile.columns), jnp.float32))
-                plgpu.barrier_arrive(freed.at[last_slot])
+                value, last_stage = pl.run_scoped(accumulate, plgpu.ACC((height, tile.columns), jnp.float32))
+                plgpu.barrier_arrive(freed.at[last_stage])
                 fused.finish(place, value)
 
             for_height(end, compute)
 
-        # Rows of nobody: zeros, shared out over all consumers.
+        # Padding rows get zeros; all consumers share the work.
         @pl.loop(cluster * CONSUMERS + warpgroup, (counts[1] - expert_tiles) * column_tiles, step=clusters * CONSUMERS)
         def _zero_tile(i):
             row_tile = expert_tiles + lax.div(i, column_tiles)

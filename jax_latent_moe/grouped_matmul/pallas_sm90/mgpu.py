@@ -1,8 +1,8 @@
-"""What the kernels need that Pallas does not offer, as inlined Mosaic GPU code, and plain twins of it.
+"""Operations that Pallas does not offer, as inlined Mosaic GPU code, and the same operations in plain Pallas.
 
 Pallas moves rows of a swizzled tile only from and to multiples of 8, and row values in multiples of 16 bytes. The
-kernels store and clear any range of rows. Interpret mode knows no inlined code, so there (`native=True`) the same is
-said with Pallas operations.
+kernels store and clear any range of rows. The interpreter cannot run inlined code, so it uses the plain Pallas
+operations (`native=True`).
 """
 
 import functools
@@ -18,9 +18,9 @@ from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
 CONSUMERS = 2
 PRODUCER = 2
-# Registers a thread: 2 x 128 x 232 + 128 x 40 fit into the 65536 of a SM.
+# Registers per thread: 2 x 128 x 232 + 128 x 40 fit into the 65536 of an SM.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
-# One swizzled block of 16-bit columns, and the depth of a stage.
+# The 16-bit columns of one swizzled block, and the depth of a stage.
 COLUMN_BLOCK = CONTRACTED = 64
 
 SWIZZLE_BYTES = 128
@@ -29,9 +29,9 @@ WARPGROUP_THREADS = 128
 
 
 def swizzled(dtype) -> tuple:
-    """Transforms of a shared-memory tile that TMA writes and wgmma reads."""
+    """The transforms of a shared-memory tile that TMA writes and wgmma reads."""
     columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    # Pallas' own transforms leave methods abstract that only other backends call.
+    # Pallas' own transforms leave some methods abstract, which only other backends call.
     return (
         plgpu.TilingTransform((SWIZZLE_ROWS, columns)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(SWIZZLE_BYTES),  # pyright: ignore[reportAbstractUsage]
@@ -39,7 +39,7 @@ def swizzled(dtype) -> tuple:
 
 
 def launch(num_sms: int, cluster: int) -> dict:
-    """Arguments of `plgpu.kernel` for a persistent grid: a block a SM, two consumers and a producer."""
+    """Arguments of `plgpu.kernel` for a persistent grid: one block per SM, with two consumers and a producer."""
     return dict(
         grid=(num_sms // cluster,),
         grid_names=("cluster_grid",),
@@ -47,20 +47,20 @@ def launch(num_sms: int, cluster: int) -> dict:
         cluster_names=("cluster",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
-        # The kernels sum within a warp alone.
+        # The kernels sum only within a warp.
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
     )
 
 
 def freed_barrier(cluster: int, stages: int):
-    """A barrier a stage: complete once every SM of the cluster, which shares loads, is done with it."""
+    """One barrier per stage. It completes once every SM of the cluster has freed the stage: they share loads."""
     if cluster == 1:
         return plgpu.Barrier(num_arrivals=1, num_barriers=stages)
     return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=1, num_barriers=stages)
 
 
 def free_all(freed, stages: int, predicate):
-    """Every stage starts out free."""
+    """Marks every stage as free, at the start of the kernel."""
 
     @pl.when(predicate)
     def _():
@@ -69,21 +69,22 @@ def free_all(freed, stages: int, predicate):
 
 
 def drain(freed, stages: int, buffer):
-    """Wait until every stage is free: a SM must outlive the arrivals of its cluster at its barriers."""
+    """Waits until every stage is free: an SM may not exit before its cluster has arrived at its barriers."""
     for _ in range(stages):
         plgpu.barrier_wait(freed.at[buffer])
-        buffer = next_slot(buffer, stages)
+        buffer = next_stage(buffer, stages)
 
 
-def next_slot(buffer, stages: int):
-    """The stage after this one in the ring."""
+def next_stage(buffer, stages: int):
+    """The next stage in the ring."""
     return jnp.where(buffer == stages - 1, 0, buffer + 1)
 
 
 def halves_smem(stages: int, dtype, *, native: bool):
-    """Stages for 64 gate and 64 up columns, which one load fills and wgmma reads as 128 columns.
+    """Stages for 64 gate and 64 up columns. One load fills a stage, and wgmma reads it as 128 columns.
 
-    They lie as `swizzled` [64, 128] does, seen as [64, 2, 64]. Interpreted, where refs keep their shape, it is that.
+    The memory layout is that of `swizzled` [64, 128], with the shape [64, 2, 64]. The interpreter cannot change a ref's
+    shape, so natively it has the shape [64, 128].
     """
     if native:
         return plgpu.SMEM((stages, CONTRACTED, 2 * COLUMN_BLOCK), dtype, transforms=swizzled(dtype))
@@ -93,7 +94,7 @@ def halves_smem(stages: int, dtype, *, native: bool):
 
 
 def load_halves(gmem, smem, barrier, *, native: bool):
-    """Start loading gmem [64, 2, 64] into a stage of `halves_smem`; it arrives once, or natively twice."""
+    """Starts loading gmem [64, 2, 64] into a stage of `halves_smem`. The barrier gets one arrival, natively two."""
     if not native:
         plgpu.copy_gmem_to_smem(gmem, smem, barrier)
         return
@@ -113,10 +114,10 @@ def powers_of_two(limit: int) -> list[int]:
 
 
 def store_rows(smem, gmem, row, column, begin, end, *, native: bool):
-    """Start copying rows [begin, end) of smem [h, 64] to gmem at [row + begin, column], as one committed group.
+    """Starts copying rows [begin, end) of smem [h, 64] to gmem at [row + begin, column], as one committed group.
 
-    A TMA box has a static number of rows: the range is cut into boxes of powers of two. The swizzle is a function of
-    the shared-memory address, so a box may start at any row.
+    A TMA box has a static number of rows, so the range is cut into boxes of powers of two. A box may start at any row,
+    because the swizzle depends only on the shared-memory address.
     """
     if native:
         return _store_rows_native(smem, gmem, row, column, begin, end)
@@ -170,7 +171,7 @@ def _in_boxes(begin, end, limit, store):
 
 
 def store_row_values(smem, gmem, line, row, begin, end, *, native: bool):
-    """Store values [begin, end) of smem [h] to gmem [lines, r] at [line, row + begin], a thread each."""
+    """Stores values [begin, end) of smem [h] to gmem [lines, r] at [line, row + begin], one value per thread."""
     if native:
 
         def store_box(first, size):
@@ -199,7 +200,7 @@ def store_row_values(smem, gmem, line, row, begin, end, *, native: bool):
 
 
 def clear_rows(smem, begin, end, *, native: bool):
-    """Zero the rows of smem [h, c] outside of [begin, end); the caller makes it visible with `commit_smem`."""
+    """Sets rows of smem [h, c] outside of [begin, end) to zero. The caller makes it visible with `commit_smem`."""
     if native:
         row = lax.broadcasted_iota(jnp.int32, smem.shape, 0)
         smem[...] = jnp.where((row >= begin) & (row < end), smem[...], jnp.zeros((), smem.dtype))
@@ -215,7 +216,7 @@ def clear_rows(smem, begin, end, *, native: bool):
         thread = arith.remui(mgpu_utils.thread_idx(), mgpu.c(WARPGROUP_THREADS, i32))
         base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(tile))
         address = arith.addi(base, arith.muli(thread, mgpu.c(16, i32)))
-        # A swizzle permutes 16-byte pieces within 128 bytes of one row: whole rows can be cleared without undoing it.
+        # The swizzle permutes 16-byte pieces within 128 bytes of one row, so whole rows can be cleared as they lie.
         rows_a_step = WARPGROUP_THREADS * 16 // SWIZZLE_BYTES
         line = arith.divui(thread, mgpu.c(SWIZZLE_BYTES // 16, i32))
         for step in range(row_blocks * SWIZZLE_ROWS * column_blocks // rows_a_step):

@@ -1,4 +1,4 @@
-"""Which rows a tile of the Pallas kernels covers: built on the device from group_sizes, never copied to the host."""
+"""The rows of each tile of the Pallas kernels, computed on the device from group_sizes."""
 
 from typing import NamedTuple
 
@@ -7,17 +7,17 @@ from jaxtyping import Array, Int
 
 from jax_latent_moe.grouped_matmul.groups import group_ends
 
-# TMA reads rows in swizzled blocks of 8: a tile starts at a multiple of 8, up to 7 rows before its expert's first.
+# TMA reads rows in swizzled blocks of 8. A tile starts at a multiple of 8, up to 7 rows before its expert's first row.
 ROW_ALIGNMENT = 8
 
 
 class RowTiles(NamedTuple):
-    """Tiles of rows in the order of the experts, then tiles of the rows beyond the sum of the groups.
+    """Tiles of rows in the order of the experts, then tiles of the padding rows.
 
     Attributes:
-        table: [4, T] int32: expert, first row (a multiple of 8), and the half-open range of the tile's own rows
-            counted from that first row. T is a static bound.
-        counts: [2] int32: tiles of experts, and all tiles.
+        table: [4, T] int32: expert, first row (a multiple of 8), and begin and end of the tile's own rows, counted from
+            that first row. T is a static bound.
+        counts: [2] int32: the number of tiles with an expert, and of all tiles.
     """
 
     table: Int[Array, "4 t"]
@@ -25,20 +25,20 @@ class RowTiles(NamedTuple):
 
 
 def group_bounds(group_sizes: Int[Array, " e"], num_rows: int) -> tuple[Int[Array, " e"], Int[Array, " e"]]:
-    """First row and end of each group; negative sizes count as 0 and rows that do not exist are left out."""
+    """First row and end of each group. A negative size counts as 0, and groups are cut at the last row."""
     experts = group_sizes.shape[0]
     if experts * num_rows >= 2**31:
         ends = group_ends(group_sizes, num_rows)
         return jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]]), ends
     sizes = jnp.clip(group_sizes.astype(jnp.int32), 0, num_rows)
-    # A masked sum is one fused kernel where a cumulative sum is several.
+    # XLA compiles a masked sum to one fused kernel, a cumulative sum to several.
     index = jnp.arange(experts, dtype=jnp.int32)
     ends = jnp.sum(jnp.where(index[:, None] >= index[None, :], sizes[None, :], 0), axis=1, dtype=jnp.int32)
     return jnp.minimum(ends - sizes, num_rows), jnp.minimum(ends, num_rows)
 
 
 def row_tiles(group_sizes: Int[Array, " e"], num_rows: int, tile_rows: int) -> RowTiles:
-    """Cut rows into tiles of at most tile_rows rows, none of which crosses an expert; empty experts have none."""
+    """Cuts rows into tiles of at most tile_rows rows of one expert. Experts without rows have no tile."""
     experts = group_sizes.shape[0]
     starts, ends = group_bounds(group_sizes, num_rows)
     # The padding rows form one more group: their output is zero.
@@ -57,6 +57,6 @@ def row_tiles(group_sizes: Int[Array, " e"], num_rows: int, tile_rows: int) -> R
 
 
 def max_row_tiles(experts: int, num_rows: int, tile_rows: int) -> int:
-    """Upper bound of the tiles over all group sizes that add up to at most num_rows."""
+    """An upper bound of the number of tiles, for all group sizes that add up to at most num_rows."""
     groups = min(experts + 1, num_rows)
     return (num_rows + groups * (ROW_ALIGNMENT - 1 + tile_rows - 1)) // tile_rows

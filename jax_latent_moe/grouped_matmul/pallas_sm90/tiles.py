@@ -1,12 +1,12 @@
-"""Which tile the Pallas kernels take for a shape: a measured one, else the one that pads least."""
+"""The tiles of the Pallas kernels for a shape, the one that pads least first."""
 
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.grouped_matmul.problem import Problem
 
 SMALL_GROUP = 64
-"""Mean rows per expert up to which a call is bound by reading weights."""
+"""A call with at most this many rows per expert, on average, is bound by reading weights."""
 
-# Fastest first on wide shapes; the factor is the measured cost of the others at equal padding.
+# The fastest on wide shapes comes first. The factor is a tile's measured cost, relative to the first, at equal padding.
 _MATMUL_TILES = (
     (1.0, PallasMatmulTile(rows=128, columns=192, stages=4, store_buffers=2, cluster=2)),
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=5, store_buffers=2, cluster=2)),
@@ -22,8 +22,8 @@ _WGRAD_TILES = (
     (1.15, PallasWgradTile(rows=128, columns=128, stages=5, store_buffers=2, cluster=2)),
     (1.5, PallasWgradTile(rows=64, columns=64, stages=8, store_buffers=2, cluster=1)),
 )
-# Tables hold no products with an epilogue. With a gradient, and where a tile is half gate and half up columns, two or
-# three buffers of 64 columns are in use at once, and the activation needs the registers that the accumulator leaves.
+# Tables hold no products with an epilogue. A gradient, or a tile of gate and up columns, uses two or three buffers of
+# 64 columns at once. The activation also needs registers, so the accumulators are smaller.
 _ACTIVATION_TILES = (
     (1.0, PallasMatmulTile(rows=128, columns=192, stages=4, store_buffers=2, cluster=2)),
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, store_buffers=3, cluster=2)),
@@ -37,7 +37,7 @@ _THREE_BUFFER_TILES = (
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, store_buffers=3, cluster=1)),
 )
 _SMALL_THREE_BUFFER_TILES = ((1.0, PallasMatmulTile(rows=64, columns=128, stages=7, store_buffers=3, cluster=1)),)
-# (rows, columns, stages, store_buffers) as large as shared memory allows, for `tune`.
+# (rows, columns, stages, store_buffers) for `tune`, with as many stages as shared memory allows.
 _SHAPES = (
     (128, 192, 4, 2),
     (128, 128, 5, 2),
@@ -51,9 +51,9 @@ _SHAPES = (
 
 
 def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile, ...]:
-    """The tiles of a problem: the one that pads least first, then every other for `tune` to time.
+    """The tiles of a problem: first the one that pads least, then all others for `tune` to time.
 
-    Products with an activation in their epilogue have the first one alone.
+    A product with an activation in its epilogue has only the first.
     """
     best = _least_padding(problem)
     if problem.epilogue is not None:
@@ -96,5 +96,5 @@ def _matmul_tiles(problem, small):
 
 
 def _padded(size, tile):
-    """Size in whole tiles over size."""
+    """The size rounded up to whole tiles, divided by the size."""
     return -(-size // tile) * tile / size

@@ -28,14 +28,14 @@ def wgrad(
 
     Args:
         rows: [R, K], bfloat16 or float16, sorted by expert; K and N are multiples of 64.
-        dout: [R, N], of the dtype of rows.
+        dout: [R, N], in the dtype of rows.
         group_sizes: [E], on the device.
         tile: tile shape and schedule.
         num_sms: SMs to run on.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
-        [E, K, N] in the dtype of rows, accumulated in float32; exact zeros for an expert without rows.
+        [E, K, N] in the dtype of rows, accumulated in float32. An expert without rows gets exact zeros.
     """
     num_rows, in_features = rows.shape
     experts, out_features = group_sizes.shape[0], dout.shape[1]
@@ -60,8 +60,9 @@ def wgrad(
 def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *, tile, clusters, native):
     """The ping-pong of `matmul`, contracting over the rows of one expert.
 
-    Steps start at a multiple of 8: rows of other experts at either end are cleared in shared memory before they are
-    multiplied. The SMs of a cluster take neighbouring tiles of K, and share the loads of dout.
+    The rows of a tile start at a multiple of 8, so the first and last loads may hold rows of other experts. These are
+    cleared in shared memory before they are multiplied. The SMs of a cluster take neighbouring tiles of K and share the
+    loads of dout.
     """
     warpgroup, cluster, rank = (lax.axis_index(name) for name in ("wg", "cluster_grid", "cluster"))
     experts, in_features, out_features = out.shape
@@ -70,7 +71,7 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
     my_tiles = lax.div(experts * expert_tiles - cluster + (clusters - 1), clusters)
 
     def locate(i):
-        """Expert, k and n of the i-th tile of this SM, its first row and the expert's rows from there."""
+        """Expert, k and n of the i-th tile of this SM, its first row, and the expert's rows counted from that row."""
         linear = cluster + i * clusters
         expert = lax.div(linear, expert_tiles)
         within = linear - expert * expert_tiles
@@ -102,7 +103,7 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
                     barrier,
                     collective_axes="cluster" if tile.cluster > 1 else None,
                 )
-                return mgpu_code.next_slot(buffer, tile.stages)
+                return mgpu_code.next_stage(buffer, tile.stages)
 
             return lax.fori_loop(0, _steps(end), step, buffer)
 
@@ -135,7 +136,7 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
                         plgpu.wgmma(acc, a_smem.at[buffer].transpose((1, 0)), b_smem.at[buffer])
 
                     def step(j, buffer):
-                        after = mgpu_code.next_slot(buffer, tile.stages)
+                        after = mgpu_code.next_stage(buffer, tile.stages)
                         one(j, after)
                         plgpu.wgmma_wait(1)
                         plgpu.barrier_arrive(freed.at[buffer])
@@ -145,14 +146,14 @@ def _kernel(bounds, rows, dout, out, a_smem, b_smem, out_smem, filled, freed, *,
                     def _():
                         one(0, buffer)
 
-                    last_slot = lax.fori_loop(1, steps, step, buffer)
-                    return acc[...], last_slot
+                    last_stage = lax.fori_loop(1, steps, step, buffer)
+                    return acc[...], last_stage
 
-                value, last_slot = pl.run_scoped(accumulate, plgpu.ACC((tile.rows, tile.columns), jnp.float32))
+                value, last_stage = pl.run_scoped(accumulate, plgpu.ACC((tile.rows, tile.columns), jnp.float32))
 
                 @pl.when(steps > 0)
                 def _():
-                    plgpu.barrier_arrive(freed.at[last_slot])
+                    plgpu.barrier_arrive(freed.at[last_stage])
 
                 value = value.astype(out.dtype)
                 for block in range(tile.columns // COLUMN_BLOCK):

@@ -1,7 +1,7 @@
-"""Measured tiles: one JSON file a device, committed ones and the user's own, which `tune` writes and which come first.
+"""Tables of measured tiles, one JSON file per device. The user's own, written by `tune`, take precedence over ours.
 
-An entry names a backend and the whole problem but its rows, with the rows and the milliseconds of the measurement and
-the fields of the fastest tile. It serves the same problem at up to twice or half as many rows.
+An entry holds the backend, every field of the problem but its rows, the fields of the fastest tile, and the rows and
+milliseconds of the measurement. It serves the same problem with half to twice as many rows.
 """
 
 import functools
@@ -26,19 +26,19 @@ Entry = dict[str, Any]
 
 
 def entry_of(problem: Problem, backend: str, tile: dict[str, Any], ms: float) -> Entry:
-    """An entry of a table: the fields of a tile that took `ms` milliseconds."""
+    """An entry of a table, from the fields of a tile that took `ms` milliseconds."""
     return _key(problem, backend) | {"num_rows": problem.num_rows, "tile": tile, "ms": ms}
 
 
 def measured_tile(tile_type: type, backend: str, problem: Problem) -> tuple[Any, str] | None:
-    """The measured tile for a problem, and where it comes from; None where no table has one.
+    """The measured tile for a problem, and where it comes from; None if no table has one.
 
-    The user's table of the device is asked first, then the committed table of the device, then those of other devices
-    of its architecture. Rows that are gathered, or columns of wider rows, take the tile of dense rows where they have
-    none.
+    The user's table of the device is searched first, then the committed table of the device, then those of other
+    devices of its architecture. In each table, a problem with gathered rows or columns of wider rows falls back to the
+    tile of dense rows.
 
     Raises:
-        ConfigError: the user's table cannot be read, or an entry holds what is no such tile.
+        ConfigError: the user's table cannot be read, or the tile of an entry is not valid.
     """
     for place, entries in _tables(problem.device):
         for asked in dict.fromkeys((problem, problem.dense())):
@@ -56,7 +56,10 @@ def measured_tile(tile_type: type, backend: str, problem: Problem) -> tuple[Any,
 
 
 def user_folder() -> pathlib.Path:
-    """Folder of the user's tables, there or not: $JAX_LATENT_MOE_TUNING, or tuning/ in their configuration folder."""
+    """The folder of the user's tables, which need not exist.
+
+    It is $JAX_LATENT_MOE_TUNING, or else jax_latent_moe/tuning/ in the user's configuration folder.
+    """
     if path := os.environ.get(VARIABLE):
         return pathlib.Path(path)
     base = os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config"
@@ -64,15 +67,15 @@ def user_folder() -> pathlib.Path:
 
 
 def file_of(folder: pathlib.Path, device: Device) -> pathlib.Path:
-    """The table of a device in a folder, there or not."""
+    """The path of a device's table in a folder; the file need not exist."""
     return folder / f"{_slug(device.kind)}.json"
 
 
 def add_to_table(path: pathlib.Path, device: Device, entries: Sequence[Entry]) -> None:
-    """Writes entries into a device's table, over those of the same problem, rows included. The file is replaced whole.
+    """Writes entries into a device's table. Each replaces an entry of the same backend, problem and rows.
 
     Raises:
-        ConfigError: the file is no table of this version, or of another device.
+        ConfigError: the file is not a table of this version, or belongs to another device.
     """
     new = [_identity(entry) for entry in entries]
     table = [entry for entry in _read(path, device.kind) if _identity(entry) not in new] + list(entries)
@@ -108,11 +111,11 @@ def _tile(tile_type, entry, source):
     try:
         return tile_type(**entry["tile"]), source
     except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{entry['tile']} of {source} is no tile: {error} Run `tune` again.") from error
+        raise ConfigError(f"{entry['tile']} of {source} is not a valid tile: {error} Run `tune` again.") from error
 
 
 def _tables(device):
-    """(name, entries) of each table that may serve a device, in the order in which they are asked."""
+    """Yields (name, entries) of each table that may serve a device, in the order of the search."""
     folder = user_folder()
     _refuse_old(folder)
     path = file_of(folder, device)
@@ -124,12 +127,12 @@ def _tables(device):
 
 
 def _refuse_old(folder):
-    """Tables of version 0.1 were one file for all devices, and did not say which dtype had been measured."""
+    """Refuses a table of version 0.1, which was one file for all devices and did not name the measured dtype."""
     old = folder if os.environ.get(VARIABLE) else folder.with_suffix(".json")
     if old.is_file():
         raise ConfigError(
-            f"{old} is a table of tiles of version 0.1, which does not say the dtype it was measured in: remove it, "
-            "and run `python -m jax_latent_moe.grouped_matmul.tuning` again, which writes one file a device."
+            f"{old} is a table of tiles of version 0.1, which does not name the measured dtype: remove it, "
+            "and run `python -m jax_latent_moe.grouped_matmul.tuning` again, which writes one file per device."
         )
 
 
@@ -140,7 +143,7 @@ def _read(path: pathlib.Path, kind: str) -> list[Entry]:
         return []
     table = _parse(path, status.st_mtime_ns)
     if table["device"] != kind:
-        raise ConfigError(f"{path} holds tiles of {table['device']!r}, not of {kind!r}: remove it, or move it away.")
+        raise ConfigError(f"{path} holds tiles of {table['device']!r}, not of {kind!r}: remove or move the file.")
     return table["entries"]
 
 
@@ -154,11 +157,11 @@ def _parse(path, modified) -> dict[str, Any]:
         complete = complete and isinstance(table["device"], str)
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{path} is no table of tiles ({type(error).__name__}: {error}): remove it, or write one with `tune`."
+            f"{path} is not a table of tiles ({type(error).__name__}: {error}): remove it, or write one with `tune`."
         ) from error
     if version != VERSION or not complete:
         raise ConfigError(
-            f"{path} must be of version {VERSION}, with a device and entries of {', '.join(FIELDS)}: remove it, "
+            f"{path} must have version {VERSION}, a device, and entries with {', '.join(FIELDS)}: remove it, "
             "or write one with `tune`."
         )
     return table

@@ -1,7 +1,8 @@
-"""Timing of calls on a device: lowered in turn, compiled together, run once, then timed in turn.
+"""Times calls on a device. They are lowered one by one, compiled in parallel, run once, then timed in turn.
 
-A candidate is a function that lowers something and returns a function that compiles it and returns a `Call`. One that
-fails at any step is left out, with the first line of its error: one tile that a compiler refuses must not end a run.
+A candidate is a function that lowers something. It returns a function that compiles it and returns a `Call`. If any
+step fails, the candidate is left out and the first line of its error is printed: one tile that a compiler refuses must
+not end a run.
 """
 
 import concurrent.futures
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 LONG_BATCH_MS = 200
-"""A batch longer than this is cut."""
+"""A batch that would take longer than this is made smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Call:
 
     Attributes:
         run: enqueues the work and returns its result.
-        wait: blocks until a result is there.
-        temp_bytes: peak memory beside arguments and results; None where nobody measured it.
+        wait: blocks until the result is ready.
+        temp_bytes: peak memory besides arguments and results; None if it is not known.
     """
 
     run: Callable[[], Any]
@@ -37,7 +38,7 @@ Candidate = Callable[[], Callable[[], Call]]
 
 
 def jax_candidate(function: Callable, *args) -> Candidate:
-    """A function to jit, with its arguments; its temporary memory is what XLA plans."""
+    """A candidate that jits a function; its temporary memory is the amount that XLA plans."""
 
     def lower():
         lowered = jax.jit(function).lower(*args)
@@ -54,7 +55,7 @@ def jax_candidate(function: Callable, *args) -> Candidate:
 
 
 def prepare(candidates: dict[str, Candidate]) -> dict[str, Call]:
-    """The calls of the candidates that lower, compile and run; a line for each that does not."""
+    """The calls of the candidates that lower, compile and run. Prints a line for each that fails."""
     calls = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = {name: _attempt(name, lower) for name, lower in candidates.items()}
@@ -71,17 +72,17 @@ def prepare(candidates: dict[str, Candidate]) -> dict[str, Call]:
 def _attempt(name, step):
     try:
         return step()
-    except Exception as error:  # whatever one raises, the others are to be measured
+    except Exception as error:  # any failure leaves out this candidate alone
         first = next(iter(str(error).strip().splitlines()), "")
         print(f"{'left out':>10} {name}: {type(error).__name__}: {first[:300]}", flush=True)
         return None
 
 
 def time_in_turn(calls: dict[str, Call], batch: int, rounds: int = 7) -> dict[str, float]:
-    """Median milliseconds of a call, in batches enqueued back to back; the calls take turns, so a drift hits all.
+    """Median milliseconds of each call, in batches enqueued back to back. The calls take turns, so a drift hits all.
 
-    A call so slow that the gap between two of them is nothing to it gets a smaller batch. One that fails, as it may for
-    want of memory that another has taken meanwhile, is left out with a line.
+    A slow call gets a smaller batch, because the gap between two calls does not matter to it. A call that fails, for
+    example because memory has run out, is left out, and a line is printed.
     """
     batches = {name: 1 for name in calls}
     times = {name: [] for name in calls}
@@ -106,6 +107,6 @@ def _time(call, batch):
 
 
 def fastest(calls: dict[str, Call], batch: int = 2, rounds: int = 3) -> str | None:
-    """Name of the quickest call; None of none."""
+    """The name of the fastest call; None if every call failed."""
     times = time_in_turn(calls, batch, rounds)
     return min(times, key=lambda name: times[name], default=None)

@@ -1,4 +1,4 @@
-"""Times a backend's tiles on the GPU at hand and writes the fastest into the user's table.
+"""Times a backend's tiles on this machine's GPU and writes the fastest into the user's table.
 
     python -m jax_latent_moe.grouped_matmul.tuning --rows 180224 --experts 512 --in 1024 --out 2688
 
@@ -22,7 +22,7 @@ from jax_latent_moe.grouped_matmul.registry import BACKENDS, Bound, select
 from jax_latent_moe.grouped_matmul.tuning.table import Entry, add_to_table, entry_of, file_of, user_folder
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-# Calls in a row: a GPU at its power limit runs a tile faster just after one that takes less power.
+# Calls per batch. A batch of one would mislead: at its power limit, a GPU runs a tile faster after one of lower power.
 BATCH, ROUNDS = 12, 3
 
 
@@ -42,13 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, text in (("rows", "R"), ("experts", "E"), ("in", "K"), ("out", "N; twice the inner width where gated")):
+    for name, text in (("rows", "R"), ("experts", "E"), ("in", "K"), ("out", "N; twice the inner width if gated")):
         parser.add_argument(f"--{name}", type=_positive, required=True, metavar="SIZE", help=text)
     backends = [name for name in BACKENDS if name != "xla"]
     parser.add_argument("--backend", choices=backends, default="pallas")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument(
-        "--folder", type=pathlib.Path, help="folder of the table to write; by default the one that is read"
+        "--folder", type=pathlib.Path, help="folder of the table to write; by default the one that calls read"
     )
     return parser
 
@@ -67,25 +67,25 @@ def _tune(options) -> int:
         bounds = [select(asked, options.backend) for asked in problems]
     except UnsupportedError as error:
         raise UnsupportedError(
-            error.backend, error.reason, "Tune a shape it runs, on the GPU that is to run it."
+            error.backend, error.reason, "Choose a shape that it runs, and tune on the GPU that will run it."
         ) from None
     entries = []
     for bound in bounds:
         times = time_tiles(bound)
         if not times:
             raise UnsupportedError(
-                options.backend, f"no tile of its ran {bound.problem.contraction}.", "See the lines above."
+                options.backend, f"none of its tiles ran {bound.problem.contraction}.", "See the lines above."
             )
         entries.append(_report(bound.problem, times, options.backend))
     folder, device = options.folder or user_folder(), problems[0].device
     add_to_table(file_of(folder, device), device, entries)
-    read = "" if folder == user_folder() else f"; JAX_LATENT_MOE_TUNING={folder} makes calls read it"
+    read = "" if folder == user_folder() else f"; set JAX_LATENT_MOE_TUNING={folder} to use it"
     print(f"written to {file_of(folder, device)}{read}")
     return 0
 
 
 def time_tiles(bound: Bound) -> dict[object, float]:
-    """Median milliseconds of each tile that compiles and runs; a line for each that does not."""
+    """Median milliseconds of each tile that compiles and runs. Prints a line for each that fails."""
     operands = _operands(bound.problem)
     tiles = {repr(tile): tile for tile in bound.backend.tiles(bound.problem)}
     calls = {
@@ -95,7 +95,7 @@ def time_tiles(bound: Bound) -> dict[object, float]:
 
 
 def _operands(asked):
-    """Left and right operand and uneven group sizes."""
+    """The left and right operands, and uneven group sizes."""
     rng = np.random.default_rng(0)
     share = rng.lognormal(0, 0.42, asked.num_experts)
     group_sizes = jnp.asarray(rng.multinomial(asked.num_rows, share / share.sum()), jnp.int32)

@@ -1,4 +1,4 @@
-"""The `xla` backend: grouped matmul in plain XLA operations, on every device, of every format."""
+"""The `xla` backend: grouped matmul in plain XLA operations, on every device and with every format."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -18,7 +18,7 @@ class Xla(Backend):
         """Every plain product, of any shape, format and device."""
         if problem.epilogue is None:
             return None
-        return "it has no epilogues: the activation runs beside its products."
+        return "it has no epilogues: the activation runs after its products."
 
     def run(self, problem, tile, operands):
         """See `Backend.run`."""

@@ -1,6 +1,7 @@
-"""Grouped matmul in blocks of rows: a batched product of each block with its expert's weight, some blocks a step.
+"""Grouped matmul in blocks of rows: each step is a batched product of some blocks with their experts' weights.
 
-Cost and memory follow the rows: a block is padded only at an expert's end, and only one step's weights are gathered.
+Cost and memory grow with the rows. Only the last block of an expert is padded, and only the weights of one step are
+gathered at a time.
 """
 
 import dataclasses
@@ -10,17 +11,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.device import Device
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.formats import ScaledArray, decoded
+from jax_latent_moe.varying import varying
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Measured choices of one platform.
+    """Sizes that were measured to be fast on one platform.
 
     Attributes:
-        rows: fewest and most rows of a block; within them, a power of two near the mean group.
-        matmul_bytes: weights that one step of a matmul gathers.
-        wgrad_bytes: wide products that one step of an outer product makes.
+        rows: the fewest and the most rows of a block.
+        matmul_bytes: bytes of weights that one step of fwd or dgrad gathers.
+        wgrad_bytes: bytes of float32 (or float64) products that one step of wgrad computes.
     """
 
     rows: tuple[int, int]
@@ -28,13 +31,15 @@ class _Sizes:
     wgrad_bytes: int
 
     def block_rows(self, num_rows: int, num_experts: int) -> int:
-        """Rows of a block: the power of two at or below the mean group, within the bounds."""
+        """Rows of a block: the largest power of two up to the mean group, within the bounds."""
         fewest, most = self.rows
+        if not isinstance(num_rows, int):
+            return fewest
         mean = max(num_rows // num_experts, 1)
         return min(max(1 << mean.bit_length() - 1, fewest), most)
 
 
-# A CPU step should stay in the cache; a GPU step should fill the chip and hide the launches.
+# A step should stay in the cache on a CPU. On a GPU it should fill the chip and hide the launches.
 _CPU = _Sizes(rows=(16, 128), matmul_bytes=2**19, wgrad_bytes=0)
 _GPU = _Sizes(rows=(16, 256), matmul_bytes=2**26, wgrad_bytes=2**26)
 
@@ -55,7 +60,7 @@ def blocked_matmul(
         w: [E, K, N]. A `ScaledArray` is decoded expert by expert.
         group_sizes: [E], at least 0, with a sum of at most R.
         block_rows: rows of a block; None picks a size for the device.
-        device: where it runs.
+        device: the device that runs it.
         transpose_w: contract the last axis of w.
     """
     num_rows, num_experts = rows.shape[0], w.shape[0]
@@ -79,7 +84,7 @@ def blocked_matmul(
         )
         return out.at[row].set(product.astype(out.dtype), mode="drop", unique_indices=True), None
 
-    return lax.scan(step, out, steps)[0]
+    return lax.scan(step, varying(out, rows, w, group_sizes), steps)[0]
 
 
 def blocked_wgrad(
@@ -110,7 +115,7 @@ def blocked_wgrad(
             (((1,), (1,)), ((0,), (0,))),
             preferred_element_type=wide,
         )
-        # Blocks follow the order of the experts, so only the first one can continue the last expert of the step before.
+        # Blocks are in the order of the experts, so only the first can continue the last expert of the previous step.
         product = product.at[0].add(jnp.where(expert[0] == last_expert, total, 0))
         changes = expert[1:] != expert[:-1]
         first, last = jnp.append(True, changes), jnp.append(changes, True)
@@ -120,11 +125,11 @@ def blocked_wgrad(
         return (out, product[-1], expert[-1]), None
 
     carry = (out, jnp.zeros(out.shape[1:], wide), jnp.full((), -1, jnp.int32))
-    return lax.scan(step, carry, steps)[0][0]
+    return lax.scan(step, varying(carry, rows, dout, group_sizes), steps)[0][0]
 
 
 def _sum_within_expert(left, right):
-    """Running sum that starts anew where an expert does: a product with 0 would spread one expert's NaN to others."""
+    """A running sum that restarts at each expert. Multiplying by 0 instead would spread an expert's NaN to others."""
     (left_starts, left_sum), (right_starts, right_sum) = left, right
     return left_starts | right_starts, jnp.where(right_starts, right_sum, left_sum + right_sum)
 
@@ -132,15 +137,19 @@ def _sum_within_expert(left, right):
 def _steps(
     group_sizes: Int[Array, " e"], num_rows: int, block_rows: int, blocks: int
 ) -> tuple[Int[Array, "steps blocks"], Int[Array, "steps blocks size"]]:
-    """The expert of each block, and its rows; a place without a row holds an index beyond the last row.
+    """The expert and the row indices of each block. Padding has indices beyond the last row.
 
-    There are as many blocks as any group sizes can need: ceil(n / size) an expert adds up to at most
-    (rows + experts with rows * (size - 1)) / size.
+    The number of blocks is enough for all group sizes: ceil(n / size) per expert adds up to at most
+    (rows + (number of experts with rows) * (size - 1)) / size.
     """
     num_experts = group_sizes.shape[0]
-    size = min(block_rows, num_rows)
-    needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
-    blocks = min(max(blocks, 1), needed)
+    if isinstance(num_rows, int):
+        size = min(block_rows, num_rows)
+        needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
+        blocks = min(max(blocks, 1), needed)
+    else:  # a symbolic size of jax.export has no order: blocks as for few rows
+        size = block_rows
+        needed, blocks = (num_rows + num_experts * (size - 1)) // size, max(blocks, 1)
     steps = -(-needed // blocks)
 
     ends = jnp.cumsum(group_sizes)
@@ -151,8 +160,8 @@ def _steps(
     real = expert < num_experts
     expert = jnp.minimum(expert, num_experts - 1)
     start = ends[expert] - group_sizes[expert] + (block - (last_block - blocks_of)[expert]) * size
-    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)
-    # Distinct indices beyond the rows keep the promise of unique_indices.
+    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+    # The indices beyond the rows are distinct, because unique_indices promises that all are.
     beyond = num_rows + jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
     row = jnp.where(real[:, None] & (row < ends[expert][:, None]), row, beyond)
     return expert.reshape(steps, blocks), row.reshape(steps, blocks, size)
@@ -167,4 +176,4 @@ def _rows_or_zero(rows, indices):
 
 
 def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    return at_least_float32(dtype)

@@ -11,11 +11,11 @@ METHODS = ("blocked", "ragged_dot")
 
 @dataclasses.dataclass(frozen=True)
 class XlaBackend:
-    """Expert matmuls in plain XLA: runs on any device.
+    """Expert matmuls in plain XLA, for any device.
 
     Attributes:
-        method: "blocked" walks blocks of rows and slices the weight of each block's expert; "ragged_dot" calls
-            `jax.lax.ragged_dot`, which is fast on TPUs and expands to a dense matmul elsewhere.
+        method: "blocked" multiplies blocks of rows by slices of the weight. "ragged_dot" calls `jax.lax.ragged_dot`,
+            which is fast on TPUs and expands to a dense matmul elsewhere.
         block_rows: rows per block of "blocked"; None picks a power of two from the mean rows per expert.
     """
 

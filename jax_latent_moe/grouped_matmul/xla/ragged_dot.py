@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_latent_moe.dtypes import at_least_float32
+
 
 def ragged_matmul(
     rows: Float[Array, "r a"], w: Float[Array, "e k n"], group_sizes: Int[Array, " e"], *, transpose_w: bool
@@ -34,7 +36,7 @@ def ragged_wgrad(
 
 
 def _accumulator(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
+    return at_least_float32(dtype)
 
 
 def _valid_rows(group_sizes, num_rows) -> Bool[Array, "r 1"]:
@@ -47,5 +49,5 @@ def _ragged_dot(dimensions, left, right, group_sizes):
         ragged_dot_dimension_numbers=dimensions,
         preferred_element_type=_accumulator(left.dtype),
     )
-    # Its own rule for vmap refuses operands of which only some are mapped: map one after the other.
+    # JAX's vmap rule for it fails if only some operands are mapped, so the calls run one after the other.
     return custom_batching.sequential_vmap(dot)(left, right, group_sizes)

@@ -1,0 +1,169 @@
+"""The example trainer's step and loop on GPUs, on real text: the suite "train" of `benchmarks.gpu`.
+
+Each size is trained as latent_moe, and as dense and moe of equal active FLOPs, in one run. A step is timed on
+Shakespeare and on uniformly random bytes. The loop is timed on Shakespeare, without evaluations and checkpoints. With
+several GPUs, the batch grows with their number (weak scaling), over each axis of the mesh in turn. The passes are:
+
+    compile: tracing and compiling the step; text, random: a compiled step on such bytes; loop: a step of the loop.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from types import SimpleNamespace
+from typing import Any, cast, get_args
+
+import jax
+import numpy as np
+
+from benchmarks.measure import Row, Session
+from examples.train import corpus, data, flops, model, optimizer, placing, presets, step
+from examples.train.config import MLP, Config
+
+MIDDLE = dataclasses.replace(
+    presets.GPU,
+    model=dataclasses.replace(
+        presets.GPU.model,
+        layers=12,
+        hidden_size=1024,
+        heads=8,
+        context=1024,
+        num_experts=64,
+        top_k=8,
+        dropout=0.0,
+    ),
+)
+SIZES = {"gpu": presets.GPU, "middle": MIDDLE, "large": presets.GPU_80GB}
+AXES = ("data", "fsdp", "expert")
+BATCHES, LOOP_STEPS = 8, 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A step that is ready to run.
+
+    Attributes:
+        config: what it trains.
+        model: the network.
+        call: the compiled step.
+        seconds: of tracing and compiling it.
+    """
+
+    config: Config
+    model: model.LanguageModel
+    call: Any
+    seconds: float
+
+    @property
+    def flops(self) -> float:
+        """Model operations of one step."""
+        return flops.flops_per_token(self.model) * self.config.batch_size * self.config.model.context
+
+
+def measure(session: Session, suite: str, sizes: dict[str, Config]) -> None:
+    """The rows of each size; a quick session keeps to latent_moe."""
+    for name, config in sizes.items():
+        for mlp in get_args(MLP) if not session.quick else ("latent_moe",):
+            if mlp in session.without:
+                continue
+            _measure_step(session, suite, name, mlp, dataclasses.replace(config, mlp=mlp, mesh=""))
+        _measure_loop(session, suite, name, config)
+        devices = jax.device_count()
+        for axis in AXES if devices > 1 else ():
+            meshed = dataclasses.replace(config, batch_size=config.batch_size * devices, mesh=f"{axis}={devices}")
+            _measure_step(session, suite, name, f"latent_moe {meshed.mesh}", meshed)
+
+
+def compiled_step(config: Config) -> Compiled:
+    """Compiles the step of a configuration, without any array."""
+    start = time.perf_counter()
+    network, optimiser, mesh = parts(config)
+    shapes = jax.eval_shape(lambda: step.init_state(network, optimiser, config.seed))
+    shardings = step.state_shardings(network, optimiser, mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    tokens = jax.ShapeDtypeStruct(
+        (config.batch_size, config.model.context + 1), np.uint8, sharding=placing.batch_sharding(mesh)
+    )
+    train_step = cast(jax.stages.Wrapped, step.make_train_step(network, optimiser, mesh, accumulate=config.accumulate))
+    with jax.set_mesh(mesh):
+        compiled = train_step.lower(state, data.Batch(cast(Any, tokens))).compile()
+    return Compiled(config, network, compiled, time.perf_counter() - start)
+
+
+def parts(config: Config):
+    """The network, the optimiser and the mesh of a configuration."""
+    network = model.language_model(config)
+    mesh = placing.make_mesh(config.mesh, config.batch_size, config.accumulate)
+    return network, optimizer.make_optimizer(config.optimizer, config.steps), mesh
+
+
+def step_times(compiled: Compiled, rounds: int, steps: int = 6) -> dict[str, float]:
+    """Median milliseconds of a step on text and on random bytes, taken in turn, a new batch in each step."""
+    config = compiled.config
+    network, optimiser, mesh = parts(config)
+    text = data.train_batches(corpus.load_corpus("shakespeare").train, config.model.context, config.batch_size, 0)
+    rng, found = np.random.default_rng(0), [text.at(i) for i in range(BATCHES)]
+    drawn = [data.Batch(rng.integers(0, 256, batch.tokens.shape, np.uint8)) for batch in found]
+    placed = {
+        kind: [placing.from_whole(batch.tokens, mesh) for batch in batches]
+        for kind, batches in (("text", found), ("random", drawn))
+    }
+    with jax.set_mesh(mesh):
+        state = step.init_state_on(network, optimiser, config.seed, mesh)
+    times = {kind: [] for kind in placed}
+    for turn in range(rounds + 1):
+        for kind, batches in placed.items():
+            start = time.perf_counter()
+            for i in range(steps):
+                state, _ = compiled.call(state, data.Batch(batches[(turn * steps + i) % BATCHES]))
+            jax.block_until_ready(state.step)
+            if turn:  # the first warms up
+                times[kind].append(1e3 * (time.perf_counter() - start) / steps)
+    return {kind: statistics.median(samples) for kind, samples in times.items()}
+
+
+def _measure_step(session, suite, name, impl, config):
+    try:
+        compiled = compiled_step(config)
+        times = step_times(compiled, session.rounds)
+    except Exception as error:  # such as too little memory: the others are to be measured
+        print(f"{'left out':>10} {name} {impl}: {str(error).strip().splitlines()[0][:300]}", flush=True)
+        return
+    session.record(Row(suite, name, "compile", impl, 1e3 * compiled.seconds, 0.0, 0.0, None, None))
+    memory = compiled.call.memory_analysis().temp_size_in_bytes
+    for kind, ms in times.items():
+        _record(session, Row(suite, name, kind, impl, ms, 0.0, 0.0, None, memory), compiled.flops, config)
+
+
+def _record(session, row, operations, config):
+    devices = placing.make_mesh(config.mesh, config.batch_size).size
+    rate = operations / devices / row.ms / 1e9
+    session.record(dataclasses.replace(row, tflops=rate, floor_ms=session.floor_ms(operations / devices, 0)))
+    peak = flops.peak_flops(jax.devices()[0])
+    tokens = config.batch_size * config.model.context / row.ms * 1e3
+    share = f", MFU {100 * rate * 1e12 / peak:.1f} %" if peak else ""
+    print(f"{'':>8}{row.shape} {row.pass_} {row.impl}: {tokens:,.0f} tokens/s{share}", flush=True)
+
+
+def _measure_loop(session, suite, name, config):
+    ms, network = loop_ms(config)
+    operations = flops.flops_per_token(network) * config.batch_size * config.model.context
+    _record(session, Row(suite, name, "loop", "latent_moe", ms, 0.0, 0.0, None, None), operations, config)
+
+
+def loop_ms(config: Config, steps: int = LOOP_STEPS) -> tuple[float, model.LanguageModel]:
+    """Milliseconds of a step in the trainer's loop, lines of metrics included, past its first line; and the model."""
+    from examples.train import metrics, signals, tokenizer, train  # which need packages that the step does not
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, run=pathlib.Path(folder), steps=steps, log_every=20, eval_every=10 * steps)
+        text = corpus.load_corpus("shakespeare")
+        network, _, mesh = parts(config)
+        saves_nothing = SimpleNamespace(newest=None, save=lambda snapshot: None)
+        with signals.StopRequest() as stop, jax.set_mesh(mesh):
+            train.run_steps(config, network, text, tokenizer.Bytes(), cast(Any, saves_nothing), stop, mesh)
+        records = [record for record in metrics.read_records(config.folder) if "loss" in record]
+    speed = statistics.median(record["tokens_per_second"] for record in records[1:])
+    return 1e3 * config.batch_size * config.model.context / speed, network
