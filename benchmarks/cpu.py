@@ -1,7 +1,7 @@
 """The xla backend on the CPU: `python -m benchmarks.cpu`.
 
-It times one grouped matmul with its gradients at R 4096, K 256, N 512 in float32, blocked against jax.lax.ragged_dot, for
-8, 64 and 512 experts. It also times the layer with the same experts against the layer's matmuls.
+It times one grouped matmul with its gradients at R 4096, K 256, N 512 in float32, blocked against jax.lax.ragged_dot,
+for 8, 64 and 512 experts. It also times the layer with the same experts against the layer's matmuls.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The build backend of the package (PEP 517). It uses hatchling, or scikit-build-core for a wheel with kernels.
 
-A wheel gets kernels if there is an nvcc. `-C wheel.cmake=false` leaves them out, and `-C wheel.cmake=true` fails if they
-cannot be compiled. An editable install has none: `make cuda` adds them.
+A wheel gets kernels if there is an nvcc. `-C wheel.cmake=false` leaves them out, and `-C wheel.cmake=true` fails if
+they cannot be compiled. An editable install has none: `make cuda` adds them.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """Every way to run a grouped matmul, one row for each. One new row adds a backend or format to the whole suite.
 
-Kernels run on a GPU if there is one. Those that can be interpreted also run on the CPU: a few cells of the suite, or all
-of them with JAX_LATENT_MOE_EVERY_CELL=1.
+Kernels run on a GPU if there is one. Those that can be interpreted also run on the CPU: a few cells of the suite, or
+all of them with JAX_LATENT_MOE_EVERY_CELL=1.
 """
 
 import dataclasses

@@ -123,7 +123,7 @@ def test_a_weight_that_blocks_do_not_divide_is_refused(monkeypatch):
     monkeypatch.setitem(FORMATS, "blocks", dataclasses.replace(COLUMNS, name="blocks", block=(4, 2)))
     with pytest.raises(ConfigError, match="6 x 4 does not divide into blocks's blocks of 4 x 2"):
         formats.encode(np.ones((3, 6, 4), np.float32), "blocks")
-    with pytest.raises(ConfigError, match="format='other' is unknown: registered are .*blocks"):
+    with pytest.raises(ConfigError, match=r"format='other' is unknown: registered are .*blocks"):
         formats.encode(np.ones((3, 4, 4), np.float32), "other")
 
 

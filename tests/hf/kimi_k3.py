@@ -1,8 +1,8 @@
 """Kimi K3's MoE block by its published definition, in float64, one token at a time, from the checkpoint's tensors.
 
 It is written from the model's report and the keys of its config.json. The router and the shared experts read the full
-width. Routed experts are between routed_expert_down_proj and routed_expert_up_proj. An RMSNorm follows the weighted sum.
-Every gated unit is SiTU. Nothing here comes from jax_latent_moe.
+width. Routed experts are between routed_expert_down_proj and routed_expert_up_proj. An RMSNorm follows the weighted
+sum. Every gated unit is SiTU. Nothing here comes from jax_latent_moe.
 """
 
 import numpy as np
