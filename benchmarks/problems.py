@@ -39,7 +39,7 @@ class Grouped:
         return self.tokens * self.top_k
 
     def group_sizes(self, rng: np.random.Generator) -> np.ndarray:
-        """[E] int32, the rows of each expert. Each token draws top_k distinct experts by their shares."""
+        """[E] int32, the rows of each expert. Every token draws top_k distinct experts by their shares."""
         log_share = rng.normal(0, self.spread, self.num_experts)
         log_share[rng.choice(self.num_experts, int(self.empty * self.num_experts), replace=False)] = -np.inf
         # The k largest of log-shares with Gumbel noise are k draws without replacement (arXiv 1903.06059).

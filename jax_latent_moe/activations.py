@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import ConfigError
 
 Residual = Literal["pre", "hidden", "gate_hidden"]
@@ -105,7 +106,7 @@ def activate(pre: Float[Array, "*rows p"], activation: BoundActivation) -> Float
     Returns:
         [..., m] in float32, or float64 for float64 input. The caller casts it to the compute dtype.
     """
-    wide = pre.astype(jnp.promote_types(pre.dtype, jnp.float32))
+    wide = pre.astype(at_least_float32(pre.dtype))
     parts = jnp.split(wide, 2, axis=-1) if activation.gated else (wide,)
     return activation.definition.value(*parts, **dict(activation.parameters))
 
@@ -123,7 +124,7 @@ def hidden_and_pullback(
     Returns:
         Both in float32, or float64 for float64 input.
     """
-    wide = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+    wide = kept.astype(at_least_float32(kept.dtype))
     definition, parameters = activation.definition, dict(activation.parameters)
     if residual == "hidden":
         assert definition.slope_of_hidden is not None, "the plan keeps hidden rows only if the slope follows from them"

@@ -14,16 +14,18 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_latent_moe import cost
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import ScaledArray, row_multiple_of
 from jax_latent_moe.parallel.exchange import exchange
-from jax_latent_moe.parallel.mesh import over_mesh
+from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
-from jax_latent_moe.params import Params, check_params
+from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import (
+    CHOICE,
     NO_EXPERT,
     ROUTER_DECIDES,
     auxiliary_losses,
@@ -70,10 +72,11 @@ def latent_moe(
 
     Args:
         params: as `init_params` makes them.
-        x: [..., d], floating; read in config.dtype, by the router in the router's dtype.
+        x: [..., d], floating, or what NumPy makes an array of. It is read in config.dtype, by the router in the
+            router's dtype.
         config: the layer; static under jit.
-        token_mask: [...]; a token that is False enters nothing and its output is zero, so that padding may hold
-            anything, and so may the gradient of its output.
+        token_mask: [...]; a token that is False enters nothing and its output is zero: padding may hold anything, and
+            so may the gradient of its output.
         expert_ids: [..., k] integers: replay this choice, with weights (and gradients) from the scores there. -1
             reaches no expert; the router itself routes a token with -2 among its ids.
 
@@ -86,13 +89,15 @@ def latent_moe(
         ConfigError: an axis of the mesh does not divide what it splits.
         UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
     """
-    check_params(params, config)
+    if not isinstance(config, LatentMoEConfig):
+        raise InputError(f"config of type {type(config).__name__} must be a LatentMoEConfig.")
+    params = check_params(params, config)
+    x, token_mask, expert_ids = as_array("x", x), as_array("token_mask", token_mask), as_array("expert_ids", expert_ids)
     _check_inputs(x, config, token_mask, expert_ids)
-    run = partial(_layer, config)
-    if config.parallel is None:
-        by_token, totals = run(ONE_DEVICE, params, x, token_mask, expert_ids)
-    else:
-        by_token, totals = over_mesh(run, params, x, config, token_mask, expert_ids)
+    x, token_mask, expert_ids = jax.tree.map(jnp.asarray, (x, token_mask, expert_ids))
+    layer = partial(_layer, config)
+    run = partial(layer, ONE_DEVICE) if config.parallel is None else partial(over_mesh, layer, config)
+    by_token, totals = in_auto_mode(run, params, x, token_mask, expert_ids)
     y, chosen_ids, weights = by_token
     tokens_per_expert, dropped, losses = totals
     return y, LatentMoEAux(chosen_ids, weights, tokens_per_expert, dropped, losses)
@@ -164,12 +169,12 @@ def _route_through_experts(params, latent, routing, config, shards):
     expert_ids, weights = routing
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
-        kept = _within_capacity(expert_ids, weights, config, shards)
+        kept = checkpoint_name(_within_capacity(expert_ids, weights, config, shards), CHOICE)
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
-        latent = (latent * weights).astype(latent.dtype)
+        latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
 
     w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
@@ -198,7 +203,10 @@ def _within_capacity(expert_ids, weights, config, shards):
     """Which choices of these tokens the experts keep, [T, k]: an expert's capacity is one over all tokens."""
     expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
     capacity = cost.share_of_rows(config.router.capacity_factor, expert_ids.size, config.num_experts)
-    capacity = min(max(capacity, config.router.min_capacity), expert_ids.size)
+    if isinstance(capacity, int):
+        capacity = min(max(capacity, config.router.min_capacity), expert_ids.size)
+    else:  # of the symbolic sizes of jax.export
+        capacity = jnp.maximum(capacity, config.router.min_capacity)
     kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
     return shards.own_tokens(kept)
 
@@ -218,12 +226,14 @@ def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"
 
 
 def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> Float[Array, "t l"]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(wide.dtype)).astype(x.dtype)
+    return (normed * scale.astype(wide.dtype)[None]).astype(x.dtype)
 
 
 def _check_inputs(x, config, token_mask, expert_ids):
+    if x is None:
+        raise InputError("x=None must be an array.")
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise InputError(f"x of shape {x.shape} must end in hidden_size={config.hidden_size}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):

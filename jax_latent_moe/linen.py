@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -26,11 +27,19 @@ _BIAS = ("router", "bias")
 _LOAD = "tokens_per_expert"
 
 
+class Boxed(nn.LogicallyPartitioned):
+    """A variable with its logical axis names, to which nn.scan and nn.vmap may add an axis without a name."""
+
+    def _get_partition_name(self, params):
+        return params.get(nn.PARTITION_NAME)
+
+
 class LatentMoE(nn.Module):
     """A latent mixture-of-experts layer; drop it in where an MLP was.
 
     The parameters are those of `init_params`, in the collection "params", but for the correction bias, which is state
-    in the collection "correction_bias". Each carries its logical axis names (`nn.LogicallyPartitioned`).
+    in the collection "correction_bias". Each carries its logical axis names (`nn.LogicallyPartitioned`), but with
+    axis_names=None.
 
     Where these collections are mutable, a call sows into "losses" the auxiliary losses "switch", "sequence" and "z"
     (not while initialising), and into "intermediates" the `LatentMoEAux` arrays "expert_ids", "weights",
@@ -38,9 +47,11 @@ class LatentMoE(nn.Module):
 
     Attributes:
         config: the layer.
+        axis_names: other names for some logical axes, as in `param_axes`; None leaves the variables unboxed.
     """
 
     config: LatentMoEConfig
+    axis_names: Mapping[str, str | None] | None = FrozenDict()
 
     @nn.compact
     def __call__(
@@ -79,20 +90,20 @@ class LatentMoE(nn.Module):
         if not lost or self.is_initializing():
             return None
         return (
-            f"The {' and '.join(lost)} of {'/'.join(('LatentMoE', *self.path))} are not collected: apply the model with "
-            f"mutable={list(needed)}, or set their coefficients and router.bias_update_rate to 0."
+            f"The {' and '.join(lost)} of {'/'.join(('LatentMoE', *self.path))} are not collected: apply the model "
+            f"with mutable={list(needed)}, or set their coefficients and router.bias_update_rate to 0."
         )
 
     def _params(self) -> Params:
         """The functional tree out of this module's variables, drawn where they do not exist yet."""
         layer_key = self.make_rng("params") if self.has_rng("params") else None
-        axes = param_axes(self.config)
+        axes = param_axes(self.config, self.axis_names)
 
         def draw(own_key, part, names):
             # One key for the layer draws what init_params draws. Without one, linen asks for the shapes alone.
             key = own_key if layer_key is None else layer_key
             return {
-                name: nn.LogicallyPartitioned(init_param(key, self.config, part, name), axes[part][name])
+                name: _box(init_param(key, self.config, part, name), axes[part][name], self.axis_names)
                 for name in names
             }
 
@@ -105,6 +116,10 @@ class LatentMoE(nn.Module):
         return params
 
 
+def _box(value, axes, axis_names):
+    return value if axis_names is None else Boxed(value, axes)
+
+
 def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The functional parameter tree out of linen variables: boxes taken off, the correction bias back in its place.
 
@@ -115,18 +130,25 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict({**params, **bias})
 
 
-def from_params(params: Params, config: LatentMoEConfig) -> dict[str, Any]:
-    """The linen variables of one layer, boxed as `LatentMoE(config).init` makes them, out of its functional tree.
+def from_params(
+    params: Params, config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = FrozenDict()
+) -> dict[str, Any]:
+    """The linen variables of one layer, boxed as `LatentMoE(config, axis_names).init` makes them.
+
+    Args:
+        params: its functional tree.
+        config: the layer.
+        axis_names: as the module's.
 
     Raises:
         InputError: the parameters do not fit the config.
     """
     check_params(params, config)
     variables: dict[str, Any] = {}
-    for part, leaves in param_axes(config).items():
+    for part, leaves in param_axes(config, axis_names).items():
         for name, axes in leaves.items():
             collection = CORRECTION_BIAS if (part, name) == _BIAS else "params"
-            boxed = nn.LogicallyPartitioned(params[part][name], axes)
+            boxed = _box(params[part][name], axes, axis_names)
             variables.setdefault(collection, {}).setdefault(part, {})[name] = boxed
     return variables
 

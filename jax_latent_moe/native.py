@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.export
 import numpy as np
 
 VARIABLE = "JAX_LATENT_MOE_CUDA_LIBRARY"
@@ -110,6 +111,15 @@ def call(
         input_output_aliases=None if input_output_aliases is None else dict(input_output_aliases),
     )
     return list(function(*operands, **cast))
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """The checks that `jax.export.export` must leave out for a program that calls the library.
+
+    JAX refuses to export custom calls whose compatibility it does not know. An exported program runs where the library
+    has the same interface hash.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(PREFIX + target) for target in INTERFACE]
 
 
 def _check_buffers(target: str, kind: str, buffers):

@@ -1,10 +1,11 @@
 """The layer as a flax.nnx module: it holds the parameters and calls `latent_moe`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 from flax.core.spmd import get_logical_axis_rules
 from jaxtyping import Array, Bool, Float, Int
 
@@ -42,17 +43,21 @@ class LatentMoE(nnx.Module):
     router: nnx.Dict
     experts: nnx.Dict
 
-    def __init__(self, config: LatentMoEConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LatentMoEConfig, *, rngs: nnx.Rngs, axis_names: Mapping[str, str | None] | None = FrozenDict()
+    ):
         """Draws the parameters.
 
         Args:
             config: the layer.
             rngs: its stream "params" gives one key for the layer.
+            axis_names: other names for some logical axes, as in `param_axes`; None leaves the variables without.
         """
         self.config = config
         params = init_params(rngs.params(), config)
-        for part, leaves in param_axes(config).items():
-            setattr(self, part, nnx.Dict({name: _variable(name, params[part][name], leaves[name]) for name in leaves}))
+        for part, leaves in param_axes(config, axis_names).items():
+            named = {name: None if axis_names is None else axes for name, axes in leaves.items()}
+            setattr(self, part, nnx.Dict({name: _variable(name, params[part][name], named[name]) for name in leaves}))
 
     def __call__(
         self,
@@ -94,8 +99,14 @@ class LatentMoE(nnx.Module):
 
 def _variable(name, value, axes):
     # Flax shards a named variable at once, and refuses where no mesh says what the names mean.
-    meaningful = bool(get_logical_axis_rules()) and not jax.sharding.get_abstract_mesh().empty
+    rules, mesh = get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    meaningful = bool(rules) and not mesh.empty
     kind = CorrectionBias if name == "bias" else nnx.Param
+    if axes is None:
+        return kind(value)
+    if meaningful:  # names without a rule split nothing, as in linen
+        known = {alias for alias, _ in rules} | set(mesh.axis_names)
+        axes = tuple(axis if axis in known else None for axis in axes)
     return kind(value, out_sharding=axes, eager_sharding=meaningful and nnx.using_eager_sharding())
 
 
@@ -107,14 +118,21 @@ def to_params(module: LatentMoE) -> Params:
     }
 
 
-def from_params(params: Params, config: LatentMoEConfig) -> LatentMoE:
+def from_params(
+    params: Params, config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = FrozenDict()
+) -> LatentMoE:
     """The module that holds these parameters; the arrays are shared, not copied.
+
+    Args:
+        params: the functional tree.
+        config: the layer.
+        axis_names: as the module's.
 
     Raises:
         InputError: the parameters do not fit the config.
     """
     check_params(params, config)
-    module = nnx.eval_shape(lambda: LatentMoE(config, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: LatentMoE(config, rngs=nnx.Rngs(0), axis_names=axis_names))
     nnx.update(module, params)
     return module
 

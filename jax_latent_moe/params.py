@@ -1,9 +1,11 @@
 """The parameter tree of a layer: shapes, logical axes, initial values and checks."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from jax_latent_moe.config import LatentMoEConfig
@@ -11,6 +13,7 @@ from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray
 
 Params = dict[str, dict[str, Array]]
+LOGICAL_AXES = ("hidden", "latent", "expert", "expert_latent", "expert_intermediate", "shared_intermediate")
 Layout = dict[str, dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]]
 
 
@@ -30,9 +33,26 @@ def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeS
     }
 
 
-def param_axes(config: LatentMoEConfig) -> dict[str, dict[str, tuple[str | None, ...]]]:
-    """The parameter tree as logical axis names, one per dimension, which sharding rules map to mesh axes."""
-    return {part: {name: axes for name, (_, axes) in leaves.items()} for part, leaves in _layout(config).items()}
+def param_axes(
+    config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = None
+) -> dict[str, dict[str, tuple[str | None, ...]]]:
+    """The parameter tree as logical axis names, one a dimension: what sharding rules map to mesh axes.
+
+    Args:
+        config: the layer.
+        axis_names: other names for some of "hidden", "latent", "expert", "expert_latent", "expert_intermediate" and
+            "shared_intermediate", such as {"hidden": "embed"}; None leaves an axis without a name.
+
+    Raises:
+        InputError: axis_names renames an axis that no layer has.
+    """
+    renamed = dict(axis_names or {})
+    if unknown := sorted(renamed.keys() - set(LOGICAL_AXES)):
+        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
+    return {
+        part: {name: tuple(renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
+        for part, leaves in _layout(config).items()
+    }
 
 
 def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
@@ -65,9 +85,29 @@ def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: st
     return (drawn * (std / 0.87962566103423978)).astype(leaf.dtype)
 
 
-def check_params(params: Params, config: LatentMoEConfig) -> None:
-    """Raises InputError unless the tree has exactly the parts and shapes of the config, with dtypes that fit."""
+def as_array(name: str, value) -> Array | np.ndarray | None:
+    """The value as an array; None as itself, and arrays of JAX and NumPy too.
+
+    Raises:
+        InputError: NumPy makes no array of numbers of it.
+    """
+    if value is None or isinstance(value, jax.Array | np.ndarray):
+        return value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} of type {type(value).__name__} must be an array of numbers.") from None
+
+
+def check_params(params: Params, config: LatentMoEConfig) -> Params:
+    """The tree with JAX's arrays as its leaves.
+
+    Raises:
+        InputError: it has not exactly the parts, shapes and kinds of dtype that the config asks for.
+    """
     expected = param_shapes(config)
+    if not isinstance(params, Mapping) or not all(isinstance(leaves, Mapping) for leaves in params.values()):
+        raise InputError("params must be a dict of dicts of arrays: init_params(key, config) makes them.")
     given = {(part, name): leaf for part, leaves in params.items() for name, leaf in leaves.items()}
     wanted = {(part, name): leaf for part, leaves in expected.items() for name, leaf in leaves.items()}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
@@ -77,6 +117,10 @@ def check_params(params: Params, config: LatentMoEConfig) -> None:
             "merge_state(trainable, state) restores it" if missing == [("router", "bias")] else "init_params makes them"
         )
         raise InputError(f"params do not fit the config: {', '.join(listed)}. {makes}.")
+    none = [path for path, leaf in given.items() if leaf is None]
+    if none:
+        raise InputError(f"params {'/'.join(none[0])}=None must be an array.")
+    given = {path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()}
     for path, leaf in given.items():
         if isinstance(leaf, ScaledArray):
             check_scaled(path, leaf, wanted[path].shape)
@@ -85,11 +129,13 @@ def check_params(params: Params, config: LatentMoEConfig) -> None:
             raise InputError(f"params {'/'.join(path)} of shape {leaf.shape} must be of shape {wanted[path].shape}.")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise InputError(f"params {'/'.join(path)} of dtype {leaf.dtype} must be floating.")
-    if "bias" in expected["router"] and params["router"]["bias"].dtype not in (jnp.float32, jnp.float64):
+    bias = given.get(("router", "bias"))
+    if bias is not None and bias.dtype not in (jnp.float32, jnp.float64):
         raise InputError(
-            f"params router/bias of dtype {params['router']['bias'].dtype} must be float32: a 16-bit bias cannot hold "
+            f"params router/bias of dtype {bias.dtype} must be float32: a narrower one cannot hold "
             "the small differences that balance the experts."
         )
+    return {part: {name: jnp.asarray(given[part, name]) for name in leaves} for part, leaves in params.items()}
 
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import RouterConfig, XlaBackend, init_params, latent_moe
+from jax_latent_moe import RouterConfig, XlaBackend, init_params, latent_moe, pin_choice
 from jax_latent_moe.experts import RESIDUAL
 from jax_latent_moe.layer import LATENT
 from tests.cases import TOY
@@ -103,6 +103,27 @@ def test_scan_over_layers(rng, config, remat):
     expected = jax.grad(by_loop, (0, 1))(params, x)
     assert_trees_close(gradients[0], expected[0], "float32")
     assert_close(gradients[1], expected[1], "float32")
+
+
+@every_config
+def test_a_pinned_choice_is_made_once(rng, config):
+    """Without the policy a rematerialised layer chooses again in the backward pass."""
+    router = dataclasses.replace(config.router, drop_policy="probs", sequence_loss_coef=0.1)
+    config = dataclasses.replace(config, router=router)
+    params, x = one(stacked_params(rng, config), 0), inputs(rng)
+
+    def gradient(policy):
+        block = jax.checkpoint(lambda params, x: total(*latent_moe(params, x, config)), policy=policy)
+        return jax.grad(block, (0, 1))
+
+    def choices(policy):
+        text = str(jax.make_jaxpr(gradient(policy))(params, x))
+        return text.count(" top_k["), text.count("num_keys=2")  # experts and losses; what capacity keeps
+
+    assert choices(pin_choice) == (3, 1)
+    assert choices(None) == (6, 2)
+    for found, wanted in zip(*(jax.jit(gradient(policy))(params, x) for policy in (pin_choice, None)), strict=True):
+        jax.tree.map(lambda a, b: assert_close(a, b, "float32"), found, wanted)
 
 
 @every_config

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import InputError, init_params, latent_moe
+from jax_latent_moe import InputError, RouterConfig, init_params, latent_moe
 from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad
 from tests.cases import TOY
 
@@ -49,6 +49,42 @@ def test_bad_arguments_of_the_layer(x, named, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named", "words"),
+    [
+        ((None, X, TOY), {}, ["params must be a dict of dicts"]),
+        (([1], X, TOY), {}, ["params must be a dict of dicts"]),
+        (("router", X, None), {}, ["config of type NoneType must be a LatentMoEConfig"]),
+        (("router", None, TOY), {}, ["x=None must be an array"]),
+        (("router", [[1.0] * 12, [2.0]], TOY), {}, ["x of type list must be an array of numbers"]),
+        (("router", "text", TOY), {}, ["x of shape ()"]),
+        (("router", [["a"] * 12], TOY), {}, ["x of dtype <U1 must be floating"]),
+        (("router", X, TOY), {"token_mask": [1, 0]}, ["token_mask of shape (2,)"]),
+        (("router", X, TOY), {"expert_ids": np.full((2, 5, 3), 2**32 + 3)}, ["expert_ids between 4294967299"]),
+    ],
+)
+def test_what_is_no_array_is_refused_by_name(arguments, named, words):
+    tree = params() if arguments[0] == "router" else arguments[0]
+    message = refused(latent_moe, tree, *arguments[1:], **named)
+    assert all(word in message for word in words), message
+
+
+def test_what_numpy_takes_is_taken():
+    """Lists, and a tree of NumPy arrays that a compiled function closes over."""
+    config = dataclasses.replace(TOY, router=RouterConfig(per_expert_scale=True))
+    jaxs = init_params(jax.random.key(0), config)
+    numpys = jax.tree.map(np.asarray, jaxs)
+    mask, ids = np.arange(10).reshape(2, 5) < 7, np.arange(30).reshape(2, 5, 3) % 8
+    expected, _ = jax.jit(latent_moe, static_argnums=2)(jaxs, X, config, token_mask=mask, expert_ids=ids)
+    closed, _ = jax.jit(lambda x: latent_moe(numpys, x, config, token_mask=mask, expert_ids=ids))(X)
+    listed, _ = latent_moe(
+        {part: {name: leaf.tolist() for name, leaf in leaves.items()} for part, leaves in numpys.items()},
+        X.tolist(), config, token_mask=mask.tolist(), expert_ids=ids.tolist(),
+    )  # fmt: skip
+    np.testing.assert_array_equal(closed, expected)
+    np.testing.assert_allclose(listed, expected, rtol=1e-5)
+
+
 def without(part, name=None):
     tree = {key: dict(leaves) for key, leaves in params().items()}
     tree.pop(part) if name is None else tree[part].pop(name)
@@ -67,6 +103,7 @@ def with_leaf(part, name, value):
         (lambda: with_leaf("latent_norm", "scale", jnp.ones(6)), ["not used: latent_norm/scale"]),
         (lambda: with_leaf("down_proj", "kernel", jnp.ones((6, 12))), ["down_proj/kernel", "(6, 12)", "(12, 6)"]),
         (lambda: with_leaf("experts", "w_in", jnp.ones((8, 6, 2, 5))), ["experts/w_in", "(8, 6, 2, 5)", "(8, 6, 5)"]),
+        (lambda: with_leaf("up_proj", "kernel", None), ["up_proj/kernel=None"]),
         (lambda: with_leaf("up_proj", "kernel", jnp.ones((6, 12), int)), ["up_proj/kernel", "int32", "floating"]),
         (lambda: with_leaf("router", "bias", jnp.ones(8, jnp.bfloat16)), ["router/bias", "bfloat16", "float32"]),
     ],

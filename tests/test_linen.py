@@ -235,6 +235,37 @@ def test_scan_over_rematerialised_layers(rng):
     np.testing.assert_array_equal(new, jax.vmap(lambda bias, n: update_one(bias, n, 0.25))(old, counts))
 
 
+@pytest.mark.parametrize("axis_names", [FrozenDict(), None, {"hidden": "embed", "expert": None}], ids=str)
+@pytest.mark.parametrize("transform", [nn.scan, nn.vmap])
+def test_plain_transforms_add_an_axis_without_a_name(rng, axis_names, transform):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            y = linen.LatentMoE(SMALL, axis_names=axis_names, name="mlp")(x)
+            return (x + y, None) if transform is nn.scan else y
+
+    length = {"length": 2} if transform is nn.scan else {"axis_size": 2, "in_axes": (None, None)}
+    stack = transform(Layer, variable_axes={"params": 0, "correction_bias": 0}, split_rngs={"params": True}, **length)()
+    x = inputs(rng, SMALL)
+    variables = jax.jit(stack.init)(jax.random.key(0), x, None)
+    out = jax.jit(stack.apply)(variables, x, None)
+    boxed = variables["params"]["mlp"]["router"]["kernel"]
+    if axis_names is not None:
+        assert boxed.names == ((None, "embed", None) if axis_names else (None, "hidden", "expert"))
+    layers = [jax.tree.map(lambda leaf: leaf[i], linen.to_params(variables)["mlp"]) for i in range(2)]  # noqa: B023
+    if transform is nn.scan:
+        for layer in layers:
+            x = x + latent_moe(layer, x, SMALL)[0]
+        assert_close(out[0], x, "float32")
+    else:
+        assert_close(out, jnp.stack([latent_moe(layer, x, SMALL)[0] for layer in layers]), "float32")
+
+
+def test_an_axis_that_no_layer_has_cannot_be_renamed():
+    with pytest.raises(InputError, match="axis_names rename 'embed', which is none of 'hidden', 'latent'"):
+        param_axes(SMALL, {"embed": "hidden"})
+
+
 def test_vmap_over_inputs_and_over_layers(rng):
     module, x = linen.LatentMoE(SMALL), inputs(rng, leading=(4, 2, 5))
     variables = fill(rng, shapes(module, x[0]))

@@ -255,3 +255,18 @@ def test_the_library_refuses_a_call_with_too_many_or_too_few_parts(on_the_cpu):
     ):
         with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
             unchecked_matmul(**HANDED_OVER, **changes)
+
+
+def test_every_target_may_be_exported_on_request():
+    """JAX refuses to export custom calls that it does not know, unless each is named."""
+
+    @jax.jit
+    def choose(scores):
+        return native.call("top_k", [scores], [jax.ShapeDtypeStruct((4, 2), jnp.int32)])[0]
+
+    scores = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    with pytest.raises(ValueError, match="no compatibility guarantees"):
+        jax.export.export(choose, platforms=("cuda",))(scores)
+    exported = jax.export.export(choose, platforms=("cuda",), disabled_checks=native.export_checks())(scores)
+    assert "latent_moe_top_k" in exported.mlir_module()
+    assert len(native.export_checks()) == len(native.INTERFACE)

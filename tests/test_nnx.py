@@ -313,3 +313,16 @@ def test_copies_and_pickles(rng):
     expected = capture(module, x)
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), nnx.clone(module)):
         chex.assert_trees_all_equal(capture(again, x), expected)
+
+
+@pytest.mark.parametrize(
+    "axis_names", [{}, {"hidden": "embed", "expert": "exp", "expert_intermediate": "mlp"}, None], ids=str
+)
+def test_rules_of_other_names_split_what_they_name(axis_names):
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), nnx.logical_axis_rules([("embed", None), ("exp", "x"), ("mlp", "y")]):
+        model = moe.LatentMoE(SMALL, rngs=nnx.Rngs(0), axis_names=axis_names)
+        assert jax.jit(lambda m, x: m(x))(model, jnp.ones((2, SMALL.hidden_size))).shape == (2, SMALL.hidden_size)
+    named = axis_names or {}
+    spec = model.experts.w_out[...].sharding.spec if axis_names else ()
+    assert tuple(spec)[:2] == (("x", "y") if named else ())

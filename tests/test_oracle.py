@@ -85,7 +85,9 @@ def test_perfect_balance_costs_the_coefficient():
     config = LatentMoEConfig(
         hidden_size=4, latent_size=None, num_experts=4, top_k=1, expert_intermediate_size=1,
         dtype="float64",
-        router=RouterConfig(score_function="softmax", norm_topk_prob=False, correction_bias=False, switch_loss_coef=0.7),
+        router=RouterConfig(
+            score_function="softmax", norm_topk_prob=False, correction_bias=False, switch_loss_coef=0.7
+        ),
     )  # fmt: skip
     params = cases.random_params(np.random.default_rng(0), config) | {"router": {"kernel": 9 * np.eye(4)}}
     assert oracle.forward(params, np.eye(4), config).losses["switch"] == pytest.approx(0.7)

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
 from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.formats import ScaledArray, format_of
 from jax_latent_moe.grouped_matmul.problem import Operand
 
@@ -149,7 +150,7 @@ def _weigh(rows, weights):
 
 
 def _wide(rows):
-    return jnp.promote_types(rows.dtype, jnp.float32)
+    return at_least_float32(rows.dtype)
 
 
 def _times(pairs: UInt32[Array, "r half"], weights: Float[Array, "r 1"]) -> UInt32[Array, "r half"]:

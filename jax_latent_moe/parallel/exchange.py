@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.parallel.choice import choose_dispatch
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
-from jax_latent_moe.routing.router import NO_EXPERT
+from jax_latent_moe.routing.router import CHOICE, NO_EXPERT
 
 Experts = Callable[[Float[Array, "t l"], Float[Array, "t k"], DispatchPlan], Float[Array, "t l"]]
 
@@ -57,6 +59,7 @@ def exchange(
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if capacity < tokens * min(k, local_experts):
         kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
+        kept = checkpoint_name(kept, CHOICE)
         dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}
@@ -158,7 +161,7 @@ def _collect(
     rows: Float[Array, "r l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "t l"]:
     """The sum of each token's rows, [R, l] -> [T, l], in float32 and in the order of its choices; row R is no row."""
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = at_least_float32(rows.dtype)
     total = jnp.zeros((row_of_assignment.shape[0], rows.shape[1]), wide)
     for choice in range(row_of_assignment.shape[1]):
         total += _get(rows, row_of_assignment[:, choice], 0).astype(wide)

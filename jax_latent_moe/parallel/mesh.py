@@ -85,11 +85,33 @@ def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> Partition
     return PartitionSpec(axes) if axes else PartitionSpec()
 
 
-def over_mesh(
-    body: Body,
+def in_auto_mode(
+    run: Callable[..., tuple[Any, Any]],
     params: Params,
     x: Float[Array, "*batch d"],
+    token_mask: Bool[Array, "*batch"] | None,
+    expert_ids: Int[Array, "*batch k"] | None,
+) -> tuple[Any, Any]:
+    """run(params, x, token_mask, expert_ids), with mesh axes of type Explicit left to XLA while it runs.
+
+    What is split as the tokens are has the sharding of x; what is one for all is replicated. No type says how a sort,
+    a ragged product or a kernel splits its operands.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    explicit = tuple(mesh.explicit_axes)
+    if not explicit:
+        return run(params, x, token_mask, expert_ids)
+    spec = jax.typeof(x).sharding.spec
+    by_token = PartitionSpec(*spec[:-1], None)
+    shardings = (PartitionSpec(*spec), by_token, by_token), PartitionSpec()
+    return jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)(params, x, token_mask, expert_ids)
+
+
+def over_mesh(
+    body: Body,
     config: LatentMoEConfig,
+    params: Params,
+    x: Float[Array, "*batch d"],
     token_mask: Bool[Array, "*batch"] | None,
     expert_ids: Int[Array, "*batch k"] | None,
 ) -> tuple[Any, Any]:
@@ -99,14 +121,14 @@ def over_mesh(
 
     Args:
         body: returns arrays that are split as the tokens are, and arrays that every device has whole.
+        config: the layer, with `parallel` set.
         params: as `init_params` makes them; the body sees kernels whole but for its own experts and inner widths.
         x: [..., d]; the first axis is split.
-        config: the layer, with `parallel` set.
         token_mask: [...].
         expert_ids: [..., k].
 
     Raises:
-        ConfigError: an axis of the mesh does not divide what it splits, or is not of type Auto.
+        ConfigError: an axis of the mesh does not divide what it splits, or is of type Manual.
         InputError: the devices do not divide the first axis of x.
     """
     parallel, mesh = config.parallel, jax.sharding.get_abstract_mesh()
@@ -183,6 +205,6 @@ def _check_axis_types(mesh, sizes):
     for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if axis in sizes and kind != AxisType.Auto:
             raise ConfigError(
-                f"mesh axis '{axis}' is of type {kind.name}, and the layer maps over axes of type Auto: make the mesh "
-                "with axis_types=(AxisType.Auto,) * n, and leave parallel=None inside of a shard_map."
+                f"mesh axis '{axis}' is of type {kind.name}, and the layer maps over axes that are not mapped yet: "
+                "leave parallel=None inside of a shard_map."
             )

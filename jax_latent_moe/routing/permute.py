@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.grouped_matmul.operands import GatheredRows
 from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last, sort_by_expert
 
@@ -109,7 +110,7 @@ def combine(
 
     The sum runs in the wider of float32 and the rows' type and is returned in it.
     """
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = at_least_float32(rows.dtype)
     total = jnp.zeros((plan.row_of_assignment.shape[0], rows.shape[1]), wide)
     # One gather a choice fuses into the sum; one gather of all would write T * k rows first.
     for choice in range(plan.row_of_assignment.shape[1]):

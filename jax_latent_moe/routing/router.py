@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import RouterConfig
 from jax_latent_moe.device import current_device
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.expert_sort import count_experts, int32_ids
@@ -23,6 +25,13 @@ NO_EXPERT = -1
 
 ROUTER_DECIDES = -2
 """In a routing to replay: the router chooses all experts of a token that holds it."""
+
+
+CHOICE = "latent_moe_choice"
+"""The checkpoint name of every discrete choice: of experts, for the losses' counts, and of what capacity keeps."""
+
+pin_choice = jax.checkpoint_policies.save_only_these_names(CHOICE)
+"""A policy of `jax.checkpoint` that saves the choices alone: what is computed again is routed as it was."""
 
 
 class Routing(NamedTuple):
@@ -44,7 +53,7 @@ def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: st
     """
     if _splits(x, dtype):
         return split_matmul(x, kernel)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     return jnp.matmul(
         x.astype(dtype), kernel.astype(dtype), precision=lax.Precision.HIGHEST, preferred_element_type=wide
     )
@@ -92,7 +101,7 @@ def route(
             `ROUTER_DECIDES` among its ids is routed as without them; any other id outside [0, E) is no expert.
         backend: of the experts; it may hold a kernel for the choice, which it does not change.
     """
-    ids = top_k_ids(_selection(logits, bias, config), top_k, backend)
+    ids = checkpoint_name(top_k_ids(_selection(logits, bias, config), top_k, backend), CHOICE)
     chosen = None  # every choice reaches an expert
     if expert_ids is not None:
         replayed = int32_ids(expert_ids)
@@ -148,7 +157,7 @@ def _split_at_underflow(logits):
 
 def _weights(logits, ids, chosen, config):
     """Weights of the chosen, [T, k], before any factor; `chosen` None is all of them."""
-    chosen_logits = jnp.take_along_axis(logits, ids, axis=1)
+    chosen_logits = _at(logits, ids)
     eps = config.norm_topk_eps
     if config.score_function == "softmax_topk" or (config.norm_topk_prob and eps == 0):
         # The ratio of scores that have underflowed is still known from their logarithms.
@@ -156,12 +165,18 @@ def _weights(logits, ids, chosen, config):
         if eps == 0:
             return weights
     elif config.score_function == "softmax":
-        weights = _where(chosen, jnp.take_along_axis(jax.nn.softmax(logits, axis=1), ids, axis=1), 0)
+        weights = _where(chosen, _at(jax.nn.softmax(logits, axis=1), ids), 0)
     else:
         weights = _where(chosen, _scores(chosen_logits, config.score_function), 0)
     if not config.norm_topk_prob:
         return weights
     return _over_sum(weights, eps)
+
+
+def _at(values, ids):
+    """values[t, ids[t, j]]; take_along_axis has a gradient that the index checks of checkify cannot read."""
+    tokens = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
+    return values.at[tokens, ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _over_sum(scores, eps):
@@ -178,7 +193,7 @@ def _selection(logits, bias, config):
     by_logit = config.selection == "logit" or (bias is None and config.num_groups == 1)
     scores = logits if by_logit else _scores(logits, config.score_function)
     if bias is not None:
-        scores = scores + lax.stop_gradient(bias).astype(scores.dtype)
+        scores = scores + lax.stop_gradient(bias).astype(scores.dtype)[None]
     return _limit_groups(scores, config) if config.num_groups > 1 else scores
 
 
@@ -187,7 +202,7 @@ def _limit_groups(scores, config):
     grouped = scores.reshape(scores.shape[0], config.num_groups, -1)
     group_scores = jnp.sum(lax.top_k(grouped, config.group_score_topk)[0], axis=-1)
     kept = lax.top_k(group_scores, config.topk_groups)[1]
-    keep = jnp.any(kept[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    keep = jnp.any(kept[:, :, None] == jnp.arange(config.num_groups)[None, None], axis=1)
     return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
@@ -236,11 +251,19 @@ def auxiliary_losses(
         imbalance = imbalance_of(logits, mask, all_tokens=within)
         real = imbalance.size if token_mask is None else jnp.sum(within(jnp.sum(mask, axis=1)) > 0)
         sequences = between(jnp.full((), real))
-        losses["sequence"] = config.sequence_loss_coef * between(jnp.sum(imbalance)) / jnp.maximum(sequences, 1)
+        losses["sequence"] = (
+            config.sequence_loss_coef * between(jnp.sum(imbalance)) / _at_least_one(sequences, imbalance)
+        )
     if config.z_loss_coef:
         squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
-        losses["z"] = config.z_loss_coef * all_tokens(jnp.sum(squared)) / jnp.maximum(all_tokens(jnp.sum(mask)), 1)
+        losses["z"] = (
+            config.z_loss_coef * all_tokens(jnp.sum(squared)) / _at_least_one(all_tokens(jnp.sum(mask)), squared)
+        )
     return losses
+
+
+def _at_least_one(count, like):
+    return jnp.maximum(count, 1).astype(like.dtype)
 
 
 def _probabilities(logits, score_function):
@@ -257,10 +280,14 @@ def _imbalance(
     probs = jnp.where(mask[..., None], _probabilities(logits, score_function), 0)
     ids = top_k_ids(lax.stop_gradient(logits).reshape(-1, num_experts), top_k, backend).reshape(batch, length, top_k)
     offset = num_experts * jnp.arange(batch)[:, None, None]
-    ids = jnp.where(mask[..., None], ids + offset, NO_EXPERT)
+    ids = jnp.where(mask[..., None], checkpoint_name(ids, CHOICE) + offset, NO_EXPERT)
     counts = all_tokens(count_experts(ids, batch * num_experts, backend).reshape(batch, num_experts))
-    tokens = jnp.maximum(all_tokens(jnp.sum(mask, axis=1)), 1).astype(probs.dtype)
-    return jnp.sum(counts * all_tokens(jnp.sum(probs, axis=1)), axis=1) * num_experts / (top_k * tokens**2)
+    tokens = _at_least_one(all_tokens(jnp.sum(mask, axis=1)), probs)
+    return (
+        jnp.sum(counts.astype(probs.dtype) * all_tokens(jnp.sum(probs, axis=1)), axis=1)
+        * num_experts
+        / (top_k * tokens**2)
+    )
 
 
 def update_correction_bias(
@@ -294,7 +321,7 @@ def update_correction_bias(
         raise InputError(f"tokens_per_expert of dtype {counts.dtype} must be integers: counts, not means or shares.")
     if counts.shape != bias.shape:
         raise InputError(f"tokens_per_expert of shape {counts.shape} must be of the bias's shape {bias.shape}.")
-    counts = counts.astype(jnp.promote_types(counts.dtype, jnp.int32))
+    counts = counts if counts.dtype.itemsize >= 4 else counts.astype(jnp.int32)
     counts = counts if axis_name is None else lax.psum(counts, axis_name)
     moved = bias.astype(jnp.float32) + rate * _sign_of_mean_minus(counts).astype(jnp.float32)
     return moved - jnp.mean(moved, axis=-1, keepdims=True) if recentre else moved

@@ -1,4 +1,4 @@
-"""The right result of a grouped matmul, row by row in float64, and the jitted function that is compared with it."""
+"""The right result of a grouped matmul, row by row in float64, and the function that the suite compares with it."""
 
 import functools
 

@@ -21,7 +21,7 @@ def draw(row: Row, rng, dtype=None, rows=ROWS, experts=EXPERTS, k=K, n=N, transp
 
 
 def check(row: Row, rows, w, group_sizes, dout, dtype=None, transpose_w=False, counted=None):
-    """Compares every result with the oracle's. `counted` are the effective group sizes, if they differ from `sizes`."""
+    """Compares every result with the oracle's. `counted` are the sizes that take effect, if they differ."""
     sizes = group_sizes if counted is None else counted
     total = int(np.sum(sizes))
     clean = [np.array(array) for array in (rows, dout)]

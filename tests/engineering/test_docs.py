@@ -1,4 +1,4 @@
-"""The documentation is true: its code prints the shown output, its links work, and no public name is missing."""
+"""The documentation is true: its code prints what is shown, its links work, and no public name is missing."""
 
 import importlib
 import importlib.util

@@ -91,7 +91,7 @@ def replace(tensors, name, parts):
 
 
 def quantised_nemotron(rng):
-    """A layer like the published NVFP4 ones, with NVFP4 experts and FP8 projections and shared expert; its values."""
+    """A layer like the published NVFP4 ones: NVFP4 experts, FP8 projections and shared expert; and its values."""
     config = NEMOTRON_H | dict(hidden_size=32, moe_latent_size=16, moe_intermediate_size=48)
     config |= dict(moe_shared_expert_intermediate_size=20, layers_block_type=["moe"])
     prefix = "backbone.layers.0.mixer."

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jax_latent_moe import ConfigError, InputError, ParallelConfig, latent_moe, param_shapes
+from jax_latent_moe import ConfigError, InputError, ParallelConfig, RouterConfig, latent_moe, param_shapes
 from jax_latent_moe.parallel import param_specs
 from tests import cases, layers
 from tests.flax_layers import draw, fill
@@ -94,12 +95,26 @@ def test_tokens_that_the_devices_do_not_divide_are_refused(rng, shape):
         latent_moe(draw(rng, BASE), jnp.zeros(shape), BASE)
 
 
-def test_other_kinds_of_axes_are_refused(rng):
+@pytest.mark.parametrize("split", [P("data"), P(("data", "expert"))], ids=str)
+def test_explicit_axes_are_left_to_xla(rng, split):
+    """The default of jax.make_mesh: the result has the sharding of x."""
+    config = dataclasses.replace(BASE, router=RouterConfig(sequence_loss_coef=0.1, capacity_factor=1.0))
+    case = cases.random_inputs(rng, config, (4, 2), masked=True)
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        x, mask = (jax.device_put(value, NamedSharding(mesh, split)) for value in (np.float32(case.x), case.token_mask))
+        y, aux = jax.jit(latent_moe, static_argnums=2)(layers.cast(case.params, "float32"), x, config, token_mask=mask)
+    assert tuple(jax.typeof(y).sharding.spec)[:1] == tuple(split)
+    expected = case.oracle()
+    assert_close(y, expected.y, "float32")
+    np.testing.assert_array_equal(aux.dropped_per_expert, expected.dropped_per_expert)
+    with jax.set_mesh(mesh):
+        layers.check_against_oracle(case)
+
+
+def test_manual_axes_are_refused(rng):
     case = cases.draw(rng, BASE, (4, 2))
     run = functools.partial(latent_moe, layers.cast(case.params, "float32"), case.x, BASE)
-    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
-    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="'expert' is of type Explicit"):
-        run()
     inside = jax.shard_map(lambda: run()[0], in_specs=(), out_specs=jax.sharding.PartitionSpec(), check_vma=False)
     with jax.set_mesh(make_mesh(1, 1, 2, 1)), pytest.raises(ConfigError, match="leave parallel=None inside of a shard"):
         inside()

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.device import Device
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.formats import ScaledArray, decoded
 from jax_latent_moe.varying import varying
 
@@ -32,6 +33,8 @@ class _Sizes:
     def block_rows(self, num_rows: int, num_experts: int) -> int:
         """Rows of a block: the largest power of two up to the mean group, within the bounds."""
         fewest, most = self.rows
+        if not isinstance(num_rows, int):
+            return fewest
         mean = max(num_rows // num_experts, 1)
         return min(max(1 << mean.bit_length() - 1, fewest), most)
 
@@ -140,9 +143,13 @@ def _steps(
     (rows + (number of experts with rows) * (size - 1)) / size.
     """
     num_experts = group_sizes.shape[0]
-    size = min(block_rows, num_rows)
-    needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
-    blocks = min(max(blocks, 1), needed)
+    if isinstance(num_rows, int):
+        size = min(block_rows, num_rows)
+        needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
+        blocks = min(max(blocks, 1), needed)
+    else:  # a symbolic size of jax.export has no order: blocks as for few rows
+        size = block_rows
+        needed, blocks = (num_rows + num_experts * (size - 1)) // size, max(blocks, 1)
     steps = -(-needed // blocks)
 
     ends = jnp.cumsum(group_sizes)
@@ -153,7 +160,7 @@ def _steps(
     real = expert < num_experts
     expert = jnp.minimum(expert, num_experts - 1)
     start = ends[expert] - group_sizes[expert] + (block - (last_block - blocks_of)[expert]) * size
-    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)
+    row = start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     # The indices beyond the rows are distinct, because unique_indices promises that all are.
     beyond = num_rows + jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
     row = jnp.where(real[:, None] & (row < ends[expert][:, None]), row, beyond)
@@ -169,4 +176,4 @@ def _rows_or_zero(rows, indices):
 
 
 def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    return at_least_float32(dtype)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import custom_batching, lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_latent_moe.dtypes import at_least_float32
+
 
 def ragged_matmul(
     rows: Float[Array, "r a"], w: Float[Array, "e k n"], group_sizes: Int[Array, " e"], *, transpose_w: bool
@@ -34,7 +36,7 @@ def ragged_wgrad(
 
 
 def _accumulator(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
+    return at_least_float32(dtype)
 
 
 def _valid_rows(group_sizes, num_rows) -> Bool[Array, "r 1"]:

@@ -1,0 +1,245 @@
+"""The layer with its gradients under every transformation and mode of JAX, for every score, norm and activation.
+
+A cell compares values and gradients with the float64 oracle, or holds the documented refusal.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P, export
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+
+from jax_latent_moe import RouterConfig, XlaBackend, latent_moe, total_loss
+from jax_latent_moe.config import ACTIVATIONS, LATENT_NORMS, SCORE_FUNCTIONS
+from tests import cases, oracle, seeds
+from tests.cases import TOY
+from tests.layers import cast
+from tests.tolerances import assert_close, assert_trees_close
+
+EVERY = "JAX_LATENT_MOE_WHOLE_MATRIX"
+"""With this variable every score function, norm and activation meets each other; without, each meets every mode."""
+
+PARTS, TOKENS = 2, 5
+
+
+def families() -> list[tuple[str, str, str]]:
+    """(score function, norm, activation)."""
+    if EVERY in os.environ:
+        return list(itertools.product(SCORE_FUNCTIONS, LATENT_NORMS, ACTIVATIONS))
+    rng = seeds.generator("matrix")
+    columns = (np.resize(rng.permutation(names), len(ACTIVATIONS)) for names in (SCORE_FUNCTIONS, LATENT_NORMS))
+    return [tuple(map(str, row)) for row in zip(*columns, ACTIVATIONS, strict=True)]
+
+
+@functools.cache
+def drawn(family, method) -> list[cases.Case]:
+    """A layer with masks, capacity, losses and factors, and inputs [PARTS, TOKENS, d]."""
+    score, norm, activation = family
+    router = RouterConfig(
+        score_function=score, switch_loss_coef=0.3, sequence_loss_coef=0.2, z_loss_coef=0.1, per_expert_scale=True,
+        num_groups=2, topk_groups=2, capacity_factor=0.75, min_capacity=1, drop_policy="position",
+    )  # fmt: skip
+    eps = {} if norm == "none" else {"latent_norm_eps": 1e-2}
+    config = dataclasses.replace(
+        TOY, router=router, latent_norm=norm, activation=activation, backend=XlaBackend(method), **eps
+    )
+    rng = seeds.generator("matrix", family, method)
+    parts = [cases.random_inputs(rng, config, (1, TOKENS), masked=True)]
+    while len(parts) < PARTS:
+        other = cases.draw(rng, config, (1, TOKENS), masked=True)._replace(params=parts[0].params)
+        if other.is_comparable(rng):
+            parts.append(other)
+    return parts
+
+
+def layer_with_gradients(config, params, x, mask, dy, transform=lambda function: function):
+    """((y, losses), gradients of params and x) of sum(y * dy) and the losses."""
+
+    def objective(params, x):
+        y, aux = transform(lambda params, x: latent_moe(params, x, config, token_mask=mask))(params, x)
+        return jnp.sum(y * dy) + total_loss(aux), (y, aux.losses)
+
+    (_, outputs), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, x)
+    return outputs, grads
+
+
+def check(parts, found):
+    """What each part gave, against the oracle; `found` holds one result for each."""
+    for case, ((y, losses), (dparams, dx)) in zip(parts, found, strict=True):
+        expected = case.oracle()
+        wanted, wanted_x = oracle.backward(case.params, case.config, expected, case.dy)
+        assert y.dtype == case.config.dtype
+        assert_close(y, expected.y, "float32", "y")
+        assert_trees_close(losses, expected.losses, "float32", "losses")
+        assert_trees_close(dparams, wanted, "float32", "gradient")
+        assert_close(dx, wanted_x, "float32", "gradient of x")
+
+
+def arrays(parts):
+    """params, and x, mask and dy of each part."""
+    of_parts = [(jnp.float32(case.x), jnp.asarray(case.token_mask), jnp.float32(case.dy)) for case in parts]
+    return cast(parts[0].params, "float32"), of_parts
+
+
+def one_by_one(parts, run):
+    params, of_parts = arrays(parts)
+    return [run(params, *part) for part in of_parts]
+
+
+def stacked(parts, run):
+    params, of_parts = arrays(parts)
+    out = run(params, *map(jnp.stack, zip(*of_parts, strict=True)))
+    return [jax.tree.map(lambda leaf: leaf[i], out) for i in range(len(parts))]  # noqa: B023
+
+
+def plain(f, parts):
+    return one_by_one(parts, f)
+
+
+def jitted(f, parts):
+    return one_by_one(parts, jax.jit(f))
+
+
+def vmapped(f, parts):
+    return stacked(parts, jax.jit(jax.vmap(f, (None, 0, 0, 0))))
+
+
+def scanned(f, parts):
+    return stacked(parts, jax.jit(lambda params, *xs: jax.lax.map(lambda part: f(params, *part), xs)))
+
+
+def rematerialised(f, parts):
+    return one_by_one(parts, jax.jit(functools.partial(f, transform=jax.checkpoint)))
+
+
+def in_shard_map(f, parts, check_vma):
+    mesh = jax.make_mesh((PARTS,), ("parts",), axis_types=(AxisType.Auto,), devices=jax.devices()[:PARTS])
+    split = P("parts")
+
+    def local(params, *part):
+        own = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "parts", to="varying"), params) if check_vma else params
+        return jax.tree.map(lambda leaf: leaf[None], f(own, *(value[0] for value in part)))
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), split, split, split), out_specs=split, check_vma=check_vma)
+    return stacked(parts, jax.jit(run))
+
+
+def on_explicit_mesh(f, parts):
+    mesh = jax.make_mesh((PARTS,), ("parts",), devices=jax.devices()[:PARTS])
+    assert mesh.axis_types == (AxisType.Explicit,)
+    with jax.set_mesh(mesh):
+        split = NamedSharding(mesh, P(None, "parts"))
+
+        def run(params, *part):
+            return jax.jit(f)(params, *(jax.device_put(value, split) for value in part))
+
+        return one_by_one(parts, run)
+
+
+def exported(f, parts):
+    """One program for any number of sequences and tokens."""
+    params, of_parts = arrays(parts)
+    batch, tokens = export.symbolic_shape("b, s")
+    shapes = [jax.ShapeDtypeStruct((batch, tokens, *value.shape[2:]), value.dtype) for value in of_parts[0]]
+    program = export.export(jax.jit(f))(
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params), *shapes
+    )
+    return [program.call(params, *part) for part in of_parts]
+
+
+def checked(f, parts, checks):
+    run = jax.jit(checkify.checkify(f, errors=checks))
+
+    def once(*arguments):
+        error, out = run(*arguments)
+        error.throw()
+        return out
+
+    return one_by_one(parts, once)
+
+
+def within(context, compiled=True):
+    def run(f, parts):
+        params, of_parts = arrays(parts)
+        with context():
+            return [(jax.jit(f) if compiled else f)(params, *part) for part in of_parts]
+
+    return run
+
+
+MODES = {
+    "eager": plain,
+    "jit": jitted,
+    "vmap": vmapped,
+    "scan": scanned,
+    "remat": rematerialised,
+    "shard_map": functools.partial(in_shard_map, check_vma=True),
+    "shard_map without check_vma": functools.partial(in_shard_map, check_vma=False),
+    "explicit mesh": on_explicit_mesh,
+    "symbolic export": exported,
+    "float checks": functools.partial(checked, checks=checkify.float_checks),
+    "index checks": functools.partial(checked, checks=checkify.index_checks),
+    "debug_nans": within(lambda: jax.debug_nans(True)),
+    "debug_nans, eager": within(lambda: jax.debug_nans(True), compiled=False),
+    "x64": within(lambda: jax.enable_x64(True)),
+    "strict promotion": within(lambda: jax.numpy_dtype_promotion("strict")),
+    "rank promotion": within(lambda: jax.numpy_rank_promotion("raise")),
+}
+
+
+@pytest.mark.parametrize("method", ["blocked", "ragged_dot"])
+@pytest.mark.parametrize("family", families(), ids="-".join)
+@pytest.mark.parametrize("mode", MODES)
+def test_cell(mode, family, method):
+    parts = drawn(family, method)
+    config = parts[0].config
+
+    def cell():
+        check(parts, MODES[mode](functools.partial(layer_with_gradients, config), parts))
+
+    if mode == "index checks" and method == "blocked":
+        with pytest.raises(checkify.JaxRuntimeError, match="out-of-bounds indexing"):  # docs/backends.md
+            cell()
+    elif mode == "shard_map" and config.activation in ("gelu", "geglu") and not erfc_has_types():
+        with pytest.raises(ValueError, match="Primitive polynomial requires varying manual axes to match"):
+            cell()
+    else:
+        cell()
+
+
+@functools.cache
+def erfc_has_types() -> bool:
+    """Whether JAX itself takes the exact gelu in a shard_map with check_vma; 0.12 does not."""
+    mesh = jax.make_mesh((2,), ("parts",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    gelu = jax.shard_map(
+        functools.partial(jax.nn.gelu, approximate=False), mesh=mesh, in_specs=P("parts"), out_specs=P("parts")
+    )
+    try:
+        jax.eval_shape(gelu, jax.ShapeDtypeStruct((2,), jnp.float32))
+    except ValueError:
+        return False
+    return True
+
+
+def test_forward_mode_by_two_transpositions(rng):
+    """The routed block has a reverse-mode rule alone; the transpose of a transpose is the documented way around."""
+    (case, *_) = drawn(("sigmoid", "none", "swiglu"), "blocked")
+    params, ((x, mask, direction), *_) = arrays([case])
+
+    def layer(x):
+        return latent_moe(params, x, case.config, token_mask=mask)[0]
+
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(layer, (x,), (direction,))
+    y, pullback = jax.vjp(layer, x)
+    (tangent,) = jax.vjp(lambda dy: pullback(dy)[0], jnp.zeros_like(y))[1](direction)
+    # <dy, J direction> is <J^T dy, direction>, and the oracle has J^T dy; the direction is dy here.
+    _, wanted = oracle.backward(case.params, case.config, case.oracle(), case.dy, dlosses=0.0)
+    np.testing.assert_allclose(np.sum(np.float64(tangent) * case.dy), np.sum(wanted * case.dy), rtol=1e-4, atol=1e-5)
