@@ -6,7 +6,5 @@ from benchmarks import cpu
 
 if __name__ == "__main__":
     if jax.default_backend() != "cpu":
-        raise SystemExit(
-            "make bench measures the CPU on this machine; for a GPU, run a module, such as python -m benchmarks.gpu"
-        )
+        raise SystemExit("make bench measures the CPU; for a GPU, run a module, such as python -m benchmarks.gpu")
     cpu.main()

@@ -120,7 +120,7 @@ def test_bad_parameters(build, words):
         ((ROWS, W[0], SIZES), ["w of shape (4, 5)", "(6, 4)"]),
         ((ROWS, W.swapaxes(1, 2), SIZES), ["w of shape (3, 5, 4)", "(6, 4)"]),
         ((ROWS.astype(int), W, SIZES), ["rows of dtype int", "floating"]),
-        ((ROWS, W.astype(np.float16), SIZES), ["rows of dtype float32", "w of dtype float16", "one dtype"]),
+        ((ROWS, W.astype(np.float16), SIZES), ["rows of dtype float32", "w of dtype float16", "the same dtype"]),
         ((ROWS, W, SIZES[:2]), ["group_sizes of shape (2,)", "[3]"]),
         ((ROWS, W, SIZES[None]), ["group_sizes of shape (1, 3)"]),
         ((ROWS, W, SIZES.astype(np.float32)), ["group_sizes of dtype float32", "integers"]),
@@ -143,7 +143,7 @@ def test_bad_arguments_of_grouped_matmul(arguments, words):
         ((ROWS, ROWS, SIZES[None]), ["group_sizes of shape (1, 3)"]),
     ],
 )
-def test_bad_arguments_of_grouped_outer(arguments, words):
+def test_bad_arguments_of_grouped_wgrad(arguments, words):
     message = refused(grouped_wgrad, *arguments)
     assert all(word in message for word in words), message
 

@@ -116,11 +116,11 @@ def test_operands_and_results_that_are_not_the_interface_s_are_refused():
     operands = list(OPERANDS)
     with pytest.raises(TypeError, match=r"matmul takes 5 operands \(rows, w, .*\), not 4"):
         matmul(operands[:-1])
-    with pytest.raises(TypeError, match=r"matmul has 3 results \(out, .*\), not 4"):
+    with pytest.raises(TypeError, match=r"matmul takes 3 results \(out, .*\), not 4"):
         matmul(results=[*RESULTS, RESULTS[0]])
-    with pytest.raises(TypeError, match=r"group_sizes among its operands as int32 \[experts\]: float32 must be cast"):
+    with pytest.raises(TypeError, match=r"group_sizes of its operands as int32 \[experts\], not float32: cast it"):
         matmul([*operands[:2], ((2,), jnp.float32), *operands[3:]])
-    with pytest.raises(TypeError, match="counters among its results as int32"):
+    with pytest.raises(TypeError, match="counters of its results as int32"):
         matmul(results=[*RESULTS[:2], ((2,), jnp.float32)])
 
 

@@ -58,7 +58,7 @@ def test_it_refuses_where_it_cannot_measure(folder, capsys):
     assert tune.main(SIZES) == 1
     error = capsys.readouterr().err
     assert "Hopper GPUs (H100, H200), not 'cpu'" in error
-    assert "on the GPU that is to run it" in error
+    assert "on the GPU that will run it" in error
     assert not folder.exists()
 
 

@@ -38,7 +38,7 @@ def test_all_rows_on_one_expert(rng, row):
 
 @pytest.mark.filterwarnings(
     "ignore:invalid value:RuntimeWarning"
-)  # the interpreter multiplies values that it clears later
+)  # interpreted, values are multiplied and cleared later
 @few_cells
 def test_padding_rows_leak_nowhere(rng, row):
     suite.check_padding_rows_leak_nowhere(row, rng)
