@@ -111,7 +111,8 @@ def check(case, outputs, rng):
     np.testing.assert_array_equal(aux.tokens_per_expert, expected.tokens_per_expert)
     np.testing.assert_array_equal(aux.dropped_per_expert, expected.dropped_per_expert)
     wanted_params, wanted_x = oracle.backward(case.params, case.config, expected, case.dy)
-    # The router's gradient is a difference of terms of this size: where scores saturate, rounding of them is what is left.
+    # The router's gradient is a difference of terms of this size: where scores saturate, rounding of them is what is
+    # left.
     terms = np.linalg.norm(np.where(masked[..., None], 0, case.dy)) * np.linalg.norm(expected.y)
     terms += sum(expected.losses.values())
     kernel, x = case.params["router"]["kernel"], np.where(masked[..., None], 0, case.x)
