@@ -1,5 +1,7 @@
 """What a training step does beside the layer: state kept from the optimiser, the total loss, the biases' own step."""
 
+import functools
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -134,8 +136,10 @@ def move_bias(
 ) -> Float[Array, "*layers e"]:
     """`update_correction_bias` by the sum of several counts, each with any leading axes before those of the bias."""
     shape = jnp.shape(bias)
-    total = sum(jnp.sum(jnp.reshape(count, (-1, *shape)), axis=0, dtype=jnp.asarray(count).dtype) for count in counts)
-    return update_correction_bias(bias, total, rate, recentre=recentre, axis_name=axis_name)
+    sums = [jnp.sum(jnp.reshape(count, (-1, *shape)), axis=0, dtype=jnp.asarray(count).dtype) for count in counts]
+    return update_correction_bias(
+        bias, functools.reduce(operator.add, sums), rate, recentre=recentre, axis_name=axis_name
+    )
 
 
 def _auxes(tree) -> list[LatentMoEAux]:
