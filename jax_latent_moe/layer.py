@@ -69,7 +69,7 @@ def latent_moe(
 
     Args:
         params: as `init_params` makes them.
-        x: [..., d], floating, or what NumPy makes an array of; read in config.dtype, by the router in the router's dtype.
+        x: [..., d], floating, or what NumPy makes such an array of; read in config.dtype, by the router in its own.
         config: the layer; static under jit.
         token_mask: [...]; a token that is False enters nothing and its output is zero: padding may hold anything, and
             so may the gradient of its output.

@@ -204,6 +204,6 @@ def _check_axis_types(mesh, sizes):
     for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if axis in sizes and kind != AxisType.Auto:
             raise ConfigError(
-                f"mesh axis '{axis}' is of type {kind.name}, and the layer maps over axes that are not mapped yet: leave "
-                "parallel=None inside of a shard_map."
+                f"mesh axis '{axis}' is of type {kind.name}, and the layer maps over axes that are not mapped yet: "
+                "leave parallel=None inside of a shard_map."
             )
