@@ -38,7 +38,7 @@ def positive_int(name, value):
 def integer(name, value, least=0):
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral) or value < least:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
-    if value > MOST:
+    if int(value) > MOST:
         raise ConfigError(f"{name}={value!r} must be at most {MOST}, the largest int32.")
     return int(value)
 

@@ -176,8 +176,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     w_in, w_out = (params[name].astype(config.dtype) for name in ("w_in", "w_out"))
 
     def experts(latent, weights, plan):
-        operands = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
-        return routed_experts(config, *operands, plan)
+        latent, weights, own_w_in, own_w_out = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
+        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan)
 
     if shards.expert_axis is None:
         return experts(latent, weights, make_dispatch_plan(expert_ids, config.num_experts, config.backend)), dropped
