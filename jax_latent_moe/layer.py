@@ -72,8 +72,7 @@ def latent_moe(
 
     Args:
         params: as `init_params` makes them.
-        x: [..., d], floating, or what NumPy makes an array of. It is read in config.dtype, by the router in the
-            router's dtype.
+        x: [..., d], floating, or what NumPy makes such an array of; read in config.dtype, by the router in its own.
         config: the layer; static under jit.
         token_mask: [...]; a token that is False enters nothing and its output is zero: padding may hold anything, and
             so may the gradient of its output.
@@ -182,8 +181,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     row_multiple = row_multiple_of(w_in, w_out)
 
     def experts(latent, weights, plan):
-        tokens, row_weights, up, down = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
-        return routed_experts(config, tokens, row_weights, up, down, plan)
+        latent, weights, own_w_in, own_w_out = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
+        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan)
 
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)

@@ -51,7 +51,7 @@ def param_axes(
     if unknown := sorted(map(str, renamed.keys() - set(LOGICAL_AXES))):
         raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
     return {
-        part: {name: tuple(renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
+        part: {name: tuple(axis and renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
         for part, leaves in _layout(config).items()
     }
 
@@ -121,7 +121,9 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
     none = [path for path, leaf in given.items() if leaf is None]
     if none:
         raise InputError(f"params {'/'.join(none[0])}=None must be an array.")
-    given = {path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()}
+    given: dict[tuple[str, str], Any] = {
+        path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()
+    }
     for path, leaf in given.items():
         if isinstance(leaf, ScaledArray):
             check_scaled(path, leaf, wanted[path].shape)
