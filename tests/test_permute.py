@@ -94,17 +94,17 @@ def test_capacity_keeps_the_best_or_the_first(policy, capacity, expert_ids, weig
 
 
 @hypothesis.given(ids, weights, st.integers(0, TOKENS * K))
-def test_room_for_the_rows_of_experts_alone_combines_to_the_same(expert_ids, weight, spare):
+def test_a_plan_cut_to_the_rows_of_experts_combines_to_the_same(expert_ids, weight, spare):
     plan = plan_of(expert_ids, EXPERTS)
     num_rows = min(int(plan.group_sizes.sum()) + spare, TOKENS * K - 1)
     hypothesis.assume(num_rows >= plan.group_sizes.sum())
-    room = first_rows(plan, num_rows)
-    assert num_rows < room.assignment_of_row.size <= min(num_rows + 8, TOKENS * K)
+    cut = first_rows(plan, num_rows)
+    assert num_rows < cut.assignment_of_row.size <= min(num_rows + 8, TOKENS * K)
     values = np.random.default_rng(0).normal(size=(TOKENS * K, WIDTH)).astype(np.float32)
     values[int(plan.group_sizes.sum()) :] = 0  # as grouped matmuls leave them
     whole = combine(jnp.asarray(values), plan, jnp.asarray(weight))
     np.testing.assert_array_equal(
-        combine(jnp.asarray(values[: room.assignment_of_row.size]), room, jnp.asarray(weight)), whole
+        combine(jnp.asarray(values[: cut.assignment_of_row.size]), cut, jnp.asarray(weight)), whole
     )
 
 

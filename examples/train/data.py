@@ -15,7 +15,7 @@ from examples.train.text import SEPARATOR, Corpus, Text
 from examples.train.tokenizer import Tokenizer
 
 ROUNDS = 6
-"""Of the Feistel network that shuffles: four make a permutation that cannot be told from a random one."""
+"""Rounds of the Feistel network that shuffles. Four make a permutation that cannot be told from a random one."""
 AHEAD = 2
 """Batches that are on the device before they are asked for."""
 

@@ -159,7 +159,7 @@ def make_train_step(
         return loss + auxiliary, (loss, auxiliary, loads)
 
     def gradients(state, batch):
-        """Of the whole batch, with the loss, the auxiliary loss and the loads."""
+        """Gradients of the whole batch, with the loss, the auxiliary loss and the loads."""
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         parts = inputs_and_targets(batch)
         scored = jnp.sum(parts[2])

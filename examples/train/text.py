@@ -110,7 +110,7 @@ def on_disk(folder: Path, dtype: type, make: Callable[[], Parts]) -> Text:
                     length += len(part)
             _appear(partial, folder)
         except OSError as error:
-            raise TrainError(f"The text cannot be kept in {folder.parent} ({error}): make room there.") from error
+            raise TrainError(f"The text cannot be kept in {folder.parent} ({error}): free some space there.") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Text(_mapped(folder / "tokens", dtype), _mapped(folder / "starts", np.int64))

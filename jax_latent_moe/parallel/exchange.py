@@ -89,28 +89,29 @@ def _all_gather(_, axis, capacity, local_experts, experts, latent, expert_ids, w
 
 def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
     """Each device sends every other a buffer of `capacity` rows, and gets them back weighted."""
-    devices, slots = lax.axis_size(axis), expert_ids.size
+    devices, assignments = lax.axis_size(axis), expert_ids.size
     plan = plan_of(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
     place = jnp.arange(capacity)
     filled = place < plan.group_sizes[:, None]
-    slot_of_place = jnp.where(filled, _get(plan.assignment_of_row, starts[:, None] + place, slots), slots).reshape(-1)
+    assignment_of_place = _get(plan.assignment_of_row, starts[:, None] + place, assignments)
+    assignment_of_place = jnp.where(filled, assignment_of_place, assignments).reshape(-1)
     device = jnp.clip(expert_ids // local_experts, 0)
-    place_of_slot = device * capacity + plan.row_of_assignment - starts[device]
-    place_of_slot = jnp.where(expert_ids < 0, devices * capacity, place_of_slot)
+    place_of_assignment = device * capacity + plan.row_of_assignment - starts[device]
+    place_of_assignment = jnp.where(expert_ids < 0, devices * capacity, place_of_assignment)
 
     swap = partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
-    ids = swap(_get(expert_ids.reshape(-1), slot_of_place, NO_EXPERT))
-    row_weights = swap(_get(weights.reshape(-1), slot_of_place, 0))
+    ids = swap(_get(expert_ids.reshape(-1), assignment_of_place, NO_EXPERT))
+    row_weights = swap(_get(weights.reshape(-1), assignment_of_place, 0))
     ids, mine = _own_experts(ids, axis, local_experts)
-    rows = swap(_spread(latent, slot_of_place, place_of_slot))
+    rows = swap(_spread(latent, assignment_of_place, place_of_assignment))
     out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts)
-    return _collect(swap(out), slot_of_place, place_of_slot)
+    return _collect(swap(out), assignment_of_place, place_of_assignment)
 
 
 def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
     """Each device sends every other just the rows of its experts, and gets them back weighted."""
-    devices, me, slots = lax.axis_size(axis), lax.axis_index(axis), expert_ids.size
+    devices, me, assignments = lax.axis_size(axis), lax.axis_index(axis), expert_ids.size
     plan = plan_of(expert_ids, local_experts * devices)
     sent = jnp.sum(plan.group_sizes.reshape(devices, local_experts), axis=1)
     sizes = lax.all_gather(sent, axis)  # [from, to]
@@ -120,8 +121,8 @@ def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, 
     back = (before_in_column[:, me], sizes[:, me], before_in_row[:, me], sizes[me])
 
     def send(rows, count, fill, offsets):
-        room = jnp.full((count, *rows.shape[1:]), fill, rows.dtype)
-        return lax.ragged_all_to_all(rows, room, *offsets, axis_name=axis)
+        buffer = jnp.full((count, *rows.shape[1:]), fill, rows.dtype)
+        return lax.ragged_all_to_all(rows, buffer, *offsets, axis_name=axis)
 
     received = devices * capacity
     assignment_of_row, row_of_assignment = _used(plan, expert_ids >= 0)
@@ -130,15 +131,15 @@ def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, 
     row_weights = send(_get(weights.reshape(-1), assignment_of_row, 0), received, 0, there)
     rows = send(_spread(latent, assignment_of_row, row_of_assignment), received, 0, there)
     out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts)
-    return _collect(send(out, slots, 0, back), assignment_of_row, row_of_assignment)
+    return _collect(send(out, assignments, 0, back), assignment_of_row, row_of_assignment)
 
 
 def _used(plan, chosen) -> tuple[Int[Array, " r"], Int[Array, "t k"]]:
-    """The plan's slot of each row and row of each slot, T * k where that row or slot is not in use."""
-    slots = plan.assignment_of_row.size
-    rows = jnp.arange(slots)
-    assignment_of_row = jnp.where(rows < jnp.sum(plan.group_sizes), plan.assignment_of_row, slots)
-    return assignment_of_row, jnp.where(chosen, plan.row_of_assignment, slots)
+    """The assignment of each row and the row of each assignment; T * k for a row or assignment that is not in use."""
+    assignments = plan.assignment_of_row.size
+    rows = jnp.arange(assignments)
+    assignment_of_row = jnp.where(rows < jnp.sum(plan.group_sizes), plan.assignment_of_row, assignments)
+    return assignment_of_row, jnp.where(chosen, plan.row_of_assignment, assignments)
 
 
 def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
@@ -152,7 +153,7 @@ def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bo
 def _spread(
     tokens: Float[Array, "t l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "r l"]:
-    """The token of each row, [T, l] -> [R, l]; slot T * k is no token and gives zeros."""
+    """The token of each row, [T, l] -> [R, l]; assignment T * k is no token and gives zeros."""
     return _get(tokens, assignment_of_row // row_of_assignment.shape[1], 0)
 
 

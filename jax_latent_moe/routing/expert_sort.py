@@ -15,7 +15,7 @@ from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.compiled import compiled_runs
 
 MOST_EXPERTS = 2048
-"""In the compiled kernel (custom_calls/src/expert_sort.h)."""
+"""Experts in the compiled kernel (custom_calls/src/routing/expert_sort.h)."""
 CHUNK = 512
 """Choices that one of its warps takes."""
 

@@ -53,7 +53,7 @@ class Routing(NamedTuple):
 def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str) -> Float[Array, "t e"]:
     """Logits x @ kernel: operands in `dtype`, accumulated and returned in at least float32, never in tf32.
 
-    Of bfloat16 tokens on a GPU gradients read that of the logits rounded: see `split_matmul`.
+    On a GPU with bfloat16 tokens, gradients read rounded gradients of the logits: see `split_matmul`.
     """
     if _splits(x, dtype):
         return split_matmul(x, kernel)

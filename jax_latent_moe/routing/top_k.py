@@ -13,7 +13,7 @@ from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.compiled import compiled_runs
 
 MOST_SCORES = 1024
-"""Of a row, in the compiled kernel (custom_calls/src/top_k.h)."""
+"""Scores of a row in the compiled kernel (custom_calls/src/routing/top_k.h)."""
 
 
 def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig = "auto") -> Int[Array, "t k"]:

@@ -109,9 +109,9 @@ def test_batches_ahead_are_those_that_follow():
 
 def test_a_batch_that_cannot_be_placed_ends_the_run():
     def broken(batch):
-        raise TrainError("no room")
+        raise TrainError("no space")
 
-    with pytest.raises(TrainError, match="no room"):
+    with pytest.raises(TrainError, match="no space"):
         next(Ahead(train_batches(Text.of(bytes(200)), 10, 2, seed=1), broken))
 
 

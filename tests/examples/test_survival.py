@@ -102,4 +102,4 @@ def test_a_full_disk_ends_the_run_in_one_sentence(folder):
     assert run.returncode == 1, run.stderr
     last = run.stderr.splitlines()[-1]
     assert last.startswith("error: A checkpoint cannot be written to"), run.stderr
-    assert "make room there" in last
+    assert "free some space there" in last

@@ -64,28 +64,28 @@ def choose(config, logits, bias):
 def weigh(config, logits, ids, expert_scale):
     """Combine weights [k] of the chosen ids (-1: none), and what `weigh_backward` needs."""
     router = config.router
-    slots = [j for j, e in enumerate(ids) if e >= 0]
-    chosen = ids[slots]
+    places = [j for j, e in enumerate(ids) if e >= 0]
+    chosen = ids[places]
     if router.score_function == "softmax_topk":
-        p = softmax(logits[chosen]) if slots else np.zeros(0)
+        p = softmax(logits[chosen]) if places else np.zeros(0)
     else:
         p = scores(router.score_function, logits)[chosen]
     total = p.sum() + router.norm_topk_eps
-    normalised = p / total if router.norm_topk_prob and slots else p
+    normalised = p / total if router.norm_topk_prob and places else p
     factor = 1.0 if config.apply_routed_scale_to_output else router.routed_scaling_factor
     weights = np.zeros(len(ids))
-    weights[slots] = normalised * factor * expert_scale[chosen]
-    return weights, (slots, chosen, p, total, normalised, factor)
+    weights[places] = normalised * factor * expert_scale[chosen]
+    return weights, (places, chosen, p, total, normalised, factor)
 
 
 def weigh_backward(config, logits, expert_scale, saved, dweights):
     """Gradients of logits [E] and expert_scale [E]."""
     router = config.router
-    slots, chosen, p, total, normalised, factor = saved
+    places, chosen, p, total, normalised, factor = saved
     dlogits, dscale = np.zeros_like(logits), np.zeros_like(expert_scale)
-    if not slots:
+    if not places:
         return dlogits, dscale
-    dw = dweights[slots]
+    dw = dweights[places]
     np.add.at(dscale, chosen, dw * normalised * factor)
     dp = dw * factor * expert_scale[chosen]
     if router.norm_topk_prob:

@@ -28,7 +28,7 @@ def test_auto_sends_rows_once_devices_outnumber_choices():
     assert choose_dispatch(with_parallel(SUPER, capacity_factor=1.25), devices=128, tokens=8192) == "all_to_all"
 
 
-def test_auto_without_capacity_makes_no_room_for_the_worst_case():
+def test_auto_without_capacity_takes_no_memory_for_the_worst_case():
     assert choose_dispatch(SUPER, devices=128, tokens=8192) == "all_gather"
 
 
