@@ -38,9 +38,9 @@ def positive_int(name, value):
 
 def integer(name, value, least=0):
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral) or value < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
+        raise ConfigError(f"{name}={_shown(value)} must be an integer of at least {least}.")
     if int(value) > MOST:
-        raise ConfigError(f"{name}={value!r} must be at most {MOST}, the largest int32.")
+        raise ConfigError(f"{name}={_shown(value)} must be at most {MOST}, the largest int32.")
     return int(value)
 
 
@@ -49,13 +49,19 @@ def finite(name, value):
     real = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
     number: Any = value
     if not real or not -np.inf < number < np.inf:
-        raise ConfigError(f"{name}={value!r} must be a finite number.")
+        raise ConfigError(f"{name}={_shown(value)} must be a finite number.")
     if number != 0 and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
         raise ConfigError(
-            f"{name}={value!r} must be 0 or of a magnitude between {LEAST_FLOAT:.3g} and {MOST_FLOAT:.3g}, which "
+            f"{name}={_shown(value)} must be 0 or of a magnitude between {LEAST_FLOAT:.3g} and {MOST_FLOAT:.3g}, which "
             "float32 holds."
         )
     return float(number)
+
+
+def _shown(value) -> str:
+    """A value as messages show it. Python refuses to print integers of many digits."""
+    long = isinstance(value, int) and value.bit_length() > 10_000
+    return f"<an integer of {value.bit_length()} bits>" if long else repr(value)
 
 
 def non_negative(name, value):

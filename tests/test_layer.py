@@ -110,7 +110,7 @@ def test_experts_without_tokens_have_zero_gradient(rng):
 
 
 def test_the_same_expert_twice_counts_twice(rng):
-    """Replay takes any ids, such as a recording whose slots repeat."""
+    """Replay takes any ids, such as a recording whose choices repeat."""
     case = cases.random_inputs(rng, TOY, (6,))
     check_against_oracle(case._replace(expert_ids=np.broadcast_to([2, 2, 5], (6, 3))))
 

@@ -104,7 +104,7 @@ def test_scale_and_factor_multiply_the_weights():
 
 
 @pytest.mark.parametrize("function", SCORE_FUNCTIONS)
-def test_replay_ignores_slots_without_expert(function):
+def test_replay_ignores_choices_without_expert(function):
     """-1 takes no part in the sum; a token without any expert has zero weights and a zero, finite gradient."""
     ids = np.array([[3, -1, 1], [-1, -1, -1]], np.int32)
     config = RouterConfig(score_function=function, norm_topk_eps=0.0)

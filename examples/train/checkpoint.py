@@ -116,6 +116,6 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax and tensorstore raise whatever they meet on a full disk
             raise TrainError(
-                f"A checkpoint cannot be written to {self.folder} ({first_line(error)}): free some space there. The same "
-                "command then goes on from the newest complete one."
+                f"A checkpoint cannot be written to {self.folder} ({first_line(error)}): free some space there. The "
+                "same command then goes on from the newest complete one."
             ) from error
