@@ -47,6 +47,12 @@ class Activation:
     slope_of_hidden: Callable[[Array], Array] | None = None
     gate_times_up: bool = False
 
+    def __post_init__(self):
+        if self.gated and self.slope_of_hidden is not None:
+            raise ConfigError(f"activation {self.name!r} is gated: a slope_of_hidden is for an activation of u alone.")
+        if self.gate_times_up and not self.gated:
+            raise ConfigError(f"activation {self.name!r} has gate_times_up and is not gated: set gated=True.")
+
     @property
     def residuals(self) -> tuple[Residual, ...]:
         """The residuals from which the gradient can be computed, the smallest first."""

@@ -290,7 +290,7 @@ class LatentMoEConfig:
     def _check_activation(self):
         parameters = ACTIVATIONS[self.activation].parameters
         for name in parameters:
-            if not hasattr(self, name):
+            if name not in {field.name for field in dataclasses.fields(self)}:
                 raise ConfigError(
                     f"activation={self.activation!r} reads {name}, which is no field of LatentMoEConfig: register it "
                     "with parameters that are."

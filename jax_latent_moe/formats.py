@@ -42,11 +42,20 @@ class Format:
     packing: int = 1
     row_multiple: int = 1
 
+    def __post_init__(self):
+        numbers = {"bits": self.bits, "scale_bits": self.scale_bits, "packing": self.packing}
+        numbers |= {"block[0]": self.block[0], "block[1]": self.block[1], "row_multiple": self.row_multiple}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} of format {self.name!r} must be an integer of at least 1.")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScaledArray:
-    """A weight as codes and scales. It is a pytree, and can be sharded and donated like an array.
+    """A weight as codes and scales. It is a pytree, so it can be converted and donated like an array.
+
+    Layers over a mesh (`ParallelConfig`) refuse it.
 
     Attributes:
         codes: [..., K / packing, N].

@@ -126,6 +126,11 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
     }
     for path, leaf in given.items():
         if isinstance(leaf, ScaledArray):
+            if config.parallel is not None:
+                raise InputError(
+                    f"params {'/'.join(path)} in format {leaf.format} cannot go over a mesh: decode it, or "
+                    "set parallel=None."
+                )
             check_scaled(path, leaf, wanted[path].shape)
             continue
         if leaf.shape != wanted[path].shape:
@@ -142,7 +147,7 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
 
 
 def _on_device(leaf) -> Any:
-    return leaf if isinstance(leaf, ScaledArray) else jnp.asarray(leaf)
+    return jax.tree.map(jnp.asarray, leaf)
 
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:
@@ -150,9 +155,16 @@ def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...
     if path[0] != "experts":
         raise InputError(f"params {'/'.join(path)} cannot be in format {leaf.format}: only the experts' weights can.")
     flat = (*shape[:2], math.prod(shape[2:]))
+    for scale in jax.tree.leaves(leaf.scales):
+        if scale.shape[:1] != leaf.codes.shape[:1]:
+            raise InputError(
+                f"params {'/'.join(path)} in format {leaf.format} has codes of shape {leaf.codes.shape} and "
+                f"scales of shape {scale.shape}: the first axis of both is the experts."
+            )
     if leaf.shape != flat:
         raise InputError(
-            f"params {'/'.join(path)} in format {leaf.format} of shape {leaf.shape} must be of shape {flat}."
+            f"params {'/'.join(path)} in format {leaf.format} of shape {leaf.shape} must be of shape {flat}: "
+            "reshape the weight to that before it is encoded."
         )
 
 

@@ -64,4 +64,4 @@ def test_integers_for_floats_are_floats():
 def test_what_float32_just_holds_is_taken():
     largest = float(np.finfo(np.float32).max)
     assert RouterConfig(routed_scaling_factor=largest).routed_scaling_factor == largest
-    assert LatentMoEConfig(1, None, 2**31 - 1, 1, 1).num_experts == 2**31 - 1
+    assert LatentMoEConfig(1, None, 2**31 - 1, 2, 1).num_experts == 2**31 - 1

@@ -170,10 +170,14 @@ def register(name: str, config_type: type, backend_type: type[Backend]) -> None:
         backend_type: the class that runs it.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name or the type of its settings is taken.
     """
     if name in BACKENDS or name == "auto":
         raise ConfigError(f"backend {name!r} is registered already: choose another name.")
+    if config_type in [taken for taken, _ in BACKENDS.values()]:
+        raise ConfigError(
+            f"{config_type.__name__} belongs to another backend already: give {name!r} settings of its own."
+        )
     BACKENDS[name] = config_type, backend_type
 
 

@@ -86,6 +86,8 @@ def fuse_refusal(problem: Problem, fuse: Fuse, faster: dict[str, tuple[str, ...]
     """
     assert problem.epilogue is not None
     activation = problem.epilogue.activation
+    if problem.contraction not in faster:
+        return f"no {problem.contraction} has an epilogue: fwd has an activation's value, dgrad its gradient."
     kernel = kernel_activation(activation)
     if kernel is None:
         return (
