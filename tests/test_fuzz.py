@@ -111,15 +111,17 @@ def check(case, outputs, rng):
     np.testing.assert_array_equal(aux.tokens_per_expert, expected.tokens_per_expert)
     np.testing.assert_array_equal(aux.dropped_per_expert, expected.dropped_per_expert)
     wanted_params, wanted_x = oracle.backward(case.params, case.config, expected, case.dy)
-    # The router's gradient is a difference of terms of this size: where scores saturate, rounding of them is what is left.
+    # The router's gradient is a difference of terms of this size: where scores saturate, their rounding is left.
     terms = np.linalg.norm(np.where(masked[..., None], 0, case.dy)) * np.linalg.norm(expected.y)
     terms += sum(expected.losses.values())
     kernel, x = case.params["router"]["kernel"], np.where(masked[..., None], 0, case.x)
     slack = {"kernel": terms * np.linalg.norm(x), "scale": terms, "bias": 0.0}
+    # So is that of whatever scales the input of a norm: see `cases.nudge_sums`.
+    scaling = terms * max(1, np.linalg.norm(x)) if case.config.latent_norm != "none" else 0
     pairs = [(y, expected.y, 0), (aux.weights, expected.weights, 0), (dx, wanted_x, terms * np.linalg.norm(kernel))]
     pairs += [(aux.losses[name], loss, 0) for name, loss in expected.losses.items()]
     for part, leaves in wanted_params.items():
-        pairs += [(dparams[part][n], leaf, slack[n] if part == "router" else 0) for n, leaf in leaves.items()]
+        pairs += [(dparams[part][n], leaf, slack[n] if part == "router" else scaling) for n, leaf in leaves.items()]
     errors = [
         np.linalg.norm(out - ref) / (np.linalg.norm(ref) * RELATIVE["float32"] + ROUNDINGS * size + 1e-18)
         for out, ref, size in pairs

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,12 @@ ROUTER_DECIDES = -2
 CHOICE = "latent_moe_choice"
 """The checkpoint name of every discrete choice: of experts, for the losses' counts, and of what capacity keeps."""
 
-_SAVE_CHOICE = jax.checkpoint_policies.save_only_these_names(CHOICE)
+_save_choice = jax.checkpoint_policies.save_only_these_names(CHOICE)
 
 
-def pin_choice(primitive, *arguments, **parameters):
+def pin_choice(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
     """A policy of `jax.checkpoint` that saves the choices alone: what is computed again is routed as it was."""
-    return _SAVE_CHOICE(primitive, *arguments, **parameters)
+    return _save_choice(primitive, *arguments, **parameters)
 
 
 class Routing(NamedTuple):
