@@ -47,10 +47,10 @@ def candidate(changes: dict, backend: str, first_losses: dict[str, Losses]) -> C
     """The step with a backend. Compiling it puts a function into `first_losses` that runs it from the start."""
 
     def lower():
-        from examples.train import corpus, data, mlp, model, optimizer, placing, step
+        from examples.train import corpus, data, model, optimizer, placing, step
 
         config = configuration(changes, backend)
-        network = model.LanguageModel(config.model, mlp.moe_config(config))
+        network = model.language_model(config)
         optimiser = optimizer.make_optimizer(config.optimizer, config.steps)
         text = corpus.load_corpus("stdlib").train
         batches = data.train_batches(text, config.model.context, config.batch_size, config.seed)

@@ -29,9 +29,9 @@ class Activation:
 
     Attributes:
         name: the name in `LatentMoEConfig.activation`.
-        value: (u, **parameters) -> hidden, or (gate, up, **parameters) -> hidden if gated.
-        gradient: (parts, dhidden, **parameters) -> gradients of the parts, a tuple like parts. None differentiates
-            value.
+        value: makes the hidden rows of u, or of gate and up where gated. The parameters are keywords.
+        gradient: makes the gradients of the parts, a tuple, of the parts and the hidden rows' gradient. The parameters
+            are keywords. None has JAX differentiate value.
         gated: whether the experts have a gate besides the up kernel.
         parameters: fields of `LatentMoEConfig` that value and gradient take as keywords.
         slope_of_hidden: hidden -> slope, if the activation is not gated and its slope follows from the hidden rows.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,21 +39,23 @@ def positive_int(name, value):
 def integer(name, value, least=0):
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral) or value < least:
         raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
-    if value > MOST:
+    if int(value) > MOST:
         raise ConfigError(f"{name}={value!r} must be at most {MOST}, the largest int32.")
     return int(value)
 
 
 def finite(name, value):
     """A number that float32 holds, as a float: 0 or a magnitude within its normal numbers."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real) or not -np.inf < value < np.inf:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    number: Any = value
+    if not real or not -np.inf < number < np.inf:
         raise ConfigError(f"{name}={value!r} must be a finite number.")
-    if value != 0 and not LEAST_FLOAT <= abs(value) <= MOST_FLOAT:
+    if number != 0 and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
         raise ConfigError(
             f"{name}={value!r} must be 0 or of a magnitude between {LEAST_FLOAT:.3g} and {MOST_FLOAT:.3g}, which "
             "float32 holds."
         )
-    return float(value)
+    return float(number)
 
 
 def non_negative(name, value):

@@ -72,8 +72,7 @@ def latent_moe(
 
     Args:
         params: as `init_params` makes them.
-        x: [..., d], floating, or what NumPy makes an array of. It is read in config.dtype, by the router in the
-            router's dtype.
+        x: [..., d], floating, or what NumPy makes such an array of; read in config.dtype, by the router in its own.
         config: the layer; static under jit.
         token_mask: [...]; a token that is False enters nothing and its output is zero: padding may hold anything, and
             so may the gradient of its output.
@@ -92,9 +91,9 @@ def latent_moe(
     if not isinstance(config, LatentMoEConfig):
         raise InputError(f"config of type {type(config).__name__} must be a LatentMoEConfig.")
     params = check_params(params, config)
-    x, token_mask, expert_ids = as_array("x", x), as_array("token_mask", token_mask), as_array("expert_ids", expert_ids)
-    _check_inputs(x, config, token_mask, expert_ids)
-    x, token_mask, expert_ids = jax.tree.map(jnp.asarray, (x, token_mask, expert_ids))
+    given = as_array("x", x), as_array("token_mask", token_mask), as_array("expert_ids", expert_ids)
+    _check_inputs(given[0], config, *given[1:])
+    x, token_mask, expert_ids = jax.tree.map(jnp.asarray, given)
     layer = partial(_layer, config)
     run = partial(layer, ONE_DEVICE) if config.parallel is None else partial(over_mesh, layer, config)
     by_token, totals = in_auto_mode(run, params, x, token_mask, expert_ids)
@@ -182,8 +181,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     row_multiple = row_multiple_of(w_in, w_out)
 
     def experts(latent, weights, plan):
-        operands = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
-        return routed_experts(config, *operands, plan)
+        latent, weights, own_w_in, own_w_out = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
+        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan)
 
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)

@@ -30,7 +30,7 @@ _LOAD = "tokens_per_expert"
 class Boxed(nn.LogicallyPartitioned):
     """A variable with its logical axis names, to which nn.scan and nn.vmap may add an axis without a name."""
 
-    def _get_partition_name(self, params):
+    def _get_partition_name(self, params) -> Any:
         return params.get(nn.PARTITION_NAME)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +47,11 @@ def param_axes(
     Raises:
         InputError: axis_names renames an axis that no layer has.
     """
-    renamed = dict(axis_names or {})
-    if unknown := sorted(renamed.keys() - set(LOGICAL_AXES)):
+    renamed: dict[Any, str | None] = dict(axis_names or {})
+    if unknown := sorted(map(str, renamed.keys() - set(LOGICAL_AXES))):
         raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
     return {
-        part: {name: tuple(renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
+        part: {name: tuple(axis and renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
         for part, leaves in _layout(config).items()
     }
 
@@ -85,13 +86,13 @@ def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: st
     return (drawn * (std / 0.87962566103423978)).astype(leaf.dtype)
 
 
-def as_array(name: str, value) -> Array | np.ndarray | None:
-    """The value as an array; None as itself, and arrays of JAX and NumPy too.
+def as_array(name: str, value) -> Any:
+    """The value as an array. None, arrays of JAX and NumPy, and `ScaledArray` come back as they are.
 
     Raises:
         InputError: NumPy makes no array of numbers of it.
     """
-    if value is None or isinstance(value, jax.Array | np.ndarray):
+    if value is None or isinstance(value, jax.Array | np.ndarray | ScaledArray):
         return value
     try:
         return np.asarray(value)
@@ -120,7 +121,9 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
     none = [path for path, leaf in given.items() if leaf is None]
     if none:
         raise InputError(f"params {'/'.join(none[0])}=None must be an array.")
-    given = {path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()}
+    given: dict[tuple[str, str], Any] = {
+        path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()
+    }
     for path, leaf in given.items():
         if isinstance(leaf, ScaledArray):
             check_scaled(path, leaf, wanted[path].shape)
@@ -135,7 +138,11 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
             f"params router/bias of dtype {bias.dtype} must be float32: a narrower one cannot hold "
             "the small differences that balance the experts."
         )
-    return {part: {name: jnp.asarray(given[part, name]) for name in leaves} for part, leaves in params.items()}
+    return {part: {name: _on_device(given[part, name]) for name in leaves} for part, leaves in params.items()}
+
+
+def _on_device(leaf) -> Any:
+    return leaf if isinstance(leaf, ScaledArray) else jnp.asarray(leaf)
 
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:

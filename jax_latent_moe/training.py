@@ -134,8 +134,8 @@ def move_bias(
 ) -> Float[Array, "*layers e"]:
     """`update_correction_bias` by the sum of several counts, each with any leading axes before those of the bias."""
     shape = jnp.shape(bias)
-    total = sum(jnp.sum(jnp.reshape(count, (-1, *shape)), axis=0, dtype=jnp.asarray(count).dtype) for count in counts)
-    return update_correction_bias(bias, total, rate, recentre=recentre, axis_name=axis_name)
+    parts = [jnp.sum(jnp.reshape(count, (-1, *shape)), axis=0, dtype=jnp.asarray(count).dtype) for count in counts]
+    return update_correction_bias(bias, sum(parts[1:], start=parts[0]), rate, recentre=recentre, axis_name=axis_name)
 
 
 def _auxes(tree) -> list[LatentMoEAux]:

@@ -1,11 +1,13 @@
 """Types of values in a `shard_map` of the user's own, which say over which mapped axes a value varies."""
 
+from typing import Any
+
 import jax
 from jax import lax
 from jaxtyping import PyTree
 
 
-def varying(values: PyTree, *like: PyTree) -> PyTree:
+def varying(values: Any, *like: PyTree) -> Any:
     """The values, typed to vary over every mapped axis that any array of `like` varies over.
 
     A scan's carry must not change its type, nor may a gradient that a rule of ours makes differ from its value's.

@@ -22,7 +22,7 @@ def layer(params, x, config, ragged_dot):
     group_sizes = jnp.bincount(expert_ids.reshape(-1), length=config.num_experts).astype(jnp.int32)
     w_in, w_out = params["experts"]["w_in"], params["experts"]["w_out"]
     pre = ragged_dot(latent[order // config.top_k], w_in.reshape(*w_in.shape[:2], -1), group_sizes)
-    out = ragged_dot(activate(pre, config).astype(x.dtype), w_out, group_sizes)
+    out = ragged_dot(activate(pre, config.bound_activation).astype(x.dtype), w_out, group_sizes)
     by_token = out[jnp.argsort(order)].reshape(x.shape[0], config.top_k, -1)
     combined = jnp.sum(by_token.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype)
     return combined if config.latent_size is None else combined @ params["up_proj"]["kernel"]

@@ -104,7 +104,8 @@ def in_auto_mode(
     spec = jax.typeof(x).sharding.spec
     by_token = PartitionSpec(*spec[:-1], None)
     shardings = (PartitionSpec(*spec), by_token, by_token), PartitionSpec()
-    return jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)(params, x, token_mask, expert_ids)
+    in_auto: Callable = jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)
+    return in_auto(params, x, token_mask, expert_ids)
 
 
 def over_mesh(

@@ -120,7 +120,11 @@ def combine(
 
 
 def within_capacity(
-    expert_ids: Int[Array, "t k"], weights: Float[Array, "t k"], num_experts: int, capacity: int, policy: str
+    expert_ids: Int[Array, "t k"],
+    weights: Float[Array, "t k"],
+    num_experts: int,
+    capacity: int | Int[Array, ""],
+    policy: str,
 ) -> Bool[Array, "t k"]:
     """Which choices an expert of limited capacity keeps (Megatron's token dropping).
 

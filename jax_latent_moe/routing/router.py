@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,12 @@ ROUTER_DECIDES = -2
 CHOICE = "latent_moe_choice"
 """The checkpoint name of every discrete choice: of experts, for the losses' counts, and of what capacity keeps."""
 
-pin_choice = jax.checkpoint_policies.save_only_these_names(CHOICE)
-"""A policy of `jax.checkpoint` that saves the choices alone: what is computed again is routed as it was."""
+_save_choice = jax.checkpoint_policies.save_only_these_names(CHOICE)
+
+
+def pin_choice(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    """A policy of `jax.checkpoint` that saves the choices alone: what is computed again is routed as it was."""
+    return _save_choice(primitive, *arguments, **parameters)
 
 
 class Routing(NamedTuple):
@@ -176,7 +180,7 @@ def _weights(logits, ids, chosen, config):
 def _at(values, ids):
     """values[t, ids[t, j]]; take_along_axis has a gradient that the index checks of checkify cannot read."""
     tokens = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
-    return values.at[tokens, ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.asarray(values).at[tokens, ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _over_sum(scores, eps):

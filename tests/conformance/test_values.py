@@ -61,13 +61,15 @@ def test_two_runs_give_equal_bits(rng, row):
 
 @every_row
 def test_an_expert_whose_weights_are_nan_spoils_its_own_rows_alone(rng, row):
-    if not row.isolates:
-        pytest.skip("documented: `ragged_dot` multiplies the weights of all experts")
+    """`ragged_dot` multiplies the weights of all experts where no TPU runs it: docs/backends.md says so."""
     rows, w, dout = suite.draw(row, rng)
     sizes = np.full(EXPERTS, ROWS // EXPERTS, np.int32)
     expected = oracle_run(rows, row.values(w), sizes, dout)["out"]
     w[2] = np.nan
     out = np.float64(compiled(row)(rows, w, sizes, dout)["out"])
+    if not row.isolates and jax.default_backend() != "tpu":
+        assert np.isnan(out).all(axis=1).all()
+        return
     own = np.repeat(np.arange(EXPERTS), sizes) == 2
     assert np.isnan(out[own]).all()
     assert_close(out[~own], expected[~own], row.dtype)

@@ -1,6 +1,7 @@
 """Rules over the whole tree: versions agree, imports go one way, and no path of one machine is in a file."""
 
 import ast
+import graphlib
 import pathlib
 import re
 import subprocess
@@ -64,6 +65,19 @@ def test_imports_go_one_way(module):
         assert other in RANK, f"{module} imports {name}: name the module it comes from"
         inside = top_folder(module) == other and other in ("grouped_matmul", "hf", "parallel", "plan", "routing")
         assert inside or RANK[other] < RANK[top_folder(module)], f"{module} imports {name}, which is not below it"
+
+
+def test_no_import_runs_in_a_circle():
+    """Not within a folder either, whose modules may import each other; a folder's own names come from its modules."""
+    names = {
+        f"jax_latent_moe.{name}".replace("/", ".").removesuffix(".__init__"): path for name, path in modules().items()
+    }
+    graph = {}
+    for name, path in names.items():
+        found = (other if other in names else other.rpartition(".")[0] for other in imported(path))
+        graph[name] = {other for other in found if other in names and other not in (name, "jax_latent_moe")}
+    order = tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
+    assert order.index("jax_latent_moe.errors") < order.index("jax_latent_moe.layer")
 
 
 @pytest.mark.parametrize("package", sorted(ONLY_IN))

@@ -52,8 +52,7 @@ def keep_rows(config, ids, weights):
     for e in range(config.num_experts):
         rows = [(t, j) for t in range(tokens) for j in range(k) if ids[t, j] == e]
         if router.drop_policy == "probs":
-            distance = gap([weights[row] for row in rows], capacity)
-            margin = min(margin, distance or np.inf)  # equal weights (1 where k = 1 and normalised): the earlier stay
+            margin = min(margin, gap([weights[row] for row in rows], capacity))
             rows.sort(key=lambda row: -weights[row])
         for row in rows[capacity:]:
             keep[row] = False

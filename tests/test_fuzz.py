@@ -1,0 +1,153 @@
+"""Random layers on adversarial inputs against the float64 oracle: no NaN, no wrong value, no exception.
+
+Padding of NaN and huge numbers, replay of every integer type, capacities, exact ties, factors of zero, scores that
+underflow. `JAX_LATENT_MOE_FUZZ` is the number of cases.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe import latent_moe, total_loss
+from tests import cases, oracle, seeds
+from tests.layers import cast, dense
+from tests.random_configs import random_config
+from tests.tolerances import RELATIVE, ROUNDOFF
+
+CASES = int(os.environ.get("JAX_LATENT_MOE_FUZZ", "1800"))
+CASES_PER_LAYER = 150
+"""A program is compiled once a layer, and takes as long as that many cases."""
+
+ROUNDINGS = 16 * ROUNDOFF["float32"]
+POISON = np.array([np.nan, np.inf, -np.inf, 1e30, -1e20, 3e38])
+ID_TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+LEADING = ((4,), (2, 3), (1, 1), (3, 1))
+
+
+@pytest.fixture(autouse=True)
+def hurried():
+    """Each program runs for a moment: compiled without costly optimisations, and dropped."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+def program(config):
+    @jax.jit
+    def run(params, x, token_mask, expert_ids, dy):
+        def objective(params, x):
+            y, aux = latent_moe(params, x, config, token_mask=token_mask, expert_ids=expert_ids)
+            return jnp.sum(jnp.where(token_mask[..., None], y * dy, 0)) + total_loss(aux), (y, aux)
+
+        (_, outputs), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, x)
+        return outputs, *grads
+
+    return run
+
+
+def dyadic(rng, shape, top):
+    """Multiples of an eighth: their products and sums are exact in float32, so that ties are ties in any precision."""
+    return rng.integers(-8 * top, 8 * top, size=shape, endpoint=True) / 8
+
+
+def draw(rng, config, leading, id_type) -> cases.Case:
+    """A case in which some tokens are equal, zero or large, some factors zero, and padding is poison."""
+    case = cases.draw(rng, config, leading)
+    params = {part: dict(leaves) for part, leaves in case.params.items()}
+    params["router"]["kernel"] = dyadic(rng, params["router"]["kernel"].shape, 1)
+    if "bias" in params["router"] and rng.random() < 0.5:
+        params["router"]["bias"] = dyadic(rng, config.num_experts, 1)
+    if "scale" in params["router"] and config.activation != "relu2":  # its zero factors: issue 24, item 2
+        params["router"]["scale"] = params["router"]["scale"] * (rng.random(config.num_experts) < 0.7)
+    # The slope of tanh cancels where it saturates.
+    sizes = [0, 0.125, 1, 1] if config.activation == "situ_glu" else [0, 0.125, 1, 1, 1, 8, 32]
+    x = dyadic(rng, case.x.shape, 1) * rng.choice(sizes, size=(*leading, 1))
+    if rng.random() < 0.3:
+        x = np.broadcast_to(x.reshape(-1, config.hidden_size)[0], x.shape).copy()
+    mask = rng.random(leading) < rng.choice([0.0, 0.5, 0.8, 1.0])
+    x = np.where(mask[..., None], x, rng.choice(POISON, size=x.shape))
+    dy = np.where(mask[..., None], case.dy, rng.choice(POISON, size=x.shape))
+    ids = None
+    if id_type:
+        limits = np.iinfo(id_type)
+        ids = rng.integers(config.num_experts, size=(*leading, config.top_k))
+        odd = np.clip(
+            rng.choice([-2, -1, -1, config.num_experts, 127, limits.max, limits.min], ids.shape), limits.min, limits.max
+        )
+        ids = np.where(rng.random(ids.shape) < 0.2, odd, ids).astype(id_type)
+    return case._replace(params=params, x=x, token_mask=mask, dy=dy, expert_ids=ids)
+
+
+def oracle_ids(case):
+    """Ids as the documentation reads them: what is outside of [0, E) and not -2 is no expert."""
+    if case.expert_ids is None:
+        return case
+    ids = case.expert_ids.astype(np.int64)
+    return case._replace(expert_ids=np.where((ids >= 0) & (ids < case.config.num_experts) | (ids == -2), ids, -1))
+
+
+def check(case, outputs, rng):
+    """Whether the case can be compared; what every case must fulfil is asserted for every case."""
+    ((y, aux), dparams, dx), case = outputs, oracle_ids(case)
+    for name, leaf in jax.tree.leaves_with_path((y, aux.weights, aux.losses, dparams, dx)):
+        assert np.isfinite(leaf).all(), f"{name} is not finite"
+    masked = ~case.token_mask
+    assert not np.asarray(y)[masked].any()
+    assert not np.asarray(dx)[masked].any()
+    assert (np.asarray(aux.expert_ids)[masked] == -1).all()
+    expected = case.oracle()
+    if expected.margin < cases.MARGIN:
+        return False
+    routing, wanted = (
+        dense(case.config, aux.expert_ids, aux.weights),
+        dense(case.config, expected.expert_ids, expected.weights),
+    )
+    np.testing.assert_array_equal(np.isnan(routing), np.isnan(wanted))
+    np.testing.assert_array_equal(aux.tokens_per_expert, expected.tokens_per_expert)
+    np.testing.assert_array_equal(aux.dropped_per_expert, expected.dropped_per_expert)
+    wanted_params, wanted_x = oracle.backward(case.params, case.config, expected, case.dy)
+    # The router's gradient is a difference of terms of this size: where scores saturate, their rounding is left.
+    terms = np.linalg.norm(np.where(masked[..., None], 0, case.dy)) * np.linalg.norm(expected.y)
+    terms += sum(expected.losses.values())
+    kernel, x = case.params["router"]["kernel"], np.where(masked[..., None], 0, case.x)
+    slack = {"kernel": terms * np.linalg.norm(x), "scale": terms, "bias": 0.0}
+    # So is that of whatever scales the input of a norm: see `cases.nudge_sums`.
+    scaling = terms * max(1, np.linalg.norm(x)) if case.config.latent_norm != "none" else 0
+    pairs = [(y, expected.y, 0), (aux.weights, expected.weights, 0), (dx, wanted_x, terms * np.linalg.norm(kernel))]
+    pairs += [(aux.losses[name], loss, 0) for name, loss in expected.losses.items()]
+    for part, leaves in wanted_params.items():
+        pairs += [(dparams[part][n], leaf, slack[n] if part == "router" else scaling) for n, leaf in leaves.items()]
+    errors = [
+        np.linalg.norm(out - ref) / (np.linalg.norm(ref) * RELATIVE["float32"] + ROUNDINGS * size + 1e-18)
+        for out, ref, size in pairs
+    ]
+    if max(errors) > 1:
+        assert not case.is_comparable(rng), f"errors over their bounds {errors}"
+        return False
+    return True
+
+
+@pytest.mark.parametrize("index", range(max(1, CASES // CASES_PER_LAYER)))
+def test_fuzz(index):
+    rng = seeds.generator("fuzz", index)
+    leading = LEADING[rng.integers(len(LEADING))]
+    config = random_config(rng)
+    # The oracle's time, and 1 + tanh, which leaves the approximate gelu nothing but rounding at negative numbers.
+    while config.num_experts > 12 or config.top_k > 6 or config.gelu_approximate:
+        config = random_config(rng)
+    id_type = rng.choice(ID_TYPES).item() if rng.random() < 0.5 else None
+    run, compared = program(config), 0
+    for number in range(CASES_PER_LAYER):
+        case = draw(rng, config, leading, id_type)
+        try:
+            x, dy = np.float32(case.x), np.float32(case.dy)
+            outputs = run(cast(case.params, "float32"), x, case.token_mask, case.expert_ids, dy)
+            compared += check(case, outputs, rng)
+        except Exception as error:
+            raise AssertionError(f"case {number} of {config}, ids {id_type}: {error}") from error
+    assert compared > CASES_PER_LAYER / 5
