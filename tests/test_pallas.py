@@ -215,7 +215,7 @@ def test_each_field_of_a_tile_is_read():
         (dict(device=CPU), "for NVIDIA Hopper GPUs .* not 'cpu'"),
         (dict(device=A100), "not 'NVIDIA A100-SXM4-80GB'"),
         (dict(device=Device("gpu", "NVIDIA B200")), "not 'NVIDIA B200'"),
-        (dict(lhs=FLOAT32, rhs=FLOAT32, out=FLOAT32), "all in bfloat16 or all in float16, not float32 x float32"),
+        (dict(lhs=FLOAT32, rhs=FLOAT32, out=FLOAT32), "in bfloat16 or all in float16, not float32 x float32"),
         (dict(rhs=Operand("float16")), "all in float16, not bfloat16 x float16 to bfloat16"),
         (dict(rhs=Operand("int4")), "all in float16, not bfloat16 x int4 to bfloat16"),
         (dict(k=1000), "k=1000 is not a positive multiple of 64"),
