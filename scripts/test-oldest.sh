@@ -13,8 +13,8 @@ TESTS=(
   tests/test_composition.py tests/test_linen.py tests/test_nnx.py
   tests/test_pallas.py tests/parallel/test_transforms.py
   # Interpreted kernels are slow, so only a plain activation and a gated one run.
-  "tests/test_pallas_fused.py::test_every_activation["{relu2,swiglu}"]"
-  "tests/test_pallas_fused.py::test_lowers_for_cuda[large-bfloat16-"{relu2,swiglu}"]"
+  "tests/test_pallas_fused.py::test_every_activation_and_residual["{relu2-hidden,swiglu-pre}"]"
+  "tests/test_pallas_fused.py::test_lowers_for_cuda[large-bfloat16-"{relu2-hidden,swiglu-pre}"]"
 )
 
 uv=$(scripts/uv.sh)
