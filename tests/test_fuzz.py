@@ -120,8 +120,11 @@ def check(case, outputs, rng):
     scaling = terms * max(1, np.linalg.norm(x)) if case.config.latent_norm != "none" else 0
     pairs = [(y, expected.y, 0), (aux.weights, expected.weights, 0), (dx, wanted_x, terms * np.linalg.norm(kernel))]
     pairs += [(aux.losses[name], loss, 0) for name, loss in expected.losses.items()]
+    # The shared expert's gate gets <dy, shared>, a sum of terms of that size too.
+    gate = terms * np.linalg.norm(x)
     for part, leaves in wanted_params.items():
-        pairs += [(dparams[part][n], leaf, slack[n] if part == "router" else scaling) for n, leaf in leaves.items()]
+        sizes = slack if part == "router" else {"gate": gate} if part == "shared" else {}
+        pairs += [(dparams[part][n], leaf, sizes.get(n, scaling)) for n, leaf in leaves.items()]
     errors = [
         np.linalg.norm(out - ref) / (np.linalg.norm(ref) * RELATIVE["float32"] + ROUNDINGS * size + 1e-18)
         for out, ref, size in pairs

@@ -8,7 +8,8 @@ erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def sigmoid(x):
-    return np.exp(-np.logaddexp(0, -x))  # 0.5 (1 + tanh(x / 2)) would cancel
+    with np.errstate(invalid="ignore"):  # NaN of padding rows
+        return np.exp(-np.logaddexp(0, -x))  # 0.5 (1 + tanh(x / 2)) would cancel
 
 
 def gelu(x, approximate):
