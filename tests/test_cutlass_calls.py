@@ -130,7 +130,7 @@ def test_calls_lower_for_cuda(name):
 
 
 @needs_library
-@pytest.mark.usefixtures("on_the_cpu", "gathers")
+@pytest.mark.usefixtures("on_the_cpu", "install_library", "gathers")
 @pytest.mark.parametrize("name", calls())
 def test_the_library_understands_what_the_package_calls(name):
     _, call, _ = calls()[name]

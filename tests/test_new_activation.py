@@ -93,8 +93,11 @@ def config_of(name, **changes) -> LatentMoEConfig:
     return dataclasses.replace(TOY, activation=name, **changes)
 
 
-@every_one
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# reglu's slope jumps at 0, so that a gate which bfloat16 rounds to the other side has another gradient.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("sharp_gelu", "float32"), ("reglu", "float32"), ("reglu_by_jax", "float32"), ("sharp_gelu", "bfloat16")],
+)
 def test_the_layer(rng, name, dtype):
     for latent_norm in ("none", "post"):
         config = config_of(name, dtype=dtype, latent_norm=latent_norm)
