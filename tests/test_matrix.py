@@ -26,7 +26,7 @@ from tests.tolerances import assert_close, assert_trees_close
 EVERY = "JAX_LATENT_MOE_WHOLE_MATRIX"
 """With this variable every score function, norm and activation meets each other; without, each meets every mode."""
 
-PARTS, TOKENS = 2, 5
+PARTS, TOKENS = 2, 6
 
 
 def families() -> list[tuple[str, str, str]]:

@@ -139,8 +139,9 @@ def within_capacity(
     keys = (expert,) if policy == "position" else (-lax.stop_gradient(weights).reshape(-1), expert)
     order = jnp.lexsort(keys)
     sizes = count_experts(expert_ids, num_experts)
-    first = jnp.append(jnp.cumsum(sizes) - sizes, jnp.sum(sizes))[expert[order]]
-    rank = jnp.zeros_like(expert).at[order].set(jnp.arange(expert.size) - first, unique_indices=True)
+    first = jnp.cumulative_sum(sizes, include_initial=True, dtype=sizes.dtype)[expert[order]]
+    place = jnp.arange(expert.size, dtype=expert.dtype) - first
+    rank = jnp.zeros_like(expert).at[order].set(place, unique_indices=True)
     return ((rank < capacity) & (expert < num_experts)).reshape(expert_ids.shape)
 
 

@@ -229,7 +229,8 @@ def test_documents_weigh_the_same_in_parts_as_in_one(batch):
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("mlp", ["latent_moe", "dense"])
 def test_parameters_are_drawn_as_the_model_asks_for_them(scan_layers, mlp):
-    model = language_model(dataclasses.replace(DEEP, mlp=mlp, scan_layers=scan_layers))
+    losses = {} if mlp == "latent_moe" else {"switch_loss_coef": Config.switch_loss_coef}
+    model = language_model(dataclasses.replace(DEEP, mlp=mlp, scan_layers=scan_layers, **losses))
     params, biases = jax.jit(lambda key: draw(model, key))(jax.random.key(0))
     wanted = nn.unbox(shapes(model))
     for tree, expected in ((params, wanted["params"]), (biases, wanted.get("correction_bias", {}))):
