@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-"""The words in a device kind that mark a Hopper GPU."""
+"""A device kind with one of these words names a Hopper GPU."""
 HOPPER_SMS = 132
 """SMs of an H100 SXM and of an H200."""
 
@@ -17,7 +17,7 @@ class Device:
     Attributes:
         platform: "cpu", "gpu" or "tpu".
         kind: the device's name, such as "NVIDIA H100 80GB HBM3".
-        num_sms: SMs of a GPU. On other devices it is that of an H100, for kernels that are interpreted.
+        num_sms: the SMs of a GPU. Other devices have the number of an H100, for kernels that are interpreted.
     """
 
     platform: str
@@ -26,13 +26,13 @@ class Device:
 
     @property
     def architecture(self) -> str:
-        """The architecture, by which kernels are chosen: "sm90" for a Hopper GPU, else the platform."""
+        """The architecture that kernels are chosen by: "sm90" for a Hopper GPU, else the platform."""
         hopper = self.platform == "gpu" and not set(HOPPER).isdisjoint(self.kind.split())
         return "sm90" if hopper else self.platform
 
 
 def current_device() -> Device:
-    """The default device. It is read once, when a problem is made, and passed on from there."""
+    """The default device. A problem reads it once, when it is made, and carries it from there on."""
     device = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]

@@ -29,7 +29,7 @@ def numbers(config, kind):
 
 CASES = [(base, name, kind) for base in BASES for kind in TYPES for name in numbers(base, kind)]
 WHERE = (
-    r"{}=.* must (be at most .*, the largest int32|be 0 or of a magnitude .* float32 holds|lie between|be more than 0)"
+    r"{}=.* must (be at most .*, the largest int32|be 0 or of a magnitude .* range of float32|lie between|be more than 0)"
 )
 
 
