@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -42,6 +43,12 @@ class Shards:
     def sum_over_tensor(self, values: Array) -> Array:
         """The sum of what the parts of the inner widths give; everything after it is the same on each of them."""
         return sum_used_alike(self.tensor_axis, values) if self.tensor_axis else values
+
+    def once_over_tensor(self, values: Array) -> Array:
+        """The values on one device along the inner widths and zeros on the others: a term of a sum over all of them."""
+        if self.tensor_axis is None:
+            return values
+        return jnp.where(lax.axis_index(self.tensor_axis) == 0, values, 0)
 
 
 ONE_DEVICE = Shards()
