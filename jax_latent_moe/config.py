@@ -284,18 +284,8 @@ class LatentMoEConfig:
         _keep(self, "", checks.integer, ("shared_expert_intermediate_size",))
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        _keep(
-            self,
-            "",
-            checks.boolean,
-            (
-                "shared_expert_gate",
-                "gelu_approximate",
-                "expert_bias",
-                "apply_probs_on_input",
-                "apply_routed_scale_to_output",
-            ),
-        )
+        _keep(self, "", checks.boolean, ("shared_expert_gate", "gelu_approximate", "expert_bias"))
+        _keep(self, "", checks.boolean, ("apply_probs_on_input", "apply_routed_scale_to_output"))
         _keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps", "swiglu_alpha", "swiglu_limit"))
         _keep(self, "", checks.finite, ("swiglu_shift",))
         if self.situ_linear_beta is not None:

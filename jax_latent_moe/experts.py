@@ -106,10 +106,11 @@ def _routed_bwd(plan, residuals, dcombined):
     if plan.residual == "pre" and plan.down_wgrad is not None:
         dw_out = plan.down_wgrad(Operands(outputs.hidden, outputs.lhs, sizes)).out
     dpre, drow_weights = outputs.out, outputs.row_weight_gradients
+    assert drow_weights is not None
     dbiases = None
     if b_out is not None:
         dout = gathered(outputs.lhs)
-        drow_weights += _times_bias(dout, b_out, sizes)
+        drow_weights = drow_weights + _times_bias(dout, b_out, sizes)
         dbiases = _bias_gradients(plan, dpre, dout, row_weights, sizes)
     # The barrier makes XLA sum before it gathers. Without it, XLA gathers all terms of each sum.
     drow_weights = jax.lax.optimization_barrier(drow_weights)

@@ -149,7 +149,9 @@ def over_mesh(
     replicated = x.ndim < 2 or (x.shape[0] % splits != 0 and math.prod(x.shape[:-1]) <= REPLICATED_TOKENS)
     rows = x.shape[:1]
     if not replicated and x.shape[0] % splits:
-        x, token_mask, expert_ids = _pad_tokens(-rows[0] % splits, x, token_mask, expert_ids)
+        if token_mask is None:
+            token_mask = jnp.ones(x.shape[:-1], bool)
+        x, token_mask, expert_ids = (_padded(values, -rows[0] % splits) for values in (x, token_mask, expert_ids))
     shards = Shards(
         token_axes=() if replicated else _token_axes(parallel, mesh),
         sequences_split=x.ndim == 2,
@@ -177,15 +179,9 @@ def over_mesh(
     return by_token, totals
 
 
-def _pad_tokens(count, x, token_mask, expert_ids):
-    """The arguments with `count` masked rows after the others."""
-    if token_mask is None:
-        token_mask = jnp.ones(x.shape[:-1], bool)
-
-    def pad(values):
-        return None if values is None else jnp.pad(values, [(0, count)] + [(0, 0)] * (values.ndim - 1))
-
-    return pad(x), pad(token_mask), pad(expert_ids)
+def _padded(values, count) -> Any:
+    """The array with `count` rows of zeros after the others."""
+    return None if values is None else jnp.pad(values, [(0, count)] + [(0, 0)] * (values.ndim - 1))
 
 
 def _token_axes(parallel, mesh) -> tuple[str, ...]:
