@@ -122,6 +122,12 @@ MXFP4_BLOCKS = Encoding(
     _mxfp4_blocks,
 )
 """One expert of a tensor that holds all."""
+MXFP4_SCALE = Encoding(
+    "MXFP4 (DeepSeek-V4)",
+    {"weight": ("I8", "U8"), "scale": ("F8_E8M0", "U8")},
+    lambda out, in_: {"weight": ((out, in_ // 2),), "scale": ((out, in_ // 32),)},
+    lambda parts: _mxfp4({"weight_packed": parts["weight"].view(np.uint8), "weight_scale": parts["scale"]}),
+)
 _NVFP4_SCALARS: tuple[Shape, ...] = ((), (1,))
 NVFP4_MODELOPT = Encoding(
     "NVFP4 (ModelOpt)",
@@ -161,7 +167,19 @@ FP8_TILES = Encoding(
     },
     _fp8_tiles,
 )
-_BLOCK = {"MXFP4": 32, "MXFP4 (gpt-oss)": 32, "NVFP4 (ModelOpt)": 16, "NVFP4 (compressed-tensors)": 16}
+FP8_TILES_SCALE = Encoding(
+    "FP8 (128 x 128 blocks, DeepSeek-V4)",
+    {"weight": ("F8_E4M3",), "scale": ("F8_E8M0", "F32")},
+    lambda out, in_: {"weight": ((out, in_),), "scale": ((math.ceil(out / _TILE), math.ceil(in_ / _TILE)),)},
+    lambda parts: _fp8_tiles({"weight": parts["weight"], "weight_scale_inv": parts["scale"]}),
+)
+_BLOCK = {
+    "MXFP4": 32,
+    "MXFP4 (gpt-oss)": 32,
+    "MXFP4 (DeepSeek-V4)": 32,
+    "NVFP4 (ModelOpt)": 16,
+    "NVFP4 (compressed-tensors)": 16,
+}
 
 
 def identify(parts: Mapping[str, TensorInfo]) -> Encoding:
@@ -170,6 +188,8 @@ def identify(parts: Mapping[str, TensorInfo]) -> Encoding:
         scale = parts.get("weight_scale")
         return NVFP4_COMPRESSED if scale is not None and scale.dtype == "F8_E4M3" else MXFP4
     dtype = parts["weight"].dtype if "weight" in parts else None
+    if "scale" in parts:
+        return FP8_TILES_SCALE if dtype == "F8_E4M3" else MXFP4_SCALE
     if dtype == "U8":
         return NVFP4_MODELOPT
     if dtype == "F8_E4M3":

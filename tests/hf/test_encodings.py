@@ -12,9 +12,11 @@ from jax_latent_moe.hf import encodings
 from tests.hf.checkpoints import (
     BFLOAT16,
     DEEPSEEK_V3,
+    DEEPSEEK_V4,
     GPT_OSS,
     KIMI_K3,
     NEMOTRON_H,
+    deepseek_v4,
     gated,
     gpt_oss,
     kimi,
@@ -115,6 +117,38 @@ def test_gpt_oss_codes_of_a_wrong_shape(rng, tmp_path):
     save(tmp_path / "experts", config | dict(num_local_experts=5), tensors)
     with pytest.raises(hf.CheckpointError, match=r"expected \[num_experts=5"):
         hf.import_layer(hf.open_checkpoint(tmp_path / "experts"), 0)
+
+
+def test_deepseek_v4_codes(rng, tmp_path):
+    """MXFP4 experts and FP8 shared experts, whose scales are powers of two."""
+    config = DEEPSEEK_V4 | dict(hidden_size=64, moe_intermediate_size=32)
+    sizes = {"w1": (32, 64), "w3": (32, 64), "w2": (64, 32)}
+    tensors, values = random_tensors(rng, deepseek_v4("layers.0.ffn.")), {}
+    tensors["layers.0.ffn.gate.weight"] = rng.normal(size=(4, 64)).astype(BFLOAT16)
+    for name in [name for name in tensors if ".w" in name]:
+        base, shape = name.removesuffix("weight"), sizes.get(name.split(".")[-2])
+        if shape is None:
+            continue
+        if "shared" in name:
+            codes = rng.integers(0, 126, shape, dtype=np.uint8)
+            tensors[name], scale = codes.view(FP8), rng.integers(100, 140, (1, 1), dtype=np.uint8)
+            values[base] = E4M3[codes] * 2.0 ** (scale.astype(float) - 127)
+        else:
+            parts, values[base] = random_mxfp4(rng, *shape)
+            tensors[name], scale = parts["weight_packed"].view(np.int8), parts["weight_scale"]
+        tensors[f"{base}scale"] = scale.view(ml_dtypes.float8_e8m0fnu)
+    save(tmp_path, config, tensors)
+    checkpoint = hf.open_checkpoint(tmp_path)
+    params = hf.import_layer(checkpoint, 0)
+    assert hf.plan_layer(checkpoint, 0).quantised == ("FP8 (128 x 128 blocks, DeepSeek-V4)", "MXFP4 (DeepSeek-V4)")
+    for e in range(4):
+        for half, name in enumerate(("w1", "w3")):
+            wanted = values[f"layers.0.ffn.experts.{e}.{name}."]
+            same_bits(params["experts"]["w_in"][e, :, half], wanted.T.astype(BFLOAT16))
+        same_bits(params["experts"]["w_out"][e], values[f"layers.0.ffn.experts.{e}.w2."].T.astype(BFLOAT16))
+    for half, name in enumerate(("w1", "w3")):
+        wanted = values[f"layers.0.ffn.shared_experts.{name}."]
+        same_bits(params["shared"]["w_in"][:, half], wanted.T.astype(BFLOAT16))
 
 
 def test_every_e2m1_code():
