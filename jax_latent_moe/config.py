@@ -188,6 +188,8 @@ class ParallelConfig:
         capacity_factor: a device sends at most ceil(capacity_factor * T * k / n) of its T tokens' rows to each of the
             n devices of expert_axis, rounded up to a multiple of 8. The rows of least weight beyond that are dropped
             and counted in `LatentMoEAux.dropped_per_expert`. None drops nothing, and buffers hold the worst case.
+        physical_to_logical: the expert that each physical expert is a copy of, from `parallel.replicate_experts`. The
+            experts' parameters are then those of `parallel.expand`. None is one copy of each.
     """
 
     data_axis: str = "data"
@@ -196,6 +198,7 @@ class ParallelConfig:
     tensor_axis: str = "tensor"
     dispatch: Dispatch = "auto"
     capacity_factor: float | None = None
+    physical_to_logical: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name, axis in zip(("data_axis", "fsdp_axis", "expert_axis", "tensor_axis"), self.axes, strict=True):
@@ -206,6 +209,8 @@ class ParallelConfig:
         checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
         if self.capacity_factor is not None:
             _keep(self, "parallel.", checks.positive, ("capacity_factor",))
+        if self.physical_to_logical is not None:
+            _keep(self, "parallel.", checks.integers, ("physical_to_logical",))
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -302,6 +307,12 @@ class LatentMoEConfig:
         checks.refuse_unused(self, "", ("shared_expert_gate",), gate_used, "shared_expert_intermediate_size")
         checks.refuse_unused(self, "", ("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'")
         self._check_routing()
+        copies = () if self.parallel is None else self.parallel.physical_to_logical or ()
+        if copies and set(copies) != set(range(self.num_experts)):
+            raise ConfigError(
+                f"parallel.physical_to_logical names {len(set(copies))} experts from {min(copies)} to {max(copies)}: "
+                f"each of num_experts={self.num_experts} needs a copy, and no other."
+            )
 
     def _check_activation(self):
         parameters = ACTIVATIONS[self.activation].parameters
@@ -366,6 +377,12 @@ class LatentMoEConfig:
     def latent_width(self) -> int:
         """Width that the routed experts read and write, which is latent_size, or hidden_size in a plain MoE."""
         return self.hidden_size if self.latent_size is None else self.latent_size
+
+    @property
+    def num_physical_experts(self) -> int:
+        """Experts whose parameters the layer holds: num_experts, or more with copies."""
+        copies = None if self.parallel is None else self.parallel.physical_to_logical
+        return self.num_experts if copies is None else len(copies)
 
     @property
     def gated(self) -> bool:

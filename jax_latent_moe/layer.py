@@ -18,6 +18,7 @@ from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import ScaledArray, row_multiple_of
+from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
@@ -178,6 +179,10 @@ def _route_through_experts(params, latent, routing, config, shards):
         latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
 
+    copies = None if config.parallel is None else config.parallel.physical_to_logical
+    if copies is not None:
+        expert_ids = choose_copies(expert_ids, copies, shards.token_index(), config.backend)
+
     w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
     biases = None
     if config.expert_bias:
@@ -192,7 +197,7 @@ def _route_through_experts(params, latent, routing, config, shards):
         return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases)
 
     if shards.expert_axis is None:
-        plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)
+        plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
         return experts(latent, weights, plan), dropped
     if not shards.token_axes:
         combined = own_experts_of_all(
@@ -202,6 +207,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     combined, not_sent = exchange(
         config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
     )
+    if copies is not None:
+        not_sent = jnp.zeros_like(dropped).at[np.asarray(copies)].add(not_sent)
     return combined, dropped + not_sent
 
 

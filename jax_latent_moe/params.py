@@ -1,5 +1,6 @@
 """The parameter tree of a layer: shapes, logical axes, initial values and checks."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -71,6 +72,9 @@ def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
 
 def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: str) -> Array:
     """One leaf of `init_params`: the same value for the same key, part and name."""
+    copies = None if config.parallel is None else config.parallel.physical_to_logical
+    if part == "experts" and copies is not None:
+        return init_param(key, dataclasses.replace(config, parallel=None), part, name)[np.asarray(copies)]
     leaf = param_shapes(config)[part][name]
     if name in _BIASES:
         return jnp.zeros(leaf.shape, leaf.dtype)
@@ -202,6 +206,7 @@ def _layout(config) -> Layout:
         layout["router"]["logit_bias"] = ((experts,), ("expert",))
     if config.router.per_expert_scale:
         layout["router"]["scale"] = ((experts,), ("expert",))
+    experts = config.num_physical_experts
     layout["experts"] = {
         "w_in": ((experts, width, *gate, m), ("expert", "expert_latent", *gate_axis, "expert_intermediate")),
         "w_out": ((experts, m, width), ("expert", "expert_intermediate", "expert_latent")),

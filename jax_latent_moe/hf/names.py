@@ -217,6 +217,8 @@ def layer_blocks(config: LatentMoEConfig, naming: Names) -> list[Block]:
     Raises:
         ValueError: the system has no name for a parameter of this configuration.
     """
+    if config.num_physical_experts != config.num_experts:
+        raise ValueError("its experts have copies: parallel.collapse gives the parameters without them.")
     simple = {
         ("router", "kernel"): naming.router,
         ("router", "bias"): naming.router_bias,

@@ -210,6 +210,7 @@ def _check_divides(config, mesh):
     sizes = axis_sizes(config.parallel, mesh)
     for name, width, axis in (
         ("num_experts", config.num_experts, expert),
+        ("the length of parallel.physical_to_logical", config.num_physical_experts, expert),
         ("expert_intermediate_size", config.expert_intermediate_size, tensor),
         ("shared_expert_intermediate_size", config.shared_expert_intermediate_size, tensor),
         ("hidden_size", config.hidden_size, fsdp),

@@ -40,6 +40,10 @@ class Shards:
         mine = values.shape[0] // lax.axis_size(self.token_axes)
         return lax.dynamic_slice_in_dim(values, lax.axis_index(self.token_axes) * mine, mine)
 
+    def token_index(self) -> int | Array:
+        """The index of this device among those that hold other tokens."""
+        return lax.axis_index(self.token_axes) if self.token_axes else 0
+
     def sum_over_tensor(self, values: Array) -> Array:
         """The sum of what the parts of the inner widths give; everything after it is the same on each of them."""
         return sum_used_alike(self.tensor_axis, values) if self.tensor_axis else values
