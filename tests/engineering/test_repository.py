@@ -18,7 +18,7 @@ ORDER = (
     ("device", "dtypes", "errors", "native", "varying"),
     ("activations", "checks", "formats"),
     ("grouped_matmul",),
-    ("config",),
+    ("config", "lax"),
     ("expert_plan", "params", "presets", "routing"),
     ("cost", "experts"),
     ("hf", "parallel"),
