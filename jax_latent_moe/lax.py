@@ -32,7 +32,7 @@ def ragged_dot(
         lhs: [m, k].
         rhs: [g, k, n], in the dtype of lhs.
         group_sizes: [g], the number of rows of each group. A concrete size must not be negative, nor the sum above m.
-        precision: a `jax.lax.Precision` or its name, as in `jax.lax.dot`. It matters to XLA's products of float32 alone.
+        precision: a `jax.lax.Precision` or its name, as in `jax.lax.dot`. It matters to float32 in XLA alone.
         preferred_element_type: dtype of the result; None is that of lhs. With another one than that of lhs, operands
             are multiplied in float32 (or float64), which the Hopper kernels do not do.
         group_offset: None. JAX does not say what another value means, and refuses it on CPUs and GPUs too.
