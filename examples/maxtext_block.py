@@ -1,7 +1,7 @@
 """Put the layer under a MaxText-style decoder block: `python examples/maxtext_block.py`.
 
-The block names its axes and constrains its activations as MaxText does, and the layers are stacked by nn.scan. The rules
-below are those of MaxText's base.yml, cut to four mesh axes. On a CPU, eight virtual devices learn this file's bytes.
+The block names its axes and constrains its activations as MaxText does, and nn.scan stacks the layers. The rules are
+those of MaxText's base.yml, cut to four mesh axes. On a CPU, eight virtual devices learn this file's bytes.
 """
 
 import dataclasses

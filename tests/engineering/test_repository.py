@@ -104,6 +104,21 @@ def test_importing_the_library_imports_no_optional_package():
     }
 
 
+def test_a_missing_package_names_the_extra_that_has_it():
+    code = """
+import importlib, sys
+sys.modules["flax"] = None
+for module in ("jax_latent_moe.linen", "jax_latent_moe.nnx", "examples.train.__main__"):
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    message = "this needs flax, which is not installed: pip install 'jax-latent-moe[{}]'."
+    assert run.stdout.splitlines() == [message.format(extra) for extra in ("flax", "flax", "train")]
+
+
 def test_versions_agree():
     import jax_latent_moe
 
