@@ -23,7 +23,7 @@ from jax_latent_moe.params import init_params, param_axes, param_shapes
 from jax_latent_moe.routing.router import pin_choice, update_correction_bias
 from jax_latent_moe.training import after_step, merge_state, split_state, total_loss, trainable_mask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConfigError",
