@@ -149,9 +149,7 @@ def test_the_library_of_the_wheel_is_found_if_none_was_built(tmp_path, monkeypat
 def test_a_file_that_is_no_library_is_named(library_at, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"no library")
     library_at(tmp_path / "broken.so")
-    with pytest.warns(
-        RuntimeWarning, match="kernels are not used: its library .*broken.so cannot be loaded"
-    ):
+    with pytest.warns(RuntimeWarning, match="kernels are not used: its library .*broken.so cannot be loaded"):
         missing = native.library().missing or ""
     assert f"{tmp_path}/broken.so cannot be loaded (" in missing
     assert missing.endswith(f"{native.REPLACE}.")
