@@ -29,8 +29,8 @@ untracked() { # files in the source tree that a build may have left
 
 before=$(untracked)
 rm -rf "$DIST" "$BUILT"
-# uv builds the wheel from the source archive. A release names its repository; any will do for a check.
-GITHUB_REPOSITORY=${GITHUB_REPOSITORY:-} "$uv" build --quiet --python "$python" --out-dir "$DIST"
+# uv builds the wheel from the source archive.
+"$uv" build --quiet --python "$python" --out-dir "$DIST"
 pure=$(echo "$DIST"/jax_latent_moe-*-py3-none-any.whl)
 diff <(git ls-files jax_latent_moe | grep -v 'BUILD.bazel$' | sort) <(files "$pure") ||
   die "the pure wheel must hold the package's files and no others."
