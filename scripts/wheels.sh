@@ -38,7 +38,7 @@ diff <(git ls-files jax_latent_moe | grep -v 'BUILD.bazel$' | sort) <(files "$pu
 if [[ $(uname -s)-$(uname -m) == Linux-x86_64 ]]; then
   scripts/build-cuda.sh "$@"
   grep -q 'CMAKE_CUDA_COMPILER_VERSION "13\.' build/cuda/CMakeFiles/*/CMakeCUDACompiler.cmake ||
-    die "the kernels were not compiled by an nvcc of CUDA 13, which jax-latent-moe-cuda13 is made for."
+    die "the kernels were not compiled by an nvcc of CUDA 13, which jax-latent-moe-cuda13 is for: name one in CUDACXX."
   LATENT_MOE_CUDA_LIBRARY=$PWD/build/cuda/libjax_latent_moe_cuda.so \
     LATENT_MOE_CUTLASS_LICENSE=$(echo "$PWD"/.tools/cuda/headers/nvidia_cutlass-*.dist-info/licenses/LICENSE.txt) \
     "$uv" build --quiet --wheel --python "$python" --out-dir "$BUILT" custom_calls
