@@ -113,4 +113,4 @@ def _imported(name: str, file: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise TrainError(f"{file} needs the package pyarrow: install jax-latent-moe[data].") from error
+        raise TrainError(f"{file} needs the package pyarrow: pip install 'jax-latent-moe[data]'.") from error
