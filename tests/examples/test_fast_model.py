@@ -141,7 +141,7 @@ def test_attention_is_chosen_for_the_machine():
     assert attention.choose_attention("auto", TOY.model) == "blocks"
     assert attention.choose_attention("xla", TOY.model) == "xla"
     with pytest.raises(
-        TrainError, match=r"--attention cudnn cannot run: it is for NVIDIA GPUs, and JAX computes on cpu"
+        TrainError, match=r"--attention cudnn cannot run: it needs an NVIDIA GPU, and JAX computes on cpu"
     ):
         attention.choose_attention("cudnn", TOY.model)
 
@@ -248,6 +248,6 @@ def test_parameters_are_drawn_as_the_model_asks_for_them(scan_layers, mlp):
 
 def test_a_batch_that_parts_do_not_divide_is_refused():
     with pytest.raises(
-        TrainError, match=r"--batch-size 8 must be a multiple of 6: --accumulate 3 parts for each of the 2"
+        TrainError, match=r"--batch-size 8 must be a multiple of 6: --accumulate 3 makes 3 parts, and 2 device"
     ):
         make_mesh("data=2", 8, 3)

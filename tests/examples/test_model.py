@@ -45,7 +45,9 @@ def test_feed_forwards_have_equal_active_flops(preset):
 
 def test_moe_of_half_an_expert_is_refused():
     model = dataclasses.replace(TOY.model, top_k=1)
-    with pytest.raises(TrainError, match=r"8 and 1 must stay whole"):
+    with pytest.raises(
+        TrainError, match=r"num_experts=8 and model\.top_k=1 by .* = 16/32: choose sizes that stay whole"
+    ):
         moe_config(dataclasses.replace(TOY, model=model, mlp="moe"))
 
 

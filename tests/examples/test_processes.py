@@ -78,7 +78,10 @@ def test_four_processes_train_as_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("signal_number", "messages"),
     [
-        (signal.SIGKILL, ("error: a process of this run was lost, or the way to it", "start all of them again")),
+        (
+            signal.SIGKILL,
+            ("error: a process of this run or the connection to it was lost", "start all"),
+        ),
         (signal.SIGSTOP, ("stopped sending heartbeats", "another task died")),  # JAX's own words
     ],
 )

@@ -65,7 +65,7 @@ def test_a_bad_step_is_skipped_and_logged(folder, monkeypatch):
 
 def test_a_bad_step_ends_the_run_unless_it_is_skipped(folder):
     config, record = toy_config(folder), {"step": 7, "loss": 2.0, "bad_steps": 1}
-    with pytest.raises(TrainError, match=r"1 step\(s\) up to step 7 .* --bad-step skip leaves such steps out"):
+    with pytest.raises(TrainError, match=r"1 step\(s\) up to step 7 .* --bad-step skip drops such steps"):
         training.judge(record, config, None)
     skipping = dataclasses.replace(config, bad_step="skip")
     training.judge(record, skipping, None)
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before_it(folder):
     train(dataclasses.replace(config, restore="previous"))
     assert_same_bits(state_of(config.folder), whole)
 
-    with pytest.raises(TrainError, match=r"--restore previous: .* holds 0 checkpoint\(s\)"):
+    with pytest.raises(TrainError, match=r"--restore previous needs two checkpoints, and .* holds 0"):
         train(toy_config(folder, run=folder / "none", restore="previous"))
 
 
