@@ -29,9 +29,7 @@ def load_figure(records: Records) -> Figure:
         axes.set(ylabel=f"layer {layer + 1}\nexpert")
     panels[-1].set(xlabel="step")
     first, last = relative[..., 0].max(), relative[..., -1].max()
-    figure.suptitle(
-        f"The busiest expert reads {first:.1f} times an even share at the start, {last:.1f} times at the end"
-    )
+    figure.suptitle(f"The busiest expert reads {first:.1f} x an even share at the start and {last:.1f} x at the end")
     figure.colorbar(colours, ax=panels, label="load / even share")
     return figure
 
@@ -58,7 +56,7 @@ def routing_figure(routing: Routing) -> Figure:
         axes.set(title=f"layer {layer + 1}")
     panels[-1].set(xlabel="expert, sorted by the kind of text of which it reads most")
     figure.suptitle(strongest(routing))
-    figure.colorbar(colours, ax=panels, label=f"% of the kind's tokens (even: {even:.0f} %)")
+    figure.colorbar(colours, ax=panels, label=f"% of tokens (even: {even:.0f} %)")
     return figure
 
 

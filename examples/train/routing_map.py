@@ -65,9 +65,8 @@ def count_routing(model: LanguageModel, state: TrainState, windows: ValidationWi
     """
     assert model.moe is not None, "a dense model has no router"
     tokens, experts = windows.subset(WINDOWS).inputs.astype(np.int32), model.moe.num_experts
-    kinds = np.asarray([kind_of(tokenizer.decode(np.asarray([token]))) for token in range(tokenizer.vocabulary)])[
-        tokens
-    ]
+    vocabulary = np.arange(tokenizer.vocabulary)[:, None]
+    kinds = np.asarray([kind_of(tokenizer.decode(token)) for token in vocabulary], dtype=np.int64)[tokens]
     ids = np.asarray(make_choices(model)(state, tokens))
     cells = kinds[..., None] * experts + ids  # [layers, batch, time, top_k]
     counts = [np.bincount(layer.reshape(-1), minlength=len(KINDS) * experts) for layer in cells]

@@ -105,9 +105,23 @@ def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformatio
 
 def init_state_on(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """The state before the first step, made on the mesh. It has the values of `init_state`."""
-    shardings = state_shardings(model, optimizer, mesh)
+    return make_init(model, optimizer, mesh)(np.uint32(seed))
+
+
+@compiled_once
+def make_init(
+    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[np.uint32], TrainState]:
+    """The compiled `init_state_on`."""
     # The seed is an argument because XLA would evaluate a program without arguments while it compiles it.
-    return jax.jit(functools.partial(init_state, model, optimizer), out_shardings=shardings)(np.uint32(seed))
+    return jax.jit(
+        functools.partial(init_state, model, optimizer), out_shardings=state_shardings(model, optimizer, mesh)
+    )
+
+
+def state_shapes(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on the mesh."""
+    return jax.eval_shape(make_init(model, optimizer, mesh), np.uint32(0))
 
 
 def is_bad(loss: Float[Array, ""], grad_norm: Float[Array, ""], smoothed: Float[Array, ""], spike_factor: float):

@@ -29,7 +29,7 @@ from examples.train.profiling import Profile
 from examples.train.progress import ProgressReport, busy
 from examples.train.run_folder import check_folder, open_folder
 from examples.train.signals import StopRequest
-from examples.train.step import TrainState, all_finite, init_state_on, make_bits_per_byte, make_train_step
+from examples.train.step import TrainState, all_finite, init_state_on, make_bits_per_byte, make_train_step, state_shapes
 from examples.train.text import Corpus
 from examples.train.tokenizer import Tokenizer, encode_corpus, open_tokenizer
 from examples.train.trackers import Trackers, import_trackers
@@ -135,11 +135,12 @@ def run_steps(
     optimizer = make_optimizer(config.optimizer, config.steps)
     own = {"process": jax.process_index(), "processes": jax.process_count(), "documents": config.documents}
     batches = train_batches(corpus.train, config.model.context, config.batch_size, config.seed, **own)
-    snapshot = Snapshot(init_state_on(model, optimizer, config.seed, mesh), batches.get_state(), 0.0)
     if config.restore == "previous":
         checkpoints.drop_newest()
-    if checkpoints.newest is not None:
-        snapshot = checkpoints.restore(snapshot.state)
+    if checkpoints.newest is None:
+        snapshot = Snapshot(init_state_on(model, optimizer, config.seed, mesh), batches.get_state(), 0.0)
+    else:
+        snapshot = checkpoints.restore(state_shapes(model, optimizer, mesh))
         batches.set_state(snapshot.data)
     state, first = snapshot.state, int(snapshot.state.step)
     report = ProgressReport(config.steps)

@@ -1,7 +1,6 @@
 """Byte pairs: every text comes back, documents stay, the run's folder keeps them, bits count per byte."""
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from examples.train import tokenizer as tokenizing
-from examples.train import train as training
 from examples.train.data import validation_windows
 from examples.train.errors import TrainError
 from examples.train.generate import load, make_generate
@@ -18,7 +16,7 @@ from examples.train.metrics import read_records
 from examples.train.text import Text
 from examples.train.tokenizer import Bytes, learn, load_tokenizer, pieces
 from examples.train.train import main, train
-from tests.examples.runs import assert_same_bits, state_of, toy_config, write_text
+from tests.examples.runs import assert_same_bits, state_of, stopped_after, toy_config, write_text
 
 VOCABULARY = 300
 
@@ -93,13 +91,11 @@ def test_a_run_on_byte_pairs_learns_and_is_judged_by_bytes(finished):
     assert len(text) == 7 + 40
 
 
-def test_a_run_on_byte_pairs_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+def test_a_run_on_byte_pairs_goes_on_to_the_bit(finished, tmp_path):
     config, bits = finished
     resumed = dataclasses.replace(config, run=tmp_path / "resumed")
-    steps = itertools.count(1)
-    monkeypatch.setattr(training, "any_process", lambda here: next(steps) >= 7)
-    assert train(resumed) is None
-    monkeypatch.undo()
+    with stopped_after(7):
+        assert train(resumed) is None
     assert train(resumed) == bits
     assert_same_bits(state_of(resumed.folder), state_of(config.folder))
 
