@@ -6,14 +6,17 @@ parameters and inputs there, and how to ask which dispatch runs.
 
 from jax_latent_moe.parallel.choice import DispatchCost, choose_dispatch, dispatch_costs, explain
 from jax_latent_moe.parallel.copies import collapse, expand, replicate_experts
-from jax_latent_moe.parallel.mesh import (
-    MAXTEXT_AXES,
-    axis_sizes,
-    logical_axis_rules,
-    mesh_sizes,
-    param_specs,
-    token_spec,
-)
+from jax_latent_moe.parallel.mesh import axis_sizes, logical_axis_rules, mesh_sizes, param_specs, token_spec
+
+MAXTEXT_AXES: dict[str, str | None] = {
+    "hidden": "embed",
+    "latent": None,
+    "expert": "exp",
+    "expert_latent": "embed_no_exp",
+    "expert_intermediate": "mlp",
+    "shared_intermediate": "mlp",
+}
+"""MaxText's names of the logical axes, for `axis_names` of the Flax modules and of `logical_axis_rules`."""
 
 __all__ = [
     "MAXTEXT_AXES",

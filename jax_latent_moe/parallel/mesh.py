@@ -25,16 +25,6 @@ Below it, the router, the projections and the shared expert take the time to rea
 whole in any case. Replicated tokens need one all-reduce, and padded ones four collectives.
 """
 
-MAXTEXT_AXES: dict[str, str | None] = {
-    "hidden": "embed",
-    "latent": None,
-    "expert": "exp",
-    "expert_latent": "embed_no_exp",
-    "expert_intermediate": "mlp",
-    "shared_intermediate": "mlp",
-}
-"""MaxText's names of the logical axes, for `axis_names` of the Flax modules and of `logical_axis_rules`."""
-
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """The sizes that a text such as "data=2,expert=4" names, axes as `ParallelConfig` calls them by default.
@@ -67,7 +57,7 @@ def logical_axis_rules(
     Args:
         parallel: names the axes.
         mesh: axes that it lacks, or has with size 1, split nothing.
-        axis_names: other names for some logical axes, as in `param_axes`, such as `MAXTEXT_AXES`.
+        axis_names: other names for some logical axes, as in `param_axes`, such as `parallel.MAXTEXT_AXES`.
 
     Raises:
         InputError: axis_names renames an axis that no layer has, or gives one name to axes that are split differently.
