@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
-from jax_latent_moe.errors import ConfigError
+from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
 from jax_latent_moe.params import Params, param_axes, renamed
 
