@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
@@ -131,11 +131,12 @@ def problem(
     if epilogue is not None and contraction == "wgrad":
         raise ConfigError(f"a wgrad with {epilogue} is unknown: fwd has an activation's value, dgrad its gradient.")
     try:
-        num_experts, k, n = (size if is_symbolic_dim(size) else operator.index(size) for size in w_shape)
-    except (TypeError, ValueError):
-        num_experts = k = n = -1
-    if any(size < 0 for size in (num_experts, k, n)):
+        sizes: list[Any] = [size if is_symbolic_dim(size) else operator.index(size) for size in w_shape]
+    except TypeError:
+        sizes = []
+    if len(sizes) != 3 or any(size < 0 for size in sizes):
         raise ConfigError(f"w_shape={w_shape!r} must be three integers of at least 0: (experts, K, N).")
+    num_experts, k, n = sizes
     own = Operand(jnp.dtype(dtype).name)
     return Problem(
         contraction, num_rows, num_experts, k, n, lhs or own, rhs or own, own, device or current_device(), epilogue
