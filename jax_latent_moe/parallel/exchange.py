@@ -57,7 +57,7 @@ def exchange(
     assert config.parallel is not None
     devices, (tokens, k) = lax.axis_size(axis), expert_ids.shape
     local_experts = config.num_physical_experts // devices
-    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
+    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor, choices=k)
     dropped = jnp.zeros(config.num_physical_experts, jnp.int32)
     if capacity < tokens * min(k, local_experts):
         kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
