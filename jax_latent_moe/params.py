@@ -48,13 +48,21 @@ def param_axes(
     Raises:
         InputError: axis_names renames an axis that no layer has.
     """
-    renamed: dict[Any, str | None] = dict(axis_names or {})
-    if unknown := sorted(map(str, renamed.keys() - set(LOGICAL_AXES))):
-        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
     return {
-        part: {name: tuple(axis and renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
+        part: {name: tuple(axis and renamed(axis, axis_names) for axis in axes) for name, (_, axes) in leaves.items()}
         for part, leaves in _layout(config).items()
     }
+
+
+def renamed(axis: str, axis_names: Mapping[str, str | None] | None) -> str | None:
+    """The name of a logical axis after `axis_names`.
+
+    Raises:
+        InputError: axis_names renames an axis that no layer has.
+    """
+    if unknown := sorted(map(str, (axis_names or {}).keys() - set(LOGICAL_AXES))):
+        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
+    return (axis_names or {}).get(axis, axis)
 
 
 def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
