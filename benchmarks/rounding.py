@@ -29,7 +29,7 @@ def drawn_logits(tokens: int, deviation: float) -> jax.Array:
     return logits + deviation * jax.random.normal(popularity, (experts,))
 
 
-def counts(tokens: int, deviation: float, tile: int) -> dict[str, float]:
+def counts(tokens: int, deviation: float, tile: int) -> dict[str, jax.Array]:
     """Shares of the routed rows T k: padding without rounding, and choices that rounding drops and adds."""
     router = dataclasses.replace(SUPER.router, correction_bias=False, round_to_tile=tile)
     logits, k, experts = drawn_logits(tokens, deviation), SUPER.top_k, SUPER.num_experts
