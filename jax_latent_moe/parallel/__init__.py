@@ -1,7 +1,7 @@
-"""A layer over many devices: tokens, experts and inner widths split over the axes of a mesh.
+"""A layer over many devices: tokens, experts and inner widths are split over the axes of a mesh.
 
-`latent_moe` does it by itself where its config has `parallel` and `jax.set_mesh` set a mesh. Here is how to place
-parameters and inputs there, and how to ask which dispatch runs.
+`latent_moe` runs on the mesh of `jax.set_mesh` if its config has `parallel`. This package places parameters and inputs
+on the mesh, says which dispatch runs and why, and balances busy experts by copies.
 """
 
 from jax_latent_moe.parallel.choice import DispatchCost, choose_dispatch, dispatch_costs, explain
