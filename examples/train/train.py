@@ -96,7 +96,7 @@ def read_corpus(config: Config) -> Corpus:
     """The texts that --data and --validation name.
 
     Raises:
-        TrainError: a path does not exist, holds no text, or cannot be read. Or a download failed.
+        TrainError: a path does not exist, holds no text, or cannot be read. Or the plays are not installed.
     """
     column = config.data_column
     more = {
