@@ -1,4 +1,4 @@
-"""Put the layer under a MaxText-style decoder block: `python examples/maxtext_block.py`.
+"""Puts the layer under a MaxText-style decoder block: `python examples/maxtext_block.py`.
 
 The block names its axes and constrains its activations as MaxText does, and nn.scan stacks the layers. The rules are
 those of MaxText's base.yml, cut to four mesh axes. On a CPU, eight virtual devices learn this file's bytes.
@@ -144,7 +144,7 @@ def train(steps: int, mesh: Mesh | None) -> list[float]:
 
 
 def main(steps: int = 20) -> list[float]:
-    """Trains on a mesh of all devices, two along fsdp, expert and tensor where there are eight."""
+    """Trains on a mesh of all devices. Eight devices have two along each of fsdp, expert and tensor."""
     jax.config.update("jax_num_cpu_devices", 8)
     inner = 2 if jax.device_count() % 8 == 0 else 1
     sizes = jax.device_count() // inner**3, inner, inner, inner
