@@ -19,6 +19,7 @@ from jax_latent_moe.config import (
 from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, NotCollectedWarning, UnsupportedError
 from jax_latent_moe.layer import LatentMoEAux, latent_moe
 from jax_latent_moe.params import init_params, param_axes, param_shapes
+from jax_latent_moe.quantization import dequantize, quantize
 from jax_latent_moe.routing.router import pin_choice, update_correction_bias
 from jax_latent_moe.training import after_step, merge_state, split_state, total_loss, trainable_mask
 
@@ -42,6 +43,7 @@ __all__ = [
     "XlaBackend",
     "after_step",
     "cost",
+    "dequantize",
     "init_params",
     "latent_moe",
     "merge_state",
@@ -50,6 +52,7 @@ __all__ = [
     "param_shapes",
     "pin_choice",
     "presets",
+    "quantize",
     "split_state",
     "total_loss",
     "trainable_mask",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.formats import FORMATS, ScaledArray
 
 Params = dict[str, dict[str, Array]]
 LOGICAL_AXES = ("hidden", "latent", "expert", "expert_latent", "expert_intermediate", "shared_intermediate")
@@ -126,11 +126,6 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
     }
     for path, leaf in given.items():
         if isinstance(leaf, ScaledArray):
-            if config.parallel is not None:
-                raise InputError(
-                    f"params {'/'.join(path)} in format {leaf.format} cannot go over a mesh: decode it, or "
-                    "set parallel=None."
-                )
             check_scaled(path, leaf, wanted[path].shape)
             continue
         if leaf.shape != wanted[path].shape:
@@ -151,21 +146,28 @@ def _on_device(leaf) -> Any:
 
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:
-    """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] if gated, or w_out [E, m, l]."""
+    """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] of two matrices if gated, or w_out."""
+    name = f"params {'/'.join(path)} in format {leaf.format}"
     if path[0] != "experts":
-        raise InputError(f"params {'/'.join(path)} cannot be in format {leaf.format}: only the experts' weights can.")
-    flat = (*shape[:2], math.prod(shape[2:]))
-    for scale in jax.tree.leaves(leaf.scales):
-        if scale.shape[:1] != leaf.codes.shape[:1]:
-            raise InputError(
-                f"params {'/'.join(path)} in format {leaf.format} has codes of shape {leaf.codes.shape} and "
-                f"scales of shape {scale.shape}: the first axis of both is the experts."
-            )
-    if leaf.shape != flat:
+        raise InputError(f"{name} is refused: only the experts' weights can be quantised.")
+    if leaf.format not in FORMATS:
+        raise InputError(f"{name} is refused: registered formats are {', '.join(FORMATS)}.")
+    packing = FORMATS[leaf.format].packing
+    matrices = (shape[0], shape[2] if len(shape) == 4 else 1, shape[-1], shape[1])
+    expected = (*matrices[:-1], matrices[-1] // packing)
+    if leaf.codes.shape != expected:
         raise InputError(
-            f"params {'/'.join(path)} in format {leaf.format} of shape {leaf.shape} must be of shape {flat}: "
-            "reshape the weight to that before it is encoded."
+            f"{name} has codes of shape {leaf.codes.shape}, which must be {expected}: [experts, matrices side by side, "
+            f"out, in / {packing}]. quantize(params, config, {leaf.format!r}) makes them."
         )
+    along_k, along_n = FORMATS[leaf.format].blocks(matrices[3], matrices[2])
+    for scale in jax.tree.leaves(leaf.scales):
+        fits = scale.ndim == 4 and scale.shape[2] in (1, along_n) and scale.shape[3] in (1, along_k)
+        if not fits or scale.shape[:2] != expected[:2]:
+            raise InputError(
+                f"{name} has codes of shape {leaf.codes.shape} and scales of shape {scale.shape}, which must be "
+                f"{(*expected[:2], along_n, along_k)}, or 1 on an axis along which they are equal."
+            )
 
 
 _DRAWN = (
