@@ -9,10 +9,12 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
+from jax_latent_moe.formats import ScaledArray, map_axes
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_param, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
@@ -22,6 +24,9 @@ CORRECTION_BIAS = "correction_bias"
 
 LOSSES = "losses"
 """The collection into which the auxiliary losses are sown: add them all to the objective."""
+
+CODES = "codes"
+"""The collection of quantised weights, at .../experts/w_in and .../experts/w_out: frozen, so no optimiser sees them."""
 
 _BIAS = ("router", "bias")
 _LOAD = "tokens_per_expert"
@@ -38,7 +43,8 @@ class LatentMoE(nn.Module):
     """A latent mixture-of-experts layer; drop it in where an MLP was.
 
     The parameters are those of `init_params`, in the collection "params", but for the correction bias, which is state
-    in the collection "correction_bias". Each carries its logical axis names (`nn.LogicallyPartitioned`), but with
+    in the collection "correction_bias". Quantised weights, which `from_params` puts into the collection "codes", take
+    the place of those in "params". Each carries its logical axis names (`nn.LogicallyPartitioned`), but with
     axis_names=None.
 
     Where these collections are mutable, a call sows into "losses" the auxiliary losses "switch", "sequence" and "z"
@@ -107,33 +113,43 @@ class LatentMoE(nn.Module):
                 for name in names
             }
 
-        params: Any = {
-            part: dict(self.param(part, draw, part, [name for name in leaves if (part, name) != _BIAS]))
-            for part, leaves in axes.items()
-        }
+        codes = nn.unbox(self.get_variable(CODES, "experts", {}))
+        params: Any = {}
+        for part, leaves in axes.items():
+            drawn = [name for name in leaves if (part, name) != _BIAS and not (part == "experts" and name in codes)]
+            params[part] = dict(self.param(part, draw, part, drawn)) if drawn else {}
+        params["experts"] |= codes
         if self.config.router.correction_bias:
             params["router"] |= self.variable(CORRECTION_BIAS, "router", draw, None, "router", ["bias"]).value
         return params
 
 
 def _box(value, axes, axis_names):
-    return value if axis_names is None else Boxed(value, axes)
+    if axis_names is None:
+        return value
+    if isinstance(value, ScaledArray):  # each of its arrays has a box
+        return jax.tree.map(
+            lambda array, names: Boxed(array, tuple(names)), value, map_axes(value, axes, PartitionSpec)
+        )
+    return Boxed(value, axes)
 
 
 def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The functional parameter tree out of linen variables: boxes taken off, the correction bias back in its place.
+    """The functional parameter tree out of linen variables: boxes taken off, biases and codes back in their places.
 
     Args:
         variables: of one layer, as `latent_moe` then takes them; or of a model, each layer then a subtree.
     """
-    params, bias = (flatten_dict(nn.unbox(variables.get(name, {}))) for name in ("params", CORRECTION_BIAS))
-    return unflatten_dict({**params, **bias})
+    collections = (flatten_dict(nn.unbox(variables.get(name, {}))) for name in ("params", CORRECTION_BIAS, CODES))
+    return unflatten_dict({path: leaf for collection in collections for path, leaf in collection.items()})
 
 
 def from_params(
     params: Params, config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = FrozenDict()
 ) -> dict[str, Any]:
     """The linen variables of one layer, boxed as `LatentMoE(config, axis_names).init` makes them.
+
+    `ScaledArray` leaves go to the collection "codes", which gradients with respect to "params" leave alone.
 
     Args:
         params: its functional tree.
@@ -147,9 +163,10 @@ def from_params(
     variables: dict[str, Any] = {}
     for part, leaves in param_axes(config, axis_names).items():
         for name, axes in leaves.items():
+            leaf = params[part][name]
             collection = CORRECTION_BIAS if (part, name) == _BIAS else "params"
-            boxed = _box(params[part][name], axes, axis_names)
-            variables.setdefault(collection, {}).setdefault(part, {})[name] = boxed
+            collection = CODES if isinstance(leaf, ScaledArray) else collection
+            variables.setdefault(collection, {}).setdefault(part, {})[name] = _box(leaf, axes, axis_names)
     return variables
 
 

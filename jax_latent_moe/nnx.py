@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_params, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
@@ -22,6 +23,10 @@ class CorrectionBias(nnx.Variable):
     """The type of the correction bias: state, so `wrt=nnx.Param` keeps gradients and optimisers off it."""
 
 
+class Codes(nnx.Variable):
+    """The type of quantised weights: frozen, so `wrt=nnx.Param` keeps gradients and optimisers off them."""
+
+
 class AuxiliaryLoss(nnx.Variable):
     """The type as which the auxiliary losses are sown: add them all to the objective."""
 
@@ -30,7 +35,7 @@ class LatentMoE(nnx.Module):
     """A latent mixture-of-experts layer; drop it in where an MLP was.
 
     The parameters are `nnx.Param`s at the paths of `init_params`, with its values for the key `rngs.params()`; the
-    correction bias is a `CorrectionBias`. Each carries its logical axis names as `out_sharding`; they are applied where
+    correction bias is a `CorrectionBias`, and quantised weights, which `from_params` takes, are `Codes`. Each carries its logical axis names as `out_sharding`; they are applied where
     a mesh and `nnx.logical_axis_rules` are set, and are no more than names elsewhere.
 
     Under `nnx.capture` a call sows the auxiliary losses "switch", "sequence" and "z" as `AuxiliaryLoss`, and the
@@ -112,8 +117,12 @@ def _variable(name, value, axes):
 
 def to_params(module: LatentMoE) -> Params:
     """The functional parameter tree of a layer, as `latent_moe` takes it; the arrays are shared, not copied."""
+
+    def value(variable):
+        return variable.get_value() if isinstance(variable, Codes) else variable[...]
+
     return {
-        part: {name: getattr(module, part)[name][...] for name in leaves}
+        part: {name: value(getattr(module, part)[name]) for name in leaves}
         for part, leaves in param_axes(module.config).items()
     }
 
@@ -124,7 +133,8 @@ def from_params(
     """The module that holds these parameters; the arrays are shared, not copied.
 
     Args:
-        params: the functional tree.
+        params: the functional tree. `ScaledArray` leaves become `Codes` without axis names: place them on a mesh by
+            `param_specs(config, mesh, params)` beforehand.
         config: the layer.
         axis_names: as the module's.
 
@@ -133,7 +143,14 @@ def from_params(
     """
     check_params(params, config)
     module = nnx.eval_shape(lambda: LatentMoE(config, rngs=nnx.Rngs(0), axis_names=axis_names))
-    nnx.update(module, params)
+    for name, weight in params["experts"].items():
+        if isinstance(weight, ScaledArray):
+            module.experts[name] = Codes(weight)
+    dense = {
+        part: {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, ScaledArray)}
+        for part, leaves in params.items()
+    }
+    nnx.update(module, dense)
     return module
 
 

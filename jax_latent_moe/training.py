@@ -11,6 +11,7 @@ from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
 from jax_latent_moe.errors import InputError, NotCollectedWarning
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import LatentMoEAux
 from jax_latent_moe.routing.router import update_correction_bias
 
@@ -18,17 +19,18 @@ _BIAS = "router/bias"
 
 
 def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
-    """Parameters without their correction biases, for the optimiser; and the biases, which are state.
+    """Parameters without what no optimiser may move, for the optimiser; and the rest: correction biases and codes.
 
     Gradients, optimisers and weight decay given the first cannot move the second; `merge_state` puts both together.
 
     Args:
         params: of one layer, as `init_params` makes them, or of a model: layers in nested dicts, lists and tuples,
-            beside whatever else. Every leaf "bias" of a dict "router" is a correction bias.
+            beside whatever else. Every leaf "bias" of a dict "router" is a correction bias, and every `ScaledArray` in
+            a dict is frozen.
 
     Returns:
-        trainable: params without the biases.
-        state: the biases at their paths, and no other leaf; {} where there are none.
+        trainable: params without the biases and the `ScaledArray`s.
+        state: these at their paths, and no other leaf; {} where there are none.
     """
     if isinstance(params, Mapping):
         trainable, state = {}, {}
@@ -36,6 +38,9 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
             if key == "router" and isinstance(value, Mapping) and "bias" in value:
                 trainable[key] = {name: leaf for name, leaf in value.items() if name != "bias"}
                 state[key] = {"bias": value["bias"]}
+                continue
+            if isinstance(value, ScaledArray):
+                state[key] = value
                 continue
             trainable[key], rest = split_state(value)
             if jax.tree.leaves(rest):
@@ -59,14 +64,20 @@ def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
 
 
 def trainable_mask(params: PyTree) -> PyTree:
-    """True for each leaf that an optimiser may move, False for correction biases: every path that ends "router/bias".
+    """True for each leaf that an optimiser may move, False for correction biases, codes and scales.
+
+    A correction bias is every path that ends "router/bias"; codes and scales are those of a `ScaledArray`.
 
     For trees that cannot be split: `optax.masked(optimiser, trainable_mask)` and Equinox's
     `eqx.partition(model, trainable_mask(model))`. Haiku's names read as paths too.
     """
-    return tree_map_with_path(
-        lambda path, _: not ("/" + keystr(path, simple=True, separator="/")).endswith("/" + _BIAS), params
-    )
+
+    def may_move(path, leaf):
+        if isinstance(leaf, ScaledArray):
+            return jax.tree.map(lambda _: False, leaf)
+        return not ("/" + keystr(path, simple=True, separator="/")).endswith("/" + _BIAS)
+
+    return tree_map_with_path(may_move, params, is_leaf=lambda node: isinstance(node, ScaledArray))
 
 
 def total_loss(aux: PyTree[LatentMoEAux]) -> Float[Array, ""]:
@@ -93,7 +104,7 @@ def after_step(
     """Moves the correction biases of a model by the loads of one step: call it once after the optimiser's step.
 
     Args:
-        state: of `split_state`; {} is given back.
+        state: of `split_state`; {} is given back, and so are parts without a correction bias, such as codes.
         aux: what the layers returned, in the places that they have in state: of a single layer its `LatentMoEAux`, of
             a model a dict or list of them. In the place of each may stand its `tokens_per_expert` alone, or a list or
             tuple of several microbatches; leading axes that the bias does not have, such as those of a scan over
@@ -109,6 +120,8 @@ def after_step(
 
 
 def _walk(state, aux, step, path):
+    if not _has_bias(state):
+        return state
     if not isinstance(state, Mapping):
         return type(state)(_walk(part, _part(aux, i, path), step, (*path, i)) for i, part in enumerate(state))
     if "router" not in state:
@@ -116,7 +129,13 @@ def _walk(state, aux, step, path):
     bias = state["router"]["bias"]
     loads = aux if isinstance(aux, list | tuple) and not isinstance(aux, LatentMoEAux) else [aux]
     counts = [load.tokens_per_expert if isinstance(load, LatentMoEAux) else load for load in loads]
-    return {"router": {"bias": step(bias, counts)}}
+    return {**state, "router": {"bias": step(bias, counts)}}
+
+
+def _has_bias(state) -> bool:
+    if isinstance(state, Mapping):
+        return "router" in state or any(map(_has_bias, state.values()))
+    return isinstance(state, list | tuple) and any(map(_has_bias, state))
 
 
 def _part(aux, key, path):

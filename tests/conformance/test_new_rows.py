@@ -121,10 +121,14 @@ def test_names_are_taken_once(registered):
 
 def test_a_weight_that_blocks_do_not_divide_is_refused(monkeypatch):
     monkeypatch.setitem(FORMATS, "blocks", dataclasses.replace(COLUMNS, name="blocks", block=(4, 2)))
-    with pytest.raises(ConfigError, match="6 x 4 does not divide into blocks's blocks of 4 x 2"):
+    with pytest.raises(ConfigError, match="K=6 of a weight of 6 x 4 is not a multiple of 4, which blocks needs"):
         formats.encode(np.ones((3, 6, 4), np.float32), "blocks")
     with pytest.raises(ConfigError, match=r"format='other' is unknown: registered are .*blocks"):
         formats.encode(np.ones((3, 4, 4), np.float32), "other")
+    with pytest.raises(InputError, match="of dtype int32 must be floating"):
+        formats.encode(np.ones((3, 4, 4), np.int32), "blocks")
+    with pytest.raises(InputError, match="5 columns are not 2 matrices"):
+        formats.encode(np.ones((3, 4, 5), np.float32), "blocks", parts=2)
 
 
 def test_codes_have_no_gradient(registered, rng):
