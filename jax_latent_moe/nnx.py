@@ -35,8 +35,9 @@ class LatentMoE(nnx.Module):
     """A latent mixture-of-experts layer; drop it in where an MLP was.
 
     The parameters are `nnx.Param`s at the paths of `init_params`, with its values for the key `rngs.params()`; the
-    correction bias is a `CorrectionBias`, and quantised weights, which `from_params` takes, are `Codes`. Each carries its logical axis names as `out_sharding`; they are applied where
-    a mesh and `nnx.logical_axis_rules` are set, and are no more than names elsewhere.
+    correction bias is a `CorrectionBias`, and quantised weights, which `from_params` takes, are `Codes`. Each but
+    `Codes` carries its logical axis names as `out_sharding`; they are applied where a mesh and
+    `nnx.logical_axis_rules` are set, and are no more than names elsewhere.
 
     Under `nnx.capture` a call sows the auxiliary losses "switch", "sequence" and "z" as `AuxiliaryLoss`, and the
     `LatentMoEAux` arrays "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" as `nnx.Intermediate`.

@@ -82,7 +82,7 @@ def test_values_and_gradients_are_those_of_the_decoded_weights(name, config, rng
 
 
 def test_nothing_computes_the_gradient_of_codes():
-    """Without quantisation, the program has products of the experts' shape; with it none, and codes have no gradient."""
+    """Only a dense layer's program has products of the experts' shape. Codes have no gradient."""
     config = dataclasses.replace(PLAIN, num_experts=1000)
     shapes = jax_latent_moe.param_shapes(config)
     x = jax.ShapeDtypeStruct((2, 5, 12), jnp.float32)

@@ -39,7 +39,7 @@ def one_if_zero(scales: Array) -> Array:
 
 
 def divided(values: Array, by: Any) -> Array:
-    """values / by, correctly rounded.
+    """The quotient, correctly rounded.
 
     XLA would multiply by the rounded reciprocal of a divisor that it sees to be a constant or broadcast.
     """

@@ -48,8 +48,8 @@ class Format:
 
     def blocks(self, k: int, n: int) -> tuple[int, int]:
         """How many blocks a matrix of N x K has along K and along N."""
-        along_k, along_n = (1 if block is None else -(-size // block) for size, block in zip((k, n), self.block))
-        return along_k, along_n
+        k_block, n_block = self.block
+        return (1 if k_block is None else -(-k // k_block)), (1 if n_block is None else -(-n // n_block))
 
     def multiples(self) -> tuple[int, int]:
         """What K and N of a weight must be multiples of."""

@@ -19,7 +19,7 @@ from jax_latent_moe.formats.registry import FORMATS
 class ScaledArray:
     """A weight [..., K, P * N] as codes and scales. It is a pytree, so it can be sharded and donated like an array.
 
-    The weight is P matrices with their columns side by side: P is 2 for gate and up, else 1. Each has scales of its own.
+    The weight is P matrices with their columns side by side, each with scales of its own: 2 for gate and up, else 1.
 
     Attributes:
         codes: [..., P, N, K / packing].

@@ -168,7 +168,7 @@ ENCODERS = {
 
 
 def decode(name, codes, scales, block=None) -> np.ndarray:
-    """The values in float64, rounded to float32 after each product. `block` is the size of blocks, if some are partial."""
+    """The values in float64, rounded to float32 after each product; `block` is their size if some are partial."""
     if name.startswith("fp8"):
         steps = E4M3_VALUES[codes]
     elif name in ("mxfp4", "nvfp4"):
