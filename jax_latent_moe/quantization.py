@@ -1,7 +1,6 @@
 """Quantises the experts' weights of a layer, and decodes them again."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,7 +42,7 @@ def quantize(params: Params, config: LatentMoEConfig, format: str) -> dict[str, 
     return params | {"experts": experts}
 
 
-def dequantize(params: Mapping[str, Mapping[str, Any]], config: LatentMoEConfig) -> Params:
+def dequantize(params: Params, config: LatentMoEConfig) -> Params:
     """The tree with dense experts in config.param_dtype; leaves that are dense already stay as they are.
 
     Raises:

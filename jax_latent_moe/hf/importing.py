@@ -73,7 +73,7 @@ def import_layer(
     if isinstance(sharding, Mapping):
         _check_shardings(sharding, param_shapes(plan.config))
     quantised = quantised_leaves(plan, f"{checkpoint.folder.path}, layer {layer}") if keep_quantized else {}
-    params: Params = {}
+    params: dict[str, dict[str, Any]] = {}
     with _open_files(plan) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
         for part, leaves in param_shapes(plan.config).items():
             params[part] = {}

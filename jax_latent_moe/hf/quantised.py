@@ -90,7 +90,7 @@ def quantised_leaves(plan: LayerPlan, where: object) -> dict[Path, Leaf]:
                 found.append(f"{blocks[0].tensor}: {suffix} of shape {list(info.shape)} is not one number.")
                 continue
             scales[scale] = jax.ShapeDtypeStruct((shape.shape[0], parts, *along), _held(info))
-        codes = jax.ShapeDtypeStruct((shape.shape[0], parts, n, k // FORMATS[kept.format].packing), np.uint8)
+        codes: Any = jax.ShapeDtypeStruct((shape.shape[0], parts, n, k // FORMATS[kept.format].packing), np.uint8)
         by_place = {(block.expert or 0, block.half or 0): block for block in blocks}
         leaves[path] = Leaf(kept, ScaledArray(codes, scales, kept.format), by_place)
     if found:
@@ -146,7 +146,8 @@ def read_leaf(
         CheckpointError: a scale or code is not finite, or a file is truncated.
     """
     shardings = _shardings(leaf.shapes, sharding)
-    suffixes = ScaledArray(leaf.kept.codes, dict(leaf.kept.scales), leaf.kept.format)
+    suffix_of_codes: Any = leaf.kept.codes
+    suffixes = ScaledArray(suffix_of_codes, dict(leaf.kept.scales), leaf.kept.format)
 
     def array_of(suffix, struct, where):
         def read(array, index):
