@@ -1,4 +1,4 @@
-"""Checks of configuration values: each raises `ConfigError` with the name, the value and the rule."""
+"""Checks of configuration values. Each raises a `ConfigError` with the name, the value and the rule."""
 
 import dataclasses
 import numbers
@@ -10,10 +10,10 @@ import numpy as np
 from jax_latent_moe.errors import ConfigError
 
 MOST = 2**31 - 1
-"""Largest integer of a configuration: sizes and counts meet int32 arrays."""
+"""The largest integer of a configuration. Sizes and counts are combined with int32 arrays."""
 
 LEAST_FLOAT, MOST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-"""Smallest and largest magnitude that float32 holds without loss."""
+"""The smallest and the largest magnitude of float32's normal numbers."""
 
 
 def one_of(name, value, allowed):
@@ -45,21 +45,21 @@ def integer(name, value, least=0):
 
 
 def finite(name, value):
-    """A number that float32 holds, as a float: 0 or a magnitude within its normal numbers."""
+    """Returns the value as a float. It must be 0 or within the normal numbers of float32."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
     number: Any = value
     if not real or not -np.inf < number < np.inf:
         raise ConfigError(f"{name}={_shown(value)} must be a finite number.")
     if number != 0 and not LEAST_FLOAT <= abs(number) <= MOST_FLOAT:
         raise ConfigError(
-            f"{name}={_shown(value)} must be 0 or of a magnitude between {LEAST_FLOAT:.3g} and {MOST_FLOAT:.3g}, which "
-            "float32 holds."
+            f"{name}={_shown(value)} must be 0 or of a magnitude between {LEAST_FLOAT:.3g} and {MOST_FLOAT:.3g}, the "
+            "range of float32."
         )
     return float(number)
 
 
 def _shown(value) -> str:
-    """A value as messages show it. Python refuses to print integers of many digits."""
+    """The value as messages show it. Python refuses to print very long integers."""
     long = isinstance(value, int) and value.bit_length() > 10_000
     return f"<an integer of {value.bit_length()} bits>" if long else repr(value)
 
@@ -86,7 +86,7 @@ def between(name, value, least, most):
 
 
 def dtype_name(name, value, allowed):
-    # None and Python's own float are float64 to NumPy, which is not what a user of either means.
+    # NumPy reads None and Python's float as float64, which is rarely what the user means.
     python = value is None or (isinstance(value, type) and value in (float, int, bool, complex))
     try:
         dtype = value if python else jnp.dtype(value).name
@@ -98,7 +98,7 @@ def dtype_name(name, value, allowed):
 
 
 def refuse_unused(config, prefix, fields, used, needs):
-    """Refuses a field that was set although nothing would read it: an ignored setting is a wrong result."""
+    """Refuses a field that is set although nothing reads it. An ignored setting would be a wrong result."""
     if used:
         return
     defaults = {field.name: field.default for field in dataclasses.fields(config)}

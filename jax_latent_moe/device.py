@@ -1,11 +1,12 @@
 """The device that JAX computes on by default, for which backends, tiles and block sizes are chosen."""
 
 import dataclasses
+import re
 
 import jax
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-"""The words in a device kind that mark a Hopper GPU."""
+HOPPER = re.compile(r"\bG?H(20|100|200|800)(?!\d)")
+"""What the kind of a Hopper GPU holds, in forms such as "NVIDIA H100 PCIe", "H100-PCIE-80GB" and "H100L-94C"."""
 HOPPER_SMS = 132
 """SMs of an H100 SXM and of an H200."""
 
@@ -17,7 +18,7 @@ class Device:
     Attributes:
         platform: "cpu", "gpu" or "tpu".
         kind: the device's name, such as "NVIDIA H100 80GB HBM3".
-        num_sms: SMs of a GPU. On other devices it is that of an H100, for kernels that are interpreted.
+        num_sms: the SMs of a GPU. Other devices have the number of an H100, for kernels that are interpreted.
     """
 
     platform: str
@@ -26,13 +27,12 @@ class Device:
 
     @property
     def architecture(self) -> str:
-        """The architecture, by which kernels are chosen: "sm90" for a Hopper GPU, else the platform."""
-        hopper = self.platform == "gpu" and not set(HOPPER).isdisjoint(self.kind.split())
-        return "sm90" if hopper else self.platform
+        """The architecture that kernels are chosen by: "sm90" for a Hopper GPU, else the platform."""
+        return "sm90" if self.platform == "gpu" and HOPPER.search(self.kind) else self.platform
 
 
 def current_device() -> Device:
-    """The default device. It is read once, when a problem is made, and passed on from there."""
+    """The default device. A problem reads it once, when it is made, and carries it from there on."""
     device = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]

@@ -8,7 +8,7 @@ class LatentMoEError(ValueError):
 
 
 class ConfigError(LatentMoEError):
-    """A configuration that no backend can run. It is raised when the config is built."""
+    """A configuration that no backend can run. Building the config raises it."""
 
 
 class InputError(LatentMoEError):
@@ -16,7 +16,7 @@ class InputError(LatentMoEError):
 
 
 class NotCollectedWarning(UserWarning):
-    """A Flax layer was differentiated, but its auxiliary losses or its loads were not collected."""
+    """A Flax layer was differentiated, but its auxiliary losses or its expert loads were not collected."""
 
 
 class CheckpointError(LatentMoEError):

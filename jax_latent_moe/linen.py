@@ -20,10 +20,10 @@ from jax_latent_moe.params import Params, check_params, init_param, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
 
 CORRECTION_BIAS = "correction_bias"
-"""The collection of the correction bias, at .../router/bias: state, so no optimiser sees it."""
+"""The collection of the correction bias, which stands at .../router/bias. It is state: no optimiser sees it."""
 
 LOSSES = "losses"
-"""The collection into which the auxiliary losses are sown: add them all to the objective."""
+"""The collection into which the auxiliary losses are sown. Add them all to the objective."""
 
 CODES = "codes"
 """The collection of quantised weights, at .../experts/w_in and .../experts/w_out: frozen, so no optimiser sees them."""
@@ -33,27 +33,26 @@ _LOAD = "tokens_per_expert"
 
 
 class Boxed(nn.LogicallyPartitioned):
-    """A variable with its logical axis names, to which nn.scan and nn.vmap may add an axis without a name."""
+    """A variable with its logical axis names. nn.scan and nn.vmap may add an axis without a name."""
 
     def _get_partition_name(self, params) -> Any:
         return params.get(nn.PARTITION_NAME)
 
 
 class LatentMoE(nn.Module):
-    """A latent mixture-of-experts layer; drop it in where an MLP was.
+    """A latent mixture-of-experts layer. It takes the place of an MLP.
 
-    The parameters are those of `init_params`, in the collection "params", but for the correction bias, which is state
-    in the collection "correction_bias". Quantised weights, which `from_params` puts into the collection "codes", take
-    the place of those in "params". Each carries its logical axis names (`nn.LogicallyPartitioned`), but with
-    axis_names=None.
+    The parameters are those of `init_params`, in the collection "params". The correction bias is state, in the
+    collection "correction_bias". Quantised weights are frozen, in the collection "codes": `from_params` puts them there.
+    Each variable carries its logical axis names (`nn.LogicallyPartitioned`), unless axis_names is None.
 
-    Where these collections are mutable, a call sows into "losses" the auxiliary losses "switch", "sequence" and "z"
-    (not while initialising), and into "intermediates" the `LatentMoEAux` arrays "expert_ids", "weights",
-    "tokens_per_expert" and "dropped_per_expert".
+    A call sows the auxiliary losses "switch", "sequence" and "z" into the collection "losses", except while
+    initialising. It sows the `LatentMoEAux` arrays "expert_ids", "weights", "tokens_per_expert" and
+    "dropped_per_expert" into "intermediates". As always in linen, only mutable collections receive values.
 
     Attributes:
         config: the layer.
-        axis_names: other names for some logical axes, as in `param_axes`; None leaves the variables unboxed.
+        axis_names: other names for some logical axes, as in `param_axes`. None leaves the variables unboxed.
     """
 
     config: LatentMoEConfig
@@ -67,11 +66,11 @@ class LatentMoE(nn.Module):
         token_mask: Bool[Array, "*batch"] | None = None,
         expert_ids: Int[Array, "*batch k"] | None = None,
     ) -> Float[Array, "*batch d"]:
-        """Applies the layer; the arguments, the result and the errors are those of `latent_moe`.
+        """Applies the layer. The arguments, the result and the errors are those of `latent_moe`.
 
         Args:
             x: [..., d], floating.
-            token_mask: [...]; tokens that are False reach no expert.
+            token_mask: [...]. Tokens that are False reach no expert.
             expert_ids: [..., k], a routing to replay.
 
         Returns:
@@ -80,7 +79,7 @@ class LatentMoE(nn.Module):
         y, aux = latent_moe(self._params(), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)
-        if not self.is_initializing():  # or the variables that init returns would hold the losses of its input
+        if not self.is_initializing():  # otherwise init would return the losses of its input as variables
             for name, loss in aux.losses.items():
                 self.sow(LOSSES, name, loss)
         for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
@@ -88,10 +87,10 @@ class LatentMoE(nn.Module):
         return y
 
     def _not_collected(self) -> str | None:
-        """What a training step would miss of this call, as a sentence."""
+        """A sentence that says which results of this call a training step would miss."""
         router = self.config.router
         needed = {LOSSES: "auxiliary losses"} if router.has_losses else {}
-        needed |= {"intermediates": "loads, which move the correction bias,"} if router.moves_bias else {}
+        needed |= {"intermediates": "expert loads"} if router.moves_bias else {}
         lost = [what for name, what in needed.items() if not self.is_mutable_collection(name)]
         if not lost or self.is_initializing():
             return None
@@ -101,12 +100,12 @@ class LatentMoE(nn.Module):
         )
 
     def _params(self) -> Params:
-        """The functional tree out of this module's variables, drawn where they do not exist yet."""
+        """The functional tree of this module's variables. Variables that do not exist yet are drawn."""
         layer_key = self.make_rng("params") if self.has_rng("params") else None
         axes = param_axes(self.config, self.axis_names)
 
         def draw(own_key, part, names):
-            # One key for the layer draws what init_params draws. Without one, linen asks for the shapes alone.
+            # With one key for the layer, the values are those of init_params. Without a key, linen wants only shapes.
             key = own_key if layer_key is None else layer_key
             return {
                 name: _box(init_param(key, self.config, part, name), axes[part][name], self.axis_names)
@@ -135,10 +134,10 @@ def _box(value, axes, axis_names):
 
 
 def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The functional parameter tree out of linen variables: boxes taken off, biases and codes back in their places.
+    """Converts linen variables to the functional parameter tree: without boxes, with biases and codes in their places.
 
     Args:
-        variables: of one layer, as `latent_moe` then takes them; or of a model, each layer then a subtree.
+        variables: those of one layer give what `latent_moe` takes; those of a model give a subtree for each layer.
     """
     collections = (flatten_dict(nn.unbox(variables.get(name, {}))) for name in ("params", CORRECTION_BIAS, CODES))
     return unflatten_dict({path: leaf for collection in collections for path, leaf in collection.items()})
@@ -147,14 +146,14 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
 def from_params(
     params: Params, config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = FrozenDict()
 ) -> dict[str, Any]:
-    """The linen variables of one layer, boxed as `LatentMoE(config, axis_names).init` makes them.
+    """Makes the linen variables of one layer, boxed as `LatentMoE(config, axis_names).init` boxes them.
 
     `ScaledArray` leaves go to the collection "codes", which gradients with respect to "params" leave alone.
 
     Args:
-        params: its functional tree.
+        params: the functional tree.
         config: the layer.
-        axis_names: as the module's.
+        axis_names: those of the module.
 
     Raises:
         InputError: the parameters do not fit the config.
@@ -171,13 +170,16 @@ def from_params(
 
 
 def total_loss(sown: Mapping[str, Any]) -> Float[Array, ""]:
-    """All auxiliary losses of all layers, coefficients applied: add it to the objective, whatever the config.
+    """The sum of all auxiliary losses of all layers, with their coefficients. Add it to the objective.
+
+    It is 0 for a config without losses.
 
     Args:
-        sown: what `apply(..., mutable=["losses", "intermediates"])` returned beside y; layers may be stacked.
+        sown: the collections that `apply(..., mutable=["losses", "intermediates"])` returned with y. Layers may be
+            stacked.
 
     Raises:
-        InputError: it has no collection "losses".
+        InputError: `sown` has no collection "losses".
     """
     if LOSSES not in sown:
         raise InputError(f"collections {sorted(sown)} lack '{LOSSES}': apply the model with mutable=['{LOSSES}', ...].")
@@ -185,7 +187,7 @@ def total_loss(sown: Mapping[str, Any]) -> Float[Array, ""]:
 
 
 def loads(sown: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts "tokens_per_expert" of every layer: a tree to add up over microbatches and to give `after_step`.
+    """The counts "tokens_per_expert" of every layer, for `after_step`. Sum them over microbatches.
 
     Args:
         sown: as for `total_loss`.
@@ -202,17 +204,18 @@ def after_step(
     recentre: bool = False,
     axis_name: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The variables with every correction bias moved by the step's loads; as they are where the model has none.
+    """Moves every correction bias of a model by the loads of one step. Call it once after the optimiser's step.
 
-    Call it once after the optimiser's step. Leading axes of the counts that a bias does not have, such as those of a
-    scan over microbatches, are added up.
+    Counts may have leading axes that a bias does not have, such as the axis of a scan over microbatches. They are
+    summed. Variables without a correction bias are returned as they are.
 
     Args:
-        variables: of the model.
-        sown: what `apply(..., mutable=["losses", "intermediates"])` returned beside y, or `loads` of it.
-        rate: `RouterConfig.bias_update_rate`, or a schedule's value; 0 where no step was made.
+        variables: the model's variables.
+        sown: the collections that `apply(..., mutable=["losses", "intermediates"])` returned with y, or their `loads`.
+        rate: `RouterConfig.bias_update_rate`, or the value of a schedule. Give 0 for a skipped step.
         recentre: as in `jax_latent_moe.update_correction_bias`.
-        axis_name: mapped axes of a `shard_map` or `vmap` of your own, whose devices have other tokens.
+        axis_name: axes of your own `shard_map` or `vmap` over which the tokens are split. The counts are summed over
+            them.
 
     Raises:
         InputError: a layer with a bias has no counts in `sown`.
@@ -232,17 +235,17 @@ def update_correction_bias(
     recentre: bool = False,
     axis_name: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """`jax_latent_moe.update_correction_bias` on every layer of a model, by its collections: see `after_step`.
+    """Applies `jax_latent_moe.update_correction_bias` to every layer of a model. `after_step` calls it.
 
     Args:
-        bias: the collection "correction_bias", boxed or not; layers may be stacked by nn.scan.
-        intermediates: the collection "intermediates". Counts of several calls of one layer are added.
-        rate: the step, `RouterConfig.bias_update_rate`.
+        bias: the collection "correction_bias", boxed or not. Layers may be stacked by nn.scan.
+        intermediates: the collection "intermediates". The counts of several calls of one layer are summed.
+        rate: the step size, `RouterConfig.bias_update_rate`.
         recentre: as in `after_step`.
         axis_name: as in `after_step`.
 
     Returns:
-        The collection "correction_bias", boxed as it came.
+        The collection "correction_bias", boxed as the input was.
 
     Raises:
         InputError: a layer with a bias has no counts in `intermediates`.

@@ -20,7 +20,7 @@ _LOAD = "tokens_per_expert"
 
 
 class CorrectionBias(nnx.Variable):
-    """The type of the correction bias: state, so `wrt=nnx.Param` keeps gradients and optimisers off it."""
+    """The variable type of the correction bias. It is state: with `wrt=nnx.Param` no gradient or optimiser sees it."""
 
 
 class Codes(nnx.Variable):
@@ -28,18 +28,18 @@ class Codes(nnx.Variable):
 
 
 class AuxiliaryLoss(nnx.Variable):
-    """The type as which the auxiliary losses are sown: add them all to the objective."""
+    """The variable type of the auxiliary losses that a call sows. Add them all to the objective."""
 
 
 class LatentMoE(nnx.Module):
-    """A latent mixture-of-experts layer; drop it in where an MLP was.
+    """A latent mixture-of-experts layer. It takes the place of an MLP.
 
-    The parameters are `nnx.Param`s at the paths of `init_params`, with its values for the key `rngs.params()`; the
-    correction bias is a `CorrectionBias`, and quantised weights, which `from_params` takes, are `Codes`. Each but
-    `Codes` carries its logical axis names as `out_sharding`; they are applied where a mesh and
-    `nnx.logical_axis_rules` are set, and are no more than names elsewhere.
+    The parameters are `nnx.Param`s at the paths of `init_params`, with its values for the key `rngs.params()`. The
+    correction bias is a `CorrectionBias`. Quantised weights, which `from_params` takes, are `Codes`. Each variable but
+    `Codes` carries its logical axis names as `out_sharding`. The names shard the variable only if a mesh and
+    `nnx.logical_axis_rules` are set.
 
-    Under `nnx.capture` a call sows the auxiliary losses "switch", "sequence" and "z" as `AuxiliaryLoss`, and the
+    Under `nnx.capture`, a call sows the auxiliary losses "switch", "sequence" and "z" as `AuxiliaryLoss`. It sows the
     `LatentMoEAux` arrays "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" as `nnx.Intermediate`.
 
     Attributes:
@@ -56,8 +56,8 @@ class LatentMoE(nnx.Module):
 
         Args:
             config: the layer.
-            rngs: its stream "params" gives one key for the layer.
-            axis_names: other names for some logical axes, as in `param_axes`; None leaves the variables without.
+            rngs: the stream "params" gives one key for the layer.
+            axis_names: other names for some logical axes, as in `param_axes`. None leaves the variables without names.
         """
         self.config = config
         params = init_params(rngs.params(), config)
@@ -72,11 +72,11 @@ class LatentMoE(nnx.Module):
         token_mask: Bool[Array, "*batch"] | None = None,
         expert_ids: Int[Array, "*batch k"] | None = None,
     ) -> Float[Array, "*batch d"]:
-        """Applies the layer; the arguments, the result and the errors are those of `latent_moe`.
+        """Applies the layer. The arguments, the result and the errors are those of `latent_moe`.
 
         Args:
             x: [..., d], floating.
-            token_mask: [...]; tokens that are False reach no expert.
+            token_mask: [...]. Tokens that are False reach no expert.
             expert_ids: [..., k], a routing to replay.
 
         Returns:
@@ -85,7 +85,7 @@ class LatentMoE(nnx.Module):
         y, aux = latent_moe(to_params(self), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)
-        if hasattr(self, "__captures__"):  # sowing outside of nnx.capture is deprecated, and would grow at every call
+        if hasattr(self, "__captures__"):  # outside of nnx.capture, sowing is deprecated and its state grows each call
             for name, loss in aux.losses.items():
                 self.sow(AuxiliaryLoss, name, loss)
             for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
@@ -93,31 +93,32 @@ class LatentMoE(nnx.Module):
         return y
 
     def _not_collected(self) -> str | None:
-        """What a training step would miss of this call, as a sentence."""
+        """A sentence that says which results of this call a training step would miss."""
         router = self.config.router
         if hasattr(self, "__captures__") or not (router.has_losses or router.moves_bias):
             return None
         return (
-            "The auxiliary losses and loads of a LatentMoE are not collected: call the model by nnx.capture(model, "
-            "AuxiliaryLoss, nnx.Intermediate), or set their coefficients and router.bias_update_rate to 0."
+            "The auxiliary losses and expert loads of a LatentMoE are not collected: call the model by "
+            "nnx.capture(model, AuxiliaryLoss, nnx.Intermediate), or set their coefficients and "
+            "router.bias_update_rate to 0."
         )
 
 
 def _variable(name, value, axes):
-    # Flax shards a named variable at once, and refuses where no mesh says what the names mean.
+    # Flax shards a named variable at once. Without a mesh and rules that give the names a meaning, it raises.
     rules, mesh = get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
     meaningful = bool(rules) and not mesh.empty
     kind = CorrectionBias if name == "bias" else nnx.Param
     if axes is None:
         return kind(value)
-    if meaningful:  # names without a rule split nothing, as in linen
+    if meaningful:  # as in linen, a name without a rule splits nothing
         known = {alias for alias, _ in rules} | set(mesh.axis_names)
         axes = tuple(axis if axis in known else None for axis in axes)
     return kind(value, out_sharding=axes, eager_sharding=meaningful and nnx.using_eager_sharding())
 
 
 def to_params(module: LatentMoE) -> Params:
-    """The functional parameter tree of a layer, as `latent_moe` takes it; the arrays are shared, not copied."""
+    """The functional parameter tree of a layer, as `latent_moe` takes it. Arrays are shared, not copied."""
 
     def value(variable):
         return variable.get_value() if isinstance(variable, Codes) else variable[...]
@@ -131,13 +132,13 @@ def to_params(module: LatentMoE) -> Params:
 def from_params(
     params: Params, config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = FrozenDict()
 ) -> LatentMoE:
-    """The module that holds these parameters; the arrays are shared, not copied.
+    """Makes the module that holds these parameters. Arrays are shared, not copied.
 
     Args:
         params: the functional tree. `ScaledArray` leaves become `Codes` without axis names: place them on a mesh by
             `param_specs(config, mesh, params)` beforehand.
         config: the layer.
-        axis_names: as the module's.
+        axis_names: those of the module.
 
     Raises:
         InputError: the parameters do not fit the config.
@@ -156,13 +157,15 @@ def from_params(
 
 
 def total_loss(losses: nnx.State) -> Float[Array, ""]:
-    """All auxiliary losses of all layers, coefficients applied: add it to the objective, whatever the config.
+    """The sum of all auxiliary losses of all layers, with their coefficients. Add it to the objective.
+
+    It is 0 for a config without losses.
 
     Args:
-        losses: the `AuxiliaryLoss`es that `nnx.capture` of the forward pass returned; layers may be stacked.
+        losses: the `AuxiliaryLoss` state that `nnx.capture` of the forward pass returned. Layers may be stacked.
 
     Raises:
-        InputError: there are none.
+        InputError: the state holds no loss.
     """
     leaves = jax.tree.leaves(losses)
     if not leaves:
@@ -171,10 +174,10 @@ def total_loss(losses: nnx.State) -> Float[Array, ""]:
 
 
 def loads(intermediates: nnx.State) -> nnx.State:
-    """The counts "tokens_per_expert" of every layer: a tree to add up over microbatches, for `update_correction_bias`.
+    """The counts "tokens_per_expert" of every layer, for `update_correction_bias`. Sum them over microbatches.
 
     Args:
-        intermediates: the `nnx.Intermediate`s that `nnx.capture` returned.
+        intermediates: the `nnx.Intermediate` state that `nnx.capture` returned.
     """
     return nnx.from_flat_state((path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] == _LOAD)
 
@@ -187,18 +190,19 @@ def update_correction_bias(
     recentre: bool = False,
     axis_name: str | Sequence[str] | None = None,
 ) -> None:
-    """Moves the correction bias of every `LatentMoE` of a model, in place, by the step's loads.
+    """Moves the correction bias of every `LatentMoE` in a model by the loads of one step, in place.
 
-    Call it once after the optimiser's step. Leading axes of the counts that a bias does not have, such as those of a
-    scan over microbatches, are added up. A model without such a bias stays as it is.
+    Call it once after the optimiser's step. Counts may have leading axes that a bias does not have, such as the axis
+    of a scan over microbatches. They are summed. A model without a correction bias does not change.
 
     Args:
-        model: the model, or one layer; layers may be stacked by nnx.vmap.
-        intermediates: the `nnx.Intermediate`s that `nnx.capture` of the step's forward pass returned, or `loads` of
-            them. Counts of several calls of one layer are added.
-        rate: a schedule's value, 0 where no step was made; None takes that of each layer's config.
+        model: the model, or one layer. Layers may be stacked by nnx.vmap.
+        intermediates: the `nnx.Intermediate` state that `nnx.capture` of the step's forward pass returned, or `loads`
+            of it. The counts of several calls of one layer are summed.
+        rate: the value of a schedule, 0 for a skipped step. None takes the rate of each layer's config.
         recentre: as in `jax_latent_moe.update_correction_bias`.
-        axis_name: mapped axes of a `shard_map` or `vmap` of your own, whose devices have other tokens.
+        axis_name: axes of your own `shard_map` or `vmap` over which the tokens are split. The counts are summed over
+            them.
 
     Raises:
         InputError: a layer with a bias has no counts in `intermediates`.

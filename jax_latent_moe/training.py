@@ -1,4 +1,4 @@
-"""What a training step does beside the layer: state kept from the optimiser, the total loss, the biases' own step."""
+"""The parts of a training step outside of the layer: the split into parameters and state, the loss, the bias update."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,19 @@ _BIAS = "router/bias"
 
 
 def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
-    """Parameters without what no optimiser may move, for the optimiser; and the rest: correction biases and codes.
+    """Splits parameters into those that an optimiser trains and the rest, which are correction biases and codes.
 
-    Gradients, optimisers and weight decay given the first cannot move the second; `merge_state` puts both together.
+    An optimiser that gets only the first tree cannot move a bias, and neither can its weight decay. `merge_state` puts
+    the two trees together again.
 
     Args:
-        params: of one layer, as `init_params` makes them, or of a model: layers in nested dicts, lists and tuples,
-            beside whatever else. Every leaf "bias" of a dict "router" is a correction bias, and every `ScaledArray` in
-            a dict is frozen.
+        params: the parameters of one layer, as `init_params` makes them, or those of a model. A model may nest dicts,
+            lists and tuples, and may hold other leaves. Every leaf "bias" of a dict "router" is a correction bias.
+            Every `ScaledArray` in a dict is frozen.
 
     Returns:
-        trainable: params without the biases and the `ScaledArray`s.
-        state: these at their paths, and no other leaf; {} where there are none.
+        trainable: the parameters without the biases and the `ScaledArray`s.
+        state: these alone, at their paths; {} if there are none.
     """
     if isinstance(params, Mapping):
         trainable, state = {}, {}
@@ -54,7 +55,7 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
-    """The parameters that `split_state` took apart, as `latent_moe` takes them."""
+    """Puts together what `split_state` took apart. The result is what `latent_moe` takes."""
     if isinstance(state, Mapping):
         if not state:
             return trainable
@@ -64,12 +65,11 @@ def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
 
 
 def trainable_mask(params: PyTree) -> PyTree:
-    """True for each leaf that an optimiser may move, False for correction biases, codes and scales.
+    """A tree of True for each leaf that an optimiser may move and False for correction biases, codes and scales.
 
-    A correction bias is every path that ends "router/bias"; codes and scales are those of a `ScaledArray`.
-
-    For trees that cannot be split: `optax.masked(optimiser, trainable_mask)` and Equinox's
-    `eqx.partition(model, trainable_mask(model))`. Haiku's names read as paths too.
+    A correction bias is a leaf whose path ends in "router/bias"; Haiku's names count as paths. The mask is for trees
+    that cannot be split: `optax.masked(optimiser, trainable_mask)`, or Equinox's
+    `eqx.partition(model, trainable_mask(model))`.
     """
 
     def may_move(path, leaf):
@@ -81,13 +81,16 @@ def trainable_mask(params: PyTree) -> PyTree:
 
 
 def total_loss(aux: PyTree[LatentMoEAux]) -> Float[Array, ""]:
-    """All auxiliary losses of all layers, coefficients applied: add it to the objective, whatever the config.
+    """The sum of all auxiliary losses of all layers, with their coefficients. Add it to the objective.
+
+    It is 0 for a config without losses.
 
     Args:
-        aux: what a layer returned, or a pytree of it over layers; arrays that scan or vmap stacked are added up.
+        aux: the `LatentMoEAux` of a layer, or a pytree of them over layers. Arrays that scan or vmap stacked are
+            summed.
 
     Raises:
-        InputError: there is no `LatentMoEAux` in it.
+        InputError: `aux` holds no `LatentMoEAux`, or something else beside it.
     """
     losses = [loss for one in _auxes(aux) for loss in one.losses.values()]
     return sum(map(jnp.sum, losses), start=jnp.zeros(()))
@@ -101,20 +104,20 @@ def after_step(
     recentre: bool = False,
     axis_name: str | Sequence[str] | None = None,
 ) -> PyTree:
-    """Moves the correction biases of a model by the loads of one step: call it once after the optimiser's step.
+    """Moves every correction bias of a model by the loads of one step. Call it once after the optimiser's step.
 
     Args:
-        state: of `split_state`; {} is given back, and so are parts without a correction bias, such as codes.
-        aux: what the layers returned, in the places that they have in state: of a single layer its `LatentMoEAux`, of
-            a model a dict or list of them. In the place of each may stand its `tokens_per_expert` alone, or a list or
-            tuple of several microbatches; leading axes that the bias does not have, such as those of a scan over
-            microbatches, are added up.
-        rate: `RouterConfig.bias_update_rate`, or a schedule's value; 0 where no step was made.
+        state: the state of `split_state`. Parts without a correction bias, such as codes, are returned as they are.
+        aux: the `LatentMoEAux` of the layer; for a model, a dict or list of them with the structure of `state`. Each
+            may be replaced by its `tokens_per_expert`, or by a list or tuple over microbatches. Counts may have leading
+            axes that the bias does not have, such as the axis of a scan over microbatches. They are summed.
+        rate: `RouterConfig.bias_update_rate`, or the value of a schedule. Give 0 for a skipped step.
         recentre: subtract each bias's mean, as in `update_correction_bias`.
-        axis_name: mapped axes of a `shard_map` or `vmap` of your own, whose devices have other tokens.
+        axis_name: axes of your own `shard_map` or `vmap` over which the tokens are split. The counts are summed over
+            them.
 
     Raises:
-        InputError: a layer with a bias has no loads.
+        InputError: a layer with a bias has no counts in `aux`.
     """
     return _walk(state, aux, partial(move_bias, rate=rate, recentre=recentre, axis_name=axis_name), ())
 
@@ -144,14 +147,14 @@ def _part(aux, key, path):
     except (KeyError, IndexError, TypeError):
         where = "/".join(map(str, (*path, key)))
         raise InputError(
-            f"aux has nothing at {where}, where a layer has a correction bias: give its LatentMoEAux."
+            f"aux has nothing at {where}, but the layer there has a correction bias: give its LatentMoEAux."
         ) from None
 
 
 def move_bias(
     bias: Float[Array, "*layers e"], counts: Sequence[Int[Array, "..."]], rate, *, recentre, axis_name
 ) -> Float[Array, "*layers e"]:
-    """`update_correction_bias` by the sum of several counts, each with any leading axes before those of the bias."""
+    """`update_correction_bias` with the sum of several counts. Each may have any axes before those of the bias."""
     shape = jnp.shape(bias)
     parts = [jnp.sum(jnp.reshape(count, (-1, *shape)), axis=0, dtype=jnp.asarray(count).dtype) for count in counts]
     return update_correction_bias(bias, sum(parts[1:], start=parts[0]), rate, recentre=recentre, axis_name=axis_name)
@@ -160,13 +163,13 @@ def move_bias(
 def _auxes(tree) -> list[LatentMoEAux]:
     found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, LatentMoEAux))
     if not found or not all(isinstance(one, LatentMoEAux) for one in found):
-        raise InputError("aux holds no LatentMoEAux, or something else: give what latent_moe returned beside y.")
+        raise InputError("aux must hold LatentMoEAux values and nothing else: give what latent_moe returned with y.")
     return found
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def warn_if_differentiated(message: str, y: Any) -> Any:
-    """y, with a `NotCollectedWarning` when a program that differentiates it is traced."""
+    """Returns y. Tracing its derivative warns with a `NotCollectedWarning`."""
     del message
     return y
 

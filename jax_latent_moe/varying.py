@@ -1,4 +1,4 @@
-"""Types of values in a `shard_map` of the user's own, which say over which mapped axes a value varies."""
+"""Types of values inside of a user's own `shard_map`: each says over which mapped axes its value varies."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from jaxtyping import PyTree
 
 
 def varying(values: Any, *like: PyTree) -> Any:
-    """The values, typed to vary over every mapped axis that any array of `like` varies over.
+    """Types the values as varying over every mapped axis that any array of `like` varies over.
 
-    A scan's carry must not change its type, nor may a gradient that a rule of ours makes differ from its value's.
+    The carry of a scan must keep its type, and a gradient must have the type of its value.
     """
     axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(like)))
 
