@@ -4,7 +4,7 @@ The layer is a pure function, `latent_moe(params, x, config)`; Flax modules that
 `jax_latent_moe.linen` and `jax_latent_moe.nnx`, which are imported only when asked for.
 """
 
-from jax_latent_moe import cost, parallel, presets
+from jax_latent_moe import cost, lora, parallel, presets
 from jax_latent_moe.config import (
     CutlassBackend,
     InitConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "dequantize",
     "init_params",
     "latent_moe",
+    "lora",
     "merge_state",
     "parallel",
     "param_axes",

@@ -12,6 +12,7 @@ from jaxtyping import Array, Key
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.low_rank import LowRank
 
 Params = dict[str, dict[str, Array]]
 LOGICAL_AXES = ("hidden", "latent", "expert", "expert_latent", "expert_intermediate", "shared_intermediate")
@@ -87,12 +88,12 @@ def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: st
 
 
 def as_array(name: str, value) -> Any:
-    """The value as an array. None, arrays of JAX and NumPy, and `ScaledArray` come back as they are.
+    """The value as an array. None, arrays of JAX and NumPy, `ScaledArray` and `LowRank` come back as they are.
 
     Raises:
         InputError: NumPy makes no array of numbers of it.
     """
-    if value is None or isinstance(value, jax.Array | np.ndarray | ScaledArray):
+    if value is None or isinstance(value, jax.Array | np.ndarray | ScaledArray | LowRank):
         return value
     try:
         return np.asarray(value)
@@ -125,6 +126,9 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
         path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()
     }
     for path, leaf in given.items():
+        if isinstance(leaf, LowRank):
+            check_adapter(path, leaf, wanted[path].shape)
+            leaf = leaf.base
         if isinstance(leaf, ScaledArray):
             check_scaled(path, leaf, wanted[path].shape)
             continue
@@ -169,6 +173,32 @@ def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...
                 f"{(*expected[:2], along_n, along_k)}, or 1 on an axis along which they are equal."
             )
 
+
+def check_adapter(path: tuple[str, str], leaf: LowRank, shape: tuple[int, ...]) -> None:
+    """Raises InputError unless a is [E, in, r] and b [E, r, out], both floating; a projection's have no E."""
+    name = f"params {'/'.join(path)}"
+    if path not in ADAPTED:
+        names = ", ".join("/".join(path) for path in ADAPTED)
+        raise InputError(f"{name} cannot have an adapter: only {names} can.")
+    absent = [part for part in ("base", "a", "b") if getattr(leaf, part) is None]
+    if absent:
+        raise InputError(f"{name} has no {absent[0]}: merge_state(adapters, rest) puts adapters and weights together.")
+    stacked = path[0] == "experts"
+    rank = leaf.a.shape[-1] if leaf.a.ndim else 0
+    for part, expected in (
+        ("a", (*shape[: stacked + 1], rank)),
+        ("b", (*shape[:stacked], rank, *shape[stacked + 1 :])),
+    ):
+        array = getattr(leaf, part)
+        if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(
+                f"{name} has {part} of shape {array.shape} and dtype {array.dtype}, which must be floating of shape "
+                f"{expected}: lora.adapt makes it."
+            )
+
+
+ADAPTED = (("experts", "w_in"), ("experts", "w_out"), ("down_proj", "kernel"), ("up_proj", "kernel"))
+"""The leaves that can have a low-rank adapter."""
 
 _DRAWN = (
     ("down_proj", "kernel"),

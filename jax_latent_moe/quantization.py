@@ -8,6 +8,7 @@ import jax
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray, encode
+from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.params import Params, check_params, param_shapes
 
 _encode = functools.partial(jax.jit, static_argnames=("name", "parts"))(encode)
@@ -35,6 +36,7 @@ def quantize(params: Params, config: LatentMoEConfig, format: str) -> dict[str, 
     params = check_params(params, config)
     experts = {}
     for name, weight in params["experts"].items():
+        _refuse_adapter(name, weight)
         if isinstance(weight, ScaledArray):
             raise InputError(f"params experts/{name} is in format {weight.format} already: dequantize params first.")
         parts = weight.shape[2] if weight.ndim == 4 else 1
@@ -49,6 +51,8 @@ def dequantize(params: Params, config: LatentMoEConfig) -> Params:
         InputError: params do not fit the config.
     """
     params, shapes = check_params(params, config), param_shapes(config)["experts"]
+    for name, weight in params["experts"].items():
+        _refuse_adapter(name, weight)
     experts = {
         name: weight.decode(config.param_dtype).reshape(shapes[name].shape)
         if isinstance(weight, ScaledArray)
@@ -56,3 +60,8 @@ def dequantize(params: Params, config: LatentMoEConfig) -> Params:
         for name, weight in params["experts"].items()
     }
     return params | {"experts": experts}
+
+
+def _refuse_adapter(name, weight):
+    if isinstance(weight, LowRank):
+        raise InputError(f"params experts/{name} has a low-rank adapter: lora.merge(params, config) first.")

@@ -1,5 +1,6 @@
 """The parts of a training step outside of the layer: the split into parameters and state, the loss, the bias update."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jax_latent_moe.errors import InputError, NotCollectedWarning
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import LatentMoEAux
+from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.routing.router import update_correction_bias
 
 _BIAS = "router/bias"
@@ -27,10 +29,10 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
     Args:
         params: the parameters of one layer, as `init_params` makes them, or those of a model. A model may nest dicts,
             lists and tuples, and may hold other leaves. Every leaf "bias" of a dict "router" is a correction bias.
-            Every `ScaledArray` in a dict is frozen.
+            Every `ScaledArray` in a dict is frozen, and so is the base of every `LowRank`.
 
     Returns:
-        trainable: the parameters without the biases and the `ScaledArray`s.
+        trainable: the parameters without the biases and what is frozen.
         state: these alone, at their paths; {} if there are none.
     """
     if isinstance(params, Mapping):
@@ -42,6 +44,9 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
                 continue
             if isinstance(value, ScaledArray):
                 state[key] = value
+                continue
+            if isinstance(value, LowRank):
+                trainable[key], state[key] = value.adapter, value.frozen
                 continue
             trainable[key], rest = split_state(value)
             if jax.tree.leaves(rest):
@@ -56,8 +61,10 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
 
 def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
     """Puts together what `split_state` took apart. The result is what `latent_moe` takes."""
+    if isinstance(state, LowRank):
+        return state if not isinstance(trainable, LowRank) else trainable.with_base(state.base)
     if isinstance(state, Mapping):
-        if not state:
+        if not state or not isinstance(trainable, Mapping):
             return trainable
         merged = {key: merge_state(value, state.get(key, {})) for key, value in trainable.items()}
         return merged | {key: value for key, value in state.items() if key not in trainable}
@@ -75,9 +82,12 @@ def trainable_mask(params: PyTree) -> PyTree:
     def may_move(path, leaf):
         if isinstance(leaf, ScaledArray):
             return jax.tree.map(lambda _: False, leaf)
+        if isinstance(leaf, LowRank):
+            frozen = jax.tree.map(lambda _: False, leaf.frozen)
+            return dataclasses.replace(jax.tree.map(lambda _: True, leaf.adapter), base=frozen.base)
         return not ("/" + keystr(path, simple=True, separator="/")).endswith("/" + _BIAS)
 
-    return tree_map_with_path(may_move, params, is_leaf=lambda node: isinstance(node, ScaledArray))
+    return tree_map_with_path(may_move, params, is_leaf=lambda node: isinstance(node, ScaledArray | LowRank))
 
 
 def total_loss(aux: PyTree[LatentMoEAux]) -> Float[Array, ""]:

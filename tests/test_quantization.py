@@ -33,6 +33,8 @@ from tests.flax_layers import draw
 from tests.programs import floating_arrays
 from tests.tolerances import assert_close, assert_trees_close
 
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
+
 PLAIN = LatentMoEConfig(
     hidden_size=12,
     latent_size=32,

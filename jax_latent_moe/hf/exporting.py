@@ -20,6 +20,7 @@ from jax_latent_moe.hf.names import Block, Layer, Names, layer_blocks, tensor_sh
 from jax_latent_moe.hf.outputs import copy_folder, new_folder
 from jax_latent_moe.hf.quantised import stored_bytes
 from jax_latent_moe.hf.tensor_file import DTYPES, NAMES, TensorInfo, create, opened, read_bytes, write_bytes
+from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.params import Params, check_params
 
 _OF_QUANTISATION = ("quantization_config", "compression_config")
@@ -51,6 +52,7 @@ def replace_layers(
         for layer, params in _each_once(path, layers):
             plan = plan_layer(checkpoint, layer)
             check_params(params, plan.config)
+            _refuse_adapters(path, params)
             if found := _unwritable(plan, params):
                 raise CheckpointError(f"{checkpoint.folder.path}, layer {layer}", found)
             _write_pieces(_stored_pieces(plan, params), partial)
@@ -128,12 +130,21 @@ def _open_all(plan: LayerPlan, stack: contextlib.ExitStack):
 
 
 def _check_dense(path, layer, params):
-    """Refuses quantised experts, whose tensors another system may not name."""
+    """Refuses quantised experts, whose tensors another system may not name, and low-rank adapters."""
+    _refuse_adapters(path, params)
     for name, leaf in params["experts"].items():
         if isinstance(leaf, ScaledArray):
             what = f"layer {layer}: experts/{name} is in format {leaf.format}"
             how = "dequantize(params, config) first; replace_layers writes codes into a copy of their checkpoint"
             raise CheckpointError(path, [f"{what}, and write_layers writes dense weights: {how}."])
+
+
+def _refuse_adapters(path, params):
+    for part, leaves in params.items():
+        for name, leaf in leaves.items():
+            if isinstance(leaf, LowRank):
+                how = "lora.merge(params, config) makes it dense"
+                raise CheckpointError(path, [f"{part}/{name} has a low-rank adapter, which no tensor holds: {how}."])
 
 
 def _unwritable(plan: LayerPlan, params: Params) -> list[str]:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import ConfigError, InputError
-from jax_latent_moe.formats import FORMATS, ScaledArray, map_axes
+from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
 from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
 from jax_latent_moe.params import Params, param_axes
 
@@ -68,8 +69,8 @@ def param_specs(
     Args:
         config: the layer, with `parallel` set.
         mesh: the mesh, whose sizes must divide what they split.
-        params: the parameters or their shapes. Only `ScaledArray` leaves are read: the specs of their codes and scales
-            stand in their places.
+        params: the parameters or their shapes. Only `ScaledArray` and `LowRank` leaves are read: the specs of their
+            arrays stand in their places.
 
     Raises:
         ConfigError: config.parallel is None, or an axis does not divide what it splits.
@@ -82,10 +83,14 @@ def param_specs(
         part: {name: PartitionSpec(*(rules[axis] for axis in axes)) for name, axes in leaves.items()}
         for part, leaves in param_axes(config).items()
     }
-    for name, leaf in (params or {}).get("experts", {}).items():
-        if isinstance(leaf, ScaledArray):
-            specs["experts"][name] = map_axes(leaf, specs["experts"][name], PartitionSpec)
-            _check_blocks(f"experts/{name}", leaf, specs["experts"][name].codes, mesh)
+    for part, leaves in (params or {}).items():
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, ScaledArray | LowRank):
+                continue
+            specs[part][name] = map_leaf_axes(leaf, specs[part][name], PartitionSpec, stacked=part == "experts")
+            codes = base_of(leaf)
+            if isinstance(codes, ScaledArray):
+                _check_blocks(f"{part}/{name}", codes, base_of(specs[part][name]).codes, mesh)
     return specs
 
 

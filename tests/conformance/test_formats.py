@@ -21,6 +21,7 @@ from tests.conformance.suite import CHECKS
 from tests.programs import floating_arrays
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
 every_format = pytest.mark.parametrize("row", FORMAT_ROWS, ids=str)
 H200 = Device("gpu", "NVIDIA H200", 132)
 

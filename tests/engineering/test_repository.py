@@ -17,10 +17,11 @@ PACKAGE = ROOT / "jax_latent_moe"
 ORDER = (
     ("device", "dtypes", "errors", "native", "varying"),
     ("activations", "checks", "formats"),
+    ("low_rank",),
     ("grouped_matmul",),
     ("config",),
     ("expert_plan", "params", "presets", "routing"),
-    ("cost", "experts", "quantization"),
+    ("cost", "experts", "lora", "quantization"),
     ("hf", "parallel"),
     ("layer", "plan"),
     ("training",),

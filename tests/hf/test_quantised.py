@@ -22,6 +22,7 @@ from tests.hf.test_encodings import FP8, random_fp8, random_mxfp4, random_nvfp4,
 from tests.hf.test_round_trip import same_bits, same_folders, same_trees
 
 MUTATIONS = 300
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
 
 
 def random_fp8_tiles(rng, out, width, scale_dtype=np.float32):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_latent_moe import ConfigError, latent_moe, merge_state, param_shapes, quantize, split_state
+from jax_latent_moe import ConfigError, latent_moe, lora, merge_state, param_shapes, quantize, split_state
 from jax_latent_moe.parallel import param_specs
 from tests.flax_layers import draw
 from tests.parallel.meshes import BASE, make_mesh
@@ -59,6 +59,24 @@ def test_the_same_as_on_one_device(name, sizes, rng):
     assert_close(y, wanted, "float32")
     assert_close(dx, wanted_x, "float32")
     assert_trees_close(jax.tree.map(np.asarray, dparams), wanted_params, "float32")
+
+
+def test_adapters_on_a_mesh(rng):
+    """Their arrays are split as the weights are, and every gradient is that of one device."""
+    key = jax.random.key(int(rng.integers(2**31)))
+    params = lora.adapt(key, quantize(draw(rng, ALONE), ALONE, "nvfp4"), ALONE, rank=2)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 if leaf.dtype == jnp.float32 else leaf, params)
+    x = jnp.float32(rng.normal(size=(8, 2, 16)))
+    wanted, (wanted_params, wanted_x) = gradients(ALONE, params, x)
+    mesh = make_mesh(1, 2, 2, 2)
+    held = placed(params, CONFIG, mesh)
+    assert held["experts"]["w_out"].a.addressable_shards[0].data.shape == (4, 32, 2)
+    with jax.set_mesh(mesh):
+        y, (dparams, dx) = gradients(CONFIG, held, x)
+    assert_close(y, wanted, "float32")
+    assert_close(dx, wanted_x, "float32")
+    for one, other in zip(jax.tree.leaves(dparams), jax.tree.leaves(wanted_params), strict=True):
+        assert_close(one, other, "float32")
 
 
 def test_quantize_keeps_the_split_of_the_experts(rng):
