@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,6 +43,13 @@ def integer(name, value, least=0):
     if int(value) > MOST:
         raise ConfigError(f"{name}={_shown(value)} must be at most {MOST}, the largest int32.")
     return int(value)
+
+
+def integers(name, value):
+    """A sequence of integers as a tuple."""
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray) or not len(value):
+        raise ConfigError(f"{name}={value!r} must be a sequence of integers.")
+    return tuple(integer(f"{name}[{place}]", entry) for place, entry in enumerate(value))
 
 
 def finite(name, value):

@@ -36,7 +36,7 @@ Dispatch = Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"]
 
 SCORE_FUNCTIONS = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
 LATENT_NORMS = ("none", "pre", "post")
-SELECTIONS = ("score", "logit")
+SELECTIONS = ("score", "logit", "given")
 DROP_POLICIES = ("probs", "position")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROUTER_DTYPES = ("float32", "bfloat16", "float64")
@@ -66,7 +66,9 @@ class RouterConfig:
         routed_scaling_factor: multiplies the weights, or the routed output: see
             `LatentMoEConfig.apply_routed_scale_to_output`.
         correction_bias: add a float32 bias [E] to the scores for the choice alone (auxiliary-loss-free balancing).
-        selection: choose by "score" plus bias, or by "logit" plus bias as marin does.
+        selection: choose by "score" plus bias, or by "logit" plus bias as marin does. With "given" the caller always
+            passes `expert_ids`, such as DeepSeek-V4's table of token ids (arXiv 2106.04426 calls it hash routing).
+        logit_bias: add a learned bias [E] to the logits (gpt-oss).
         per_expert_scale: multiply the weights by a learned factor per expert (FastDeploy, MaxText).
         num_groups: experts form this many equal groups; 1 turns group limits off.
         topk_groups: groups that a token may choose from.
@@ -88,7 +90,8 @@ class RouterConfig:
     norm_topk_eps: float = 1e-20
     routed_scaling_factor: float = 1.0
     correction_bias: bool = True
-    selection: Literal["score", "logit"] = "score"
+    selection: Literal["score", "logit", "given"] = "score"
+    logit_bias: bool = False
     per_expert_scale: bool = False
     num_groups: int = 1
     topk_groups: int = 1
@@ -107,7 +110,7 @@ class RouterConfig:
         checks.one_of("router.score_function", self.score_function, SCORE_FUNCTIONS)
         checks.one_of("router.selection", self.selection, SELECTIONS)
         checks.one_of("router.drop_policy", self.drop_policy, DROP_POLICIES)
-        _keep(self, "router.", checks.boolean, ("norm_topk_prob", "correction_bias", "per_expert_scale"))
+        _keep(self, "router.", checks.boolean, ("norm_topk_prob", "correction_bias", "logit_bias", "per_expert_scale"))
         _keep(self, "router.", checks.positive_int, ("num_groups", "topk_groups", "group_score_topk"))
         _keep(self, "router.", checks.integer, ("min_capacity",))
         losses = ("switch_loss_coef", "sequence_loss_coef", "z_loss_coef")
@@ -121,6 +124,12 @@ class RouterConfig:
             raise ConfigError(
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
                 "a token cannot keep more groups than there are."
+            )
+        if self.selection == "given" and (self.correction_bias or self.num_groups > 1):
+            name = "correction_bias=True" if self.correction_bias else f"num_groups={self.num_groups}"
+            raise ConfigError(
+                f"router.{name} has no effect with router.selection='given', which chooses no expert: set "
+                f"{'correction_bias=False' if self.correction_bias else 'num_groups=1'}."
             )
         for fields, used, needs in (
             (("norm_topk_eps",), self.norm_topk_prob, "norm_topk_prob=True"),
@@ -179,6 +188,8 @@ class ParallelConfig:
         capacity_factor: a device sends at most ceil(capacity_factor * T * k / n) of its T tokens' rows to each of the
             n devices of expert_axis, rounded up to a multiple of 8. The rows of least weight beyond that are dropped
             and counted in `LatentMoEAux.dropped_per_expert`. None drops nothing, and buffers hold the worst case.
+        physical_to_logical: the expert that each physical expert is a copy of, from `parallel.replicate_experts`. The
+            experts' parameters are then those of `parallel.expand`. None is one copy of each.
     """
 
     data_axis: str = "data"
@@ -187,6 +198,7 @@ class ParallelConfig:
     tensor_axis: str = "tensor"
     dispatch: Dispatch = "auto"
     capacity_factor: float | None = None
+    physical_to_logical: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name, axis in zip(("data_axis", "fsdp_axis", "expert_axis", "tensor_axis"), self.axes, strict=True):
@@ -197,6 +209,8 @@ class ParallelConfig:
         checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
         if self.capacity_factor is not None:
             _keep(self, "parallel.", checks.positive, ("capacity_factor",))
+        if self.physical_to_logical is not None:
+            _keep(self, "parallel.", checks.integers, ("physical_to_logical",))
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -217,11 +231,17 @@ class LatentMoEConfig:
         shared_expert_intermediate_size: ms, inner width of the shared expert; 0 is none.
         shared_expert_gate: multiply the shared expert's output by sigmoid(x @ gate), with a learned gate [d, 1]
             (Qwen2-MoE, Qwen3-Next).
-        activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up), or one that
-            `activations.register` added.
+        activation: "relu2" or "gelu" (one kernel), "swiglu", "clamped_swiglu", "geglu" or "situ_glu" (gate and up), or
+            one that `activations.register` added.
         gelu_approximate: True takes the tanh form of gelu in "gelu" and "geglu", False the exact form.
         situ_beta: bound of the gate in "situ_glu", b (Kimi K3).
         situ_linear_beta: bound of the up half in "situ_glu", bl; None leaves the up half linear.
+        swiglu_alpha: slope of the sigmoid in "clamped_swiglu" (1.702 in gpt-oss, 1 in DeepSeek-V4).
+        swiglu_limit: upper bound of the gate and bound of the magnitude of the up half in "clamped_swiglu" (7 in
+            gpt-oss, 10 in DeepSeek-V4).
+        swiglu_shift: added to the up half after the bound in "clamped_swiglu" (1 in gpt-oss, 0 in DeepSeek-V4).
+        expert_bias: add a learned bias to both products of each routed expert, b_in and b_out (gpt-oss). XLA then
+            computes the activation.
         latent_norm: RMSNorm over l: "pre" after down_proj (marin), "post" after the combine (Kimi K3), or "none".
         latent_norm_eps: epsilon of that norm, 1e-24 to 1e24.
         apply_probs_on_input: multiply the expert's input by the weight instead of its output (Megatron). It needs
@@ -247,6 +267,10 @@ class LatentMoEConfig:
     gelu_approximate: bool = False
     situ_beta: float = 4.0
     situ_linear_beta: float | None = 25.0
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    swiglu_shift: float = 1.0
+    expert_bias: bool = False
     latent_norm: LatentNorm = "none"
     latent_norm_eps: float = 1e-5
     apply_probs_on_input: bool = False
@@ -265,13 +289,10 @@ class LatentMoEConfig:
         _keep(self, "", checks.integer, ("shared_expert_intermediate_size",))
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        _keep(
-            self,
-            "",
-            checks.boolean,
-            ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"),
-        )
-        _keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps"))
+        _keep(self, "", checks.boolean, ("shared_expert_gate", "gelu_approximate", "expert_bias"))
+        _keep(self, "", checks.boolean, ("apply_probs_on_input", "apply_routed_scale_to_output"))
+        _keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps", "swiglu_alpha", "swiglu_limit"))
+        _keep(self, "", checks.finite, ("swiglu_shift",))
         if self.situ_linear_beta is not None:
             _keep(self, "", checks.positive, ("situ_linear_beta",))
         checks.between("latent_norm_eps", self.latent_norm_eps, *LATENT_NORM_EPS)
@@ -286,6 +307,12 @@ class LatentMoEConfig:
         checks.refuse_unused(self, "", ("shared_expert_gate",), gate_used, "shared_expert_intermediate_size")
         checks.refuse_unused(self, "", ("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'")
         self._check_routing()
+        copies = () if self.parallel is None else self.parallel.physical_to_logical or ()
+        if copies and set(copies) != set(range(self.num_experts)):
+            raise ConfigError(
+                f"parallel.physical_to_logical names {len(set(copies))} experts from {min(copies)} to {max(copies)}: "
+                f"each of num_experts={self.num_experts} needs a copy, and no other."
+            )
 
     def _check_activation(self):
         parameters = ACTIVATIONS[self.activation].parameters
@@ -295,7 +322,8 @@ class LatentMoEConfig:
                     f"activation={self.activation!r} reads {name}, which is no field of LatentMoEConfig: register it "
                     "with parameters that are."
                 )
-        for name in ("gelu_approximate", "situ_beta", "situ_linear_beta"):
+        swiglu = ("swiglu_alpha", "swiglu_limit", "swiglu_shift")
+        for name in ("gelu_approximate", "situ_beta", "situ_linear_beta", *swiglu):
             readers = " or ".join(repr(other.name) for other in ACTIVATIONS.values() if name in other.parameters)
             checks.refuse_unused(self, "", (name,), name in parameters, f"activation={readers}")
 
@@ -349,6 +377,12 @@ class LatentMoEConfig:
     def latent_width(self) -> int:
         """Width that the routed experts read and write, which is latent_size, or hidden_size in a plain MoE."""
         return self.hidden_size if self.latent_size is None else self.latent_size
+
+    @property
+    def num_physical_experts(self) -> int:
+        """Experts whose parameters the layer holds: num_experts, or more with copies."""
+        copies = None if self.parallel is None else self.parallel.physical_to_logical
+        return self.num_experts if copies is None else len(copies)
 
     @property
     def gated(self) -> bool:

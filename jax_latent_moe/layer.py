@@ -19,7 +19,8 @@ from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import row_multiple_of
 from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
-from jax_latent_moe.parallel.exchange import exchange
+from jax_latent_moe.parallel.copies import choose_copies
+from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, as_array, check_params
@@ -85,7 +86,7 @@ def latent_moe(
         aux: `LatentMoEAux`.
 
     Raises:
-        InputError: the parameters or an array do not fit the config or the mesh.
+        InputError: the parameters or an array do not fit the config.
         ConfigError: an axis of the mesh does not divide what it splits.
         UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
     """
@@ -119,6 +120,8 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
         logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, base_of(down))
         if isinstance(down, LowRank):
             latent += projected(tokens.astype(config.dtype), down)
+    if config.router.logit_bias:
+        logits += router["logit_bias"].astype(logits.dtype)[None]
     routing = route(
         logits,
         config.router,
@@ -179,20 +182,36 @@ def _route_through_experts(params, latent, routing, config, shards):
         latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
 
+    copies = None if config.parallel is None else config.parallel.physical_to_logical
+    if copies is not None:
+        expert_ids = choose_copies(expert_ids, copies, shards.token_index(), config.backend)
+
     w_in, w_out = (cast(params[name], config.dtype) for name in ("w_in", "w_out"))
+    biases = None
+    if config.expert_bias:
+        b_in, b_out = (params[name].astype(config.dtype) for name in ("b_in", "b_out"))
+        biases = b_in, shards.once_over_tensor(b_out)
 
     row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
     def experts(latent, weights, plan):
-        latent, weights, own_w_in, own_w_out = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
-        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan)
+        arrays = latent, weights, w_in, w_out, biases
+        latent, weights, own_w_in, own_w_out, own_biases = varying(arrays, *arrays)
+        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases)
 
     if shards.expert_axis is None:
-        plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)
+        plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
         return experts(latent, weights, plan), dropped
+    if not shards.token_axes:
+        combined = own_experts_of_all(
+            config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
+        )
+        return combined, dropped
     combined, not_sent = exchange(
         config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
     )
+    if copies is not None:
+        not_sent = jnp.zeros_like(dropped).at[np.asarray(copies)].add(not_sent)
     return combined, dropped + not_sent
 
 
@@ -241,6 +260,8 @@ def _check_inputs(x, config, token_mask, expert_ids):
             f"token_mask of shape {token_mask.shape} and dtype {token_mask.dtype} must be bool of shape {x.shape[:-1]}."
         )
     if expert_ids is None:
+        if config.router.selection == "given":
+            raise InputError("expert_ids=None: router.selection='given' needs the ids of the experts of every token.")
         return
     expected = (*x.shape[:-1], config.top_k)
     if expert_ids.shape != expected or not jnp.issubdtype(expert_ids.dtype, jnp.integer):
@@ -250,7 +271,8 @@ def _check_inputs(x, config, token_mask, expert_ids):
     if not isinstance(expert_ids, Tracer) and expert_ids.size:
         values = np.asarray(expert_ids)  # NumPy's own functions would trace the array inside of a jit
         low, high = values.min(), values.max()
-        if low < ROUTER_DECIDES or high >= config.num_experts:
+        least = NO_EXPERT if config.router.selection == "given" else ROUTER_DECIDES
+        if low < least or high >= config.num_experts:
             raise InputError(
                 f"expert_ids between {low} and {high} must lie in [0, num_experts={config.num_experts}), or be "
                 f"{NO_EXPERT} for no expert, {ROUTER_DECIDES} for a token that the router shall route."

@@ -5,20 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.core import FrozenDict
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.errors import InputError
+from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
 from jax_latent_moe.params import Params, check_params, init_param, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
+
+with needs_extra("flax"):
+    from flax import linen as nn
+    from flax.core import FrozenDict
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
 CORRECTION_BIAS = "correction_bias"
 """The collection of the correction bias, which stands at .../router/bias. It is state: no optimiser sees it."""

@@ -5,18 +5,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.core import FrozenDict
-from flax.core.spmd import get_logical_axis_rules
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.errors import InputError
+from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.low_rank import LowRank, base_of
 from jax_latent_moe.params import Params, check_params, init_params, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
+
+with needs_extra("flax"):
+    from flax import nnx
+    from flax.core import FrozenDict
+    from flax.core.spmd import get_logical_axis_rules
 
 _LOAD = "tokens_per_expert"
 _ADAPTERS = "adapters"

@@ -34,8 +34,9 @@ def quantize(params: Params, config: LatentMoEConfig, format: str) -> dict[str, 
         ConfigError: the format is unknown, or needs weights whose sizes are multiples of its blocks.
     """
     params = check_params(params, config)
-    experts = {}
-    for name, weight in params["experts"].items():
+    experts = dict(params["experts"])
+    for name in ("w_in", "w_out"):
+        weight = experts[name]
         _refuse_adapter(name, weight)
         if isinstance(weight, ScaledArray):
             raise InputError(f"params experts/{name} is in format {weight.format} already: dequantize params first.")

@@ -22,6 +22,7 @@ def random_router(rng, k, num_groups, topk_groups, group_score_topk) -> RouterCo
         routed_scaling_factor=maybe(1.0, 2.5),
         correction_bias=maybe(True, False),
         selection=maybe("score", "logit"),
+        logit_bias=maybe(True, False),
         per_expert_scale=maybe(True, False),
         num_groups=num_groups,
         topk_groups=topk_groups,
@@ -56,6 +57,9 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
         dtype="float32",
     )
     fields["shared_expert_gate"] = bool(fields["shared_expert_intermediate_size"]) and rng.random() < 0.5
+    fields["expert_bias"] = rng.random() < 0.3
+    if activation == "clamped_swiglu":
+        fields |= dict(swiglu_alpha=1.3, swiglu_limit=rng.choice([0.5, 2.0]), swiglu_shift=rng.choice([0.0, 1.0]))
     if activation in ("gelu", "geglu"):
         fields |= dict(gelu_approximate=rng.random() < 0.5)
     if activation == "situ_glu":

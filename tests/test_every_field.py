@@ -28,6 +28,7 @@ from tests.parallel.meshes import make_mesh
 GROUPS = RouterConfig(num_groups=2, topk_groups=1)
 CAPACITY = RouterConfig(capacity_factor=1.0)
 SINGLE = dataclasses.replace(TOY, top_k=1, router=RouterConfig(norm_topk_prob=False))
+CLAMPED = dataclasses.replace(TOY, activation="clamped_swiglu")
 SCALED = RouterConfig(routed_scaling_factor=2.5)
 
 # field: (a base in which the field is read, another value)
@@ -43,6 +44,10 @@ LAYER = {
     "gelu_approximate": (dataclasses.replace(TOY, activation="geglu"), True),
     "situ_beta": (dataclasses.replace(TOY, activation="situ_glu"), 3.0),
     "situ_linear_beta": (dataclasses.replace(TOY, activation="situ_glu"), None),
+    "swiglu_alpha": (CLAMPED, 1.0),
+    "swiglu_limit": (CLAMPED, 10.0),
+    "swiglu_shift": (CLAMPED, 0.0),
+    "expert_bias": (TOY, True),
     "latent_norm": (dataclasses.replace(TOY, latent_norm="pre"), "post"),
     "latent_norm_eps": (dataclasses.replace(TOY, latent_norm="post"), 1e-6),
     "apply_probs_on_input": (SINGLE, True),
@@ -61,6 +66,7 @@ ROUTER = {
     "routed_scaling_factor": (RouterConfig(), 2.5),
     "correction_bias": (RouterConfig(), False),
     "selection": (RouterConfig(), "logit"),
+    "logit_bias": (RouterConfig(), True),
     "per_expert_scale": (RouterConfig(), True),
     "num_groups": (RouterConfig(num_groups=2, topk_groups=2), 4),
     "topk_groups": (GROUPS, 2),

@@ -41,13 +41,17 @@ class Epilogue:
     Attributes:
         activation: the activation.
         residual: what fwd keeps, and what dgrad computes the gradient from. None in a fwd without a backward pass.
+        bias: whether an expert's bias comes before the activation. No kernel adds one: it is asked for so that a
+            backend can insist.
     """
 
     activation: BoundActivation
     residual: Residual | None
+    bias: bool = False
 
     def __str__(self) -> str:
-        return f"{self.activation} keeping {self.residual or 'nothing'}"
+        biased = " of a biased product" if self.bias else ""
+        return f"{self.activation}{biased} keeping {self.residual or 'nothing'}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax_latent_moe.hf.folder import write_index
 from jax_latent_moe.hf.importing import CHUNK, decode_stored
 from jax_latent_moe.hf.names import Block, Layer, Names, layer_blocks, tensor_shapes
 from jax_latent_moe.hf.outputs import copy_folder, new_folder
-from jax_latent_moe.hf.quantised import stored_bytes
+from jax_latent_moe.hf.quantised import stored_bytes, tensor_of
 from jax_latent_moe.hf.tensor_file import DTYPES, NAMES, TensorInfo, create, opened, read_bytes, write_bytes
 from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.params import Params, check_params
@@ -78,7 +78,8 @@ def write_layers(
 
     Raises:
         CheckpointError: path exists or cannot be written, a layer is not in configs, comes twice or is quantised,
-            `names` has no name for one of its parameters, or config_json cannot name the parameters' dtypes.
+            `names` has no name for one of its parameters, its experts are those of a table of token ids, or config_json
+            cannot name the parameters' dtypes.
         InputError: parameters do not fit their layer.
     """
     with new_folder(path) as partial:
@@ -89,6 +90,9 @@ def write_layers(
                 raise CheckpointError(path, [f"layer {layer!r} has no configuration; these have one: {known}."])
             check_params(params, configs[layer])
             _check_dense(path, layer, params)
+            if configs[layer].router.selection == "given":
+                table = "has a table of token ids, which is no parameter: write it with replace_layers."
+                raise CheckpointError(path, [f"layer {layer} {table}"])
             try:
                 blocks, prefix = layer_blocks(configs[layer], names), names.prefix(layer, ())
                 dtypes = {block.tensor: _format_name(params, block) for block in blocks}
@@ -182,9 +186,10 @@ def _changed(plan: LayerPlan, params: Params) -> list[str]:
             stored, leaf = plan.tensors[block.tensor], params[block.path[0]][block.path[1]]
             if stored.encoding is PLAIN or isinstance(leaf, ScaledArray):
                 continue
-            values = decode_stored(block.tensor, stored, files).T
+            whole = block.layout == "transposed"
+            values = decode_stored(block.tensor, stored, files, None if whole else block.expert)
             matrix = _matrix(leaf, block)
-            if not np.array_equal(matrix, values.astype(matrix.dtype)):
+            if not np.array_equal(matrix.T if whole else matrix, values.astype(matrix.dtype)):
                 changed.append(block.tensor)
     return changed
 
@@ -196,8 +201,8 @@ def _stored_pieces(plan: LayerPlan, params: Params) -> Iterator[tuple[str, Tenso
     for block in plan.blocks:
         leaf = params[block.path[0]][block.path[1]]
         if isinstance(leaf, ScaledArray):
-            for suffix, info, data in stored_bytes(leaf, block, plan.tensors[block.tensor]):
-                yield block.tensor.removesuffix("weight") + suffix, info, 0, data
+            for suffix, info, offset, data in stored_bytes(leaf, block, plan.tensors[block.tensor]):
+                yield tensor_of(block, suffix), info, offset, data
 
 
 def _each_once(path, layers: Iterable[tuple[Layer, Params]]) -> Iterator[tuple[Layer, Params]]:
@@ -263,6 +268,10 @@ def _chunks(blocks, params, infos) -> Iterator[tuple[str, TensorInfo, int, np.nd
 
 
 def _matrix(leaf, block: Block) -> np.ndarray:
-    """A block of a dense parameter, [in, out] or [n]; to the host, one expert at a time."""
+    """A block of a dense parameter as the transpose of the tensor's rows, or [n]; to the host, one expert at a time."""
     matrix = np.asarray(leaf if block.expert is None else leaf[block.expert])
+    if block.layout == "pairs":
+        matrix = matrix.swapaxes(-1, -2).reshape(len(matrix), -1)
+    if block.layout != "transposed":
+        return matrix.T
     return matrix if block.half is None else matrix[:, block.half]

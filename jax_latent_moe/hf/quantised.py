@@ -13,10 +13,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_latent_moe.errors import CheckpointError
 from jax_latent_moe.formats import FORMATS, ScaledArray, map_axes
 from jax_latent_moe.hf.checkpoint import LayerPlan, Path, Stored
-from jax_latent_moe.hf.encodings import FP8, FP8_TILES, MXFP4, NVFP4_MODELOPT, PLAIN, check_values
-from jax_latent_moe.hf.names import Block, block_shape
-from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo, read_tensor
+from jax_latent_moe.hf.encodings import (
+    FP8,
+    FP8_TILES,
+    FP8_TILES_SCALE,
+    MXFP4,
+    MXFP4_BLOCKS,
+    MXFP4_SCALE,
+    NVFP4_MODELOPT,
+    PLAIN,
+    check_values,
+)
+from jax_latent_moe.hf.names import Block
+from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo, read_part
 from jax_latent_moe.params import param_shapes
+
+_ONE_NUMBER = ((), (1,))
 
 
 class Kept(NamedTuple):
@@ -46,12 +58,18 @@ def kept_as(stored: Stored) -> Kept | None:
     unused = (("input", "input_scale"),) if "input_scale" in stored.parts else ()
     if stored.encoding is MXFP4:
         return Kept("mxfp4", "weight_packed", (("block", "weight_scale"),))
+    if stored.encoding is MXFP4_SCALE:
+        return Kept("mxfp4", "weight", (("block", "scale"),))
+    if stored.encoding is MXFP4_BLOCKS:
+        return Kept("mxfp4", "blocks", (("block", "scales"),))
     if stored.encoding is NVFP4_MODELOPT:
         return Kept("nvfp4", "weight", (("block", "weight_scale"), ("tensor", "weight_scale_2"), *unused))
     if stored.encoding is FP8_TILES:
         return Kept("fp8_block", "weight", (("block", "weight_scale_inv"),))
+    if stored.encoding is FP8_TILES_SCALE:
+        return Kept("fp8_block", "weight", (("block", "scale"),))
     if stored.encoding is FP8:
-        name = "tensor" if stored.parts["weight_scale"].shape in ((), (1,)) else "channel"
+        name = "tensor" if stored.parts["weight_scale"].shape in _ONE_NUMBER else "channel"
         return Kept(f"fp8_{name}", "weight", ((name, "weight_scale"), *unused))
     return None
 
@@ -67,7 +85,8 @@ def quantised_leaves(plan: LayerPlan, where: object) -> dict[Path, Leaf]:
         CheckpointError: a parameter's matrices are stored in several ways, or in one that no format holds.
     """
     leaves, found = {}, []
-    for name, shape in param_shapes(plan.config)["experts"].items():
+    for name in ("w_in", "w_out"):
+        shape = param_shapes(plan.config)["experts"][name]
         path = ("experts", name)
         blocks = [block for block in plan.blocks if block.path == path]
         stored = [plan.tensors[block.tensor] for block in blocks]
@@ -80,18 +99,18 @@ def quantised_leaves(plan: LayerPlan, where: object) -> dict[Path, Leaf]:
             why = "no format holds it" if len(ways) == 1 else "not all of its matrices have the same tensors and dtypes"
             found.append(f"experts/{name} is stored as {listed}, and {why}: keep_quantized=False decodes it.")
             continue
-        n, k = block_shape(shape.shape, blocks[0])[::-1]
-        parts = 2 if len(shape.shape) == 4 else 1
+        experts, k, n = shape.shape[0], shape.shape[1], shape.shape[-1]
+        parts, format = 2 if len(shape.shape) == 4 else 1, FORMATS[kept.format]
+        along_k, along_n = format.blocks(k, n)
+        last_axes = {"block": (along_n, along_k), "channel": (n, 1)}
         scales = {}
         for scale, suffix in kept.scales:
             info = stored[0].parts[suffix]
-            along = _scale_shape(info, n)
-            if along is None:
+            if scale == "input" and info.shape not in _ONE_NUMBER:
                 found.append(f"{blocks[0].tensor}: {suffix} of shape {list(info.shape)} is not one number.")
-                continue
-            scales[scale] = jax.ShapeDtypeStruct((shape.shape[0], parts, *along), _held(info))
-        codes: Any = jax.ShapeDtypeStruct((shape.shape[0], parts, n, k // FORMATS[kept.format].packing), np.uint8)
-        by_place = {(block.expert or 0, block.half or 0): block for block in blocks}
+            scales[scale] = jax.ShapeDtypeStruct((experts, parts, *last_axes.get(scale, (1, 1))), _held(info))
+        codes: Any = jax.ShapeDtypeStruct((experts, parts, n, k // format.packing), np.uint8)
+        by_place = {(block.expert or 0, part): block for block in blocks for part in _places(block)}
         leaves[path] = Leaf(kept, ScaledArray(codes, scales, kept.format), by_place)
     if found:
         raise CheckpointError(where, found)
@@ -113,13 +132,14 @@ def _signature(stored: Stored) -> tuple:
     return stored.encoding.name, tuple(sorted(parts.items()))
 
 
-def _scale_shape(info: TensorInfo, n: int) -> tuple[int, int] | None:
-    """The last two axes of a scale: stored blocks, one for each of n outputs, or one number."""
-    if info.shape in ((), (1,)):
-        return 1, 1
-    if info.shape in ((n,), (n, 1)):
-        return n, 1
-    return info.shape if len(info.shape) == 2 else None
+def _places(block: Block) -> tuple[int, ...]:
+    """The matrices, on the second axis of codes, that a block holds: both if gate and up rows alternate."""
+    return (0, 1) if block.layout == "pairs" else (block.half or 0,)
+
+
+def tensor_of(block: Block, suffix: str) -> str:
+    """Name of the tensor with this suffix, within the layer."""
+    return f"{block.tensor}_{suffix}" if block.layout != "transposed" else block.tensor.removesuffix("weight") + suffix
 
 
 def _held(info: TensorInfo) -> np.dtype:
@@ -155,8 +175,10 @@ def read_leaf(
             jobs = [(e, p) for e in ranges[0] for p in ranges[1]]
 
             def fill(job):
-                stored = plan.tensors[leaf.blocks[job].tensor]
-                values = _read_checked(leaf.blocks[job].tensor, stored, suffix, files)
+                block = leaf.blocks[job]
+                values = _read_checked(block, plan.tensors[block.tensor], suffix, files)
+                if block.layout == "pairs":
+                    values = values.reshape(-1, 2, values[0].size)[:, job[1]]
                 matrix = values.reshape(struct.shape[2:])[index[2:]]
                 array[ranges[0].index(job[0]), ranges[1].index(job[1])] = matrix.view(array.dtype)
                 return matrix.nbytes
@@ -169,13 +191,13 @@ def read_leaf(
     return jax.tree.map(array_of, suffixes, leaf.shapes, shardings)
 
 
-def _read_checked(tensor: str, stored: Stored, suffix: str, files: Mapping) -> np.ndarray:
+def _read_checked(block: Block, stored: Stored, suffix: str, files: Mapping) -> np.ndarray:
     info = stored.parts[suffix]
-    values = read_tensor(files[info.file], info)
+    values = read_part(files[info.file], info, None if block.layout == "transposed" else block.expert)
     try:
         check_values(stored.encoding, suffix, values)
     except ValueError as error:
-        raise CheckpointError(info.file, [f"{tensor} ({stored.encoding.name}): {error}."]) from error
+        raise CheckpointError(info.file, [f"{block.tensor} ({stored.encoding.name}): {error}."]) from error
     return values
 
 
@@ -190,21 +212,21 @@ def _shardings(shapes: ScaledArray, sharding: Any) -> ScaledArray:
     return map_axes(shapes, spec, lambda *split: NamedSharding(sharding.mesh, PartitionSpec(*split)))
 
 
-def stored_bytes(leaf: ScaledArray, block: Block, stored: Stored) -> Iterator[tuple[str, TensorInfo, np.ndarray]]:
-    """(suffix, place in the file, bytes) of each tensor of one expert's matrix.
+def stored_bytes(leaf: ScaledArray, block: Block, stored: Stored) -> Iterator[tuple[str, TensorInfo, int, np.ndarray]]:
+    """(suffix, place in the file, offset, bytes) of what one expert's matrix is in each tensor.
 
     Raises:
         ValueError: the parameter is in another format, or its scales have another type, than what is stored.
     """
-    kept, place = kept_as(stored), (block.expert or 0, block.half or 0)
-    names = None if kept is None else dict(kept.scales)
-    if kept is None or leaf.format != kept.format or set(leaf.scales) != set(names or ()):
-        raise ValueError(
-            f"{'/'.join(block.path)} is in format {leaf.format}, and the file holds {stored.encoding.name}"
-        )
-    assert names is not None
+    kept, expert, whole = kept_as(stored), block.expert or 0, block.layout == "transposed"
+    names = {} if kept is None else dict(kept.scales)
+    if kept is None or leaf.format != kept.format or set(leaf.scales) != set(names):
+        name = "/".join(block.path)
+        raise ValueError(f"{name} is in format {leaf.format}, and the file holds {stored.encoding.name}")
     for suffix, array in ((kept.codes, leaf.codes), *((names[name], scale) for name, scale in leaf.scales.items())):
-        info, values = stored.parts[suffix], np.asarray(array[place])
-        if values.nbytes != info.nbytes or values.dtype != _held(info):
+        info, matrices = stored.parts[suffix], np.asarray(array[expert])
+        values = matrices.swapaxes(0, 1) if block.layout == "pairs" else matrices[block.half or 0]
+        nbytes = info.nbytes if whole else info.nbytes // info.shape[0]
+        if values.nbytes != nbytes or values.dtype != _held(info):
             raise ValueError(f"{suffix} of {'/'.join(block.path)} is {values.dtype}, and the file holds {info.dtype}")
-        yield suffix, info, values
+        yield suffix, info, 0 if whole else expert * nbytes, np.ascontiguousarray(values)

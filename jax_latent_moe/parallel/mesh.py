@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,9 +16,26 @@ from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
 from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
 from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
-from jax_latent_moe.params import Params, param_axes
+from jax_latent_moe.params import Params, param_axes, renamed
 
 Body = Callable[..., tuple[Any, Any]]
+
+REPLICATED_TOKENS = 256
+"""Up to this many tokens that the devices do not divide are computed on every device; more are padded instead.
+
+Below it, the router, the projections and the shared expert take the time to read their kernels, which each device reads
+whole in any case. Replicated tokens need one all-reduce, and padded ones four collectives.
+"""
+
+MAXTEXT_AXES: dict[str, str | None] = {
+    "hidden": "embed",
+    "latent": None,
+    "expert": "exp",
+    "expert_latent": "embed_no_exp",
+    "expert_intermediate": "mlp",
+    "shared_intermediate": "mlp",
+}
+"""MaxText's names of the logical axes, for `axis_names` of the Flax modules and of `logical_axis_rules`."""
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -43,12 +61,18 @@ def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str,
     return {axis: mesh.shape.get(axis, 1) for axis in parallel.axes}
 
 
-def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> list[tuple[str, str | None]]:
+def logical_axis_rules(
+    parallel: ParallelConfig, mesh: Mesh | AbstractMesh, axis_names: Mapping[str, str | None] | None = None
+) -> list[tuple[str, str | None]]:
     """The mesh axis of each logical axis of `param_axes`, as Flax takes such rules.
 
     Args:
         parallel: names the axes.
         mesh: axes that it lacks, or has with size 1, split nothing.
+        axis_names: other names for some logical axes, as in `param_axes`, such as `MAXTEXT_AXES`.
+
+    Raises:
+        InputError: axis_names renames an axis that no layer has, or gives one name to axes that are split differently.
     """
     sizes = axis_sizes(parallel, mesh)
     split = (
@@ -58,7 +82,16 @@ def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> l
         ("hidden", parallel.fsdp_axis),
         ("expert_latent", parallel.fsdp_axis),
     )
-    return [*((name, axis if sizes[axis] > 1 else None) for name, axis in split), ("latent", None)]
+    named: dict[str, str | None] = {}
+    for logical, mesh_axis in (*((name, axis if sizes[axis] > 1 else None) for name, axis in split), ("latent", None)):
+        if (name := renamed(logical, axis_names)) is None:
+            continue
+        if named.setdefault(name, mesh_axis) != mesh_axis:
+            raise InputError(
+                f"axis_names give {name!r} to an axis that is split over {named[name]} and to {logical!r}, which is "
+                f"split over {mesh_axis}: give them different names."
+            )
+    return list(named.items())
 
 
 def param_specs(
@@ -145,7 +178,6 @@ def over_mesh(
 
     Raises:
         ConfigError: an axis of the mesh does not divide what it splits, or is of type Manual.
-        InputError: the devices do not divide the first axis of x.
     """
     parallel, mesh = config.parallel, jax.sharding.get_abstract_mesh()
     assert parallel is not None
@@ -153,14 +185,15 @@ def over_mesh(
     if math.prod(sizes.values()) == 1:
         return body(ONE_DEVICE, params, x, token_mask, expert_ids)
     _check_axis_types(mesh, sizes)
-    tokens, splits = _token_axes(parallel, mesh), math.prod(sizes[axis] for axis in _token_axes(parallel, mesh))
-    if x.ndim < 2 or x.shape[0] % splits:
-        raise InputError(
-            f"x of shape {x.shape}: the first of at least two axes must be a multiple of the {splits} devices of "
-            f"{', '.join(f'{axis}={sizes[axis]}' for axis in tokens)}: pad it, with token_mask False there."
-        )
+    splits = math.prod(sizes[axis] for axis in _token_axes(parallel, mesh))
+    replicated = x.ndim < 2 or (x.shape[0] % splits != 0 and math.prod(x.shape[:-1]) <= REPLICATED_TOKENS)
+    rows = x.shape[:1]
+    if not replicated and x.shape[0] % splits:
+        if token_mask is None:
+            token_mask = jnp.ones(x.shape[:-1], bool)
+        x, token_mask, expert_ids = (_padded(values, -rows[0] % splits) for values in (x, token_mask, expert_ids))
     shards = Shards(
-        token_axes=tokens,
+        token_axes=() if replicated else _token_axes(parallel, mesh),
         sequences_split=x.ndim == 2,
         expert_axis=parallel.expert_axis if sizes[parallel.expert_axis] > 1 else None,
         tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
@@ -170,7 +203,8 @@ def over_mesh(
     def local(params, x, token_mask, expert_ids):
         return body(shards, _gather(params, specs, parallel), x, token_mask, expert_ids)
 
-    split, whole = token_spec(parallel, mesh), PartitionSpec()
+    whole = PartitionSpec()
+    split = whole if replicated else token_spec(parallel, mesh)
     mapped = jax.shard_map(
         local,
         in_specs=(specs, split, split, split),
@@ -179,7 +213,15 @@ def over_mesh(
         # Kernels say nothing of the axes over which their outputs vary; Shards' sums are right without.
         check_vma=False,
     )
-    return mapped(params, x, token_mask, expert_ids)
+    by_token, totals = mapped(params, x, token_mask, expert_ids)
+    if x.shape[:1] != rows:
+        by_token = jax.tree.map(lambda value: value[: rows[0]], by_token)
+    return by_token, totals
+
+
+def _padded(values, count) -> Any:
+    """The array with `count` rows of zeros after the others."""
+    return None if values is None else jnp.pad(values, [(0, count)] + [(0, 0)] * (values.ndim - 1))
 
 
 def _token_axes(parallel, mesh) -> tuple[str, ...]:
@@ -208,6 +250,7 @@ def _check_divides(config, mesh):
     sizes = axis_sizes(config.parallel, mesh)
     for name, width, axis in (
         ("num_experts", config.num_experts, expert),
+        ("the length of parallel.physical_to_logical", config.num_physical_experts, expert),
         ("expert_intermediate_size", config.expert_intermediate_size, tensor),
         ("shared_expert_intermediate_size", config.shared_expert_intermediate_size, tensor),
         ("hidden_size", config.hidden_size, fsdp),

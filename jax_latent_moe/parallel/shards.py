@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -39,9 +40,19 @@ class Shards:
         mine = values.shape[0] // lax.axis_size(self.token_axes)
         return lax.dynamic_slice_in_dim(values, lax.axis_index(self.token_axes) * mine, mine)
 
+    def token_index(self) -> int | Array:
+        """The index of this device among those that hold other tokens."""
+        return lax.axis_index(self.token_axes) if self.token_axes else 0
+
     def sum_over_tensor(self, values: Array) -> Array:
         """The sum of what the parts of the inner widths give; everything after it is the same on each of them."""
-        return _sum_used_alike(self.tensor_axis, values) if self.tensor_axis else values
+        return sum_used_alike(self.tensor_axis, values) if self.tensor_axis else values
+
+    def once_over_tensor(self, values: Array) -> Array:
+        """The values on one device along the inner widths and zeros on the others: a term of a sum over all of them."""
+        if self.tensor_axis is None:
+            return values
+        return jnp.where(lax.axis_index(self.tensor_axis) == 0, values, 0)
 
 
 ONE_DEVICE = Shards()
@@ -49,13 +60,13 @@ ONE_DEVICE = Shards()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_used_alike(axis, values):
+def sum_used_alike(axis, values):
     """A psum whose result each device uses alike, so that its cotangents are equal and need no sum of their own."""
     return lax.psum(values, axis)
 
 
 def _sum_used_alike_fwd(axis, values):
-    return _sum_used_alike(axis, values), None
+    return sum_used_alike(axis, values), None
 
 
 def _sum_used_alike_bwd(axis, _, cotangent):
@@ -63,4 +74,4 @@ def _sum_used_alike_bwd(axis, _, cotangent):
     return (cotangent * lax.axis_size(axis),)
 
 
-_sum_used_alike.defvjp(_sum_used_alike_fwd, _sum_used_alike_bwd)
+sum_used_alike.defvjp(_sum_used_alike_fwd, _sum_used_alike_bwd)

@@ -105,11 +105,16 @@ def route(
             `ROUTER_DECIDES` among its ids is routed as without them; any other id outside [0, E) is no expert.
         backend: of the experts; it may hold a kernel for the choice, which it does not change.
     """
-    ids = checkpoint_name(top_k_ids(_selection(logits, bias, config), top_k, backend), CHOICE)
     chosen = None  # every choice reaches an expert
+    if config.selection == "given":
+        assert expert_ids is not None, "the layer refuses a call without them"
+        ids = int32_ids(expert_ids)
+    else:
+        ids = checkpoint_name(top_k_ids(_selection(logits, bias, config), top_k, backend), CHOICE)
     if expert_ids is not None:
-        replayed = int32_ids(expert_ids)
-        ids = jnp.where(jnp.any(replayed == ROUTER_DECIDES, axis=1, keepdims=True), ids, replayed)
+        if config.selection != "given":
+            replayed = int32_ids(expert_ids)
+            ids = jnp.where(jnp.any(replayed == ROUTER_DECIDES, axis=1, keepdims=True), ids, replayed)
         chosen = (ids >= 0) & (ids < logits.shape[1])
     if token_mask is not None:
         real = jnp.broadcast_to(token_mask[:, None], ids.shape)
