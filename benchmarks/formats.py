@@ -58,8 +58,8 @@ def bits_per_byte(run: Path) -> dict[str, float]:
     config = read_config(run)
     model, state, tokenizer = load(run)
     layer = moe_config(config)
-    corpus = tokenizer.corpus(load_corpus(config.data, config.data_column))
-    windows = held_out_windows(config, tokenizer, corpus.validation).subset(VALIDATION_WINDOWS)
+    held_out = tokenizer.encode_text(load_corpus(config.data, config.data_column).validation)
+    windows = held_out_windows(config, tokenizer, held_out).subset(VALIDATION_WINDOWS)
     mesh = make_mesh("", config.batch_size, 1)
     measure = make_bits_per_byte(model, config.batch_size, mesh)
     with jax.set_mesh(mesh):

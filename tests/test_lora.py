@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
 
 RANK, ALPHA = 3, 6.0
 SCALE = ALPHA / RANK
-BASES = {"dense": PLAIN, "mxfp4": GATED}
+BASES = {"dense": dataclasses.replace(PLAIN, expert_bias=True), "mxfp4": GATED}
 every_base = pytest.mark.parametrize("base", BASES)
 
 
@@ -138,7 +138,7 @@ def test_only_the_chosen_targets_and_refusals():
 
 def test_writing_adapters_is_refused(tmp_path):
     with pytest.raises(hf.CheckpointError, match=r"has a low-rank adapter, .*lora.merge\(params, config\)"):
-        hf.write_layers(tmp_path / "out", [(0, adapted("dense"))], {0: PLAIN}, hf.MEGATRON)
+        hf.write_layers(tmp_path / "out", [(0, adapted("dense"))], {0: BASES["dense"]}, hf.MEGATRON)
 
 
 def test_split_state_and_mask():

@@ -17,8 +17,20 @@ from jax_latent_moe import dequantize, hf, latent_moe, quantize
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.hf.__main__ import main
 from tests.hf import test_errors as breaks
-from tests.hf.checkpoints import BFLOAT16, DEEPSEEK_V3, KIMI_K3, NEMOTRON_H, gated, kimi, nemotron, random_tensors, save
-from tests.hf.test_encodings import FP8, random_fp8, random_mxfp4, random_nvfp4, replace
+from tests.hf.checkpoints import (
+    BFLOAT16,
+    DEEPSEEK_V3,
+    DEEPSEEK_V4,
+    KIMI_K3,
+    NEMOTRON_H,
+    deepseek_v4,
+    gated,
+    kimi,
+    nemotron,
+    random_tensors,
+    save,
+)
+from tests.hf.test_encodings import FP8, gpt_oss_mxfp4, random_fp8, random_mxfp4, random_nvfp4, replace
 from tests.hf.test_round_trip import same_bits, same_folders, same_trees
 
 MUTATIONS = 300
@@ -83,22 +95,57 @@ def make(folder, rng, kind, files=1):
     return tensors
 
 
+def check_round_trip(folder, name, out):
+    """Decoding gives what decoding on import gives, and the files come back byte for byte."""
+    checkpoint = hf.open_checkpoint(folder)
+    (layer,), config = checkpoint.layers, next(iter(checkpoint.configs.values()))
+    params = hf.import_layer(checkpoint, layer, keep_quantized=True)
+    for leaf in (params["experts"]["w_in"], params["experts"]["w_out"]):
+        assert leaf.format == name
+        assert leaf.codes.dtype == np.uint8
+    same_trees(dequantize(params, config), hf.import_layer(checkpoint, layer))
+    assert hf.differing_tensors(hf.plan_layer(checkpoint, layer), params) == []
+    hf.replace_layers(checkpoint, [(layer, params)], out)
+    same_folders(folder, out)
+
+
 @every_kind
 def test_values_are_those_of_decoding_and_bytes_come_back(kind, rng, tmp_path, capsys):
     make(tmp_path / "in", rng, kind, files=2)
-    checkpoint = hf.open_checkpoint(tmp_path / "in")
-    (layer,), config = checkpoint.layers, next(iter(checkpoint.configs.values()))
-    params = hf.import_layer(checkpoint, layer, keep_quantized=True)
-    decoded = hf.import_layer(checkpoint, layer)
-    for leaf in params["experts"].values():
-        assert leaf.format == STORED[kind][-1]
-        assert leaf.codes.dtype == np.uint8
-    same_trees(dequantize(params, config), decoded)
-    hf.replace_layers(checkpoint, [(layer, params)], tmp_path / "out")
-    same_folders(tmp_path / "in", tmp_path / "out")
-    assert hf.differing_tensors(hf.plan_layer(checkpoint, layer), params) == []
+    check_round_trip(tmp_path / "in", STORED[kind][-1], tmp_path / "out")
     assert main(["verify", str(tmp_path / "in")]) == 0
     assert "come back bit for bit" in capsys.readouterr().out
+
+
+def test_gpt_oss(rng, tmp_path):
+    """Its codes are one tensor of all experts, in which gate and up rows alternate."""
+    config, tensors, _ = gpt_oss_mxfp4(rng)
+    save(tmp_path / "in", config, tensors)
+    check_round_trip(tmp_path / "in", "mxfp4", tmp_path / "out")
+    checkpoint = hf.open_checkpoint(tmp_path / "in")
+    params = hf.import_layer(checkpoint, 0, keep_quantized=True)
+    codes = params["experts"]["w_in"].codes
+    blocks = tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"].reshape(4, codes.shape[2], 2, -1)
+    np.testing.assert_array_equal(codes, blocks.swapaxes(1, 2))
+    other = dataclass_with(params, "w_in", codes=codes.at[3, 1, 0].set(0x35))
+    assert hf.differing_tensors(hf.plan_layer(checkpoint, 0), other) == ["experts.gate_up_proj_blocks"]
+
+
+@pytest.mark.parametrize(("encode", "name"), [(random_mxfp4, "mxfp4"), (random_fp8_tiles, "fp8_block")])
+def test_deepseek_v4(encode, name, rng, tmp_path):
+    """Its scales are E8M0 bytes, those of 128 x 128 blocks too."""
+    tensors = random_tensors(rng, deepseek_v4("layers.0.ffn."))
+    tensors = {
+        key: rng.normal(size=[{16: 64, 12: 32}.get(n, n) for n in t.shape]).astype(t.dtype)
+        for key, t in tensors.items()
+    }
+    for key in [key for key in tensors if ".experts." in key]:
+        weight, scale = encode(rng, *tensors[key].shape)[0].values()
+        scale = rng.integers(100, 140, scale.shape, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu)
+        weight = weight.view(np.int8) if name == "mxfp4" else weight
+        replace(tensors, key, {"weight": weight, "scale": scale})
+    save(tmp_path / "in", DEEPSEEK_V4 | dict(hidden_size=64, moe_intermediate_size=32), tensors)
+    check_round_trip(tmp_path / "in", name, tmp_path / "out")
 
 
 def test_a_layer_computes_with_them(rng, tmp_path):
