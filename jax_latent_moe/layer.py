@@ -17,7 +17,8 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
-from jax_latent_moe.formats import ScaledArray, row_multiple_of
+from jax_latent_moe.formats import row_multiple_of
+from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
 from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
@@ -116,8 +117,10 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     if config.latent_size is None:
         logits, latent = router_logits(tokens, router["kernel"], router_dtype), tokens.astype(config.dtype)
     else:
-        down = params["down_proj"]["kernel"].astype(config.dtype)
-        logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, down)
+        down = cast(params["down_proj"]["kernel"], config.dtype)
+        logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, base_of(down))
+        if isinstance(down, LowRank):
+            latent += projected(tokens.astype(config.dtype), down)
     if config.router.logit_bias:
         logits += router["logit_bias"].astype(logits.dtype)[None]
     routing = route(
@@ -201,13 +204,13 @@ def _route_through_experts(params, latent, routing, config, shards):
     if copies is not None:
         expert_ids = choose_copies(expert_ids, copies, shards.token_index(), config.backend)
 
-    w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
+    w_in, w_out = (cast(params[name], config.dtype) for name in ("w_in", "w_out"))
     biases = None
     if config.expert_bias:
         b_in, b_out = (params[name].astype(config.dtype) for name in ("b_in", "b_out"))
         biases = b_in, shards.once_over_tensor(b_out)
 
-    row_multiple = row_multiple_of(w_in, w_out)
+    row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
     def experts(latent, weights, plan):
         arrays = latent, weights, w_in, w_out, biases
@@ -228,11 +231,6 @@ def _route_through_experts(params, latent, routing, config, shards):
     if copies is not None:
         not_sent = jnp.zeros_like(dropped).at[np.asarray(copies)].add(not_sent)
     return combined, dropped + not_sent
-
-
-def _expert_weight(weight, config):
-    """An expert weight as the products read it: codes stay codes, arrays are cast to the compute dtype."""
-    return weight if isinstance(weight, ScaledArray) else weight.astype(config.dtype)
 
 
 def _within_capacity(expert_ids, weights, config, shards):
@@ -264,7 +262,8 @@ def _rows_to_compute(plan, config):
 
 
 def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
-    return x @ params["kernel"].astype(x.dtype)
+    kernel = cast(params["kernel"], x.dtype)
+    return x @ kernel if not isinstance(kernel, LowRank) else x @ kernel.base + projected(x, kernel)
 
 
 def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:

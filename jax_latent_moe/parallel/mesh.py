@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import ConfigError, InputError
+from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
 from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
 from jax_latent_moe.params import Params, param_axes, renamed
 
@@ -82,12 +84,16 @@ def logical_axis_rules(
     return list(named.items())
 
 
-def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, PartitionSpec]]:
+def param_specs(
+    config: LatentMoEConfig, mesh: Mesh | AbstractMesh, params: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """How each parameter is split: experts over the expert axis, inner widths over tensor, the rest over fsdp.
 
     Args:
         config: the layer, with `parallel` set.
         mesh: the mesh. Its sizes must divide what they split.
+        params: the parameters or their shapes. Only `ScaledArray` and `LowRank` leaves are read. Each gets a spec for each
+            of its arrays.
 
     Raises:
         ConfigError: config.parallel is None, or an axis does not divide what it splits.
@@ -96,10 +102,19 @@ def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str,
         raise ConfigError("parallel=None names no mesh axes: set parallel=ParallelConfig() in the layer's config.")
     _check_divides(config, mesh)
     rules = {None: None, **dict(logical_axis_rules(config.parallel, mesh))}
-    return {
+    specs: dict[str, dict[str, Any]] = {
         part: {name: PartitionSpec(*(rules[axis] for axis in axes)) for name, axes in leaves.items()}
         for part, leaves in param_axes(config).items()
     }
+    for part, leaves in (params or {}).items():
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, ScaledArray | LowRank):
+                continue
+            specs[part][name] = map_leaf_axes(leaf, specs[part][name], PartitionSpec, stacked=part == "experts")
+            codes = base_of(leaf)
+            if isinstance(codes, ScaledArray):
+                _check_blocks(f"{part}/{name}", codes, base_of(specs[part][name]).codes, mesh)
+    return specs
 
 
 def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -174,7 +189,7 @@ def over_mesh(
         expert_axis=parallel.expert_axis if sizes[parallel.expert_axis] > 1 else None,
         tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
     )
-    specs = param_specs(config, mesh)
+    specs = param_specs(config, mesh, params)
 
     def local(params, x, token_mask, expert_ids):
         return body(shards, _gather(params, specs, parallel), x, token_mask, expert_ids)
@@ -234,6 +249,22 @@ def _check_divides(config, mesh):
     ):
         if width % sizes[axis]:
             raise ConfigError(f"{name}={width} must be a multiple of the mesh's {axis}={sizes[axis]}, which splits it.")
+
+
+def _check_blocks(name, leaf, spec, mesh):
+    """Refuses a mesh axis that would cut a block of a quantised weight, or a byte of two codes, in two."""
+    k_block, n_block = FORMATS[leaf.format].block
+    packing = FORMATS[leaf.format].packing
+    for dimension, what, block, packed in ((-1, "inputs", k_block, packing), (-2, "outputs", n_block, 1)):
+        axis = spec[dimension]
+        blocks = max(scale.shape[dimension] for scale in jax.tree.leaves(leaf.scales))
+        multiple = math.lcm(block or 1, packed) if blocks > 1 else packed
+        size = leaf.codes.shape[dimension] * packed
+        if axis is not None and size % (multiple * mesh.shape[axis]):
+            raise ConfigError(
+                f"{name} in {leaf.format} has {size} {what} in blocks of {multiple}, which {axis}={mesh.shape[axis]} "
+                "would cut: split the experts instead, or choose a format with smaller blocks."
+            )
 
 
 def _check_axis_types(mesh, sizes):
