@@ -92,8 +92,8 @@ def param_specs(
     Args:
         config: the layer, with `parallel` set.
         mesh: the mesh. Its sizes must divide what they split.
-        params: the parameters or their shapes. Only `ScaledArray` and `LowRank` leaves are read. Each gets a spec for each
-            of its arrays.
+        params: the parameters or their shapes. Only `ScaledArray` and `LowRank` leaves are read. Each gets a spec for
+            each of its arrays.
 
     Raises:
         ConfigError: config.parallel is None, or an axis does not divide what it splits.
