@@ -42,7 +42,7 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 256
     """Inner width of the shared expert, which reads every token at full width. 0 leaves it out."""
     latent_norm: Literal["none", "pre", "post"] = "none"
-    """Place of the RMSNorm in the latent width: pre is before the experts, post after the combine, none is none."""
+    """Place of the RMSNorm in the latent width: before the experts (pre), after the combine (post), or none."""
     routed_scaling_factor: float = 1.0
     """Factor on the weights of a token's experts."""
     dropout: float = 0.0
