@@ -83,6 +83,8 @@ class RouterConfig:
         capacity_factor: an expert keeps at most ceil(capacity_factor * T * k / E) rows; None keeps all.
         min_capacity: the least that this limit can be, in rows.
         drop_policy: over capacity, drop the rows of lowest weight ("probs") or the last ones ("position").
+        round_to_tile: round each expert's number of tokens to the nearest multiple of this, as SonicMoE does
+            (arXiv 2512.14080); None rounds nothing. For training: it drops the choices of experts with few tokens.
     """
 
     score_function: ScoreFunction = "sigmoid"
@@ -104,6 +106,7 @@ class RouterConfig:
     capacity_factor: float | None = None
     min_capacity: int = 0
     drop_policy: Literal["probs", "position"] = "probs"
+    round_to_tile: int | None = None
 
     def __post_init__(self):
         _keep(self, "router.", checks.dtype_name, ("dtype",), ROUTER_DTYPES)
@@ -120,6 +123,13 @@ class RouterConfig:
         _keep(self, "router.", checks.finite, ("routed_scaling_factor",))
         if self.capacity_factor is not None:
             _keep(self, "router.", checks.non_negative, ("capacity_factor",))
+        if self.round_to_tile is not None:
+            _keep(self, "router.", checks.positive_int, ("round_to_tile",))
+            if self.capacity_factor is not None:
+                raise ConfigError(
+                    f"router.round_to_tile={self.round_to_tile} and router.capacity_factor={self.capacity_factor} both "
+                    "say how many tokens an expert takes: set one of them to None."
+                )
         if self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
@@ -336,6 +346,11 @@ class LatentMoEConfig:
             raise ConfigError(
                 f"top_k=1 with router.{what} gives every weight 1 and the router no gradient: set "
                 "router.norm_topk_prob=False, and a score_function other than 'softmax_topk', as Megatron does."
+            )
+        if self.apply_probs_on_input and router.round_to_tile is not None:
+            raise ConfigError(
+                "apply_probs_on_input=True multiplies a token by one weight, and router.round_to_tile="
+                f"{router.round_to_tile} may give it two experts: set one of them only."
             )
         if self.apply_probs_on_input and k != 1:
             raise ConfigError(f"apply_probs_on_input needs top_k=1, got top_k={k}: weights differ between experts.")

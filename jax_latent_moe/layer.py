@@ -25,7 +25,8 @@ from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
-from jax_latent_moe.routing.permute import make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.rounding import round_to_tile, with_next_choices
 from jax_latent_moe.routing.router import (
     CHOICE,
     NO_EXPERT,
@@ -138,7 +139,19 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     if config.latent_norm == "pre":
         latent = _rms_norm(latent, params["latent_norm"]["scale"], config.latent_norm_eps)
     latent = checkpoint_name(latent, LATENT)
-    combined, dropped = _route_through_experts(params["experts"], latent, routing, config, shards)
+    assignments = routing
+    if config.router.round_to_tile is not None:
+        factor = 1.0 if config.apply_routed_scale_to_output else config.router.routed_scaling_factor
+        assignments = with_next_choices(
+            logits,
+            routing,
+            config.router,
+            bias=router.get("bias"),
+            scale=router.get("scale"),
+            factor=factor,
+            backend=config.backend,
+        )
+    combined, dropped = _route_through_experts(params["experts"], latent, assignments, config, shards)
     # Parts of the inner widths add up once, in y, if the shared expert has parts as well and no norm stands between.
     sum_in_y = "shared" in params and config.latent_norm != "post"
     if not sum_in_y:
@@ -170,13 +183,18 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
 
 
 def _route_through_experts(params, latent, routing, config, shards):
-    """Weighted sum of the experts' outputs, [T, l], and the choices of these tokens that capacity dropped, [E]."""
+    """Weighted sum of the experts' outputs, [T, l], and the choices of these tokens that were dropped, [E]."""
     expert_ids, weights = routing
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
         kept = checkpoint_name(_within_capacity(expert_ids, weights, config, shards), CHOICE)
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
+        expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
+    if config.router.round_to_tile is not None:
+        kept = _rounded(expert_ids, weights, config, shards)
+        own = jnp.where(kept, NO_EXPERT, expert_ids)[:, : config.top_k]
+        dropped = count_experts(own, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
         latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
@@ -201,7 +219,7 @@ def _route_through_experts(params, latent, routing, config, shards):
 
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
-        return experts(latent, weights, plan), dropped
+        return experts(latent, weights, _rows_to_compute(plan, config)), dropped
     if not shards.token_axes:
         combined = own_experts_of_all(
             config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
@@ -225,6 +243,22 @@ def _within_capacity(expert_ids, weights, config, shards):
         capacity = jnp.maximum(capacity, config.router.min_capacity)
     kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
     return shards.own_tokens(kept)
+
+
+def _rounded(expert_ids, weights, config, shards):
+    """Which assignments of these tokens the experts compute, [T, c]: an expert's number is rounded over all tokens."""
+    expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
+    kept = round_to_tile(expert_ids, weights, config.top_k, config.num_experts, config.router.round_to_tile)
+    return checkpoint_name(shards.own_tokens(kept), CHOICE)
+
+
+def _rows_to_compute(plan, config):
+    """The plan without rows that rounding leaves unused: of twice the choices, most are not added."""
+    tile, (tokens, choices) = config.router.round_to_tile, plan.row_of_assignment.shape
+    if tile is None or not isinstance(tokens, int):
+        return plan
+    most = tokens * config.top_k + config.num_experts * (tile // 2)
+    return first_rows(plan, most) if most < tokens * choices else plan
 
 
 def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:

@@ -79,6 +79,7 @@ ROUTER = {
     "capacity_factor": (CAPACITY, 2.0),
     "min_capacity": (CAPACITY, 6),
     "drop_policy": (CAPACITY, "position"),
+    "round_to_tile": (RouterConfig(), 4),
 }
 INIT = {
     "std": (InitConfig(), 0.1),

@@ -1,4 +1,4 @@
-"""The layer's parts on the axes of a mesh: who holds what, and how a function of one device's part is run on all."""
+"""How the axes of a mesh split the layer's parts, and how a function of one device's part runs on all devices."""
 
 import math
 import re
@@ -27,22 +27,12 @@ Below it, the router, the projections and the shared expert take the time to rea
 whole in any case. Replicated tokens need one all-reduce, and padded ones four collectives.
 """
 
-MAXTEXT_AXES: dict[str, str | None] = {
-    "hidden": "embed",
-    "latent": None,
-    "expert": "exp",
-    "expert_latent": "embed_no_exp",
-    "expert_intermediate": "mlp",
-    "shared_intermediate": "mlp",
-}
-"""MaxText's names of the logical axes, for `axis_names` of the Flax modules and of `logical_axis_rules`."""
-
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The sizes that a text such as "data=2,expert=4" names, axes as `ParallelConfig` calls them by default.
+    """The sizes in a text such as "data=2,expert=4", with the default axis names of `ParallelConfig`.
 
     Raises:
-        ConfigError: it does not read so, or names an axis that the layer does not know, or one twice.
+        ConfigError: the text has another form, an unknown axis, or the same axis twice.
     """
     known, sizes = ParallelConfig().axes, {}
     for entry in filter(None, text.split(",")):
@@ -57,19 +47,19 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """Devices along the data, fsdp, expert and tensor axes of the mesh; 1 where it has no such axis."""
+    """The number of devices along the data, fsdp, expert and tensor axes. It is 1 for an axis that the mesh lacks."""
     return {axis: mesh.shape.get(axis, 1) for axis in parallel.axes}
 
 
 def logical_axis_rules(
     parallel: ParallelConfig, mesh: Mesh | AbstractMesh, axis_names: Mapping[str, str | None] | None = None
 ) -> list[tuple[str, str | None]]:
-    """The mesh axis of each logical axis of `param_axes`, as Flax takes such rules.
+    """The mesh axis of each logical axis of `param_axes`, in the form of Flax's rules.
 
     Args:
-        parallel: names the axes.
-        mesh: axes that it lacks, or has with size 1, split nothing.
-        axis_names: other names for some logical axes, as in `param_axes`, such as `MAXTEXT_AXES`.
+        parallel: gives the names of the mesh axes.
+        mesh: the mesh. An axis that it lacks, or that has size 1, splits nothing.
+        axis_names: other names for some logical axes, as in `param_axes`, such as `parallel.MAXTEXT_AXES`.
 
     Raises:
         InputError: axis_names renames an axis that no layer has, or gives one name to axes that are split differently.
@@ -101,9 +91,9 @@ def param_specs(
 
     Args:
         config: the layer, with `parallel` set.
-        mesh: the mesh, whose sizes must divide what they split.
-        params: the parameters or their shapes. Only `ScaledArray` and `LowRank` leaves are read: the specs of their
-            arrays stand in their places.
+        mesh: the mesh. Its sizes must divide what they split.
+        params: the parameters or their shapes. Only `ScaledArray` and `LowRank` leaves are read. Each gets a spec for
+            each of its arrays.
 
     Raises:
         ConfigError: config.parallel is None, or an axis does not divide what it splits.
@@ -128,7 +118,7 @@ def param_specs(
 
 
 def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How the first axis of x is split: over data, fsdp and expert, in this order."""
+    """How the first axis of x is split: over the data, fsdp and expert axes, in this order."""
     axes = _token_axes(parallel, mesh)
     return PartitionSpec(axes) if axes else PartitionSpec()
 
@@ -140,10 +130,10 @@ def in_auto_mode(
     token_mask: Bool[Array, "*batch"] | None,
     expert_ids: Int[Array, "*batch k"] | None,
 ) -> tuple[Any, Any]:
-    """run(params, x, token_mask, expert_ids), with mesh axes of type Explicit left to XLA while it runs.
+    """Calls run(params, x, token_mask, expert_ids) with mesh axes of type Explicit left to XLA.
 
-    What is split as the tokens are has the sharding of x; what is one for all is replicated. No type says how a sort,
-    a ragged product or a kernel splits its operands.
+    The first results of run are split as the tokens are and have the sharding of x. The others are replicated. Explicit
+    axes would need a rule for how sorts, ragged products and kernels split their operands, and there is none.
     """
     mesh = jax.typeof(x).sharding.mesh
     explicit = tuple(mesh.explicit_axes)
@@ -166,13 +156,14 @@ def over_mesh(
 ) -> tuple[Any, Any]:
     """Runs body(shards, params, x, token_mask, expert_ids) on each device's part of the arguments.
 
-    The mesh is the one that `jax.set_mesh` set. On one device, or without a mesh, the body is called as it is.
+    The mesh is that of `jax.set_mesh`. Without a mesh, or on one device, this is one plain call of the body. If the
+    devices do not divide the first axis of x, few tokens are replicated and many are padded.
 
     Args:
-        body: returns arrays that are split as the tokens are, and arrays that every device has whole.
+        body: returns arrays that are split as the tokens are, and arrays that are the same on all devices.
         config: the layer, with `parallel` set.
-        params: as `init_params` makes them; the body sees kernels whole but for its own experts and inner widths.
-        x: [..., d]; the first axis is split.
+        params: as `init_params` makes them. The body gets its own experts and inner widths, and all other axes whole.
+        x: [..., d], of which the first axis is split.
         token_mask: [...].
         expert_ids: [..., k].
 
@@ -210,7 +201,7 @@ def over_mesh(
         in_specs=(specs, split, split, split),
         out_specs=(split, whole),
         axis_names={axis for axis in parallel.axes if axis in mesh.shape},
-        # Kernels say nothing of the axes over which their outputs vary; Shards' sums are right without.
+        # Kernels do not say over which axes their outputs vary. The sums in Shards do not need the check.
         check_vma=False,
     )
     by_token, totals = mapped(params, x, token_mask, expert_ids)
@@ -230,7 +221,7 @@ def _token_axes(parallel, mesh) -> tuple[str, ...]:
 
 
 def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:
-    """Kernels whole but for the axes that split the work: the device's own experts and inner widths."""
+    """Gathers the kernels along all axes except those that split the work, which are the experts and inner widths."""
     split_work = (parallel.expert_axis, parallel.tensor_axis)
 
     def whole(leaf, spec, kept):
@@ -280,6 +271,6 @@ def _check_axis_types(mesh, sizes):
     for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if axis in sizes and kind != AxisType.Auto:
             raise ConfigError(
-                f"mesh axis '{axis}' is of type {kind.name}, and the layer maps over axes that are not mapped yet: "
+                f"mesh axis '{axis}' is of type {kind.name}, and the layer can only map over axes of type Auto: "
                 "leave parallel=None inside of a shard_map."
             )

@@ -110,7 +110,7 @@ def route(
         assert expert_ids is not None, "the layer refuses a call without them"
         ids = int32_ids(expert_ids)
     else:
-        ids = checkpoint_name(top_k_ids(_selection(logits, bias, config), top_k, backend), CHOICE)
+        ids = checkpoint_name(top_k_ids(selection(logits, bias, config), top_k, backend), CHOICE)
     if expert_ids is not None:
         if config.selection != "given":
             replayed = int32_ids(expert_ids)
@@ -132,7 +132,7 @@ def _where(chosen, values, otherwise):
     return values if chosen is None else jnp.where(chosen, values, otherwise)
 
 
-def _scores(logits, score_function):
+def scores_of(logits, score_function):
     """Scores of all experts; for softmax_topk the logits, whose softmax over the chosen comes after the choice."""
     if score_function == "softmax":
         return jax.nn.softmax(logits, axis=-1)
@@ -145,7 +145,7 @@ def _scores(logits, score_function):
     return logits
 
 
-def _log_scores(logits, score_function):
+def log_scores(logits, score_function):
     """Logarithms of scores, but for a constant of each token."""
     if score_function == "sigmoid":
         return jax.nn.log_sigmoid(logits)
@@ -166,23 +166,23 @@ def _split_at_underflow(logits):
 
 def _weights(logits, ids, chosen, config):
     """Weights of the chosen, [T, k], before any factor; `chosen` None is all of them."""
-    chosen_logits = _at(logits, ids)
+    chosen_logits = at_ids(logits, ids)
     eps = config.norm_topk_eps
     if config.score_function == "softmax_topk" or (config.norm_topk_prob and eps == 0):
         # The ratio of scores that have underflowed is still known from their logarithms.
-        weights = _masked_softmax(_log_scores(chosen_logits, config.score_function), chosen)
+        weights = _masked_softmax(log_scores(chosen_logits, config.score_function), chosen)
         if eps == 0:
             return weights
     elif config.score_function == "softmax":
-        weights = _where(chosen, _at(jax.nn.softmax(logits, axis=1), ids), 0)
+        weights = _where(chosen, at_ids(jax.nn.softmax(logits, axis=1), ids), 0)
     else:
-        weights = _where(chosen, _scores(chosen_logits, config.score_function), 0)
+        weights = _where(chosen, scores_of(chosen_logits, config.score_function), 0)
     if not config.norm_topk_prob:
         return weights
     return _over_sum(weights, eps)
 
 
-def _at(values, ids):
+def at_ids(values, ids):
     """values[t, ids[t, j]]; take_along_axis has a gradient that the index checks of checkify cannot read."""
     tokens = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
     return jnp.asarray(values).at[tokens, ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
@@ -195,12 +195,12 @@ def _over_sum(scores, eps):
     return scores / (jnp.sum(scores, axis=-1, keepdims=True) + eps * 2.0**40)
 
 
-def _selection(logits, bias, config):
+def selection(logits, bias, config):
     """The scores by which experts are chosen: with the bias, and -inf outside the best groups."""
     logits = lax.stop_gradient(logits)
     # Scores alone are in the order of the logits, and logits are still told apart where scores saturate.
     by_logit = config.selection == "logit" or (bias is None and config.num_groups == 1)
-    scores = logits if by_logit else _scores(logits, config.score_function)
+    scores = logits if by_logit else scores_of(logits, config.score_function)
     if bias is not None:
         scores = scores + lax.stop_gradient(bias).astype(scores.dtype)[None]
     return _limit_groups(scores, config) if config.num_groups > 1 else scores
@@ -278,7 +278,7 @@ def _at_least_one(count, like):
 def _probabilities(logits, score_function):
     if score_function in ("softmax", "softmax_topk"):
         return jax.nn.softmax(logits, axis=-1)
-    return _over_sum(_scores(logits, score_function), 1e-20)
+    return _over_sum(scores_of(logits, score_function), 1e-20)
 
 
 def _imbalance(
