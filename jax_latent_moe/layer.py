@@ -18,7 +18,7 @@ from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import ScaledArray, row_multiple_of
-from jax_latent_moe.parallel.exchange import exchange
+from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, as_array, check_params
@@ -84,7 +84,7 @@ def latent_moe(
         aux: `LatentMoEAux`.
 
     Raises:
-        InputError: the parameters or an array do not fit the config or the mesh.
+        InputError: the parameters or an array do not fit the config.
         ConfigError: an axis of the mesh does not divide what it splits.
         UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
     """
@@ -187,6 +187,11 @@ def _route_through_experts(params, latent, routing, config, shards):
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)
         return experts(latent, weights, plan), dropped
+    if not shards.token_axes:
+        combined = own_experts_of_all(
+            config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
+        )
+        return combined, dropped
     combined, not_sent = exchange(
         config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
     )

@@ -18,6 +18,7 @@ from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.parallel.choice import choose_dispatch
+from jax_latent_moe.parallel.shards import sum_used_alike
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import CHOICE, NO_EXPERT
@@ -67,6 +68,26 @@ def exchange(
     plan_of = partial(make_dispatch_plan, backend=config.backend)
     experts_of = partial(_experts_of, experts, partial(plan_of, row_multiple=row_multiple))
     return move[strategy](plan_of, axis, capacity, local_experts, experts_of, latent, expert_ids, weights), dropped
+
+
+def own_experts_of_all(
+    config: LatentMoEConfig,
+    axis: str,
+    experts: Experts,
+    latent: Float[Array, "t l"],
+    expert_ids: Int[Array, "t k"],
+    weights: Float[Array, "t k"],
+    *,
+    row_multiple: int = 1,
+) -> Float[Array, "t l"]:
+    """The same sum, [T, l], of tokens that every device along the axis has: one all-reduce, and no capacity.
+
+    The arguments are those of `exchange`.
+    """
+    local_experts = config.num_experts // lax.axis_size(axis)
+    expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
+    plan = make_dispatch_plan(expert_ids, local_experts, config.backend, row_multiple)
+    return sum_used_alike(axis, experts(latent, jnp.where(mine, weights, 0), plan))
 
 
 def _experts_of(experts, plan_of, rows, weights, expert_ids, num_experts, most_rows=None):

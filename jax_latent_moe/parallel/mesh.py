@@ -7,15 +7,23 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
-from jax_latent_moe.errors import ConfigError, InputError
+from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
 from jax_latent_moe.params import Params, param_axes
 
 Body = Callable[..., tuple[Any, Any]]
+
+REPLICATED_TOKENS = 256
+"""Up to this many tokens that the devices do not divide are computed on every device; more are padded instead.
+
+Below it, the router, the projections and the shared expert take the time to read their kernels, which each device reads
+whole in any case. Replicated tokens need one all-reduce, and padded ones four collectives.
+"""
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -130,7 +138,6 @@ def over_mesh(
 
     Raises:
         ConfigError: an axis of the mesh does not divide what it splits, or is of type Manual.
-        InputError: the devices do not divide the first axis of x.
     """
     parallel, mesh = config.parallel, jax.sharding.get_abstract_mesh()
     assert parallel is not None
@@ -138,14 +145,13 @@ def over_mesh(
     if math.prod(sizes.values()) == 1:
         return body(ONE_DEVICE, params, x, token_mask, expert_ids)
     _check_axis_types(mesh, sizes)
-    tokens, splits = _token_axes(parallel, mesh), math.prod(sizes[axis] for axis in _token_axes(parallel, mesh))
-    if x.ndim < 2 or x.shape[0] % splits:
-        raise InputError(
-            f"x of shape {x.shape}: the first of at least two axes must be a multiple of the {splits} devices of "
-            f"{', '.join(f'{axis}={sizes[axis]}' for axis in tokens)}: pad it, with token_mask False there."
-        )
+    splits = math.prod(sizes[axis] for axis in _token_axes(parallel, mesh))
+    replicated = x.ndim < 2 or (x.shape[0] % splits != 0 and math.prod(x.shape[:-1]) <= REPLICATED_TOKENS)
+    rows = x.shape[:1]
+    if not replicated and x.shape[0] % splits:
+        x, token_mask, expert_ids = _pad_tokens(-rows[0] % splits, x, token_mask, expert_ids)
     shards = Shards(
-        token_axes=tokens,
+        token_axes=() if replicated else _token_axes(parallel, mesh),
         sequences_split=x.ndim == 2,
         expert_axis=parallel.expert_axis if sizes[parallel.expert_axis] > 1 else None,
         tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
@@ -155,7 +161,8 @@ def over_mesh(
     def local(params, x, token_mask, expert_ids):
         return body(shards, _gather(params, specs, parallel), x, token_mask, expert_ids)
 
-    split, whole = token_spec(parallel, mesh), PartitionSpec()
+    whole = PartitionSpec()
+    split = whole if replicated else token_spec(parallel, mesh)
     mapped = jax.shard_map(
         local,
         in_specs=(specs, split, split, split),
@@ -164,7 +171,21 @@ def over_mesh(
         # Kernels say nothing of the axes over which their outputs vary; Shards' sums are right without.
         check_vma=False,
     )
-    return mapped(params, x, token_mask, expert_ids)
+    by_token, totals = mapped(params, x, token_mask, expert_ids)
+    if x.shape[:1] != rows:
+        by_token = jax.tree.map(lambda value: value[: rows[0]], by_token)
+    return by_token, totals
+
+
+def _pad_tokens(count, x, token_mask, expert_ids):
+    """The arguments with `count` masked rows after the others."""
+    if token_mask is None:
+        token_mask = jnp.ones(x.shape[:-1], bool)
+
+    def pad(values):
+        return None if values is None else jnp.pad(values, [(0, count)] + [(0, 0)] * (values.ndim - 1))
+
+    return pad(x), pad(token_mask), pad(expert_ids)
 
 
 def _token_axes(parallel, mesh) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ class Shards:
 
     def sum_over_tensor(self, values: Array) -> Array:
         """The sum of what the parts of the inner widths give; everything after it is the same on each of them."""
-        return _sum_used_alike(self.tensor_axis, values) if self.tensor_axis else values
+        return sum_used_alike(self.tensor_axis, values) if self.tensor_axis else values
 
 
 ONE_DEVICE = Shards()
@@ -49,13 +49,13 @@ ONE_DEVICE = Shards()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_used_alike(axis, values):
+def sum_used_alike(axis, values):
     """A psum whose result each device uses alike, so that its cotangents are equal and need no sum of their own."""
     return lax.psum(values, axis)
 
 
 def _sum_used_alike_fwd(axis, values):
-    return _sum_used_alike(axis, values), None
+    return sum_used_alike(axis, values), None
 
 
 def _sum_used_alike_bwd(axis, _, cotangent):
@@ -63,4 +63,4 @@ def _sum_used_alike_bwd(axis, _, cotangent):
     return (cotangent * lax.axis_size(axis),)
 
 
-_sum_used_alike.defvjp(_sum_used_alike_fwd, _sum_used_alike_bwd)
+sum_used_alike.defvjp(_sum_used_alike_fwd, _sum_used_alike_bwd)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_latent_moe import ConfigError, InputError, ParallelConfig, RouterConfig, latent_moe, param_shapes
+from jax_latent_moe import ConfigError, ParallelConfig, RouterConfig, latent_moe, param_shapes
 from jax_latent_moe.parallel import param_specs
 from tests import cases, layers
 from tests.flax_layers import draw, fill
@@ -86,13 +86,6 @@ def test_what_an_axis_does_not_divide_is_refused(sizes, changes, message):
     x = jax.ShapeDtypeStruct((8, 2, config.hidden_size), jnp.float32)
     with jax.set_mesh(make_mesh(*sizes)), pytest.raises(ConfigError, match=message):
         jax.eval_shape(functools.partial(latent_moe, config=config), param_shapes(config), x)
-
-
-@pytest.mark.parametrize("shape", [(6, 4, 16), (16,)])
-def test_tokens_that_the_devices_do_not_divide_are_refused(rng, shape):
-    message = r"must be a multiple of the 4 devices of data=2, expert=2: pad it"
-    with jax.set_mesh(make_mesh(2, 1, 2, 2)), pytest.raises(InputError, match=message):
-        latent_moe(draw(rng, BASE), jnp.zeros(shape), BASE)
 
 
 @pytest.mark.parametrize("split", [P("data"), P(("data", "expert"))], ids=str)
