@@ -19,7 +19,8 @@ from jax_latent_moe.config import (
 from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, NotCollectedWarning, UnsupportedError
 from jax_latent_moe.layer import LatentMoEAux, latent_moe
 from jax_latent_moe.params import init_params, param_axes, param_shapes
-from jax_latent_moe.routing.router import pin_choice, update_correction_bias
+from jax_latent_moe.routing.bias import update_correction_bias
+from jax_latent_moe.routing.router import pin_choice
 from jax_latent_moe.training import after_step, merge_state, split_state, total_loss, trainable_mask
 
 __version__ = "0.1.0"

@@ -26,6 +26,10 @@ class AuxiliaryLoss(nnx.Variable):
     """The variable type of the auxiliary losses that a call sows. Add them all to the objective."""
 
 
+class GlobalCounts(nnx.Variable):
+    """The variable type of the counts that router.global_loss_coef carries through the microbatches of a step."""
+
+
 class LatentMoE(nnx.Module):
     """A latent mixture-of-experts layer. It takes the place of an MLP.
 
@@ -33,8 +37,9 @@ class LatentMoE(nnx.Module):
     correction bias is a `CorrectionBias`. Each variable carries its logical axis names as `out_sharding`. The names
     shard the variable only if a mesh and `nnx.logical_axis_rules` are set.
 
-    Under `nnx.capture`, a call sows the auxiliary losses "switch", "sequence" and "z" as `AuxiliaryLoss`. It sows the
-    `LatentMoEAux` arrays "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" as `nnx.Intermediate`.
+    Under `nnx.capture`, a call sows the auxiliary losses as `AuxiliaryLoss`. It sows the `LatentMoEAux` arrays
+    "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" as `nnx.Intermediate`. With
+    router.global_loss_coef it adds its counts to a `GlobalCounts`, which `update_correction_bias` resets.
 
     Attributes:
         config: the layer.
@@ -58,6 +63,7 @@ class LatentMoE(nnx.Module):
         for part, leaves in param_axes(config, axis_names).items():
             named = {name: None if axis_names is None else axes for name, axes in leaves.items()}
             setattr(self, part, nnx.Dict({name: _variable(name, params[part][name], named[name]) for name in leaves}))
+        self.global_counts = _zero_counts(config)
 
     def __call__(
         self,
@@ -65,6 +71,8 @@ class LatentMoE(nnx.Module):
         *,
         token_mask: Bool[Array, "*batch"] | None = None,
         expert_ids: Int[Array, "*batch k"] | None = None,
+        segment_ids: Int[Array, "*batch"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*batch d"]:
         """Applies the layer. The arguments, the result and the errors are those of `latent_moe`.
 
@@ -72,16 +80,29 @@ class LatentMoE(nnx.Module):
             x: [..., d], floating.
             token_mask: [...]. Tokens that are False reach no expert.
             expert_ids: [..., k], a routing to replay.
+            segment_ids: [...], documents of packed sequences, for the sequence loss.
+            rngs: with router.input_jitter, the stream "jitter" gives its key.
 
         Returns:
             [..., d] in config.dtype.
         """
-        y, aux = latent_moe(to_params(self), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
+        y, aux = latent_moe(
+            to_params(self),
+            x,
+            self.config,
+            token_mask=token_mask,
+            expert_ids=expert_ids,
+            segment_ids=segment_ids,
+            global_counts=None if self.global_counts is None else self.global_counts[...],
+            key=rngs.jitter() if rngs is not None and self.config.router.input_jitter else None,
+        )
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)
         if hasattr(self, "__captures__"):  # outside of nnx.capture, sowing is deprecated and its state grows each call
             for name, loss in aux.losses.items():
                 self.sow(AuxiliaryLoss, name, loss)
+            if self.global_counts is not None:
+                self.global_counts[...] = aux.global_counts
             for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
                 self.sow(nnx.Intermediate, name, getattr(aux, name))
         return y
@@ -96,6 +117,10 @@ class LatentMoE(nnx.Module):
             "nnx.capture(model, AuxiliaryLoss, nnx.Intermediate), or set their coefficients and "
             "router.bias_update_rate to 0."
         )
+
+
+def _zero_counts(config):
+    return GlobalCounts(jnp.zeros(config.num_experts, jnp.int32)) if config.router.global_loss_coef else None
 
 
 def _variable(name, value, axes):
@@ -135,6 +160,7 @@ def from_params(
     check_params(params, config)
     module = nnx.eval_shape(lambda: LatentMoE(config, rngs=nnx.Rngs(0), axis_names=axis_names))
     nnx.update(module, params)
+    module.global_counts = _zero_counts(config)
     return module
 
 
@@ -175,7 +201,7 @@ def update_correction_bias(
     """Moves the correction bias of every `LatentMoE` in a model by the loads of one step, in place.
 
     Call it once after the optimiser's step. Counts may have leading axes that a bias does not have, such as the axis
-    of a scan over microbatches. They are summed. A model without a correction bias does not change.
+    of a scan over microbatches. They are summed. The `GlobalCounts` of every layer are reset.
 
     Args:
         model: the model, or one layer. Layers may be stacked by nnx.vmap.
@@ -191,7 +217,11 @@ def update_correction_bias(
     """
     counts = dict(nnx.to_flat_state(intermediates))
     for path, module in nnx.iter_modules(model):
-        if not isinstance(module, LatentMoE) or not module.config.router.correction_bias:
+        if not isinstance(module, LatentMoE):
+            continue
+        if module.global_counts is not None:
+            module.global_counts[...] = jnp.zeros_like(module.global_counts[...])
+        if not module.config.router.correction_bias:
             continue
         if (*path, _LOAD) not in counts:
             names = "/".join(map(str, (*path, _LOAD)))

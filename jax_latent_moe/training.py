@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jax_latent_moe.errors import InputError, NotCollectedWarning
 from jax_latent_moe.layer import LatentMoEAux
-from jax_latent_moe.routing.router import update_correction_bias
+from jax_latent_moe.routing.bias import update_correction_bias
 
 _BIAS = "router/bias"
 

@@ -1,4 +1,4 @@
-"""The layer's parts on the axes of a mesh: who holds what, and how a function of one device's part is run on all."""
+"""The layer on the axes of a mesh: which device holds which part, and how one device's function runs on all of them."""
 
 import math
 import re
@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import ConfigError
-from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
 from jax_latent_moe.params import Params, param_axes
+from jax_latent_moe.shards import ONE_DEVICE, Shards
 
 Body = Callable[..., tuple[Any, Any]]
 
@@ -45,8 +45,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """Devices along the data, fsdp, expert and tensor axes of the mesh; 1 where it has no such axis."""
-    return {axis: mesh.shape.get(axis, 1) for axis in parallel.axes}
+    """Devices along the data, fsdp, expert, tensor and sequence axes of the mesh; 1 for an axis that it lacks."""
+    return {axis: mesh.shape.get(axis, 1) for axis in (*parallel.axes, parallel.sequence_axis)}
 
 
 def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> list[tuple[str, str | None]]:
@@ -87,54 +87,53 @@ def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str,
     }
 
 
-def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How the first axis of x is split: over data, fsdp and expert, in this order."""
-    axes = _token_axes(parallel, mesh)
-    return PartitionSpec(axes) if axes else PartitionSpec()
+def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh, ndim: int = 3) -> PartitionSpec:
+    """How x is split: its first axis over data, fsdp and expert, in this order, and its sequences over sequence.
+
+    Args:
+        parallel: names the axes.
+        mesh: axes that it lacks, or has with size 1, split nothing.
+        ndim: axes of x. With 2, x is one sequence, which all of these axes split.
+    """
+    split = _token_axes(parallel, mesh, ndim)
+    spec = [split.get(axis) for axis in range(max(split, default=-1) + 1)]
+    return PartitionSpec(*spec)
 
 
 def in_auto_mode(
-    run: Callable[..., tuple[Any, Any]],
-    params: Params,
-    x: Float[Array, "*batch d"],
-    token_mask: Bool[Array, "*batch"] | None,
-    expert_ids: Int[Array, "*batch k"] | None,
+    run: Callable[..., tuple[Any, Any]], params: Params, x: Float[Array, "*batch d"], by_token: Any, whole: Any
 ) -> tuple[Any, Any]:
-    """run(params, x, token_mask, expert_ids), with mesh axes of type Explicit left to XLA while it runs.
+    """run(params, x, by_token, whole), with mesh axes of type Explicit left to XLA while it runs.
 
-    What is split as the tokens are has the sharding of x; what is one for all is replicated. No type says how a sort,
-    a ragged product or a kernel splits its operands.
+    The first outputs have the sharding of x, and the others are replicated. No type says how a sort, a ragged product
+    or a kernel splits its operands.
     """
     mesh = jax.typeof(x).sharding.mesh
     explicit = tuple(mesh.explicit_axes)
     if not explicit:
-        return run(params, x, token_mask, expert_ids)
+        return run(params, x, by_token, whole)
     spec = jax.typeof(x).sharding.spec
-    by_token = PartitionSpec(*spec[:-1], None)
-    shardings = (PartitionSpec(*spec), by_token, by_token), PartitionSpec()
+    ids = PartitionSpec(*spec[:-1], None)
+    shardings = (PartitionSpec(*spec), ids, ids), PartitionSpec()
     in_auto: Callable = jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)
-    return in_auto(params, x, token_mask, expert_ids)
+    return in_auto(params, x, by_token, whole)
 
 
 def over_mesh(
-    body: Body,
-    config: LatentMoEConfig,
-    params: Params,
-    x: Float[Array, "*batch d"],
-    token_mask: Bool[Array, "*batch"] | None,
-    expert_ids: Int[Array, "*batch k"] | None,
+    body: Body, config: LatentMoEConfig, params: Params, x: Float[Array, "*batch d"], by_token: Any, whole: Any
 ) -> tuple[Any, Any]:
-    """Runs body(shards, params, x, token_mask, expert_ids) on each device's part of the arguments.
+    """Runs body(shards, params, x, by_token, whole) on each device's part of the arguments.
 
     The mesh is the one that `jax.set_mesh` set. On one device, or without a mesh, the body is called as it is.
 
     Args:
         body: returns arrays that are split as the tokens are, and arrays that every device has whole.
         config: the layer, with `parallel` set.
-        params: as `init_params` makes them; the body sees kernels whole but for its own experts and inner widths.
-        x: [..., d]; the first axis is split.
-        token_mask: [...].
-        expert_ids: [..., k].
+        params: as `init_params` makes them. The body gets whole kernels, but only its own experts and inner widths.
+        x: [..., d], split as `token_spec` says.
+        by_token: a NamedTuple of arrays whose leading axes are those of x, or None. Its `token_mask` is False for
+            padding.
+        whole: arrays that every device gets whole.
 
     Raises:
         ConfigError: an axis of the mesh does not divide what it splits, or is of type Manual.
@@ -143,58 +142,67 @@ def over_mesh(
     assert parallel is not None
     sizes = axis_sizes(parallel, mesh)
     if math.prod(sizes.values()) == 1:
-        return body(ONE_DEVICE, params, x, token_mask, expert_ids)
+        return body(ONE_DEVICE, params, x, by_token, whole)
     _check_axis_types(mesh, sizes)
-    splits = math.prod(sizes[axis] for axis in _token_axes(parallel, mesh))
-    replicated = x.ndim < 2 or (x.shape[0] % splits != 0 and math.prod(x.shape[:-1]) <= REPLICATED_TOKENS)
-    rows = x.shape[:1]
-    if not replicated and x.shape[0] % splits:
-        x, token_mask, expert_ids = _pad_tokens(-rows[0] % splits, x, token_mask, expert_ids)
+    leading = x.shape[:-1]
+    split = _token_axes(parallel, mesh, x.ndim)
+    missing = [-size % math.prod(sizes[name] for name in split.get(axis, ())) for axis, size in enumerate(leading)]
+    if not leading or (any(missing) and math.prod(leading) <= REPLICATED_TOKENS):
+        split = {}
+    elif any(missing):
+        x, by_token = _pad_tokens(missing, x, by_token)
+    last = x.ndim - 2
     shards = Shards(
-        token_axes=() if replicated else _token_axes(parallel, mesh),
-        sequences_split=x.ndim == 2,
+        batch_axes=split.get(0, ()) if last else (),
+        sequence_axes=split.get(last, ()),
+        sequence_length=x.shape[last] // math.prod(sizes[name] for name in split.get(last, ())) if leading else 1,
         expert_axis=parallel.expert_axis if sizes[parallel.expert_axis] > 1 else None,
         tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
     )
     specs = param_specs(config, mesh)
 
-    def local(params, x, token_mask, expert_ids):
-        return body(shards, _gather(params, specs, parallel), x, token_mask, expert_ids)
+    def local(params, x, by_token, whole):
+        return body(shards, _gather(params, specs, parallel), x, by_token, whole)
 
-    whole = PartitionSpec()
-    split = whole if replicated else token_spec(parallel, mesh)
+    everywhere = PartitionSpec()
+    tokens = token_spec(parallel, mesh, x.ndim) if split else everywhere
     mapped = jax.shard_map(
         local,
-        in_specs=(specs, split, split, split),
-        out_specs=(split, whole),
-        axis_names={axis for axis in parallel.axes if axis in mesh.shape},
-        # Kernels say nothing of the axes over which their outputs vary; Shards' sums are right without.
+        in_specs=(specs, tokens, tokens, everywhere),
+        out_specs=(tokens, everywhere),
+        axis_names={axis for axis in sizes if axis in mesh.shape},
+        # Kernels do not say over which axes their outputs vary. The sums of Shards are right without that.
         check_vma=False,
     )
-    by_token, totals = mapped(params, x, token_mask, expert_ids)
-    if x.shape[:1] != rows:
-        by_token = jax.tree.map(lambda value: value[: rows[0]], by_token)
-    return by_token, totals
+    outputs, totals = mapped(params, x, by_token, whole)
+    if x.shape[:-1] != leading:
+        own = tuple(slice(size) for size in leading)
+        outputs = jax.tree.map(lambda value: value[own], outputs)
+    return outputs, totals
 
 
-def _pad_tokens(count, x, token_mask, expert_ids):
-    """The arguments with `count` masked rows after the others."""
-    if token_mask is None:
-        token_mask = jnp.ones(x.shape[:-1], bool)
+def _pad_tokens(missing, x, by_token):
+    """The arguments with `missing` masked tokens behind the others along each axis."""
+    if by_token.token_mask is None:
+        by_token = by_token._replace(token_mask=jnp.ones(x.shape[:-1], bool))
 
     def pad(values):
-        return None if values is None else jnp.pad(values, [(0, count)] + [(0, 0)] * (values.ndim - 1))
+        return jnp.pad(values, [(0, count) for count in missing] + [(0, 0)] * (values.ndim - len(missing)))
 
-    return pad(x), pad(token_mask), pad(expert_ids)
+    return jax.tree.map(pad, (x, by_token))
 
 
-def _token_axes(parallel, mesh) -> tuple[str, ...]:
+def _token_axes(parallel, mesh, ndim) -> dict[int, tuple[str, ...]]:
+    """The mesh axes that split each axis of x, of those that have more than one device."""
     sizes = axis_sizes(parallel, mesh)
-    return tuple(axis for axis in (parallel.data_axis, parallel.fsdp_axis, parallel.expert_axis) if sizes[axis] > 1)
+    batch = tuple(axis for axis in (parallel.data_axis, parallel.fsdp_axis, parallel.expert_axis) if sizes[axis] > 1)
+    sequence = (parallel.sequence_axis,) if sizes[parallel.sequence_axis] > 1 else ()
+    split = {0: batch + sequence} if ndim == 2 else {0: batch, ndim - 2: sequence}
+    return {axis: names for axis, names in split.items() if names}
 
 
 def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:
-    """Kernels whole but for the axes that split the work: the device's own experts and inner widths."""
+    """Whole kernels, but only the device's own experts and inner widths."""
     split_work = (parallel.expert_axis, parallel.tensor_axis)
 
     def whole(leaf, spec, kept):

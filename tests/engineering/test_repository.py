@@ -15,7 +15,7 @@ from tests.engineering.sandbox import ROOT
 PACKAGE = ROOT / "jax_latent_moe"
 # A module may import from the lines above its own, and from its own folder.
 ORDER = (
-    ("device", "dtypes", "errors", "native", "varying"),
+    ("device", "dtypes", "errors", "native", "shards", "varying"),
     ("activations", "checks", "formats"),
     ("grouped_matmul",),
     ("config",),

@@ -46,6 +46,34 @@ def gap(values, count):
     return np.inf if np.isneginf(left) else (last - left) / max(1.0, abs(last), abs(left))
 
 
+SINKHORN_TOLERANCE = 1e-4
+"""Change of the experts' factors at which Megatron's iteration ends."""
+
+
+def sinkhorn(logits, mask):
+    """Megatron's balanced scores of the unmasked tokens: exp(logits) times factors that even out rows and columns.
+
+    The rows of the result are ordered as the choice is, so they are given by their logarithms, which do not underflow.
+    """
+    cost = np.exp(logits - logits.max(axis=1, keepdims=True))  # a factor per token, which the iteration takes out
+    (tokens, experts), real = (mask.sum(), logits.shape[1]), np.nonzero(mask)[0]
+    by_expert, change = np.ones(experts), np.inf
+    while change > SINKHORN_TOLERANCE and tokens:
+        by_token = {t: 1 / (tokens * (by_expert @ cost[t] + 1e-8)) for t in real}
+        new = 1 / (experts * (sum(by_token[t] * cost[t] for t in real) + 1e-8))
+        change, by_expert = np.abs(by_expert - new).mean(), new
+    return logits + np.log(by_expert)
+
+
+def choose_balanced(config, balanced):
+    """Expert ids of one token [k] out of its row of `sinkhorn`, and the margin.
+
+    Rounding may end the iteration a step earlier or later, and the last step moves the logarithms by about the
+    tolerance. The margin is divided so that it is below `cases.MARGIN` for differences within 10 times that.
+    """
+    return np.array(best(balanced, config.top_k)), gap(balanced, config.top_k) / (10 * SINKHORN_TOLERANCE / 2e-5)
+
+
 def choose(config, logits, bias):
     """Expert ids of one token [k], and how far the nearest other choice was."""
     router, k = config.router, config.top_k
