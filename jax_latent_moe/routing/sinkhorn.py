@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jax_latent_moe.varying import varying
+
 TOLERANCE, EPS = 1e-4, 1e-8
 """Both are Megatron's: the mean change of the experts' factors that ends the iteration, and a divisor's addend."""
 MOST_ITERATIONS = 1000
@@ -44,6 +46,6 @@ def balanced_scores(
         count, _, change = state
         return (change > TOLERANCE) & (count < MOST_ITERATIONS)
 
-    start = jnp.zeros((), jnp.int32), jnp.ones(experts, cost.dtype), jnp.full((), jnp.inf, cost.dtype)
-    _, factors, _ = lax.while_loop(goes_on, step, start)
+    factors, change = varying((jnp.ones(experts, cost.dtype), jnp.full((), jnp.inf, cost.dtype)), cost, real)
+    _, factors, _ = lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), factors, change))
     return logits + jnp.log(factors)[None]
