@@ -72,7 +72,7 @@ def forward(
     flat = np.where(mask[:, None], flat, 0.0)
     factors = np.ones_like(flat) if jitter is None else jitter.reshape(flat.shape)
     logits = (flat * factors) @ params["router"]["kernel"]
-    balanced = sinkhorn(logits, mask) if config.router.selection == "sinkhorn" else None
+    balanced, ended = sinkhorn(logits, mask) if config.router.selection == "sinkhorn" else (None, True)
     bias = params["router"]["bias"] if config.router.correction_bias else np.zeros(experts)
     expert_scale = params["router"]["scale"] if config.router.per_expert_scale else np.ones(experts)
 
@@ -83,7 +83,9 @@ def forward(
             continue
         replayed = None if expert_ids is None else np.asarray(expert_ids).reshape(-1, k)[t]
         if replayed is None or -2 in replayed:
-            of_token = choose(config, logits[t], bias) if balanced is None else choose_balanced(config, balanced[t])
+            of_token = (
+                choose(config, logits[t], bias) if balanced is None else choose_balanced(config, balanced[t], ended)
+            )
             ids[t], token_margin = of_token
             margin = min(margin, token_margin)
         else:
