@@ -358,6 +358,6 @@ def _typed(key):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
             return key
         if key.dtype == jnp.uint32 and key.shape == (2,):
-            return jax.random.wrap_key_data(key)
+            return jax.random.wrap_key_data(jnp.asarray(key))
     what = f"shape {key.shape} and dtype {key.dtype}" if hasattr(key, "shape") else f"type {type(key).__name__}"
     raise InputError(f"key of {what} must be a single key, as jax.random.key(seed) makes it.")

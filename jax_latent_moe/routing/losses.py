@@ -68,28 +68,16 @@ def auxiliary_losses(
         The losses, and the counts [E] int32 of this and the earlier microbatches, or None without a global loss.
     """
     mask = jnp.ones(logits.shape[:2], bool) if token_mask is None else token_mask
-    losses = dict.fromkeys(("switch", "sequence", "z"), jnp.zeros((), logits.dtype))
+    losses: dict[str, Array] = dict.fromkeys(("switch", "sequence", "z"), jnp.zeros((), logits.dtype))
     counts = None
-    if config.switch_loss_coef or config.global_loss_coef or config.sequence_loss_coef:
+    if config.switch_loss_coef or config.sequence_loss_coef or config.global_loss_coef:
         balance = _balance(logits, mask, config.score_function, top_k, backend)
-    if config.switch_loss_coef or config.global_loss_coef:
-        batch_counts = shards.sum_over_tokens(count_experts(balance.ids, logits.shape[2], backend))
-        sums = shards.sum_over_tokens(jnp.sum(balance.probabilities, axis=(0, 1)))
-        tokens = _at_least_one(shards.sum_over_tokens(jnp.sum(mask)), sums)
-    if config.switch_loss_coef:
-        losses["switch"] = config.switch_loss_coef * _imbalance(batch_counts, sums, tokens, top_k)
-    if config.global_loss_coef:
-        counts = batch_counts if global_counts is None else batch_counts + global_counts
-        shares = counts.astype(sums.dtype)
-        shares /= _at_least_one(jnp.sum(shares), sums)
-        losses["global"] = config.global_loss_coef * jnp.sum(shares * sums) * counts.size / tokens
-    if config.sequence_loss_coef:
-        loss = (
-            _of_sequences(balance, shards, backend)
-            if segment_ids is None
-            else _of_documents(balance, segment_ids, shards)
-        )
-        losses["sequence"] = config.sequence_loss_coef * loss
+        of_batch, counts = _of_batch(balance, config, global_counts, shards, backend)
+        losses |= of_batch
+        if config.sequence_loss_coef and segment_ids is None:
+            losses["sequence"] = config.sequence_loss_coef * _of_sequences(balance, shards, backend)
+        elif config.sequence_loss_coef:
+            losses["sequence"] = config.sequence_loss_coef * _of_documents(balance, segment_ids, shards)
     if config.z_loss_coef:
         squared = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) ** 2, 0)
         tokens = _at_least_one(shards.sum_over_tokens(jnp.sum(mask)), squared)
@@ -107,6 +95,27 @@ def _balance(logits, mask, score_function, top_k, backend):
 def _imbalance(counts: Int[Array, "*b e"], sums: Float[Array, "*b e"], tokens, top_k) -> Float[Array, "*b"]:
     """E / (k T^2) * sum_e n_e sum_t P[t, e], from n and the sums over t."""
     return jnp.sum(counts.astype(sums.dtype) * sums, axis=-1) * counts.shape[-1] / (top_k * tokens**2)
+
+
+def _of_batch(balance, config, global_counts, shards, backend):
+    """The losses "switch" and "global", if they have coefficients, and the counts of the step or None."""
+    if not (config.switch_loss_coef or config.global_loss_coef):
+        return {}, None
+    probs, ids, mask = balance
+    experts, top_k = probs.shape[2], ids.shape[2]
+    losses = {}
+    counts = shards.sum_over_tokens(count_experts(ids, experts, backend))
+    sums = shards.sum_over_tokens(jnp.sum(probs, axis=(0, 1)))
+    tokens = _at_least_one(shards.sum_over_tokens(jnp.sum(mask)), probs)
+    if config.switch_loss_coef:
+        losses["switch"] = config.switch_loss_coef * _imbalance(counts, sums, tokens, top_k)
+    if not config.global_loss_coef:
+        return losses, None
+    counts = counts if global_counts is None else counts + global_counts.astype(counts.dtype)
+    shares = counts.astype(sums.dtype)
+    shares /= _at_least_one(jnp.sum(shares), sums)
+    losses["global"] = config.global_loss_coef * jnp.sum(shares * sums) * experts / tokens
+    return losses, counts
 
 
 def _of_sequences(balance, shards, backend):
