@@ -4,7 +4,7 @@ WORKERS ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cuda train plan test test-gpu sanitize bench lint lint-bazel format docs clean
+.PHONY: help setup cuda wheels train plan test test-gpu sanitize bench lint lint-bazel format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ bench: setup ## time the layer and its matmuls
 
 cuda: ## compile the kernels of the cutlass backend into the package; fetches a compiler if there is none
 	@scripts/build-cuda.sh
+
+wheels: ## build and check the wheels of the package and of its compiled kernels, in dist/
+	@scripts/wheels.sh
 
 lint: setup ## ruff, pyright and shellcheck
 	$(PYTHON) -m ruff check

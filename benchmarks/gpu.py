@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fusing, layers, matmuls, problems, steps, survey, train
+from benchmarks import fusing, layers, matmuls, problems, steps, survey, swapped, train
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("compile", "kernel", "fused", "layer", "decode", "step", "survey", "train")
+SUITES = ("compile", "kernel", "fused", "layer", "ragged_dot", "decode", "step", "survey", "train")
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -49,6 +49,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         "kernel": [(matmuls.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
         "fused": [(fusing.measure, problems.FUSED)],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
+        "ragged_dot": [(swapped.measure, swapped.SHAPES)],
         "decode": [
             (matmuls.measure, problems.DECODE_KERNELS),
             (layers.measure, only(problems.DECODE_LAYERS, problems.QUICK_DECODE_LAYERS)),

@@ -70,7 +70,7 @@ def kill_once(arguments, cache, folder: pathlib.Path, dice: random.Random) -> tu
         if dice.random() < 0.2:
             time.sleep(dice.uniform(*START_UP_SECONDS))
         else:
-            while process.poll() is None and "step " not in log.read_text().partition("\n")[2]:
+            while process.poll() is None and not re.search(r"^step \d", log.read_text(), re.MULTILINE):
                 time.sleep(0.02)
             time.sleep(dice.uniform(*TRAINING_SECONDS))
         ended = process.poll() is not None

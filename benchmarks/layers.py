@@ -122,19 +122,22 @@ def measure_compilation(session: Session, suite: str, layers: dict[str, tuple[in
                 session.record(Row(suite, name, pass_, impl, ms, 0.0, 0.0, None, None))
 
 
-def measure(session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]]) -> None:
+def measure(
+    session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]], candidates=candidates
+) -> None:
     """One row per layer (tokens and configuration), pass and implementation. "decode" has only the forward pass."""
     for name, (tokens, config) in layers.items():
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
         x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
         checked = reference(config, params, x[:CHECKED_TOKENS])
         for pass_ in PASSES_OF_LAYERS[: 1 if suite == "decode" else None]:
-            _measure_pass(session, suite, name, config, pass_, (params, x, dy), checked)
+            found = candidates(config, pass_, params, x, dy, session=session)
+            _measure_pass(session, suite, name, config, pass_, (params, x), checked, found)
 
 
-def _measure_pass(session, suite, name, config, pass_, operands, checked):
-    (params, x, _), (expected, touched) = operands, checked
-    calls = prepare(session.wanted(candidates(config, pass_, *operands, session=session)))
+def _measure_pass(session, suite, name, config, pass_, operands, checked, candidates):
+    (params, x), (expected, touched) = operands, checked
+    calls = prepare(session.wanted(candidates))
     errors = {}
     for impl, call in calls.items():
         out = call.run()

@@ -25,7 +25,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "layer", "decode", "step", "train" or "parallel".
+        suite: "compile", "kernel", "layer", "ragged_dot", "decode", "step", "train" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py has its own.
         impl: name of the implementation.

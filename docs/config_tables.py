@@ -36,6 +36,8 @@ def type_name(annotation) -> str:
         return "a backend's dataclass"
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f'`"{value}"`' for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"tuple of {type_name(typing.get_args(annotation)[0])}"
     if options := typing.get_args(annotation):
         return ", ".join(type_name(option) for option in options)
     return "`None`" if annotation is type(None) else f"`{annotation.__name__}`"

@@ -1,7 +1,7 @@
-"""Drop the layer into an ordinary Flax transformer block, in linen and in nnx: `python examples/drop_in.py`.
+"""Puts the layer into an ordinary Flax transformer block, in linen and in nnx: `python examples/drop_in.py`.
 
-Each half is a language model as one would write it; the lines that the latent mixture of experts adds are marked. It
-learns the bytes of this file for a few steps, in seconds on a CPU.
+Each half is a small language model. Comments mark the lines that the latent mixture of experts adds. The model learns
+the bytes of this file for a few steps. That takes seconds on a CPU.
 """
 
 import pathlib
@@ -51,7 +51,7 @@ class LinenBlock(nn.Module):
     def __call__(self, x):
         causal = nn.make_causal_mask(x[..., 0])
         x = x + nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x), mask=causal)
-        # It was: nn.Sequential([nn.Dense(4 * HIDDEN), nn.gelu, nn.Dense(HIDDEN)])(nn.LayerNorm()(x))
+        # Before: nn.Sequential([nn.Dense(4 * HIDDEN), nn.gelu, nn.Dense(HIDDEN)])(nn.LayerNorm()(x))
         return x + linen_moe.LatentMoE(CONFIG)(nn.LayerNorm()(x))
 
 
@@ -66,7 +66,7 @@ def train_linen(steps: int) -> list[float]:
     """Cross-entropy before each step."""
     model, data = LinenModel(), batches()
     variables = jax.jit(model.init)(jax.random.key(0), next(data))
-    opt_state = OPTIMISER.init(variables["params"])  # the correction bias is in a collection of its own
+    opt_state = OPTIMISER.init(variables["params"])  # the correction bias is in another collection
     print(jax.tree.map(jnp.shape, nn.unbox(variables["params"]["LinenBlock_0"]["LatentMoE_0"])))
 
     @jax.jit
@@ -75,7 +75,7 @@ def train_linen(steps: int) -> list[float]:
             logits, sown = model.apply(
                 variables | {"params": params},
                 tokens[:, :-1],
-                mutable=["losses", "intermediates"],  # added: what the layers sow
+                mutable=["losses", "intermediates"],  # added: the layers sow into these collections
             )
             loss = cross_entropy(logits, tokens[:, 1:])
             return loss + sum(jax.tree.leaves(sown["losses"])), (loss, sown["intermediates"])  # added: the losses
@@ -83,7 +83,7 @@ def train_linen(steps: int) -> list[float]:
         grads, (loss, intermediates) = jax.grad(objective, has_aux=True)(variables["params"])
         updates, opt_state = OPTIMISER.update(grads, opt_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
-        bias = linen_moe.update_correction_bias(  # added: experts with few tokens are chosen more
+        bias = linen_moe.update_correction_bias(  # added: experts with few tokens will be chosen more often
             variables["correction_bias"], intermediates, CONFIG.router.bias_update_rate
         )
         return {"params": params, "correction_bias": bias}, opt_state, loss
@@ -99,7 +99,7 @@ class NnxBlock(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.attention_norm, self.mlp_norm = (nnx.LayerNorm(HIDDEN, rngs=rngs) for _ in range(2))
         self.attention = nnx.MultiHeadAttention(HEADS, HIDDEN, decode=False, rngs=rngs)
-        # It was: nnx.Sequential(nnx.Linear(HIDDEN, 4 * HIDDEN, rngs=rngs), nnx.gelu, nnx.Linear(4 * HIDDEN, ...
+        # Before: nnx.Sequential(nnx.Linear(HIDDEN, 4 * HIDDEN, rngs=rngs), nnx.gelu, nnx.Linear(4 * HIDDEN, ...
         self.mlp = nnx_moe.LatentMoE(CONFIG, rngs=rngs)
 
     def __call__(self, x):
@@ -121,20 +121,20 @@ class NnxModel(nnx.Module):
 def train_nnx(steps: int) -> list[float]:
     """Cross-entropy before each step."""
     model, data = nnx.jit(lambda: NnxModel(rngs=nnx.Rngs(0)))(), batches()
-    optimiser = nnx.Optimizer(model, OPTIMISER, wrt=nnx.Param)  # the correction bias is no nnx.Param
+    optimiser = nnx.Optimizer(model, OPTIMISER, wrt=nnx.Param)  # the correction bias is not an nnx.Param
     print(jax.tree.map(jnp.shape, nnx_moe.to_params(model.block.mlp)))
 
     @nnx.jit
     def step(model, optimiser, tokens):
         def objective(model):
-            forward = nnx.capture(model, nnx_moe.AuxiliaryLoss, nnx.Intermediate)  # added: what the layers sow
+            forward = nnx.capture(model, nnx_moe.AuxiliaryLoss, nnx.Intermediate)  # added: the layers sow these
             logits, losses, intermediates = forward(tokens[:, :-1])
             loss = cross_entropy(logits, tokens[:, 1:])
             return loss + sum(jax.tree.leaves(losses)), (loss, intermediates)  # added: the losses
 
         grads, (loss, intermediates) = nnx.grad(objective, has_aux=True)(model)
         optimiser.update(model, grads)
-        nnx_moe.update_correction_bias(model, intermediates)  # added: experts with few tokens are chosen more
+        nnx_moe.update_correction_bias(model, intermediates)  # added: experts with few tokens will be chosen more often
         return loss
 
     return [float(step(model, optimiser, next(data))) for _ in range(steps)]

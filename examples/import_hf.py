@@ -1,14 +1,14 @@
-"""A checkpoint in and out: import NemotronH's MoE layers, balance their experts, export, read them again.
+"""Imports the MoE layers of a NemotronH checkpoint, balances their experts, exports them and reads them again.
 
     python -m examples.import_hf FOLDER
 
-makes a small random NemotronH checkpoint (all of its layers MoE) in FOLDER/original, imports both layers, moves their
-correction biases until the experts' loads are even, and writes FOLDER/balanced, which loads wherever the original does:
-where torch and transformers are installed,
+The example makes a small random checkpoint in FOLDER/original. Both of its layers are MoE layers. It imports them and
+moves their correction biases until the loads of the experts are even. Then it writes FOLDER/balanced, which loads in
+every program that loads the original. In an environment with torch and transformers,
 
     python examples/check_with_transformers.py FOLDER/balanced
 
-loads it there and compares the layers' outputs. With a published model instead, begin at `open_checkpoint`.
+loads it and compares the outputs of the layers. For a published model, start at `open_checkpoint`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STEPS, RATE, TOKENS = 40, 0.01, 512
 
 
 def make_checkpoint(folder: pathlib.Path) -> None:
-    """Random weights and a config.json that transformers' NemotronHForCausalLM loads."""
+    """Writes random weights and a config.json that transformers loads as a NemotronHForCausalLM."""
     config = dict(
         architectures=["NemotronHForCausalLM"],
         model_type="nemotron_h",
@@ -71,24 +71,24 @@ def make_checkpoint(folder: pathlib.Path) -> None:
         for name, info in infos.items():
             values = rng.normal(size=info.shape) / info.shape[-1] ** 0.5
             if len(info.shape) == 1:
-                # Published correction biases lie near 64: only their small differences count.
+                # Published correction biases lie near 64. Only their small differences change the routing.
                 values = 64 + rng.uniform(0, 0.25, info.shape) if name.endswith("bias") else np.ones(info.shape)
             write_bytes(file, info, 0, values.astype(DTYPES[info.dtype]))
 
 
 def imbalance(loads: jax.Array) -> float:
-    """Load of the busiest expert over the mean."""
+    """Load of the busiest expert, divided by the mean load."""
     return float(jnp.max(loads) / jnp.mean(loads))
 
 
 def balance(params, config, x: jax.Array):
-    """The same parameters with a correction bias under which x spreads evenly."""
+    """The parameters with a new correction bias, which spreads the tokens of x evenly over the experts."""
     loads_of = jax.jit(lambda params, x: latent_moe(params, x, config)[1].tokens_per_expert)
     first = imbalance(loads_of(params, x))
     for _ in range(STEPS):
         bias = update_correction_bias(params["router"]["bias"], loads_of(params, x), RATE)
         params = params | {"router": params["router"] | {"bias": bias}}
-    print(f"  busiest expert over the mean: {first:.2f} before, {imbalance(loads_of(params, x)):.2f} after")
+    print(f"  load of the busiest expert over the mean: {first:.2f} before, {imbalance(loads_of(params, x)):.2f} after")
     return params
 
 
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=pathlib.Path, help="a new folder")
     folder = parser.parse_args(arguments).folder
     if os.path.lexists(folder):
-        parser.error(f"{folder} exists already, and nothing is overwritten: name a new folder.")
+        parser.error(f"{folder} exists already, and the example overwrites nothing: name a new folder.")
     original, balanced = folder / "original", folder / "balanced"
     make_checkpoint(original)
 
@@ -114,11 +114,11 @@ def main(arguments: list[str] | None = None) -> None:
     again = hf.open_checkpoint(balanced)
     for layer, params in hf.import_layers(again):
         bits_back = jax.tree.map(lambda one, other: bool(jnp.all(one == other)), params, tuned[layer])
-        assert all(jax.tree.leaves(bits_back)), f"layer {layer} did not come back"
+        assert all(jax.tree.leaves(bits_back)), f"layer {layer} differs from what was exported"
         wide = dataclasses.replace(again.configs[layer], dtype="float32")
         expected[f"y{layer}"] = np.asarray(latent_moe(hf.import_layer(again, layer, dtype="float32"), x, wide)[0])
     np.savez(balanced / "expected.npz", allow_pickle=False, **expected)
-    print(f"wrote {balanced}: both layers came back as they were exported")
+    print(f"wrote {balanced}: both layers read back bit for bit")
 
 
 if __name__ == "__main__":

@@ -164,6 +164,13 @@ def _swiglu(gate, up):
     return jax.nn.silu(gate) * up
 
 
+def _clamped_swiglu(gate, up, *, swiglu_alpha, swiglu_limit, swiglu_shift):
+    # A value at the limit has a gradient, as torch.clamp gives it one.
+    gate = jnp.where(gate > swiglu_limit, swiglu_limit, gate)
+    up = jnp.where(up > swiglu_limit, swiglu_limit, jnp.where(up < -swiglu_limit, -swiglu_limit, up))
+    return gate * jax.nn.sigmoid(swiglu_alpha * gate) * (up + swiglu_shift)
+
+
 def _geglu(gate, up, *, gelu_approximate):
     return _gelu(gate, gelu_approximate=gelu_approximate) * up
 
@@ -179,6 +186,12 @@ register(Activation("relu2", _relu2, slope_of_hidden=_relu2_slope))
 register(Activation("gelu", _gelu, parameters=("gelu_approximate",)))
 # swiglu: silu(g) * u (DeepSeek-V3, Qwen3).
 register(Activation("swiglu", _swiglu, gated=True, gate_times_up=True))
+# clamped_swiglu: g sigmoid(alpha g) (u + shift), g up to limit, u within +-limit (gpt-oss, DeepSeek-V4).
+register(
+    Activation(
+        "clamped_swiglu", _clamped_swiglu, gated=True, parameters=("swiglu_alpha", "swiglu_limit", "swiglu_shift")
+    )
+)
 register(Activation("geglu", _geglu, gated=True, gate_times_up=True, parameters=("gelu_approximate",)))
 # situ_glu: b tanh(g / b) sigmoid(g) * bl tanh(u / bl), or * u if bl is None (Kimi K3).
 register(Activation("situ_glu", _situ_glu, gated=True, parameters=("situ_beta", "situ_linear_beta")))

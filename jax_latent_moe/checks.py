@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,12 @@ MOST = 2**31 - 1
 
 LEAST_FLOAT, MOST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 """The smallest and the largest magnitude of float32's normal numbers."""
+
+
+def keep(config, prefix, check, names, *limits):
+    """Replaces each field by what the check returns for it, which is a number or a string of Python's own types."""
+    for name in names:
+        object.__setattr__(config, name, check(prefix + name, getattr(config, name), *limits))
 
 
 def one_of(name, value, allowed):
@@ -42,6 +49,13 @@ def integer(name, value, least=0):
     if int(value) > MOST:
         raise ConfigError(f"{name}={_shown(value)} must be at most {MOST}, the largest int32.")
     return int(value)
+
+
+def integers(name, value):
+    """A sequence of integers as a tuple."""
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray) or not len(value):
+        raise ConfigError(f"{name}={value!r} must be a sequence of integers.")
+    return tuple(integer(f"{name}[{place}]", entry) for place, entry in enumerate(value))
 
 
 def finite(name, value):

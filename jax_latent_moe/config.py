@@ -15,8 +15,10 @@ from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassBackend, Cu
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasBackend, PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.grouped_matmul.registry import BACKENDS, BackendConfig, as_backend, name_of
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
+from jax_latent_moe.router_config import SCORE_FUNCTIONS, RouterConfig
 
 __all__ = [
+    "SCORE_FUNCTIONS",
     "CutlassBackend",
     "CutlassTile",
     "InitConfig",
@@ -30,147 +32,15 @@ __all__ = [
     "as_backend",
 ]
 
-ScoreFunction = Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"]
-Selection = Literal["score", "logit", "sinkhorn"]
 LatentNorm = Literal["none", "pre", "post"]
 Dispatch = Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"]
 
-SCORE_FUNCTIONS = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
 LATENT_NORMS = ("none", "pre", "post")
-SELECTIONS = ("score", "logit", "sinkhorn")
-DROP_POLICIES = ("probs", "position")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
-ROUTER_DTYPES = ("float32", "bfloat16", "float64")
 DISPATCHES = ("auto", "all_gather", "all_to_all", "ragged_all_to_all")
 
-NORM_EPS = (1e-30, 1e6)
-"""Range of a sum's epsilon whose square, times 2^80, float32 can hold. An epsilon of 0 is allowed too."""
 LATENT_NORM_EPS = (1e-24, 1e24)
 """Range of a norm's epsilon whose power -3/2, the slope at a zero row, float32 can hold."""
-
-
-def _keep(config, prefix, check, names, *limits):
-    """Replaces each field by what the check returns for it, which is a number or a string of Python's own types."""
-    for name in names:
-        object.__setattr__(config, name, check(prefix + name, getattr(config, name), *limits))
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-    """How tokens choose experts, how the chosen experts are weighted, and the losses that balance them.
-
-    Attributes:
-        score_function: "softmax" over all experts before the choice (Qwen3), "softmax_topk" over the chosen logits
-            (Mixtral), "sigmoid" (DeepSeek-V3, NemotronH, Kimi K3) or "sqrt_softplus" (Megatron).
-        norm_topk_prob: divide the chosen scores by their sum. It is refused for top_k = 1, where every weight is 1.
-        norm_topk_eps: added to that sum (1e-20 in most systems, 0 in Qwen3, 1e-9 in marin). 0, or 1e-30 to 1e6.
-        routed_scaling_factor: multiplies the weights, or the routed output: see
-            `LatentMoEConfig.apply_routed_scale_to_output`.
-        correction_bias: add a float32 bias [E] to the scores for the choice alone (auxiliary-loss-free balancing).
-        selection: choose by "score" plus bias, by "logit" plus bias as marin does, or by "sinkhorn", Megatron's
-            balanced assignment of all tokens of the call. "sinkhorn" takes neither a bias nor groups. It makes a
-            token's experts depend on the other tokens, so evaluate with another selection.
-        input_jitter: multiply the router's input by random factors in [1 - input_jitter, 1 + input_jitter) (Switch
-            Transformers, Megatron). 0 is off. It must be less than 1. See the argument `key` of `latent_moe`.
-        per_expert_scale: multiply the weights by a learned factor per expert (FastDeploy, MaxText).
-        num_groups: experts form this many equal groups. 1 turns group limits off.
-        topk_groups: groups that a token may choose from.
-        group_score_topk: a group's score is the sum of this many of its best experts (2 in Hugging Face and K3,
-            top_k // topk_groups in Megatron).
-        dtype: operand type of the router matmul. Scores are float32, or float64 with "float64".
-        switch_loss_coef: coefficient of the Switch load-balancing loss over the whole batch.
-        sequence_loss_coef: coefficient of the same loss for each sequence (second to last axis of x) or document
-            (`segment_ids`), averaged over those with real tokens.
-        global_loss_coef: coefficient of the same loss with the experts' loads over all microbatches of the step so far,
-            as Megatron's global_aux_loss.
-        z_loss_coef: coefficient of mean logsumexp(logits)^2.
-        bias_update_rate: step of `update_correction_bias`.
-        capacity_factor: an expert keeps at most ceil(capacity_factor * T * k / E) rows. None keeps all.
-        min_capacity: lower bound of that limit, in rows.
-        drop_policy: over capacity, drop the rows of lowest weight ("probs") or the last rows ("position").
-        pad_to_capacity: give every expert exactly as many rows as its capacity (Megatron's
-            moe_pad_expert_input_to_capacity). Values do not change. It needs parallel=None.
-    """
-
-    score_function: ScoreFunction = "sigmoid"
-    norm_topk_prob: bool = True
-    norm_topk_eps: float = 1e-20
-    routed_scaling_factor: float = 1.0
-    correction_bias: bool = True
-    selection: Selection = "score"
-    input_jitter: float = 0.0
-    per_expert_scale: bool = False
-    num_groups: int = 1
-    topk_groups: int = 1
-    group_score_topk: int = 2
-    dtype: str = "float32"
-    switch_loss_coef: float = 0.0
-    sequence_loss_coef: float = 0.0
-    global_loss_coef: float = 0.0
-    z_loss_coef: float = 0.0
-    bias_update_rate: float = 1e-3
-    capacity_factor: float | None = None
-    min_capacity: int = 0
-    drop_policy: Literal["probs", "position"] = "probs"
-    pad_to_capacity: bool = False
-
-    def __post_init__(self):
-        _keep(self, "router.", checks.dtype_name, ("dtype",), ROUTER_DTYPES)
-        checks.one_of("router.score_function", self.score_function, SCORE_FUNCTIONS)
-        checks.one_of("router.selection", self.selection, SELECTIONS)
-        checks.one_of("router.drop_policy", self.drop_policy, DROP_POLICIES)
-        _keep(
-            self,
-            "router.",
-            checks.boolean,
-            ("norm_topk_prob", "correction_bias", "per_expert_scale", "pad_to_capacity"),
-        )
-        _keep(self, "router.", checks.positive_int, ("num_groups", "topk_groups", "group_score_topk"))
-        _keep(self, "router.", checks.integer, ("min_capacity",))
-        losses = ("switch_loss_coef", "sequence_loss_coef", "global_loss_coef", "z_loss_coef")
-        _keep(self, "router.", checks.non_negative, ("norm_topk_eps", "bias_update_rate", "input_jitter", *losses))
-        if self.input_jitter >= 1:
-            raise ConfigError(
-                f"router.input_jitter={self.input_jitter!r} must be less than 1: the factors must be positive."
-            )
-        if self.norm_topk_eps:
-            checks.between("router.norm_topk_eps", self.norm_topk_eps, *NORM_EPS)
-        _keep(self, "router.", checks.finite, ("routed_scaling_factor",))
-        if self.capacity_factor is not None:
-            _keep(self, "router.", checks.non_negative, ("capacity_factor",))
-        if self.topk_groups > self.num_groups:
-            raise ConfigError(
-                f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "
-                "a token cannot keep more groups than there are."
-            )
-        for fields, used, needs in (
-            (("norm_topk_eps",), self.norm_topk_prob, "norm_topk_prob=True"),
-            (("bias_update_rate",), self.correction_bias, "correction_bias=True"),
-            (("group_score_topk",), self.num_groups > 1, "num_groups > 1"),
-            (("min_capacity", "drop_policy", "pad_to_capacity"), self.capacity_factor is not None, "capacity_factor"),
-        ):
-            checks.refuse_unused(self, "router.", fields, used, needs)
-
-        if self.selection == "sinkhorn":
-            for name, value, needed in (
-                ("correction_bias", self.correction_bias, False),
-                ("num_groups", self.num_groups, 1),
-            ):
-                if value != needed:
-                    raise ConfigError(
-                        f"router.{name}={value!r} has no part in selection='sinkhorn': set it to {needed!r}, or choose "
-                        "by 'score' or 'logit'."
-                    )
-
-    @property
-    def has_losses(self) -> bool:
-        """Whether an auxiliary loss has a coefficient."""
-        return any((self.switch_loss_coef, self.sequence_loss_coef, self.global_loss_coef, self.z_loss_coef))
-
-    @property
-    def moves_bias(self) -> bool:
-        """Whether a step moves the correction bias by its loads."""
-        return self.correction_bias and self.bias_update_rate > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +60,9 @@ class InitConfig:
 
     def __post_init__(self):
         if self.std is not None:
-            _keep(self, "init.", checks.non_negative, ("std",))
-        _keep(self, "init.", checks.non_negative, ("output_scale",))
-        _keep(self, "init.", checks.boolean, ("scale_expert_output",))
+            checks.keep(self, "init.", checks.non_negative, ("std",))
+        checks.keep(self, "init.", checks.non_negative, ("output_scale",))
+        checks.keep(self, "init.", checks.boolean, ("scale_expert_output",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +82,8 @@ class ParallelConfig:
             n devices of expert_axis, rounded up to a multiple of 8. The rows of least weight beyond that are dropped
             and counted in `LatentMoEAux.dropped_per_expert`. None drops nothing, and buffers hold the worst case.
         sequence_axis: mesh axis that splits the sequences of x (its second to last axis) into parts.
+        physical_to_logical: the expert that each physical expert is a copy of, from `parallel.replicate_experts`. The
+            experts' parameters are then those of `parallel.expand`. None is one copy of each.
     """
 
     data_axis: str = "data"
@@ -221,6 +93,7 @@ class ParallelConfig:
     dispatch: Dispatch = "auto"
     capacity_factor: float | None = None
     sequence_axis: str = "sequence"
+    physical_to_logical: tuple[int, ...] | None = None
 
     def __post_init__(self):
         axes = (*self.axes, self.sequence_axis)
@@ -232,7 +105,9 @@ class ParallelConfig:
             raise ConfigError(f"parallel axes {axes} must differ: each splits the layer in its own way.")
         checks.one_of("parallel.dispatch", self.dispatch, DISPATCHES)
         if self.capacity_factor is not None:
-            _keep(self, "parallel.", checks.positive, ("capacity_factor",))
+            checks.keep(self, "parallel.", checks.positive, ("capacity_factor",))
+        if self.physical_to_logical is not None:
+            checks.keep(self, "parallel.", checks.integers, ("physical_to_logical",))
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -253,11 +128,17 @@ class LatentMoEConfig:
         shared_expert_intermediate_size: ms, inner width of the shared expert. 0 is no shared expert.
         shared_expert_gate: multiply the shared expert's output by sigmoid(x @ gate), with a learned gate [d, 1]
             (Qwen2-MoE, Qwen3-Next).
-        activation: "relu2" or "gelu" (one kernel), "swiglu", "geglu" or "situ_glu" (gate and up), or one that
-            `activations.register` added.
+        activation: "relu2" or "gelu" (one kernel), "swiglu", "clamped_swiglu", "geglu" or "situ_glu" (gate and up), or
+            one that `activations.register` added.
         gelu_approximate: True is the tanh form of gelu in "gelu" and "geglu", False the exact form.
         situ_beta: bound of the gate in "situ_glu", b (Kimi K3).
         situ_linear_beta: bound of the up half in "situ_glu", bl. None leaves the up half linear.
+        swiglu_alpha: slope of the sigmoid in "clamped_swiglu" (1.702 in gpt-oss, 1 in DeepSeek-V4).
+        swiglu_limit: upper bound of the gate, and bound of the magnitude of the up half, in "clamped_swiglu" (7 in
+            gpt-oss, 10 in DeepSeek-V4).
+        swiglu_shift: added to the bounded up half in "clamped_swiglu" (1 in gpt-oss, 0 in DeepSeek-V4).
+        expert_bias: add a learned bias to both products of each routed expert, b_in and b_out (gpt-oss). XLA then
+            computes the activation.
         latent_norm: RMSNorm over l: "pre" after down_proj (marin), "post" after the combine (Kimi K3), or "none".
         latent_norm_eps: epsilon of that norm, 1e-24 to 1e24.
         apply_probs_on_input: multiply the expert's input by the weight, and not its output (Megatron). It needs
@@ -283,11 +164,15 @@ class LatentMoEConfig:
     gelu_approximate: bool = False
     situ_beta: float = 4.0
     situ_linear_beta: float | None = 25.0
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    swiglu_shift: float = 1.0
+    expert_bias: bool = False
     latent_norm: LatentNorm = "none"
     latent_norm_eps: float = 1e-5
     apply_probs_on_input: bool = False
     apply_routed_scale_to_output: bool = False
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = RouterConfig()  # noqa: RUF009 (it is frozen)
     init: InitConfig = InitConfig()
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -295,33 +180,36 @@ class LatentMoEConfig:
     parallel: ParallelConfig | None = None
 
     def __post_init__(self):
-        _keep(self, "", checks.positive_int, ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"))
+        checks.keep(self, "", checks.positive_int, ("hidden_size", "num_experts", "top_k", "expert_intermediate_size"))
         if self.latent_size is not None:
-            _keep(self, "", checks.positive_int, ("latent_size",))
-        _keep(self, "", checks.integer, ("shared_expert_intermediate_size",))
+            checks.keep(self, "", checks.positive_int, ("latent_size",))
+        checks.keep(self, "", checks.integer, ("shared_expert_intermediate_size",))
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
-        _keep(
-            self,
-            "",
-            checks.boolean,
-            ("shared_expert_gate", "gelu_approximate", "apply_probs_on_input", "apply_routed_scale_to_output"),
-        )
-        _keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps"))
+        checks.keep(self, "", checks.boolean, ("shared_expert_gate", "gelu_approximate", "expert_bias"))
+        checks.keep(self, "", checks.boolean, ("apply_probs_on_input", "apply_routed_scale_to_output"))
+        checks.keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps", "swiglu_alpha", "swiglu_limit"))
+        checks.keep(self, "", checks.finite, ("swiglu_shift",))
         if self.situ_linear_beta is not None:
-            _keep(self, "", checks.positive, ("situ_linear_beta",))
+            checks.keep(self, "", checks.positive, ("situ_linear_beta",))
         checks.between("latent_norm_eps", self.latent_norm_eps, *LATENT_NORM_EPS)
         checks.instance("router", self.router, RouterConfig)
         checks.instance("init", self.init, InitConfig)
         if self.parallel is not None:
             checks.instance("parallel", self.parallel, ParallelConfig)
-        _keep(self, "", checks.dtype_name, ("dtype", "param_dtype"), COMPUTE_DTYPES)
+        checks.keep(self, "", checks.dtype_name, ("dtype", "param_dtype"), COMPUTE_DTYPES)
         object.__setattr__(self, "backend", as_backend(self.backend))
         self._check_activation()
         gate_used = self.shared_expert_intermediate_size > 0
         checks.refuse_unused(self, "", ("shared_expert_gate",), gate_used, "shared_expert_intermediate_size")
         checks.refuse_unused(self, "", ("latent_norm_eps",), self.latent_norm != "none", "latent_norm='pre' or 'post'")
         self._check_routing()
+        copies = () if self.parallel is None else self.parallel.physical_to_logical or ()
+        if copies and set(copies) != set(range(self.num_experts)):
+            raise ConfigError(
+                f"parallel.physical_to_logical names {len(set(copies))} experts from {min(copies)} to {max(copies)}: "
+                f"each of num_experts={self.num_experts} needs a copy, and no other."
+            )
 
     def _check_activation(self):
         parameters = ACTIVATIONS[self.activation].parameters
@@ -331,7 +219,8 @@ class LatentMoEConfig:
                     f"activation={self.activation!r} reads {name}, which is not a field of LatentMoEConfig: register "
                     "it with parameters that are fields."
                 )
-        for name in ("gelu_approximate", "situ_beta", "situ_linear_beta"):
+        swiglu = ("swiglu_alpha", "swiglu_limit", "swiglu_shift")
+        for name in ("gelu_approximate", "situ_beta", "situ_linear_beta", *swiglu):
             readers = " or ".join(repr(other.name) for other in ACTIVATIONS.values() if name in other.parameters)
             checks.refuse_unused(self, "", (name,), name in parameters, f"activation={readers}")
 
@@ -344,6 +233,11 @@ class LatentMoEConfig:
             raise ConfigError(
                 f"top_k=1 with router.{what} gives every weight 1 and the router no gradient: set "
                 "router.norm_topk_prob=False, and a score_function other than 'softmax_topk', as Megatron does."
+            )
+        if router.bias_update == "quantile" and k == experts:
+            raise ConfigError(
+                f"router.bias_update='quantile' needs top_k={k} less than num_experts={experts}: all loads are "
+                "equal otherwise."
             )
         if self.apply_probs_on_input and k != 1:
             raise ConfigError(f"apply_probs_on_input needs top_k=1, got top_k={k}: weights differ between experts.")
@@ -391,6 +285,12 @@ class LatentMoEConfig:
     def latent_width(self) -> int:
         """Width that the routed experts read and write: latent_size, or hidden_size in a plain MoE."""
         return self.hidden_size if self.latent_size is None else self.latent_size
+
+    @property
+    def num_physical_experts(self) -> int:
+        """Experts whose parameters the layer holds: num_experts, or more with copies."""
+        copies = None if self.parallel is None else self.parallel.physical_to_logical
+        return self.num_experts if copies is None else len(copies)
 
     @property
     def gated(self) -> bool:

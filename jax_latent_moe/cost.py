@@ -17,7 +17,7 @@ def parameters(config: LatentMoEConfig) -> int:
 def active_parameters(config: LatentMoEConfig) -> int:
     """Parameters that one token uses: all but those of the experts it does not choose."""
     experts = sum(math.prod(leaf.shape) for leaf in param_shapes(config)["experts"].values())
-    return parameters(config) - experts + experts * config.top_k // config.num_experts
+    return parameters(config) - experts + experts * config.top_k // config.num_physical_experts
 
 
 def matmul_flops_per_token(config: LatentMoEConfig) -> int:
@@ -30,7 +30,7 @@ def matmul_flops_per_token(config: LatentMoEConfig) -> int:
     for part, leaves in param_shapes(config).items():
         for name, leaf in leaves.items():
             if name in kernels:
-                chosen, of = (config.top_k, config.num_experts) if part == "experts" else (1, 1)
+                chosen, of = (config.top_k, config.num_physical_experts) if part == "experts" else (1, 1)
                 total += 2 * math.prod(leaf.shape) * chosen // of
     return total
 
@@ -48,7 +48,7 @@ def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capaci
         T * min(k, E / n), which is always enough; or ceil(capacity_factor * T * k / n), rounded up to a multiple of 8
         for the kernels, if that is less.
     """
-    enough = tokens * min(config.top_k, config.num_experts // devices)
+    enough = tokens * min(config.top_k, config.num_physical_experts // devices)
     if capacity_factor is None:
         return enough
     return min(enough, -(-share_of_rows(capacity_factor, tokens * config.top_k, devices) // 8) * 8)

@@ -1,11 +1,12 @@
 """The device that JAX computes on by default, for which backends, tiles and block sizes are chosen."""
 
 import dataclasses
+import re
 
 import jax
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-"""A device kind with one of these words names a Hopper GPU."""
+HOPPER = re.compile(r"\bG?H(20|100|200|800)(?!\d)")
+"""What the kind of a Hopper GPU holds, in forms such as "NVIDIA H100 PCIe", "H100-PCIE-80GB" and "H100L-94C"."""
 HOPPER_SMS = 132
 """SMs of an H100 SXM and of an H200."""
 
@@ -27,8 +28,7 @@ class Device:
     @property
     def architecture(self) -> str:
         """The architecture that kernels are chosen by: "sm90" for a Hopper GPU, else the platform."""
-        hopper = self.platform == "gpu" and not set(HOPPER).isdisjoint(self.kind.split())
-        return "sm90" if hopper else self.platform
+        return "sm90" if self.platform == "gpu" and HOPPER.search(self.kind) else self.platform
 
 
 def current_device() -> Device:

@@ -1,6 +1,7 @@
 """The errors that the library raises. Each message names the value, the rule and the way out."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 
 class LatentMoEError(ValueError):
@@ -43,3 +44,19 @@ class UnsupportedError(LatentMoEError):
     def __init__(self, backend: str, reason: str, remedy: str):
         self.backend, self.reason, self.remedy = backend, reason, remedy
         super().__init__(f"backend '{backend}' cannot run this: {reason} {remedy}")
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around imports of optional packages: one that is missing names the extra of this package that installs it.
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise ImportError(
+            f"this needs {package}, which is not installed: pip install 'jax-latent-moe[{extra}]'.", name=package
+        ) from error

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from jax_latent_moe.activations import BoundActivation, Residual
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.errors import UnsupportedError
 from jax_latent_moe.grouped_matmul.problem import Contraction, Epilogue, Operand, problem
-from jax_latent_moe.grouped_matmul.registry import Bound, fused, select
+from jax_latent_moe.grouped_matmul.registry import Bound, fused, name_of, select
+from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
 
 PORTABLE: tuple[Residual, ...] = ("hidden", "pre")
 """The residuals that XLA can compute and differentiate without a fused kernel."""
@@ -30,6 +32,8 @@ class ExpertPlan:
         down_wgrad: the gradient of w_out; None if w_out is a `ScaledArray`, which is frozen.
         up_dgrad: the gradient of the rows.
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
+        b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
+        b_out_grad: the gradient of b_out; None without biases.
     """
 
     activation: BoundActivation
@@ -41,6 +45,8 @@ class ExpertPlan:
     down_wgrad: Bound | None
     up_dgrad: Bound
     up_wgrad: Bound | None
+    b_in_grad: Bound | None = None
+    b_out_grad: Bound | None = None
 
     def __str__(self) -> str:
         lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}"]
@@ -75,7 +81,8 @@ def plan_experts(
         device: the device that runs them; None is JAX's default device.
 
     Raises:
-        UnsupportedError: the named backend cannot run one of the products.
+        UnsupportedError: the named backend cannot run one of the products, or insists on fusing where experts have
+            biases.
         ConfigError: the user's table of tiles cannot be read.
     """
     device, activation = device or current_device(), config.bound_activation
@@ -87,24 +94,42 @@ def plan_experts(
         asked = problem(contraction, num_rows, shape, dtype, lhs=lhs, rhs=rhs, device=device)
         return select(asked, config.backend)
 
+    def fuse(product: Bound, epilogue: Epilogue) -> Bound | None:
+        if not config.expert_bias:
+            return fused(product, epilogue)
+        if product.backend.insists(dataclasses.replace(epilogue, bias=True)):
+            raise UnsupportedError(
+                name_of(product.backend.config),
+                "its epilogues add no bias of an expert, which comes before the activation.",
+                "Leave the activation out of fuse, or set expert_bias=False.",
+            )
+        return None
+
+    def bias_gradient(width: int) -> Bound | None:
+        if not config.expert_bias:
+            return None
+        return select(problem("wgrad", num_rows, (w_in_shape[0], 1, width), dtype, device=device), XlaBackend())
+
     up, down_dgrad = bind("fwd", w_in_shape, table, w_in), bind("dgrad", w_out_shape, table, w_out)
     residual = choose_residual(
         activation,
-        lambda residual: fused(up, Epilogue(activation, residual)) is not None,
-        lambda residual: fused(down_dgrad, Epilogue(activation, residual)) is not None,
+        lambda residual: fuse(up, Epilogue(activation, residual)) is not None,
+        lambda residual: fuse(down_dgrad, Epilogue(activation, residual)) is not None,
     )
     kept = Epilogue(activation, residual)
     hidden = dataclasses.replace(dense, layout="columns") if residual == "gate_hidden" else dense
     return ExpertPlan(
         activation,
         residual,
-        up=fused(up, kept) or up,
-        up_without_gradient=fused(up, Epilogue(activation, None)) or up,
+        up=fuse(up, kept) or up,
+        up_without_gradient=fuse(up, Epilogue(activation, None)) or up,
         down=bind("fwd", w_out_shape, hidden, w_out),
-        down_dgrad=fused(down_dgrad, kept) or down_dgrad,
+        down_dgrad=fuse(down_dgrad, kept) or down_dgrad,
         down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, dense if residual == "pre" else table),
         up_dgrad=bind("dgrad", w_in_shape, dense, w_in),
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
+        b_in_grad=bias_gradient(w_in_shape[2]),
+        b_out_grad=bias_gradient(w_out_shape[2]),
     )
 
 

@@ -15,13 +15,16 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, hidden_and_pullback
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, operand_of
+from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
 Weight = Float[Array, "e a b"] | ScaledArray
+Biases = tuple[Float[Array, "e *p"], Float[Array, "e l"]]
 
 
 def routed_experts(
@@ -31,6 +34,7 @@ def routed_experts(
     w_in: Float[Array, "e l *two m"] | ScaledArray,
     w_out: Weight,
     dispatch: DispatchPlan,
+    biases: Biases | None = None,
 ) -> Float[Array, "t l"]:
     """sum_j weights[t, j] * expert_j(tokens[t]) -> [T, l] in the dtype of tokens, summed in float32.
 
@@ -42,6 +46,8 @@ def routed_experts(
             [E, l, 2 m], which gets no gradient.
         w_out: [E, m, l], in the dtype of tokens; or a `ScaledArray`, which gets no gradient.
         dispatch: maps assignments to rows sorted by expert.
+        biases: b_in [E, m], or [E, 2, m] if gated, and b_out [E, l], in the dtype of tokens. Each is added after its
+            product. config.expert_bias says whether there are any.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
@@ -56,29 +62,34 @@ def routed_experts(
         w_in=operand_of(w_in),
         w_out=operand_of(w_out),
     )
-    return _routed(plan, tokens, weights, w_in, w_out, dispatch)
+    if biases is not None:
+        biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
+    return _routed(plan, tokens, weights, w_in, w_out, biases, dispatch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed(plan, tokens, weights, w_in, w_out, dispatch):
-    hidden = up(plan, plan.up_without_gradient, rows_of(tokens, dispatch), w_in, dispatch.group_sizes).out
-    return _down(plan, tokens, weights, hidden, w_out, dispatch)
+def _routed(plan, tokens, weights, w_in, w_out, biases, dispatch):
+    b_in, b_out = biases or (None, None)
+    hidden = up(plan, plan.up_without_gradient, rows_of(tokens, dispatch), w_in, dispatch.group_sizes, b_in).out
+    return _down(plan, tokens, weights, hidden, w_out, b_out, dispatch)
 
 
-def _routed_fwd(plan, tokens, weights, w_in, w_out, dispatch):
-    made = up(plan, plan.up, rows_of(tokens, dispatch), w_in, dispatch.group_sizes)
+def _routed_fwd(plan, tokens, weights, w_in, w_out, biases, dispatch):
+    b_in, b_out = biases or (None, None)
+    made = up(plan, plan.up, rows_of(tokens, dispatch), w_in, dispatch.group_sizes, b_in)
     kept = checkpoint_name(made.residual, RESIDUAL)
     hidden = made.out if plan.residual == "pre" else hidden_rows(plan, kept)
-    return _down(plan, tokens, weights, hidden, w_out, dispatch), (tokens, weights, w_in, w_out, dispatch, kept)
+    out = _down(plan, tokens, weights, hidden, w_out, b_out, dispatch)
+    return out, (tokens, weights, w_in, w_out, b_out, dispatch, kept)
 
 
-def _down(plan, tokens, weights, hidden, w_out, dispatch):
-    out = plan.down(Operands(hidden, w_out, dispatch.group_sizes)).out
+def _down(plan, tokens, weights, hidden, w_out, b_out, dispatch):
+    out = _plus_bias(plan.down(Operands(hidden, w_out, dispatch.group_sizes)).out, b_out, dispatch.group_sizes)
     return combine(out, dispatch, weights).astype(tokens.dtype)
 
 
 def _routed_bwd(plan, residuals, dcombined):
-    tokens, weights, w_in, w_out, dispatch, kept = residuals
+    tokens, weights, w_in, w_out, b_out, dispatch, kept = residuals
     sizes = dispatch.group_sizes
     row_weights = dispatch.weights_of_rows(weights)
 
@@ -95,6 +106,12 @@ def _routed_bwd(plan, residuals, dcombined):
     if plan.residual == "pre" and plan.down_wgrad is not None:
         dw_out = plan.down_wgrad(Operands(outputs.hidden, outputs.lhs, sizes)).out
     dpre, drow_weights = outputs.out, outputs.row_weight_gradients
+    assert drow_weights is not None
+    dbiases = None
+    if b_out is not None:
+        dout = gathered(outputs.lhs)
+        drow_weights = drow_weights + _times_bias(dout, b_out, sizes)
+        dbiases = _bias_gradients(plan, dpre, dout, row_weights, sizes)
     # The barrier makes XLA sum before it gathers. Without it, XLA gathers all terms of each sum.
     drow_weights = jax.lax.optimization_barrier(drow_weights)
     dweights = drow_weights[dispatch.row_of_assignment].astype(weights.dtype)
@@ -103,7 +120,7 @@ def _routed_bwd(plan, residuals, dcombined):
     dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(rows_of(tokens, dispatch), dpre, sizes)).out
     drows = plan.up_dgrad(Operands(dpre, w_in, sizes)).out
     dtokens = combine(drows, dispatch).astype(tokens.dtype)
-    return dtokens, dweights, dw_in, dw_out, None
+    return dtokens, dweights, dw_in, dw_out, dbiases, None
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)
@@ -114,7 +131,35 @@ def hidden_rows(plan: ExpertPlan, kept: Float[Array, "r p"]) -> Float[Array, "r 
     return LastColumns(kept, kept.shape[1] // 2) if plan.residual == "gate_hidden" else kept
 
 
-def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes) -> Outputs:
+def _bias_of_rows(bias: Float[Array, "e n"], group_sizes, num_rows: int) -> Float[Array, "r n"]:
+    """The bias of each row's expert, 0 for rows of no expert."""
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right")
+    return bias.at[expert].get(mode="fill", fill_value=0)
+
+
+def _plus_bias(rows: Float[Array, "r n"], bias: Float[Array, "e n"] | None, group_sizes) -> Float[Array, "r n"]:
+    return rows if bias is None else rows + _bias_of_rows(bias, group_sizes, rows.shape[0])
+
+
+def _times_bias(rows: Float[Array, "r n"], bias: Float[Array, "e n"], group_sizes) -> Float[Array, " r"]:
+    """The dot product of each row with its expert's bias, in at least float32."""
+    wide = at_least_float32(rows.dtype)
+    return jnp.sum(rows.astype(wide) * _bias_of_rows(bias, group_sizes, rows.shape[0]).astype(wide), axis=1)
+
+
+def _bias_gradients(plan, dpre, dout, row_weights, group_sizes) -> Biases:
+    """The sums over each expert's rows, as products with a column of ones: no scatter, and the same bits each time."""
+    ones = jnp.ones((dpre.shape[0], 1), dpre.dtype)
+    wide = at_least_float32(dout.dtype)
+    weighted = (row_weights[:, None].astype(wide) * dout.astype(wide)).astype(dout.dtype)
+    db_in, db_out = (
+        product(Operands(ones, rows, group_sizes)).out[:, 0]
+        for product, rows in ((plan.b_in_grad, dpre), (plan.b_out_grad, weighted))
+    )
+    return db_in, db_out
+
+
+def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes, b_in=None) -> Outputs:
     """The hidden rows [R, m] and the plan's residual. The pre-activation is rounded to the dtype of the rows.
 
     Args:
@@ -123,11 +168,12 @@ def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes) -> Out
         rows: [R, l], sorted by expert, as an array or as `GatheredRows`.
         w_in: [E, l, m], or [E, l, 2 m] if gated.
         group_sizes: [E].
+        b_in: [E, m], or [E, 2 m] if gated; None without biases.
     """
     outputs = product(Operands(rows, w_in, group_sizes))
     if product.problem.epilogue is not None:
         return outputs
-    pre = outputs.out
+    pre = _plus_bias(outputs.out, b_in, group_sizes)
     hidden = activate(pre, plan.activation).astype(pre.dtype)
     return Outputs(hidden, residual=pre if plan.residual == "pre" else hidden)
 

@@ -18,6 +18,7 @@ from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import ScaledArray, row_multiple_of
+from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.params import Params, as_array, check_params
@@ -25,10 +26,12 @@ from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered, refused_if_differentiated
 from jax_latent_moe.routing.losses import auxiliary_losses
 from jax_latent_moe.routing.permute import filled_to_capacity, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.quantile import target_bias
 from jax_latent_moe.routing.router import (
     CHOICE,
     NO_EXPERT,
     ROUTER_DECIDES,
+    choice_scores,
     route,
     router_logits,
     router_logits_and_projection,
@@ -51,6 +54,8 @@ class LatentMoEAux(NamedTuple):
             also "global".
         global_counts: [E] int32, with router.global_loss_coef: the counts of the step's microbatches so far, this one
             included. Pass it as `global_counts` with the next microbatch. None without that coefficient.
+        bias_target: [E] float32, with router.bias_update="quantile": the bias that would balance the loads, which
+            `after_step` reads. None otherwise.
     """
 
     expert_ids: Int[Array, "*batch k"]
@@ -59,6 +64,7 @@ class LatentMoEAux(NamedTuple):
     dropped_per_expert: Int[Array, " e"]
     losses: dict[str, Float[Array, ""]]
     global_counts: Int[Array, " e"] | None = None
+    bias_target: Float[Array, " e"] | None = None
 
 
 class _ByToken(NamedTuple):
@@ -137,8 +143,7 @@ def latent_moe(
     y, chosen_ids, weights = outputs
     if config.router.input_jitter and key is None:
         y = refused_if_differentiated(_WITHOUT_KEY.format(config.router.input_jitter), y)
-    tokens_per_expert, dropped, losses, counts = totals
-    return y, LatentMoEAux(chosen_ids, weights, tokens_per_expert, dropped, losses, counts)
+    return y, LatentMoEAux(chosen_ids, weights, *totals)
 
 
 _WITHOUT_KEY = (
@@ -169,6 +174,8 @@ def _layer(config, shards, params, x, by_token, whole):
     else:
         down = params["down_proj"]["kernel"].astype(config.dtype)
         logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, down)
+    if config.router.logit_bias:
+        logits += router["logit_bias"].astype(logits.dtype)[None]
     routing = route(
         logits,
         config.router,
@@ -215,7 +222,11 @@ def _layer(config, shards, params, x, by_token, whole):
     )
     outputs = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing))
     load = count_experts(routing.expert_ids, config.num_experts, config.backend)
-    return outputs, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses, counts)
+    target = None
+    if config.router.bias_update == "quantile":
+        choice = choice_scores(logits, config.router, biased=True)
+        target = target_bias(choice, router["bias"], config.top_k, mask, shards.sum_over_tokens)
+    return outputs, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses, counts, target)
 
 
 def _route_through_experts(params, latent, routing, config, shards):
@@ -233,18 +244,27 @@ def _route_through_experts(params, latent, routing, config, shards):
         latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
 
+    copies = None if config.parallel is None else config.parallel.physical_to_logical
+    if copies is not None:
+        expert_ids = choose_copies(expert_ids, copies, shards.token_index(), config.backend)
+
     w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
+    biases = None
+    if config.expert_bias:
+        b_in, b_out = (params[name].astype(config.dtype) for name in ("b_in", "b_out"))
+        biases = b_in, shards.once_over_tensor(b_out)
 
     row_multiple = row_multiple_of(w_in, w_out)
 
     def experts(latent, weights, plan):
-        latent, weights, own_w_in, own_w_out = varying((latent, weights, w_in, w_out), latent, weights, w_in, w_out)
-        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan)
+        arrays = latent, weights, w_in, w_out, biases
+        latent, weights, own_w_in, own_w_out, own_biases = varying(arrays, *arrays)
+        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases)
 
     if config.router.pad_to_capacity:
         return _padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped
     if shards.expert_axis is None:
-        plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend, row_multiple)
+        plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
         return experts(latent, weights, plan), dropped
     if not shards.token_axes:
         combined = own_experts_of_all(
@@ -254,6 +274,8 @@ def _route_through_experts(params, latent, routing, config, shards):
     combined, not_sent = exchange(
         config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
     )
+    if copies is not None:
+        not_sent = jnp.zeros_like(dropped).at[np.asarray(copies)].add(not_sent)
     return combined, dropped + not_sent
 
 
@@ -324,12 +346,15 @@ def _check_inputs(x, config, by_token):
     if segment_ids is not None:
         _check_integers("segment_ids", segment_ids, x.shape[:-1])
     if expert_ids is None:
+        if config.router.selection == "given":
+            raise InputError("expert_ids=None: router.selection='given' needs the ids of the experts of every token.")
         return
     _check_integers("expert_ids", expert_ids, (*x.shape[:-1], config.top_k))
     if not isinstance(expert_ids, Tracer) and expert_ids.size:
         values = np.asarray(expert_ids)  # inside a jit, jnp's functions would trace the array
         low, high = values.min(), values.max()
-        if low < ROUTER_DECIDES or high >= config.num_experts:
+        least = NO_EXPERT if config.router.selection == "given" else ROUTER_DECIDES
+        if low < least or high >= config.num_experts:
             raise InputError(
                 f"expert_ids between {low} and {high} must be in [0, num_experts={config.num_experts}), or "
                 f"{NO_EXPERT} for no expert, or {ROUTER_DECIDES} for a token that the router routes."

@@ -5,17 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.core import FrozenDict
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.errors import InputError
+from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_param, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
+
+with needs_extra("flax"):
+    from flax import linen as nn
+    from flax.core import FrozenDict
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
 CORRECTION_BIAS = "correction_bias"
 """The collection of the correction bias, which stands at .../router/bias. It is state: no optimiser sees it."""
@@ -27,7 +29,7 @@ GLOBAL_COUNTS = "global_counts"
 """The collection of the counts that router.global_loss_coef carries from one microbatch of a step to the next."""
 
 _BIAS = ("router", "bias")
-_LOAD = "tokens_per_expert"
+_LOAD, _TARGET, _MICROBATCHES = "tokens_per_expert", "bias_target", "microbatches"
 
 
 class Boxed(nn.LogicallyPartitioned):
@@ -100,6 +102,9 @@ class LatentMoE(nn.Module):
                 self.sow(LOSSES, name, loss)
         for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
             self.sow("intermediates", name, getattr(aux, name))
+        if aux.bias_target is not None:
+            self.sow("intermediates", _TARGET, aux.bias_target)
+            self.sow("intermediates", _MICROBATCHES, jnp.ones((), jnp.int32))
         return y
 
     def _global_counts(self) -> nn.Variable | None:
@@ -202,10 +207,16 @@ def total_loss(sown: Mapping[str, Any]) -> Float[Array, ""]:
 def loads(sown: Mapping[str, Any]) -> dict[str, Any]:
     """The counts "tokens_per_expert" of every layer, for `after_step`. Sum them over microbatches.
 
+    For router.bias_update="quantile", "bias_target" and the number of "microbatches" are summed in the same way.
+
     Args:
         sown: as for `total_loss`.
     """
-    counts = {path: leaf for path, leaf in flatten_dict(sown.get("intermediates", {})).items() if path[-1] == _LOAD}
+    counts = {
+        path: leaf
+        for path, leaf in flatten_dict(sown.get("intermediates", {})).items()
+        if path[-1] in (_LOAD, _TARGET, _MICROBATCHES)
+    }
     return {"intermediates": unflatten_dict(counts)}
 
 
@@ -277,6 +288,7 @@ def update_correction_bias(
                 f"intermediates hold no {'/'.join((*layer, _LOAD))}: apply the model with mutable=['intermediates']."
             )
         before, of_calls = nn.unbox(leaf), nn.unbox(counts[*layer, _LOAD])
-        moved = move_bias(before, of_calls, rate, recentre=recentre, axis_name=axis_name)
+        targets, microbatches = (nn.unbox(counts.get((*layer, name), ())) for name in (_TARGET, _MICROBATCHES))
+        moved = move_bias(before, of_calls, targets, microbatches, rate, recentre=recentre, axis_name=axis_name)
         leaves[path] = nn.meta.replace_boxed(leaf, moved)
     return unflatten_dict(leaves)

@@ -8,9 +8,11 @@
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,10 @@ import numpy as np
 
 VARIABLE = "JAX_LATENT_MOE_CUDA_LIBRARY"
 FILE = "libjax_latent_moe_cuda.so"
+WHEEL = "jax_latent_moe_cuda13"
+"""The package that holds the library where it was installed from a wheel."""
+INSTALL = "`pip install -U 'jax-latent-moe[cuda13]'` installs it, or `make cuda` in a checkout"
+REPLACE = "`pip install -U 'jax-latent-moe[cuda13]'` installs one that fits, or `make cuda` in a checkout"
 PREFIX = "latent_moe_"
 """Prefix of every name that the library exports."""
 INTERFACE = json.loads(pathlib.Path(__file__).with_name("native_interface.json").read_text())
@@ -41,27 +47,44 @@ class Library(NamedTuple):
 
 @functools.cache
 def library() -> Library:
-    """Loads the library and registers its FFI targets, once per process."""
+    """Loads the library and registers its FFI targets, once per process.
+
+    It warns of a library that is there but cannot be used: `auto` would go on to slower kernels without a word.
+    """
     path = library_path()
     if not path.is_file():
-        ways = "build it with `make cuda` in the repository, or install with `pip install .` where nvcc is present."
-        return Library({}, f"its compiled library {path.name} does not exist: {ways}")
+        return Library({}, f"its compiled library {path.name} is not installed: {INSTALL}.")
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        return Library({}, f"its library {path} cannot be loaded ({error}): rebuild it with `make cuda`.")
+        return _unusable(f"its library {path} cannot be loaded ({error}). {REPLACE}.")
     if (found := _text(loaded, "interface_hash")) != interface_hash():
         what = f"has the interface {found or 'of an older version'}, not {interface_hash()}"
-        return Library({}, f"its library {path} {what}: rebuild it with `make cuda`.")
+        return _unusable(f"its library {path} {what}. {REPLACE}.")
     for target in INTERFACE:
         jax.ffi.register_ffi_target(PREFIX + target, handlers(loaded, target), platform="CUDA")
     lines = (line.split() for line in (_text(loaded, "kernels") or "").splitlines())
     return Library({name: int(max_experts) for name, max_experts in lines}, None)
 
 
+def _unusable(reason: str) -> Library:
+    warnings.warn(f"The compiled kernels are not used: {reason}", RuntimeWarning, stacklevel=3)
+    return Library({}, reason)
+
+
 def library_path() -> pathlib.Path:
-    """The file that `library` loads: $JAX_LATENT_MOE_CUDA_LIBRARY if it is set, or else the package's own."""
-    return pathlib.Path(os.environ.get(VARIABLE) or pathlib.Path(__file__).with_name(FILE))
+    """The file that `library` loads.
+
+    It is $JAX_LATENT_MOE_CUDA_LIBRARY if that is set, or else the file that `make cuda` puts beside this module, or
+    else that of the wheel of kernels.
+    """
+    own = pathlib.Path(__file__).with_name(FILE)
+    if named := os.environ.get(VARIABLE):
+        return pathlib.Path(named)
+    wheel = None if own.is_file() else importlib.util.find_spec(WHEEL)
+    if wheel is None or not wheel.submodule_search_locations:
+        return own
+    return pathlib.Path(wheel.submodule_search_locations[0], FILE)
 
 
 def interface_hash() -> str:

@@ -4,18 +4,20 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.core import FrozenDict
-from flax.core.spmd import get_logical_axis_rules
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.errors import InputError
+from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.params import Params, check_params, init_params, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
 
-_LOAD = "tokens_per_expert"
+with needs_extra("flax"):
+    from flax import nnx
+    from flax.core import FrozenDict
+    from flax.core.spmd import get_logical_axis_rules
+
+_LOAD, _TARGET, _MICROBATCHES = "tokens_per_expert", "bias_target", "microbatches"
 
 
 class CorrectionBias(nnx.Variable):
@@ -105,6 +107,9 @@ class LatentMoE(nnx.Module):
                 self.global_counts[...] = aux.global_counts
             for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
                 self.sow(nnx.Intermediate, name, getattr(aux, name))
+            if aux.bias_target is not None:
+                self.sow(nnx.Intermediate, _TARGET, aux.bias_target)
+                self.sow(nnx.Intermediate, _MICROBATCHES, jnp.ones((), jnp.int32))
         return y
 
     def _not_collected(self) -> str | None:
@@ -184,10 +189,14 @@ def total_loss(losses: nnx.State) -> Float[Array, ""]:
 def loads(intermediates: nnx.State) -> nnx.State:
     """The counts "tokens_per_expert" of every layer, for `update_correction_bias`. Sum them over microbatches.
 
+    For router.bias_update="quantile", "bias_target" and the number of "microbatches" are summed in the same way.
+
     Args:
         intermediates: the `nnx.Intermediate` state that `nnx.capture` returned.
     """
-    return nnx.from_flat_state((path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] == _LOAD)
+    return nnx.from_flat_state(
+        (path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] in (_LOAD, _TARGET, _MICROBATCHES)
+    )
 
 
 def update_correction_bias(
@@ -229,4 +238,10 @@ def update_correction_bias(
         bias, own_rate = module.router["bias"], module.config.router.bias_update_rate
         of_calls = counts[*path, _LOAD].get_value()
         own_rate = own_rate if rate is None else rate
-        bias[...] = move_bias(bias[...], of_calls, own_rate, recentre=recentre, axis_name=axis_name)
+        quantile = module.config.router.bias_update == "quantile"
+        targets, microbatches = (
+            counts[*path, name].get_value() if quantile else () for name in (_TARGET, _MICROBATCHES)
+        )
+        bias[...] = move_bias(
+            bias[...], of_calls, targets, microbatches, own_rate, recentre=recentre, axis_name=axis_name
+        )

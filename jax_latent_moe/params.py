@@ -1,5 +1,6 @@
 """The parameter tree of a layer: shapes, logical axes, initial values and checks."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -47,17 +48,25 @@ def param_axes(
     Raises:
         InputError: axis_names renames an axis that no layer has.
     """
-    renamed: dict[Any, str | None] = dict(axis_names or {})
-    if unknown := sorted(map(str, renamed.keys() - set(LOGICAL_AXES))):
-        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
     return {
-        part: {name: tuple(axis and renamed.get(axis, axis) for axis in axes) for name, (_, axes) in leaves.items()}
+        part: {name: tuple(axis and renamed(axis, axis_names) for axis in axes) for name, (_, axes) in leaves.items()}
         for part, leaves in _layout(config).items()
     }
 
 
+def renamed(axis: str, axis_names: Mapping[str, str | None] | None) -> str | None:
+    """The name of a logical axis after `axis_names`.
+
+    Raises:
+        InputError: axis_names renames an axis that no layer has.
+    """
+    if unknown := sorted(map(str, (axis_names or {}).keys() - set(LOGICAL_AXES))):
+        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
+    return (axis_names or {}).get(axis, axis)
+
+
 def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
-    """Draws the parameters of one layer. Kernels follow `config.init`, scales are 1, the correction bias is 0.
+    """Draws the parameters of one layer. Kernels follow `config.init`, scales are 1, biases are 0.
 
     Args:
         key: a JAX random key.
@@ -71,9 +80,14 @@ def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
 
 def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: str) -> Array:
     """One leaf of `init_params`: the same value for the same key, part and name."""
+    copies = None if config.parallel is None else config.parallel.physical_to_logical
+    if part == "experts" and copies is not None:
+        return init_param(key, dataclasses.replace(config, parallel=None), part, name)[np.asarray(copies)]
     leaf = param_shapes(config)[part][name]
+    if name in _BIASES:
+        return jnp.zeros(leaf.shape, leaf.dtype)
     if len(leaf.shape) == 1:
-        return jnp.full(leaf.shape, 0.0 if name == "bias" else 1.0, leaf.dtype)
+        return jnp.ones(leaf.shape, leaf.dtype)
     fan_in = leaf.shape[1] if part == "experts" else leaf.shape[0]
     std = 1 / math.sqrt(fan_in) if config.init.std is None else config.init.std
     if (part, name) in (("up_proj", "kernel"), ("shared", "w_out")) or (
@@ -152,7 +166,7 @@ def _on_device(leaf) -> Any:
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:
     """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] if gated, or w_out [E, m, l]."""
-    if path[0] != "experts":
+    if path not in (("experts", "w_in"), ("experts", "w_out")):
         raise InputError(f"params {'/'.join(path)} cannot be in format {leaf.format}: only the experts' weights can.")
     flat = (*shape[:2], math.prod(shape[2:]))
     for scale in jax.tree.leaves(leaf.scales):
@@ -168,6 +182,8 @@ def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...
         )
 
 
+_BIASES = ("bias", "logit_bias", "b_in", "b_out")
+
 _DRAWN = (
     ("down_proj", "kernel"),
     ("experts", "w_in"),
@@ -181,7 +197,8 @@ _DRAWN = (
     ("up_proj", "kernel"),
     ("shared", "gate"),
 )
-"""All leaves. A leaf's position is folded into its key. Append new leaves, so that the others keep their values."""
+"""The leaves that are drawn. A leaf's position is folded into its key. Append new ones, so that the others keep their
+values. For the same reason two that are not drawn stay in the list."""
 
 
 def _layout(config) -> Layout:
@@ -193,12 +210,18 @@ def _layout(config) -> Layout:
     layout: Layout = {"router": {"kernel": ((d, experts), ("hidden", "expert"))}}
     if config.router.correction_bias:
         layout["router"]["bias"] = ((experts,), ("expert",))
+    if config.router.logit_bias:
+        layout["router"]["logit_bias"] = ((experts,), ("expert",))
     if config.router.per_expert_scale:
         layout["router"]["scale"] = ((experts,), ("expert",))
+    experts = config.num_physical_experts
     layout["experts"] = {
         "w_in": ((experts, width, *gate, m), ("expert", "expert_latent", *gate_axis, "expert_intermediate")),
         "w_out": ((experts, m, width), ("expert", "expert_intermediate", "expert_latent")),
     }
+    if config.expert_bias:
+        layout["experts"]["b_in"] = ((experts, *gate, m), ("expert", *gate_axis, "expert_intermediate"))
+        layout["experts"]["b_out"] = ((experts, width), ("expert", "expert_latent"))
     if config.latent_size is not None:
         layout["down_proj"] = {"kernel": ((d, width), ("hidden", "latent"))}
         layout["up_proj"] = {"kernel": ((width, d), ("latent", "hidden"))}

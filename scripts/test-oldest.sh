@@ -18,7 +18,7 @@ TESTS=(
 )
 
 uv=$(scripts/uv.sh)
-python=$(scripts/python.sh "$uv")
+python=$(find_python "$uv")
 "$uv" venv --quiet --allow-existing --python "$python" "$ENVIRONMENT"
 "$uv" pip sync --quiet --python "$ENVIRONMENT/bin/python" tests/requirements-oldest.txt
 # XLA's costly optimisations are off, because they double the time to compile. Only calls can fail here.

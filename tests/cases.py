@@ -129,6 +129,10 @@ def param_shapes(config) -> dict:
     }
     if config.router.correction_bias:
         shapes["router"]["bias"] = (experts,)
+    if config.router.logit_bias:
+        shapes["router"]["logit_bias"] = (experts,)
+    if config.expert_bias:
+        shapes["experts"] |= {"b_in": (experts, *gate, m), "b_out": (experts, latent)}
     if config.router.per_expert_scale:
         shapes["router"]["scale"] = (experts,)
     if config.latent_size is not None:

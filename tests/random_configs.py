@@ -26,6 +26,7 @@ def random_router(rng, k, num_groups, topk_groups, group_score_topk, fixed) -> R
         correction_bias=selection != "sinkhorn" and maybe(True, False),
         selection=selection,
         input_jitter=0.125 if jitters else 0.0,
+        logit_bias=maybe(True, False),
         per_expert_scale=maybe(True, False),
         num_groups=num_groups,
         topk_groups=topk_groups,
@@ -61,6 +62,9 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
         dtype="float32",
     )
     fields["shared_expert_gate"] = bool(fields["shared_expert_intermediate_size"]) and rng.random() < 0.5
+    fields["expert_bias"] = rng.random() < 0.3
+    if activation == "clamped_swiglu":
+        fields |= dict(swiglu_alpha=1.3, swiglu_limit=rng.choice([0.5, 2.0]), swiglu_shift=rng.choice([0.0, 1.0]))
     if activation in ("gelu", "geglu"):
         fields |= dict(gelu_approximate=rng.random() < 0.5)
     if activation == "situ_glu":

@@ -21,6 +21,8 @@ VARIANTS = {
     "geglu-tanh": dict(activation="geglu", gelu_approximate=True),
     "situ": dict(activation="situ_glu"),
     "situ-linear": dict(activation="situ_glu", situ_beta=1.5, situ_linear_beta=None),
+    "clamped": dict(activation="clamped_swiglu"),
+    "clamped-plain": dict(activation="clamped_swiglu", swiglu_alpha=1.0, swiglu_limit=2.5, swiglu_shift=0.0),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -84,6 +86,8 @@ def test_the_residual_is_the_smallest_that_the_gradient_can_be_made_of():
         "geglu-tanh": gate,
         "situ": ("pre",),
         "situ-linear": ("pre",),
+        "clamped": ("pre",),
+        "clamped-plain": ("pre",),
     }
 
 
@@ -115,6 +119,15 @@ def test_gelu_is_exact_unless_asked():
     )
     assert exact == pytest.approx(0.8413447, abs=1e-6)
     assert approximate == pytest.approx(0.8411920, abs=1e-6)
+
+
+def test_a_value_at_the_limit_of_a_clamp_has_a_gradient():
+    """As torch.clamp gives it one; bfloat16 holds the limits of released models exactly."""
+    clamped = dataclasses.replace(TOY, activation="clamped_swiglu").bound_activation
+    at, beyond = jnp.array([7.0, -7.0], "bfloat16"), jnp.array([7.03125, -7.03125], "bfloat16")
+    slopes = [jax.grad(lambda pre: activate(pre, clamped)[0])(pre) for pre in (at, beyond)]
+    assert np.asarray(slopes[0]).all()
+    np.testing.assert_array_equal(slopes[1], 0)
 
 
 def test_the_gate_is_the_first_half():

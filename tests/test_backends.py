@@ -61,12 +61,41 @@ def test_a_problem_is_told_in_one_line():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("forward", 8, (2, 3, 4)), "contraction='forward' is unknown: use one of 'fwd', 'dgrad', 'wgrad'"),
+        (("fwd", 8, (3, 4)), r"w_shape=\(3, 4\) must be three integers"),
+        (("fwd", 8, (2, 3, 4.5)), r"w_shape=\(2, 3, 4.5\) must be three integers"),
+        (("fwd", 8, (2, -3, 4)), r"w_shape=\(2, -3, 4\) must be three integers"),
+    ],
+)
+def test_a_problem_that_is_none_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        problem(*arguments, "float32")
+
+
+def test_an_epilogue_belongs_to_fwd_or_dgrad():
+    epilogue = Epilogue(BoundActivation("relu2"), "hidden")
+    with pytest.raises(ConfigError, match="a wgrad with relu2 keeping hidden is unknown"):
+        problem("wgrad", 8, (2, 3, 4), "float32", epilogue=epilogue)
+    with pytest.raises(ConfigError, match="layout='sparse' is unknown: use one of 'dense', 'gathered', 'columns'"):
+        Operand("float32", "sparse")  # type: ignore
+    with pytest.raises(UnsupportedError, match="Ask for the product without its epilogue"):
+        select(problem("fwd", 8, (2, 3, 4), "float32", epilogue=epilogue), "xla")
+
+
+@pytest.mark.parametrize(
     ("platform", "kind", "architecture"),
     [
         ("gpu", "NVIDIA H100 80GB HBM3", "sm90"),
         ("gpu", "NVIDIA H200", "sm90"),
         ("gpu", "NVIDIA GH200 480GB", "sm90"),
         ("gpu", "NVIDIA H20", "sm90"),
+        ("gpu", "NVIDIA H100 PCIe", "sm90"),
+        ("gpu", "H100-PCIE-80GB", "sm90"),
+        ("gpu", "GRID H100L-94C", "sm90"),
+        ("gpu", "NVIDIA RTX PRO 6000", "gpu"),
+        ("gpu", "NVIDIA H2000", "gpu"),
         ("gpu", "NVIDIA B200", "gpu"),
         ("gpu", "NVIDIA A100-SXM4-80GB", "gpu"),
         ("cpu", "H100", "cpu"),

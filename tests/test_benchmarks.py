@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import fusing, gpu, layers, matmuls, steps, train_table
+from benchmarks import fusing, gpu, layers, matmuls, steps, swapped, train_table
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -16,7 +16,7 @@ from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
 from examples.train import corpus, flops, presets
 from examples.train.model import language_model
 from examples.train.text import Corpus, Text
-from jax_latent_moe import init_params, latent_moe
+from jax_latent_moe import init_params, latent_moe, ragged_dot
 from jax_latent_moe.grouped_matmul import reference
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
 from tests.fusing import FusingBackend
@@ -137,6 +137,18 @@ def test_layers_are_measured_and_recorded(run, session, activation):
     assert both["floor_ms"] == pytest.approx(3 * forward["floor_ms"])
 
 
+def test_a_plain_layer_is_measured_on_both_functions(run, session):
+    session = dataclasses.replace(session, without=frozenset({"latent_moe"}))  # as in the suite "layer"
+    swapped.measure(session, "ragged_dot", {"small": (30, SMALL_LAYER)})
+    rows = rows_of(run)
+    assert {(row["pass"], row["impl"]) for row in rows} == {
+        (pass_, impl)
+        for pass_ in layers.PASSES_OF_LAYERS
+        for impl in ("jax_lax_ragged_dot", "jax_latent_moe_ragged_dot")
+    }
+    assert all(row["max_error"] < 0.03 for row in rows)
+
+
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 def test_activations_are_measured_and_recorded(run, session, monkeypatch, activation):
     """On a CPU no kernel fuses: a fake one stands in, once as it fuses nothing and once as it fuses all."""
@@ -165,14 +177,14 @@ def test_a_result_without_numbers_is_recorded_as_wrong(run):
     assert rows_of(run)[0]["max_error"] == WRONG
 
 
-@pytest.mark.parametrize("latent_size", [16, None])
-def test_the_plain_jax_layer_computes_the_layer(rng, latent_size):
+@pytest.mark.parametrize(("latent_size", "dot"), [(16, jax.lax.ragged_dot), (None, ragged_dot)])
+def test_the_plain_jax_layer_computes_the_layer(rng, latent_size, dot):
     config = dataclasses.replace(SMALL_LAYER, latent_size=latent_size, dtype="float32", param_dtype="float32")
     params = init_params(jax.random.key(int(rng.integers(2**31))), config)
     x, dy = (jnp.asarray(rng.normal(size=(30, config.hidden_size)), jnp.float32) for _ in range(2))
 
     def plain(params, x):
-        return jax_layer.layer(params, x, config, jax.lax.ragged_dot)
+        return jax_layer.layer(params, x, config, dot)
 
     ours = layers.with_gradients(lambda params, x: latent_moe(params, x, config)[0])(params, x, dy)
     theirs = layers.with_gradients(plain)(params, x, dy)

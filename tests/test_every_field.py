@@ -28,6 +28,7 @@ from tests.parallel.meshes import make_mesh
 GROUPS = RouterConfig(num_groups=2, topk_groups=1)
 CAPACITY = RouterConfig(capacity_factor=1.0)
 SINGLE = dataclasses.replace(TOY, top_k=1, router=RouterConfig(norm_topk_prob=False))
+CLAMPED = dataclasses.replace(TOY, activation="clamped_swiglu")
 SCALED = RouterConfig(routed_scaling_factor=2.5)
 
 # field: (a base in which the field is read, another value)
@@ -43,6 +44,10 @@ LAYER = {
     "gelu_approximate": (dataclasses.replace(TOY, activation="geglu"), True),
     "situ_beta": (dataclasses.replace(TOY, activation="situ_glu"), 3.0),
     "situ_linear_beta": (dataclasses.replace(TOY, activation="situ_glu"), None),
+    "swiglu_alpha": (CLAMPED, 1.0),
+    "swiglu_limit": (CLAMPED, 10.0),
+    "swiglu_shift": (CLAMPED, 0.0),
+    "expert_bias": (TOY, True),
     "latent_norm": (dataclasses.replace(TOY, latent_norm="pre"), "post"),
     "latent_norm_eps": (dataclasses.replace(TOY, latent_norm="post"), 1e-6),
     "apply_probs_on_input": (SINGLE, True),
@@ -62,6 +67,7 @@ ROUTER = {
     "correction_bias": (RouterConfig(), False),
     "selection": (RouterConfig(), "logit"),
     "input_jitter": (RouterConfig(), 0.1),
+    "logit_bias": (RouterConfig(), True),
     "per_expert_scale": (RouterConfig(), True),
     "num_groups": (RouterConfig(num_groups=2, topk_groups=2), 4),
     "topk_groups": (GROUPS, 2),
@@ -72,6 +78,7 @@ ROUTER = {
     "global_loss_coef": (RouterConfig(global_loss_coef=0.1), 0.2),
     "z_loss_coef": (RouterConfig(z_loss_coef=0.1), 0.2),
     "bias_update_rate": (RouterConfig(), 1e-2),
+    "bias_update": (RouterConfig(), "quantile"),
     "capacity_factor": (CAPACITY, 2.0),
     "min_capacity": (CAPACITY, 6),
     "drop_policy": (CAPACITY, "position"),

@@ -25,21 +25,31 @@ from tests.layers import cast
 from tests.tolerances import assert_close, assert_trees_close
 
 EVERY = "JAX_LATENT_MOE_WHOLE_MATRIX"
-"""With this variable every family meets every mode and method. Without it, each mode and method meets a drawn family."""
+"""With this variable every family meets every mode and method. Without it, one that is drawn meets each of these."""
 
 PARTS, TOKENS = 2, 6
 
 LOSSES = dict(switch_loss_coef=0.3, sequence_loss_coef=0.2, z_loss_coef=0.1)
 ROUTERS = {
     "grouped": RouterConfig(
-        num_groups=2, topk_groups=2, per_expert_scale=True, capacity_factor=0.75, min_capacity=1, drop_policy="position",
+        num_groups=2,
+        topk_groups=2,
+        per_expert_scale=True,
+        capacity_factor=0.75,
+        min_capacity=1,
+        drop_policy="position",
         **LOSSES,
     ),
     "balanced": RouterConfig(
-        selection="sinkhorn", correction_bias=False, input_jitter=0.125, capacity_factor=0.75, pad_to_capacity=True,
-        global_loss_coef=0.1, **LOSSES,
+        selection="sinkhorn",
+        correction_bias=False,
+        input_jitter=0.125,
+        capacity_factor=0.75,
+        pad_to_capacity=True,
+        global_loss_coef=0.1,
+        **LOSSES,
     ),
-}  # fmt: skip
+}
 
 
 class Family(NamedTuple):

@@ -127,14 +127,32 @@ def test_operands_and_results_that_are_not_the_interface_s_are_refused():
 def test_without_its_file_it_says_how_to_get_it(library_at, tmp_path):
     library_at(tmp_path / native.FILE)
     assert native.library().kernels == {}
-    assert "libjax_latent_moe_cuda.so does not exist: build it with `make cuda`" in (native.library().missing or "")
+    expected = "libjax_latent_moe_cuda.so is not installed: `pip install -U 'jax-latent-moe[cuda13]'` installs it"
+    assert expected in (native.library().missing or "")
+
+
+def test_the_library_of_the_wheel_is_found_if_none_was_built(tmp_path, monkeypatch):
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    own = tmp_path / "package" / native.FILE
+    monkeypatch.setattr(native, "__file__", str(own.with_name("native.py")))
+    assert native.library_path() == own
+    wheel = tmp_path / "site" / native.WHEEL
+    wheel.mkdir(parents=True)
+    (wheel / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert native.library_path() == wheel / native.FILE
+    own.parent.mkdir()
+    own.touch()
+    assert native.library_path() == own
 
 
 def test_a_file_that_is_no_library_is_named(library_at, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"no library")
     library_at(tmp_path / "broken.so")
-    assert f"{tmp_path}/broken.so cannot be loaded (" in (native.library().missing or "")
-    assert (native.library().missing or "").endswith("rebuild it with `make cuda`.")
+    with pytest.warns(RuntimeWarning, match="kernels are not used: its library .*broken.so cannot be loaded"):
+        missing = native.library().missing or ""
+    assert f"{tmp_path}/broken.so cannot be loaded (" in missing
+    assert missing.endswith(f"{native.REPLACE}.")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
@@ -151,7 +169,8 @@ def test_a_stale_library_is_to_be_built_anew(library_at, tmp_path, source, found
     subprocess.run(["cc", "-shared", "-fPIC", "-o", stale, tmp_path / "stale.c"], check=True)
     library_at(stale)
     what = f"its library {stale} has the interface {found}, not {native.interface_hash()}"
-    assert native.library() == native.Library({}, f"{what}: rebuild it with `make cuda`.")
+    with pytest.warns(RuntimeWarning, match=f"has the interface {found}, not"):
+        assert native.library() == native.Library({}, f"{what}. {native.REPLACE}.")
 
 
 def test_the_generated_sources_follow_the_interface_and_the_list_of_kernels(tmp_path):

@@ -80,7 +80,7 @@ def test_symbolic_sizes_are_refused():
 
 
 def test_what_it_does_not_go_with_is_refused():
-    with pytest.raises(ConfigError, match="router.pad_to_capacity=True has no effect without capacity_factor"):
+    with pytest.raises(ConfigError, match=r"router.pad_to_capacity=True has no effect without capacity_factor"):
         RouterConfig(pad_to_capacity=True)
-    with pytest.raises(ConfigError, match="router.pad_to_capacity=True needs parallel=None"):
+    with pytest.raises(ConfigError, match=r"router.pad_to_capacity=True needs parallel=None"):
         dataclasses.replace(TOY, router=PADDED, parallel=ParallelConfig())

@@ -37,7 +37,7 @@ def test_the_scores_are_megatrons_up_to_a_factor_per_token(rng):
 
 def test_it_evens_the_load_out(rng):
     """Expert 3 has the largest logit of every token; each of 4 experts gets a quarter of 400 tokens."""
-    logits = np.float32(rng.normal(size=(400, 4)) + [0, 0, 0, 6])
+    logits = np.float32(rng.normal(size=(400, 4)) + np.array([0, 0, 0, 6]))
     counts = np.bincount(np.asarray(route(logits, SINKHORN, 1).expert_ids)[:, 0], minlength=4)
     assert counts.max() <= 130
 
@@ -53,7 +53,7 @@ def test_the_layer_against_the_oracle(rng, top_k):
 
 @pytest.mark.parametrize("shift", [0.0, 200.0, -200.0, 1e4])
 def test_large_logits_stay_finite(rng, shift):
-    """exp overflows at 89 in float32; a factor per token changes nothing."""
+    """A factor per token changes nothing, and exp overflows at 89 in float32."""
     logits = np.float32(rng.integers(-8, 8, (10, 5)) / 4)
     shifted = logits + np.float32(shift) * (np.arange(10)[:, None] % 2)
     np.testing.assert_array_equal(route(shifted, SINKHORN, 2).expert_ids, route(logits, SINKHORN, 2).expert_ids)
@@ -79,8 +79,11 @@ def test_no_gradient_flows_through_the_choice(rng):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"correction_bias": True}, "router.correction_bias=True has no part in selection='sinkhorn': set it to False"),
-        ({"num_groups": 2}, "router.num_groups=2 has no part in selection='sinkhorn': set it to 1"),
+        (
+            {"correction_bias": True},
+            "router.correction_bias=True has no effect with router.selection='sinkhorn': set it to False",
+        ),
+        ({"num_groups": 2}, "router.num_groups=2 has no effect with router.selection='sinkhorn': set it to 1"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(fields, message):

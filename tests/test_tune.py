@@ -54,10 +54,14 @@ def test_tiles_to_time_lower_for_cuda(rng):
             assert "mosaic_gpu_v2" in text
 
 
-def test_it_refuses_where_it_cannot_measure(folder, capsys):
-    assert tune.main(SIZES) == 1
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("pallas", "Hopper GPUs (H100, H200), not 'cpu'"), ("auto", "it has no tiles to choose from")],
+)
+def test_it_refuses_where_it_cannot_measure(folder, capsys, backend, reason):
+    assert tune.main([*SIZES, "--backend", backend]) == 1
     error = capsys.readouterr().err
-    assert "Hopper GPUs (H100, H200), not 'cpu'" in error
+    assert reason in error
     assert "on the GPU that will run it" in error
     assert not folder.exists()
 

@@ -5,7 +5,7 @@
 #SBATCH --gpus-per-task=1
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-# One process a GPU; JAX finds the coordinator and the indices in SLURM's variables.
+# One process runs on each GPU. JAX reads the coordinator and the indices from the variables of SLURM.
 set -euo pipefail
 srun .venv/bin/python -m examples.train --preset gpu --mesh fsdp=2,expert=8 --batch-size 32 \
   --run "${RUN:-runs/slurm}" --coordinator auto "$@"

@@ -1,1 +1,1 @@
-"""A trainer for byte-level language models whose feed-forward is a latent mixture of experts."""
+"""A trainer for language models over bytes or tokens. Their feed-forward is a latent mixture of experts."""

@@ -1,10 +1,13 @@
-"""Entry of `python -m examples.train`."""
+"""Entry point of `python -m examples.train`."""
 
 import os
 
-# JAX takes three quarters of a GPU's memory unless told otherwise; a large model needs the rest too.
+# By default JAX reserves three quarters of a GPU's memory. A large model needs more.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
-from examples.train.train import main
+from jax_latent_moe.errors import needs_extra
+
+with needs_extra("train"):
+    from examples.train.train import main
 
 main()

@@ -1,4 +1,4 @@
-"""Causal attention by name: cuDNN's fused kernel, JAX's own formula, or blocks of queries for a CPU."""
+"""Causal attention in three implementations: cuDNN's fused kernel, JAX's own formula, blocks of queries for a CPU."""
 
 from typing import Literal, cast
 
@@ -11,49 +11,49 @@ from examples.train.errors import TrainError
 
 Attention = Literal["cudnn", "xla", "blocks"]
 Table = tuple[Float[Array, "time 1 1 half"], Float[Array, "time 1 2 half"]]
-"""Cosines of the angle of each position and pair of features, and sines, negative for the first of the pair."""
+"""Cosines and sines of the angle of each position and pair of features. A pair's first sine is negated."""
 ROTARY_BASE = 10_000.0
 BLOCKS = 4
 CUDNN_CAPABILITY = 8.0
-"""Compute capability from which cuDNN has the fused kernel."""
+"""The lowest compute capability for which cuDNN has the fused kernel."""
 CUDNN_WIDTH = 128
-"""Width of a head up to which it has forward and backward pass on all of these devices."""
+"""The largest width of a head for which cuDNN has both passes on all of these devices."""
 
 
 def choose_attention(name: str, model: ModelConfig) -> Attention:
-    """The implementation that `--attention` means on this machine.
+    """The implementation that `--attention` selects on this machine.
 
     Args:
-        name: cudnn, xla or blocks; auto is cudnn on a GPU that has it for this model, else blocks.
-        model: its heads and dtype.
+        name: cudnn, xla, blocks or auto. auto selects cudnn if cuDNN can run this model here, else blocks.
+        model: gives the heads and the dtype.
 
     Raises:
-        TrainError: cudnn by name where it cannot run.
+        TrainError: `name` is cudnn, and cuDNN cannot run this model here.
     """
     reason = _why_not_cudnn(model)
     if name == "auto":
         return "blocks" if reason else "cudnn"
     if name == "cudnn" and reason:
-        raise TrainError(f"--attention cudnn cannot run: {reason}; use --attention auto.")
+        raise TrainError(f"--attention cudnn cannot run: {reason}. Use --attention auto.")
     return cast(Attention, name)
 
 
 def _why_not_cudnn(model: ModelConfig) -> str | None:
     device, width = jax.local_devices()[0], model.hidden_size // model.heads
     if device.platform != "gpu":
-        return f"it is for NVIDIA GPUs, and JAX computes on {device.device_kind}"
+        return f"it needs an NVIDIA GPU, and JAX computes on {device.device_kind}"
     capability = getattr(device, "compute_capability", "0")  # "gfx942" on AMD
     if not capability.replace(".", "").isdigit() or float(capability) < CUDNN_CAPABILITY:
-        return f"it needs compute capability {CUDNN_CAPABILITY}, and {device.device_kind} has {capability}"
+        return f"it needs compute capability {CUDNN_CAPABILITY} or higher, and {device.device_kind} has {capability}"
     if model.dtype != "bfloat16":
         return f"it needs --model.dtype bfloat16, not {model.dtype}"
     if width > CUDNN_WIDTH or width % 8:
-        return f"heads of width {width} must be a multiple of 8 and at most {CUDNN_WIDTH}"
+        return f"the width of a head is {width} and must be a multiple of 8 that is at most {CUDNN_WIDTH}"
     return None
 
 
 def rotary_table(length: int, width: int, dtype: str) -> Table:
-    """The angles of rotary position embedding (Su et al., arXiv 2104.09864) for heads of a width."""
+    """The cosines and sines of rotary position embedding (Su et al., arXiv 2104.09864) for heads of the given width."""
     half = width // 2
     frequency = ROTARY_BASE ** (-jnp.arange(half) / half)
     angle = (jnp.arange(length)[:, None] * frequency)[:, None, None, :]
@@ -62,10 +62,10 @@ def rotary_table(length: int, width: int, dtype: str) -> Table:
 
 
 def rotate(x: Float[Array, "batch time heads width"], table: Table) -> Float[Array, "batch time heads width"]:
-    """Rotary position embedding, the halves of a head paired."""
+    """Rotary position embedding. Each feature of a head's first half is paired with one of the second half."""
     cos, sin = table
     halves = x.reshape(*x.shape[:-1], 2, -1)
-    # Swapped by a reversal, not cut and put together: that fuses with what is before and after it.
+    # XLA fuses a reversal with the operations around it. It does not fuse a split and a concatenation.
     swapped = jnp.flip(halves, axis=-2)
     return (halves * cos + swapped * sin).reshape(x.shape)
 
@@ -77,14 +77,14 @@ def attend(
     how: Attention,
     documents: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time heads width"]:
-    """Softmax attention to the positions up to one's own, of one's own document.
+    """Softmax attention. Each position sees itself and the earlier positions of its document.
 
     Args:
         q: queries.
         k: keys.
         v: values.
         how: the implementation.
-        documents: number of each position's document; None where all are of one.
+        documents: number of each position's document. None puts all positions into one document.
     """
     if how == "blocks":
         return _in_blocks(q, k, v, documents)
@@ -93,7 +93,10 @@ def attend(
 
 
 def _in_blocks(q, k, v, documents):
-    """Queries go in blocks, each against the keys that it may see: on a CPU half the time of a masked square."""
+    """Attention in blocks of queries. Each block reads only the keys up to its end.
+
+    On a CPU this takes half the time of the full masked square of scores.
+    """
     outputs = []
     block = -(-q.shape[1] // BLOCKS)
     for start in range(0, q.shape[1], block):

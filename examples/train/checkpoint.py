@@ -1,4 +1,4 @@
-"""Checkpoints: written aside and renamed when complete, so that a run killed at any moment finds its newest one."""
+"""Checkpoints of a run. A checkpoint gets its final name when it is complete, so a kill leaves the one before it."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,12 @@ KEPT = 2
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        state: parameters, correction biases, optimiser, step and key.
+        state: parameters, correction biases, optimiser state, step and key.
         data: state of the data iterator.
-        seconds: time that the run had trained.
+        seconds: training time of the run so far.
     """
 
     state: TrainState
@@ -32,11 +32,12 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The checkpoints of one run; saving goes on in the background."""
+    """The checkpoints of one run. A background thread writes them."""
 
     def __init__(self, folder: Path):
         logging.getLogger("absl").setLevel(logging.ERROR)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, once a parameter, what _written raises
+        # asyncio would log the error that `_written` raises once more for each parameter.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self.folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
@@ -47,24 +48,24 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def drop_newest(self):
-        """Deletes the newest checkpoint, so that the one before it is the newest.
+        """Deletes the newest checkpoint. The one before it becomes the newest.
 
         Raises:
-            TrainError: there is none before it.
+            TrainError: the folder holds fewer than two checkpoints.
         """
         steps = sorted(self._manager.all_steps())
         if len(steps) < 2:
             raise TrainError(
-                f"--restore previous: {self.folder} holds {len(steps)} checkpoint(s), and none before the newest: give "
-                "another folder with --run to start anew."
+                f"--restore previous needs two checkpoints, and {self.folder} holds {len(steps)}: start a new run in "
+                "another folder with --run."
             )
         self._manager.delete(steps[-1])
 
     def save(self, snapshot: Snapshot):
-        """Starts to write the snapshot under its step; does nothing if that step is there.
+        """Starts to write a checkpoint. If there is one of the same step, nothing happens.
 
         Raises:
-            TrainError: this one, or the one before it, cannot be written.
+            TrainError: this checkpoint, or the one before it, could not be written.
         """
         step = int(snapshot.state.step)
         if step == self.newest:
@@ -80,10 +81,10 @@ class Checkpoints:
         """The newest complete checkpoint.
 
         Args:
-            like: a state, or its shapes, as the configuration asks for.
+            like: a state with the shapes that the configuration gives, or these shapes alone.
 
         Raises:
-            TrainError: it cannot be read, or holds other shapes.
+            TrainError: the checkpoint cannot be read, or has other shapes.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
@@ -92,19 +93,20 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(self.newest, args=arguments)
-        except Exception as error:  # orbax and tensorstore raise whatever they meet in a damaged file
+        except Exception as error:  # orbax and tensorstore raise many kinds of errors for a damaged file
             damaged = self.folder / str(self.newest)
             raise TrainError(
-                f"The checkpoint {damaged} is damaged or was written with other options: --restore previous deletes it "
-                f"and goes on from the one before it; another --run starts anew ({type(error).__name__})."
+                f"The checkpoint {damaged} is damaged or was written with other options ({type(error).__name__}): "
+                "--restore previous deletes it and resumes from the one before it, and --run starts a new run in "
+                "another folder."
             ) from error
         return Snapshot(TrainState(**restored["state"]), **restored["progress"])
 
     def close(self):
-        """Waits until everything is on disk.
+        """Waits until all checkpoints are on disk.
 
         Raises:
-            TrainError: it cannot be written.
+            TrainError: a checkpoint could not be written.
         """
         with self._written():
             self._manager.wait_until_finished()
@@ -114,8 +116,8 @@ class Checkpoints:
     def _written(self):
         try:
             yield
-        except Exception as error:  # orbax and tensorstore raise whatever they meet on a full disk
+        except Exception as error:  # orbax and tensorstore raise many kinds of errors on a full disk
             raise TrainError(
-                f"A checkpoint cannot be written to {self.folder} ({first_line(error)}): free some space there. The "
-                "same command then goes on from the newest complete one."
+                f"A checkpoint cannot be written to {self.folder} ({first_line(error)}): free some space there and run "
+                "the same command again. It resumes from the newest complete checkpoint."
             ) from error

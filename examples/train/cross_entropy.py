@@ -1,8 +1,8 @@
-"""The head and its loss in one: cross-entropy of the next token that never holds all logits at once.
+"""The output head and the cross-entropy as one function, which never holds all logits at once.
 
-Logits of one chunk of positions are made, their gradient is taken on the spot, and both are dropped; what stays is the
-gradient of the head's input and of its kernel. As the loss is one number, its own gradient is a factor on these.
-The idea is Liger Kernel's (Hsu et al., arXiv 2410.10989).
+The forward pass goes over the positions in chunks. It computes the logits of a chunk and their gradient, and drops
+both. It keeps the gradients of the head's input and kernel. The loss is one number, so the backward pass only scales
+these two. The method is that of Liger Kernel (Hsu et al., arXiv 2410.10989).
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 LOGITS = 2**27
-"""Most logits that are held at once: half a gigabyte in float32."""
+"""The largest number of logits that a device holds at once. In float32 they take half a gigabyte."""
 
 
 @jax.custom_vjp
@@ -20,15 +20,15 @@ def cross_entropy(
     targets: Int[Array, "batch time"],
     weights: Float[Array, "batch time"],
 ) -> Float[Array, ""]:
-    """Sum over positions of weight times -log softmax(x @ kernel)[target], in nats.
+    """The sum over positions of weight times -log softmax(x @ kernel)[target], in nats.
 
-    Operands are read in x's dtype; logits, their softmax and the sum are float32.
+    The operands are read in x's dtype. Logits, softmax and sum are float32.
 
     Args:
-        x: what the head reads.
-        kernel: the head's, in the parameters' dtype.
-        targets: tokens to come.
-        weights: of each position, float32; they get no gradient.
+        x: the input of the head.
+        kernel: the kernel of the head, in the dtype of the parameters.
+        targets: the next token of each position.
+        weights: the weight of each position, in float32. Weights get no gradient.
     """
     narrow = kernel.astype(x.dtype)
 
@@ -61,7 +61,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _loss_and_gradient(kernel, x, targets, weights):
-    """The sum of a chunk and its gradient by the logits, in the kernel's dtype."""
+    """The loss of a chunk, and its gradient with respect to the logits in the kernel's dtype."""
     logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
     hot = targets[..., None] == jnp.arange(kernel.shape[1])
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -71,13 +71,13 @@ def _loss_and_gradient(kernel, x, targets, weights):
 
 
 def chunk_count(batch: int, time: int, vocabulary: int, devices: int = 1) -> int:
-    """The fewest equal parts of the time axis whose logits, on one of the devices, are at most `LOGITS`."""
+    """The smallest number of equal chunks of the time axis such that a device holds at most `LOGITS` logits."""
     enough = (n for n in range(1, time + 1) if time % n == 0 and batch * (time // n) * vocabulary <= LOGITS * devices)
     return next(enough, time)
 
 
 def _over_chunks(add, total, parts, kernel):
-    """Scans `add` over chunks of the time axis; what it returns beside the total is put together along that axis."""
+    """Scans `add` over chunks of the time axis. Returns the total, and the other results joined along that axis."""
     batch, time = parts[1].shape
     mesh = jax.sharding.get_abstract_mesh()
     count = chunk_count(batch, time, kernel.shape[1], 1 if mesh.empty else mesh.size)

@@ -1,4 +1,4 @@
-"""Text to batches: shuffled windows for training, overlapping windows for validation."""
+"""Batches of a text: shuffled windows for training, overlapping windows for validation."""
 
 import collections
 import concurrent.futures
@@ -15,9 +15,9 @@ from examples.train.text import SEPARATOR, Corpus, Text
 from examples.train.tokenizer import Tokenizer
 
 ROUNDS = 6
-"""Rounds of the Feistel network that shuffles. Four make a permutation that cannot be told from a random one."""
+"""Rounds of the Feistel network that shuffles. After four the permutation looks random (Luby and Rackoff, 1988)."""
 AHEAD = 2
-"""Batches that are on the device before they are asked for."""
+"""Number of batches that wait on the device for their steps."""
 
 
 class Batch(NamedTuple):
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: [batch, context + 1] for training, [batch, context] for validation.
-        starts: of the same shape, True where a document begins; None where nothing asks for documents.
+        starts: of the same shape, True where a document begins. None without --documents.
     """
 
     tokens: Int[Any, "batch time"]
@@ -33,11 +33,10 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Endless batches of one process, a pure function of their number.
+    """The endless batches of one process. A batch depends only on its number.
 
-    Every run of `context` tokens of a text, with the token that follows it, is one window; each epoch shows all of them
-    in an order of its own. A step's batches of all processes hold the windows that one process alone would read in
-    that step.
+    A window is `context` tokens of the text and the token that follows them. Each epoch shows every window once, in a
+    new order. In each step, several processes together read the windows that one process alone would read.
     """
 
     def __init__(self, text: Text, context: int, batch_size: int, seed: int, process=0, processes=1, documents=False):
@@ -47,7 +46,7 @@ class Batches:
         self._next = 0
 
     def at(self, number: int) -> Batch:
-        """The batch of a step, counted from 0."""
+        """The batch of a step. Steps count from 0."""
         drawn = np.arange(number * self._batch_size, (number + 1) * self._batch_size)[self._process :: self._processes]
         epochs, positions = np.divmod(drawn, self._windows)
         starts = np.empty_like(drawn)
@@ -67,17 +66,20 @@ class Batches:
         return self.at(self._next - 1)
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to go on from here, also with another number of processes."""
+        """The state that `set_state` needs to continue from here, even with another number of processes."""
         return {"batches": self._next}
 
     def set_state(self, state: dict[str, Any]):
-        """Goes on after the batches that were read when `get_state` gave this.
+        """Continues after the batches that were read when `get_state` returned this state.
 
         Raises:
-            TrainError: it is not of this kind of iterator.
+            TrainError: another kind of iterator wrote the state.
         """
         if set(state) != {"batches"}:
-            raise TrainError("The checkpoint was written by a version with another order of the data: start anew.")
+            raise TrainError(
+                "The checkpoint was written by a version with another order of the data: start a new run in another "
+                "folder with --run."
+            )
         self._next = state["batches"]
 
 
@@ -89,7 +91,7 @@ def train_batches(
 
 
 class Ahead:
-    """The batches of an iterator, placed by a thread before they are asked for; the state is that of what was read."""
+    """Places the next batches on the devices in a thread. Its state counts only the batches that were read."""
 
     def __init__(self, batches: Batches, place: Callable[[Batch], Batch]):
         self._batches, self._place = batches, place
@@ -104,18 +106,19 @@ class Ahead:
         return self._coming.popleft().result()
 
     def get_state(self) -> dict[str, Any]:
-        """As `Batches.get_state`."""
+        """The same state as that of `Batches.get_state`."""
         return {"batches": self._number}
 
     def close(self):
-        """Lets the thread end."""
+        """Ends the thread."""
         self._pool.shutdown(cancel_futures=True)
 
 
 def permuted(positions: Int[np.ndarray, " n"], size: int, *seed: int) -> Int[np.ndarray, " n"]:
-    """Where positions below `size` come to lie in a random order, without the whole of it in memory.
+    """The places of some positions in a random permutation of `size` elements, without the permutation in memory.
 
-    A Feistel network over the next power of four (Luby and Rackoff, 1988), applied again while the result is too large.
+    A Feistel network permutes the numbers below the next power of four (Luby and Rackoff, 1988). It is applied again
+    to every result that is not below `size`.
     """
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -143,11 +146,11 @@ class ValidationWindows:
     """Windows over a text that score each of its tokens once.
 
     Attributes:
-        inputs: [n, context]; the token before each target.
+        inputs: [n, context], the token before each target.
         targets: [n, context].
-        scored: [n, context]; each token counts in the window where it has the most context.
-        starts: [n, context], which inputs begin a document; None where nothing asks for documents.
-        token_bytes: [vocabulary], bytes of each token; None where each is one byte.
+        scored: [n, context], True in the one window in which the token has the most context.
+        starts: [n, context], True for the inputs that begin a document. None without --documents.
+        token_bytes: [vocabulary], bytes of each token. None if each token is one byte.
     """
 
     inputs: Shaped[np.ndarray, "n context"]
@@ -158,18 +161,18 @@ class ValidationWindows:
 
     @property
     def arrays(self) -> tuple[Batch, np.ndarray, np.ndarray]:
-        """What the model reads, what it is asked for, and what of that counts."""
+        """The inputs of the model, the targets, and which targets are scored."""
         return Batch(self.inputs, self.starts), self.targets, self.scored
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the scored tokens."""
+        """The number of bytes in the scored tokens."""
         if self.token_bytes is None:
             return int(self.scored.sum())
         return int(self.token_bytes[self.targets[self.scored]].sum())
 
     def subset(self, count: int) -> "ValidationWindows":
-        """At most `count` of the windows, evenly spread."""
+        """At most `count` windows, evenly spread over the text."""
         chosen = np.unique(np.linspace(0, len(self.inputs) - 1, count).astype(int))
         starts = None if self.starts is None else self.starts[chosen]
         parts = self.inputs[chosen], self.targets[chosen], self.scored[chosen]
@@ -179,13 +182,13 @@ class ValidationWindows:
 def validation_windows(
     text: Text, context: int, *, documents: bool = False, start: int = SEPARATOR, token_bytes: np.ndarray | None = None
 ) -> ValidationWindows:
-    """Windows that overlap by half, so that all tokens but the first few have at least context / 2 tokens before them.
+    """Windows that overlap by half. Only the first tokens of a text have fewer than context / 2 tokens before them.
 
     Args:
-        text: to be judged by.
+        text: the held-out text.
         context: tokens of a window.
-        documents: whether the model keeps documents apart; the tokens that begin them are then not scored.
-        start: the token that stands before the first of the text.
+        documents: whether the model keeps documents apart. The tokens that begin a document are then not scored.
+        start: the token before the first token of the text.
         token_bytes: see `ValidationWindows`.
     """
     length, stride = len(text.tokens), (context + 1) // 2
@@ -203,7 +206,7 @@ def validation_windows(
 
 
 def held_out_windows(config: Config, tokenizer: Tokenizer, text: Text) -> ValidationWindows:
-    """`validation_windows` as a run's options and tokenizer ask for them."""
+    """The `validation_windows` that fit the options and the tokenizer of a run."""
     return validation_windows(
         text,
         config.model.context,
@@ -214,7 +217,7 @@ def held_out_windows(config: Config, tokenizer: Tokenizer, text: Text) -> Valida
 
 
 def check_length(corpus: Corpus, context: int, unit: str = "bytes"):
-    """Refuses a corpus that does not fill one window of training and one token of validation.
+    """Refuses a corpus that has less than one training window or no validation token.
 
     Raises:
         TrainError: the text is too short.
@@ -222,6 +225,6 @@ def check_length(corpus: Corpus, context: int, unit: str = "bytes"):
     train, validation = len(corpus.train.tokens), len(corpus.validation.tokens)
     if train <= context or not validation:
         raise TrainError(
-            f"The text has {train} {unit} to train on and {validation} to validate, but "
-            f"model.context={context} needs more than {context} and 0: give more text or a smaller --model.context."
+            f"The text has {train} {unit} to train on and {validation} to validate on, but model.context={context} "
+            f"needs at least {context + 1} and 1: give more text or a smaller --model.context."
         )

@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, JSON lines and Parquet, read piece by piece."""
+"""Reads the documents of files piece by piece: plain text, JSON lines and Parquet."""
 
 import gzip
 import importlib
@@ -12,19 +12,20 @@ from typing import Any
 from examples.train.errors import TrainError
 
 PIECE = 2**20
-"""Bytes of a text file that are read at once."""
+"""Number of bytes that are read from a text file at once."""
 
 Pieces = Iterator[tuple[bool, bytes]]
-"""Parts of documents in order, each with whether it begins one."""
+"""Pieces of documents in order. The flag of a piece says whether it begins a document."""
 
 
 def read_documents(files: list[Path], column: str) -> Pieces:
-    """The documents of files: a text file is one, a JSON line or a row of a Parquet file is one.
+    """The documents of files. A text file, a JSON line and a row of a Parquet file are one document each.
 
-    Text files with a NUL byte are binary and left out.
+    A text file with a NUL byte is binary and is left out.
 
     Args:
-        files: in their order; .jsonl, .jsonl.gz, .jsonl.zst and .parquet are told by their names, all else is text.
+        files: in the order to read. The endings .jsonl, .jsonl.gz, .jsonl.zst and .parquet mark rows. Other files are
+            plain text.
         column: the field or column that holds the text.
 
     Raises:
@@ -34,7 +35,7 @@ def read_documents(files: list[Path], column: str) -> Pieces:
         try:
             yield from _reader(file)(file, column)
         except OSError as error:
-            raise TrainError(f"The text could not be read: {error}.") from error
+            raise TrainError(f"{file} cannot be read ({error}): make it readable or leave it out of --data.") from error
 
 
 def is_text(file: Path) -> bool:
@@ -65,7 +66,7 @@ def _json_lines(file: Path, column: str) -> Pieces:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield True, _field(line, f"{file}, line {number}", column)
-        except (EOFError, OSError, zlib.error) as error:  # what the decompressors raise, pyarrow's among them
+        except (EOFError, OSError, zlib.error) as error:  # the decompressors of Python and pyarrow raise these
             raise TrainError(f"{file} is damaged ({error}): restore it or leave it out of --data.") from error
 
 
@@ -73,10 +74,13 @@ def _field(line: bytes, where: str, column: str) -> bytes:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise TrainError(f"{where} is no JSON ({error}): mend it or leave the file out of --data.") from error
+        raise TrainError(f"{where} is not JSON ({error}): repair it or leave the file out of --data.") from error
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         names = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise TrainError(f"{where} has no text under {column!r} but {names or 'nothing'}: name it with --data-column.")
+        raise TrainError(
+            f"{where} has no text in the field {column!r}. It holds {names or 'nothing'}: name the field with "
+            "--data-column."
+        )
     return row[column].encode(errors="surrogatepass")
 
 
@@ -88,8 +92,8 @@ def _parquet(file: Path, column: str) -> Pieces:
         fields = [field.name for field in table.schema_arrow if any(kind(field.type) for kind in kinds)]
         if column not in fields:
             raise TrainError(
-                f"{file} has no text under {column!r} but in {', '.join(fields) or 'no column'}: name it with "
-                "--data-column."
+                f"{file} has no text in the column {column!r}. Columns with text: {', '.join(fields) or 'none'}. Name "
+                "one with --data-column."
             )
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0):
@@ -98,7 +102,9 @@ def _parquet(file: Path, column: str) -> Pieces:
                     yield True, text.encode() if isinstance(text, str) else text
     except (pyarrow.ArrowException, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise TrainError(f"{file} is no readable Parquet file ({first}): restore it or leave it out.") from error
+        raise TrainError(
+            f"{file} is not a readable Parquet file ({first}): restore it or leave it out of --data."
+        ) from error
 
 
 def _opened(file: Path) -> Any:
@@ -113,4 +119,4 @@ def _imported(name: str, file: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise TrainError(f"{file} needs the package pyarrow: install jax-latent-moe[data].") from error
+        raise TrainError(f"{file} needs the package pyarrow: pip install 'jax-latent-moe[data]'.") from error

@@ -1,8 +1,8 @@
-"""What the trainer raises for things its user can put right; `main` prints the sentence and leaves."""
+"""The trainer's exception for problems that the user can solve. `main` prints its message and exits."""
 
 
 class TrainError(Exception):
-    """A wrong option, missing data, a diverged or a damaged run: one sentence with the way out.
+    """An option is wrong, data is missing, or a run has diverged or is damaged. The message says what to do.
 
-    Not a ValueError: tyro would catch that and draw a box of its own.
+    It is not a ValueError, because tyro catches ValueErrors and prints them in a box of its own.
     """

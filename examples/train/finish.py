@@ -1,30 +1,35 @@
-"""The end of a run: validation on the whole held-out text, a sample, the plots, one line."""
+"""The end of a run: validation on all held-out text, a sample, the figures and the report."""
 
 import bz2
 import lzma
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
+from matplotlib.figure import Figure
 
-from examples.train import plots
+from examples.train import heat_maps, plots, report
 from examples.train.checkpoint import Snapshot
 from examples.train.config import Config
-from examples.train.data import held_out_windows
+from examples.train.data import ValidationWindows, held_out_windows
 from examples.train.generate import make_generate
-from examples.train.metrics import read_records
+from examples.train.metrics import read_records, write_texts
 from examples.train.model import LanguageModel
 from examples.train.placing import whole_on_one_device
 from examples.train.processes import is_first_process
-from examples.train.step import make_bits_per_byte
+from examples.train.progress import busy, duration
+from examples.train.routing_map import count_routing
+from examples.train.step import TrainState, make_bits_per_byte
 from examples.train.text import Corpus
-from examples.train.tokenizer import Tokenizer
+from examples.train.tokenizer import Tokenizer, encode_corpus
 
-LOSS_PLOT, LOAD_PLOT, SPEED_PLOT, SAMPLE = "loss.png", "expert_load.png", "throughput.png", "sample.txt"
+SAMPLE, REPORT = "sample.txt", "report.html"
+FIGURES = {"Loss": "loss.png", "Load": "expert_load.png", "Routing": "routing.png", "Speed": "throughput.png"}
 PROMPT_BYTES = 32
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """What `xz -9e` and `bzip2 -9` need for the text alone, without having seen any other."""
+    """The bits per byte of the text after `xz -9e` and `bzip2 -9`, which see no other text."""
     sizes = {
         "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
         "bzip2 -9": len(bz2.compress(text, 9)),
@@ -35,44 +40,90 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 def finish(
     config: Config, model: LanguageModel, corpus: Corpus, tokenizer: Tokenizer, last: Snapshot, mesh: Mesh
 ) -> float:
-    """Writes the plots and a sample, prints the sample and the last line; of several processes, the first does.
+    """Validates, then writes and prints the sample, the figures and the report. Only the first process writes.
 
     Args:
-        config: of the run.
+        config: the options of the run.
         model: the network.
-        corpus: as bytes.
-        tokenizer: of the model.
+        corpus: the texts as bytes.
+        tokenizer: the tokenizer of the model.
         last: the state after the last step.
-        mesh: where it lies.
+        mesh: the mesh of the state.
 
     Returns:
-        Validation bits per byte: each byte of the held-out text scored once, from at most `context` bytes before it.
+        Validation bits per byte. Each byte of the held-out text is scored once, after at most `context` bytes.
     """
-    windows = held_out_windows(config, tokenizer, tokenizer.corpus(corpus).validation)
-    with jax.set_mesh(mesh):
-        bits = make_bits_per_byte(model, config.batch_size, mesh)(last.state, windows)
+    texts = encode_corpus(corpus, tokenizer).validations
+    windows = {name: held_out_windows(config, tokenizer, text) for name, text in texts.items()}
+    with busy("Validating on all held-out text"), jax.set_mesh(mesh):
+        bits_per_byte = make_bits_per_byte(model, config.batch_size, mesh)
+        bits = {name: bits_per_byte(last.state, of_text) for name, of_text in windows.items()}
         state = whole_on_one_device(last.state)
     if not is_first_process():
-        return bits
-    folder, records = config.folder, read_records(config.folder)
-    text = corpus.validation.tokens.tobytes()
-    references = compressed_bits_per_byte(text)
+        return bits[""]
+    folder, step, held_out = config.folder, int(state.step), corpus.validation.tokens.tobytes()
+    references = compressed_bits_per_byte(held_out)
+    with busy("Writing a sample, the figures and the report"):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        generate = make_generate(model, tokenizer, config.sample_bytes)
+        sample = generate(state, held_out[:PROMPT_BYTES], key).decode("utf-8", errors="replace")
+        (folder / SAMPLE).write_text(sample + "\n")
+        write_texts(folder, {"sample": sample}, step)
+        figures = make_figures(config, model, state, windows[""], tokenizer, references, bits[""])
+        for name, figure in figures.items():
+            figure.savefig(folder / FIGURES[name], dpi=plots.DPI)
+        result = describe_result(bits, references, step, last.seconds)
+        facts = describe_run(config, state, bits, references, last.seconds)
+        page = report.report_page(folder.name, result, facts, figures, sample, config)
+        (folder / REPORT).write_text(page)
+    written = [SAMPLE, *(FIGURES[name] for name in figures), REPORT]
+    print(f"\n{sample}\n\n{folder} holds {', '.join(written)}. Open {folder / REPORT} in a browser.")
+    print(result)
+    return bits[""]
 
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    generate = make_generate(model, tokenizer, config.sample_bytes)
-    sample = generate(state, text[:PROMPT_BYTES], key).decode("utf-8", errors="replace")
-    (folder / SAMPLE).write_text(sample + "\n")
-    written = [LOSS_PLOT, SPEED_PLOT, SAMPLE, "checkpoints"]
-    plots.plot_loss(records, references, folder / LOSS_PLOT)
-    plots.plot_throughput(records, folder / SPEED_PLOT)
+
+def make_figures(
+    config: Config,
+    model: LanguageModel,
+    state: TrainState,
+    windows: ValidationWindows,
+    tokenizer: Tokenizer,
+    references: Mapping[str, float],
+    bits: float,
+) -> dict[str, Figure]:
+    """The figures of a run, by the names in `FIGURES`. A dense model has no loads and no routing."""
+    records = read_records(config.folder)
+    figures = {"Loss": plots.loss_figure(records, references, bits)}
     if any("loads" in record for record in records):
-        plots.plot_loads(records, folder / LOAD_PLOT)
-        written.insert(1, LOAD_PLOT)
+        figures["Load"] = heat_maps.load_figure(records)
+        figures["Routing"] = heat_maps.routing_figure(count_routing(model, state, windows, tokenizer))
+    return figures | {"Speed": plots.throughput_figure(records)}
 
-    print(f"\n{sample}\n\nIn {folder}: {', '.join(written)}.")
+
+def describe_result(bits: Mapping[str, float], references: Mapping[str, float], step: int, seconds: float) -> str:
+    """The result of a run in one line."""
     compared = ", ".join(f"{name} {value:.3f}" for name, value in references.items())
-    print(
-        f"Validation: {bits:.3f} bits per byte after {int(state.step)} steps and {last.seconds:.0f} s of training; "
-        f"the text alone takes {compared}."
+    more = "".join(f" On {name}: {value:.3f}." for name, value in bits.items() if name)
+    return (
+        f"Validation: {bits['']:.3f} bits per byte after {step} steps and {seconds:.0f} s of training; "
+        f"the text alone takes {compared}.{more}"
     )
-    return bits
+
+
+def describe_run(
+    config: Config, state: TrainState, bits: Mapping[str, float], references: Mapping[str, float], seconds: float
+) -> dict[str, str]:
+    """Numbers about a run for the table of its report."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    losses = {f"bits per byte, {name or 'held-out text'}": f"{value:.3f}" for name, value in bits.items()}
+    return {
+        **losses,
+        **{f"bits per byte, {name}": f"{value:.3f}" for name, value in references.items()},
+        "feed-forward": config.mlp,
+        "parameters": f"{size / 1e6:.2f} M",
+        "text": config.data,
+        "steps": f"{int(state.step)} of {config.batch_size} x {config.model.context} tokens",
+        "training time": duration(seconds),
+        "speed": plots.throughput(read_records(config.folder)),
+        "device": jax.local_devices()[0].device_kind,
+    }

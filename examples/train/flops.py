@@ -1,4 +1,4 @@
-"""Floating-point operations of a model and of a GPU, for the share of the GPU that a run uses (MFU)."""
+"""Floating-point operations of a model and the peak of a GPU. Their quotient is the MFU of a run."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ PEAKS = {
     "L40S": 362e12,
     "L4": 121e12,
 }
-"""Dense bfloat16 operations a second by the datasheets, by a part of JAX's name of the device."""
+"""Dense bfloat16 operations a second, from the datasheets. A key is part of JAX's name of the device."""
 
 
 def flops_per_token(model: LanguageModel) -> int:
     """Operations for one token in training: three times the matrix products of a forward pass.
 
-    Causal attention counts half of its square; nothing that is computed again counts.
+    Causal attention counts half of its square. Recomputation does not count.
     """
     d, context = model.model.hidden_size, model.model.context
     mlp = matmul_flops_per_token(model.moe) if model.moe else 4 * d * dense_width(model.model)
@@ -35,7 +35,7 @@ def flops_per_token(model: LanguageModel) -> int:
 
 
 def peak_flops(device: Any) -> float | None:
-    """Operations a second at most; None for a device without a row, such as a CPU."""
+    """The most operations a second of a device. None if `PEAKS` does not list it; no CPU is listed."""
     if device.platform != "gpu":
         return None
     names = sorted((name for name in PEAKS if name in device.device_kind), key=len)

@@ -16,7 +16,7 @@ from examples.train.errors import TrainError
 from examples.train.model import LanguageModel, language_model
 from examples.train.optimizer import make_optimizer
 from examples.train.ranges import RUN, check_number, check_text
-from examples.train.run_folder import read_config
+from examples.train.run_folder import read_config, runs_here
 from examples.train.step import TrainState, compiled_once, init_state, predict
 from examples.train.tokenizer import Bytes, Tokenizer, load_tokenizer
 from jax_latent_moe.errors import LatentMoEError
@@ -24,7 +24,7 @@ from jax_latent_moe.errors import LatentMoEError
 
 @compiled_once
 def make_sample(model: LanguageModel, length: int, temperature: float):
-    """The compiled part of `make_generate`: from a window of tokens to the `length` tokens after it."""
+    """The compiled part of `make_generate`. It continues a window of tokens by `length` tokens."""
     context = model.model.context
 
     @jax.jit
@@ -46,9 +46,9 @@ def make_sample(model: LanguageModel, length: int, temperature: float):
 def make_generate(
     model: LanguageModel, tokenizer: Tokenizer, length: int, temperature: float = 0.8
 ) -> Callable[..., bytes]:
-    """A function of (state, prompt, key) that continues a prompt by `length` bytes, the same for the same key.
+    """A function of (state, prompt, key) that continues a prompt by `length` bytes. The same key gives the same bytes.
 
-    Each token is drawn from softmax(logits / temperature), seen from the last `context` tokens.
+    Each token is drawn from softmax(logits / temperature). The model sees the last `context` tokens.
     """
     context, sample = model.model.context, make_sample(model, length, temperature)
 
@@ -57,7 +57,7 @@ def make_generate(
         window = np.zeros(context, np.int32)
         window[: len(seen)] = seen
         drawn = sample(state, jnp.asarray(window), jnp.asarray(len(seen)), key)
-        return prompt + tokenizer.decode(np.asarray(drawn))[:length]  # a token is a byte or more
+        return prompt + tokenizer.decode(np.asarray(drawn))[:length]  # a token has at least one byte
 
     return continued
 
@@ -70,12 +70,12 @@ def load(folder: Path) -> tuple[LanguageModel, TrainState, Tokenizer]:
     """
     config = read_config(folder)
     tokenizer = Bytes() if config.bpe_tokens is None else load_tokenizer(folder, config.bpe_tokens)
-    # What the run trained with may not run here.
+    # The attention of the run may not run on this machine.
     model = language_model(dataclasses.replace(config, attention="auto"), tokenizer.vocabulary)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         if checkpoints.newest is None:
-            raise TrainError(f"The run in {folder} has no checkpoint yet: let it train to the first one.")
+            raise TrainError(f"The run in {folder} has no checkpoint yet: train it until its first checkpoint.")
         optimizer = make_optimizer(config.optimizer, config.steps)
         shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
         return model, checkpoints.restore(shapes).state, tokenizer
@@ -84,21 +84,32 @@ def load(folder: Path) -> tuple[LanguageModel, TrainState, Tokenizer]:
 
 
 def generate(
-    run: tyro.conf.Positional[Path], prompt: str = "", length: int = 400, temperature: float = 0.8, seed: int = 0
+    run: tyro.conf.Positional[Path | None] = None,
+    prompt: str = "",
+    length: int = 400,
+    temperature: float = 0.8,
+    seed: int = 0,
 ):
-    """Prints text from the newest checkpoint of a run.
+    """Prints text that the model of a run writes. It reads the newest checkpoint.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, such as runs/shakespeare-cpu-latent_moe.
         prompt: text to continue.
-        length: bytes to generate.
-        temperature: below 1 the likely bytes become likelier.
-        seed: another seed, another text.
+        length: number of bytes to write.
+        temperature: a value below 1 favours likely bytes, a value above 1 unlikely ones.
+        seed: seed of the text. Another seed gives another text.
+
+    Raises:
+        TrainError: the folder is missing or holds no run with a checkpoint, or another option is wrong.
     """
+    if run is None:
+        raise TrainError(
+            f"Give the folder of a run: python -m examples.train.generate runs/NAME --prompt TEXT. {runs_here()}"
+        )
     check_text("prompt", prompt)
     check_number("seed", seed, RUN["seed"])
     if length < 1 or not temperature > 0:
-        raise TrainError(f"--length {length} must be at least 1 and --temperature {temperature} more than 0.")
+        raise TrainError(f"--length {length} must be at least 1, and --temperature {temperature} more than 0.")
     model, state, tokenizer = load(run)
     text = make_generate(model, tokenizer, length, temperature)(state, prompt.encode(), jax.random.key(seed))
     print(text.decode("utf-8", errors="replace"))

@@ -1,8 +1,7 @@
-"""A model's first parameters, drawn by a program whose size does not grow with the depth.
+"""Draws the first parameters of a model, with a program whose size does not grow with the depth.
 
-`LanguageModel.init` draws each parameter of each layer in code of its own, which XLA compiles for minutes on a GPU.
-Here the blocks after the first, which are alike, are drawn in a loop. Layers one by one and layers under a scan get the
-same values.
+`LanguageModel.init` has separate code for each parameter of each layer, which XLA compiles for minutes on a GPU. All
+blocks after the first are alike, so this module draws them in a loop. Unrolled and scanned layers get the same values.
 """
 
 import dataclasses
@@ -19,13 +18,13 @@ from examples.train.placing import LAYERS
 
 
 def alone(model: LanguageModel) -> LanguageModel:
-    """The model without a mesh, on operations that run anywhere."""
+    """The same model without a mesh, with operations that run on any device."""
     moe = None if model.moe is None else dataclasses.replace(model.moe, parallel=None)
     return model.clone(moe=moe, attention="blocks", remat="none")
 
 
 def shapes(model: LanguageModel) -> PyTree:
-    """Shapes of the model's variables, in Flax's boxes."""
+    """The shapes of the model's variables, in Flax's boxes."""
     tokens = jax.ShapeDtypeStruct((1, model.model.context), jnp.int32)
     return jax.eval_shape(alone(model).init, jax.random.key(0), tokens)
 

@@ -1,4 +1,4 @@
-"""The feed-forwards that can be compared: a latent MoE, and a plain MoE and a dense one of equal active FLOPs."""
+"""The feed-forwards to compare: a latent MoE, and a plain MoE and a dense one with the same active FLOPs."""
 
 import math
 
@@ -9,20 +9,23 @@ from jax_latent_moe.config import as_backend
 
 
 def residual_scale(model: ModelConfig) -> float:
-    """Factor on the kernels that write to the residual stream, two in each block, so that it starts with variance 1."""
+    """The scale of the kernels that write to the residual stream, which then starts with variance 1.
+
+    Two kernels of each block write to it.
+    """
     return 1 / math.sqrt(2 * model.layers)
 
 
 def moe_config(config: Config) -> LatentMoEConfig | None:
-    """The configuration of the MoE layer that `config.mlp` names; None for dense.
+    """The configuration of the MoE layer that `config.mlp` names. None for dense.
 
-    "moe" has no latent width and, as in the LatentMoE paper (arXiv 2601.18089), the same expert FLOPs and parameters:
-    experts and choices shrink by latent_size / hidden_size. What the latent model spends on its projections and its
-    wider router goes to the shared expert.
+    "moe" has no latent width. As in the LatentMoE paper (arXiv 2601.18089), its experts have the FLOPs and parameters
+    of the latent ones: num_experts and top_k shrink by latent_size / hidden_size. The latent model also has projections
+    and a wider router. The shared expert of "moe" is wider by the same FLOPs.
 
     Raises:
-        TrainError: "moe" would need a fraction of an expert.
-        jax_latent_moe.errors.ConfigError: the sizes make no layer.
+        TrainError: the sizes of "moe" are not whole numbers.
+        jax_latent_moe.errors.ConfigError: the sizes do not fit together.
     """
     model, mlp = config.model, config.mlp
     if mlp == "dense":
@@ -32,8 +35,8 @@ def moe_config(config: Config) -> LatentMoEConfig | None:
     if mlp == "moe":
         if experts * latent % d or top_k * latent % d or (experts - experts * latent // d) % 2:
             raise TrainError(
-                f"--mlp moe has model.num_experts and model.top_k times latent_size / hidden_size = {latent}/{d}: "
-                f"{experts} and {top_k} must stay whole (and drop by an even number of experts)."
+                f"--mlp moe multiplies model.num_experts={experts} and model.top_k={top_k} by latent_size / "
+                f"hidden_size = {latent}/{d}: choose sizes that stay whole, and that remove an even number of experts."
             )
         experts, top_k = experts * latent // d, top_k * latent // d
         shared += latent + (model.num_experts - experts) // 2
@@ -47,7 +50,7 @@ def moe_config(config: Config) -> LatentMoEConfig | None:
         activation="relu2",
         latent_norm="none" if mlp == "moe" else model.latent_norm,
         router=RouterConfig(
-            norm_topk_prob=top_k > 1,  # a single weight, normalised, would be 1
+            norm_topk_prob=top_k > 1,  # normalised, a single weight would always be 1
             routed_scaling_factor=model.routed_scaling_factor,
             switch_loss_coef=config.switch_loss_coef,
             bias_update_rate=config.bias_update_rate,
@@ -60,7 +63,7 @@ def moe_config(config: Config) -> LatentMoEConfig | None:
 
 
 def dense_width(model: ModelConfig) -> int:
-    """Inner width of a dense feed-forward with the active FLOPs of the latent MoE: router, projections, experts."""
+    """The inner width of a dense feed-forward with the active FLOPs of the latent MoE: router, projections, experts."""
     d, latent = model.hidden_size, model.latent_size
     routed = model.num_experts * d + 2 * d * latent + 2 * latent * model.top_k * model.expert_intermediate_size
     return model.shared_expert_intermediate_size + round(routed / (2 * d))

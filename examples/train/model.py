@@ -20,9 +20,10 @@ from jax_latent_moe import LatentMoEConfig
 from jax_latent_moe.linen import LatentMoE
 
 BYTES = 256
-"""The vocabulary without a tokenizer."""
+"""Size of the vocabulary without a tokenizer."""
 KEPT = ("attention", "latent_moe_latent", "latent_moe_residual")
-"""What --remat cheap keeps beside the results of matmuls: making it again takes attention or grouped matmuls."""
+"""Names of values that --remat cheap keeps beside the results of matmuls. Recomputing them would take attention or
+grouped matmuls."""
 
 
 class SelfAttention(nn.Module):
@@ -35,7 +36,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time d"], table, documents) -> Float[Array, "batch time d"]:
-        """Each position reads those before it."""
+        """Each position reads itself and the positions before it."""
         features = (3, self.heads, x.shape[-1] // self.heads)
         qkv = nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
         q = rotate(RMSNorm(name="q_norm")(qkv[:, :, 0]), table)
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """Two matrices around a squared ReLU, as in the experts."""
+    """Two matrices around a squared ReLU, which is also the activation of the experts."""
 
     width: int
     dtype: str
@@ -56,13 +57,13 @@ class DenseMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time d"]) -> Float[Array, "batch time d"]:
-        """Each position for itself."""
+        """Applies the matrices to each position."""
         h = jnp.square(nn.relu(nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="w_in")(x)))
         return nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=self.output_init, name="w_out")(h)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream."""
+    """Attention and a feed-forward. Each reads the normalised residual stream and adds to it."""
 
     model: ModelConfig
     moe: LatentMoEConfig | None
@@ -71,7 +72,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time d"], table, documents) -> tuple[Float[Array, "batch time d"], None]:
-        """One block, and nothing to stack; dropout needs a "dropout" key unless deterministic."""
+        """Returns the output, and None because a scan stacks nothing. Dropout needs a "dropout" key."""
         heads, dtype = self.model.heads, self.model.dtype
         output_init = nn.initializers.variance_scaling(residual_scale(self.model) ** 2, "fan_in", "truncated_normal")
         drop = Dropout(self.model.dropout, self.deterministic)
@@ -93,19 +94,19 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time d"]:
-        """Looks the rows up."""
+        """Looks up the row of each token."""
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
         return embed(self.param("embedding", init, (self.rows, self.width)), tokens, self.dtype)
 
 
 class Head(nn.Module):
-    """Scores of all tokens; or, of known tokens, their loss."""
+    """The output head. It gives the logits of all tokens, or the loss of given targets."""
 
     vocabulary: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time d"], targets=None, weights=None) -> Array:
-        """Logits in float32, or the weighted sum of cross-entropies."""
+        """Without targets: the logits in float32. With targets: the weighted sum of cross-entropies."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.vocabulary))
         if targets is None:
             return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -113,16 +114,16 @@ class Head(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Scores of the next token at each position.
+    """Predicts the next token at each position.
 
     Attributes:
-        model: its shape.
-        moe: the feed-forward of every block but the first; None is dense.
-        vocabulary: how many tokens there are.
-        attention: the implementation.
-        scan_layers: whether the blocks but the first are one, compiled once and scanned over stacked parameters.
-        remat: what the backward pass computes again: nothing; "cheap", norms, rotations and activations; "layer",
-            all of a block.
+        model: the shape of the model.
+        moe: the feed-forward of every block but the first. None makes it dense.
+        vocabulary: the number of tokens.
+        attention: the implementation of attention.
+        scan_layers: whether the blocks after the first are compiled once and scanned over stacked parameters.
+        remat: what the backward pass recomputes. "none" recomputes nothing, "cheap" recomputes norms, rotations and
+            activations, and "layer" recomputes a whole block.
     """
 
     model: ModelConfig
@@ -142,16 +143,18 @@ class LanguageModel(nn.Module):
         weights: Float[Array, "batch time"] | None = None,
         documents: Int[Array, "batch time"] | None = None,
     ) -> Array:
-        """Logits [batch, time, vocabulary] in float32; with targets, the sum of weight times cross-entropy in nats.
+        """Returns the logits [batch, time, vocabulary] in float32.
 
-        The layers sow their auxiliary losses and loads as `LatentMoE` does.
+        With targets, it returns the sum of weight times cross-entropy in nats instead. The layers sow their auxiliary
+        losses and loads as `LatentMoE` does.
 
         Args:
-            tokens: what is read.
-            deterministic: no dropout; else a key "dropout" is needed.
-            targets: what comes after each token.
-            weights: of each position in the sum, float32.
-            documents: number of each token's document, which attention does not leave; None where all are of one.
+            tokens: the tokens to read.
+            deterministic: True switches dropout off. False needs a "dropout" key.
+            targets: the token after each position.
+            weights: the weight of each position in the sum, in float32.
+            documents: the number of each token's document. Attention stays within a document. None puts all tokens into
+                one document.
         """
         config, dtype = self.model, self.model.dtype
         x = Embedding(self.vocabulary, config.hidden_size, dtype, name="embed")(tokens)
@@ -174,7 +177,7 @@ class LanguageModel(nn.Module):
         return Head(self.vocabulary, name="head")(x, targets, weights)
 
     def _block(self):
-        """The class of a block, which its backward pass computes again as `remat` says."""
+        """The class of a block, with the recomputation that `remat` names."""
         if self.remat == "none":
             return Block
         policies = jax.checkpoint_policies
@@ -185,10 +188,10 @@ class LanguageModel(nn.Module):
 
 
 def language_model(config: Config, vocabulary: int = BYTES) -> LanguageModel:
-    """The model that the options ask for.
+    """The model that the options describe.
 
     Raises:
-        TrainError: the attention that they name cannot run here, or the sizes make no layer.
+        TrainError: the chosen attention cannot run here, or the sizes do not fit together.
     """
     attention = choose_attention(config.attention, config.model)
     return LanguageModel(config.model, moe_config(config), vocabulary, attention, config.scan_layers, config.remat)

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and dropout, in as few passes over memory as XLA fuses them into."""
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and dropout, in forms that XLA fuses into few passes over memory."""
 
 import flax.linen as nn
 import jax
@@ -7,14 +7,14 @@ from jaxtyping import Array, Float
 
 EPSILON = 1e-6
 STEPS = 256
-"""Dropout's chance is a multiple of 1 / 256: four elements share one 32-bit random number."""
+"""The probability of dropout is a multiple of 1 / 256, because four elements share one 32-bit random number."""
 
 
 @jax.custom_vjp
 def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"]) -> Float[Array, "*batch d"]:
-    """RMSNorm: x over the root of its mean square, times scale; computed in float32, returned in x's dtype.
+    """RMSNorm: x over the root of its mean square, times scale. It computes in float32 and returns x's dtype.
 
-    The backward pass keeps x alone: both of its sums over a row then come from one pass over x and the gradient.
+    The forward pass keeps only x. The backward pass computes both sums over a row in one pass over x and the gradient.
     """
     wide = x.astype(jnp.float32)
     return (wide * _inverse_root(wide) * scale).astype(x.dtype)
@@ -42,20 +42,20 @@ rms_norm.defvjp(_forward, _backward)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learnt scale."""
+    """`rms_norm` with a trained scale."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Norms the last axis."""
+        """Normalises the last axis."""
         return rms_norm(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
 
 
 class Dropout(nn.Module):
-    """Zeroes elements by chance and scales the others so that their mean stays; needs a "dropout" key.
+    """Sets random elements to zero and scales the others, which keeps the mean. It needs a "dropout" key.
 
     Attributes:
-        rate: the chance, rounded to a multiple of 1 / 256.
-        deterministic: whether it passes everything on.
+        rate: the probability that an element becomes zero, rounded to a multiple of 1 / 256.
+        deterministic: True returns the input unchanged.
     """
 
     rate: float
@@ -63,7 +63,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Drops elements of x."""
+        """Applies dropout to x."""
         dropped = round(self.rate * STEPS)
         if self.deterministic or not dropped:
             return x

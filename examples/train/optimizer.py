@@ -1,4 +1,4 @@
-"""adamw or muon, warm-up and cosine decay, clipping."""
+"""The optimiser: adamw or muon, with warm-up, cosine decay and clipping."""
 
 import functools
 
@@ -11,26 +11,26 @@ from optax.contrib import MuonDimensionNumbers, muon
 from examples.train.config import OptimizerConfig
 from examples.train.placing import is_stacked
 
-# Moonlight (arXiv 2502.16982): with this root mean square, muon's updates are as large as adamw's, so that both can
-# share one learning rate.
+# With this root mean square, the updates of muon are as large as those of adamw (Moonlight, arXiv 2502.16982). One
+# learning rate then serves both.
 MUON_RMS = 0.2
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to `final_fraction` of the peak at the last step."""
+    """Linear warm-up to the peak, then a cosine down to `final_fraction` of the peak at the last step."""
     warmup = min(config.warmup_steps, steps - 1)
     peak = config.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak * config.final_fraction)
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> Float[np.ndarray, " steps+1"]:
-    """`learning_rate` of all steps at once, so that none is computed on the device later."""
+    """The `learning_rate` of all steps, computed at once so that the training loop needs no device for it."""
     return np.asarray(jax.jit(jax.vmap(learning_rate(config, steps)))(np.arange(steps + 1)))
 
 
 @functools.cache
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then muon or adamw."""
+    """The transformation: clipping by the global norm, then muon or adamw."""
     schedule = learning_rate(config, steps)
     if config.name == "muon":
         update = muon(
@@ -48,15 +48,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def is_matrix(params: PyTree) -> PyTree:
-    """True for kernels and embeddings, False for the scales of norms, which do not decay."""
+    """True for kernels and embeddings. False for the scales of norms, which do not decay."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim - is_stacked(path) > 1, params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
-    """Which axes of each parameter are the input and the output of a matrix; None leaves it to adamw.
+    """The input and output axes of each parameter that muon trains. None leaves a parameter to adamw.
 
-    Axes that are neither count as many matrices, each orthogonalised for itself: the experts of w_in and w_out, the
-    gate and the up kernel of a gated w_in, the query, key and value kernels of attention.
+    Every other axis counts separate matrices, and muon orthogonalises each of them alone. These are the experts of w_in
+    and w_out, the gate and up kernels of a gated w_in, and the query, key and value kernels of attention.
     """
     return jax.tree_util.tree_map_with_path(_dimensions, params)
 

@@ -1,4 +1,4 @@
-"""The run's mesh, and where state and batches lie on it."""
+"""The mesh of a run, and the shardings of state and batches on it."""
 
 import functools
 import math
@@ -16,22 +16,21 @@ from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.parallel import axis_sizes, logical_axis_rules, mesh_sizes, token_spec
 
 PARALLEL = ParallelConfig()
-
-
 LAYERS = "blocks"
-"""Where a model keeps the parameters of scanned blocks, stacked along their first axis."""
+"""Name of the scanned blocks in the parameter tree. Their parameters are stacked along the first axis."""
 
 
 def make_mesh(text: str, batch_size: int, accumulate: int = 1) -> Mesh:
-    """The mesh that --mesh names: axes data, fsdp, expert and tensor in this order, tensor within a host.
+    """The mesh that --mesh describes. Its axes are data, fsdp, expert and tensor, in this order.
 
     Args:
-        text: such as "data=2,expert=4"; empty is the first device, or data over all devices of several processes.
-        batch_size: windows of a step, which the devices and processes must divide.
-        accumulate: parts of a batch, each of which the devices must divide.
+        text: such as "data=2,expert=4". Empty text takes the first device. With several processes it takes all devices
+            along the data axis.
+        batch_size: windows in a step, a multiple of the numbers of devices and processes.
+        accumulate: parts of a batch. The devices must divide each part.
 
     Raises:
-        TrainError: it does not read, or does not fit the devices, the processes or the batch.
+        TrainError: the text is malformed, or the mesh does not fit the devices, the processes or the batch.
     """
     try:
         named = mesh_sizes(text)
@@ -43,16 +42,19 @@ def make_mesh(text: str, batch_size: int, accumulate: int = 1) -> Mesh:
     needed, there = math.prod(sizes), jax.device_count()
     if needed > there or (jax.process_count() > 1 and needed < there):
         raise TrainError(
-            f"--mesh {text} takes {needed} devices and there are {there}: several processes must use all of theirs."
+            f"--mesh {text} takes {needed} devices and there are {there}: choose a mesh of at most {there} devices. "
+            "Several processes must use all of them."
         )
     if jax.process_count() > 1 and jax.local_device_count() % sizes[-1]:
-        raise TrainError(f"--mesh {text}: tensor={sizes[-1]} must divide the {jax.local_device_count()} of a process.")
+        raise TrainError(
+            f"--mesh {text}: tensor={sizes[-1]} must divide the {jax.local_device_count()} devices of a process."
+        )
     mesh = jax.make_mesh(sizes, PARALLEL.axes, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:needed])
     splits = math.prod(sizes[:3])
     if accumulate > 1 and batch_size % (splits * accumulate):
         raise TrainError(
-            f"--batch-size {batch_size} must be a multiple of {splits * accumulate}: --accumulate {accumulate} parts "
-            f"for each of the {splits} device(s) that split it."
+            f"--batch-size {batch_size} must be a multiple of {splits * accumulate}: --accumulate {accumulate} makes "
+            f"{accumulate} parts, and {splits} device(s) split each of them."
         )
     if batch_size % splits or batch_size % jax.process_count():
         raise TrainError(
@@ -63,11 +65,13 @@ def make_mesh(text: str, batch_size: int, accumulate: int = 1) -> Mesh:
 
 
 def variable_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
-    """Where variables lie: by their logical axes; kernels without any are split over fsdp where it divides them.
+    """The shardings of the variables. They follow the logical axes.
+
+    A kernel without logical axes is split over fsdp along its first axis that fsdp divides.
 
     Args:
         boxed: the shapes that `init` gives, in Flax's boxes.
-        mesh: the run's.
+        mesh: the mesh of the run.
     """
     rules, fsdp = [*logical_axis_rules(PARALLEL, mesh), ("layers", None)], PARALLEL.fsdp_axis
     size = axis_sizes(PARALLEL, mesh)[fsdp]
@@ -86,17 +90,19 @@ def variable_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
 
 def is_stacked(path) -> bool:
-    """Whether a parameter's path leads into scanned blocks, whose parameters have one more axis in front."""
+    """Whether the path leads into scanned blocks. Their parameters have one more axis in front."""
     return any(getattr(entry, "key", None) == LAYERS for entry in path)
 
 
 def optimizer_shardings(opt_state: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
-    """Where an optimiser's state lies: what ends in a parameter's path with that parameter, all else on every device.
+    """The shardings of the optimiser's state. A leaf lies with the parameter that its path ends in.
+
+    Every other leaf is on all devices.
 
     Args:
-        opt_state: its shapes.
-        params: shardings of the parameters.
-        mesh: the run's.
+        opt_state: the shapes of the state.
+        params: the shardings of the parameters.
+        mesh: the mesh of the run.
     """
     whole, of_param = NamedSharding(mesh, PartitionSpec()), dict(jax.tree_util.tree_leaves_with_path(params))
 
@@ -108,12 +114,12 @@ def optimizer_shardings(opt_state: PyTree, params: PyTree, mesh: Mesh) -> PyTree
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the first axis of a batch is split."""
+    """The sharding of a batch, which is split along its first axis."""
     return NamedSharding(mesh, token_spec(PARALLEL, mesh))
 
 
 def from_own_part[T](part: T, mesh: Mesh) -> T:
-    """The batch of which each process read its part, on its way to the devices."""
+    """Places a batch on the devices. Each process gives the part that it has read."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(part, sharding)
@@ -121,12 +127,12 @@ def from_own_part[T](part: T, mesh: Mesh) -> T:
 
 
 def from_whole(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A batch that every process has whole."""
+    """Places a batch on the devices. Every process gives the whole batch."""
     return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda index: batch[index])
 
 
 def whole_on_one_device(tree: Any) -> Any:
-    """The tree on this process's first device; every process must ask."""
+    """The whole tree on the first device of this process. Every process must call it."""
 
     def gathered(leaf):
         if leaf.is_fully_addressable:

@@ -1,4 +1,4 @@
-"""Sizes to start from: a toy for tests, runs of minutes on a CPU and on a GPU, a full GPU, a host of eight."""
+"""Presets: a toy for tests, runs of minutes on a CPU and on a GPU, one for a GPU of 80 GB, one for a host of eight."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from examples.train.model import BYTES
 from jax_latent_moe.cost import parameters
 
 PARAMETER_BYTES = 18
-"""A parameter, its two moments and its gradient in float32, and its copy in bfloat16."""
+"""Memory of a parameter: its value, two moments and gradient in float32, and a copy in bfloat16."""
 
 TOY = Config(
     preset="toy",
@@ -59,8 +59,8 @@ GPU = Config(
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
 )
 
-# 1.8 G parameters: their state takes 22 GB. JAX takes three quarters of the GPU, where the 33 GiB of temporaries of 32
-# k tokens at once did not fit beside it.
+# The state of 1.8 G parameters takes 22 GB. The temporaries of 32 k tokens at once take 33 GiB. Both did not fit into
+# the three quarters of the GPU that JAX reserves by default.
 GPU_80GB = Config(
     preset="gpu-80gb",
     steps=20_000,
@@ -97,7 +97,7 @@ PRESETS = {config.preset: config for config in (TOY, CPU, GPU, GPU_80GB, GPU_X8)
 
 
 def preset(name: str) -> Config:
-    """The preset of that name; "auto" is gpu, in as many parts as fit the GPU's memory, where JAX has one, else cpu."""
+    """The preset of that name. "auto" is gpu if JAX finds a GPU, with parts that fit its memory, else cpu."""
     if name != "auto":
         return PRESETS[name]
     if jax.default_backend() != "gpu":
@@ -107,13 +107,13 @@ def preset(name: str) -> Config:
 
 
 def parts_that_fit(config: Config, memory: int) -> int:
-    """The fewest parts of a batch, dividing it, of which one fits beside parameters, optimiser and gradients.
+    """The smallest number of equal parts of a batch such that one part fits beside the training state.
 
-    What the backward pass reads was fitted to XLA's own count for models of 36 M, 270 M and 1.8 G parameters.
+    The estimate of the activations was fitted to XLA's memory plans for models of 36 M, 270 M and 1.8 G parameters.
 
     Args:
-        config: one GPU's.
-        memory: bytes of a GPU.
+        config: the options of a run on one GPU.
+        memory: the memory of the GPU in bytes.
     """
     model, moe = config.model, moe_config(config)
     d, tokens = model.hidden_size, config.batch_size * model.context

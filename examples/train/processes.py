@@ -1,4 +1,4 @@
-"""Several processes that train together over `jax.distributed`: how one joins, who speaks, what they agree on."""
+"""Several processes that train together over `jax.distributed`: joining them, leaving them, and agreeing on a stop."""
 
 import os
 import sys
@@ -12,19 +12,19 @@ from examples.train.errors import TrainError
 from examples.train.ranges import check_processes
 
 LOST_AFTER_SECONDS = 30
-"""A process that was silent for so long is given up, and with it the run."""
+"""A process without a heartbeat for this long is lost, and its run ends."""
 
 
 def join(coordinator: str, processes: int, process: int):
-    """Joins the others; does nothing without a coordinator. Must come before anything asks JAX for its devices.
+    """Joins the other processes. Without a coordinator it does nothing. Call it before JAX looks for devices.
 
     Args:
-        coordinator: HOST:PORT of process 0, or "auto" for what SLURM, Kubernetes or Open MPI say.
-        processes: how many there are; "auto" finds out.
-        process: which one this is.
+        coordinator: HOST:PORT of process 0, or "auto" to read it from SLURM, Kubernetes or Open MPI.
+        processes: the number of processes. With "auto" the environment gives it.
+        process: the index of this process. With "auto" the environment gives it.
 
     Raises:
-        TrainError: the numbers do not fit, or the others cannot be reached.
+        TrainError: the numbers do not fit, or the other processes cannot be reached.
     """
     check_processes(coordinator, processes, process)
     if not coordinator:
@@ -39,16 +39,19 @@ def join(coordinator: str, processes: int, process: int):
             **named, heartbeat_timeout_seconds=LOST_AFTER_SECONDS, shutdown_timeout_seconds=LOST_AFTER_SECONDS
         )
     except (RuntimeError, ValueError) as error:
-        raise TrainError(f"--coordinator {coordinator}: the other processes cannot be reached ({error}).") from error
+        raise TrainError(
+            f"--coordinator {coordinator}: the other processes cannot be reached ({first_line(error)}): check the "
+            "address, and start all processes at the same time."
+        ) from error
 
 
 def several_processes() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process has joined other processes."""
     return jax.distributed.is_initialized()
 
 
 def leave(message: str) -> NoReturn:
-    """Ends this process with a message; among several, without waiting for the others at the door."""
+    """Ends this process with a message. If there are several processes, it does not wait for the others."""
     if not several_processes():
         sys.exit(message)
     print(message, file=sys.stderr, flush=True)
@@ -56,17 +59,17 @@ def leave(message: str) -> NoReturn:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
+    """The first line of an error's message, at most 200 characters of it."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def is_first_process() -> bool:
-    """Whether this process writes metrics, plots and what a user reads."""
+    """Whether this process prints, and writes the metrics and plots."""
     return jax.process_index() == 0
 
 
 def any_process(here: bool) -> bool:
-    """Whether it holds in any process; every process must ask."""
+    """Whether the flag is set in any process. Every process must call it."""
     if jax.process_count() == 1:
         return here
     return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))

@@ -1,10 +1,10 @@
-"""The range of every number among the options, and what other options must be text or fit together."""
+"""The ranges of all numbers among the options, and the checks of text and of options that belong together."""
 
 import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 
@@ -17,13 +17,13 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, each included unless it is open.
+    """The numbers from `low` to `high`. An end belongs to the range unless it is open.
 
     Attributes:
-        low: the least.
-        high: the largest; for a float, as float32 rounds it.
-        low_open: whether `low` itself is left out.
-        high_open: whether `high` itself is left out.
+        low: the lower end.
+        high: the upper end. Floats are rounded to float32 before they are compared.
+        low_open: whether `low` itself is excluded.
+        high_open: whether `high` itself is excluded.
     """
 
     low: float
@@ -40,7 +40,7 @@ class Range(NamedTuple):
         return f"{low} and {'below' if self.high_open else 'at most'} {self.high:.10g}"
 
     def holds(self, value: float) -> bool:
-        """Whether the value lies in it; NaN never does."""
+        """Whether the value lies in the range. NaN lies in no range."""
         above = value > self.low if self.low_open else value >= self.low
         return above and (value < self.high if self.high_open else value <= self.high)
 
@@ -77,15 +77,15 @@ RUN = {
 
 
 def check_numbers(options, prefix: str, ranges: dict[str, Range]):
-    """Refuses a number outside of its range, and what is no number.
+    """Refuses every int or float field whose value is not a number in its range.
 
     Args:
-        options: a dataclass whose int and float fields all have a range.
-        prefix: what stands before a field's name in messages, such as "model.".
-        ranges: by field.
+        options: a dataclass with a range for each int and float field.
+        prefix: the text before a field's name in messages, such as "model.".
+        ranges: the range of each field.
 
     Raises:
-        TrainError: names the option, its value and its range.
+        TrainError: a value is refused. The message names the option, the value and the range.
     """
     for field in dataclasses.fields(options):
         if field.type in (int, float):
@@ -94,31 +94,64 @@ def check_numbers(options, prefix: str, ranges: dict[str, Range]):
 
 
 def check_number(name: str, value: object, allowed: Range, *, integer: bool = True):
-    """Refuses a number outside of its range, and what is no number.
+    """Refuses a value that is not a number in the range.
 
     Raises:
-        TrainError: names the option, its value and its range.
+        TrainError: the value is refused. The message names the option, the value and the range.
     """
     if type(value) not in ((int,) if integer else (int, float)) or not allowed.holds(_held(value, integer)):
         raise TrainError(f"{name}={value!r} must be {allowed}.")
 
 
 def _held(value, integer) -> float:
-    """What is computed with: a float as float32 has it, where 1 - 1e-10 is 1, and 1e-50 is 0."""
+    """The number as the computation holds it. A float is rounded to float32, where 1 - 1e-10 is 1 and 1e-50 is 0."""
     if integer:
         return value
     try:
         with np.errstate(over="ignore", under="ignore"):
             return float(np.float32(value))
-    except OverflowError:  # of a Python integer
+    except OverflowError:  # a Python integer that is too large
         return math.inf
+
+
+def check_choices(options, prefix: str):
+    """Refuses a field whose value is not one of its choices. A configuration file may hold any value.
+
+    Args:
+        options: a dataclass. Fields of type Literal, bool, str and tuple are checked.
+        prefix: the text before a field's name in messages, such as "model.".
+
+    Raises:
+        TrainError: a value is refused. The message names the option, the value and the choices.
+    """
+    for field in dataclasses.fields(options):
+        value, kind = getattr(options, field.name), field.type
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise TrainError(f"{prefix}{field.name}={value!r} must be one of {', '.join(get_args(kind))}.")
+        if kind in (bool, str) and type(value) is not kind:
+            name = {bool: "true or false", str: "text"}[kind]
+            raise TrainError(f"{prefix}{field.name}={value!r} must be {name}.")
+
+
+def check_validation(named: tuple[str, ...]):
+    """Refuses entries of --validation that are not NAME=PATH with different names.
+
+    Raises:
+        TrainError: an entry is malformed, or a name comes twice.
+    """
+    names = [entry.partition("=")[0] for entry in named if re.fullmatch(r"[\w.-]+=.+", entry)]
+    if len(set(names)) < len(named):
+        raise TrainError(
+            f"--validation {' '.join(named)} must be NAME=PATH with different names of letters, digits, dots and "
+            "dashes, such as code=src wiki=wiki.txt."
+        )
 
 
 def check_text(option: str, value: str | Path):
     """Refuses text that cannot be written into config.json, metrics and messages.
 
     Raises:
-        TrainError: it is not UTF-8, or holds a NUL.
+        TrainError: the text is not UTF-8, or holds a NUL.
     """
     try:
         usable = b"\0" not in str(value).encode()
@@ -129,16 +162,16 @@ def check_text(option: str, value: str | Path):
 
 
 def check_processes(coordinator: str, processes: int, process: int):
-    """Refuses numbers of processes that do not fit the coordinator, or that nothing would read.
+    """Refuses --processes and --process if they do not fit the coordinator, or if nothing would read them.
 
     Raises:
-        TrainError: they do not fit.
+        TrainError: an option is refused.
     """
     given = [f"--processes {processes}"] * (processes != 1) + [f"--process {process}"] * (process != 0)
     if not coordinator and given:
         raise TrainError(f"{given[0]} needs --coordinator HOST:PORT, the address of process 0.")
     if coordinator == "auto" and given:
-        raise TrainError(f"{given[0]} has no effect with --coordinator auto, which finds out itself: leave it out.")
+        raise TrainError(f"{given[0]} has no effect with --coordinator auto, which finds the number: leave it out.")
     if coordinator in ("", "auto"):
         return
     port = re.fullmatch(r"[^\s]+:([0-9]{1,5})", coordinator)
@@ -149,10 +182,10 @@ def check_processes(coordinator: str, processes: int, process: int):
 
 
 def check_mesh(text: str):
-    """Refuses a mesh that does not read.
+    """Refuses text that does not describe a mesh.
 
     Raises:
-        TrainError: it does not.
+        TrainError: the text is malformed.
     """
     try:
         mesh_sizes(text)
@@ -161,14 +194,14 @@ def check_mesh(text: str):
 
 
 def check_unused(options, prefix: str, fields: tuple[str, ...], used: bool, needs: str):
-    """Refuses options that were given although nothing reads them.
+    """Refuses options that are set although nothing reads them.
 
     Raises:
-        TrainError: names the option, its value, and what would read it.
+        TrainError: an option is refused. The message names it, its value, and the option that it needs.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for name in () if used else fields:
         if getattr(options, name) != defaults[name]:
             raise TrainError(
-                f"{prefix}{name}={getattr(options, name)!r} has no effect without {needs}: leave it out, or set that."
+                f"{prefix}{name}={getattr(options, name)!r} has no effect without {needs}: leave it out or give that."
             )

@@ -1,11 +1,11 @@
-"""The folder of a run: its options, kept so that a resumed run is the same run."""
+"""The folder of a run. It keeps the options, so that a resumed run has the same ones."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
-from examples.train.config import Config, ModelConfig, OptimizerConfig
+from examples.train.config import Config
+from examples.train.config_file import from_fields, read_fields, to_json
 from examples.train.errors import TrainError
 from examples.train.processes import is_first_process
 from examples.train.whole_file import write_whole
@@ -13,20 +13,20 @@ from examples.train.whole_file import write_whole
 FILE = "config.json"
 WRITTEN = (
     *(FILE, "checkpoints", "metrics.jsonl", "tensorboard", "profile"),
-    *("sample.txt", "loss.png", "throughput.png", "expert_load.png"),
+    *("sample.txt", "loss.png", "throughput.png", "expert_load.png", "routing.png", "report.html"),
 )
-"""What a run writes into its folder, and may replace there."""
+"""The names that a run writes into its folder. It may replace them there."""
 FREE = {
-    *("preset", "run", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
+    *("config", "preset", "run", "validation", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
     *("restore", "bad_step", "spike_factor", "mesh", "coordinator", "processes", "process"),
     *("accumulate", "attention", "remat", "profile", "wandb", "trackio"),
     *("model.backend", "optimizer.learning_rate", "optimizer.final_fraction", "optimizer.warmup_steps"),
 }
-"""Options that may change when a run is resumed: state and data go on as they are."""
+"""Options that may change when a run is resumed, because state and data carry over."""
 
 
 def check_folder(config: Config):
-    """Looks whether the options fit a run that is in the folder.
+    """Checks that the options fit the run in the folder, if there is one.
 
     Raises:
         TrainError: the folder holds a run with other options.
@@ -36,7 +36,7 @@ def check_folder(config: Config):
 
 
 def open_folder(config: Config) -> Path:
-    """Makes the run's folder, or takes up the one that is there, and writes the options into it.
+    """Makes the folder of the run if it does not exist, and writes the options into it.
 
     Raises:
         TrainError: the folder holds a run with other options, or cannot be written.
@@ -47,20 +47,19 @@ def open_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if is_first_process():
             _check_empty_of_others(folder)
-            options = json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n"
-            write_whole(folder / FILE, options.encode())
+            write_whole(folder / FILE, to_json(config).encode())
     except OSError as error:
         raise TrainError(f"The run folder {folder} cannot be used ({error}): choose another with --run.") from error
     return folder
 
 
 def _check_empty_of_others(folder):
-    """A folder that is no run may hold what it likes, but nothing that a run would overwrite."""
+    """Refuses a folder without a run if it holds a name that a run would overwrite. Other names may be there."""
     found = sorted(name for name in WRITTEN if os.path.lexists(folder / name))
     if found and not (folder / FILE).exists():
         raise TrainError(
-            f"{folder} holds {', '.join(found)}, which a run would overwrite, but no readable {FILE} of a run: give "
-            "another folder with --run."
+            f"{folder} is not the folder of a run, because it has no readable {FILE}. It holds {', '.join(found)}, "
+            "which a run would overwrite: give another folder with --run."
         )
 
 
@@ -68,15 +67,20 @@ def read_config(folder: Path) -> Config:
     """The options of the run in a folder.
 
     Raises:
-        TrainError: there is no run, or its options cannot be read.
+        TrainError: the folder holds no run, or its options cannot be read.
     """
     try:
-        fields = json.loads((folder / FILE).read_text())
-        model, optimizer = ModelConfig(**fields.pop("model")), OptimizerConfig(**fields.pop("optimizer"))
-        run = fields.pop("run")
-        return Config(**fields, run=None if run is None else Path(run), model=model, optimizer=optimizer)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainError(f"{folder} holds no readable run ({error}): give another folder with --run.") from error
+        return from_fields(read_fields(folder / FILE), Config(), str(folder / FILE))
+    except TrainError as error:
+        raise TrainError(f"{folder} holds no readable run. {error} {runs_here()}") from error
+
+
+def runs_here() -> str:
+    """A sentence that lists the runs in the folder runs/."""
+    found = sorted(str(path.parent) for path in Path("runs").glob(f"*/{FILE}"))
+    if not found:
+        return "There is no run in runs/ yet: python -m examples.train starts one."
+    return f"Runs here: {', '.join(found)}."
 
 
 def _check_same(folder, before, now):
@@ -84,8 +88,8 @@ def _check_same(folder, before, now):
     changed = [f"{name}={old[name]}, now {new[name]}" for name in new if name not in FREE and old[name] != new[name]]
     if changed:
         raise TrainError(
-            f"The run in {folder} was started with {'; '.join(changed)}: give the same options to resume it, or "
-            "another folder with --run to start anew."
+            f"The run in {folder} was started with {'; '.join(changed)}: give the same options to resume it, or start "
+            "a new run in another folder with --run."
         )
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop after the step in hand."""
+"""SIGINT and SIGTERM as a request to stop after the current step."""
 
 import signal
 from types import TracebackType
@@ -7,7 +7,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, notes the first SIGINT or SIGTERM in `name`; a second one acts at once, as if not entered."""
+    """A context that stores the name of the first SIGINT or SIGTERM in `name`. A second signal has its usual effect."""
 
     def __init__(self):
         self.name: str | None = None

@@ -1,4 +1,4 @@
-"""One training step and the state it carries; the validation loss."""
+"""The training step, the state that it updates, and the validation loss."""
 
 import functools
 import math
@@ -22,24 +22,26 @@ from jax_latent_moe.linen import update_correction_bias
 
 LOAD = "tokens_per_expert"
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-"""Matrix products by cuBLAS alone, each for itself: on an H100 a step takes 1 % less, and compiling a fifth less."""
+"""Options for XLA on a GPU: matrix products use cuBLAS only and are not merged. On an H100 this takes 1 % off a step
+and a fifth off compilation."""
 
 
 def compiled_once[**P, R](make: Callable[P, R]) -> Callable[P, R]:
-    """One compiled function for equal models and options, however many runs of a process ask for it."""
+    """Caches the function that `make` returns. Runs of a process with the same model and options compile it once."""
     return cast(Callable[P, R], functools.cache(make))
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and all that a checkpoint must hold beside the data iterator.
+    """The state that a step changes. A checkpoint holds it and the state of the data iterator.
 
     Attributes:
-        step: steps done.
-        params: what the optimiser trains.
-        correction_bias: the routers' biases, moved by the load alone; {} for a dense model.
-        opt_state: the optimiser's.
-        key: key data of the run's random numbers.
-        smoothed_loss: of the good steps, each weighing a twentieth; NaN before the first.
+        step: the number of steps done.
+        params: the parameters that the optimiser trains.
+        correction_bias: the biases of the routers, which only the loads move. {} for a dense model.
+        opt_state: the state of the optimiser.
+        key: the key data of the run's random numbers.
+        smoothed_loss: the moving average of the loss, in which the newest step weighs a twentieth. NaN before the first
+            step.
     """
 
     step: Int32[Array, ""]
@@ -51,7 +53,15 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one step says of itself; loads are tokens per expert of each MoE layer, bad whether `is_bad` says so."""
+    """The metrics of one step.
+
+    Attributes:
+        loss: the mean cross-entropy of a token in nats.
+        auxiliary_loss: the sum of the layers' auxiliary losses, with their coefficients.
+        grad_norm: the global norm of the gradient before clipping.
+        loads: the tokens that each expert of each MoE layer read. None for a dense model.
+        bad: the result of `is_bad`.
+    """
 
     loss: Float[Array, ""]
     auxiliary_loss: Float[Array, ""]
@@ -78,7 +88,7 @@ def init_state(
 
 @compiled_once
 def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where each part of the state lies on a mesh: shardings in the state's tree."""
+    """The sharding of each part of the state on a mesh, as a tree of the state's form."""
     boxed = shapes(model)
     variables = variable_shardings(boxed, mesh)
     opt_state = jax.eval_shape(optimizer.init, nn.unbox(boxed["params"]))
@@ -94,27 +104,41 @@ def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformatio
 
 
 def init_state_on(model: LanguageModel, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """The state before the first step, the same values as `init_state`, born where it lies on the mesh."""
-    shardings = state_shardings(model, optimizer, mesh)
-    # The seed is an argument, for XLA would work out a program without any while it compiles it.
-    return jax.jit(functools.partial(init_state, model, optimizer), out_shardings=shardings)(np.uint32(seed))
+    """The state before the first step, made on the mesh. It has the values of `init_state`."""
+    return make_init(model, optimizer, mesh)(np.uint32(seed))
+
+
+@compiled_once
+def make_init(
+    model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[np.uint32], TrainState]:
+    """The compiled `init_state_on`."""
+    # The seed is an argument because XLA would evaluate a program without arguments while it compiles it.
+    return jax.jit(
+        functools.partial(init_state, model, optimizer), out_shardings=state_shardings(model, optimizer, mesh)
+    )
+
+
+def state_shapes(model: LanguageModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on the mesh."""
+    return jax.eval_shape(make_init(model, optimizer, mesh), np.uint32(0))
 
 
 def is_bad(loss: Float[Array, ""], grad_norm: Float[Array, ""], smoothed: Float[Array, ""], spike_factor: float):
-    """Whether a step's loss or gradient is not finite, or its loss more than spike_factor times the smoothed one."""
+    """Whether loss or gradient are not finite, or the loss exceeds spike_factor times the smoothed loss."""
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
-    return bad | (loss > spike_factor * smoothed) if spike_factor else bad  # nothing is more than NaN
+    return bad | (loss > spike_factor * smoothed) if spike_factor else bad  # a comparison with NaN is False
 
 
 def predict(
     model: LanguageModel, state: TrainState, tokens: Int[Array, "batch time"]
 ) -> Float[Array, "batch time vocabulary"]:
-    """Logits of the token after each position."""
+    """The logits of the token after each position."""
     return cast(Array, model.apply(variables_of(state), tokens))
 
 
 def variables_of(state: TrainState) -> dict[str, PyTree]:
-    """The model's variables."""
+    """The variables of the model in Flax's collections."""
     return {"params": state.params, "correction_bias": state.correction_bias}
 
 
@@ -128,16 +152,16 @@ def make_train_step(
     spike_factor: float = 0.0,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step: gradients, the optimiser, then the correction bias from the step's loads.
+    """The compiled step. It computes gradients, applies the optimiser and moves the correction bias by the loads.
 
     Args:
         model: the network.
-        optimizer: of its parameters.
-        mesh: where state and batch lie.
-        skip_bad: whether a step that `is_bad` changes nothing but the count of steps.
+        optimizer: trains the parameters.
+        mesh: the mesh of state and batch.
+        skip_bad: whether a step that `is_bad` changes only the number of steps.
         spike_factor: see `is_bad`.
-        accumulate: parts of a batch that are computed one after the other; their gradients and loads add up to those
-            of one step.
+        accumulate: the number of parts of a batch, which are computed one after the other. Their gradients and loads
+            are added up.
     """
     placed, whole = state_shardings(model, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
 
@@ -204,9 +228,9 @@ def make_train_step(
 
 
 def inputs_and_targets(batch: Batch) -> tuple[Array, Array, Array, Array | None]:
-    """What is read and what comes next, [batch, context]; the weight of each target; the documents' numbers, if known.
+    """The inputs, targets and weights [batch, context], and the documents' numbers or None.
 
-    The first token of a document, which says that one begins, is not asked for.
+    The first token of a document is the separator. As a target it has the weight 0.
     """
     tokens = batch.tokens.astype(jnp.int32)
     if batch.starts is None:
@@ -216,12 +240,12 @@ def inputs_and_targets(batch: Batch) -> tuple[Array, Array, Array, Array | None]
 
 
 def _microbatches(x, count):
-    """[batch, ...] -> [count, batch / count, ...]: of every device's rows each part has its share."""
+    """[batch, ...] -> [count, batch / count, ...]. Each part takes an equal share of every device's rows."""
     return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
 
 
 def _by_layer(loads):
-    """[layers, experts] in the order of the layers, of blocks one by one or stacked."""
+    """The loads [layers, experts] in the order of the layers, from unrolled or stacked blocks."""
     counts = [jnp.atleast_2d(sum(load)) for _, load in sorted(loads.items())]
     return jnp.concatenate(counts) if counts else None
 
@@ -237,7 +261,7 @@ def all_finite(tree: PyTree) -> Array:
 def make_bits_per_byte(
     model: LanguageModel, batch_size: int, mesh: Mesh
 ) -> Callable[[TrainState, ValidationWindows], float]:
-    """A function that gives the mean bits which the model needs for a byte of the windows' scored tokens."""
+    """A function that gives the model's mean bits per byte over the scored tokens of some windows."""
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def nats(state, batch, targets, scored):

@@ -1,9 +1,9 @@
-"""Text as tokens, in memory or mapped from a file, with the places where its documents begin."""
+"""Text as an array of tokens, in memory or mapped from a file, with the places where documents begin."""
 
 import dataclasses
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +13,19 @@ from examples.train.documents import Pieces
 from examples.train.errors import TrainError
 
 SEPARATOR = ord("\n")
-"""The byte that begins each document but the first, and stands before the first byte of a text."""
+"""The byte at the start of each document but the first. It also precedes the first byte of a text."""
 
 Parts = Iterator[tuple[Shaped[np.ndarray, " n"], bool]]
-"""Tokens in order, each part with whether its first one begins a document."""
+"""Parts of a text in order. The flag of a part says whether its first token begins a document."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens of documents, one after the other; without a tokenizer a token is a byte.
+    """The tokens of all documents, one after the other. Without a tokenizer a token is a byte.
 
     Attributes:
         tokens: [n], unsigned integers.
-        starts: [documents - 1], where each document but the first begins: the separator before it.
+        starts: [documents - 1], the places of the separators that begin each document but the first.
     """
 
     tokens: Shaped[np.ndarray, " n"]
@@ -33,7 +33,7 @@ class Text:
 
     @staticmethod
     def of(content: bytes) -> "Text":
-        """One document."""
+        """A text of one document."""
         return Text(np.frombuffer(content, np.uint8))
 
     def __getitem__(self, part: slice) -> "Text":
@@ -43,7 +43,7 @@ class Text:
         return Text(self.tokens[start:stop], self.starts[first:last] - start)
 
     def begins(self, start: int, length: int) -> np.ndarray:
-        """[length] bool: which of the tokens from `start` on begin a document."""
+        """[length] bool. True for each token from `start` on that begins a document."""
         found = np.zeros(length, bool)
         first, last = np.searchsorted(self.starts, [start, start + length])
         found[self.starts[first:last] - start] = True
@@ -52,14 +52,26 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text to learn from and text to be judged by."""
+    """The text to train on and the texts to validate on.
+
+    Attributes:
+        train: the training text.
+        validation: the held-out text.
+        more: other texts to validate on, by name.
+    """
 
     train: Text
     validation: Text
+    more: Mapping[str, Text] = dataclasses.field(default_factory=dict)
+
+    @property
+    def validations(self) -> dict[str, Text]:
+        """All texts to validate on, by name. The held-out text has the empty name."""
+        return {"": self.validation, **self.more}
 
 
 def with_separators(pieces: Pieces) -> Parts:
-    """The documents as bytes, a newline before each but the first; empty ones are left out."""
+    """The documents as bytes, with a newline before each but the first. Empty documents are left out."""
     any_yet, begins = False, False
     for begins_here, piece in pieces:
         begins |= begins_here
@@ -76,7 +88,7 @@ def in_memory(pieces: Pieces) -> Text:
 
 
 def collected(parts: Parts, dtype: type) -> Text:
-    """The parts put together in memory."""
+    """The parts joined in memory."""
     tokens, starts, length = [np.zeros(0, dtype)], [], 0
     for part, begins in parts:
         if begins:
@@ -87,18 +99,18 @@ def collected(parts: Parts, dtype: type) -> Text:
 
 
 def on_disk(folder: Path, dtype: type, make: Callable[[], Parts]) -> Text:
-    """The parts put together in a folder, from which they are mapped; made if the folder is not there.
+    """The parts joined in two files, from which they are mapped. If the folder exists, its files are used.
 
     Args:
-        folder: for the two files; it appears once it is complete.
-        dtype: of the tokens.
+        folder: the folder of the two files. It appears when both are complete.
+        dtype: the dtype of the tokens.
         make: gives the parts.
 
     Raises:
-        TrainError: it cannot be written.
+        TrainError: the files cannot be written.
     """
     if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")  # a name of its own
+        partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")  # no other process has this name
         try:
             partial.mkdir(parents=True)
             length = 0
@@ -110,7 +122,7 @@ def on_disk(folder: Path, dtype: type, make: Callable[[], Parts]) -> Text:
                     length += len(part)
             _appear(partial, folder)
         except OSError as error:
-            raise TrainError(f"The text cannot be kept in {folder.parent} ({error}): free some space there.") from error
+            raise TrainError(f"The text cannot be cached in {folder.parent} ({error}): free space there.") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Text(_mapped(folder / "tokens", dtype), _mapped(folder / "starts", np.int64))
@@ -120,11 +132,11 @@ def _appear(partial: Path, folder: Path):
     try:
         partial.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process made the same
+        if not folder.exists():  # if it exists, another process has made the same files
             raise
 
 
 def _mapped(path: Path, dtype: type) -> np.ndarray:
     if not path.stat().st_size:
-        return np.zeros(0, dtype)  # nothing can be mapped
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype, "r")

@@ -1,4 +1,4 @@
-"""Bytes to tokens and back: each byte a token, or byte pairs learnt from the training text."""
+"""Converts bytes to tokens and back. A token is a byte, or a byte pair that was learnt from the training text."""
 
 import hashlib
 import itertools
@@ -18,10 +18,11 @@ from examples.train.whole_file import write_whole
 
 FILE = "tokenizer.json"
 PIECE, GROUP = 2**20, 16
-"""Bytes that are encoded as one text, and how many of these at once."""
+"""The length in bytes of a piece that is encoded as one text, and the number of pieces that are encoded at once."""
 LEARNT_BYTES = 2**28
-"""Text that byte pairs are learnt from; of a longer one, as much in pieces spread over it."""
-# Letters (bytes from 0x80 on belong to other alphabets' letters), digits and signs, each with the space before it.
+"""Byte pairs are learnt from at most this much text. A longer text gives pieces that are spread over it."""
+# A word is a run of letters, digits or signs, with the space before it. Bytes from 0x80 on count as letters, because
+# UTF-8 uses them for other alphabets.
 WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"
 
 
@@ -29,9 +30,10 @@ class Bytes:
     """Each byte is a token.
 
     Attributes:
-        vocabulary: how many tokens there are.
+        vocabulary: the number of tokens.
         separator: the token that begins a document.
-        token_bytes: bytes of each token; None where each is one.
+        token_bytes: the bytes of each token. None because each token is one byte.
+        unit: the name of the tokens in messages.
     """
 
     vocabulary = 256
@@ -47,28 +49,29 @@ class Bytes:
         """The text of tokens."""
         return np.asarray(tokens, np.uint8).tobytes()
 
-    def corpus(self, corpus: Corpus) -> Corpus:
-        """The corpus in tokens."""
-        return corpus
+    def encode_text(self, text: Text) -> Text:
+        """The text in tokens."""
+        return text
 
     def bytes_per_token(self, tokens: Int[np.ndarray, " n"]) -> float:
-        """Their mean length."""
+        """The mean length of the tokens in bytes."""
         del tokens
         return 1.0
 
     def save(self, folder: Path):
-        """There is nothing to keep."""
+        """Does nothing, because bytes need no file."""
 
 
 class BytePairs:
-    """Byte pairs (Sennrich et al., arXiv 1508.07909) of the package tokenizers; the last token is the separator.
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) by the package tokenizers.
 
-    Every byte is one character to it (latin-1), so that any text comes back as it was.
+    The package sees every byte as one character (latin-1), so decoding gives back every text exactly.
 
     Attributes:
-        vocabulary: as of `Bytes`.
-        separator: as of `Bytes`.
-        token_bytes: [vocabulary] int64; the separator has none.
+        vocabulary: the number of tokens.
+        separator: the token that begins a document. It is the last token.
+        token_bytes: [vocabulary] int64, the bytes of each token. The separator has 0.
+        unit: the name of the tokens in messages.
     """
 
     unit = "tokens"
@@ -85,22 +88,19 @@ class BytePairs:
         return np.asarray(self._pairs.encode(content.decode("latin-1")).ids, self._dtype)
 
     def decode(self, tokens: Int[np.ndarray, " n"]) -> bytes:
-        """The text of tokens; a separator is a newline."""
+        """The text of tokens. A separator becomes a newline."""
         return b"".join(b"\n" if token == self.separator else self._texts[token] for token in np.asarray(tokens))
 
-    def corpus(self, corpus: Corpus) -> Corpus:
-        """The corpus in tokens, in the cache where its text is on disk."""
-        return Corpus(self._encoded(corpus.train), self._encoded(corpus.validation))
-
     def bytes_per_token(self, tokens: Int[np.ndarray, " n"]) -> float:
-        """Their mean length."""
+        """The mean length of the tokens in bytes."""
         return float(self.token_bytes[tokens].mean())
 
     def save(self, folder: Path):
-        """Keeps the tokenizer in a run's folder."""
+        """Writes the tokenizer into the folder of a run."""
         write_whole(folder / FILE, self._pairs.to_str(pretty=True).encode())
 
-    def _encoded(self, text: Text) -> Text:
+    def encode_text(self, text: Text) -> Text:
+        """The text in tokens. If the text is mapped from disk, so are its tokens."""
         if not isinstance(text.tokens, np.memmap):
             return collected(self._parts(text), self._dtype)
         named = (self._pairs.to_str(), str(text.tokens.filename), text.tokens.size, int(text.tokens[:64].sum()))
@@ -125,12 +125,21 @@ class BytePairs:
 Tokenizer = Bytes | BytePairs
 
 
+def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> Corpus:
+    """All texts of the corpus in tokens."""
+    encode = tokenizer.encode_text
+    more = {name: encode(text) for name, text in corpus.more.items()}
+    return Corpus(encode(corpus.train), encode(corpus.validation), more)
+
+
 def pieces(text: Text, every: int = 1) -> Iterator[tuple[bytes, bool]]:
-    """The documents without their separators, long ones in pieces that end a line, each with whether it begins one.
+    """The documents without their separators, in pieces. The flag of a piece says whether it begins a document.
+
+    A long document is cut at ends of lines if it has any.
 
     Args:
-        text: bytes.
-        every: of a long text, only one piece in so many.
+        text: the text as bytes.
+        every: N gives only every N-th piece.
     """
     bounds = [0, *text.starts.tolist(), len(text.tokens)]
     number = 0
@@ -148,7 +157,7 @@ def pieces(text: Text, every: int = 1) -> Iterator[tuple[bytes, bool]]:
 
 
 def learn(text: Text, vocabulary: int) -> BytePairs:
-    """Learns byte pairs from a text, the same ones from the same text."""
+    """Learns byte pairs from a text. The same text gives the same pairs."""
     tokenizers = _package()
     pairs = tokenizers.Tokenizer(tokenizers.models.BPE())
     pairs.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
@@ -165,13 +174,13 @@ def load_tokenizer(folder: Path, vocabulary: int) -> BytePairs:
     """The tokenizer of a run.
 
     Raises:
-        TrainError: it is not there, cannot be read, or has another vocabulary.
+        TrainError: the file is missing, cannot be read, or has another vocabulary.
     """
-    path, again = folder / FILE, "restore it, or start anew in another folder with --run"
+    path, again = folder / FILE, "restore the file, or start a new run in another folder with --run"
     try:
         content = path.read_text()
         pairs, found = _package().Tokenizer.from_str(content), len(json.loads(content)["model"]["vocab"])
-    except Exception as error:  # tokenizers raises plain Exceptions
+    except Exception as error:  # the package raises plain Exceptions
         raise TrainError(f"{path} holds no tokenizer ({type(error).__name__}: {error}): {again}.") from error
     if found > vocabulary - 1:
         raise TrainError(f"{path} has {found} tokens and --tokenizer bpe:{vocabulary} is smaller: {again}.")
@@ -179,10 +188,10 @@ def load_tokenizer(folder: Path, vocabulary: int) -> BytePairs:
 
 
 def open_tokenizer(config: Config, text: Text) -> Tokenizer:
-    """The tokenizer that the options name: the one in the run's folder, else one learnt from the text.
+    """The tokenizer that the options name. It is read from the run's folder, or learnt from the text for a new run.
 
     Raises:
-        TrainError: the folder's does not fit, or is missing from a run that has begun.
+        TrainError: the tokenizer in the folder does not fit, or a run that has begun has none.
     """
     if config.bpe_tokens is None:
         return Bytes()
@@ -198,5 +207,7 @@ def _package() -> Any:
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
     except ImportError as error:
-        raise TrainError("--tokenizer bpe:N needs the package tokenizers: install jax-latent-moe[train].") from error
+        raise TrainError(
+            "--tokenizer bpe:N needs the package tokenizers: pip install 'jax-latent-moe[train]'."
+        ) from error
     return tokenizers

@@ -1,4 +1,4 @@
-"""Experiment trackers that metrics also go to: Weights & Biases and trackio, which take the same calls."""
+"""Sends metrics to the experiment trackers Weights & Biases and trackio, which have the same interface."""
 
 import dataclasses
 import importlib
@@ -13,10 +13,10 @@ PROJECT = "jax-latent-moe"
 
 
 def import_trackers(config: Config) -> list[Any]:
-    """The packages that the options name, imported.
+    """The modules of the trackers that the options name.
 
     Raises:
-        TrainError: one is not installed.
+        TrainError: a package is not installed.
     """
     return [_imported(name) for name in ("wandb", "trackio") if getattr(config, name)]
 
@@ -29,7 +29,7 @@ def _imported(name: str) -> Any:
 
 
 class Trackers:
-    """One run at each of the packages; only the first process speaks to them."""
+    """One run in each tracker. Only the first process sends metrics."""
 
     def __init__(self, packages: Sequence[Any], config: Config):
         self._packages = packages if is_first_process() else []
@@ -38,7 +38,7 @@ class Trackers:
             package.init(project=PROJECT, name=config.folder.name, config=options)
 
     def write(self, record: dict[str, Any]):
-        """The numbers of a record."""
+        """Sends the numbers of a record."""
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
         for package in self._packages:
             package.log(numbers, step=record["step"])

@@ -1,16 +1,16 @@
-"""Files that are whole whenever they are seen."""
+"""Replaces files such that a reader always sees a complete one."""
 
 import secrets
 from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes):
-    """Replaces a file at once: a kill leaves the old one, or the new one.
+    """Replaces a file in one step. A kill leaves either the old file or the new one.
 
-    The content is written under a random name beside it, so that nothing else is overwritten.
+    The content is first written beside the file under a random name. No other file is overwritten.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: the file cannot be written. No part of it is left.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     with partial.open("xb") as file:

@@ -3,6 +3,7 @@
 Rows are sorted by expert, and `group_sizes[e]` counts the rows of expert e. This package does not depend on routing.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -55,6 +56,7 @@ def grouped_matmul(
     group_sizes: Int[Array, " e"],
     *,
     transpose_w: bool = False,
+    precision: jax.lax.Precision | None = None,
     backend: str | BackendConfig = "auto",
 ) -> Float[Array, "r b"]:
     """rows[R,K] x w[e][K,N] -> [R,N] for the rows of each expert; with transpose_w, rows[R,N] x w[e]^T -> [R,K].
@@ -69,6 +71,8 @@ def grouped_matmul(
         group_sizes: [E] int32, the number of rows of each expert. The values are checked when they are known. Under
             jit, a negative size counts as 0, and groups are cut at the last row.
         transpose_w: contract the last axis of w instead of the second.
+        precision: of XLA's products of float32, here and in all derivatives; None takes `jax_default_matmul_precision`.
+            Kernels multiply 16-bit operands exactly and have no lower precision.
         backend: "auto", a name or a backend dataclass.
 
     Returns:
@@ -90,7 +94,7 @@ def grouped_matmul(
         _check_same_dtype(rows=rows, w=w)
     group_sizes = _check_group_sizes(group_sizes, w.shape[0], rows.shape[0])
     rows, w = varying((rows, w), rows, w, group_sizes)
-    return _matmul(as_backend(backend), transpose_w, rows, w, group_sizes)
+    return _matmul(as_backend(backend), precision, transpose_w, rows, w, group_sizes)
 
 
 def grouped_wgrad(
@@ -123,47 +127,55 @@ def grouped_wgrad(
     _check_same_dtype(rows=rows, dout=dout)
     group_sizes = _check_group_sizes(group_sizes, None, rows.shape[0])
     rows, dout = varying((rows, dout), rows, dout, group_sizes)
-    return _wgrad(as_backend(backend), rows, dout, group_sizes)
+    return _wgrad(as_backend(backend), None, rows, dout, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(backend, transpose_w, rows, w, group_sizes):
+def _within(precision):
+    # A context, because no argument reaches the products inside of a backend. None keeps the user's own context.
+    return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision.name.lower())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul(backend, precision, transpose_w, rows, w, group_sizes):
     contraction = "dgrad" if transpose_w else "fwd"
     asked = problem(contraction, rows.shape[0], w.shape, rows.dtype, lhs=operand_of(rows), rhs=operand_of(w))
-    return select(asked, backend)(Operands(rows, w, group_sizes)).out
+    with _within(precision):
+        return select(asked, backend)(Operands(rows, w, group_sizes)).out
 
 
-def _matmul_fwd(backend, transpose_w, rows, w, group_sizes):
-    return _matmul(backend, transpose_w, rows, w, group_sizes), (rows, w, group_sizes)
+def _matmul_fwd(backend, precision, transpose_w, rows, w, group_sizes):
+    return _matmul(backend, precision, transpose_w, rows, w, group_sizes), (rows, w, group_sizes)
 
 
-def _matmul_bwd(backend, transpose_w, residuals, dout):
+def _matmul_bwd(backend, precision, transpose_w, residuals, dout):
     rows, w, group_sizes = residuals
-    drows = _matmul(backend, not transpose_w, dout, w, group_sizes)
+    drows = _matmul(backend, precision, not transpose_w, dout, w, group_sizes)
     if isinstance(rows, GatheredRows):
         drows = scattered(rows, drows)
     if isinstance(w, ScaledArray):
         return drows, None, None
     left, right = (dout, gathered(rows)) if transpose_w else (gathered(rows), dout)
-    return drows, _wgrad(backend, left, right, group_sizes), None
+    return drows, _wgrad(backend, precision, left, right, group_sizes), None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wgrad(backend, rows, dout, group_sizes):
-    shape = (group_sizes.shape[0], rows.shape[1], dout.shape[1])
-    return select(problem("wgrad", rows.shape[0], shape, rows.dtype), backend)(Operands(rows, dout, group_sizes)).out
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _wgrad(backend, precision, rows, dout, group_sizes):
+    asked = problem("wgrad", rows.shape[0], (group_sizes.shape[0], rows.shape[1], dout.shape[1]), rows.dtype)
+    with _within(precision):
+        return select(asked, backend)(Operands(rows, dout, group_sizes)).out
 
 
-def _wgrad_fwd(backend, rows, dout, group_sizes):
-    return _wgrad(backend, rows, dout, group_sizes), (rows, dout, group_sizes)
+def _wgrad_fwd(backend, precision, rows, dout, group_sizes):
+    return _wgrad(backend, precision, rows, dout, group_sizes), (rows, dout, group_sizes)
 
 
-def _wgrad_bwd(backend, residuals, dw):
+def _wgrad_bwd(backend, precision, residuals, dw):
     rows, dout, group_sizes = residuals
-    return _matmul(backend, True, dout, dw, group_sizes), _matmul(backend, False, rows, dw, group_sizes), None
+    drows = _matmul(backend, precision, True, dout, dw, group_sizes)
+    return drows, _matmul(backend, precision, False, rows, dw, group_sizes), None
 
 
 _wgrad.defvjp(_wgrad_fwd, _wgrad_bwd)

@@ -1,12 +1,15 @@
 """The static description of one grouped matmul, by which a backend decides whether and how to run it."""
 
 import dataclasses
-from typing import Literal
+import operator
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from jax_latent_moe import checks
 from jax_latent_moe.activations import BoundActivation, Residual
 from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.errors import ConfigError
 
 Contraction = Literal["fwd", "dgrad", "wgrad"]
 Layout = Literal["dense", "gathered", "columns"]
@@ -24,6 +27,9 @@ class Operand:
     format: str
     layout: Layout = "dense"
 
+    def __post_init__(self):
+        checks.one_of("layout", self.layout, get_args(Layout))
+
     def __str__(self) -> str:
         return self.format if self.layout == "dense" else f"{self.layout} {self.format}"
 
@@ -35,13 +41,17 @@ class Epilogue:
     Attributes:
         activation: the activation.
         residual: what fwd keeps, and what dgrad computes the gradient from. None in a fwd without a backward pass.
+        bias: whether an expert's bias comes before the activation. No kernel adds one: it is asked for so that a
+            backend can insist.
     """
 
     activation: BoundActivation
     residual: Residual | None
+    bias: bool = False
 
     def __str__(self) -> str:
-        return f"{self.activation} keeping {self.residual or 'nothing'}"
+        biased = " of a biased product" if self.bias else ""
+        return f"{self.activation}{biased} keeping {self.residual or 'nothing'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +122,20 @@ def problem(
         rhs: the right operand; None for a dense array of dtype.
         epilogue: the activation fused into the product, or None.
         device: the device that runs it; None is JAX's default device.
+
+    Raises:
+        ConfigError: the contraction is unknown, w_shape does not hold three sizes, or a wgrad has an epilogue.
     """
-    own, (num_experts, k, n) = Operand(jnp.dtype(dtype).name), w_shape
+    checks.one_of("contraction", contraction, get_args(Contraction))
+    if epilogue is not None and contraction == "wgrad":
+        raise ConfigError(f"a wgrad with {epilogue} is unknown: fwd has an activation's value, dgrad its gradient.")
+    try:
+        num_experts, k, n = map(operator.index, w_shape)
+    except (TypeError, ValueError):
+        num_experts = k = n = -1
+    if min(num_experts, k, n) < 0:
+        raise ConfigError(f"w_shape={w_shape!r} must be three integers of at least 0: (experts, K, N).")
+    own = Operand(jnp.dtype(dtype).name)
     return Problem(
         contraction, num_rows, num_experts, k, n, lhs or own, rhs or own, own, device or current_device(), epilogue
     )

@@ -95,9 +95,10 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
         reason = candidate.supports(problem)
         if reason is None:
             return bind(candidate, problem)
-        refusal = UnsupportedError(
-            name_of(candidate.config), reason, "Use backend='auto' or XlaBackend(), which runs everywhere."
-        )
+        remedy = "Use backend='auto' or XlaBackend(), which runs everywhere."
+        if problem.epilogue is not None and candidate.supports(problem.plain()) is None:
+            remedy = "Ask for the product without its epilogue: XLA then computes the activation."
+        refusal = UnsupportedError(name_of(candidate.config), reason, remedy)
     assert refusal is not None
     raise refusal
 
@@ -166,12 +167,20 @@ def register(name: str, config_type: type, backend_type: type[Backend]) -> None:
 
     Args:
         name: its name, which stands for `config_type()`.
-        config_type: the frozen dataclass of its settings.
+        config_type: the frozen dataclass of its settings, all with defaults.
         backend_type: the class that runs it.
 
     Raises:
-        ConfigError: the name or the type of its settings is taken.
+        ConfigError: the name or the type of its settings is taken, or an argument is of another kind.
     """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"the backend's name {name!r} must be a string that is not empty.")
+    # Settings are static arguments of jitted functions, so they must be hashable.
+    parameters = getattr(config_type, "__dataclass_params__", None)
+    if not isinstance(config_type, type) or parameters is None or not parameters.frozen:
+        raise ConfigError(f"{config_type!r} must be a frozen dataclass: it holds the settings of backend {name!r}.")
+    if not isinstance(backend_type, type) or not issubclass(backend_type, Backend):
+        raise ConfigError(f"{backend_type!r} must be a subclass of Backend: it runs backend {name!r}.")
     if name in BACKENDS or name == "auto":
         raise ConfigError(f"backend {name!r} is registered already: choose another name.")
     if config_type in [taken for taken, _ in BACKENDS.values()]:

@@ -1,6 +1,7 @@
 """Reads and writes published checkpoints, with the tensor names of the hub, of transformers 5 or of Megatron.
 
-Families: NemotronH, Kimi K2 and K3, DeepSeek-V2 and V3, GLM-4-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Mixtral.
+Families: NemotronH, Kimi K2 and K3, DeepSeek-V2, V3 and V4, GLM-4-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Mixtral,
+gpt-oss.
 
 Example::
 
@@ -15,7 +16,7 @@ from jax_latent_moe.errors import CheckpointError
 from jax_latent_moe.hf import names
 from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, open_checkpoint, plan_layer
 from jax_latent_moe.hf.exporting import differing_tensors, replace_layers, write_layers
-from jax_latent_moe.hf.importing import import_layer, import_layers
+from jax_latent_moe.hf.importing import import_layer, import_layers, import_token_experts
 from jax_latent_moe.hf.names import Names
 
 MEGATRON = names.MEGATRON
@@ -30,6 +31,7 @@ __all__ = [
     "differing_tensors",
     "import_layer",
     "import_layers",
+    "import_token_experts",
     "open_checkpoint",
     "plan_layer",
     "replace_layers",

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import CheckpointError
-from jax_latent_moe.hf.encodings import PLAIN, Encoding, identify, problems
+from jax_latent_moe.hf.encodings import MXFP4_BLOCKS, PLAIN, Encoding, identify, problems
 from jax_latent_moe.hf.families import layer_configs
 from jax_latent_moe.hf.folder import TensorFolder
 from jax_latent_moe.hf.names import MEGATRON, Block, Layer, Names, layer_blocks, tensor_shapes
@@ -64,12 +64,14 @@ class LayerPlan:
         blocks: every block of every parameter.
         tensors: the stored form of each tensor that the blocks name.
         dtypes: the dtype in which each parameter is imported: the stored one, or the model's if it is quantised.
+        token_experts: the table that gives the experts of each token id; None if the router chooses them.
     """
 
     config: LatentMoEConfig
     blocks: tuple[Block, ...]
     tensors: Mapping[str, Stored]
     dtypes: Mapping[Path, np.dtype]
+    token_experts: TensorInfo | None = None
 
     @property
     def quantised(self) -> tuple[str, ...]:
@@ -136,7 +138,12 @@ def plan_layer(checkpoint: Checkpoint, layer: Layer) -> LayerPlan:
     config = checkpoint.configs[layer]
     names, prefix = checkpoint.names, checkpoint.names.prefix(layer, folder.file_of)
     stacked = names.stacked(config.gated)
-    whole = [prefix + name for name in (stacked.w_up, stacked.w_out) if prefix + name in folder.file_of]
+    whole = [
+        prefix + name + suffix
+        for name in (stacked.w_up, stacked.w_out)
+        for suffix in ("", *(f"_{part}" for part in MXFP4_BLOCKS.dtypes))
+        if prefix + name + suffix in folder.file_of
+    ]
     # Both checks come before any name is built, so that an absurd num_experts does not build as many names.
     if whole:
         names = stacked
@@ -148,34 +155,50 @@ def plan_layer(checkpoint: Checkpoint, layer: Layer) -> LayerPlan:
         blocks = layer_blocks(config, names)
     except ValueError as error:
         raise CheckpointError(folder.path, [f"layer {layer}: {error}"]) from error
-    tensors, found = _match(folder, prefix, tensor_shapes(config, blocks))
+    given = config.router.selection == "given"
+    table, found = _table(folder, prefix + names.token_experts, config) if given else (None, [])
+    tensors, unfit = _match(folder, prefix, tensor_shapes(config, blocks), names)
     dtypes, mistyped = _leaf_dtypes(prefix, blocks, tensors, config)
-    if found or mistyped:
-        raise CheckpointError(f"{folder.path}, layer {layer}", found + mistyped)
-    return LayerPlan(config, tuple(blocks), tensors, dtypes)
+    if found or unfit or mistyped:
+        raise CheckpointError(f"{folder.path}, layer {layer}", found + unfit + mistyped)
+    return LayerPlan(config, tuple(blocks), tensors, dtypes, table)
+
+
+def _table(folder, name, config) -> tuple[TensorInfo | None, list[str]]:
+    """The table of token ids of a layer, and a sentence for each thing wrong with it."""
+    if name not in folder.file_of:
+        return None, [f"missing {name}."]
+    info = folder.locate([name])[name]
+    if len(info.shape) != 2 or info.shape[1] != config.top_k or info.dtype not in ("I64", "I32", "I16", "U8"):
+        return info, [f"{name}: {info.dtype} {list(info.shape)}, expected integers [vocabulary, top_k={config.top_k}]."]
+    return info, []
 
 
 def _check_stacked(folder, tensors, config, layer):
     """Checks that each stacked tensor holds one non-empty matrix for each expert."""
     found = []
     for name, info in folder.locate(tensors).items():
-        if len(info.shape) != 3 or info.shape[0] != config.num_experts or math.prod(info.shape) == 0:
+        if len(info.shape) < 3 or info.shape[0] != config.num_experts or math.prod(info.shape) == 0:
             wanted = f"[num_experts={config.num_experts}, out, in]"
             found.append(f"{name}: shape {list(info.shape)}, expected {wanted}.")
     if found:
         raise CheckpointError(f"{folder.path}, layer {layer}", found)
 
 
-def _match(folder, prefix, shapes) -> tuple[dict[str, Stored], list[str]]:
+def _match(folder, prefix, shapes, names) -> tuple[dict[str, Stored], list[str]]:
     """Groups the tensors that begin with prefix by the matrix or vector they hold, and lists what does not fit."""
     present = [name for name in folder.file_of if name.startswith(prefix) and not name.endswith("_extra_state")]
+    present = [name for name in present if name.removeprefix(prefix) != names.token_experts]
     if not present:
         return {}, [f"no tensor is called {prefix}*: check that you have the files of this layer."]
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name, info in folder.locate(present).items():
         tensor = name.removeprefix(prefix)
+        whole, _, part = tensor.rpartition("_")
         if tensor in shapes and not tensor.endswith(".weight"):
             groups[tensor] = {"weight": info}
+        elif names.interleaved and whole in shapes and part in MXFP4_BLOCKS.dtypes:
+            groups.setdefault(whole, {})[part] = info
         else:
             matrix, _, suffix = tensor.rpartition(".")
             groups.setdefault(f"{matrix}.weight", {})[suffix] = info
@@ -188,11 +211,26 @@ def _match(folder, prefix, shapes) -> tuple[dict[str, Stored], list[str]]:
             encoding = identify(parts)
             found += problems(prefix + tensor.removesuffix("weight"), encoding, shape, parts)
             tensors[tensor] = Stored(encoding, parts)
+        elif names.interleaved and len(shape) == 3 and "weight" not in parts:
+            found += _stacked_problems(prefix + tensor, shape, parts)
+            tensors[tensor] = Stored(MXFP4_BLOCKS, parts)
         else:
             tensors[tensor] = Stored(PLAIN, {"weight": parts["weight"]}) if "weight" in parts else None
             found += _plain_problems(prefix, tensor, shape, parts)
     found += [f"not expected: {prefix}{name}." for tensor, parts in groups.items() for name in _names(tensor, parts)]
     return {tensor: stored for tensor, stored in tensors.items() if stored}, found
+
+
+def _stacked_problems(name, shape, parts):
+    """What is wrong with the codes and scales of all experts, whose values would be [E, in, out]."""
+    experts, width, out = shape
+    found = [
+        f"{name}_{part}: shape {list(info.shape)}, expected one for each of {experts} experts."
+        for part, info in parts.items()
+        if info.shape[:1] != (experts,)
+    ]
+    one = {part: info._replace(shape=info.shape[1:]) for part, info in parts.items()}
+    return found or problems(f"{name}_", MXFP4_BLOCKS, (out, width), one)
 
 
 def _missing(prefix, shapes, present) -> list[str]:

@@ -6,7 +6,8 @@ Formats:
         multiply by the scale of the matrix, those of compressed-tensors divide by it.
     FP8: E4M3 codes with one scale per matrix or per row. DeepSeek-V3 and Qwen3 have one per 128 x 128 block.
 The scales of a matrix, row or 128 x 128 block are float32, or 16-bit in some files (Qwen3's). Products are in float32.
-Two E2M1 codes share a byte and the low four bits hold the first, in ModelOpt and in compressed-tensors.
+gpt-oss has the codes and scales of all experts in one tensor each: blocks [E, out, in / 32, 16] and scales
+[E, out, in / 32]. Two E2M1 codes share a byte, and the low four bits hold the first, in every one of these.
 """
 
 import dataclasses
@@ -65,6 +66,11 @@ def _mxfp4(parts: Parts) -> np.ndarray:
     return _times_blocks(_unpack(parts["weight_packed"]), np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
 
 
+def _mxfp4_blocks(parts: Parts) -> np.ndarray:
+    blocks = parts["blocks"]
+    return _mxfp4({"weight_packed": blocks.reshape(len(blocks), -1), "weight_scale": parts["scales"]})
+
+
 def _nvfp4_blocks(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return _times_blocks(_unpack(packed), _finite(scale.astype(np.float32)))  # exact: 2 + 4 bits of significand
 
@@ -109,6 +115,19 @@ MXFP4 = Encoding(
     lambda out, in_: {"weight_packed": ((out, in_ // 2),), "weight_scale": ((out, in_ // 32),)},
     _mxfp4,
 )
+MXFP4_BLOCKS = Encoding(
+    "MXFP4 (gpt-oss)",
+    {"blocks": ("U8",), "scales": ("U8",)},
+    lambda out, in_: {"blocks": ((out, in_ // 32, 16),), "scales": ((out, in_ // 32),)},
+    _mxfp4_blocks,
+)
+"""One expert of a tensor that holds all."""
+MXFP4_SCALE = Encoding(
+    "MXFP4 (DeepSeek-V4)",
+    {"weight": ("I8", "U8"), "scale": ("F8_E8M0", "U8")},
+    lambda out, in_: {"weight": ((out, in_ // 2),), "scale": ((out, in_ // 32),)},
+    lambda parts: _mxfp4({"weight_packed": parts["weight"].view(np.uint8), "weight_scale": parts["scale"]}),
+)
 _NVFP4_SCALARS: tuple[Shape, ...] = ((), (1,))
 NVFP4_MODELOPT = Encoding(
     "NVFP4 (ModelOpt)",
@@ -148,7 +167,19 @@ FP8_TILES = Encoding(
     },
     _fp8_tiles,
 )
-_BLOCK = {"MXFP4": 32, "NVFP4 (ModelOpt)": 16, "NVFP4 (compressed-tensors)": 16}
+FP8_TILES_SCALE = Encoding(
+    "FP8 (128 x 128 blocks, DeepSeek-V4)",
+    {"weight": ("F8_E4M3",), "scale": ("F8_E8M0", "F32")},
+    lambda out, in_: {"weight": ((out, in_),), "scale": ((math.ceil(out / _TILE), math.ceil(in_ / _TILE)),)},
+    lambda parts: _fp8_tiles({"weight": parts["weight"], "weight_scale_inv": parts["scale"]}),
+)
+_BLOCK = {
+    "MXFP4": 32,
+    "MXFP4 (gpt-oss)": 32,
+    "MXFP4 (DeepSeek-V4)": 32,
+    "NVFP4 (ModelOpt)": 16,
+    "NVFP4 (compressed-tensors)": 16,
+}
 
 
 def identify(parts: Mapping[str, TensorInfo]) -> Encoding:
@@ -157,6 +188,8 @@ def identify(parts: Mapping[str, TensorInfo]) -> Encoding:
         scale = parts.get("weight_scale")
         return NVFP4_COMPRESSED if scale is not None and scale.dtype == "F8_E4M3" else MXFP4
     dtype = parts["weight"].dtype if "weight" in parts else None
+    if "scale" in parts:
+        return FP8_TILES_SCALE if dtype == "F8_E4M3" else MXFP4_SCALE
     if dtype == "U8":
         return NVFP4_MODELOPT
     if dtype == "F8_E4M3":

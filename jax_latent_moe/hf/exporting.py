@@ -76,7 +76,8 @@ def write_layers(
 
     Raises:
         CheckpointError: path exists or cannot be written, a layer is not in configs or comes twice, `names` has no name
-            for one of its parameters, or config_json cannot name the parameters' dtypes.
+            for one of its parameters, its experts are those of a table of token ids, or config_json cannot name the
+            parameters' dtypes.
         InputError: parameters do not fit their layer.
     """
     with new_folder(path) as partial:
@@ -86,6 +87,9 @@ def write_layers(
                 known = ", ".join(map(str, configs))
                 raise CheckpointError(path, [f"layer {layer!r} has no configuration; these have one: {known}."])
             check_params(params, configs[layer])
+            if configs[layer].router.selection == "given":
+                table = "has a table of token ids, which is no parameter: write it with replace_layers."
+                raise CheckpointError(path, [f"layer {layer} {table}"])
             try:
                 blocks, prefix = layer_blocks(configs[layer], names), names.prefix(layer, ())
                 dtypes = {block.tensor: _format_name(params, block) for block in blocks}
@@ -170,6 +174,10 @@ def _chunks(blocks, params, infos) -> Iterator[tuple[Block, int, np.ndarray]]:
         leaf = params[block.path[0]][block.path[1]]
         matrix = np.asarray(leaf if block.expert is None else leaf[block.expert])  # to the host, one expert at a time
         dtype = DTYPES[infos[block.tensor].dtype]
+        if block.layout == "pairs":
+            matrix = matrix.swapaxes(-1, -2).reshape(len(matrix), -1)
+        if block.layout != "transposed":
+            matrix = matrix.T  # what follows turns it around again
         if matrix.ndim == 1:
             yield block, 0, matrix.astype(dtype)
             continue

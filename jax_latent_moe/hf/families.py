@@ -1,9 +1,10 @@
 """Turns the config.json of a published model into the configuration of each of its MoE layers.
 
 Keys and defaults follow transformers 5.23 (NemotronH, DeepSeek-V2 and V3, GLM-4-MoE, Qwen2-MoE, Qwen3-MoE, Qwen3-Next,
-Mixtral), TensorRT-LLM (nemotron_h_puzzle) and the published configurations of Kimi K2 and K3.
+Mixtral, gpt-oss, DeepSeek-V4), TensorRT-LLM (nemotron_h_puzzle) and the published configurations of Kimi K2 and K3.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -293,6 +294,67 @@ def _mixtral(keys: Keys) -> Configs:
     return dict.fromkeys(keys.layers(), config)
 
 
+def _gpt_oss(keys: Keys) -> Configs:
+    keys.only("hidden_act", "silu")
+    config = LatentMoEConfig(
+        **_common(keys),
+        latent_size=None,
+        num_experts=keys.integer(keys.either("num_local_experts", "num_experts")),
+        top_k=keys.integer(keys.either("num_experts_per_tok", "experts_per_token")),
+        expert_intermediate_size=keys.integer("intermediate_size"),
+        activation="clamped_swiglu",
+        swiglu_alpha=keys.get("swiglu_alpha", 1.702),
+        swiglu_limit=keys.get("swiglu_limit", 7.0),
+        swiglu_shift=1.0,
+        expert_bias=True,
+        router=RouterConfig(
+            score_function="softmax_topk", correction_bias=False, norm_topk_prob=False, logit_bias=True
+        ),
+    )
+    return dict.fromkeys(keys.layers(), config)
+
+
+def _deepseek_v4(keys: Keys) -> Configs:
+    keys.only("mlp_bias", False)
+    keys.only("hidden_act", "silu")
+    keys.only("topk_method", "noaux_tc")
+    keys.only("norm_topk_prob", True)  # its code divides by the sum whatever the key says
+    score = keys.chosen("scoring_func", {name: name.replace("sqrts", "sqrt_s") for name in _V4_SCORES}, "sqrtsoftplus")
+    width = keys.integer("moe_intermediate_size")
+    router = RouterConfig(score_function=score, routed_scaling_factor=keys.get("routed_scaling_factor", 1.5))
+    config = LatentMoEConfig(
+        **_common(keys),
+        latent_size=None,
+        num_experts=keys.integer("n_routed_experts"),
+        top_k=keys.integer("num_experts_per_tok"),
+        expert_intermediate_size=width,
+        shared_expert_intermediate_size=keys.integer("n_shared_experts", 1) * width,
+        activation="clamped_swiglu",
+        swiglu_alpha=1.0,
+        swiglu_limit=keys.get("swiglu_limit", 10.0),
+        swiglu_shift=0.0,
+        router=router,
+    )
+    given = dataclasses.replace(config, router=dataclasses.replace(router, selection="given", correction_bias=False))
+    kinds = _v4_layers(keys)
+    return {layer: given if kind == "hash_moe" else config for layer, kind in enumerate(kinds)}
+
+
+_V4_SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
+
+
+def _v4_layers(keys: Keys) -> list[str]:
+    """Whether a layer's experts are those of a table, or chosen by the router: listed, or the first ones by number."""
+    layers = len(keys.layers())
+    kinds = keys.get("mlp_layer_types")
+    if kinds is None:
+        tables = min(keys.integer("num_hash_layers", 3), layers)
+        return ["hash_moe"] * tables + ["moe"] * (layers - tables)
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= {"hash_moe", "moe"}:
+        raise ValueError(f"mlp_layer_types={kinds!r} must be a list of {layers} names, 'hash_moe' or 'moe'")
+    return kinds
+
+
 FAMILIES: dict[str, tuple[Callable[[Keys], Configs], Names]] = {
     "nemotron_h": (_nemotron_h, names.NEMOTRON_H),
     "nemotron_h_puzzle": (_nemotron_h, names.NEMOTRON_H),
@@ -307,13 +369,10 @@ FAMILIES: dict[str, tuple[Callable[[Keys], Configs], Names]] = {
     "qwen3_moe": (_qwen3_moe, names.QWEN3_MOE),
     "qwen3_next": (_qwen3_next, names.QWEN3_NEXT),
     "mixtral": (_mixtral, names.MIXTRAL),
+    "gpt_oss": (_gpt_oss, names.GPT_OSS),
+    "deepseek_v4": (_deepseek_v4, names.DEEPSEEK_V4),
 }
 """By model_type: the function that configures its layers, and the names of their tensors."""
-REFUSED = {
-    "gpt_oss": "its router and experts have biases, and its swiglu is clamped, shifted and scaled",
-    "deepseek_v4": "its swiglu is clamped, and its first layers choose experts by a table of token ids",
-}
-"""By model_type: why a known model is refused."""
 
 
 def layer_configs(values: dict[str, Any]) -> tuple[Configs, Names]:
@@ -324,8 +383,6 @@ def layer_configs(values: dict[str, Any]) -> tuple[Configs, Names]:
     """
     keys = Keys(values)
     model_type = keys["model_type"]
-    if isinstance(model_type, str) and model_type in REFUSED:
-        raise ValueError(f"model_type={model_type!r} is not supported: {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not known: these are: {', '.join(FAMILIES)}")
     configs_of, naming = FAMILIES[model_type]

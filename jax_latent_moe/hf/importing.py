@@ -9,15 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import Array, Int
 
 from jax_latent_moe.config import COMPUTE_DTYPES
 from jax_latent_moe.errors import CheckpointError, InputError
 from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, Stored, plan_layer
 from jax_latent_moe.hf.encodings import PLAIN
 from jax_latent_moe.hf.names import Block, Layer
-from jax_latent_moe.hf.tensor_file import DTYPES, opened, read_bytes, read_tensor
+from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo, opened, read_bytes, read_tensor
 from jax_latent_moe.params import Params, param_shapes
 
 CHUNK = 256 * 1024
@@ -83,6 +85,38 @@ def import_layer(
                 where = sharding[part][name] if isinstance(sharding, Mapping) else sharding
                 params[part][name] = _place(leaf.shape, where, read)
     return params
+
+
+def import_token_experts(checkpoint: Checkpoint, layer: Layer) -> Int[Array, "vocabulary k"]:
+    """The table of a layer whose choice is given (DeepSeek-V4's hash layers): the experts of each token id.
+
+    The table is no parameter. Give the layer its rows: `latent_moe(params, x, config, expert_ids=table[token_ids])`.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        layer: one of `checkpoint.layers`.
+
+    Returns:
+        [vocabulary, k] int32.
+
+    Raises:
+        CheckpointError: the layer has no such table, or an id in it is no expert.
+    """
+    plan = plan_layer(checkpoint, layer)
+    info = plan.token_experts
+    if info is None:
+        raise CheckpointError(checkpoint.folder.path, [f"layer {layer} chooses its experts itself: it has no table."])
+    with opened(info.file) as file:
+        table = read_tensor(file, info)
+    if table.size and not 0 <= table.min() <= table.max() < plan.config.num_experts:
+        raise CheckpointError(
+            info.file,
+            [
+                f"the table of layer {layer} names experts {table.min()} to {table.max()}; there are 0 to "
+                f"{plan.config.num_experts - 1}."
+            ],
+        )
+    return jnp.asarray(table.astype(np.int32))
 
 
 def import_layers(
@@ -157,19 +191,34 @@ def _fill(array, index, shape, blocks, plan, files, pool, name, report):
 
 
 def _fill_block(block: Block, target: np.ndarray, ranges: Sequence[range], stored: Stored, files: Files) -> int:
-    """Reads the ranges of one block into target, [n] or [in, out]. Returns the number of bytes in target."""
+    """Reads the ranges of one block into target: [n], [in, out], or [in, 2, out] if the block's layout is "pairs".
+
+    Returns the number of bytes in target.
+    """
     if target.ndim == 1:
         info = stored.parts["weight"]
         target[...] = read_tensor(files[info.file], info)[ranges[0].start : ranges[0].stop]
     elif stored.encoding is PLAIN:
         _fill_plain(block, target, ranges, stored.parts["weight"], files)
+    elif block.layout != "transposed":
+        # The codes of an expert are stored [out, in], although the tensor of its values would be [in, out].
+        matrix = _decode(block.tensor, stored, files, block.expert)
+        part = _of_pairs(matrix.T, block)[tuple(slice(part.start, part.stop) for part in ranges)]
+        np.copyto(target, part, casting="unsafe")
     else:
         columns, rows = (slice(part.start, part.stop) for part in ranges)
         _transpose_into(target, _decode(block.tensor, stored, files)[block.first_row :][rows, columns])
     return target.nbytes
 
 
+def _of_pairs(matrix: np.ndarray, block: Block) -> np.ndarray:
+    """The rows [n, 2 m] as [n, 2, m] if gate and up alternate in them, else as they are."""
+    return matrix.reshape(len(matrix), -1, 2).swapaxes(1, 2) if block.layout == "pairs" else matrix
+
+
 def _fill_plain(block, target, ranges, info, files):
+    if block.layout != "transposed":
+        return _fill_rows(block, target, ranges, info, files)
     columns, rows = ranges
     width = info.shape[-1]
     dtype = DTYPES[info.dtype]
@@ -181,6 +230,20 @@ def _fill_plain(block, target, ranges, info, files):
         read_bytes(files[info.file], info, (block.first_row + first) * width * dtype.itemsize, chunk)
         out = target[:, first - rows.start : first - rows.start + len(chunk)]
         _transpose_into(out, chunk[:, columns.start : columns.stop])
+
+
+def _fill_rows(block, target, ranges, info, files):
+    """Reads rows of the tensor into rows of target."""
+    rows, *rest = ranges
+    columns = tuple(slice(part.start, part.stop) for part in rest)
+    width, dtype = info.shape[-1], DTYPES[info.dtype]
+    step = max(1, CHUNK // max(1, width * dtype.itemsize))
+    buffer = np.empty((step, width), dtype)
+    for first in range(rows.start, rows.stop, step):
+        chunk = buffer[: min(step, rows.stop - first)]
+        read_bytes(files[info.file], info, (block.first_row + first) * width * dtype.itemsize, chunk)
+        out = target[first - rows.start : first - rows.start + len(chunk)]
+        np.copyto(out, _of_pairs(chunk, block)[:, *columns], casting="unsafe")
 
 
 def _transpose_into(target: np.ndarray, matrix: np.ndarray):
@@ -205,8 +268,17 @@ def _pack_rows(matrix: np.ndarray) -> np.ndarray:
     return packed
 
 
-def _decode(tensor: str, stored: Stored, files: Files) -> np.ndarray:
-    parts = {name: read_tensor(files[stored.parts[name].file], stored.parts[name]) for name in stored.encoding.dtypes}
+def _part(info: TensorInfo, files: Files, expert: int | None) -> np.ndarray:
+    if expert is None:
+        return read_tensor(files[info.file], info)
+    part = np.empty(info.shape[1:], DTYPES[info.dtype])
+    read_bytes(files[info.file], info, expert * part.nbytes, part)
+    return part
+
+
+def _decode(tensor: str, stored: Stored, files: Files, expert: int | None = None) -> np.ndarray:
+    """The matrix [out, in] of a tensor, or of one expert's part of it."""
+    parts = {name: _part(stored.parts[name], files, expert) for name in stored.encoding.dtypes}
     decode = stored.encoding.decode
     assert decode is not None, "plain tensors are not decoded"
     try:

@@ -1,9 +1,10 @@
 """The tensor names of an MoE layer in each system, and the block of a parameter that each tensor holds."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import ConfigError
@@ -18,12 +19,16 @@ class Names:
     """Tensor names of one system, in which {e} stands for the expert's number. Stored matrices are [out, in].
 
     If gate and up have the same name, they are one tensor: the gate rows come first, then the up rows. An expert's name
-    without {e} names one tensor [E, out, in] that holds all experts.
+    without {e} names one tensor [E, out, in] that holds all experts, or [E, in, out] if interleaved.
 
     Attributes:
         roots: prefixes that may come before "layers.{i}.". The first that occurs in the checkpoint is used. The hub's
             is listed first, and that of transformers' own modules last.
         blocks: prefixes that may come after it, in the same order.
+        interleaved: whether the experts' tensors are [E, in, out], and gate and up columns alternate (gpt-oss).
+        token_experts: the table [vocabulary, k] that gives the experts of each token id, in layers whose choice is
+            given (DeepSeek-V4). It is no parameter.
+        modules: the names of transformers' own modules, if they differ in more than the experts.
     """
 
     roots: tuple[str, ...]
@@ -40,6 +45,12 @@ class Names:
     down_proj: str = ""
     latent_norm: str = ""
     up_proj: str = ""
+    router_logit_bias: str = ""
+    b_in: str = ""
+    b_out: str = ""
+    token_experts: str = ""
+    interleaved: bool = False
+    modules: "Names | None" = None
 
     def __post_init__(self):
         for field in ("w_gate", "w_up", "w_out"):
@@ -74,9 +85,11 @@ class Names:
         Args:
             gated: whether the experts have a gate; gate and up then share one tensor.
         """
+        if self.interleaved:  # the hub's names are the modules' own
+            return self
         w_in = "experts.gate_up_proj" if gated else "experts.up_proj"
         return dataclasses.replace(
-            self,
+            self.modules or self,
             roots=self.roots[::-1],
             blocks=self.blocks[::-1],
             w_gate=w_in,
@@ -85,18 +98,20 @@ class Names:
         )
 
 
-_GATE_UP_DOWN = dict(
+_GATE_UP_DOWN: dict[str, Any] = dict(
     w_gate="experts.{e}.gate_proj.weight",
     w_up="experts.{e}.up_proj.weight",
     w_out="experts.{e}.down_proj.weight",
 )
-_W1_W3_W2 = dict(w_gate="experts.{e}.w1.weight", w_up="experts.{e}.w3.weight", w_out="experts.{e}.w2.weight")
-_SHARED = dict(
+_W1_W3_W2: dict[str, Any] = dict(
+    w_gate="experts.{e}.w1.weight", w_up="experts.{e}.w3.weight", w_out="experts.{e}.w2.weight"
+)
+_SHARED: dict[str, Any] = dict(
     shared_gate="shared_experts.gate_proj.weight",
     shared_up="shared_experts.up_proj.weight",
     shared_out="shared_experts.down_proj.weight",
 )
-_GATE = dict(router="gate.weight", router_bias="gate.e_score_correction_bias")
+_GATE: dict[str, Any] = dict(router="gate.weight", router_bias="gate.e_score_correction_bias")
 
 NEMOTRON_H = Names(
     roots=("backbone.", "model."),
@@ -128,6 +143,34 @@ QWEN3_NEXT = dataclasses.replace(
     shared_expert_gate="shared_expert_gate.weight",
 )
 MIXTRAL = Names(roots=("model.",), blocks=("block_sparse_moe", "mlp"), **_GATE, **_W1_W3_W2, **_SHARED)
+GPT_OSS = Names(
+    roots=("model.",),
+    blocks=("mlp",),
+    router="router.weight",
+    router_bias="",
+    router_logit_bias="router.bias",
+    w_gate="experts.gate_up_proj",
+    w_up="experts.gate_up_proj",
+    w_out="experts.down_proj",
+    b_in="experts.gate_up_proj_bias",
+    b_out="experts.down_proj_bias",
+    shared_gate="",
+    shared_up="",
+    shared_out="",
+    interleaved=True,
+)
+DEEPSEEK_V4 = dataclasses.replace(
+    DEEPSEEK_V3,
+    roots=("", "model."),
+    blocks=("ffn", "mlp"),
+    router_bias="gate.bias",
+    **_W1_W3_W2,
+    shared_gate="shared_experts.w1.weight",
+    shared_up="shared_experts.w3.weight",
+    shared_out="shared_experts.w2.weight",
+    token_experts="gate.tid2eid",
+    modules=dataclasses.replace(DEEPSEEK_V3, token_experts="gate.tid2eid"),
+)
 MEGATRON = Names(
     roots=("decoder.",),
     blocks=("mlp",),
@@ -154,7 +197,9 @@ class Block(NamedTuple):
         path: (part, leaf) of the parameter tree.
         expert: index on the leaf's first axis; None if the leaf has no axis of experts.
         half: 0 for the gate and 1 for the up half of a gated w_in; None otherwise.
-        stacked: whether the tensor holds all experts, [E, out, in].
+        stacked: whether the tensor holds all experts, [E, out, in] or [E, in, out].
+        layout: "transposed" if the tensor's rows are the block's columns; "same" if they are its rows; "pairs" if they
+            are its rows and the last axis holds gate and up by turns, while the block has them on an axis of their own.
     """
 
     tensor: str
@@ -163,6 +208,7 @@ class Block(NamedTuple):
     expert: int | None = None
     half: int | None = None
     stacked: bool = False
+    layout: Literal["transposed", "same", "pairs"] = "transposed"
 
 
 def layer_blocks(config: LatentMoEConfig, naming: Names) -> list[Block]:
@@ -171,9 +217,14 @@ def layer_blocks(config: LatentMoEConfig, naming: Names) -> list[Block]:
     Raises:
         ValueError: the system has no name for a parameter of this configuration.
     """
+    if config.num_physical_experts != config.num_experts:
+        raise ValueError("its experts have copies: parallel.collapse gives the parameters without them.")
     simple = {
         ("router", "kernel"): naming.router,
         ("router", "bias"): naming.router_bias,
+        ("router", "logit_bias"): naming.router_logit_bias,
+        ("experts", "b_in"): naming.b_in,
+        ("experts", "b_out"): naming.b_out,
         ("down_proj", "kernel"): naming.down_proj,
         ("latent_norm", "scale"): naming.latent_norm,
         ("up_proj", "kernel"): naming.up_proj,
@@ -184,12 +235,14 @@ def layer_blocks(config: LatentMoEConfig, naming: Names) -> list[Block]:
     for part, leaves in param_shapes(config).items():
         for leaf, struct in leaves.items():
             path = (part, leaf)
-            if part == "experts":
+            if simple.get(path):
+                block = Block(simple[path], 0, path)
+                biases = {"b_in": block._replace(layout="pairs"), "b_out": block._replace(layout="same")}
+                blocks.append(biases.get(leaf, block))
+            elif leaf in ("w_in", "w_out") and part == "experts":
                 blocks += _expert_blocks(config, naming, path, struct.shape)
             elif leaf == "w_in":
                 blocks += _matrix_blocks(config, naming.shared_gate, naming.shared_up, path, struct.shape[-1])
-            elif simple.get(path):
-                blocks.append(Block(simple[path], 0, path))
             else:
                 raise ValueError(f"{part}/{leaf} has no name in this system: choose a configuration without it.")
     return blocks
@@ -203,6 +256,11 @@ def _matrix_blocks(config, gate, up, path, rows, expert=None) -> list[Block]:
 
 
 def _expert_blocks(config, naming, path, shape) -> list[Block]:
+    if naming.interleaved:
+        first = Block(naming.w_out, 0, path, 0, None, True, "same")
+        if path[1] == "w_in":
+            first = first._replace(tensor=naming.w_up, layout="pairs")
+        return [first._replace(first_row=e * shape[1], expert=e) for e in range(config.num_experts)]
     blocks = []
     for e in range(config.num_experts):
         if path[1] == "w_out":
@@ -219,13 +277,20 @@ def _expert_blocks(config, naming, path, shape) -> list[Block]:
 
 
 def tensor_shapes(config: LatentMoEConfig, blocks: Iterable[Block]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the blocks name: [out, in], [E, out, in], or [n] for a bias or a scale."""
+    """The shape of each tensor that the blocks name: [out, in], [E, out, in], or [n] for a bias or a scale.
+
+    An interleaved tensor is [E, in, out], and an expert's bias [E, out].
+    """
     shapes = param_shapes(config)
     tensors: dict[str, tuple[int, ...]] = {}
     for block in blocks:
         shape = block_shape(shapes[block.path[0]][block.path[1]].shape, block)
         if len(shape) == 1:
             tensors[block.tensor] = shape
+            continue
+        if block.layout != "transposed":
+            stack = (config.num_experts,) if block.stacked else ()
+            tensors[block.tensor] = (*stack, shape[0], math.prod(shape[1:]))
             continue
         rows = block.first_row + shape[1]  # blocks of one tensor come in order of rows
         stack = (config.num_experts, rows // config.num_experts) if block.stacked else (rows,)
@@ -234,6 +299,6 @@ def tensor_shapes(config: LatentMoEConfig, blocks: Iterable[Block]) -> dict[str,
 
 
 def block_shape(leaf_shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
-    """Shape of a block of a leaf: [in, out] or [n]."""
+    """Shape of a block of a leaf: [in, out], [in, 2, out] if its layout is "pairs", or [n]."""
     shape = leaf_shape if block.expert is None else leaf_shape[1:]
     return shape if block.half is None else (shape[0], shape[2])

@@ -43,25 +43,26 @@ def exchange(
         axis: mesh axis that splits the experts in equal runs.
         experts: (rows [T, l], weights [T, k], plan by this device's experts) -> [T, l].
         latent: [T, l], this device's.
-        expert_ids: [T, k] over all experts.
+        expert_ids: [T, k] over all physical experts.
         weights: [T, k], 0 where there is no expert.
         row_multiple: multiple at which each expert's rows begin.
 
     Returns:
-        [T, l], and the rows of this device that capacity dropped, [E] int32: the same for every dispatch.
+        [T, l], and the rows of this device that capacity dropped, int32 for each physical expert: the same for every
+        dispatch.
 
     Raises:
         UnsupportedError: the named dispatch does not run on this platform.
     """
     assert config.parallel is not None
     devices, (tokens, k) = lax.axis_size(axis), expert_ids.shape
-    local_experts = config.num_experts // devices
+    local_experts = config.num_physical_experts // devices
     capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
-    dropped = jnp.zeros(config.num_experts, jnp.int32)
+    dropped = jnp.zeros(config.num_physical_experts, jnp.int32)
     if capacity < tokens * min(k, local_experts):
         kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
         kept = checkpoint_name(kept, CHOICE)
-        dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_experts, config.backend)
+        dropped = count_experts(jnp.where(kept, NO_EXPERT, expert_ids), config.num_physical_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}
     strategy = choose_dispatch(config, devices, tokens)
@@ -84,7 +85,7 @@ def own_experts_of_all(
 
     The arguments are those of `exchange`.
     """
-    local_experts = config.num_experts // lax.axis_size(axis)
+    local_experts = config.num_physical_experts // lax.axis_size(axis)
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
     plan = make_dispatch_plan(expert_ids, local_experts, config.backend, row_multiple)
     return sum_used_alike(axis, experts(latent, jnp.where(mine, weights, 0), plan))

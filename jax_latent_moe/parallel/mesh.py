@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
-from jax_latent_moe.errors import ConfigError
-from jax_latent_moe.params import Params, param_axes
+from jax_latent_moe.errors import ConfigError, InputError
+from jax_latent_moe.params import Params, param_axes, renamed
 from jax_latent_moe.shards import ONE_DEVICE, Shards
 
 Body = Callable[..., tuple[Any, Any]]
@@ -24,6 +24,16 @@ REPLICATED_TOKENS = 256
 Below it, the router, the projections and the shared expert take the time to read their kernels, which each device reads
 whole in any case. Replicated tokens need one all-reduce, and padded ones four collectives.
 """
+
+MAXTEXT_AXES: dict[str, str | None] = {
+    "hidden": "embed",
+    "latent": None,
+    "expert": "exp",
+    "expert_latent": "embed_no_exp",
+    "expert_intermediate": "mlp",
+    "shared_intermediate": "mlp",
+}
+"""MaxText's names of the logical axes, for `axis_names` of the Flax modules and of `logical_axis_rules`."""
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -49,12 +59,18 @@ def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str,
     return {axis: mesh.shape.get(axis, 1) for axis in (*parallel.axes, parallel.sequence_axis)}
 
 
-def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> list[tuple[str, str | None]]:
+def logical_axis_rules(
+    parallel: ParallelConfig, mesh: Mesh | AbstractMesh, axis_names: Mapping[str, str | None] | None = None
+) -> list[tuple[str, str | None]]:
     """The mesh axis of each logical axis of `param_axes`, as Flax takes such rules.
 
     Args:
         parallel: names the axes.
         mesh: axes that it lacks, or has with size 1, split nothing.
+        axis_names: other names for some logical axes, as in `param_axes`, such as `MAXTEXT_AXES`.
+
+    Raises:
+        InputError: axis_names renames an axis that no layer has, or gives one name to axes that are split differently.
     """
     sizes = axis_sizes(parallel, mesh)
     split = (
@@ -64,7 +80,16 @@ def logical_axis_rules(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> l
         ("hidden", parallel.fsdp_axis),
         ("expert_latent", parallel.fsdp_axis),
     )
-    return [*((name, axis if sizes[axis] > 1 else None) for name, axis in split), ("latent", None)]
+    named: dict[str, str | None] = {}
+    for logical, mesh_axis in (*((name, axis if sizes[axis] > 1 else None) for name, axis in split), ("latent", None)):
+        if (name := renamed(logical, axis_names)) is None:
+            continue
+        if named.setdefault(name, mesh_axis) != mesh_axis:
+            raise InputError(
+                f"axis_names give {name!r} to an axis that is split over {named[name]} and to {logical!r}, which is "
+                f"split over {mesh_axis}: give them different names."
+            )
+    return list(named.items())
 
 
 def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, PartitionSpec]]:
@@ -222,6 +247,7 @@ def _check_divides(config, mesh):
     sizes = axis_sizes(config.parallel, mesh)
     for name, width, axis in (
         ("num_experts", config.num_experts, expert),
+        ("the length of parallel.physical_to_logical", config.num_physical_experts, expert),
         ("expert_intermediate_size", config.expert_intermediate_size, tensor),
         ("shared_expert_intermediate_size", config.shared_expert_intermediate_size, tensor),
         ("hidden_size", config.hidden_size, fsdp),

@@ -103,7 +103,7 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
         flops = 2.0 * tokens * d * shared * (gate + 1)
         moved = item * (shared * (gate + 1) * (d + 2 * tokens) + 2 * tokens * d)
         yield kernel("shared expert", gpu, passes * flops, passes * moved, gpu.dense_flops)
-    products = grouped_matmuls(config, gpu, rows, config.num_experts // expert, tensor)
+    products = grouped_matmuls(config, gpu, rows, config.num_physical_experts // expert, tensor)
     counted = {"forward": forward, "dgrad": int(training), "wgrad": int(training)}
     parts = [(part, counted[name.split()[1]]) for name, part in products.items()]
     longest = max((part for part, _ in parts), key=lambda part: part.ms)

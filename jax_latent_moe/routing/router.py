@@ -105,12 +105,17 @@ def route(
         all_tokens: sums a value over the devices that hold the other tokens. Only selection="sinkhorn" reads it.
         backend: the experts' backend. If it has a kernel for the choice, that kernel runs; the choice is the same.
     """
-    selection = _selection(logits, bias, config, token_mask, all_tokens)
-    ids = checkpoint_name(top_k_ids(selection, top_k, backend), CHOICE)
     chosen = None  # every assignment reaches an expert
+    if config.selection == "given":
+        assert expert_ids is not None, "the layer refuses a call without them"
+        ids = int32_ids(expert_ids)
+    else:
+        selection = _selection(logits, bias, config, token_mask, all_tokens)
+        ids = checkpoint_name(top_k_ids(selection, top_k, backend), CHOICE)
     if expert_ids is not None:
-        replayed = int32_ids(expert_ids)
-        ids = jnp.where(jnp.any(replayed == ROUTER_DECIDES, axis=1, keepdims=True), ids, replayed)
+        if config.selection != "given":
+            replayed = int32_ids(expert_ids)
+            ids = jnp.where(jnp.any(replayed == ROUTER_DECIDES, axis=1, keepdims=True), ids, replayed)
         chosen = (ids >= 0) & (ids < logits.shape[1])
     if token_mask is not None:
         real = jnp.broadcast_to(token_mask[:, None], ids.shape)
@@ -156,13 +161,17 @@ def _selection(logits, bias, config, token_mask, all_tokens):
     """The scores that decide the choice: with the bias, and -inf outside the best groups."""
     if config.selection == "sinkhorn":
         return balanced_scores(logits, token_mask, all_tokens)
-    logits = lax.stop_gradient(logits)
-    # Without a bias, logits have the order of the scores, and they still differ where scores saturate.
-    by_logit = config.selection == "logit" or (bias is None and config.num_groups == 1)
-    selection = logits if by_logit else scores(logits, config.score_function)
+    selection = choice_scores(lax.stop_gradient(logits), config, biased=bias is not None)
     if bias is not None:
         selection = selection + lax.stop_gradient(bias).astype(selection.dtype)[None]
     return _limit_groups(selection, config) if config.num_groups > 1 else selection
+
+
+def choice_scores(logits: Float[Array, "t e"], config: RouterConfig, biased: bool) -> Float[Array, "t e"]:
+    """The scores of the choice before the bias: those of the score function, or the logits."""
+    # Without a bias, logits have the order of the scores, and they still differ where scores saturate.
+    by_logit = config.selection == "logit" or (not biased and config.num_groups == 1)
+    return logits if by_logit else scores(logits, config.score_function)
 
 
 def _limit_groups(selection, config):

@@ -119,6 +119,26 @@ def test_names_are_taken_once(registered):
             formats.register(name)
 
 
+@dataclasses.dataclass
+class Thawed:
+    tile: int = 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("", LoopBackend, Loop), "the backend's name '' must be a string"),
+        (("thawed", Thawed, Loop), "Thawed'> must be a frozen dataclass: it holds the settings of backend 'thawed'"),
+        (("settings", LoopBackend(), Loop), r"LoopBackend\(tile=None\) must be a frozen dataclass"),
+        (("function", LoopTile, print), "must be a subclass of Backend: it runs backend 'function'"),
+    ],
+)
+def test_what_is_no_backend_is_refused(row, message):
+    with pytest.raises(ConfigError, match=message):
+        registry.register(*row)
+    assert row[0] not in registry.BACKENDS
+
+
 def test_a_weight_that_blocks_do_not_divide_is_refused(monkeypatch):
     monkeypatch.setitem(FORMATS, "blocks", dataclasses.replace(COLUMNS, name="blocks", block=(4, 2)))
     with pytest.raises(ConfigError, match="6 x 4 does not divide into blocks's blocks of 4 x 2"):

@@ -13,6 +13,7 @@ UV = """
 echo "$*" >>"$CALLS"
 case $1 in
 --version) echo "uv 0.13.9" ;;
+python) [[ $2 == find ]] && type -P python3.12 ;;
 sync) PATH=/usr/bin:/bin; mkdir -p .venv/bin && printf '#!/bin/sh\\n' >.venv/bin/python && chmod +x .venv/bin/python ;;
 esac
 """

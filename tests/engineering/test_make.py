@@ -51,3 +51,10 @@ def test_ci_runs_the_suite_by_make():
     assert lines[0] == "#!/usr/bin/env bash"
     assert "make lint" in lines
     assert any(line.startswith("make test") for line in lines)
+
+
+def test_the_forges_workflows_run_the_same_scripts():
+    workflows = ROOT / ".github/workflows"
+    assert "run: .ci/run" in (workflows / "ci.yml").read_text()
+    assert "scripts/wheels.sh\n" in (workflows / "release.yml").read_text()
+    assert os.access(ROOT / "scripts/wheels.sh", os.X_OK)

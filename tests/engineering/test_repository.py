@@ -17,8 +17,8 @@ PACKAGE = ROOT / "jax_latent_moe"
 ORDER = (
     ("device", "dtypes", "errors", "native", "shards", "varying"),
     ("activations", "checks", "formats"),
-    ("grouped_matmul",),
-    ("config",),
+    ("grouped_matmul", "router_config"),
+    ("config", "lax"),
     ("expert_plan", "params", "presets", "routing"),
     ("cost", "experts"),
     ("hf", "parallel"),
@@ -104,12 +104,34 @@ def test_importing_the_library_imports_no_optional_package():
     }
 
 
-def test_versions_agree():
+def test_a_missing_package_names_the_extra_that_has_it():
+    code = """
+import importlib, sys
+sys.modules["flax"] = None
+for module in ("jax_latent_moe.linen", "jax_latent_moe.nnx", "examples.train.__main__"):
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    message = "this needs flax, which is not installed: pip install 'jax-latent-moe[{}]'."
+    assert run.stdout.splitlines() == [message.format(extra) for extra in ("flax", "flax", "train")]
+
+
+def test_the_version_is_written_once():
+    """In jax_latent_moe/__init__.py, which both wheels read."""
     import jax_latent_moe
 
-    assert jax_latent_moe.__version__ == project()["version"]
-    bazel = (ROOT / "MODULE.bazel").read_text()
-    assert f'version = "{project()["version"]}"' in bazel
+    assert "version" in project()["dynamic"]
+    for name, path in (("pyproject.toml", "jax_latent_moe"), ("custom_calls/pyproject.toml", "../jax_latent_moe")):
+        found = tomllib.loads((ROOT / name).read_text())
+        assert "version" not in found["project"]
+        assert found["tool"]["hatch"]["version"]["path"] == f"{path}/__init__.py"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", jax_latent_moe.__version__)
+    assert f"## [Unreleased] ({jax_latent_moe.__version__})" in (ROOT / "CHANGELOG.md").read_text() or (
+        f"## [{jax_latent_moe.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    )
 
 
 def test_the_oldest_packages_are_the_lower_bounds():

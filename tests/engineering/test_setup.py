@@ -48,7 +48,7 @@ def test_the_driver_picks_the_extra(ready, smi, device):
     assert ready.run("setup.sh").returncode == 0
     (install,) = ready.installs()
     assert install.startswith("sync --locked --python ")
-    assert f"--extra {device} --extra flax --extra train --extra hf" in install
+    assert f"--extra {device} --extra flax --extra train" in install
 
 
 def test_the_environment_variable_overrules_the_driver(ready):
@@ -76,13 +76,6 @@ def test_a_second_set_up_does_nothing_and_needs_nothing(ready):
     assert len(ready.installs()) == 1
 
 
-def test_the_text_of_the_trainer_is_fetched_too_but_not_required(ready):
-    ready.command("uv", UV.replace("#!/bin/sh\\n", "#!/bin/sh\\nexit 7\\n"))
-    first = ready.run("setup.sh")
-    assert first.returncode == 0
-    assert "make train will have to fetch its text later" in first.stderr
-
-
 @pytest.mark.parametrize("change", ["uv.lock", "pyproject.toml", "device", "python"])
 def test_what_the_environment_depends_on_makes_it_anew(ready, change):
     assert ready.run("setup.sh").returncode == 0
@@ -108,12 +101,16 @@ def test_a_failed_install_is_tried_again(ready):
 def test_a_shim_that_fails_is_passed_over(ready, tmp_path):
     shims = tmp_path / "shims"
     shims.mkdir()
-    for name in ("uv", "python3.12"):
-        (shims / name).write_text(f"#!/bin/bash\necho 'pyenv: {name}: command not found' >&2\nexit 127\n")
-        (shims / name).chmod(0o755)
-    path = f"{shims}:{ready.bin}"
-    assert ready.run("uv.sh", PATH=path).stdout == f"{ready.bin}/uv\n"
-    assert ready.run("python.sh", str(ready.bin / "uv"), PATH=path).stdout == f"{ready.bin}/python3.12\n"
+    (shims / "uv").write_text("#!/bin/bash\necho 'pyenv: uv: command not found' >&2\nexit 127\n")
+    (shims / "uv").chmod(0o755)
+    assert ready.run("uv.sh", PATH=f"{shims}:{ready.bin}").stdout == f"{ready.bin}/uv\n"
+
+
+def test_a_python_that_the_user_names_is_taken(ready):
+    ready.command("uv", UV)
+    assert ready.run("setup.sh", UV_PYTHON="3.14").returncode == 0
+    calls = (ready.root / "calls").read_text()
+    assert "python find --system --no-project 3.14\n" in calls
 
 
 def test_an_old_uv_is_passed_over(sandbox):
@@ -142,9 +139,9 @@ def test_no_uv_and_no_network(sandbox):
     assert "no route to host" in (sandbox.root / ".tools/uv.log").read_text()
 
 
-def test_no_fitting_python_and_no_network(sandbox):
-    uv = sandbox.command("uv", 'case "$1 $2" in "--version ") echo uv 0.13.9 ;; *) exit 2 ;; esac')
-    sandbox.command("python3", "exit 1")
-    assert refusal(sandbox.run("python.sh", str(uv))).startswith(
+def test_no_fitting_python_and_no_network(ready):
+    ready.command("uv", 'case "$1" in --version) echo uv 0.13.9 ;; *) echo no route to host >&2; exit 2 ;; esac')
+    assert refusal(ready.run("setup.sh")).startswith(
         "error: no Python 3.12, 3.13 or 3.14 was found and uv could not download one"
     )
+    assert "no route to host" in (ready.root / ".tools/python.log").read_text()

@@ -1,4 +1,4 @@
-"""Finding nvcc, and the conditions for a wheel with kernels (scripts/test-wheel.sh builds such wheels)."""
+"""Finding nvcc, and the hooks of both wheels (scripts/wheels.sh builds and checks them)."""
 
 import importlib
 import platform
@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from jax_latent_moe import native
 from tests.engineering.sandbox import ROOT
 
 LINUX = pytest.mark.skipif(
@@ -38,28 +39,16 @@ def nvcc(monkeypatch):
 
 
 @pytest.fixture
-def backend(machine, monkeypatch):
-    """The build backend over fake builders, which return their name and settings."""
-    for name in ("hatchling", "scikit_build_core"):
-        build = types.ModuleType(f"{name}.build")
-        for hook in ("build_sdist", "build_editable"):
-            setattr(build, hook, lambda *_: None)
-        for kind in ("editable", "sdist"):
-            setattr(build, f"get_requires_for_build_{kind}", None)
-        build.get_requires_for_build_wheel = lambda settings: []
-        build.build_wheel = lambda folder, settings, metadata, name=name: (name, settings)
-        package = types.ModuleType(name)
-        package.build = build
-        monkeypatch.setitem(sys.modules, name, package)
-        monkeypatch.setitem(sys.modules, f"{name}.build", build)
-    monkeypatch.setitem(sys.modules, "nvcc", module("nvcc", monkeypatch))
-    backend = module("build_backend", monkeypatch)
-    monkeypatch.setattr(backend, "_folder", lambda name, path: f"{name}/{path}")
-    return backend
+def hatchling(monkeypatch):
+    """Hatchling's two classes of hooks, which are in the environment of a build alone."""
+    for name, hook in (("metadata", "MetadataHookInterface"), ("builders.hooks", "BuildHookInterface")):
+        fake = types.ModuleType(f"hatchling.{name}.plugin.interface")
+        setattr(fake, hook, object)
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
 
 
-def module(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "custom_calls"))
+def module(name, monkeypatch, folder="custom_calls"):
+    monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.delitem(sys.modules, name, raising=False)
     loaded = importlib.import_module(name)
     monkeypatch.delitem(sys.modules, name)
@@ -84,44 +73,38 @@ def test_named_compilers_go_before_the_path_and_old_ones_are_passed_over(machine
         nvcc.find()
 
 
-@LINUX
-def test_without_a_compiler_the_wheel_is_pure_and_says_so(backend, capsys):
-    assert backend.get_requires_for_build_wheel() == []
-    assert backend.build_wheel("folder")[0] == "hatchling"
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("Without CUDA kernels: there is no nvcc (version 12.4 or newer)")
+def test_the_kernels_need_the_release_that_they_were_compiled_for(hatchling, monkeypatch):
+    metadata = {"version": "1.2.3"}
+    module("hatch_build", monkeypatch).Dependencies().update(metadata)
+    assert metadata["dependencies"] == ["jax-latent-moe==1.2.3"]
 
 
-@LINUX
-def test_with_a_compiler_the_wheel_has_kernels(backend, machine, capsys):
-    path = machine("bin", "13.0")
-    requires = {re.split("[=>]", line)[0] for line in backend.get_requires_for_build_wheel()}
-    assert requires == {"scikit-build-core", "cmake", "ninja", "nvidia-cutlass", "jaxlib"}
-    builder, settings = backend.build_wheel("folder", {"cmake.define.LATENT_MOE_FEW_KERNELS": "ON"})
-    assert builder == "scikit_build_core"
-    assert settings == {
-        "cmake.define.CMAKE_CUDA_COMPILER": str(path),
-        "cmake.define.LATENT_MOE_CUTLASS_INCLUDE": "cutlass_library/source/include",
-        "cmake.define.LATENT_MOE_XLA_INCLUDE": "jaxlib/include",
-        "cmake.define.LATENT_MOE_FEW_KERNELS": "ON",
-    }
-    assert f"Compiling CUDA kernels with {path}" in capsys.readouterr().out
+def test_the_wheel_of_kernels_compiles_nothing(hatchling, monkeypatch):
+    build, data = module("hatch_build", monkeypatch).Library(), {}
+    with pytest.raises(SystemExit, match=r"made of a compiled library: run scripts/wheels\.sh"):
+        build.initialize("standard", data)
+    monkeypatch.setenv("LATENT_MOE_CUDA_LIBRARY", "some/library.so")
+    monkeypatch.setenv("LATENT_MOE_CUTLASS_LICENSE", "some/licence")
+    build.initialize("standard", data)
+    assert data["force_include"]["some/library.so"] == f"{native.WHEEL}/{native.FILE}"
+    assert data["tag"] == "py3-none-linux_x86_64"
+    assert not data["pure_python"]
 
 
-def test_the_user_decides(backend, machine):
-    with pytest.raises(SystemExit, match=r"wheel\.cmake=true asks for CUDA kernels, but "):
-        backend.get_requires_for_build_wheel({"wheel.cmake": "true"})
-    machine("bin", "13.0")
-    assert backend.build_wheel("folder", {"wheel.cmake": "false"})[0] == "hatchling"
-    with pytest.raises(SystemExit, match=r"wheel\.cmake='perhaps' must be true or false"):
-        backend.build_wheel("folder", {"wheel.cmake": "perhaps"})
-
-
-def test_another_platform_gets_no_kernels(backend, machine, monkeypatch):
-    machine("bin", "13.0")
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert backend.build_wheel("folder")[0] == "hatchling"
-
-
-def test_an_editable_install_compiles_nothing(backend):
-    assert backend.build_editable is sys.modules["hatchling.build"].build_editable
+@pytest.mark.parametrize("published", [False, True])
+def test_a_published_readme_leads_to_its_repository(hatchling, monkeypatch, published):
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    monkeypatch.delenv("GITHUB_SERVER_URL", raising=False)
+    if published:
+        monkeypatch.setenv("GITHUB_REPOSITORY", "owner/name")
+    metadata = {"version": "1.2.3"}
+    module("hatch_build", monkeypatch, ".").Published().update(metadata)
+    text = metadata["readme"]["text"]
+    relative = re.findall(r"\]\((?!https?://)([^)]+)\)", text)
+    assert bool(relative) != published, relative
+    if published:
+        assert "](https://github.com/owner/name/raw/v1.2.3/docs/figures/" in text
+        assert "](https://github.com/owner/name/blob/v1.2.3/docs/backends.md)" in text
+        assert metadata["urls"]["Changelog"] == "https://github.com/owner/name/blob/v1.2.3/CHANGELOG.md"
+    else:
+        assert "urls" not in metadata

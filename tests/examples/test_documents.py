@@ -114,10 +114,15 @@ def damaged_zstd(path):
 @pytest.mark.parametrize(
     ("name", "make", "column", "sentence"),
     [
-        ("a.parquet", lambda path: path.write_bytes(b"PAR1 broken"), "text", r"a\.parquet is no readable Parquet file"),
-        ("a.parquet", write, "body", r"a\.parquet has no text under 'body' but in text: name it with --data-column"),
-        ("a.parquet", write, "id", r"a\.parquet has no text under 'id' but in text"),
-        ("a.jsonl", write, "body", r"a\.jsonl, line 1 has no text under 'body' but id, text: name it with"),
+        (
+            "a.parquet",
+            lambda path: path.write_bytes(b"PAR1 broken"),
+            "text",
+            r"a\.parquet is not a readable Parquet file",
+        ),
+        ("a.parquet", write, "body", r"a\.parquet has no text in the column 'body'\. Columns with text: text\. Name"),
+        ("a.parquet", write, "id", r"a\.parquet has no text in the column 'id'\. Columns with text: text\."),
+        ("a.jsonl", write, "body", r"line 1 has no text in the field 'body'\. It holds id, text: name the field with"),
         ("a.jsonl", write, "id", r"a\.jsonl, line 1 has no text under 'id'"),
         ("a.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text"'), "text", r"a\.jsonl, line 2 is no JSON"),
         ("a.jsonl", lambda path: path.write_text("[1]"), "text", r"line 1 has no text under 'text' but a list"),
@@ -137,7 +142,7 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, cache, name, mak
 def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(TrainError, match=r"a\.parquet needs the package pyarrow: install jax-latent-moe\[data\]"):
+    with pytest.raises(TrainError, match=r"a\.parquet needs the package pyarrow: pip install 'jax-latent-moe\[data\]'"):
         whole(path)
 
 

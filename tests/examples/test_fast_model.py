@@ -1,4 +1,4 @@
-"""What makes the model fast does not change what it computes: tables, loss, attention, scan, recomputation, parts."""
+"""Options for speed do not change the results: tables, loss, attention, scan, recomputation, parts of a batch."""
 
 import dataclasses
 
@@ -141,22 +141,25 @@ def test_attention_is_chosen_for_the_machine():
     assert attention.choose_attention("auto", TOY.model) == "blocks"
     assert attention.choose_attention("xla", TOY.model) == "xla"
     with pytest.raises(
-        TrainError, match=r"--attention cudnn cannot run: it is for NVIDIA GPUs, and JAX computes on cpu"
+        TrainError, match=r"--attention cudnn cannot run: it needs an NVIDIA GPU, and JAX computes on cpu"
     ):
         attention.choose_attention("cudnn", TOY.model)
 
 
 DEEP = dataclasses.replace(
-    TOY, model=dataclasses.replace(TOY.model, layers=4), switch_loss_coef=0.0, bias_update_rate=0.01
+    TOY, model=dataclasses.replace(TOY.model, layers=3), switch_loss_coef=0.0, bias_update_rate=0.01
 )
 
 
-def first_steps(config: Config, batch: Batch, mesh: Mesh | None = None, steps: int = 2):
-    """The state and the metrics after some steps on one batch."""
+def first_steps(config: Config, batch: Batch, mesh: Mesh | None = None, steps: int = 2, start=None):
+    """The state and the metrics after some steps on one batch, from a given state or from the model's own first one."""
     mesh = mesh or make_mesh("", config.batch_size)
     model, optimizer = language_model(config), make_optimizer(config.optimizer, config.steps)
     with jax.set_mesh(mesh):
-        state = step.init_state_on(model, optimizer, config.seed, mesh)
+        if start is None:
+            state = step.init_state_on(model, optimizer, config.seed, mesh)
+        else:
+            state = jax.device_put(start, step.state_shardings(model, optimizer, mesh))
         train_step = step.make_train_step(model, optimizer, mesh, accumulate=config.accumulate)
         for _ in range(steps):
             state, metrics = train_step(state, batch)
@@ -177,18 +180,26 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def unrolled(batch):
-    return first_steps(DEEP, batch)
+def first():
+    """The first state of the unrolled model."""
+    model, optimizer = language_model(DEEP), make_optimizer(DEEP.optimizer, DEEP.steps)
+    return jax.device_get(step.init_state_on(model, optimizer, DEEP.seed, make_mesh("", DEEP.batch_size)))
+
+
+@pytest.fixture(scope="module")
+def unrolled(batch, first):
+    return first_steps(DEEP, batch, start=first)
 
 
 @pytest.mark.parametrize("changes", [{"remat": "cheap"}, {"remat": "layer"}, {"attention": "xla"}, {"accumulate": 4}])
-def test_an_option_for_speed_trains_the_same(batch, unrolled, changes):
-    (state, metrics), (wanted, wanted_metrics) = first_steps(dataclasses.replace(DEEP, **changes), batch), unrolled
+def test_an_option_for_speed_trains_the_same(batch, first, unrolled, changes):
+    state, metrics = first_steps(dataclasses.replace(DEEP, **changes), batch, start=first)
+    wanted, wanted_metrics = unrolled
     assert_close(metrics.loss, wanted_metrics.loss, "float32")
     assert_close(metrics.grad_norm, wanted_metrics.grad_norm, "float32")
     np.testing.assert_array_equal(metrics.loads, wanted_metrics.loads)
     assert_trees_close(state.correction_bias, wanted.correction_bias, "float32")
-    # Adam divides by the root of the gradient's square: what is nearly zero there moves by rounding.
+    # Adam divides by the root of the squared gradient, so rounding moves parameters with a gradient near zero.
     for leaf, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(wanted.params), strict=True):
         assert relative_error(leaf, other) < 1e-4
 
@@ -217,11 +228,11 @@ def test_scanned_and_accumulated_steps_go_over_a_mesh(batch, unrolled):
         assert relative_error(leaf, other) < 1e-3
 
 
-def test_documents_weigh_the_same_in_parts_as_in_one(batch):
-    """Parts with more and with fewer scored tokens: each token of the batch counts alike."""
+def test_documents_weigh_the_same_in_parts_as_in_one(batch, first):
+    """The parts have different numbers of scored tokens, and each token of the batch has the same weight."""
     starts = np.random.default_rng(2).uniform(size=batch.tokens.shape) < np.linspace(0.01, 0.5, 8)[:, None]
     split = Batch(batch.tokens, starts)
-    whole, parts = (first_steps(dataclasses.replace(DEEP, accumulate=n), split)[1] for n in (1, 4))
+    whole, parts = (first_steps(dataclasses.replace(DEEP, accumulate=n), split, start=first)[1] for n in (1, 4))
     assert_close(parts.loss, whole.loss, "float32")
     assert_close(parts.grad_norm, whole.grad_norm, "float32")
 
@@ -248,6 +259,6 @@ def test_parameters_are_drawn_as_the_model_asks_for_them(scan_layers, mlp):
 
 def test_a_batch_that_parts_do_not_divide_is_refused():
     with pytest.raises(
-        TrainError, match=r"--batch-size 8 must be a multiple of 6: --accumulate 3 parts for each of the 2"
+        TrainError, match=r"--batch-size 8 must be a multiple of 6: --accumulate 3 makes 3 parts, and 2 device"
     ):
         make_mesh("data=2", 8, 3)

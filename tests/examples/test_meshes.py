@@ -1,4 +1,4 @@
-"""Runs on meshes of virtual devices: the same run as on one device, resumed onto any other mesh; what does not fit."""
+"""Runs on meshes of virtual devices train as on one device and are resumed on other meshes. Others are refused."""
 
 import dataclasses
 import itertools
@@ -18,16 +18,16 @@ from examples.train.model import LanguageModel
 from examples.train.optimizer import make_optimizer
 from examples.train.placing import make_mesh
 from examples.train.processes import join
-from examples.train.step import init_state, init_state_on, state_shardings
+from examples.train.step import init_state_on, state_shardings
 from examples.train.text import Text
 from examples.train.train import train
-from tests.examples.runs import state_of, toy_config, write_text
+from tests.examples.runs import state_of, stopped_after, toy_config, write_text
 from tests.tolerances import relative_error
 
 
 @pytest.fixture
 def without_end(monkeypatch):
-    """No sample and no plots: they are those of one device."""
+    """Leaves out the sample and the figures, which one device makes anyway."""
     monkeypatch.setattr(training, "finish", lambda *_: None)
 
 
@@ -37,17 +37,19 @@ def losses(config):
 
 @pytest.mark.usefixtures("without_end")
 def test_a_run_goes_over_meshes_as_on_one_device(tmp_path):
-    """Four steps on four devices against one; then the last two again from the middle, on one device."""
+    """Four steps on four devices against one. Then one device takes the last two steps again, from the middle."""
     write_text(tmp_path)
-    alone = toy_config(tmp_path, run=tmp_path / "alone", steps=4, log_every=2, checkpoint_every=2)
+    alone = toy_config(tmp_path, run=tmp_path / "alone", log_every=2, checkpoint_every=2)
     meshed = dataclasses.replace(alone, run=tmp_path / "meshed", mesh="fsdp=2,expert=2")
-    train(alone)
-    train(meshed)
+    for config in (alone, meshed):
+        with stopped_after(4):
+            train(config)
     np.testing.assert_allclose(losses(meshed), losses(alone), rtol=1e-4)
     last = losses(meshed)[-1]
 
     shutil.rmtree(meshed.folder / "checkpoints" / "4")
-    train(dataclasses.replace(meshed, mesh=""))
+    with stopped_after(2):
+        train(dataclasses.replace(meshed, mesh=""))
     np.testing.assert_allclose(losses(meshed)[-1], last, rtol=1e-4)
     state, wanted = state_of(meshed.folder), state_of(alone.folder)
     assert int(state.step) == 4
@@ -106,6 +108,6 @@ def test_state_lies_where_the_mesh_splits_it(tmp_path, name, moments):
 def test_a_state_is_drawn_alike_on_any_mesh(tmp_path):
     config = toy_config(tmp_path)
     optimizer, model = make_optimizer(config.optimizer, config.steps), LanguageModel(config.model, moe_config(config))
-    state, alone = init_state_on(model, optimizer, 0, make_mesh("expert=4", 8)), init_state(model, optimizer, 0)
+    state, alone = (init_state_on(model, optimizer, 0, make_mesh(mesh, 8)) for mesh in ("expert=4", ""))
     for leaf, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
         assert relative_error(leaf, other) < 1e-6

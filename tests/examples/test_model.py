@@ -16,8 +16,9 @@ from examples.train.generate import make_generate
 from examples.train.mlp import dense_width, moe_config
 from examples.train.model import LanguageModel
 from examples.train.optimizer import learning_rate, make_optimizer, muon_dimensions
+from examples.train.placing import make_mesh
 from examples.train.presets import PRESETS, TOY
-from examples.train.step import init_state, predict
+from examples.train.step import init_state_on, predict
 from examples.train.tokenizer import Bytes
 from jax_latent_moe import cost
 from tests.tolerances import assert_close
@@ -26,7 +27,8 @@ from tests.tolerances import assert_close
 @pytest.fixture(scope="module")
 def toy():
     model = LanguageModel(TOY.model, moe_config(TOY))
-    return model, init_state(model, make_optimizer(TOY.optimizer, TOY.steps), seed=0)
+    optimizer = make_optimizer(TOY.optimizer, TOY.steps)
+    return model, init_state_on(model, optimizer, 0, make_mesh("", TOY.batch_size))
 
 
 @functools.cache
@@ -45,7 +47,9 @@ def test_feed_forwards_have_equal_active_flops(preset):
 
 def test_moe_of_half_an_expert_is_refused():
     model = dataclasses.replace(TOY.model, top_k=1)
-    with pytest.raises(TrainError, match=r"8 and 1 must stay whole"):
+    with pytest.raises(
+        TrainError, match=r"num_experts=8 and model\.top_k=1 by .* = 16/32: choose sizes that stay whole"
+    ):
         moe_config(dataclasses.replace(TOY, model=model, mlp="moe"))
 
 
@@ -129,11 +133,12 @@ def test_generation_depends_on_key_and_prompt_alone(toy):
 def test_cold_generation_takes_the_likeliest_byte(toy):
     model, state = toy
     text = make_generate(model, Bytes(), 40, temperature=1e-6)(state, b"ab", jax.random.key(0))
-    seen, logits = b"\n" + text, logits_of(model)
-    for end in range(3, len(seen)):
-        window = np.frombuffer(seen[max(0, end - TOY.model.context) : end], np.uint8).astype(np.int32)
-        padded = np.pad(window, (0, TOY.model.context - len(window)))
-        assert int(jnp.argmax(logits(state, padded[None])[0, len(window) - 1])) == seen[end]
+    seen, context = np.frombuffer(b"\n" + text, np.uint8).astype(np.int32), TOY.model.context
+    windows = [seen[max(0, end - context) : end] for end in range(3, len(seen))]
+    padded = np.stack([np.pad(window, (0, context - len(window))) for window in windows])
+    logits = np.asarray(logits_of(model)(state, padded))
+    for number, window in enumerate(windows):
+        assert np.argmax(logits[number, len(window) - 1]) == seen[number + 3]
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_texts_of_others_beside_a_cached_text_stay(tmp_path):
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_folder_with_files_of_others_is_no_run(name, tmp_path):
     (tmp_path / name).symlink_to("nowhere")
-    with pytest.raises(TrainError, match=f"holds {name}, which a run would overwrite, but no readable config"):
+    with pytest.raises(TrainError, match=f"no readable config.json. It holds {name}, which a run would"):
         open_folder(dataclasses.replace(PRESETS["toy"], run=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

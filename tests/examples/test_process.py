@@ -1,6 +1,7 @@
 """The command line in a process of its own: signals, kills, wrong options."""
 
 import dataclasses
+import re
 import signal
 
 import pytest
@@ -41,8 +42,14 @@ def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
         (["--data", "no/such/folder"], "error: --data no/such/folder does not exist: give shakespeare, stdlib, or"),
         (["--model.heads", "5"], "error: model.hidden_size=32 must be a multiple of twice model.heads=5"),
         (["--model.top-k", "9"], "error: top_k=9 is more than num_experts=8"),
-        (["--mlp", "moe", "--model.top-k", "1"], "error: --mlp moe has model.num_experts and model.top_k times"),
-        (["--data", "TEXT", "--model.context", "99999"], "error: The text has 19000 bytes to train on and 1000 to"),
+        (
+            ["--mlp", "moe", "--model.top-k", "1"],
+            "error: --mlp moe multiplies model.num_experts=8 and model.top_k=1 by latent_size",
+        ),
+        (
+            ["--data", "TEXT", "--model.context", "99999"],
+            "error: The text has 19000 bytes to train on and 1000 to validate on",
+        ),
         (["--preset", "huge"], "error: --preset huge is unknown: use one of auto, toy, cpu, gpu, gpu-80gb, gpu-x8."),
     ],
 )
@@ -61,8 +68,7 @@ def test_wrong_option_in_a_process_shows_no_traceback(tmp_path):
     with start("--preset", "toy", "--run", tmp_path / "run", "--data", tmp_path / "none") as process:
         output = process.stdout.read()
     assert process.returncode == 1
-    assert output.startswith("error: --data")
-    assert output.count("\n") == 1
+    assert re.fullmatch(r"Reading \S+ \.\.\.\nerror: --data .* does not exist: .*\n", output)
 
 
 def test_help_shows_every_option_with_its_docstring(capsys):
@@ -70,5 +76,11 @@ def test_help_shows_every_option_with_its_docstring(capsys):
         main(["--help"])
     assert leaving.value.code == 0
     output = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for words in ("--data", "--preset", "--mlp", "--model.latent-size", "Width in which the routed experts work."):
+    for words in (
+        "--data",
+        "--preset",
+        "--mlp",
+        "--model.latent-size",
+        "Width of the latent that the routed experts read and write.",
+    ):
         assert words in output

@@ -7,17 +7,20 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.train import flops, metrics, presets
+from examples.train import flops, interval, presets
 from examples.train import train as training
 from examples.train.data import Ahead, permuted, train_batches
 from examples.train.errors import TrainError
-from examples.train.metrics import ProgressReport, read_records
+from examples.train.metrics import read_records
 from examples.train.model import language_model
 from examples.train.optimizer import learning_rate, learning_rates
 from examples.train.presets import TOY, parts_that_fit
+from examples.train.progress import ProgressReport
+from examples.train.step import Metrics
 from examples.train.text import Text
 from examples.train.train import train
 from tests.examples.runs import toy_config, write_text
@@ -43,8 +46,11 @@ def test_peak_of_a_gpu_is_its_rows(kind, peak):
     assert flops.peak_flops(jax.devices()[0]) is None
 
 
+METRICS = Metrics(*map(jnp.float32, (1.0, 0.0, 2.0)), None, jnp.asarray(False))
+
+
 class Gpu(SimpleNamespace):
-    """A GPU as `Interval` and `preset` ask it."""
+    """A GPU with the attributes that `Interval` and `preset` read."""
 
     platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
 
@@ -54,10 +60,12 @@ class Gpu(SimpleNamespace):
 
 def test_mfu_and_memory_stand_in_the_records(monkeypatch, capsys):
     model = language_model(TOY)
-    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Gpu(limit=1)])
-    interval = metrics.Interval(TOY, model, 4, 0, 1.0)
-    found = interval._of_device(1e6)
-    assert found["mfu"] == pytest.approx(1e6 * flops.flops_per_token(model) / (4 * 989e12))
+    monkeypatch.setattr(interval.jax, "local_devices", lambda: [Gpu(limit=1)])
+    gathered = interval.Interval(TOY, model, 4, 1.0)
+    for _ in range(2):
+        gathered.add(METRICS)
+    found = gathered.record(2, 0.1)
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * flops.flops_per_token(model) / (4 * 989e12))
     assert found["memory_bytes"] == 12_300_000_000
     record = {"step": 3, "loss": 1.0, "tokens_per_second": 1e6, "seconds_left": 9.0}
     ProgressReport(60).update(record | {"mfu": 0.4123, "memory_bytes": 12.3e9})
@@ -79,7 +87,7 @@ def test_auto_takes_as_many_parts_as_the_memory_asks_for(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_presets_are_models_that_fit_together(name):
-    config = presets.PRESETS[name]
+    config = dataclasses.replace(presets.PRESETS[name], scan_layers=True)  # the same size, traced sooner
     shapes = jax.eval_shape(language_model(config).init, jax.random.key(0), np.zeros((1, 8), np.int32))
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     millions = {"toy": (0, 1), "cpu": (1, 4), "gpu": (20, 100), "gpu-80gb": (1e3, 2e3), "gpu-x8": (4e3, 2e4)}
@@ -140,12 +148,12 @@ def test_trackers_get_the_metrics_and_a_profile_is_written(tmp_path, monkeypatch
     for name, package in packages.items():
         monkeypatch.setitem(sys.modules, name, package)
     assert importlib.import_module("wandb") is packages["wandb"]
-    config = toy_config(tmp_path, steps=20, eval_every=20, wandb=True, trackio=True, profile="3:4", data_column="text")
+    config = toy_config(tmp_path, wandb=True, trackio=True, profile="3:4", data_column="text")
     train(config)
     records = read_records(config.folder)
     for package in packages.values():
         assert package.options["project"] == "jax-latent-moe"
-        assert package.options["config"]["steps"] == "20"
+        assert package.options["config"]["steps"] == "60"
         assert [step for step, _ in package.logged] == [record["step"] for record in records]
         assert package.logged[0][1]["loss"] == records[0]["loss"]
         assert package.logged[-1][1]["validation_bits_per_byte"] == records[-1]["validation_bits_per_byte"]

@@ -1,7 +1,7 @@
-"""N steps equal N / 2 steps, SIGKILL and the rest, to the bit: on virtual devices of one process, on two processes.
+"""N steps give the bits of N / 2 steps, SIGKILL and the rest, on virtual devices of one process and on two processes.
 
-For one device see `test_process.py`. What was killed and what goes on compile each for itself, so that sums whose order
-fell otherwise in another compilation, or from one collective to the next, would show.
+For one device see `test_process.py`. The killed run and the resumed one compile separately. A sum whose order differs
+between two compilations, or between two collectives, would change bits.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def assert_killed_halfway(folder):
 def test_on_eight_virtual_devices(tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(training, "finish", lambda *_: None)
     whole, killed = runs(tmp_path, mesh)
-    with start(*options(killed), devices=8) as process:
+    with start(*options(killed), devices=8, cached=False) as process:
         wait_for(process, f"step {HALF + 1}/")
         process.kill()
     assert_killed_halfway(killed.folder)
@@ -44,7 +44,7 @@ def test_on_eight_virtual_devices(tmp_path, monkeypatch, mesh):
 
 def test_on_two_processes(tmp_path):
     whole, killed = runs(tmp_path, "expert=2")
-    with together(killed, 2) as processes:
+    with together(killed, 2, cached=False) as processes:
         wait_for(processes[0], f"step {HALF + 1}/")
     assert_killed_halfway(killed.folder)
     for config in (killed, whole):

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
+import resource
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -17,8 +16,9 @@ from examples.train.metrics import read_records
 from examples.train.mlp import moe_config
 from examples.train.model import LanguageModel
 from examples.train.optimizer import make_optimizer
+from examples.train.placing import make_mesh
 from examples.train.train import train
-from tests.examples.runs import ROOT, assert_same_bits, cpu_alone, state_of, toy_config, write_text
+from tests.examples.runs import assert_same_bits, state_of, stopped_after, toy_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +50,24 @@ def test_which_step_is_bad(loss, norm, smoothed, factor, bad):
 
 
 def test_a_bad_step_is_skipped_and_logged(folder, monkeypatch):
-    """It leaves parameters and optimiser as they were; a stand-in finds the first step bad."""
+    """It leaves parameters and optimiser as they were. A stand-in for `is_bad` finds the first step bad."""
     steps.make_train_step.cache_clear()
     monkeypatch.setattr(steps, "is_bad", lambda loss, grad_norm, smoothed, spike_factor: jnp.isnan(smoothed))
-    config = toy_config(folder, run=folder / "skipping", steps=1, log_every=1, bad_step="skip")
-    train(config)
+    config = toy_config(folder, run=folder / "skipping", log_every=1, bad_step="skip")
+    with stopped_after(1):
+        train(config)
     steps.make_train_step.cache_clear()
     after = state_of(config.folder)
     model, optimizer = LanguageModel(config.model, moe_config(config)), make_optimizer(config.optimizer, config.steps)
-    assert_same_bits(after, steps.init_state(model, optimizer, config.seed)._replace(step=after.step))
+    first = steps.init_state_on(model, optimizer, config.seed, make_mesh("", config.batch_size))
+    assert_same_bits(after, first._replace(step=after.step))
     assert int(after.step) == 1
     assert [record["bad_steps"] for record in read_records(config.folder) if "loss" in record] == [1]
 
 
 def test_a_bad_step_ends_the_run_unless_it_is_skipped(folder):
     config, record = toy_config(folder), {"step": 7, "loss": 2.0, "bad_steps": 1}
-    with pytest.raises(TrainError, match=r"1 step\(s\) up to step 7 .* --bad-step skip leaves such steps out"):
+    with pytest.raises(TrainError, match=r"1 step\(s\) up to step 7 .* --bad-step skip drops such steps"):
         training.judge(record, config, None)
     skipping = dataclasses.replace(config, bad_step="skip")
     training.judge(record, skipping, None)
@@ -76,30 +78,30 @@ def test_a_bad_step_ends_the_run_unless_it_is_skipped(folder):
 
 
 def test_a_damaged_checkpoint_is_left_for_the_one_before_it(folder):
-    config = toy_config(folder, run=folder / "damaged", steps=6, checkpoint_every=3, sample_bytes=4)
-    train(config)
+    config = toy_config(folder, run=folder / "damaged", checkpoint_every=3)
+    with stopped_after(6):
+        train(config)
     whole = state_of(config.folder)
     for path in (config.folder / "checkpoints" / "6" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(TrainError, match=r"checkpoints/6 is damaged.*--restore previous"):
         train(config)
-    train(dataclasses.replace(config, restore="previous"))
+    with stopped_after(3):
+        train(dataclasses.replace(config, restore="previous"))
     assert_same_bits(state_of(config.folder), whole)
 
-    with pytest.raises(TrainError, match=r"--restore previous: .* holds 0 checkpoint\(s\)"):
+    with pytest.raises(TrainError, match=r"--restore previous needs two checkpoints, and .* holds 0"):
         train(toy_config(folder, run=folder / "none", restore="previous"))
 
 
 def test_a_full_disk_ends_the_run_in_one_sentence(folder):
-    """A limit on file sizes stands for the disk: the first checkpoint is over it."""
-    config = toy_config(folder, run=folder / "full", steps=2, checkpoint_every=1)
-    options = f"--preset toy --data {config.data} --run {config.run} --steps 2 --checkpoint-every 1"
-    limited = f"ulimit -f 16; exec {sys.executable} -m examples.train {options}"  # blocks of 1 KiB
-    run = subprocess.run(
-        ["bash", "-c", limited], cwd=ROOT, env=cpu_alone(), capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 1, run.stderr
-    last = run.stderr.splitlines()[-1]
-    assert last.startswith("error: A checkpoint cannot be written to"), run.stderr
-    assert "free some space there" in last
+    """A limit on file sizes stands for the disk. The first checkpoint exceeds it."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
+        with stopped_after(1), pytest.raises(TrainError, match=r"cannot be written to .*: free some space") as raised:
+            train(toy_config(folder, run=folder / "full", checkpoint_every=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert "\n" not in str(raised.value)

@@ -1,7 +1,6 @@
 """Byte pairs: every text comes back, documents stay, the run's folder keeps them, bits count per byte."""
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from examples.train import tokenizer as tokenizing
-from examples.train import train as training
 from examples.train.data import validation_windows
 from examples.train.errors import TrainError
 from examples.train.generate import load, make_generate
@@ -18,7 +16,7 @@ from examples.train.metrics import read_records
 from examples.train.text import Text
 from examples.train.tokenizer import Bytes, learn, load_tokenizer, pieces
 from examples.train.train import main, train
-from tests.examples.runs import assert_same_bits, state_of, toy_config, write_text
+from tests.examples.runs import assert_same_bits, state_of, stopped_after, toy_config, write_text
 
 VOCABULARY = 300
 
@@ -53,7 +51,7 @@ def test_documents_are_encoded_one_by_one(pairs, monkeypatch, piece):
     content = b"\n".join(documents)
     starts = np.cumsum([len(document) for document in documents])[:-1] + np.arange(3)
     text = Text(np.frombuffer(content, np.uint8), starts)
-    encoded = pairs._encoded(text)
+    encoded = pairs.encode_text(text)
     assert encoded.tokens[encoded.starts].tolist() == [pairs.separator] * 3
     assert int(np.sum(encoded.tokens == pairs.separator)) == 3
     assert pairs.decode(encoded.tokens) == content
@@ -62,7 +60,7 @@ def test_documents_are_encoded_one_by_one(pairs, monkeypatch, piece):
 
 
 def test_windows_count_bytes_not_tokens(pairs, words):
-    encoded = pairs._encoded(words[:2000])
+    encoded = pairs.encode_text(words[:2000])
     windows = validation_windows(encoded, 16, start=pairs.separator, token_bytes=pairs.token_bytes)
     assert windows.scored.sum() == len(encoded.tokens) < 1000
     assert windows.num_bytes == 2000
@@ -93,13 +91,11 @@ def test_a_run_on_byte_pairs_learns_and_is_judged_by_bytes(finished):
     assert len(text) == 7 + 40
 
 
-def test_a_run_on_byte_pairs_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+def test_a_run_on_byte_pairs_goes_on_to_the_bit(finished, tmp_path):
     config, bits = finished
     resumed = dataclasses.replace(config, run=tmp_path / "resumed")
-    steps = itertools.count(1)
-    monkeypatch.setattr(training, "any_process", lambda here: next(steps) >= 7)
-    assert train(resumed) is None
-    monkeypatch.undo()
+    with stopped_after(7):
+        assert train(resumed) is None
     assert train(resumed) == bits
     assert_same_bits(state_of(resumed.folder), state_of(config.folder))
 
@@ -138,10 +134,10 @@ def test_a_tokenizer_that_does_not_fit_leaves_the_folder_alone(finished):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--tokenizer", "bpe:12"], "error: --tokenizer bpe:12 must be bytes, or bpe:N with N from 258 on."),
+        (["--tokenizer", "bpe:12"], "error: --tokenizer bpe:12 must be bytes, or bpe:N with N at least 258."),
         (["--tokenizer", "words"], "error: --tokenizer words must be bytes, or bpe:N"),
-        (["--attention", "cudnn"], "error: --attention cudnn cannot run: it is for NVIDIA GPUs"),
-        (["--accumulate", "3"], "error: --batch-size 8 must be a multiple of 3: --accumulate 3 parts"),
+        (["--attention", "cudnn"], "error: --attention cudnn cannot run: it needs an NVIDIA GPU"),
+        (["--accumulate", "3"], "error: --batch-size 8 must be a multiple of 3: --accumulate 3 makes 3 parts"),
         (["--accumulate", "0"], "error: accumulate=0 must be at least 1"),
         (["--profile", "5"], "error: --profile 5 must be FIRST:LAST, two steps from 1 on"),
         (["--profile", "9:3"], "error: --profile 9:3 must be FIRST:LAST"),

@@ -25,8 +25,12 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     NemotronHConfig,
@@ -38,6 +42,7 @@ from transformers import (
 )
 
 HERE = pathlib.Path(__file__).parent
+BLOCKS = ("mixer", "mlp", "ffn", "block_sparse_moe")
 WIDTH, EXPERTS, TOP_K, INNER, BATCH = 16, 8, 3, 12, (2, 7)
 
 ATTENTION = dict(num_attention_heads=1, num_key_value_heads=1)
@@ -76,6 +81,23 @@ FAMILIES = {
         "mlp",
         ATTENTION | dict(head_dim=4, num_hidden_layers=1, num_experts=EXPERTS, intermediate_size=4),
     ),
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        "mlp",
+        ATTENTION
+        | dict(head_dim=4, num_hidden_layers=1, num_local_experts=EXPERTS, intermediate_size=INNER)
+        | dict(layer_types=["full_attention"]),
+    ),
+    "deepseek_v4": (
+        DeepseekV4Config,
+        DeepseekV4ForCausalLM,
+        "mlp",
+        ATTENTION
+        | dict(head_dim=4, q_lora_rank=2, num_hidden_layers=1, layer_types=["sliding_attention"], o_groups=1)
+        | dict(o_lora_rank=2, index_n_heads=1, index_head_dim=4, hc_mult=1, partial_rotary_factor=0.5)
+        | dict(vocab_size=11, n_routed_experts=EXPERTS, n_shared_experts=1),
+    ),
     "mixtral": (
         MixtralConfig,
         MixtralForCausalLM,
@@ -108,32 +130,40 @@ CASES = [
     ("deepseek_v2_groups", "deepseek_v2", V2_GROUPS | dict(n_shared_experts=1, routed_scaling_factor=16.0), 15, None),
     ("glm4_groups", "glm4_moe", GROUPS | dict(n_shared_experts=1, routed_scaling_factor=2.5), 16, SMALL),
     ("qwen3_next", "qwen3_next", dict(norm_topk_prob=True), 17, None),
+    # The random values go beyond these limits, so some are clamped.
+    ("gpt_oss", "gpt_oss", dict(swiglu_limit=1.25), 18, None),
+    ("deepseek_v4", "deepseek_v4", dict(mlp_layer_types=["moe"], swiglu_limit=1.25), 19, SMALL),
+    ("deepseek_v4_hash", "deepseek_v4", dict(mlp_layer_types=["hash_moe"], swiglu_limit=0.75), 20, None),
 ]
-STACKED = ("nemotron_latent_0", "deepseek_groups", "mixtral_0", "qwen3_next")
+STACKED = ("nemotron_latent_0", "deepseek_groups", "mixtral_0", "qwen3_next", "deepseek_v4")
 
 
 def build(family, extra, seed, bias_range):
     """A one-layer model with random bfloat16 weights, in bfloat16."""
     make_config, make_model, _, fixed = FAMILIES[family]
     sizes = dict(vocab_size=2, hidden_size=WIDTH, num_experts_per_tok=TOP_K, pad_token_id=0, bos_token_id=0)
-    if family != "mixtral":
+    if family not in ("mixtral", "gpt_oss"):
         sizes |= dict(moe_intermediate_size=INNER)
-    config = make_config(**sizes, **fixed, **extra, eos_token_id=1, dtype="bfloat16", experts_implementation="eager")
+    config = make_config(**sizes | fixed | extra, eos_token_id=1, dtype="bfloat16", experts_implementation="eager")
     model = make_model(config).to(torch.bfloat16).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(drawn if name.endswith("gate.weight") else drawn / parameter.shape[-1] ** 0.5)
+            router = name.endswith(("gate.weight", "router.weight"))
+            parameter.copy_(drawn if router else drawn / parameter.shape[-1] ** 0.5)
         for module in model.modules():
             if hasattr(module, "e_score_correction_bias"):
                 low, high = bias_range
                 drawn = low + (high - low) * torch.rand(EXPERTS, generator=generator)
                 module.e_score_correction_bias = drawn.to(torch.float32)
+            if hasattr(module, "tid2eid"):
+                order = torch.rand(module.tid2eid.shape[0], EXPERTS, generator=generator).argsort(dim=1)
+                module.tid2eid = order[:, : module.top_k].contiguous()
     return model, generator
 
 
-def run(model, block_name, dtype, x, dy):
+def run(model, block_name, dtype, x, dy, token_ids):
     """Values and gradients of the MoE block, in dtype."""
     biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("correction_bias")}
     model = model.to(dtype)
@@ -141,9 +171,13 @@ def run(model, block_name, dtype, x, dy):
         model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias
     block = getattr(model.model.layers[0], block_name)
     x = x.detach().to(dtype, copy=True).requires_grad_()
-    _, weights, expert_ids = block.gate(x)
+    router = block.gate if hasattr(block, "gate") else block.router
+    given = (token_ids,) if hasattr(router, "tid2eid") else ()
+    rows = x if hasattr(block, "gate") else x.reshape(-1, WIDTH)
+    _, weights, expert_ids = router(rows, *given)
     model.zero_grad()
-    y = block(x)
+    y = block(x, *given)
+    y = y[0] if isinstance(y, tuple) else y
     (y * dy.to(dtype)).sum().backward()
     values = dict(x=x.detach(), dy=dy.to(dtype), y=y.detach(), dx=x.grad, expert_ids=expert_ids.int(), weights=weights)
     return {name: value.detach().contiguous() for name, value in values.items()}
@@ -178,8 +212,9 @@ def main():
             model.save_pretrained(folder / "stacked", save_original_format=False)
             (folder / "stacked" / "generation_config.json").unlink(missing_ok=True)
         stored = safetensors.torch.load_file(folder / "checkpoint" / "model.safetensors")
-        moe = [name for name in stored if any(f".0.{block}." in name for block in ("mixer", "mlp", "block_sparse_moe"))]
+        moe = [name for name in stored if any(f".0.{block}." in name for block in BLOCKS)]
         x, dy = (torch.randn(*BATCH, WIDTH, generator=generator).to(torch.bfloat16) for _ in range(2))
+        token_ids = torch.randint(model.config.vocab_size, BATCH, generator=generator)
         metadata = dict(
             generator="tests/golden/generate.py",
             seed=str(seed),
@@ -189,7 +224,9 @@ def main():
         )
         for dtype in ("bfloat16", "float32"):
             model, _ = build(family, extra, seed, bias_range)
-            values = run(model, FAMILIES[family][2], getattr(torch, dtype), x, dy)
+            values = run(model, FAMILIES[family][2], getattr(torch, dtype), x, dy, token_ids)
+            if case.endswith("hash"):
+                values["token_ids"] = token_ids
             safetensors.torch.save_file(values, folder / f"values_{dtype}.safetensors", metadata)
             gradients = hub_named_gradients(model, moe)
             safetensors.torch.save_file(gradients, folder / f"gradients_{dtype}.safetensors", metadata)

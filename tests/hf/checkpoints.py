@@ -123,6 +123,54 @@ QWEN3_NEXT = QWEN3_MOE | dict(model_type="qwen3_next", shared_expert_intermediat
 QWEN2_MOE = QWEN3_NEXT | dict(model_type="qwen2_moe")
 
 
+GPT_OSS = dict(
+    model_type="gpt_oss",
+    dtype="bfloat16",
+    hidden_size=D,
+    num_hidden_layers=1,
+    num_local_experts=E,
+    num_experts_per_tok=2,
+    intermediate_size=M,
+    hidden_act="silu",
+    swiglu_limit=7.0,
+)
+DEEPSEEK_V4 = dict(
+    model_type="deepseek_v4",
+    dtype="bfloat16",
+    hidden_size=D,
+    num_hidden_layers=1,
+    num_hash_layers=0,
+    n_routed_experts=E,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=M,
+    hidden_act="silu",
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    scoring_func="sqrtsoftplus",
+    swiglu_limit=10.0,
+)
+
+
+def gpt_oss(prefix):
+    shapes = {
+        "router.weight": (E, D),
+        "router.bias": (E,),
+        "experts.gate_up_proj": (E, D, 2 * M),
+        "experts.gate_up_proj_bias": (E, 2 * M),
+        "experts.down_proj": (E, M, D),
+        "experts.down_proj_bias": (E, D),
+    }
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def deepseek_v4(prefix, table=False):
+    shapes = {"gate.weight": (E, D)} | ({"gate.tid2eid": (9, 2)} if table else {"gate.bias": (E,)})
+    for expert in [f"experts.{e}" for e in range(E)] + ["shared_experts"]:
+        shapes |= {f"{expert}.w1.weight": (M, D), f"{expert}.w3.weight": (M, D), f"{expert}.w2.weight": (D, M)}
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
 def nemotron(prefix, m=M):
     shapes = {
         "gate.weight": (E, D),
@@ -258,6 +306,18 @@ MAPPINGS = {
         megatron("decoder.layers.0.mlp.", two=2, latent=False, bias=False, ms=MS, gate=True)
         | megatron("decoder.layers.2.mlp.", two=2, latent=False, bias=False, ms=MS, gate=True),
     ),
+    "gpt_oss": (GPT_OSS, "hf", gpt_oss("model.layers.0.mlp.") | other(0)),
+    "deepseek_v4": (DEEPSEEK_V4, "hf", deepseek_v4("layers.0.ffn.") | other(0)),
+    "deepseek_v4_hash": (
+        DEEPSEEK_V4 | dict(num_hidden_layers=2, num_hash_layers=1),
+        "hf",
+        deepseek_v4("layers.0.ffn.", table=True) | deepseek_v4("layers.1.ffn."),
+    ),
+    "deepseek_v4_stacked": (
+        DEEPSEEK_V4,
+        "hf",
+        stacked(gated("model.layers.0.mlp.", bias=True, shared=True), "model.layers.0.mlp.", gated=True) | other(0),
+    ),
     "mixtral": (MIXTRAL, "hf", gated("model.layers.0.block_sparse_moe.", W1_W3_W2) | other(0)),
     "nemotron_stacked": (
         NEMOTRON_H,
@@ -291,13 +351,16 @@ MAPPINGS = {
 
 
 def random_tensors(rng, shapes):
-    """Tensors in bfloat16, except for correction biases, which are float32 and near 64."""
-    return {
-        name: (64 + rng.uniform(0, 0.25, shape)).astype(np.float32)
-        if name.endswith("bias")
-        else rng.normal(size=shape).astype(BFLOAT16)
-        for name, shape in shapes.items()
-    }
+    """Tensors in bfloat16, except for correction biases, which are float32 and near 64, and tables of experts."""
+
+    def tensor(name, shape):
+        if name.endswith(("correction_bias", "expert_bias", "gate.bias")):
+            return (64 + rng.uniform(0, 0.25, shape)).astype(np.float32)
+        if name.endswith("tid2eid"):
+            return rng.integers(E, size=shape)
+        return rng.normal(size=shape).astype(BFLOAT16)
+
+    return {name: tensor(name, shape) for name, shape in shapes.items()}
 
 
 def save(folder: pathlib.Path, config, tensors, files: int = 1):

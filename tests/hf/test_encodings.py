@@ -9,7 +9,21 @@ import pytest
 
 from jax_latent_moe import hf
 from jax_latent_moe.hf import encodings
-from tests.hf.checkpoints import BFLOAT16, DEEPSEEK_V3, KIMI_K3, NEMOTRON_H, gated, kimi, nemotron, random_tensors, save
+from tests.hf.checkpoints import (
+    BFLOAT16,
+    DEEPSEEK_V3,
+    DEEPSEEK_V4,
+    GPT_OSS,
+    KIMI_K3,
+    NEMOTRON_H,
+    deepseek_v4,
+    gated,
+    gpt_oss,
+    kimi,
+    nemotron,
+    random_tensors,
+    save,
+)
 from tests.hf.test_round_trip import same_bits
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -58,6 +72,83 @@ def random_fp8(rng, out, width):
     scale = np.float32(rng.uniform(0.001, 0.1))
     values = (E4M3[codes] * float(scale)).astype(np.float32)
     return {"weight": codes.view(FP8), "weight_scale": scale, "input_scale": np.float32(1)}, values
+
+
+def gpt_oss_mxfp4(rng):
+    """A layer like the published ones: codes and scales of all experts in one tensor each; and its values."""
+    tensors, values = random_tensors(rng, gpt_oss("model.layers.0.mlp.")), {}
+    for name, (out, width) in {"gate_up_proj": (64, 64), "down_proj": (64, 32)}.items():
+        parts = [random_mxfp4(rng, out, width) for _ in range(4)]
+        base = f"model.layers.0.mlp.experts.{name}"
+        del tensors[base]
+        tensors[f"{base}_blocks"] = np.stack([part["weight_packed"] for part, _ in parts]).reshape(4, out, -1, 16)
+        tensors[f"{base}_scales"] = np.stack([part["weight_scale"] for part, _ in parts])
+        tensors[f"{base}_bias"] = rng.normal(size=(4, out)).astype(BFLOAT16)
+        values[name] = np.stack([value for _, value in parts])
+    tensors["model.layers.0.mlp.router.weight"] = rng.normal(size=(4, 64)).astype(BFLOAT16)
+    return GPT_OSS | dict(hidden_size=64, intermediate_size=32), tensors, values
+
+
+def test_gpt_oss_codes(rng, tmp_path):
+    """Exact in bfloat16, gate and up rows taken apart."""
+    config, tensors, values = gpt_oss_mxfp4(rng)
+    save(tmp_path / "in", config, tensors)
+    checkpoint = hf.open_checkpoint(tmp_path / "in")
+    experts = hf.import_layer(checkpoint, 0)["experts"]
+    assert hf.plan_layer(checkpoint, 0).quantised == ("MXFP4 (gpt-oss)",)
+    assert experts["w_in"].dtype == experts["w_out"].dtype == BFLOAT16
+    for half in (0, 1):
+        same_bits(experts["w_in"][:, :, half], values["gate_up_proj"][:, half::2].swapaxes(1, 2).astype(BFLOAT16))
+    same_bits(experts["w_out"], values["down_proj"].swapaxes(1, 2).astype(BFLOAT16))
+
+
+def test_gpt_oss_codes_of_a_wrong_shape(rng, tmp_path):
+    config, tensors, _ = gpt_oss_mxfp4(rng)
+    base = "model.layers.0.mlp.experts."
+    tensors[f"{base}gate_up_proj_blocks"] = tensors[f"{base}gate_up_proj_blocks"][:, :-1].copy()
+    del tensors[f"{base}down_proj_scales"]
+    save(tmp_path, config, tensors)
+    with pytest.raises(hf.CheckpointError) as error:
+        hf.import_layer(hf.open_checkpoint(tmp_path), 0)
+    assert sorted(error.value.problems) == [
+        f"missing {base}down_proj_scales (MXFP4 (gpt-oss)).",
+        f"{base}gate_up_proj_blocks: shape [63, 2, 16], expected [64, 2, 16].",
+    ]
+    save(tmp_path / "experts", config | dict(num_local_experts=5), tensors)
+    with pytest.raises(hf.CheckpointError, match=r"expected \[num_experts=5"):
+        hf.import_layer(hf.open_checkpoint(tmp_path / "experts"), 0)
+
+
+def test_deepseek_v4_codes(rng, tmp_path):
+    """MXFP4 experts and FP8 shared experts, whose scales are powers of two."""
+    config = DEEPSEEK_V4 | dict(hidden_size=64, moe_intermediate_size=32)
+    sizes = {"w1": (32, 64), "w3": (32, 64), "w2": (64, 32)}
+    tensors, values = random_tensors(rng, deepseek_v4("layers.0.ffn.")), {}
+    tensors["layers.0.ffn.gate.weight"] = rng.normal(size=(4, 64)).astype(BFLOAT16)
+    for name in [name for name in tensors if ".w" in name]:
+        base, shape = name.removesuffix("weight"), sizes.get(name.split(".")[-2])
+        if shape is None:
+            continue
+        if "shared" in name:
+            codes = rng.integers(0, 126, shape, dtype=np.uint8)
+            tensors[name], scale = codes.view(FP8), rng.integers(100, 140, (1, 1), dtype=np.uint8)
+            values[base] = E4M3[codes] * 2.0 ** (scale.astype(float) - 127)
+        else:
+            parts, values[base] = random_mxfp4(rng, *shape)
+            tensors[name], scale = parts["weight_packed"].view(np.int8), parts["weight_scale"]
+        tensors[f"{base}scale"] = scale.view(ml_dtypes.float8_e8m0fnu)
+    save(tmp_path, config, tensors)
+    checkpoint = hf.open_checkpoint(tmp_path)
+    params = hf.import_layer(checkpoint, 0)
+    assert hf.plan_layer(checkpoint, 0).quantised == ("FP8 (128 x 128 blocks, DeepSeek-V4)", "MXFP4 (DeepSeek-V4)")
+    for e in range(4):
+        for half, name in enumerate(("w1", "w3")):
+            wanted = values[f"layers.0.ffn.experts.{e}.{name}."]
+            same_bits(params["experts"]["w_in"][e, :, half], wanted.T.astype(BFLOAT16))
+        same_bits(params["experts"]["w_out"][e], values[f"layers.0.ffn.experts.{e}.w2."].T.astype(BFLOAT16))
+    for half, name in enumerate(("w1", "w3")):
+        wanted = values[f"layers.0.ffn.shared_experts.{name}."]
+        same_bits(params["shared"]["w_in"][:, half], wanted.T.astype(BFLOAT16))
 
 
 def test_every_e2m1_code():

@@ -12,7 +12,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
     for folder in ("run", "."):
         with pytest.raises(SystemExit):
             main([str(tmp_path / folder)])
-        assert "exists already, and nothing is overwritten: name a new folder" in capsys.readouterr().err
+        assert "exists already, and the example overwrites nothing: name a new folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -23,6 +23,6 @@ def test_import_hf(tmp_path, capsys):
     assert changed == {f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias" for layer in (0, 1)}
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "over the mean" in line]
     assert len(lines) == 2
-    for before, after in ((float(line[5]), float(line[7])) for line in lines):
+    for before, after in ((float(line[8]), float(line[10])) for line in lines):
         assert after < before
     assert np.load(tmp_path / "run" / "balanced" / "expected.npz")["y1"].shape == (512, 32)

@@ -10,7 +10,9 @@ from jax_latent_moe.hf.checkpoint import read_config
 from tests.hf.checkpoints import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DEEPSEEK_V4,
     GLM4_MOE,
+    GPT_OSS,
     KIMI_K2,
     KIMI_K3,
     KIMI_K25,
@@ -152,6 +154,38 @@ NEXT_80B = QWEN3_NEXT | dict(
 )
 
 
+GPT_OSS_120B = GPT_OSS | dict(
+    hidden_size=2880, intermediate_size=2880, num_local_experts=128, num_experts_per_tok=4, num_hidden_layers=36
+)
+V4_FLASH = DEEPSEEK_V4 | dict(
+    hidden_size=4096,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    num_experts_per_tok=6,
+    num_hidden_layers=43,
+    num_hash_layers=3,
+)
+
+
+def test_gpt_oss_and_deepseek_v4(tmp_path):
+    """The clamped swiglu of each, gpt-oss's biases, and the layers of DeepSeek-V4 that read a table."""
+    (oss,) = set(configs_of(GPT_OSS_120B, tmp_path).values())
+    assert (oss.activation, oss.swiglu_alpha, oss.swiglu_limit, oss.swiglu_shift) == ("clamped_swiglu", 1.702, 7.0, 1.0)
+    softmax = RouterConfig(score_function="softmax_topk", norm_topk_prob=False, correction_bias=False, logit_bias=True)
+    assert (oss.expert_bias, oss.router) == (True, softmax)
+    assert 0.93 < 36 * cost.parameters(oss) / 1e9 / 116.8 < 1
+    v4 = configs_of(V4_FLASH, tmp_path)
+    assert [config.router.selection for config in v4.values()] == ["given"] * 3 + ["score"] * 40
+    assert v4[3].router == RouterConfig(score_function="sqrt_softplus", routed_scaling_factor=1.5)
+    assert v4[0] == dataclasses.replace(
+        v4[3], router=dataclasses.replace(v4[3].router, selection="given", correction_bias=False)
+    )
+    assert (v4[3].swiglu_alpha, v4[3].swiglu_limit, v4[3].swiglu_shift) == (1.0, 10.0, 0.0)
+    listed = {key: value for key, value in DEEPSEEK_V4.items() if key != "num_hash_layers"}
+    named = configs_of(listed | dict(num_hidden_layers=2, mlp_layer_types=["moe", "hash_moe"]), tmp_path)
+    assert [config.router.selection for config in named.values()] == ["score", "given"]
+
+
 # Published values of config.json, and published total and active parameters in billions.
 @pytest.mark.parametrize(
     ("values", "layers", "total", "active"),
@@ -262,11 +296,11 @@ def test_routers(tmp_path):
         ({key: value for key, value in NEMOTRON_H.items() if key != "hidden_size"}, "hidden_size is missing"),
         (PUZZLE | dict(block_configs=[{}]), "block_configs must be a list of 3 objects"),
         (DEEPSEEK_V3 | dict(scoring_func="softmax"), "scoring_func='softmax' is not supported"),
-        (NEMOTRON_H | dict(model_type="gpt_oss"), "model_type='gpt_oss' is not supported: its router and experts have"),
-        (
-            NEMOTRON_H | dict(model_type="deepseek_v4"),
-            "model_type='deepseek_v4' is not supported: its swiglu is",
-        ),
+        (GPT_OSS | dict(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+        (GPT_OSS | dict(swiglu_limit=0), "swiglu_limit=0.* must be more than 0"),
+        (DEEPSEEK_V4 | dict(norm_topk_prob=False), "norm_topk_prob=False is not supported"),
+        (DEEPSEEK_V4 | dict(scoring_func="relu"), "scoring_func='relu' is not supported"),
+        (DEEPSEEK_V4 | dict(mlp_layer_types=["dense"]), "mlp_layer_types=.*must be a list of 1 names"),
         (NEMOTRON_H | dict(model_type=[]), r"model_type=\[\] is not known"),
         (DEEPSEEK_V2 | dict(norm_topk_prob=True), "norm_topk_prob=True is not supported"),
         (DEEPSEEK_V2 | dict(topk_method="noaux_tc"), "topk_method='noaux_tc' is not supported"),

@@ -1,6 +1,7 @@
 """Every mapping puts each tensor in the right place, and writes every byte back."""
 
 import filecmp
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from jax_latent_moe import InputError, hf
 from jax_latent_moe.hf.__main__ import main
 from jax_latent_moe.params import check_params
-from tests.hf.checkpoints import BFLOAT16, MAPPINGS, make
+from tests.hf.checkpoints import BFLOAT16, MAPPINGS, make, save
 
 
 def bits(array) -> np.ndarray:
@@ -56,7 +57,7 @@ def test_what_is_imported_is_exported_bit_for_bit(mapping, files, rng, tmp_path)
 
 
 @pytest.mark.parametrize("to", ["own names", "stacked", "megatron"])
-@pytest.mark.parametrize("mapping", [name for name in MAPPINGS if name != "nemotron_mtp"])
+@pytest.mark.parametrize("mapping", [name for name in MAPPINGS if name not in ("nemotron_mtp", "deepseek_v4_hash")])
 def test_layers_alone_come_back_under_either_names(mapping, to, rng, tmp_path):
     naming, tensors = make(tmp_path / "in", rng, mapping)
     checkpoint = hf.open_checkpoint(tmp_path / "in", naming=naming)
@@ -64,8 +65,8 @@ def test_layers_alone_come_back_under_either_names(mapping, to, rng, tmp_path):
     names = {"own names": checkpoint.names, "stacked": checkpoint.stacked_names, "megatron": hf.MEGATRON}[to]
     if naming == "megatron" and to == "stacked":
         names = hf.open_checkpoint(tmp_path / "in").stacked_names
-    if mapping == "kimi" and to == "megatron":
-        with pytest.raises(hf.CheckpointError, match="latent_norm/scale has no name"):
+    if mapping in ("kimi", "gpt_oss") and to == "megatron":
+        with pytest.raises(hf.CheckpointError, match=r"(latent_norm/scale|router/logit_bias) has no name"):
             hf.write_layers(tmp_path / "out", layers.items(), dict(checkpoint.configs), names)
         assert not (tmp_path / "out").exists()
         return
@@ -117,6 +118,46 @@ def test_each_kimi_tensor_is_where_it_belongs(rng, tmp_path):
         same_bits(params["experts"]["w_in"][e, :, 0], tensors[f"{layer}experts.{e}.w1.weight"].T)
         same_bits(params["experts"]["w_in"][e, :, 1], tensors[f"{layer}experts.{e}.w3.weight"].T)
         same_bits(params["experts"]["w_out"][e], tensors[f"{layer}experts.{e}.w2.weight"].T)
+
+
+def test_each_gpt_oss_tensor_is_where_it_belongs(rng, tmp_path):
+    """Tensors are [experts, in, out], and gate and up columns alternate."""
+    _, tensors = make(tmp_path, rng, "gpt_oss")
+    params = hf.import_layer(hf.open_checkpoint(tmp_path), 0)
+    tensors = {name.removeprefix("model.layers.0.mlp."): tensor for name, tensor in tensors.items()}
+    same_bits(params["router"]["kernel"], tensors["router.weight"].T)
+    same_bits(params["router"]["logit_bias"], tensors["router.bias"])
+    same_bits(params["experts"]["w_out"], tensors["experts.down_proj"])
+    same_bits(params["experts"]["b_out"], tensors["experts.down_proj_bias"])
+    for half in (0, 1):
+        same_bits(params["experts"]["w_in"][:, :, half], tensors["experts.gate_up_proj"][..., half::2])
+        same_bits(params["experts"]["b_in"][:, half], tensors["experts.gate_up_proj_bias"][..., half::2])
+
+
+def test_the_table_of_a_hash_layer(rng, tmp_path):
+    """It comes beside the parameters, stays in a replaced checkpoint, and is refused where it would be lost."""
+    _, tensors = make(tmp_path / "in", rng, "deepseek_v4_hash")
+    checkpoint = hf.open_checkpoint(tmp_path / "in")
+    table = hf.import_token_experts(checkpoint, 0)
+    assert table.dtype == jnp.int32
+    np.testing.assert_array_equal(table, tensors["layers.0.ffn.gate.tid2eid"])
+    with pytest.raises(hf.CheckpointError, match="layer 1 chooses its experts itself"):
+        hf.import_token_experts(checkpoint, 1)
+    layers, configs = list(hf.import_layers(checkpoint)), dict(checkpoint.configs)
+    with pytest.raises(hf.CheckpointError, match=r"layer 0 has a table of token ids, .* write it with replace_layers"):
+        hf.write_layers(tmp_path / "out", layers, configs, checkpoint.names)
+    tensors["layers.0.ffn.gate.tid2eid"][0, 0] = 4
+    save(tmp_path / "wrong", checkpoint_config(tmp_path / "in"), tensors)
+    with pytest.raises(hf.CheckpointError, match="names experts 0 to 4; there are 0 to 3"):
+        hf.import_token_experts(hf.open_checkpoint(tmp_path / "wrong"), 0)
+    del tensors["layers.0.ffn.gate.tid2eid"]
+    save(tmp_path / "without", checkpoint_config(tmp_path / "in"), tensors)
+    with pytest.raises(hf.CheckpointError, match=r"missing layers.0.ffn.gate.tid2eid"):
+        hf.import_layer(hf.open_checkpoint(tmp_path / "without"), 0)
+
+
+def checkpoint_config(folder):
+    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("mapping", ["deepseek_stacked", "mixtral_stacked", "nemotron_stacked"])

@@ -21,6 +21,7 @@ layer = checkpoint.layers[0]
 plain = hf.import_layer(checkpoint, layer)
 mesh = jax.make_mesh((2, 2), ("expert", "model"))
 specs = {"w_in": P("expert", *[None] * (plain["experts"]["w_in"].ndim - 2), "model"), "w_out": P("expert", "model")}
+specs |= {"b_in": P("expert", None, "model"), "b_out": P("expert")}
 everywhere = {
     part: {name: NamedSharding(mesh, specs[name] if part == "experts" else P()) for name in leaves}
     for part, leaves in plain.items()
@@ -37,7 +38,7 @@ assert shard.data.shape == (2, 6, shard.data.shape[2])
 """
 
 
-@pytest.mark.parametrize("mapping", ["kimi", "megatron_gated"])
+@pytest.mark.parametrize("mapping", ["kimi", "megatron_gated", "gpt_oss"])
 def test_shards_hold_their_part(mapping, rng, tmp_path):
     naming, _ = make(tmp_path, rng, mapping)
     script = SHARDED.replace("sys.argv[1])", f"sys.argv[1], naming={naming!r})")

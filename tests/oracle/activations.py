@@ -33,6 +33,16 @@ def situ_gate(x, beta):
     return beta * t * s, (1 - t**2) * s + beta * t * s * (1 - s)
 
 
+def clamped_swiglu_gate(x, alpha, limit):
+    g = np.minimum(x, limit)
+    s = sigmoid(alpha * g)
+    return g * s, np.where(x <= limit, s + alpha * g * s * (1 - s), 0)
+
+
+def clamped_up(x, limit, shift):
+    return np.clip(x, -limit, limit) + shift, (np.abs(x) <= limit).astype(float)
+
+
 def situ_up(x, beta):
     if beta is None:
         return x, np.ones_like(x)
@@ -53,6 +63,9 @@ def activation(config, pre):
     gate, up = pre
     if config.activation == "swiglu":
         (a, da), (b, db) = silu(gate), (up, np.ones_like(up))
+    elif config.activation == "clamped_swiglu":
+        a, da = clamped_swiglu_gate(gate, config.swiglu_alpha, config.swiglu_limit)
+        b, db = clamped_up(up, config.swiglu_limit, config.swiglu_shift)
     elif config.activation == "geglu":
         (a, da), (b, db) = gelu(gate, config.gelu_approximate), (up, np.ones_like(up))
     else:
@@ -60,17 +73,17 @@ def activation(config, pre):
     return a * b, np.stack([da * b, a * db])
 
 
-def mlp(config, row, w_in, w_out):
+def mlp(config, row, w_in, w_out, b_in=0.0, b_out=0.0):
     """One feed-forward on one row: returns its output and what `mlp_backward` needs."""
-    pre = np.einsum("i,i...->...", row, w_in)
+    pre = np.einsum("i,i...->...", row, w_in) + b_in
     h, slope = activation(config, pre)
-    return h @ w_out, (row, h, slope)
+    return h @ w_out + b_out, (row, h, slope)
 
 
 def mlp_backward(saved, w_in, w_out, dout):
-    """Gradients of row, w_in and w_out."""
+    """Gradients of row, w_in, w_out and b_in; that of b_out is dout."""
     row, h, slope = saved
     dpre = (w_out @ dout) * slope
     axes = tuple(range(dpre.ndim))
     drow = np.tensordot(w_in, dpre, axes=(tuple(a + 1 for a in axes), axes))
-    return drow, np.multiply.outer(row, dpre), np.outer(h, dout)
+    return drow, np.multiply.outer(row, dpre), np.outer(h, dout), dpre

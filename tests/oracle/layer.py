@@ -72,6 +72,8 @@ def forward(
     flat = np.where(mask[:, None], flat, 0.0)
     factors = np.ones_like(flat) if jitter is None else jitter.reshape(flat.shape)
     logits = (flat * factors) @ params["router"]["kernel"]
+    if config.router.logit_bias:
+        logits = logits + params["router"]["logit_bias"]
     balanced, ended = sinkhorn(logits, mask) if config.router.selection == "sinkhorn" else (None, True)
     bias = params["router"]["bias"] if config.router.correction_bias else np.zeros(experts)
     expert_scale = params["router"]["scale"] if config.router.per_expert_scale else np.ones(experts)
@@ -82,11 +84,11 @@ def forward(
         if not mask[t]:
             continue
         replayed = None if expert_ids is None else np.asarray(expert_ids).reshape(-1, k)[t]
-        if replayed is None or -2 in replayed:
-            of_token = (
-                choose(config, logits[t], bias) if balanced is None else choose_balanced(config, balanced[t], ended)
-            )
-            ids[t], token_margin = of_token
+        if replayed is None or (-2 in replayed and config.router.selection != "given"):
+            if balanced is None:
+                ids[t], token_margin = choose(config, logits[t], bias)
+            else:
+                ids[t], token_margin = choose_balanced(config, balanced[t], ended)
             margin = min(margin, token_margin)
         else:
             ids[t] = replayed
@@ -135,7 +137,8 @@ def token_forward(params, x, config, ids, weights, keep):
     for j in np.nonzero(keep)[0]:
         e = ids[j]
         row = z * weights[j] if config.apply_probs_on_input else z
-        out, saved = mlp(config, row, experts["w_in"][e], experts["w_out"][e])
+        biases = (experts["b_in"][e], experts["b_out"][e]) if config.expert_bias else ()
+        out, saved = mlp(config, row, experts["w_in"][e], experts["w_out"][e], *biases)
         c = c + (out if config.apply_probs_on_input else weights[j] * out)
         rows.append((j, e, weights[j], out, saved))
     normed = c
@@ -168,6 +171,8 @@ def backward(params, config, result, dy, dlosses=1.0):
             if config.router.per_expert_scale:
                 grads["router"]["scale"] += dscale
     grads["router"]["kernel"] += (flat * factors).T @ dlogits
+    if config.router.logit_bias:
+        grads["router"]["logit_bias"] += dlogits.sum(axis=0)
     dflat += dlogits @ params["router"]["kernel"].T * factors
     return grads, np.where(mask[:, None], dflat, 0.0).reshape(dy.shape)
 
@@ -178,7 +183,7 @@ def token_backward(params, x, config, saved, dy, grads):
     dx, dweights = np.zeros_like(x), np.zeros(config.top_k)
     if shared is not None:
         saved_mlp, out, gate = shared
-        drow, dw_in, dw_out = mlp_backward(saved_mlp, params["shared"]["w_in"], params["shared"]["w_out"], gate * dy)
+        drow, dw_in, dw_out, _ = mlp_backward(saved_mlp, params["shared"]["w_in"], params["shared"]["w_out"], gate * dy)
         if config.shared_expert_gate:
             dlogit = gate * (1 - gate) * np.dot(dy, out)
             grads["shared"]["gate"][:, 0] += dlogit * x
@@ -199,7 +204,10 @@ def token_backward(params, x, config, saved, dy, grads):
     for j, e, weight, out, row_saved in rows:
         dout = dc if config.apply_probs_on_input else weight * dc
         w_in, w_out = params["experts"]["w_in"][e], params["experts"]["w_out"][e]
-        drow, dw_in, dw_out = mlp_backward(row_saved, w_in, w_out, dout)
+        drow, dw_in, dw_out, dpre = mlp_backward(row_saved, w_in, w_out, dout)
+        if config.expert_bias:
+            grads["experts"]["b_in"][e] += dpre
+            grads["experts"]["b_out"][e] += dout
         grads["experts"]["w_in"][e] += dw_in
         grads["experts"]["w_out"][e] += dw_out
         if config.apply_probs_on_input:

@@ -55,8 +55,8 @@ class Pallas(Backend):
         return PallasWgradTile if problem.contraction == "wgrad" else PallasMatmulTile
 
     def insists(self, epilogue):
-        """See `Backend.insists`: with fuse="always", an activation that the kernels do not have is an error."""
-        return self.config.fuse == "always" and kernel_activation(epilogue.activation) is None
+        """See `Backend.insists`: with fuse="always", an activation or a bias that no kernel has is an error."""
+        return self.config.fuse == "always" and (epilogue.bias or kernel_activation(epilogue.activation) is None)
 
     def run(self, problem, tile, operands):
         """See `Backend.run`."""

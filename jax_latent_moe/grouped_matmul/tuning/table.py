@@ -156,7 +156,7 @@ def _parse(path, modified) -> dict[str, Any]:
         version, complete = table["version"], all(set(FIELDS) <= entry.keys() for entry in table["entries"])
         complete = complete and isinstance(table["device"], str)
         complete = complete and all(isinstance(entry["num_rows"], int) for entry in table["entries"])
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not a table of tiles ({type(error).__name__}: {error}): remove it, or write one with `tune`."
         ) from error

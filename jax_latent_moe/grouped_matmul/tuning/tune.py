@@ -18,7 +18,7 @@ import numpy as np
 from jax_latent_moe.errors import LatentMoEError, UnsupportedError
 from jax_latent_moe.grouped_matmul.operands import Operands
 from jax_latent_moe.grouped_matmul.problem import Contraction, Problem, problem
-from jax_latent_moe.grouped_matmul.registry import BACKENDS, Bound, select
+from jax_latent_moe.grouped_matmul.registry import BACKENDS, Bound, name_of, select
 from jax_latent_moe.grouped_matmul.tuning.table import Entry, add_to_table, entry_of, file_of, user_folder
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("rows", "R"), ("experts", "E"), ("in", "K"), ("out", "N; twice the inner width if gated")):
         parser.add_argument(f"--{name}", type=_positive, required=True, metavar="SIZE", help=text)
     backends = [name for name in BACKENDS if name != "xla"]
-    parser.add_argument("--backend", choices=backends, default="pallas")
+    parser.add_argument(
+        "--backend", choices=("auto", *backends), default="auto", help="auto is the one that runs the shape here"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument(
         "--folder", type=pathlib.Path, help="folder of the table to write; by default the one that calls read"
@@ -63,20 +65,20 @@ def _positive(text: str) -> int:
 def _tune(options) -> int:
     w_shape, dtype = (options.experts, getattr(options, "in"), options.out), jnp.dtype(options.dtype)
     problems = [problem(contraction, options.rows, w_shape, dtype) for contraction in get_args(Contraction)]
+    remedy = "Choose a shape that a kernel runs, and tune on the GPU that will run it."
     try:
         bounds = [select(asked, options.backend) for asked in problems]
     except UnsupportedError as error:
-        raise UnsupportedError(
-            error.backend, error.reason, "Choose a shape that it runs, and tune on the GPU that will run it."
-        ) from None
+        raise UnsupportedError(error.backend, error.reason, remedy) from None
     entries = []
     for bound in bounds:
+        name, contraction = name_of(bound.backend.config), bound.problem.contraction
+        if not bound.backend.tiles(bound.problem):
+            raise UnsupportedError(name, f"it has no tiles to choose from for {contraction}.", remedy)
         times = time_tiles(bound)
         if not times:
-            raise UnsupportedError(
-                options.backend, f"none of its tiles ran {bound.problem.contraction}.", "See the lines above."
-            )
-        entries.append(_report(bound.problem, times, options.backend))
+            raise UnsupportedError(name, f"none of its tiles ran {contraction}.", "See the lines above.")
+        entries.append(_report(bound.problem, times, name))
     folder, device = options.folder or user_folder(), problems[0].device
     add_to_table(file_of(folder, device), device, entries)
     read = "" if folder == user_folder() else f"; set JAX_LATENT_MOE_TUNING={folder} to use it"

@@ -70,7 +70,10 @@ def blocked_matmul(
     step_bytes = w.shape[1] * w.shape[2] * rows.dtype.itemsize
     sizes = _sizes(device)
     steps = _steps(
-        group_sizes, num_rows, block_rows or sizes.block_rows(num_rows, num_experts), sizes.matmul_bytes // step_bytes
+        group_sizes,
+        num_rows,
+        block_rows or sizes.block_rows(num_rows, num_experts),
+        _blocks(sizes.matmul_bytes, step_bytes),
     )
     contracted = ((2,), (2 if transpose_w else 1,))
 
@@ -103,7 +106,10 @@ def blocked_wgrad(
     step_bytes = out[0].size * wide.itemsize
     sizes = _sizes(device)
     steps = _steps(
-        group_sizes, num_rows, block_rows or sizes.block_rows(num_rows, num_experts), sizes.wgrad_bytes // step_bytes
+        group_sizes,
+        num_rows,
+        block_rows or sizes.block_rows(num_rows, num_experts),
+        _blocks(sizes.wgrad_bytes, step_bytes),
     )
 
     def step(carry, blocks):
@@ -146,10 +152,10 @@ def _steps(
     if isinstance(num_rows, int):
         size = min(block_rows, num_rows)
         needed = (num_rows + min(num_experts, num_rows) * (size - 1)) // size
-        blocks = min(max(blocks, 1), needed)
+        blocks = min(blocks, needed)
     else:  # a symbolic size of jax.export has no order: blocks as for few rows
         size = block_rows
-        needed, blocks = (num_rows + num_experts * (size - 1)) // size, max(blocks, 1)
+        needed = (num_rows + num_experts * (size - 1)) // size
     steps = -(-needed // blocks)
 
     ends = jnp.cumsum(group_sizes)
@@ -165,6 +171,11 @@ def _steps(
     beyond = num_rows + jnp.arange(row.size, dtype=jnp.int32).reshape(row.shape)
     row = jnp.where(real[:, None] & (row < ends[expert][:, None]), row, beyond)
     return expert.reshape(steps, blocks), row.reshape(steps, blocks, size)
+
+
+def _blocks(budget: int, step_bytes: int) -> int:
+    """Blocks of one step. Symbolic features of jax.export have no order: then a step has one block."""
+    return max(budget // step_bytes, 1) if isinstance(step_bytes, int) else 1
 
 
 def _sizes(device: Device) -> _Sizes:
