@@ -103,7 +103,7 @@ def by_expert(routing):
 def check(case, outputs, rng):
     """Whether the case can be compared; what every case must fulfil is asserted for every case."""
     ((y, aux), dparams, dx), case = outputs, oracle_ids(case)
-    for name, leaf in jax.tree.leaves_with_path((y, aux.weights, aux.losses, dparams, dx)):
+    for name, leaf in jax.tree.leaves_with_path((y, aux.weights, aux.losses, aux.bias_target, dparams, dx)):
         assert np.isfinite(leaf).all(), f"{name} is not finite"
     masked = ~case.token_mask
     assert not np.asarray(y)[masked].any()

@@ -49,6 +49,9 @@ ROUTERS = {
         global_loss_coef=0.1,
         **LOSSES,
     ),
+    "quantile": RouterConfig(
+        selection="logit", bias_update="quantile", logit_bias=True, capacity_factor=0.75, **LOSSES
+    ),
 }
 
 

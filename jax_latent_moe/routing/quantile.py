@@ -57,7 +57,9 @@ def nth_largest(
         return jnp.where(count > n, candidate, found)
 
     start = varying(jnp.zeros(values.shape[1], jnp.uint32), values, real)
-    return _from_ordered(lax.fori_loop(0, 32, step, start))
+    found = lax.fori_loop(0, 32, step, start)
+    # Without real tokens no bit is set, which are the bits of a NaN. The result is then 0.
+    return _from_ordered(jnp.where(found == 0, jnp.uint32(1 << 31), found))
 
 
 def _ordered(values: Float[Array, "t e"]) -> UInt32[Array, "t e"]:
