@@ -165,8 +165,8 @@ def _layer(config, shards, params, x, by_token, whole):
     router = params["router"]
     router_dtype = config.router.dtype
     if whole.key is not None:
-        seen = jittered(tokens, whole.key, config.router.input_jitter, by_token.numbers.reshape(-1))
-        logits = router_logits(seen, router["kernel"], router_dtype)
+        noisy = jittered(tokens, whole.key, config.router.input_jitter, by_token.numbers.reshape(-1))
+        logits = router_logits(noisy, router["kernel"], router_dtype)
         latent = tokens.astype(config.dtype)
         latent = latent if config.latent_size is None else _project(latent, params["down_proj"])
     elif config.latent_size is None:

@@ -184,6 +184,8 @@ def from_params(
             collection = CORRECTION_BIAS if (part, name) == _BIAS else "params"
             boxed = _box(params[part][name], axes, axis_names)
             variables.setdefault(collection, {}).setdefault(part, {})[name] = boxed
+    if config.router.global_loss_coef:
+        variables[GLOBAL_COUNTS] = {"router": jnp.zeros(config.num_experts, jnp.int32)}
     return variables
 
 

@@ -244,6 +244,7 @@ def test_steps_are_measured_and_recorded(run, session, monkeypatch):
 
 def test_training_is_measured_and_stands_in_the_table(run, session, monkeypatch):
     monkeypatch.setattr(training, "LOOP_STEPS", 60)
+    monkeypatch.setattr(training, "AXES", ("expert",))  # each is a compilation
     monkeypatch.setattr(train_table, "SIZES", {"toy": presets.TOY})
     text = Text.of(bytes(np.random.default_rng(0).integers(0, 256, 9000, np.uint8)))
     monkeypatch.setattr(corpus, "load_corpus", lambda name: Corpus(text, text))
