@@ -167,7 +167,7 @@ def random_params(rng, config) -> dict:
     }
 
 
-def draw(rng, config, leading, masked=False, replay=False) -> Case:
+def draw(rng, config, leading, masked=False, replay=False, packed=False) -> Case:
     """Random parameters and inputs for a layer, comparable or not."""
     experts, k = config.num_experts, config.top_k
     x = rounded(rng.normal(size=(*leading, config.hidden_size)), config.dtype)
@@ -180,7 +180,7 @@ def draw(rng, config, leading, masked=False, replay=False) -> Case:
         token_mask=rng.random(leading) < 0.7 if masked else None,
         expert_ids=np.where(rng.random(ids.shape) < 0.9, ids, -1) if replay else None,
         dy=rounded(rng.normal(size=x.shape), config.dtype),
-        segment_ids=rng.integers(3, size=leading) if router.sequence_loss_coef and rng.random() < 0.5 else None,
+        segment_ids=rng.integers(3, size=leading) if packed else None,
         global_counts=rng.integers(9, size=experts) if router.global_loss_coef and rng.random() < 0.7 else None,
         seed=rng.integers(4).item() if router.input_jitter else None,
     )
@@ -199,7 +199,8 @@ def random_case(rng, **fixed) -> Case:
     """A random layer with comparable inputs; `fixed` sets fields of the configuration."""
     for _ in range(100):
         leading = [(7,), (2, 5), (1, 1), (2, 2, 3)][rng.integers(4)]
-        case = draw(rng, random_config(rng, **fixed), leading, masked=rng.random() < 0.4, replay=rng.random() < 0.2)
+        chances = dict(masked=rng.random() < 0.4, replay=rng.random() < 0.2, packed=rng.random() < 0.3)
+        case = draw(rng, random_config(rng, **fixed), leading, **chances)
         if case.is_comparable(rng):
             return case
     raise AssertionError(f"no comparable layer found with {fixed}")
