@@ -1,4 +1,4 @@
-"""Put the layer under a MaxText-style decoder block: `python examples/maxtext_block.py`.
+"""Puts the layer under a MaxText-style decoder block: `python examples/maxtext_block.py`.
 
 The block names its axes and constrains its activations as MaxText does, and nn.scan stacks the layers. The rules are
 those of MaxText's base.yml, cut to four mesh axes. On a CPU, eight virtual devices learn this file's bytes.
@@ -112,7 +112,6 @@ def train(steps: int, mesh: Mesh | None) -> list[float]:
         variables = model.init(key, tokens)
         return variables, optimiser.init(variables["params"])
 
-    @jax.jit
     def step(variables, opt_state, tokens):
         def objective(params):
             logits, sown = model.apply(
@@ -128,14 +127,15 @@ def train(steps: int, mesh: Mesh | None) -> list[float]:
         return variables, opt_state, loss
 
     arguments = jax.random.key(0), next(data)[:, :-1]
-    if mesh is None:
-        state = jax.jit(init)(*arguments)
-    else:
+    shardings = None, None
+    if mesh is not None:
         specs = nn.get_partition_spec(jax.eval_shape(init, *arguments))
         shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-        state = jax.jit(init, out_shardings=shardings)(*arguments)
-        experts = nn.unbox(state[0]["params"]["layers"]["mlp"]["experts"]["w_in"])
-        print(f"experts/w_in {experts.shape} is split as {experts.sharding.spec}")
+    state = jax.jit(init, out_shardings=shardings)(*arguments)
+    # Without them XLA chooses shardings of its own for the new state, and the second step compiles again.
+    step = jax.jit(step, out_shardings=(*shardings, None), donate_argnums=(0, 1))
+    experts = nn.unbox(state[0]["params"]["layers"]["mlp"]["experts"]["w_in"])
+    print(f"experts/w_in {experts.shape}: {experts.sharding.shard_shape(experts.shape)} on each device")
     losses = []
     for _ in range(steps):
         *state, loss = step(*state, next(data))
@@ -144,7 +144,7 @@ def train(steps: int, mesh: Mesh | None) -> list[float]:
 
 
 def main(steps: int = 20) -> list[float]:
-    """Trains on a mesh of all devices, two along fsdp, expert and tensor where there are eight."""
+    """Trains on a mesh of all devices. Eight devices have two along each of fsdp, expert and tensor."""
     jax.config.update("jax_num_cpu_devices", 8)
     inner = 2 if jax.device_count() % 8 == 0 else 1
     sizes = jax.device_count() // inner**3, inner, inner, inner

@@ -4,7 +4,7 @@ The layer is a pure function, `latent_moe(params, x, config)`; Flax modules that
 `jax_latent_moe.linen` and `jax_latent_moe.nnx`, which are imported only when asked for.
 """
 
-from jax_latent_moe import cost, parallel, presets
+from jax_latent_moe import cost, lora, parallel, presets
 from jax_latent_moe.config import (
     CutlassBackend,
     InitConfig,
@@ -20,6 +20,7 @@ from jax_latent_moe.errors import ConfigError, InputError, LatentMoEError, NotCo
 from jax_latent_moe.lax import ragged_dot
 from jax_latent_moe.layer import LatentMoEAux, latent_moe
 from jax_latent_moe.params import init_params, param_axes, param_shapes
+from jax_latent_moe.quantization import dequantize, quantize
 from jax_latent_moe.routing.bias import update_correction_bias
 from jax_latent_moe.routing.router import pin_choice
 from jax_latent_moe.training import after_step, merge_state, split_state, total_loss, trainable_mask
@@ -44,14 +45,17 @@ __all__ = [
     "XlaBackend",
     "after_step",
     "cost",
+    "dequantize",
     "init_params",
     "latent_moe",
+    "lora",
     "merge_state",
     "parallel",
     "param_axes",
     "param_shapes",
     "pin_choice",
     "presets",
+    "quantize",
     "ragged_dot",
     "split_state",
     "total_loss",

@@ -239,6 +239,11 @@ class LatentMoEConfig:
                 f"router.bias_update='quantile' needs top_k={k} less than num_experts={experts}: all loads are "
                 "equal otherwise."
             )
+        if self.apply_probs_on_input and router.round_to_tile is not None:
+            raise ConfigError(
+                "apply_probs_on_input=True multiplies a token by one weight, and router.round_to_tile="
+                f"{router.round_to_tile} may give it two experts: set one of them only."
+            )
         if self.apply_probs_on_input and k != 1:
             raise ConfigError(f"apply_probs_on_input needs top_k=1, got top_k={k}: weights differ between experts.")
         if router.pad_to_capacity and self.parallel is not None:

@@ -35,7 +35,9 @@ def matmul_flops_per_token(config: LatentMoEConfig) -> int:
     return total
 
 
-def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None) -> int:
+def exchange_capacity(
+    config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None, *, choices: int | None = None
+) -> int:
     """The most rows of latents that a device may send to each device that holds experts.
 
     Args:
@@ -43,12 +45,13 @@ def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capaci
         devices: n, the number of devices that share the experts.
         tokens: T, tokens of one device.
         capacity_factor: as in `ParallelConfig`.
+        choices: assignments of a token, if they are not config.top_k.
 
     Returns:
         T * min(k, E / n), which is always enough; or ceil(capacity_factor * T * k / n), rounded up to a multiple of 8
         for the kernels, if that is less.
     """
-    enough = tokens * min(config.top_k, config.num_physical_experts // devices)
+    enough = tokens * min(choices or config.top_k, config.num_physical_experts // devices)
     if capacity_factor is None:
         return enough
     return min(enough, -(-share_of_rows(capacity_factor, tokens * config.top_k, devices) // 8) * 8)

@@ -18,12 +18,14 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
 from jax_latent_moe.formats import ScaledArray
-from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, operand_of
+from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, grouped_matmul, operand_of
 from jax_latent_moe.grouped_matmul.operands import gathered
+from jax_latent_moe.low_rank import LowRank, base_of
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
 Weight = Float[Array, "e a b"] | ScaledArray
+Adapted = Weight | LowRank
 Biases = tuple[Float[Array, "e *p"], Float[Array, "e l"]]
 
 
@@ -31,8 +33,8 @@ def routed_experts(
     config: LatentMoEConfig,
     tokens: Float[Array, "t l"],
     weights: Float[Array, "t k"],
-    w_in: Float[Array, "e l *two m"] | ScaledArray,
-    w_out: Weight,
+    w_in: Float[Array, "e l *two m"] | ScaledArray | LowRank,
+    w_out: Adapted,
     dispatch: DispatchPlan,
     biases: Biases | None = None,
 ) -> Float[Array, "t l"]:
@@ -43,8 +45,8 @@ def routed_experts(
         tokens: [T, l].
         weights: [T, k], 0 for an assignment that no expert computes.
         w_in: [E, l, m], or [E, l, 2, m] if gated, in the dtype of tokens; or a `ScaledArray` of shape [E, l, m] or
-            [E, l, 2 m], which gets no gradient.
-        w_out: [E, m, l], in the dtype of tokens; or a `ScaledArray`, which gets no gradient.
+            [E, l, 2 m], which gets no gradient; or a `LowRank` of either.
+        w_out: [E, m, l], in the dtype of tokens; or a `ScaledArray`, which gets no gradient; or a `LowRank` of either.
         dispatch: maps assignments to rows sorted by expert.
         biases: b_in [E, m], or [E, 2, m] if gated, and b_out [E, l], in the dtype of tokens. Each is added after its
             product. config.expert_bias says whether there are any.
@@ -52,7 +54,11 @@ def routed_experts(
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
     """
-    w_in = w_in if isinstance(w_in, ScaledArray) else w_in.reshape(*w_in.shape[:2], -1)
+    if biases is not None:
+        biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
+    if isinstance(w_in, LowRank) or isinstance(w_out, LowRank):
+        return _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
+    w_in = _flat(w_in)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],
@@ -62,9 +68,53 @@ def routed_experts(
         w_in=operand_of(w_in),
         w_out=operand_of(w_out),
     )
-    if biases is not None:
-        biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
     return _routed(plan, tokens, weights, w_in, w_out, biases, dispatch)
+
+
+def _flat(weight):
+    """A dense weight as [E, in, out]: gate and up side by side."""
+    return weight if isinstance(weight, ScaledArray) else weight.reshape(*weight.shape[:2], -1)
+
+
+def _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch):
+    """The block with low-rank adapters, product by product: an adapter adds to the pre-activation.
+
+    The backend of the config runs the products with the frozen weights. Those of rank r, which kernels may refuse,
+    run on the first backend that has them.
+    """
+    b_in, b_out = biases or (None, None)
+    rows = _rows(tokens, dispatch)
+    pre = _plus_bias(_product(config, rows, w_in, dispatch), b_in, dispatch.group_sizes)
+    hidden = activate(pre, config.bound_activation).astype(rows.dtype)
+    out = _plus_bias(_product(config, hidden, w_out, dispatch), b_out, dispatch.group_sizes)
+    return combine(out, dispatch, weights).astype(tokens.dtype)
+
+
+def _product(config, rows, weight, dispatch):
+    sizes = dispatch.group_sizes
+    out = grouped_matmul(rows, _flat(base_of(weight)), sizes, backend=config.backend)
+    if not isinstance(weight, LowRank):
+        return out
+    narrow = grouped_matmul(rows, weight.a, sizes)
+    return out + grouped_matmul(narrow, _flat(weight.b), sizes) * jnp.asarray(weight.scale, out.dtype)
+
+
+@jax.custom_vjp
+def _rows(tokens, dispatch):
+    """The rows of tokens. Their gradient is a sum in a fixed order, as in `_routed`."""
+    return gathered(rows_of(tokens, dispatch))
+
+
+def _rows_fwd(tokens, dispatch):
+    return _rows(tokens, dispatch), (tokens, dispatch)
+
+
+def _rows_bwd(residuals, drows):
+    tokens, dispatch = residuals
+    return combine(drows, dispatch).astype(tokens.dtype), None
+
+
+_rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -17,7 +17,8 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
-from jax_latent_moe.formats import ScaledArray, row_multiple_of
+from jax_latent_moe.formats import row_multiple_of
+from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
 from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
@@ -25,8 +26,9 @@ from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered, refused_if_differentiated
 from jax_latent_moe.routing.losses import auxiliary_losses
-from jax_latent_moe.routing.permute import filled_to_capacity, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.permute import filled_to_capacity, first_rows, make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.quantile import target_bias
+from jax_latent_moe.routing.rounding import round_to_tile, with_next_choices
 from jax_latent_moe.routing.router import (
     CHOICE,
     NO_EXPERT,
@@ -172,8 +174,10 @@ def _layer(config, shards, params, x, by_token, whole):
     elif config.latent_size is None:
         logits, latent = router_logits(tokens, router["kernel"], router_dtype), tokens.astype(config.dtype)
     else:
-        down = params["down_proj"]["kernel"].astype(config.dtype)
-        logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, down)
+        down = cast(params["down_proj"]["kernel"], config.dtype)
+        logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, base_of(down))
+        if isinstance(down, LowRank):
+            latent += projected(tokens.astype(config.dtype), down)
     if config.router.logit_bias:
         logits += router["logit_bias"].astype(logits.dtype)[None]
     routing = route(
@@ -193,7 +197,19 @@ def _layer(config, shards, params, x, by_token, whole):
     if config.latent_norm == "pre":
         latent = _rms_norm(latent, params["latent_norm"]["scale"], config.latent_norm_eps)
     latent = checkpoint_name(latent, LATENT)
-    combined, dropped = _route_through_experts(params["experts"], latent, routing, config, shards)
+    assignments = routing
+    if config.router.round_to_tile is not None:
+        factor = 1.0 if config.apply_routed_scale_to_output else config.router.routed_scaling_factor
+        assignments = with_next_choices(
+            logits,
+            routing,
+            config.router,
+            bias=router.get("bias"),
+            scale=router.get("scale"),
+            factor=factor,
+            backend=config.backend,
+        )
+    combined, dropped = _route_through_experts(params["experts"], latent, assignments, config, shards)
     # If the shared expert has parts too, and no norm comes before y, the parts of inner widths are added once, in y.
     sum_in_y = "shared" in params and config.latent_norm != "post"
     if not sum_in_y:
@@ -240,6 +256,11 @@ def _route_through_experts(params, latent, routing, config, shards):
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
+    if config.router.round_to_tile is not None:
+        kept = _rounded(expert_ids, weights, config, shards)
+        own = jnp.where(kept, NO_EXPERT, expert_ids)[:, : config.top_k]
+        dropped = count_experts(own, config.num_experts, config.backend)
+        expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
         latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
         weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
@@ -248,13 +269,13 @@ def _route_through_experts(params, latent, routing, config, shards):
     if copies is not None:
         expert_ids = choose_copies(expert_ids, copies, shards.token_index(), config.backend)
 
-    w_in, w_out = (_expert_weight(params[name], config) for name in ("w_in", "w_out"))
+    w_in, w_out = (cast(params[name], config.dtype) for name in ("w_in", "w_out"))
     biases = None
     if config.expert_bias:
         b_in, b_out = (params[name].astype(config.dtype) for name in ("b_in", "b_out"))
         biases = b_in, shards.once_over_tensor(b_out)
 
-    row_multiple = row_multiple_of(w_in, w_out)
+    row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
     def experts(latent, weights, plan):
         arrays = latent, weights, w_in, w_out, biases
@@ -265,7 +286,7 @@ def _route_through_experts(params, latent, routing, config, shards):
         return _padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
-        return experts(latent, weights, plan), dropped
+        return experts(latent, weights, _rows_to_compute(plan, config)), dropped
     if not shards.token_axes:
         combined = own_experts_of_all(
             config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
@@ -294,11 +315,6 @@ def _padded_experts(experts, latent, expert_ids, weights, config, capacity, row_
     return experts(latent, weights, plan)[:-1]
 
 
-def _expert_weight(weight, config):
-    """An expert weight as the grouped matmuls read it: codes as they are, arrays in the compute dtype."""
-    return weight if isinstance(weight, ScaledArray) else weight.astype(config.dtype)
-
-
 def _within_capacity(expert_ids, weights, config, shards):
     """The assignments of these tokens that the experts keep [T, k], and the capacity, which is over all tokens."""
     expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
@@ -311,8 +327,25 @@ def _within_capacity(expert_ids, weights, config, shards):
     return shards.own_tokens(kept), capacity
 
 
+def _rounded(expert_ids, weights, config, shards):
+    """Which assignments of these tokens the experts compute, [T, c]: an expert's number is rounded over all tokens."""
+    expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
+    kept = round_to_tile(expert_ids, weights, config.top_k, config.num_experts, config.router.round_to_tile)
+    return checkpoint_name(shards.own_tokens(kept), CHOICE)
+
+
+def _rows_to_compute(plan, config):
+    """The plan without rows that rounding leaves unused: of twice the choices, most are not added."""
+    tile, (tokens, choices) = config.router.round_to_tile, plan.row_of_assignment.shape
+    if tile is None or not isinstance(tokens, int):
+        return plan
+    most = tokens * config.top_k + config.num_experts * (tile // 2)
+    return first_rows(plan, most) if most < tokens * choices else plan
+
+
 def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
-    return x @ params["kernel"].astype(x.dtype)
+    kernel = cast(params["kernel"], x.dtype)
+    return x @ kernel if not isinstance(kernel, LowRank) else x @ kernel.base + projected(x, kernel)
 
 
 def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:

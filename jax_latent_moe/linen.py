@@ -6,11 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError, needs_extra
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import latent_moe
+from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
 from jax_latent_moe.params import Params, check_params, init_param, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
 
@@ -27,6 +30,11 @@ LOSSES = "losses"
 
 GLOBAL_COUNTS = "global_counts"
 """The collection of the counts that router.global_loss_coef carries from one microbatch of a step to the next."""
+CODES = "codes"
+"""The collection of quantised weights, at .../experts/w_in and .../experts/w_out: frozen, so no optimiser sees them."""
+
+ADAPTERS = "adapters"
+"""The collection of low-rank adapters. Differentiate with respect to it alone to leave all other weights alone."""
 
 _BIAS = ("router", "bias")
 _LOAD, _TARGET, _MICROBATCHES = "tokens_per_expert", "bias_target", "microbatches"
@@ -43,8 +51,9 @@ class LatentMoE(nn.Module):
     """A latent mixture-of-experts layer. It takes the place of an MLP.
 
     The parameters are those of `init_params`, in the collection "params". The correction bias is state, in the
-    collection "correction_bias". Each variable carries its logical axis names (`nn.LogicallyPartitioned`), unless
-    axis_names is None.
+    collection "correction_bias". Quantised weights are frozen, in the collection "codes", and
+    low-rank adapters are in the collection "adapters"; `from_params` puts them there. Each variable carries its logical
+    axis names (`nn.LogicallyPartitioned`), unless axis_names is None.
 
     A call sows the auxiliary losses into the collection "losses", except while initialising. It sows the `LatentMoEAux`
     arrays "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" into "intermediates". As always in
@@ -141,33 +150,49 @@ class LatentMoE(nn.Module):
                 for name in names
             }
 
-        params: Any = {
-            part: dict(self.param(part, draw, part, [name for name in leaves if (part, name) != _BIAS]))
-            for part, leaves in axes.items()
-        }
+        codes = nn.unbox(self.get_variable(CODES, "experts", {}))
+        params: Any = {}
+        for part, leaves in axes.items():
+            drawn = [name for name in leaves if (part, name) != _BIAS and not (part == "experts" and name in codes)]
+            params[part] = dict(self.param(part, draw, part, drawn)) if drawn else {}
+        params["experts"] |= codes
+        for part in axes:
+            for name, adapter in nn.unbox(self.get_variable(ADAPTERS, part, {})).items():
+                params[part][name] = adapter.with_base(params[part][name])
         if self.config.router.correction_bias:
             params["router"] |= self.variable(CORRECTION_BIAS, "router", draw, None, "router", ["bias"]).value
         return params
 
 
-def _box(value, axes, axis_names):
-    return value if axis_names is None else Boxed(value, axes)
+def _box(value, axes, axis_names, *, stacked=False):
+    """The value with a box around each of its arrays."""
+    if axis_names is None:
+        return value
+    names = map_leaf_axes(value, axes, PartitionSpec, stacked=stacked)
+    return jax.tree.map(lambda array, names: Boxed(array, tuple(names)), value, names)
 
 
 def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts linen variables to the functional parameter tree: without boxes, with the correction bias in its place.
+    """Converts linen variables to the functional parameter tree: without boxes, with biases and codes in their places.
 
     Args:
         variables: those of one layer give what `latent_moe` takes; those of a model give a subtree for each layer.
     """
-    params, bias = (flatten_dict(nn.unbox(variables.get(name, {}))) for name in ("params", CORRECTION_BIAS))
-    return unflatten_dict({**params, **bias})
+    collections = (flatten_dict(nn.unbox(variables.get(name, {}))) for name in ("params", CORRECTION_BIAS, CODES))
+    leaves: dict[Any, Any] = {path: leaf for collection in collections for path, leaf in collection.items()}
+    adapters: dict[Any, Any] = flatten_dict(nn.unbox(variables.get(ADAPTERS, {})))
+    for path, adapter in adapters.items():
+        leaves[path] = adapter.with_base(leaves[path])
+    return unflatten_dict(leaves)
 
 
 def from_params(
     params: Params, config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = FrozenDict()
 ) -> dict[str, Any]:
     """Makes the linen variables of one layer, boxed as `LatentMoE(config, axis_names).init` boxes them.
+
+    `ScaledArray` leaves go to the collection "codes", and the adapters of `LowRank` leaves to "adapters". Gradients
+    with respect to "params" leave both alone.
 
     Args:
         params: the functional tree.
@@ -181,8 +206,14 @@ def from_params(
     variables: dict[str, Any] = {}
     for part, leaves in param_axes(config, axis_names).items():
         for name, axes in leaves.items():
+            leaf, stacked = params[part][name], part == "experts"
+            if isinstance(leaf, LowRank):
+                adapter = _box(leaf.adapter, axes, axis_names, stacked=stacked)
+                variables.setdefault(ADAPTERS, {}).setdefault(part, {})[name] = adapter
+            base = base_of(leaf)
             collection = CORRECTION_BIAS if (part, name) == _BIAS else "params"
-            boxed = _box(params[part][name], axes, axis_names)
+            collection = CODES if isinstance(base, ScaledArray) else collection
+            boxed = _box(base, axes, axis_names, stacked=stacked)
             variables.setdefault(collection, {}).setdefault(part, {})[name] = boxed
     if config.router.global_loss_coef:
         variables[GLOBAL_COUNTS] = {"router": jnp.zeros(config.num_experts, jnp.int32)}

@@ -1,6 +1,7 @@
 """The layer as a flax.nnx module: it holds the parameters and calls `latent_moe`."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError, needs_extra
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import latent_moe
+from jax_latent_moe.low_rank import LowRank, base_of
 from jax_latent_moe.params import Params, check_params, init_params, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
 
@@ -18,10 +21,19 @@ with needs_extra("flax"):
     from flax.core.spmd import get_logical_axis_rules
 
 _LOAD, _TARGET, _MICROBATCHES = "tokens_per_expert", "bias_target", "microbatches"
+_ADAPTERS = "adapters"
 
 
 class CorrectionBias(nnx.Variable):
     """The variable type of the correction bias. It is state: with `wrt=nnx.Param` no gradient or optimiser sees it."""
+
+
+class Codes(nnx.Variable):
+    """The type of quantised weights: frozen, so `wrt=nnx.Param` keeps gradients and optimisers off them."""
+
+
+class Adapter(nnx.Variable):
+    """The variable type of low-rank adapters. With `wrt=Adapter`, gradients and optimisers see nothing else."""
 
 
 class AuxiliaryLoss(nnx.Variable):
@@ -36,8 +48,9 @@ class LatentMoE(nnx.Module):
     """A latent mixture-of-experts layer. It takes the place of an MLP.
 
     The parameters are `nnx.Param`s at the paths of `init_params`, with its values for the key `rngs.params()`. The
-    correction bias is a `CorrectionBias`. Each variable carries its logical axis names as `out_sharding`. The names
-    shard the variable only if a mesh and `nnx.logical_axis_rules` are set.
+    correction bias is a `CorrectionBias`. Quantised weights are `Codes` and low-rank adapters `Adapter`s, if
+    `from_params` was given any. Each other variable carries its logical axis names as `out_sharding`. The names shard
+    the variable only if a mesh and `nnx.logical_axis_rules` are set.
 
     Under `nnx.capture`, a call sows the auxiliary losses as `AuxiliaryLoss`. It sows the `LatentMoEAux` arrays
     "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" as `nnx.Intermediate`. With
@@ -143,10 +156,18 @@ def _variable(name, value, axes):
 
 def to_params(module: LatentMoE) -> Params:
     """The functional parameter tree of a layer, as `latent_moe` takes it. Arrays are shared, not copied."""
-    return {
-        part: {name: getattr(module, part)[name][...] for name in leaves}
+
+    def value(variable):
+        return variable.get_value() if isinstance(variable, Codes) else variable[...]
+
+    params: Any = {
+        part: {name: value(getattr(module, part)[name]) for name in leaves}
         for part, leaves in param_axes(module.config).items()
     }
+    for target, adapter in getattr(module, _ADAPTERS, {}).items():
+        part, name = target.split("/")
+        params[part][name] = adapter.get_value().with_base(params[part][name])
+    return params
 
 
 def from_params(
@@ -155,7 +176,8 @@ def from_params(
     """Makes the module that holds these parameters. Arrays are shared, not copied.
 
     Args:
-        params: the functional tree.
+        params: the functional tree. `ScaledArray` leaves become `Codes`, and the adapters of `LowRank` leaves
+            `Adapter`s, both without axis names: place them on a mesh by `param_specs(config, mesh, params)` beforehand.
         config: the layer.
         axis_names: those of the module.
 
@@ -164,7 +186,19 @@ def from_params(
     """
     check_params(params, config)
     module = nnx.eval_shape(lambda: LatentMoE(config, rngs=nnx.Rngs(0), axis_names=axis_names))
-    nnx.update(module, params)
+    dense, adapters = {}, {}
+    for part, leaves in params.items():
+        for name, leaf in leaves.items():
+            if isinstance(leaf, LowRank):
+                adapters[f"{part}/{name}"] = Adapter(leaf.adapter)
+            base = base_of(leaf)
+            if isinstance(base, ScaledArray):
+                getattr(module, part)[name] = Codes(base)
+            else:
+                dense.setdefault(part, {})[name] = base
+    if adapters:
+        setattr(module, _ADAPTERS, nnx.Dict(adapters))
+    nnx.update(module, dense)
     module.global_counts = _zero_counts(config)
     return module
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Key
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.low_rank import LowRank
 
 Params = dict[str, dict[str, Array]]
 LOGICAL_AXES = ("hidden", "latent", "expert", "expert_latent", "expert_intermediate", "shared_intermediate")
@@ -101,12 +102,12 @@ def init_param(key: Key[Array, ""], config: LatentMoEConfig, part: str, name: st
 
 
 def as_array(name: str, value) -> Any:
-    """The value as an array. None, arrays of JAX and NumPy, and `ScaledArray` come back as they are.
+    """The value as an array. None, arrays of JAX and NumPy, `ScaledArray` and `LowRank` come back as they are.
 
     Raises:
         InputError: NumPy makes no array of numbers of it.
     """
-    if value is None or isinstance(value, jax.Array | np.ndarray | ScaledArray):
+    if value is None or isinstance(value, jax.Array | np.ndarray | ScaledArray | LowRank):
         return value
     try:
         return np.asarray(value)
@@ -139,12 +140,10 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
         path: as_array(f"params {'/'.join(path)}", leaf) for path, leaf in given.items()
     }
     for path, leaf in given.items():
+        if isinstance(leaf, LowRank):
+            check_adapter(path, leaf, wanted[path].shape)
+            leaf = leaf.base
         if isinstance(leaf, ScaledArray):
-            if config.parallel is not None:
-                raise InputError(
-                    f"params {'/'.join(path)} in format {leaf.format} cannot go over a mesh: decode it, or "
-                    "set parallel=None."
-                )
             check_scaled(path, leaf, wanted[path].shape)
             continue
         if leaf.shape != wanted[path].shape:
@@ -165,22 +164,55 @@ def _on_device(leaf) -> Any:
 
 
 def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...]) -> None:
-    """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] if gated, or w_out [E, m, l]."""
+    """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] of two matrices if gated, or w_out."""
+    name = f"params {'/'.join(path)} in format {leaf.format}"
     if path not in (("experts", "w_in"), ("experts", "w_out")):
-        raise InputError(f"params {'/'.join(path)} cannot be in format {leaf.format}: only the experts' weights can.")
-    flat = (*shape[:2], math.prod(shape[2:]))
-    for scale in jax.tree.leaves(leaf.scales):
-        if scale.shape[:1] != leaf.codes.shape[:1]:
-            raise InputError(
-                f"params {'/'.join(path)} in format {leaf.format} has codes of shape {leaf.codes.shape} and "
-                f"scales of shape {scale.shape}: the first axis of both is the experts."
-            )
-    if leaf.shape != flat:
+        raise InputError(f"{name} is refused: only the experts' weights can be quantised.")
+    if leaf.format not in FORMATS:
+        raise InputError(f"{name} is refused: registered formats are {', '.join(FORMATS)}.")
+    packing = FORMATS[leaf.format].packing
+    matrices = (shape[0], shape[2] if len(shape) == 4 else 1, shape[-1], shape[1])
+    expected = (*matrices[:-1], matrices[-1] // packing)
+    if leaf.codes.shape != expected:
         raise InputError(
-            f"params {'/'.join(path)} in format {leaf.format} of shape {leaf.shape} must be of shape {flat}: "
-            "reshape the weight to that before it is encoded."
+            f"{name} has codes of shape {leaf.codes.shape}, which must be {expected}: [experts, matrices side by side, "
+            f"out, in / {packing}]. quantize(params, config, {leaf.format!r}) makes them."
         )
+    along_k, along_n = FORMATS[leaf.format].blocks(matrices[3], matrices[2])
+    for scale in jax.tree.leaves(leaf.scales):
+        fits = scale.ndim == 4 and scale.shape[2] in (1, along_n) and scale.shape[3] in (1, along_k)
+        if not fits or scale.shape[:2] != expected[:2]:
+            raise InputError(
+                f"{name} has codes of shape {leaf.codes.shape} and scales of shape {scale.shape}, which must be "
+                f"{(*expected[:2], along_n, along_k)}, or 1 on an axis along which they are equal."
+            )
 
+
+def check_adapter(path: tuple[str, str], leaf: LowRank, shape: tuple[int, ...]) -> None:
+    """Raises InputError unless a is [E, in, r] and b [E, r, out], both floating; a projection's have no E."""
+    name = f"params {'/'.join(path)}"
+    if path not in ADAPTED:
+        names = ", ".join("/".join(path) for path in ADAPTED)
+        raise InputError(f"{name} cannot have an adapter: only {names} can.")
+    absent = [part for part in ("base", "a", "b") if getattr(leaf, part) is None]
+    if absent:
+        raise InputError(f"{name} has no {absent[0]}: merge_state(adapters, rest) puts adapters and weights together.")
+    stacked = path[0] == "experts"
+    rank = leaf.a.shape[-1] if leaf.a.ndim else 0
+    for part, expected in (
+        ("a", (*shape[: stacked + 1], rank)),
+        ("b", (*shape[:stacked], rank, *shape[stacked + 1 :])),
+    ):
+        array = getattr(leaf, part)
+        if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(
+                f"{name} has {part} of shape {array.shape} and dtype {array.dtype}, which must be floating of shape "
+                f"{expected}: lora.adapt makes it."
+            )
+
+
+ADAPTED = (("experts", "w_in"), ("experts", "w_out"), ("down_proj", "kernel"), ("up_proj", "kernel"))
+"""The leaves that can have a low-rank adapter."""
 
 _BIASES = ("bias", "logit_bias", "b_in", "b_out")
 

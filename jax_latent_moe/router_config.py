@@ -60,6 +60,9 @@ class RouterConfig:
         drop_policy: over capacity, drop the rows of lowest weight ("probs") or the last rows ("position").
         pad_to_capacity: give every expert exactly as many rows as its capacity (Megatron's
             moe_pad_expert_input_to_capacity). Values do not change. It needs parallel=None.
+        round_to_tile: round each expert's number of tokens to the nearest multiple of this, as SonicMoE does
+            (arXiv 2512.14080). None rounds nothing. It is for training, because it drops the choices of experts with
+            few tokens. It does not go with selection="sinkhorn", which already balances the experts.
     """
 
     score_function: ScoreFunction = "sigmoid"
@@ -85,6 +88,7 @@ class RouterConfig:
     min_capacity: int = 0
     drop_policy: Literal["probs", "position"] = "probs"
     pad_to_capacity: bool = False
+    round_to_tile: int | None = None
 
     def __post_init__(self):
         checks.keep(self, "router.", checks.dtype_name, ("dtype",), ROUTER_DTYPES)
@@ -109,6 +113,14 @@ class RouterConfig:
         checks.keep(self, "router.", checks.finite, ("routed_scaling_factor",))
         if self.capacity_factor is not None:
             checks.keep(self, "router.", checks.non_negative, ("capacity_factor",))
+        if self.round_to_tile is not None:
+            checks.keep(self, "router.", checks.positive_int, ("round_to_tile",))
+            for name, value in (("capacity_factor", self.capacity_factor), ("selection", self.selection)):
+                if value not in (None, "score", "logit", "given"):
+                    raise ConfigError(
+                        f"router.round_to_tile={self.round_to_tile} and router.{name}={value!r} both say how many "
+                        "tokens an expert takes: set one of them to None, or choose by 'score' or 'logit'."
+                    )
         if self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "

@@ -1,5 +1,6 @@
 """The parts of a training step outside of the layer: the split into parameters and state, the loss, the bias update."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,7 +12,9 @@ from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
 from jax_latent_moe.errors import InputError, NotCollectedWarning
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import LatentMoEAux
+from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.routing.bias import update_correction_bias
 from jax_latent_moe.routing.quantile import move_to_target
 
@@ -19,7 +22,7 @@ _BIAS = "router/bias"
 
 
 def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
-    """Splits parameters into those that an optimiser trains and the correction biases, which are state.
+    """Splits parameters into those that an optimiser trains and the rest, which are correction biases and codes.
 
     An optimiser that gets only the first tree cannot move a bias, and neither can its weight decay. `merge_state` puts
     the two trees together again.
@@ -27,10 +30,11 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
     Args:
         params: the parameters of one layer, as `init_params` makes them, or those of a model. A model may nest dicts,
             lists and tuples, and may hold other leaves. Every leaf "bias" of a dict "router" is a correction bias.
+            Every `ScaledArray` in a dict is frozen, and so is the base of every `LowRank`.
 
     Returns:
-        trainable: the parameters without the biases.
-        state: the biases alone, at their paths; {} if there are none.
+        trainable: the parameters without the biases and what is frozen.
+        state: these alone, at their paths; {} if there are none.
     """
     if isinstance(params, Mapping):
         trainable, state = {}, {}
@@ -38,6 +42,12 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
             if key == "router" and isinstance(value, Mapping) and "bias" in value:
                 trainable[key] = {name: leaf for name, leaf in value.items() if name != "bias"}
                 state[key] = {"bias": value["bias"]}
+                continue
+            if isinstance(value, ScaledArray):
+                state[key] = value
+                continue
+            if isinstance(value, LowRank):
+                trainable[key], state[key] = value.adapter, value.frozen
                 continue
             trainable[key], rest = split_state(value)
             if jax.tree.leaves(rest):
@@ -52,8 +62,10 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
 
 def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
     """Puts together what `split_state` took apart. The result is what `latent_moe` takes."""
+    if isinstance(state, LowRank):
+        return state if not isinstance(trainable, LowRank) else trainable.with_base(state.base)
     if isinstance(state, Mapping):
-        if not state:
+        if not state or not isinstance(trainable, Mapping):
             return trainable
         merged = {key: merge_state(value, state.get(key, {})) for key, value in trainable.items()}
         return merged | {key: value for key, value in state.items() if key not in trainable}
@@ -61,15 +73,22 @@ def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
 
 
 def trainable_mask(params: PyTree) -> PyTree:
-    """A tree of True for each leaf that an optimiser may move and False for each correction bias.
+    """A tree of True for each leaf that an optimiser may move and False for correction biases, codes and scales.
 
     A correction bias is a leaf whose path ends in "router/bias"; Haiku's names count as paths. The mask is for trees
     that cannot be split: `optax.masked(optimiser, trainable_mask)`, or Equinox's
     `eqx.partition(model, trainable_mask(model))`.
     """
-    return tree_map_with_path(
-        lambda path, _: not ("/" + keystr(path, simple=True, separator="/")).endswith("/" + _BIAS), params
-    )
+
+    def may_move(path, leaf):
+        if isinstance(leaf, ScaledArray):
+            return jax.tree.map(lambda _: False, leaf)
+        if isinstance(leaf, LowRank):
+            frozen = jax.tree.map(lambda _: False, leaf.frozen)
+            return dataclasses.replace(jax.tree.map(lambda _: True, leaf.adapter), base=frozen.base)
+        return not ("/" + keystr(path, simple=True, separator="/")).endswith("/" + _BIAS)
+
+    return tree_map_with_path(may_move, params, is_leaf=lambda node: isinstance(node, ScaledArray | LowRank))
 
 
 def total_loss(aux: PyTree[LatentMoEAux]) -> Float[Array, ""]:
@@ -99,7 +118,7 @@ def after_step(
     """Moves every correction bias of a model by the loads of one step. Call it once after the optimiser's step.
 
     Args:
-        state: the state of `split_state`. An empty state is returned as it is.
+        state: the state of `split_state`. Parts without a correction bias, such as codes, are returned as they are.
         aux: the `LatentMoEAux` of the layer; for a model, a dict or list of them with the structure of `state`. Each
             may be replaced by its `tokens_per_expert`, or by a list or tuple over microbatches. Counts may have leading
             axes that the bias does not have, such as the axis of a scan over microbatches. They are summed. A layer
@@ -116,6 +135,8 @@ def after_step(
 
 
 def _walk(state, aux, step, path):
+    if not _has_bias(state):
+        return state
     if not isinstance(state, Mapping):
         return type(state)(_walk(part, _part(aux, i, path), step, (*path, i)) for i, part in enumerate(state))
     if "router" not in state:
@@ -125,7 +146,13 @@ def _walk(state, aux, step, path):
     counts = [load.tokens_per_expert if isinstance(load, LatentMoEAux) else load for load in loads]
     targets = [load.bias_target for load in loads if isinstance(load, LatentMoEAux) and load.bias_target is not None]
     microbatches = [jnp.ones(jnp.shape(target)[:-1]) for target in targets]
-    return {"router": {"bias": step(bias, counts, targets, microbatches)}}
+    return {**state, "router": {"bias": step(bias, counts, targets, microbatches)}}
+
+
+def _has_bias(state) -> bool:
+    if isinstance(state, Mapping):
+        return "router" in state or any(map(_has_bias, state.values()))
+    return isinstance(state, list | tuple) and any(map(_has_bias, state))
 
 
 def _part(aux, key, path):

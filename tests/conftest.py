@@ -66,3 +66,12 @@ def install_library(monkeypatch):
 def rng(request) -> np.random.Generator:
     """Random numbers that depend on the run's seed and on the test."""
     return seeds.generator(request.node.nodeid)
+
+
+@pytest.fixture
+def compiled_in_a_hurry():
+    """Programs that one test alone runs compile in half the time without XLA's costly optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

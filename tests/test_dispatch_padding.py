@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import LatentMoEConfig, RouterConfig, init_params, latent_moe
-from jax_latent_moe.formats import FORMATS, encode
+from jax_latent_moe import LatentMoEConfig, RouterConfig, init_params, latent_moe, quantize
+from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from tests.conformance.test_new_rows import COLUMNS
 from tests.tolerances import assert_close, assert_trees_close
@@ -75,10 +75,7 @@ def test_the_layer_gives_the_same_with_padding_rows(rng, monkeypatch, layer):
     mask = jnp.ones((2, 7), bool).at[1, 3].set(False)
 
     def run(name):
-        def flat(weight):
-            return encode(weight.reshape(*weight.shape[:2], -1), name)
-
-        experts = {part: flat(weight) for part, weight in params["experts"].items()}
+        experts = quantize(params, config, name)["experts"]
 
         def loss(others, x):
             y, aux = latent_moe(others | {"experts": experts}, x, config, token_mask=mask)

@@ -83,6 +83,7 @@ ROUTER = {
     "min_capacity": (CAPACITY, 6),
     "drop_policy": (CAPACITY, "position"),
     "pad_to_capacity": (CAPACITY, True),
+    "round_to_tile": (RouterConfig(), 4),
 }
 INIT = {
     "std": (InitConfig(), 0.1),

@@ -1,4 +1,7 @@
-"""Options of the trainer: frozen dataclasses that tyro turns into a command line."""
+"""Options of the trainer: frozen dataclasses that tyro turns into a command line.
+
+The text after a field is its help. tyro keeps the line breaks, so they are between sentences.
+"""
 
 import dataclasses
 import re
@@ -39,8 +42,7 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 256
     """Inner width of the shared expert, which reads every token at full width. 0 leaves it out."""
     latent_norm: Literal["none", "pre", "post"] = "none"
-    """Place of the RMSNorm in the latent width: pre is before the experts, post is after the combine, none leaves it
-    out."""
+    """Place of the RMSNorm in the latent width: before the experts (pre), after the combine (post), or none."""
     routed_scaling_factor: float = 1.0
     """Factor on the weights of a token's experts."""
     dropout: float = 0.0
@@ -97,16 +99,16 @@ class Config:
     """
 
     config: Path | None = None
-    """JSON file of options, such as the config.json of a run. Its values are the defaults of all options. An option on
-    the command line wins."""
+    """JSON file of options, such as the config.json of a run. Its values are the defaults of all options.
+    An option on the command line wins."""
     preset: Literal["auto", "toy", "cpu", "gpu", "gpu-80gb", "gpu-x8"] = "auto"
-    """Set of defaults for all options. toy is for tests. cpu and gpu train for minutes. gpu-80gb is for one GPU of
-    80 GB, gpu-x8 for a host of eight GPUs. auto is gpu if JAX finds a GPU, else cpu."""
+    """Set of defaults for all options. toy is for tests. cpu and gpu train for minutes.
+    gpu-80gb is for one GPU of 80 GB, gpu-x8 for a host of eight GPUs. auto is gpu if JAX finds a GPU, else cpu."""
     mlp: MLP = "latent_moe"
     """Feed-forward of every block but the first. dense and moe have the same active FLOPs as latent_moe."""
     data: str = "shakespeare"
-    """Text to train on: shakespeare (36 plays, downloaded once), stdlib (the sources of Python's library), or a file or
-    folder. Files hold plain text, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or Parquet (.parquet)."""
+    """Text to train on: shakespeare (36 plays), stdlib (the sources of Python's library), or a file or folder.
+    Files hold plain text, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or Parquet (.parquet)."""
     data_column: str = "text"
     """Field of JSON lines and column of Parquet files that hold the text."""
     validation: tuple[str, ...] = ()
@@ -125,14 +127,15 @@ class Config:
     accumulate: int = 1
     """Number of parts of a batch. They are computed one after the other, which saves memory."""
     attention: Literal["auto", "cudnn", "xla", "blocks"] = "auto"
-    """Implementation of attention. cudnn is cuDNN's kernel (GPU, bfloat16), xla is JAX's own formula, blocks computes
-    blocks of queries. auto is cudnn if it can run here, else blocks."""
+    """Implementation of attention.
+    cudnn is cuDNN's kernel (GPU, bfloat16), xla is JAX's own formula, blocks computes blocks of queries.
+    auto is cudnn if it can run here, else blocks."""
     scan_layers: bool = False
-    """Whether all blocks after the first are compiled once and scanned. Compilation then takes the same time at any
-    depth."""
+    """Whether all blocks after the first are compiled once and scanned.
+    Compilation then takes the same time at any depth."""
     remat: Literal["none", "cheap", "layer"] = "none"
-    """What the backward pass recomputes to save memory. none is nothing, cheap is norms and activations, layer is whole
-    blocks."""
+    """What the backward pass recomputes to save memory.
+    none is nothing, cheap is norms and activations, layer is whole blocks."""
     seed: int = 0
     """Seed of the parameters, the order of the data, dropout and the sample."""
     switch_loss_coef: float = 0.01

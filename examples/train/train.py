@@ -96,7 +96,7 @@ def read_corpus(config: Config) -> Corpus:
     """The texts that --data and --validation name.
 
     Raises:
-        TrainError: a path does not exist, holds no text, or cannot be read. Or a download failed.
+        TrainError: a path does not exist, holds no text, or cannot be read. Or the plays are not installed.
     """
     column = config.data_column
     more = {
@@ -138,9 +138,11 @@ def run_steps(
     if config.restore == "previous":
         checkpoints.drop_newest()
     if checkpoints.newest is None:
-        snapshot = Snapshot(init_state_on(model, optimizer, config.seed, mesh), batches.get_state(), 0.0)
+        with busy("Drawing the parameters"):
+            snapshot = Snapshot(init_state_on(model, optimizer, config.seed, mesh), batches.get_state(), 0.0)
     else:
-        snapshot = checkpoints.restore(state_shapes(model, optimizer, mesh))
+        with busy("Restoring the checkpoint"):
+            snapshot = checkpoints.restore(state_shapes(model, optimizer, mesh))
         batches.set_state(snapshot.data)
     state, first = snapshot.state, int(snapshot.state.step)
     report = ProgressReport(config.steps)

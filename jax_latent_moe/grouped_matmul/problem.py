@@ -2,9 +2,10 @@
 
 import dataclasses
 import operator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from jax_latent_moe import checks
 from jax_latent_moe.activations import BoundActivation, Residual
@@ -116,7 +117,7 @@ def problem(
     Args:
         contraction: "fwd", "dgrad" or "wgrad".
         num_rows: R.
-        w_shape: (E, K, N).
+        w_shape: (E, K, N). K and N are symbolic under `jax.export`.
         dtype: dtype of the result, and of both operands unless they are given.
         lhs: the left operand; None for a dense array of dtype.
         rhs: the right operand; None for a dense array of dtype.
@@ -130,11 +131,12 @@ def problem(
     if epilogue is not None and contraction == "wgrad":
         raise ConfigError(f"a wgrad with {epilogue} is unknown: fwd has an activation's value, dgrad its gradient.")
     try:
-        num_experts, k, n = map(operator.index, w_shape)
-    except (TypeError, ValueError):
-        num_experts = k = n = -1
-    if min(num_experts, k, n) < 0:
+        sizes: list[Any] = [size if is_symbolic_dim(size) else operator.index(size) for size in w_shape]
+    except TypeError:
+        sizes = []
+    if len(sizes) != 3 or any(size < 0 for size in sizes):
         raise ConfigError(f"w_shape={w_shape!r} must be three integers of at least 0: (experts, K, N).")
+    num_experts, k, n = sizes
     own = Operand(jnp.dtype(dtype).name)
     return Problem(
         contraction, num_rows, num_experts, k, n, lhs or own, rhs or own, own, device or current_device(), epilogue

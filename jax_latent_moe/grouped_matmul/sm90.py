@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jax_latent_moe.activations import BoundActivation
+from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.grouped_matmul.problem import Problem
 
 Fuse = Literal["measured", "always", "never"]
@@ -58,6 +59,8 @@ def refusal(problem: Problem, feature_multiple: int) -> str | None:
     """
     if problem.device.architecture != "sm90":
         return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device.kind!r}."
+    if problem.rhs.format in FORMATS:
+        return f"it has no kernels for weights in {problem.rhs.format}: XLA decodes them, a few experts at a time."
     formats = {operand.format for operand in (problem.lhs, problem.rhs, problem.out)}
     if len(formats) > 1 or not formats <= set(DTYPES):
         return (

@@ -16,6 +16,7 @@ from jax_latent_moe.hf.exporting import differing_tensors, write_layers
 from jax_latent_moe.hf.importing import import_layer
 from jax_latent_moe.hf.names import MEGATRON, Layer
 from jax_latent_moe.hf.outputs import check_new
+from jax_latent_moe.hf.quantised import can_keep
 from jax_latent_moe.hf.tensor_file import read_json
 from jax_latent_moe.params import Params
 
@@ -81,10 +82,12 @@ def _inspect(checkpoint: Checkpoint, options) -> int:
     return 0
 
 
-def _read(checkpoint: Checkpoint, options, dtype=None) -> Iterator[tuple[Layer, Params]]:
+def _read(checkpoint: Checkpoint, options, dtype=None, keep=False) -> Iterator[tuple[Layer, Params]]:
     layers = _layers(checkpoint, options)
     for number, layer in enumerate(layers, 1):
-        yield layer, import_layer(checkpoint, layer, dtype=dtype, report=_progress(f"[{number}/{len(layers)}] {layer}"))
+        report = _progress(f"[{number}/{len(layers)}] {layer}")
+        keep_quantized = keep and can_keep(plan_layer(checkpoint, layer))
+        yield layer, import_layer(checkpoint, layer, dtype=dtype, keep_quantized=keep_quantized, report=report)
 
 
 def _progress(what: str):
@@ -103,9 +106,9 @@ def _progress(what: str):
 
 def _verify(checkpoint: Checkpoint, options) -> int:
     status = 0
-    for layer, params in _read(checkpoint, options):
+    for layer, params in _read(checkpoint, options, keep=True):
         plan = plan_layer(checkpoint, layer)
-        if plan.quantised:
+        if not can_keep(plan):
             print(f"layer {layer}: complete and finite; {' and '.join(plan.quantised)}, which is not written back")
         elif differing := differing_tensors(plan, params):
             status = 1

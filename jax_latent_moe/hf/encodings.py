@@ -14,9 +14,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
-from jax_latent_moe.hf.tensor_file import TensorInfo
+from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo
+
+FLOAT8 = DTYPES["F8_E4M3"]
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The value of each code: one sign bit, two exponent bits, one mantissa bit."""
@@ -59,10 +62,7 @@ def _times_blocks(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _mxfp4(parts: Parts) -> np.ndarray:
-    exponents = parts["weight_scale"].view(np.uint8)
-    # The format defines 255 as NaN. 253 and 254 could overflow float32; real weights are far smaller.
-    if exponents.size and exponents.max() > 252:
-        raise ValueError(f"a block scale is {exponents.max()} (2^(u - 127), 255 is NaN), over the limit of 252")
+    exponents = _exponents(parts["weight_scale"])
     return _times_blocks(_unpack(parts["weight_packed"]), np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
 
 
@@ -95,6 +95,27 @@ def _fp8_tiles(parts: Parts) -> np.ndarray:
     values, scales = _finite(parts["weight"].astype(np.float32)), _scales(parts["weight_scale_inv"])
     rows = np.repeat(scales, _TILE, axis=0)[: values.shape[0]]
     return values * np.repeat(rows, _TILE, axis=1)[:, : values.shape[1]]
+
+
+def _exponents(scale: np.ndarray) -> np.ndarray:
+    exponents = scale.view(np.uint8)
+    # The format defines 255 as NaN. 253 and 254 could overflow float32; real weights are far smaller.
+    if exponents.size and exponents.max() > 252:
+        raise ValueError(f"a block scale is {exponents.max()} (2^(u - 127), 255 is NaN), over the limit of 252")
+    return exponents
+
+
+def check_values(encoding: Encoding, suffix: str, values: np.ndarray) -> None:
+    """Raises ValueError if a tensor holds a value that its encoding's `decode` refuses."""
+    if suffix in encoding.unused:
+        return
+    if encoding in (MXFP4, MXFP4_BLOCKS, MXFP4_SCALE) and suffix in ("weight_scale", "scales", "scale"):
+        _exponents(values)
+    elif values.dtype == FLOAT8:  # NaN is the byte 0x7F or 0xFF
+        if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
+            raise ValueError("it holds NaN or infinity")
+    elif values.dtype == DTYPES["F8_E8M0"] or jnp.issubdtype(values.dtype, np.floating):
+        _finite(values.astype(np.float32))
 
 
 def _scales(values):

@@ -6,7 +6,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from jax_latent_moe.errors import CheckpointError, InputError
 from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, Stored, plan_layer
 from jax_latent_moe.hf.encodings import PLAIN
 from jax_latent_moe.hf.names import Block, Layer
-from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo, opened, read_bytes, read_tensor
+from jax_latent_moe.hf.quantised import quantised_leaves, read_leaf
+from jax_latent_moe.hf.tensor_file import DTYPES, opened, read_bytes, read_part, read_tensor
 from jax_latent_moe.params import Params, param_shapes
 
 CHUNK = 256 * 1024
@@ -35,7 +36,8 @@ def import_layer(
     layer: Layer,
     *,
     dtype: str | None = None,
-    sharding: Sharding | Mapping[str, Mapping[str, Sharding]] | None = None,
+    keep_quantized: bool = False,
+    sharding: Sharding | Mapping[str, Mapping[str, Any]] | None = None,
     report: Report | None = None,
 ) -> Params:
     """Imports one layer's parameters, each read straight into its shards.
@@ -49,12 +51,16 @@ def import_layer(
         layer: one of `checkpoint.layers`.
         dtype: dtype of the parameters. None keeps the stored dtype, or takes the model's if a parameter is quantised.
             The correction bias is always float32.
+        keep_quantized: whether experts that are stored quantised become `ScaledArray`s of the stored bytes. Otherwise
+            they are decoded. Projections and shared experts are always decoded.
         sharding: one for all parameters, or one per leaf of `param_shapes`. None places them on JAX's default device.
+            That of a quantised weight may be one for the dense weight, or a `ScaledArray` of shardings.
         report: called from time to time with the parameter's name, its bytes assembled so far, and all its bytes.
 
     Raises:
         CheckpointError: tensors are missing or unexpected, or have a wrong shape or dtype (the error lists them all); a
-            file is truncated; or a quantised weight is not finite.
+            file is truncated; a quantised weight is not finite; or no format holds an expert's weights as they are
+            stored, with keep_quantized.
         InputError: dtype is unknown, sharding lacks a parameter, or float64 is needed and JAX's 64-bit types are off.
     """
     if dtype is not None and dtype not in COMPUTE_DTYPES:
@@ -68,12 +74,18 @@ def import_layer(
         )
     if isinstance(sharding, Mapping):
         _check_shardings(sharding, param_shapes(plan.config))
-    params: Params = {}
+    quantised = quantised_leaves(plan, f"{checkpoint.folder.path}, layer {layer}") if keep_quantized else {}
+    params: dict[str, dict[str, Any]] = {}
     with _open_files(plan) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
         for part, leaves in param_shapes(plan.config).items():
             params[part] = {}
             for name, leaf in leaves.items():
                 path = (part, name)
+                where = sharding[part][name] if isinstance(sharding, Mapping) else sharding
+                if path in quantised:
+                    done = _reporter(report, f"{part}/{name}", quantised[path].shapes.nbytes)
+                    params[part][name] = read_leaf(quantised[path], plan, files, pool, _place_read, where, done)
+                    continue
                 wanted = plan.dtypes[path] if dtype is None or name == "bias" else np.dtype(dtype)
                 blocks = [block for block in plan.blocks if block.path == path]
 
@@ -82,7 +94,6 @@ def import_layer(
                     _fill(array, index, shape, blocks, plan, files, pool, name, report)
                     return array
 
-                where = sharding[part][name] if isinstance(sharding, Mapping) else sharding
                 params[part][name] = _place(leaf.shape, where, read)
     return params
 
@@ -139,6 +150,28 @@ def _place(shape, sharding, read) -> jax.Array:
         # This is the only reference to the buffer, so a CPU device may keep it instead of a copy.
         return jax.block_until_ready(jax.device_put(read((slice(None),) * len(shape)), device, may_alias=True))
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
+
+
+def _place_read(shape, dtype, sharding, read) -> jax.Array:
+    def assembled(index):
+        array = _aligned_empty(_shape_of(index, shape), dtype)
+        read(array, index)
+        return array
+
+    return _place(shape, sharding, assembled)
+
+
+def _reporter(report: Report | None, name: str, total: int) -> Callable[[int], None]:
+    """Adds up bytes and reports the sum."""
+    done = 0
+
+    def add(nbytes):
+        nonlocal done
+        done += nbytes
+        if report is not None:
+            report(name, done, total)
+
+    return add
 
 
 def _shape_of(index, shape) -> tuple[int, ...]:
@@ -202,12 +235,12 @@ def _fill_block(block: Block, target: np.ndarray, ranges: Sequence[range], store
         _fill_plain(block, target, ranges, stored.parts["weight"], files)
     elif block.layout != "transposed":
         # The codes of an expert are stored [out, in], although the tensor of its values would be [in, out].
-        matrix = _decode(block.tensor, stored, files, block.expert)
+        matrix = decode_stored(block.tensor, stored, files, block.expert)
         part = _of_pairs(matrix.T, block)[tuple(slice(part.start, part.stop) for part in ranges)]
         np.copyto(target, part, casting="unsafe")
     else:
         columns, rows = (slice(part.start, part.stop) for part in ranges)
-        _transpose_into(target, _decode(block.tensor, stored, files)[block.first_row :][rows, columns])
+        _transpose_into(target, decode_stored(block.tensor, stored, files)[block.first_row :][rows, columns])
     return target.nbytes
 
 
@@ -268,17 +301,15 @@ def _pack_rows(matrix: np.ndarray) -> np.ndarray:
     return packed
 
 
-def _part(info: TensorInfo, files: Files, expert: int | None) -> np.ndarray:
-    if expert is None:
-        return read_tensor(files[info.file], info)
-    part = np.empty(info.shape[1:], DTYPES[info.dtype])
-    read_bytes(files[info.file], info, expert * part.nbytes, part)
-    return part
+def decode_stored(tensor: str, stored: Stored, files: Files, expert: int | None = None) -> np.ndarray:
+    """A quantised matrix [out, in] in float32: that of a tensor, or of one expert's part of it.
 
-
-def _decode(tensor: str, stored: Stored, files: Files, expert: int | None = None) -> np.ndarray:
-    """The matrix [out, in] of a tensor, or of one expert's part of it."""
-    parts = {name: _part(stored.parts[name], files, expert) for name in stored.encoding.dtypes}
+    Raises:
+        CheckpointError: it is not finite, or its file is truncated.
+    """
+    parts = {
+        name: read_part(files[stored.parts[name].file], stored.parts[name], expert) for name in stored.encoding.dtypes
+    }
     decode = stored.encoding.decode
     assert decode is not None, "plain tensors are not decoded"
     try:

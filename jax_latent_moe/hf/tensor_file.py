@@ -211,6 +211,15 @@ def read_tensor(file: BinaryIO, info: TensorInfo) -> np.ndarray:
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
+def read_part(file: BinaryIO, info: TensorInfo, expert: int | None) -> np.ndarray:
+    """Reads one expert's part of a tensor whose first axis is the experts, or the whole tensor if expert is None."""
+    if expert is None:
+        return read_tensor(file, info)
+    part = np.empty(info.shape[1:], DTYPES[info.dtype])
+    read_bytes(file, info, expert * part.nbytes, part)
+    return part
+
+
 def create(path: pathlib.Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
     """Creates a safetensors file whose data is zero, and returns the place of each tensor.
 

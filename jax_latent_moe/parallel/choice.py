@@ -1,4 +1,4 @@
-"""Which dispatch runs, and why: the bytes that each moves against the rates that were measured for it."""
+"""Which dispatch runs, and why: the time of each follows from the bytes it moves and a measured rate."""
 
 from typing import NamedTuple
 
@@ -8,20 +8,22 @@ from jax_latent_moe.device import current_device
 from jax_latent_moe.errors import ConfigError, UnsupportedError
 
 LATENCY_MS = 0.07
-"""Time of a collective that moves nothing."""
+"""The time of a collective that moves nothing."""
 
 GIGABYTES_PER_SECOND = {"all_gather": 277, "all_to_all": 298, "ragged_all_to_all": 2.6}
-"""What one device sends; both from medians on two H200 of one host (NVLink, NCCL, jax 0.11.2). Across hosts no rate
-was measured; only the ratios matter to the choice. ragged_all_to_all ran a hundred times slower than all_to_all."""
+"""What one device sends. Both constants are medians on two H200 of one host (NVLink, NCCL, jax 0.11.2).
+
+No rate was measured between hosts. The choice depends only on the ratios. ragged_all_to_all ran a hundred times slower
+than all_to_all."""
 
 
 class DispatchCost(NamedTuple):
     """What a dispatch costs one device in a forward pass.
 
     Attributes:
-        bytes_out: sent to the experts.
-        bytes_back: sent back.
-        ms: expected time of both at the measured rates.
+        bytes_out: bytes that it sends to the experts.
+        bytes_back: bytes that it sends back.
+        ms: the expected time of both at the measured rates.
     """
 
     bytes_out: int
@@ -30,7 +32,7 @@ class DispatchCost(NamedTuple):
 
 
 def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[str, DispatchCost]:
-    """Bytes and expected time of each dispatch.
+    """The bytes and the expected time of each dispatch.
 
     Args:
         config: the layer, with `parallel` set.
@@ -50,7 +52,9 @@ def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[s
 
 
 def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
-    """The named dispatch, or for "auto" the faster of all_gather and all_to_all; decided before anything runs.
+    """The dispatch that the config names. For "auto", the one of all_gather and all_to_all that should be faster.
+
+    The decision is made before anything runs.
 
     Args:
         config: the layer, with `parallel` set.
@@ -70,7 +74,7 @@ def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
 
 
 def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
-    """What each dispatch would move and take, and which one runs: a line each.
+    """What each dispatch would move and how long it would take, and which one runs; a line for each.
 
     Args:
         config: the layer, with `parallel` set.

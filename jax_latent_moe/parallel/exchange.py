@@ -1,7 +1,7 @@
-"""Latents to the devices that hold their experts and back: three strategies that give the same values.
+"""Sends latents to the devices that hold their experts, and the results back. Three strategies give the same values.
 
-What a device computes for others it weighs at once, so that only sums of rows of latent width come back. Every
-movement of rows is one gather with another gather as its gradient: no scatter, and the same bits from run to run.
+A device multiplies the results by their weights before it sends them, so only sums of rows of latent width come back.
+Each movement of rows is a gather whose gradient is another gather. There is no scatter, so two runs give the same bits.
 """
 
 from collections.abc import Callable
@@ -36,20 +36,20 @@ def exchange(
     *,
     row_multiple: int = 1,
 ) -> tuple[Float[Array, "t l"], Int[Array, " e"]]:
-    """sum_j weights[t, j] * expert_j(latent[t]) with the experts split over a mesh axis; under shard_map.
+    """sum_j weights[t, j] * expert_j(latent[t]), with the experts split over a mesh axis. It runs under shard_map.
 
     Args:
-        config: the layer; its `parallel` says how rows travel, and how many.
-        axis: mesh axis that splits the experts in equal runs.
-        experts: (rows [T, l], weights [T, k], plan by this device's experts) -> [T, l].
-        latent: [T, l], this device's.
-        expert_ids: [T, k] over all physical experts.
+        config: the layer. Its `parallel` says how rows travel, and how many may.
+        axis: the mesh axis that splits the experts into equal runs.
+        experts: maps (rows [T, l], weights [T, k], a plan of this device's experts) to [T, l].
+        latent: [T, l], of this device's tokens.
+        expert_ids: [T, k], indices of all physical experts.
         weights: [T, k], 0 where there is no expert.
-        row_multiple: multiple at which each expert's rows begin.
+        row_multiple: the multiple at which each expert's rows begin.
 
     Returns:
-        [T, l], and the rows of this device that capacity dropped, int32 for each physical expert: the same for every
-        dispatch.
+        [T, l], and for each physical expert the number of this device's rows that capacity dropped, int32. They are
+        the same for every dispatch.
 
     Raises:
         UnsupportedError: the named dispatch does not run on this platform.
@@ -57,7 +57,7 @@ def exchange(
     assert config.parallel is not None
     devices, (tokens, k) = lax.axis_size(axis), expert_ids.shape
     local_experts = config.num_physical_experts // devices
-    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
+    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor, choices=k)
     dropped = jnp.zeros(config.num_physical_experts, jnp.int32)
     if capacity < tokens * min(k, local_experts):
         kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
@@ -81,7 +81,7 @@ def own_experts_of_all(
     *,
     row_multiple: int = 1,
 ) -> Float[Array, "t l"]:
-    """The same sum, [T, l], of tokens that every device along the axis has: one all-reduce, and no capacity.
+    """The same sum [T, l] for tokens that all devices along the axis have. It takes one all-reduce, and no capacity.
 
     The arguments are those of `exchange`.
     """
@@ -92,7 +92,7 @@ def own_experts_of_all(
 
 
 def _experts_of(experts, plan_of, rows, weights, expert_ids, num_experts, most_rows=None):
-    """What this device's experts make of rows, whose ids are indices of them; of at most so many rows in all."""
+    """The weighted sums of this device's experts. Ids are indices of these experts. At most most_rows rows have one."""
     plan = plan_of(expert_ids, num_experts)
     if most_rows is not None and most_rows < expert_ids.size:
         plan = first_rows(plan, most_rows)
@@ -100,17 +100,17 @@ def _experts_of(experts, plan_of, rows, weights, expert_ids, num_experts, most_r
 
 
 def _all_gather(_, axis, capacity, local_experts, experts, latent, expert_ids, weights):
-    """Every device reads all latents and computes its experts' part of each; a reduce-scatter adds the parts."""
+    """Every device gets all latents and computes its experts' part of each sum. A reduce-scatter adds the parts."""
     latent, expert_ids, weights = (lax.all_gather(part, axis, tiled=True) for part in (latent, expert_ids, weights))
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
     weights = jnp.where(mine, weights, 0)
-    # Where the capacity allows fewer rows than assignments, there is memory for those of this device alone.
+    # If the capacity allows fewer rows than there are assignments, the plan has rows for this device's experts only.
     total = experts(latent, weights, expert_ids, local_experts, capacity * lax.axis_size(axis))
     return lax.psum_scatter(total, axis, tiled=True)
 
 
 def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
-    """Each device sends every other a buffer of `capacity` rows, and gets them back weighted."""
+    """Each device sends a buffer of `capacity` rows to each other device, and gets the weighted results back."""
     devices, assignments = lax.axis_size(axis), expert_ids.size
     plan = plan_of(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
@@ -132,13 +132,13 @@ def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_
 
 
 def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
-    """Each device sends every other just the rows of its experts, and gets them back weighted."""
+    """Each device sends to each other device only the rows of its experts, and gets the weighted results back."""
     devices, me, assignments = lax.axis_size(axis), lax.axis_index(axis), expert_ids.size
     plan = plan_of(expert_ids, local_experts * devices)
     sent = jnp.sum(plan.group_sizes.reshape(devices, local_experts), axis=1)
     sizes = lax.all_gather(sent, axis)  # [from, to]
-    before_in_row = jnp.cumsum(sizes, axis=1) - sizes  # where the rows for each device stand at their sender
-    before_in_column = jnp.cumsum(sizes, axis=0) - sizes  # and at their receiver
+    before_in_row = jnp.cumsum(sizes, axis=1) - sizes  # where the sender has the rows for each device
+    before_in_column = jnp.cumsum(sizes, axis=0) - sizes  # where the receiver puts them
     there = (before_in_row[me], sizes[me], before_in_column[me], sizes[:, me])
     back = (before_in_column[:, me], sizes[:, me], before_in_row[:, me], sizes[me])
 
@@ -157,7 +157,7 @@ def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, 
 
 
 def _used(plan, chosen) -> tuple[Int[Array, " r"], Int[Array, "t k"]]:
-    """The assignment of each row and the row of each assignment; T * k for a row or assignment that is not in use."""
+    """The assignment of each row, and the row of each assignment. T * k stands for a row or assignment out of use."""
     assignments = plan.assignment_of_row.size
     rows = jnp.arange(assignments)
     assignment_of_row = jnp.where(rows < jnp.sum(plan.group_sizes), plan.assignment_of_row, assignments)
@@ -165,7 +165,7 @@ def _used(plan, chosen) -> tuple[Int[Array, " r"], Int[Array, "t k"]]:
 
 
 def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bool[Array, "..."]]:
-    """The ids as indices of this device's experts, and whether they are: NO_EXPERT where not."""
+    """The ids as indices of this device's experts, NO_EXPERT for others; and which ids are of this device's experts."""
     own = expert_ids - lax.axis_index(axis) * local_experts
     mine = (expert_ids >= 0) & (own >= 0) & (own < local_experts)
     return jnp.where(mine, own, NO_EXPERT), mine
@@ -175,7 +175,7 @@ def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bo
 def _spread(
     tokens: Float[Array, "t l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "r l"]:
-    """The token of each row, [T, l] -> [R, l]; assignment T * k is no token and gives zeros."""
+    """The token of each row, [T, l] -> [R, l]. Assignment T * k is no token and gives zeros."""
     return _get(tokens, assignment_of_row // row_of_assignment.shape[1], 0)
 
 
@@ -183,7 +183,7 @@ def _spread(
 def _collect(
     rows: Float[Array, "r l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "t l"]:
-    """The sum of each token's rows, [R, l] -> [T, l], in float32 and in the order of its choices; row R is no row."""
+    """The sum of each token's rows, [R, l] -> [T, l], in float32 and in the order of its choices. Row R adds zero."""
     wide = at_least_float32(rows.dtype)
     total = jnp.zeros((row_of_assignment.shape[0], rows.shape[1]), wide)
     for choice in range(row_of_assignment.shape[1]):

@@ -1,4 +1,4 @@
-"""The layer on the axes of a mesh: which device holds which part, and how one device's function runs on all of them."""
+"""How the axes of a mesh split the layer's parts, and how a function of one device's part runs on all devices."""
 
 import math
 import re
@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import ConfigError, InputError
+from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
 from jax_latent_moe.params import Params, param_axes, renamed
 from jax_latent_moe.shards import ONE_DEVICE, Shards
 
@@ -25,22 +27,12 @@ Below it, the router, the projections and the shared expert take the time to rea
 whole in any case. Replicated tokens need one all-reduce, and padded ones four collectives.
 """
 
-MAXTEXT_AXES: dict[str, str | None] = {
-    "hidden": "embed",
-    "latent": None,
-    "expert": "exp",
-    "expert_latent": "embed_no_exp",
-    "expert_intermediate": "mlp",
-    "shared_intermediate": "mlp",
-}
-"""MaxText's names of the logical axes, for `axis_names` of the Flax modules and of `logical_axis_rules`."""
-
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The sizes that a text such as "data=2,expert=4" names, axes as `ParallelConfig` calls them by default.
+    """The sizes in a text such as "data=2,expert=4", with the default axis names of `ParallelConfig`.
 
     Raises:
-        ConfigError: it does not read so, or names an axis that the layer does not know, or one twice.
+        ConfigError: the text has another form, an unknown axis, or the same axis twice.
     """
     known, sizes = ParallelConfig().axes, {}
     for entry in filter(None, text.split(",")):
@@ -55,19 +47,19 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """Devices along the data, fsdp, expert, tensor and sequence axes of the mesh; 1 for an axis that it lacks."""
+    """Devices along the data, fsdp, expert, tensor and sequence axes. It is 1 for an axis that the mesh lacks."""
     return {axis: mesh.shape.get(axis, 1) for axis in (*parallel.axes, parallel.sequence_axis)}
 
 
 def logical_axis_rules(
     parallel: ParallelConfig, mesh: Mesh | AbstractMesh, axis_names: Mapping[str, str | None] | None = None
 ) -> list[tuple[str, str | None]]:
-    """The mesh axis of each logical axis of `param_axes`, as Flax takes such rules.
+    """The mesh axis of each logical axis of `param_axes`, in the form of Flax's rules.
 
     Args:
-        parallel: names the axes.
-        mesh: axes that it lacks, or has with size 1, split nothing.
-        axis_names: other names for some logical axes, as in `param_axes`, such as `MAXTEXT_AXES`.
+        parallel: gives the names of the mesh axes.
+        mesh: the mesh. An axis that it lacks, or that has size 1, splits nothing.
+        axis_names: other names for some logical axes, as in `param_axes`, such as `parallel.MAXTEXT_AXES`.
 
     Raises:
         InputError: axis_names renames an axis that no layer has, or gives one name to axes that are split differently.
@@ -92,12 +84,16 @@ def logical_axis_rules(
     return list(named.items())
 
 
-def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, PartitionSpec]]:
+def param_specs(
+    config: LatentMoEConfig, mesh: Mesh | AbstractMesh, params: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """How each parameter is split: experts over the expert axis, inner widths over tensor, the rest over fsdp.
 
     Args:
         config: the layer, with `parallel` set.
-        mesh: the mesh, whose sizes must divide what they split.
+        mesh: the mesh. Its sizes must divide what they split.
+        params: the parameters or their shapes. Only `ScaledArray` and `LowRank` leaves are read. Each gets a spec for
+            each of its arrays.
 
     Raises:
         ConfigError: config.parallel is None, or an axis does not divide what it splits.
@@ -106,10 +102,19 @@ def param_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> dict[str,
         raise ConfigError("parallel=None names no mesh axes: set parallel=ParallelConfig() in the layer's config.")
     _check_divides(config, mesh)
     rules = {None: None, **dict(logical_axis_rules(config.parallel, mesh))}
-    return {
+    specs: dict[str, dict[str, Any]] = {
         part: {name: PartitionSpec(*(rules[axis] for axis in axes)) for name, axes in leaves.items()}
         for part, leaves in param_axes(config).items()
     }
+    for part, leaves in (params or {}).items():
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, ScaledArray | LowRank):
+                continue
+            specs[part][name] = map_leaf_axes(leaf, specs[part][name], PartitionSpec, stacked=part == "experts")
+            codes = base_of(leaf)
+            if isinstance(codes, ScaledArray):
+                _check_blocks(f"{part}/{name}", codes, base_of(specs[part][name]).codes, mesh)
+    return specs
 
 
 def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh, ndim: int = 3) -> PartitionSpec:
@@ -128,10 +133,10 @@ def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh, ndim: int = 
 def in_auto_mode(
     run: Callable[..., tuple[Any, Any]], params: Params, x: Float[Array, "*batch d"], by_token: Any, whole: Any
 ) -> tuple[Any, Any]:
-    """run(params, x, by_token, whole), with mesh axes of type Explicit left to XLA while it runs.
+    """Calls run(params, x, by_token, whole) with mesh axes of type Explicit left to XLA.
 
-    The first outputs have the sharding of x, and the others are replicated. No type says how a sort, a ragged product
-    or a kernel splits its operands.
+    The first results of run are split as the tokens are and have the sharding of x. The others are replicated. Explicit
+    axes would need a rule for how sorts, ragged products and kernels split their operands, and there is none.
     """
     mesh = jax.typeof(x).sharding.mesh
     explicit = tuple(mesh.explicit_axes)
@@ -149,12 +154,13 @@ def over_mesh(
 ) -> tuple[Any, Any]:
     """Runs body(shards, params, x, by_token, whole) on each device's part of the arguments.
 
-    The mesh is the one that `jax.set_mesh` set. On one device, or without a mesh, the body is called as it is.
+    The mesh is that of `jax.set_mesh`. Without a mesh, or on one device, this is one plain call of the body. If the
+    devices do not divide the first axis of x, few tokens are replicated and many are padded.
 
     Args:
-        body: returns arrays that are split as the tokens are, and arrays that every device has whole.
+        body: returns arrays that are split as the tokens are, and arrays that are the same on all devices.
         config: the layer, with `parallel` set.
-        params: as `init_params` makes them. The body gets whole kernels, but only its own experts and inner widths.
+        params: as `init_params` makes them. The body gets its own experts and inner widths, and all other axes whole.
         x: [..., d], split as `token_spec` says.
         by_token: a NamedTuple of arrays whose leading axes are those of x, or None. Its `token_mask` is False for
             padding.
@@ -184,7 +190,7 @@ def over_mesh(
         expert_axis=parallel.expert_axis if sizes[parallel.expert_axis] > 1 else None,
         tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
     )
-    specs = param_specs(config, mesh)
+    specs = param_specs(config, mesh, params)
 
     def local(params, x, by_token, whole):
         return body(shards, _gather(params, specs, parallel), x, by_token, whole)
@@ -196,7 +202,7 @@ def over_mesh(
         in_specs=(specs, tokens, tokens, everywhere),
         out_specs=(tokens, everywhere),
         axis_names={axis for axis in sizes if axis in mesh.shape},
-        # Kernels do not say over which axes their outputs vary. The sums of Shards are right without that.
+        # Kernels do not say over which axes their outputs vary. The sums in Shards do not need the check.
         check_vma=False,
     )
     outputs, totals = mapped(params, x, by_token, whole)
@@ -227,7 +233,7 @@ def _token_axes(parallel, mesh, ndim) -> dict[int, tuple[str, ...]]:
 
 
 def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:
-    """Whole kernels, but only the device's own experts and inner widths."""
+    """Gathers the kernels along all axes except those that split the work, which are the experts and inner widths."""
     split_work = (parallel.expert_axis, parallel.tensor_axis)
 
     def whole(leaf, spec, kept):
@@ -257,10 +263,26 @@ def _check_divides(config, mesh):
             raise ConfigError(f"{name}={width} must be a multiple of the mesh's {axis}={sizes[axis]}, which splits it.")
 
 
+def _check_blocks(name, leaf, spec, mesh):
+    """Refuses a mesh axis that would cut a block of a quantised weight, or a byte of two codes, in two."""
+    k_block, n_block = FORMATS[leaf.format].block
+    packing = FORMATS[leaf.format].packing
+    for dimension, what, block, packed in ((-1, "inputs", k_block, packing), (-2, "outputs", n_block, 1)):
+        axis = spec[dimension]
+        blocks = max(scale.shape[dimension] for scale in jax.tree.leaves(leaf.scales))
+        multiple = math.lcm(block or 1, packed) if blocks > 1 else packed
+        size = leaf.codes.shape[dimension] * packed
+        if axis is not None and size % (multiple * mesh.shape[axis]):
+            raise ConfigError(
+                f"{name} in {leaf.format} has {size} {what} in blocks of {multiple}, which {axis}={mesh.shape[axis]} "
+                "would cut: split the experts instead, or choose a format with smaller blocks."
+            )
+
+
 def _check_axis_types(mesh, sizes):
     for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if axis in sizes and kind != AxisType.Auto:
             raise ConfigError(
-                f"mesh axis '{axis}' is of type {kind.name}, and the layer maps over axes that are not mapped yet: "
+                f"mesh axis '{axis}' is of type {kind.name}, and the layer can only map over axes of type Auto: "
                 "leave parallel=None inside of a shard_map."
             )

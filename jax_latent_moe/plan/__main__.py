@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jax_latent_moe import presets
 from jax_latent_moe.config import DISPATCHES, LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import LatentMoEError
+from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.parallel import mesh_sizes
 from jax_latent_moe.plan import GPUS, make_cost_plan, render
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--dispatch", choices=DISPATCHES, default="auto")
     parser.add_argument("--capacity-factor", type=float, default=None, help="see ParallelConfig")
     parser.add_argument("--param-dtype", default="bfloat16", help="dtype of stored parameters and gradients")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="of the experts' weights, which are then frozen")
     parser.add_argument("--forward", action="store_true", help="leave out the backward pass and the optimiser")
     parser.add_argument("--remat", action="store_true", help="layers keep only their input and are computed again")
     options = parser.parse_args(arguments)
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None):
             layers=options.layers,
             training=not options.forward,
             remat=options.remat,
+            format=options.format,
         )
     except LatentMoEError as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,9 @@
 """Memory of one device: parameters and optimiser, residuals for the backward pass, and scratch memory of one layer."""
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -9,31 +11,57 @@ from jax_latent_moe import cost
 from jax_latent_moe.activations import Residual
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.expert_plan import choose_residual
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
+from jax_latent_moe.quantization import quantize
 
 ADAM_BYTES = 8
 """Bytes of Adam's two float32 moments per parameter."""
 
 
-def parameters_per_device(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
-    """Parameters of one layer that one device stores. A parameter that no axis splits is stored on every device."""
-    specs = param_specs(config, mesh)
-    return sum(
-        math.prod(leaf.shape) // math.prod(mesh.shape[axis] for axis in specs[part][name] if axis is not None)
-        for part, leaves in param_shapes(config).items()
-        for name, leaf in leaves.items()
-    )
+def parameters_per_device(config: LatentMoEConfig, mesh: AbstractMesh, format: str | None = None) -> int:
+    """Dense parameters of one layer that one device stores. One that no axis splits is stored on every device.
+
+    Args:
+        config: the layer.
+        mesh: axes and sizes.
+        format: that of the experts' weights, which are then not counted; None for dense ones.
+    """
+    return _stored(config, mesh, format)[0]
 
 
-def gathered_parameters(config: LatentMoEConfig, mesh: AbstractMesh) -> int:
-    """Parameters of one layer that one device computes with, after fsdp has gathered them."""
-    parallel = _parallel(config)
-    mesh_without = AbstractMesh(
-        tuple(1 if name == parallel.fsdp_axis else size for name, size in mesh.shape.items()), tuple(mesh.shape)
-    )
-    return parameters_per_device(config, mesh_without)
+def code_bytes_per_device(config: LatentMoEConfig, mesh: AbstractMesh, format: str | None) -> int:
+    """Bytes of codes and scales of one layer that one device stores."""
+    return _stored(config, mesh, format)[1]
+
+
+def _stored(config, mesh, format) -> tuple[int, int]:
+    """(dense parameters, bytes of codes and scales) of one device."""
+    shapes: Any = param_shapes(config)
+    if format is not None:
+        shapes = jax.eval_shape(lambda params: quantize(params, config, format), shapes)
+    specs, dense, codes = param_specs(config, mesh, shapes), 0, 0
+    for part, leaves in shapes.items():
+        for name, leaf in leaves.items():
+            for array, spec in zip(jax.tree.leaves(leaf), jax.tree.leaves(specs[part][name]), strict=True):
+                own = math.prod(array.shape) // math.prod(mesh.shape[axis] for axis in spec if axis is not None)
+                if isinstance(leaf, ScaledArray):
+                    codes += own * array.dtype.itemsize
+                else:
+                    dense += own
+    return dense, codes
+
+
+def gathered_parameters(config: LatentMoEConfig, mesh: AbstractMesh, format: str | None = None) -> int:
+    """Dense parameters of one layer that one device computes with, after fsdp has gathered them."""
+    return parameters_per_device(config, _without_fsdp(config, mesh), format)
+
+
+def _without_fsdp(config, mesh) -> AbstractMesh:
+    fsdp = _parallel(config).fsdp_axis
+    return AbstractMesh(tuple(1 if name == fsdp else size for name, size in mesh.shape.items()), tuple(mesh.shape))
 
 
 def allocated_rows(config: LatentMoEConfig, mesh: AbstractMesh, tokens: int) -> int:
@@ -46,7 +74,14 @@ def allocated_rows(config: LatentMoEConfig, mesh: AbstractMesh, tokens: int) -> 
 
 
 def memory(
-    config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, layers: int, *, training: bool, remat: bool
+    config: LatentMoEConfig,
+    mesh: AbstractMesh,
+    tokens: int,
+    layers: int,
+    *,
+    training: bool,
+    remat: bool,
+    format: str | None = None,
 ) -> dict[str, int]:
     """Bytes of one device by use, for the MoE layers only.
 
@@ -57,8 +92,10 @@ def memory(
         layers: MoE layers that the device holds.
         training: whether to count gradients, Adam's moments and the residuals for the backward pass.
         remat: whether the layers keep only their input and are computed twice.
+        format: that of the experts' weights, which are then frozen; None for dense ones.
     """
-    stored, param_bytes = layers * parameters_per_device(config, mesh), jnp.dtype(config.param_dtype).itemsize
+    stored, param_bytes = layers * parameters_per_device(config, mesh, format), jnp.dtype(config.param_dtype).itemsize
+    codes = code_bytes_per_device(config, mesh, format)
     item, d, latent = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
     tensor = axis_sizes(_parallel(config), mesh)[_parallel(config).tensor_axis]
     inner = config.expert_intermediate_size // tensor
@@ -72,14 +109,18 @@ def memory(
     working = _beside_kept_rows(config, narrow, kept_rows) + per_token if training else narrow + rows * inner * item
     working += _exchanged(config, mesh, tokens, rows)
     used = {"parameters": stored * param_bytes}
+    if format is not None:
+        used["codes and scales"] = layers * codes
     if training:
         shared = tokens * config.shared_expert_intermediate_size // tensor * (2 if config.gated else 1) * item
         kept = tokens * d * item if remat else tokens * widths * item + kept_rows + shared
         used |= {"gradients": stored * param_bytes, "optimiser": stored * ADAM_BYTES}
         used |= {"kept for the backward pass": kept * layers + (kept_rows if remat else 0)}
-    cast = gathered_parameters(config, mesh)
-    copies = param_bytes * (cast > parameters_per_device(config, mesh)) + item * (config.param_dtype != config.dtype)
-    return used | {"working memory of a layer": working + cast * copies}
+    cast = gathered_parameters(config, mesh, format)
+    gathered = cast > parameters_per_device(config, mesh, format)
+    copies = param_bytes * gathered + item * (config.param_dtype != config.dtype)
+    whole_codes = code_bytes_per_device(config, _without_fsdp(config, mesh), format)
+    return used | {"working memory of a layer": working + cast * copies + (whole_codes if whole_codes > codes else 0)}
 
 
 def _beside_kept_rows(config, narrow: int, kept: int) -> int:

@@ -25,6 +25,7 @@ class CostPlan:
         gpu: the device.
         layers: number of MoE layers.
         training: whether the backward pass and the optimiser are counted.
+        format: that of the experts' weights; None for dense ones. Times are always those of dense ones.
         memory: bytes by use.
         parts: the parts of one layer, with their times.
     """
@@ -35,6 +36,7 @@ class CostPlan:
     gpu: GPU
     layers: int
     training: bool
+    format: str | None
     memory: dict[str, int]
     parts: tuple[Part, ...]
 
@@ -73,6 +75,7 @@ def make_cost_plan(
     layers: int = 1,
     training: bool = True,
     remat: bool = False,
+    format: str | None = None,
 ) -> CostPlan:
     """Estimates the memory and time of MoE layers on a mesh, from the roofline of each part.
 
@@ -84,6 +87,8 @@ def make_cost_plan(
         layers: number of MoE layers. Memory counts all of them, times are those of one.
         training: whether to count gradients and Adam.
         remat: whether the layers keep only their input and are computed again.
+        format: the experts' weights are quantised in this format and frozen. It changes the memory alone: no kernel
+            that reads codes was measured yet, so times are those of dense weights.
 
     Raises:
         ConfigError: the size of an axis does not divide the dimension that it splits.
@@ -92,9 +97,9 @@ def make_cost_plan(
     if config.parallel is None:
         config = dataclasses.replace(config, parallel=ParallelConfig())
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    used = memory(config, mesh, tokens, layers, training=training, remat=remat)
+    used = memory(config, mesh, tokens, layers, training=training, remat=remat, format=format)
     parts = layer_parts(config, mesh, tokens, gpu, training=training, remat=remat)
-    return CostPlan(config, sizes, tokens, gpu, layers, training, used, tuple(parts))
+    return CostPlan(config, sizes, tokens, gpu, layers, training, format, used, tuple(parts))
 
 
 def render(plan: CostPlan) -> str:
@@ -112,7 +117,7 @@ def render(plan: CostPlan) -> str:
         f"  {'all, of ' + format(plan.gpu.memory / 1e9, '.0f'):<32}{plan.bytes / 1e9:9.2f}",
         "Dispatch, forward",
         *(f"  {line}" for line in explain(config, _expert_devices(plan), plan.tokens).splitlines()),
-        "Time of a layer, ms",
+        "Time of a layer, ms" if plan.format is None else "Time of a layer with dense experts, ms",
         *(f"  {part.name:<32}{part.ms:9.2f}  {part.bound}" for part in plan.parts),
         f"  {'kernels + collectives':<32}{plan.compute_ms:9.2f} + {plan.communication_ms:.2f}",
         f"Binds: {plan.binds}",

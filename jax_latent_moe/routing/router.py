@@ -110,8 +110,8 @@ def route(
         assert expert_ids is not None, "the layer refuses a call without them"
         ids = int32_ids(expert_ids)
     else:
-        selection = _selection(logits, bias, config, token_mask, all_tokens)
-        ids = checkpoint_name(top_k_ids(selection, top_k, backend), CHOICE)
+        choice = selection(logits, bias, config, token_mask, all_tokens)
+        ids = checkpoint_name(top_k_ids(choice, top_k, backend), CHOICE)
     if expert_ids is not None:
         if config.selection != "given":
             replayed = int32_ids(expert_ids)
@@ -135,7 +135,7 @@ def _where(chosen, values, otherwise):
 
 def _weights(logits, ids, chosen, config):
     """The weights [T, k] before any factor, 0 where `chosen` is False. None means that all are chosen."""
-    chosen_logits = _at(logits, ids)
+    chosen_logits = at_ids(logits, ids)
     eps = config.norm_topk_eps
     if config.score_function == "softmax_topk" or (config.norm_topk_prob and eps == 0):
         # Logarithms still give the ratio of scores that have underflowed.
@@ -143,7 +143,7 @@ def _weights(logits, ids, chosen, config):
         if eps == 0:
             return weights
     elif config.score_function == "softmax":
-        weights = _where(chosen, _at(jax.nn.softmax(logits, axis=1), ids), 0)
+        weights = _where(chosen, at_ids(jax.nn.softmax(logits, axis=1), ids), 0)
     else:
         weights = _where(chosen, scores(chosen_logits, config.score_function), 0)
     if not config.norm_topk_prob:
@@ -151,20 +151,20 @@ def _weights(logits, ids, chosen, config):
     return over_sum(weights, eps)
 
 
-def _at(values, ids):
+def at_ids(values, ids):
     """values[t, ids[t, j]]. checkify's index checks fail in the gradient of jnp.take_along_axis."""
     tokens = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
     return jnp.asarray(values).at[tokens, ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _selection(logits, bias, config, token_mask, all_tokens):
+def selection(logits, bias, config, token_mask=None, all_tokens=lambda values: values) -> Float[Array, "t e"]:
     """The scores that decide the choice: with the bias, and -inf outside the best groups."""
     if config.selection == "sinkhorn":
         return balanced_scores(logits, token_mask, all_tokens)
-    selection = choice_scores(lax.stop_gradient(logits), config, biased=bias is not None)
+    choice = choice_scores(lax.stop_gradient(logits), config, biased=bias is not None)
     if bias is not None:
-        selection = selection + lax.stop_gradient(bias).astype(selection.dtype)[None]
-    return _limit_groups(selection, config) if config.num_groups > 1 else selection
+        choice = choice + lax.stop_gradient(bias).astype(choice.dtype)[None]
+    return _limit_groups(choice, config) if config.num_groups > 1 else choice
 
 
 def choice_scores(logits: Float[Array, "t e"], config: RouterConfig, biased: bool) -> Float[Array, "t e"]:

@@ -22,6 +22,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from tests.tolerances import RELATIVE
 
 EVERY_CELL = bool(os.environ.get("JAX_LATENT_MOE_EVERY_CELL"))
+_encode = jax.jit(encode, static_argnames="name")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -67,7 +68,7 @@ class Row:
 
     def weight(self, w: np.ndarray) -> Any:
         """A weight as the row stores it."""
-        return w if self.weight_format is None else encode(np.asarray(w), self.weight_format)
+        return w if self.weight_format is None else _encode(np.asarray(w), name=self.weight_format)
 
     def values(self, weight: Any) -> np.ndarray:
         """The values of a weight as products read them, in float64."""
@@ -118,6 +119,24 @@ ROWS = (
     Row("pallas", PallasBackend(), HALVES, 64, hopper=True, any_rows=False),
     Row("cutlass", CutlassBackend(), HALVES, 8, hopper=True),
 )
+
+FORMAT_ROWS = tuple(
+    Row(name, XlaBackend(), ("float32", "bfloat16"), multiple, weight_format=name)
+    for name, multiple in {
+        "fp8_block": 130,  # the last of its blocks of 128 are partial
+        "fp8_block_pow2": 130,
+        "fp8_tensor": 1,
+        "fp8_channel": 1,
+        "mxfp4": 32,
+        "nvfp4": 16,
+        "int4_32": 32,
+        "int4_128": 128,
+        "int4_32_zero": 32,
+        "int4_128_zero": 128,
+        "int8": 1,
+    }.items()
+)
+"""Weight formats of the package on the portable path, which every device has."""
 
 
 def every_row(check):

@@ -68,16 +68,16 @@ class Loop(Backend):
 
 
 def encode(values):
-    """One scale per column, codes in int8."""
-    scales = np.maximum(np.abs(np.float32(values)).max(axis=-2, keepdims=True), 1e-4) / 127
-    return jnp.asarray(np.rint(np.float32(values) / scales), jnp.int8), jnp.asarray(scales)
+    """One scale per output, codes in int8; values are [..., N, K]."""
+    scales = jnp.maximum(jnp.max(jnp.abs(values), axis=-1, keepdims=True), 1e-4) / 127
+    return jnp.rint(values / scales).astype(jnp.int8), scales
 
 
 def decode(codes, scales, dtype):
     return (codes.astype(jnp.float32) * scales).astype(dtype)
 
 
-COLUMNS = Format("columns8", bits=8, block=(1, 1), scale_bits=32, encode=encode, decode=decode)
+COLUMNS = Format("columns8", encode, decode, block=(None, 1))
 
 
 @pytest.fixture
@@ -141,10 +141,14 @@ def test_what_is_no_backend_is_refused(row, message):
 
 def test_a_weight_that_blocks_do_not_divide_is_refused(monkeypatch):
     monkeypatch.setitem(FORMATS, "blocks", dataclasses.replace(COLUMNS, name="blocks", block=(4, 2)))
-    with pytest.raises(ConfigError, match="6 x 4 does not divide into blocks's blocks of 4 x 2"):
+    with pytest.raises(ConfigError, match="K=6 of a weight of 6 x 4 is not a multiple of 4, which blocks needs"):
         formats.encode(np.ones((3, 6, 4), np.float32), "blocks")
     with pytest.raises(ConfigError, match=r"format='other' is unknown: registered are .*blocks"):
         formats.encode(np.ones((3, 4, 4), np.float32), "other")
+    with pytest.raises(InputError, match="of dtype int32 must be floating"):
+        formats.encode(np.ones((3, 4, 4), np.int32), "blocks")
+    with pytest.raises(InputError, match="5 columns are not 2 matrices"):
+        formats.encode(np.ones((3, 4, 5), np.float32), "blocks", parts=2)
 
 
 def test_codes_have_no_gradient(registered, rng):

@@ -17,10 +17,11 @@ PACKAGE = ROOT / "jax_latent_moe"
 ORDER = (
     ("device", "dtypes", "errors", "native", "shards", "varying"),
     ("activations", "checks", "formats"),
+    ("low_rank",),
     ("grouped_matmul", "router_config"),
     ("config", "lax"),
     ("expert_plan", "params", "presets", "routing"),
-    ("cost", "experts"),
+    ("cost", "experts", "lora", "quantization"),
     ("hf", "parallel"),
     ("layer", "plan"),
     ("training",),
@@ -63,7 +64,14 @@ def test_imports_go_one_way(module):
             continue
         other = name.split(".")[1]
         assert other in RANK, f"{module} imports {name}: name the module it comes from"
-        inside = top_folder(module) == other and other in ("grouped_matmul", "hf", "parallel", "plan", "routing")
+        inside = top_folder(module) == other and other in (
+            "formats",
+            "grouped_matmul",
+            "hf",
+            "parallel",
+            "plan",
+            "routing",
+        )
         assert inside or RANK[other] < RANK[top_folder(module)], f"{module} imports {name}, which is not below it"
 
 

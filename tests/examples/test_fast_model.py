@@ -191,8 +191,8 @@ def unrolled(batch, first):
     return first_steps(DEEP, batch, start=first)
 
 
-@pytest.mark.parametrize("changes", [{"remat": "cheap"}, {"remat": "layer"}, {"attention": "xla"}, {"accumulate": 4}])
-def test_an_option_for_speed_trains_the_same(batch, first, unrolled, changes):
+@pytest.mark.parametrize("changes", [{"remat": "cheap", "attention": "xla"}, {"remat": "layer", "accumulate": 4}])
+def test_options_for_speed_train_the_same(batch, first, unrolled, changes):
     state, metrics = first_steps(dataclasses.replace(DEEP, **changes), batch, start=first)
     wanted, wanted_metrics = unrolled
     assert_close(metrics.loss, wanted_metrics.loss, "float32")
@@ -204,10 +204,13 @@ def test_an_option_for_speed_trains_the_same(batch, first, unrolled, changes):
         assert relative_error(leaf, other) < 1e-4
 
 
-@pytest.mark.parametrize("remat", ["none", "cheap", "layer"])
-def test_scanned_layers_train_as_unrolled_ones(batch, unrolled, remat):
+@pytest.mark.parametrize(
+    "changes", [{"remat": "cheap"}, {"remat": "layer"}, {"accumulate": 2, "mesh": "fsdp=2,expert=2"}]
+)
+def test_scanned_layers_train_as_unrolled_ones(batch, unrolled, changes):
     wanted, wanted_metrics = unrolled
-    state, metrics = first_steps(dataclasses.replace(DEEP, scan_layers=True, remat=remat), batch)
+    config = dataclasses.replace(DEEP, scan_layers=True, **changes)
+    state, metrics = first_steps(config, batch, make_mesh(config.mesh, config.batch_size, config.accumulate))
     assert_close(metrics.loss, wanted_metrics.loss, "float32")
     assert_close(metrics.grad_norm, wanted_metrics.grad_norm, "float32")
     np.testing.assert_array_equal(metrics.loads, wanted_metrics.loads)
@@ -216,23 +219,15 @@ def test_scanned_layers_train_as_unrolled_ones(batch, unrolled, remat):
     expected = stacked(wanted.params)
     assert jax.tree.structure(state.params) == jax.tree.structure(expected)
     for leaf, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
-        assert relative_error(leaf, other) < 1e-4
+        assert relative_error(leaf, other) < (1e-3 if config.mesh else 1e-4)
 
 
-def test_scanned_and_accumulated_steps_go_over_a_mesh(batch, unrolled):
-    config = dataclasses.replace(DEEP, scan_layers=True, accumulate=2, mesh="fsdp=2,expert=2")
-    state, metrics = first_steps(config, batch, make_mesh(config.mesh, config.batch_size, config.accumulate))
-    assert_close(metrics.loss, unrolled[1].loss, "float32")
-    np.testing.assert_array_equal(metrics.loads, unrolled[1].loads)
-    for leaf, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(stacked(unrolled[0].params)), strict=True):
-        assert relative_error(leaf, other) < 1e-3
-
-
-def test_documents_weigh_the_same_in_parts_as_in_one(batch, first):
+def test_documents_weigh_the_same_in_parts_as_in_one(batch):
     """The parts have different numbers of scored tokens, and each token of the batch has the same weight."""
     starts = np.random.default_rng(2).uniform(size=batch.tokens.shape) < np.linspace(0.01, 0.5, 8)[:, None]
     split = Batch(batch.tokens, starts)
-    whole, parts = (first_steps(dataclasses.replace(DEEP, accumulate=n), split, start=first)[1] for n in (1, 4))
+    small = dataclasses.replace(TOY, mlp="dense", model=dataclasses.replace(TOY.model, layers=1))
+    whole, parts = (first_steps(dataclasses.replace(small, accumulate=n), split)[1] for n in (1, 4))
     assert_close(parts.loss, whole.loss, "float32")
     assert_close(parts.grad_norm, whole.grad_norm, "float32")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import resource
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from examples.train.model import LanguageModel
 from examples.train.optimizer import make_optimizer
 from examples.train.placing import make_mesh
 from examples.train.train import train
-from tests.examples.runs import assert_same_bits, state_of, stopped_after, toy_config, write_text
+from tests.examples.runs import assert_same_bits, options, start, state_of, stopped_after, toy_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +96,11 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before_it(folder):
 
 def test_a_full_disk_ends_the_run_in_one_sentence(folder):
     """A limit on file sizes stands for the disk. The first checkpoint exceeds it."""
-    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
-        with stopped_after(1), pytest.raises(TrainError, match=r"cannot be written to .*: free some space") as raised:
-            train(toy_config(folder, run=folder / "full", checkpoint_every=1))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
-    assert "\n" not in str(raised.value)
+    config = toy_config(folder, run=folder / "full", log_every=1, checkpoint_every=1)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))"
+    with start(*options(config), before=limit) as run:
+        output = run.communicate(timeout=300)[0]
+    assert run.returncode == 1, output
+    (last,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert last.startswith("error: A checkpoint cannot be written to"), output
+    assert "free some space there" in last

@@ -219,7 +219,10 @@ def test_nemotron_nvfp4_and_fp8(rng, tmp_path):
             same_bits(params["experts"]["w_in"][e], values[f"{prefix}experts.{e}.up_proj.weight"].astype(dtype).T)
             same_bits(params["experts"]["w_out"][e], values[f"{prefix}experts.{e}.down_proj.weight"].astype(dtype).T)
     assert narrow["router"]["kernel"].dtype == jnp.bfloat16
-    with pytest.raises(hf.CheckpointError, match="stored as FP8 and NVFP4"):
+    with pytest.raises(
+        hf.CheckpointError,
+        match=r"experts/w_in is stored as NVFP4 \(ModelOpt\) and is dense here: import it with keep_quantized=True",
+    ):
         hf.replace_layers(checkpoint, [(0, narrow)], tmp_path / "out")
     hf.write_layers(tmp_path / "out", [(0, wide)], dict(checkpoint.configs), checkpoint.names)
     save(tmp_path / "out", config, {"lm_head.weight": np.zeros(2, np.float32)})

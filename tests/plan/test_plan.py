@@ -12,12 +12,13 @@ from jax.sharding import AbstractMesh, NamedSharding
 from benchmarks.parallel import SHAPES
 from benchmarks.problems import DECODE_KERNELS, DECODE_LAYERS, KERNELS, LAYERS
 from benchmarks.tables import load, problems
-from jax_latent_moe import ConfigError, LatentMoEConfig, ParallelConfig, cost, param_shapes, presets
+from jax_latent_moe import ConfigError, LatentMoEConfig, ParallelConfig, cost, param_shapes, presets, quantize
 from jax_latent_moe.parallel import mesh_sizes, param_specs
 from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from jax_latent_moe.plan.__main__ import main
 from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
 from jax_latent_moe.plan.timing import grouped_matmuls
+from tests.engineering.sandbox import ROOT
 from tests.parallel.meshes import BASE, make_mesh
 
 H200 = GPUS["h200"]
@@ -128,6 +129,46 @@ def test_parameters_of_a_device_are_those_that_a_mesh_gives_it(sizes):
     assert parameters_per_device(BASE, abstract) == held
     without_fsdp = AbstractMesh((sizes[0], 1, *sizes[2:]), mesh.axis_names)
     assert gathered_parameters(BASE, abstract) == parameters_per_device(BASE, without_fsdp)
+
+
+def rows_of_the_page() -> dict[str, list[str]]:
+    """The memory table of docs/quantised.md, by preset."""
+    text = (ROOT / "docs/quantised.md").read_text().split("## Memory")[1].split("## Accuracy")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+@pytest.mark.parametrize("preset", rows_of_the_page())
+def test_memory_of_each_preset_by_format(preset):
+    """The page has the plan's numbers, which are the bytes of the quantised tree."""
+    config = dataclasses.replace(getattr(presets, preset), param_dtype="bfloat16")
+    formats = (None, "fp8_block", "int8", "nvfp4", "mxfp4", "int4_128")
+    for name, cell in zip(formats, rows_of_the_page()[preset], strict=True):
+        if not cell:
+            with pytest.raises(ConfigError, match="is not a multiple of 128"):
+                make_cost_plan(config, {}, 1, H200, training=False, format=name)
+            continue
+        memory = make_cost_plan(config, {}, 1, H200, training=False, format=name).memory
+        stored = memory["parameters"] + memory.get("codes and scales", 0)
+        assert f"{stored / 1e9:.2f}" == cell, name
+        shapes = param_shapes(config)
+        tree = (
+            shapes if name is None else jax.eval_shape(lambda params, name=name: quantize(params, config, name), shapes)
+        )
+        bias = sum(leaf.size * 2 for part in tree.values() for path, leaf in part.items() if path == "bias")
+        leaves = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        assert stored == leaves - bias  # the plan counts the float32 bias as two bytes
+
+
+def test_a_plan_with_frozen_codes():
+    """Experts have no gradient and no moments; a mesh splits their codes."""
+    config = dataclasses.replace(presets.KIMI_K3, param_dtype="bfloat16")
+    dense, codes = (make_cost_plan(config, {"expert": 8}, 4096, H200, format=name) for name in (None, "mxfp4"))
+    assert codes.memory["optimiser"] < 0.05 * dense.memory["optimiser"]
+    assert codes.memory["codes and scales"] == pytest.approx(4.25 / 8 / 8 * 29.6e9, rel=0.001)
+    assert "with dense experts" in render(codes)
+    sharded = make_cost_plan(config, {"fsdp": 2, "expert": 8}, 4096, H200, format="mxfp4")
+    assert sharded.memory["codes and scales"] == codes.memory["codes and scales"] // 2
 
 
 def test_what_binds():

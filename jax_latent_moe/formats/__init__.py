@@ -1,0 +1,25 @@
+"""The number formats of operands: a registry of formats, and `ScaledArray`, a weight stored in one of them.
+
+The format of a plain array is its dtype. A new format is one `register` call. `encode` turns a weight into a
+`ScaledArray`, which takes the weight's place in the parameter tree. `decode` returns the values.
+"""
+
+from jax_latent_moe.formats import fp4, fp8, integers
+from jax_latent_moe.formats.registry import DENSE, FORMATS, Format, register
+from jax_latent_moe.formats.scaled_array import ScaledArray, decoded, encode, format_of, map_axes, row_multiple_of
+
+for _format in (*fp8.FORMATS, *fp4.FORMATS, *integers.FORMATS):
+    register(_format)
+
+__all__ = [
+    "DENSE",
+    "FORMATS",
+    "Format",
+    "ScaledArray",
+    "decoded",
+    "encode",
+    "format_of",
+    "map_axes",
+    "register",
+    "row_multiple_of",
+]

@@ -1,0 +1,111 @@
+"""FP8 weights: E4M3 codes with scales for blocks of 128 x 128, for a matrix, or for its output channels.
+
+E4M3 is that of OCP 8-bit Floating Point 1.0: no infinity, 448 is the largest number. A value is rounded to the nearest
+code, ties to even. Codes are stored as bytes, because JAX gives a leaf of a float8 dtype a gradient.
+
+A block with NaN or infinity decodes to NaN.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+
+from jax_latent_moe.formats.blocks import Block, divided, largest, one_if_zero, spread
+from jax_latent_moe.formats.registry import Format
+
+LARGEST = 448.0
+LEAST = 1e-4
+"""The least amax of a block, as in DeepGEMM."""
+BLOCK = 128
+
+
+def to_e4m3(values: Float[Array, "*s"]) -> UInt8[Array, "*s"]:
+    """The bytes of the nearest E4M3 numbers; NaN beyond 464."""
+    return lax.bitcast_convert_type(values.astype(jnp.float8_e4m3fn), jnp.uint8)
+
+
+def from_e4m3(codes: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
+    """The float32 values of E4M3 bytes."""
+    return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def power_of_two_above(values: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The least power of two that is not below each positive value; infinity and NaN stay."""
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    power = lax.bitcast_convert_type(jnp.clip(exponent, 1, 254) << 23, jnp.float32)
+    return jnp.where(jnp.isfinite(values), power, values)
+
+
+def encode_blocks(
+    values: Float[Array, "*e n k"], block: Block = (BLOCK, BLOCK), *, power_of_two: bool = False
+) -> tuple[UInt8[Array, "*e n k"], dict[str, Float[Array, "*e nb kb"]]]:
+    """Block FP8 as in DeepGEMM (deep_gemm/utils/math.py): scale = max(amax, 1e-4) / 448, code = value * (1 / scale).
+
+    Args:
+        values: [..., N, K] in float32; the last blocks may be partial.
+        block: (K, N) elements that share a scale.
+        power_of_two: round scales up to powers of two, as TransformerEngine does by default.
+    """
+    scales = divided(jnp.maximum(largest(values, block), LEAST), LARGEST)
+    scales = power_of_two_above(scales) if power_of_two else scales
+    codes = to_e4m3(values * spread(1 / scales, block, *values.shape[-2:]))
+    return codes, {"block": scales}
+
+
+def decode_blocks(codes, scales, dtype, block: Block = (BLOCK, BLOCK)) -> Float[Array, "*e n k"]:
+    """The values of `encode_blocks`: code times scale, rounded to float32 and then to dtype.
+
+    Scales of another floating type are widened. Bytes are E8M0 scales: the byte u is 2^(u - 127), and 255 is NaN.
+    """
+    wide = scales["block"]
+    if wide.dtype == jnp.uint8:
+        power = lax.bitcast_convert_type(jnp.maximum(wide.astype(jnp.int32) << 23, 1 << 22), jnp.float32)
+        wide = jnp.where(wide == 255, jnp.nan, power)
+    wide = wide.astype(jnp.float32)
+    return (from_e4m3(codes) * spread(wide, block, *codes.shape[-2:])).astype(dtype)
+
+
+def encode_rows(
+    rows: Float[Array, "*e r k"], *, power_of_two: bool = False
+) -> tuple[UInt8[Array, "*e r k"], dict[str, Float[Array, "*e r kb"]]]:
+    """Rows of tokens in blocks of 1 x 128 along K, by the rule of `encode_blocks`."""
+    return encode_blocks(rows.astype(jnp.float32), (BLOCK, 1), power_of_two=power_of_two)
+
+
+def decode_rows(codes: UInt8[Array, "*e r k"], scales: dict[str, Array], dtype) -> Float[Array, "*e r k"]:
+    """The values of `encode_rows`."""
+    return decode_blocks(codes, scales, dtype, (BLOCK, 1))
+
+
+def _encode_whole(values, block, name):
+    """ModelOpt's rule: scale = amax / 448, code = value / scale; scale 1 if all values are 0."""
+    scales = one_if_zero(divided(largest(values, block), LARGEST))
+    return to_e4m3(divided(values, scales)), {name: scales}
+
+
+def _decode_whole(codes, scales, dtype, name):
+    return (from_e4m3(codes) * scales[name].astype(jnp.float32)).astype(dtype)
+
+
+def _whole(format_name, block, scale_name):
+    encode = functools.partial(_encode_whole, block=block, name=scale_name)
+    return Format(format_name, encode, functools.partial(_decode_whole, name=scale_name), block)
+
+
+FORMATS = (
+    Format("fp8_block", encode_blocks, decode_blocks, (BLOCK, BLOCK), partial_blocks=True),
+    Format(
+        "fp8_block_pow2",
+        functools.partial(encode_blocks, power_of_two=True),
+        decode_blocks,
+        (BLOCK, BLOCK),
+        partial_blocks=True,
+    ),
+    # A checkpoint's static scale of the inputs stands beside the scale as "input". No product uses it: inputs are
+    # scaled by their own values.
+    _whole("fp8_tensor", (None, None), "tensor"),
+    _whole("fp8_channel", (None, 1), "channel"),
+)
