@@ -84,6 +84,7 @@ def test_no_gradient_flows_through_the_choice(rng):
             "router.correction_bias=True has no effect with router.selection='sinkhorn': set it to False",
         ),
         ({"num_groups": 2}, "router.num_groups=2 has no effect with router.selection='sinkhorn': set it to 1"),
+        ({"round_to_tile": 4}, "router.round_to_tile=4 and router.selection='sinkhorn' both say how many tokens"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(fields, message):
