@@ -54,7 +54,7 @@ def layer_error(config: LatentMoEConfig, name: str) -> float:
 
 
 def bits_per_byte(run: Path) -> dict[str, float]:
-    """Of a trained model as it is ("dense"), and with the experts in each format that its sizes allow."""
+    """A trained model as it is ("dense"), and with the experts in each format that its sizes allow."""
     config = read_config(run)
     model, state, tokenizer = load(run)
     layer = moe_config(config)
