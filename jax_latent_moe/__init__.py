@@ -21,7 +21,8 @@ from jax_latent_moe.lax import ragged_dot
 from jax_latent_moe.layer import LatentMoEAux, latent_moe
 from jax_latent_moe.params import init_params, param_axes, param_shapes
 from jax_latent_moe.quantization import dequantize, quantize
-from jax_latent_moe.routing.router import pin_choice, update_correction_bias
+from jax_latent_moe.routing.bias import update_correction_bias
+from jax_latent_moe.routing.router import pin_choice
 from jax_latent_moe.training import after_step, merge_state, split_state, total_loss, trainable_mask
 
 __version__ = "0.2.0"

@@ -17,6 +17,12 @@ LEAST_FLOAT, MOST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.fl
 """The smallest and the largest magnitude of float32's normal numbers."""
 
 
+def keep(config, prefix, check, names, *limits):
+    """Replaces each field by what the check returns for it, which is a number or a string of Python's own types."""
+    for name in names:
+        object.__setattr__(config, name, check(prefix + name, getattr(config, name), *limits))
+
+
 def one_of(name, value, allowed):
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}.")

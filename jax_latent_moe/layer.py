@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_latent_moe import cost
 from jax_latent_moe.activations import activate
@@ -22,34 +22,42 @@ from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
 from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
-from jax_latent_moe.parallel.shards import ONE_DEVICE
 from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
-from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.jitter import jittered, refused_if_differentiated
+from jax_latent_moe.routing.losses import auxiliary_losses
+from jax_latent_moe.routing.permute import filled_to_capacity, first_rows, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.quantile import target_bias
 from jax_latent_moe.routing.rounding import round_to_tile, with_next_choices
 from jax_latent_moe.routing.router import (
     CHOICE,
     NO_EXPERT,
     ROUTER_DECIDES,
-    auxiliary_losses,
+    choice_scores,
     route,
     router_logits,
     router_logits_and_projection,
 )
+from jax_latent_moe.shards import ONE_DEVICE
 from jax_latent_moe.varying import varying
 
 LATENT = "latent_moe_latent"
 
 
 class LatentMoEAux(NamedTuple):
-    """What the layer says of its routing.
+    """The routing of one call, and its auxiliary losses.
 
     Attributes:
-        expert_ids: [..., k] int32, the chosen experts; -1 reaches none. Give it back as `expert_ids` to replay.
+        expert_ids: [..., k] int32, the chosen experts, -1 for none. Pass it as `expert_ids` to replay the choice.
         weights: [..., k] float32, their combine weights.
-        tokens_per_expert: [E] int32, tokens that chose each expert, before capacity drops any; of all devices.
-        dropped_per_expert: [E] int32, of these, the ones dropped for a capacity, the router's or the dispatch's.
-        losses: auxiliary losses "switch", "sequence" and "z", coefficients applied.
+        tokens_per_expert: [E] int32, tokens that chose each expert on all devices, before capacity drops any.
+        dropped_per_expert: [E] int32, how many of them the router's capacity or the dispatch's capacity dropped.
+        losses: the auxiliary losses "switch", "sequence" and "z", coefficients applied; with router.global_loss_coef
+            also "global".
+        global_counts: [E] int32, with router.global_loss_coef: the counts of the step's microbatches so far, this one
+            included. Pass it as `global_counts` with the next microbatch. None without that coefficient.
+        bias_target: [E] float32, with router.bias_update="quantile": the bias that would balance the loads, which
+            `after_step` reads. None otherwise.
     """
 
     expert_ids: Int[Array, "*batch k"]
@@ -57,6 +65,24 @@ class LatentMoEAux(NamedTuple):
     tokens_per_expert: Int[Array, " e"]
     dropped_per_expert: Int[Array, " e"]
     losses: dict[str, Float[Array, ""]]
+    global_counts: Int[Array, " e"] | None = None
+    bias_target: Float[Array, " e"] | None = None
+
+
+class _ByToken(NamedTuple):
+    """Optional arguments whose leading axes are those of x. The numbers are those of the tokens in x, for jitter."""
+
+    token_mask: Bool[Array, "*batch"] | None
+    expert_ids: Int[Array, "*batch k"] | None
+    segment_ids: Int[Array, "*batch"] | None
+    numbers: Int[Array, "*batch"] | None = None
+
+
+class _Whole(NamedTuple):
+    """Optional arguments that every device has whole."""
+
+    global_counts: Int[Array, " e"] | None
+    key: Key[Array, ""] | None
 
 
 def latent_moe(
@@ -66,55 +92,86 @@ def latent_moe(
     *,
     token_mask: Bool[Array, "*batch"] | None = None,
     expert_ids: Int[Array, "*batch k"] | None = None,
+    segment_ids: Int[Array, "*batch"] | None = None,
+    global_counts: Int[Array, " e"] | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "*batch d"], LatentMoEAux]:
     """Computes y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), routed by x (arXiv 2601.18089).
 
     With config.shared_expert_gate, shared(x) is multiplied by sigmoid(x @ gate) (arXiv 2407.10671, section 2.2.2).
 
-    With config.parallel the layer is spread over the mesh that `jax.set_mesh` set: see `jax_latent_moe.parallel`.
+    With config.parallel, the layer is spread over the mesh that `jax.set_mesh` set: see `jax_latent_moe.parallel`.
 
     Args:
         params: as `init_params` makes them.
-        x: [..., d], floating, or what NumPy makes such an array of; read in config.dtype, by the router in its own.
+        x: [..., d], a floating array, or a value that NumPy turns into one. The router reads it in its own dtype, the
+            rest of the layer in config.dtype. The axis before the last one is the sequence.
         config: the layer; static under jit.
-        token_mask: [...]; a token that is False enters nothing and its output is zero: padding may hold anything, and
-            so may the gradient of its output.
-        expert_ids: [..., k] integers: replay this choice, with weights (and gradients) from the scores there. -1
-            reaches no expert; the router itself routes a token with -2 among its ids.
+        token_mask: [...]. A token that is False enters nothing, and its output is zero. Its values, and the gradient of
+            its output, may be anything.
+        expert_ids: [..., k] integers, a choice to replay. Weights and gradients come from the scores at these ids. -1
+            reaches no expert. The router routes a token that has -2 among its ids.
+        segment_ids: [...] integers, for packed sequences. The tokens of a sequence with equal ids are a document, and
+            the sequence loss treats each document as a sequence. Nothing else reads it: mark padding with token_mask.
+        global_counts: [E] integers, the `LatentMoEAux.global_counts` of the step's microbatch before this one, for
+            router.global_loss_coef. None starts a step.
+        key: a JAX key for router.input_jitter. Without it the layer does not jitter, and it cannot be differentiated.
 
     Returns:
         y: [..., d] in config.dtype.
         aux: `LatentMoEAux`.
 
     Raises:
-        InputError: the parameters or an array do not fit the config.
+        InputError: the parameters or an array do not fit the config, or a layer with router.input_jitter is
+            differentiated without a key.
         ConfigError: an axis of the mesh does not divide what it splits.
         UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
     """
     if not isinstance(config, LatentMoEConfig):
         raise InputError(f"config of type {type(config).__name__} must be a LatentMoEConfig.")
     params = check_params(params, config)
-    given = as_array("x", x), as_array("token_mask", token_mask), as_array("expert_ids", expert_ids)
-    _check_inputs(given[0], config, *given[1:])
-    x, token_mask, expert_ids = jax.tree.map(jnp.asarray, given)
+    x = as_array("x", x)
+    by_token = _ByToken(*map(as_array, _ByToken._fields[:3], (token_mask, expert_ids, segment_ids)))
+    counts = as_array("global_counts", global_counts)
+    _check_inputs(x, config, by_token)
+    _check_whole(config, counts, key)
+    key = None if key is None else _typed(key)
+    x, by_token, counts = jax.tree.map(jnp.asarray, (x, by_token, counts))
+    if key is not None:
+        by_token = by_token._replace(numbers=jnp.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-1]))
     layer = partial(_layer, config)
     run = partial(layer, ONE_DEVICE) if config.parallel is None else partial(over_mesh, layer, config)
-    by_token, totals = in_auto_mode(run, params, x, token_mask, expert_ids)
-    y, chosen_ids, weights = by_token
-    tokens_per_expert, dropped, losses = totals
-    return y, LatentMoEAux(chosen_ids, weights, tokens_per_expert, dropped, losses)
+    outputs, totals = in_auto_mode(run, params, x, by_token, _Whole(counts, key))
+    y, chosen_ids, weights = outputs
+    if config.router.input_jitter and key is None:
+        y = refused_if_differentiated(_WITHOUT_KEY.format(config.router.input_jitter), y)
+    return y, LatentMoEAux(chosen_ids, weights, *totals)
 
 
-def _layer(config, shards, params, x, token_mask, expert_ids):
-    """The layer on one device's tokens, experts and inner widths: (what is split as x is, what is one for all)."""
+_WITHOUT_KEY = (
+    "router.input_jitter={} needs a key in training: give latent_moe a key, the linen module an rng 'jitter' or the "
+    "nnx module rngs, or set input_jitter to 0."
+)
+
+
+def _layer(config, shards, params, x, by_token, whole):
+    """The layer on one device's tokens, experts and inner widths.
+
+    Returns the outputs that are split as x is, and the outputs that are equal on all devices.
+    """
     batch, tokens = x.shape[:-1], x.reshape(-1, config.hidden_size)
-    mask = None if token_mask is None else token_mask.reshape(-1)
+    mask = None if by_token.token_mask is None else by_token.token_mask.reshape(-1)
     if mask is not None:
         tokens = jnp.where(mask[:, None], tokens, 0)
 
     router = params["router"]
     router_dtype = config.router.dtype
-    if config.latent_size is None:
+    if whole.key is not None:
+        noisy = jittered(tokens, whole.key, config.router.input_jitter, by_token.numbers.reshape(-1))
+        logits = router_logits(noisy, router["kernel"], router_dtype)
+        latent = tokens.astype(config.dtype)
+        latent = latent if config.latent_size is None else _project(latent, params["down_proj"])
+    elif config.latent_size is None:
         logits, latent = router_logits(tokens, router["kernel"], router_dtype), tokens.astype(config.dtype)
     else:
         down = cast(params["down_proj"]["kernel"], config.dtype)
@@ -131,7 +188,8 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
         scale=router.get("scale"),
         routed_scaling_factor=1.0 if config.apply_routed_scale_to_output else None,
         token_mask=mask,
-        expert_ids=None if expert_ids is None else expert_ids.reshape(-1, config.top_k),
+        expert_ids=None if by_token.expert_ids is None else by_token.expert_ids.reshape(-1, config.top_k),
+        all_tokens=shards.sum_over_tokens,
         backend=config.backend,
     )
 
@@ -152,7 +210,7 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
             backend=config.backend,
         )
     combined, dropped = _route_through_experts(params["experts"], latent, assignments, config, shards)
-    # Parts of the inner widths add up once, in y, if the shared expert has parts as well and no norm stands between.
+    # If the shared expert has parts too, and no norm comes before y, the parts of inner widths are added once, in y.
     sum_in_y = "shared" in params and config.latent_norm != "post"
     if not sum_in_y:
         combined = shards.sum_over_tensor(combined)
@@ -164,30 +222,37 @@ def _layer(config, shards, params, x, token_mask, expert_ids):
     if "shared" in params:
         shared = _shared_expert(tokens, params["shared"], config)
         y = shards.sum_over_tensor(y + shared) if sum_in_y else y + shards.sum_over_tensor(shared)
-    if mask is not None:  # zero as it is: what keeps the gradient of padding rows out
+    if mask is not None:  # y is zero there already; this stops the gradient of padding
         y = jnp.where(mask[:, None], y, 0)
 
     sequences = (math.prod(batch[:-1]), batch[-1] if batch else 1)
-    losses = auxiliary_losses(
+    losses, counts = auxiliary_losses(
         logits.reshape(*sequences, config.num_experts),
         config.router,
         config.top_k,
         None if mask is None else mask.reshape(sequences),
-        all_tokens=shards.sum_over_tokens,
-        sequences_split=shards.sequences_split,
+        segment_ids=None if by_token.segment_ids is None else by_token.segment_ids.reshape(sequences),
+        global_counts=whole.global_counts,
+        shards=shards,
         backend=config.backend,
     )
-    by_token = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing))
+    outputs = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing))
     load = count_experts(routing.expert_ids, config.num_experts, config.backend)
-    return by_token, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses)
+    target = None
+    if config.router.bias_update == "quantile":
+        choice = choice_scores(logits, config.router, biased=True)
+        target = target_bias(choice, router["bias"], config.top_k, mask, shards.sum_over_tokens)
+    return outputs, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses, counts, target)
 
 
 def _route_through_experts(params, latent, routing, config, shards):
-    """Weighted sum of the experts' outputs, [T, l], and the choices of these tokens that were dropped, [E]."""
+    """The weighted sum of the experts' outputs [T, l], and how many of these tokens' assignments were dropped [E]."""
     expert_ids, weights = routing
+    capacity = None
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
-        kept = checkpoint_name(_within_capacity(expert_ids, weights, config, shards), CHOICE)
+        kept, capacity = _within_capacity(expert_ids, weights, config, shards)
+        kept = checkpoint_name(kept, CHOICE)
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
@@ -217,6 +282,8 @@ def _route_through_experts(params, latent, routing, config, shards):
         latent, weights, own_w_in, own_w_out, own_biases = varying(arrays, *arrays)
         return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases)
 
+    if config.router.pad_to_capacity:
+        return _padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
         return experts(latent, weights, _rows_to_compute(plan, config)), dropped
@@ -233,16 +300,31 @@ def _route_through_experts(params, latent, routing, config, shards):
     return combined, dropped + not_sent
 
 
+def _padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple):
+    """The experts' weighted sums with `capacity` rows for each expert. Padding rows hold one more token, which is 0."""
+    if not isinstance(capacity, int):
+        raise InputError(
+            f"x with {latent.shape[0]} tokens: router.pad_to_capacity needs a number of tokens that is known when the "
+            "layer is traced. Set it to False to export the layer with symbolic sizes."
+        )
+    one_more = ((0, 1), (0, 0))
+    latent, weights = jnp.pad(latent, one_more), jnp.pad(weights, one_more)
+    expert_ids = jnp.pad(expert_ids, one_more, constant_values=NO_EXPERT)
+    plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend)
+    plan = filled_to_capacity(plan, -(-capacity // row_multiple) * row_multiple, expert_ids.size - 1)
+    return experts(latent, weights, plan)[:-1]
+
+
 def _within_capacity(expert_ids, weights, config, shards):
-    """Which choices of these tokens the experts keep, [T, k]: an expert's capacity is one over all tokens."""
+    """The assignments of these tokens that the experts keep [T, k], and the capacity, which is over all tokens."""
     expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
     capacity = cost.share_of_rows(config.router.capacity_factor, expert_ids.size, config.num_experts)
     if isinstance(capacity, int):
         capacity = min(max(capacity, config.router.min_capacity), expert_ids.size)
-    else:  # of the symbolic sizes of jax.export
+    else:  # a function of the symbolic sizes of jax.export
         capacity = jnp.maximum(capacity, config.router.min_capacity)
     kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
-    return shards.own_tokens(kept)
+    return shards.own_tokens(kept), capacity
 
 
 def _rounded(expert_ids, weights, config, shards):
@@ -282,32 +364,58 @@ def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> 
     return (normed * scale.astype(wide.dtype)[None]).astype(x.dtype)
 
 
-def _check_inputs(x, config, token_mask, expert_ids):
+def _check_inputs(x, config, by_token):
     if x is None:
         raise InputError("x=None must be an array.")
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise InputError(f"x of shape {x.shape} must end in hidden_size={config.hidden_size}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise InputError(f"x of dtype {x.dtype} must be floating: cast or embed it first.")
-    if token_mask is not None and (token_mask.shape != x.shape[:-1] or token_mask.dtype != bool):
+    mask, expert_ids, segment_ids, _ = by_token
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != bool):
         raise InputError(
-            f"token_mask of shape {token_mask.shape} and dtype {token_mask.dtype} must be bool of shape {x.shape[:-1]}."
+            f"token_mask of shape {mask.shape} and dtype {mask.dtype} must be bool of shape {x.shape[:-1]}."
         )
+    if segment_ids is not None:
+        _check_integers("segment_ids", segment_ids, x.shape[:-1])
     if expert_ids is None:
         if config.router.selection == "given":
             raise InputError("expert_ids=None: router.selection='given' needs the ids of the experts of every token.")
         return
-    expected = (*x.shape[:-1], config.top_k)
-    if expert_ids.shape != expected or not jnp.issubdtype(expert_ids.dtype, jnp.integer):
-        raise InputError(
-            f"expert_ids of shape {expert_ids.shape} and dtype {expert_ids.dtype} must be integers of shape {expected}."
-        )
+    _check_integers("expert_ids", expert_ids, (*x.shape[:-1], config.top_k))
     if not isinstance(expert_ids, Tracer) and expert_ids.size:
-        values = np.asarray(expert_ids)  # NumPy's own functions would trace the array inside of a jit
+        values = np.asarray(expert_ids)  # inside a jit, jnp's functions would trace the array
         low, high = values.min(), values.max()
         least = NO_EXPERT if config.router.selection == "given" else ROUTER_DECIDES
         if low < least or high >= config.num_experts:
             raise InputError(
-                f"expert_ids between {low} and {high} must lie in [0, num_experts={config.num_experts}), or be "
-                f"{NO_EXPERT} for no expert, {ROUTER_DECIDES} for a token that the router shall route."
+                f"expert_ids between {low} and {high} must be in [0, num_experts={config.num_experts}), or "
+                f"{NO_EXPERT} for no expert, or {ROUTER_DECIDES} for a token that the router routes."
             )
+
+
+def _check_integers(name, values, shape):
+    if values.shape != shape or not jnp.issubdtype(values.dtype, jnp.integer):
+        raise InputError(f"{name} of shape {values.shape} and dtype {values.dtype} must be integers of shape {shape}.")
+
+
+def _check_whole(config, global_counts, key):
+    """Refuses counts that do not fit, and what nothing would read."""
+    router = config.router
+    if global_counts is not None:
+        if not router.global_loss_coef:
+            raise InputError("global_counts has no effect without router.global_loss_coef: set that, or leave it out.")
+        _check_integers("global_counts", global_counts, (config.num_experts,))
+    if key is not None and not router.input_jitter:
+        raise InputError("key has no effect without router.input_jitter: set that, or leave the key out.")
+
+
+def _typed(key):
+    """The key as a typed JAX key; `jax.random.PRNGKey` makes an array of two numbers."""
+    if isinstance(key, jax.Array | np.ndarray):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+            return key
+        if key.dtype == jnp.uint32 and key.shape == (2,):
+            return jax.random.wrap_key_data(jnp.asarray(key))
+    what = f"shape {key.shape} and dtype {key.dtype}" if hasattr(key, "shape") else f"type {type(key).__name__}"
+    raise InputError(f"key of {what} must be a single key, as jax.random.key(seed) makes it.")

@@ -28,6 +28,8 @@ CORRECTION_BIAS = "correction_bias"
 LOSSES = "losses"
 """The collection into which the auxiliary losses are sown. Add them all to the objective."""
 
+GLOBAL_COUNTS = "global_counts"
+"""The collection of the counts that router.global_loss_coef carries from one microbatch of a step to the next."""
 CODES = "codes"
 """The collection of quantised weights, at .../experts/w_in and .../experts/w_out: frozen, so no optimiser sees them."""
 
@@ -35,7 +37,7 @@ ADAPTERS = "adapters"
 """The collection of low-rank adapters. Differentiate with respect to it alone to leave all other weights alone."""
 
 _BIAS = ("router", "bias")
-_LOAD = "tokens_per_expert"
+_LOAD, _TARGET, _MICROBATCHES = "tokens_per_expert", "bias_target", "microbatches"
 
 
 class Boxed(nn.LogicallyPartitioned):
@@ -53,9 +55,13 @@ class LatentMoE(nn.Module):
     low-rank adapters are in the collection "adapters"; `from_params` puts them there. Each variable carries its logical
     axis names (`nn.LogicallyPartitioned`), unless axis_names is None.
 
-    A call sows the auxiliary losses "switch", "sequence" and "z" into the collection "losses", except while
-    initialising. It sows the `LatentMoEAux` arrays "expert_ids", "weights", "tokens_per_expert" and
-    "dropped_per_expert" into "intermediates". As always in linen, only mutable collections receive values.
+    A call sows the auxiliary losses into the collection "losses", except while initialising. It sows the `LatentMoEAux`
+    arrays "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" into "intermediates". As always in
+    linen, only mutable collections receive values.
+
+    With router.global_loss_coef, a call adds its counts to the collection "global_counts", if that is mutable. Pass the
+    collection to the step's next microbatch. `after_step` resets it. With router.input_jitter, a call takes its key
+    from the rng "jitter".
 
     Attributes:
         config: the layer.
@@ -72,6 +78,7 @@ class LatentMoE(nn.Module):
         *,
         token_mask: Bool[Array, "*batch"] | None = None,
         expert_ids: Int[Array, "*batch k"] | None = None,
+        segment_ids: Int[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch d"]:
         """Applies the layer. The arguments, the result and the errors are those of `latent_moe`.
 
@@ -79,11 +86,24 @@ class LatentMoE(nn.Module):
             x: [..., d], floating.
             token_mask: [...]. Tokens that are False reach no expert.
             expert_ids: [..., k], a routing to replay.
+            segment_ids: [...], documents of packed sequences, for the sequence loss.
 
         Returns:
             [..., d] in config.dtype.
         """
-        y, aux = latent_moe(self._params(), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
+        counts, jitters = self._global_counts(), self.config.router.input_jitter and self.has_rng("jitter")
+        y, aux = latent_moe(
+            self._params(),
+            x,
+            self.config,
+            token_mask=token_mask,
+            expert_ids=expert_ids,
+            segment_ids=segment_ids,
+            global_counts=None if counts is None else counts.value,
+            key=self.make_rng("jitter") if jitters else None,
+        )
+        if counts is not None and self.is_mutable_collection(GLOBAL_COUNTS) and not self.is_initializing():
+            counts.value = aux.global_counts
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)
         if not self.is_initializing():  # otherwise init would return the losses of its input as variables
@@ -91,7 +111,18 @@ class LatentMoE(nn.Module):
                 self.sow(LOSSES, name, loss)
         for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
             self.sow("intermediates", name, getattr(aux, name))
+        if aux.bias_target is not None:
+            self.sow("intermediates", _TARGET, aux.bias_target)
+            self.sow("intermediates", _MICROBATCHES, jnp.ones((), jnp.int32))
         return y
+
+    def _global_counts(self) -> nn.Variable | None:
+        """The variable of the step's counts, if the layer has one or may make one."""
+        if not self.config.router.global_loss_coef:
+            return None
+        if not self.has_variable(GLOBAL_COUNTS, "router") and not self.is_mutable_collection(GLOBAL_COUNTS):
+            return None
+        return self.variable(GLOBAL_COUNTS, "router", jnp.zeros, (self.config.num_experts,), jnp.int32)
 
     def _not_collected(self) -> str | None:
         """A sentence that says which results of this call a training step would miss."""
@@ -184,6 +215,8 @@ def from_params(
             collection = CODES if isinstance(base, ScaledArray) else collection
             boxed = _box(base, axes, axis_names, stacked=stacked)
             variables.setdefault(collection, {}).setdefault(part, {})[name] = boxed
+    if config.router.global_loss_coef:
+        variables[GLOBAL_COUNTS] = {"router": jnp.zeros(config.num_experts, jnp.int32)}
     return variables
 
 
@@ -207,10 +240,16 @@ def total_loss(sown: Mapping[str, Any]) -> Float[Array, ""]:
 def loads(sown: Mapping[str, Any]) -> dict[str, Any]:
     """The counts "tokens_per_expert" of every layer, for `after_step`. Sum them over microbatches.
 
+    For router.bias_update="quantile", "bias_target" and the number of "microbatches" are summed in the same way.
+
     Args:
         sown: as for `total_loss`.
     """
-    counts = {path: leaf for path, leaf in flatten_dict(sown.get("intermediates", {})).items() if path[-1] == _LOAD}
+    counts = {
+        path: leaf
+        for path, leaf in flatten_dict(sown.get("intermediates", {})).items()
+        if path[-1] in (_LOAD, _TARGET, _MICROBATCHES)
+    }
     return {"intermediates": unflatten_dict(counts)}
 
 
@@ -222,7 +261,9 @@ def after_step(
     recentre: bool = False,
     axis_name: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Moves every correction bias of a model by the loads of one step. Call it once after the optimiser's step.
+    """Moves every correction bias of a model by the loads of one step, and resets the collection "global_counts".
+
+    Call it once after the optimiser's step.
 
     Counts may have leading axes that a bias does not have, such as the axis of a scan over microbatches. They are
     summed. Variables without a correction bias are returned as they are.
@@ -238,8 +279,11 @@ def after_step(
     Raises:
         InputError: a layer with a bias has no counts in `sown`.
     """
+    variables = dict(variables)
+    if GLOBAL_COUNTS in variables:
+        variables[GLOBAL_COUNTS] = jax.tree.map(jnp.zeros_like, variables[GLOBAL_COUNTS])
     if CORRECTION_BIAS not in variables:
-        return dict(variables)
+        return variables
     bias, intermediates = variables[CORRECTION_BIAS], sown.get("intermediates", {})
     moved = update_correction_bias(bias, intermediates, rate, recentre=recentre, axis_name=axis_name)
     return {**variables, CORRECTION_BIAS: moved}
@@ -277,6 +321,7 @@ def update_correction_bias(
                 f"intermediates hold no {'/'.join((*layer, _LOAD))}: apply the model with mutable=['intermediates']."
             )
         before, of_calls = nn.unbox(leaf), nn.unbox(counts[*layer, _LOAD])
-        moved = move_bias(before, of_calls, rate, recentre=recentre, axis_name=axis_name)
+        targets, microbatches = (nn.unbox(counts.get((*layer, name), ())) for name in (_TARGET, _MICROBATCHES))
+        moved = move_bias(before, of_calls, targets, microbatches, rate, recentre=recentre, axis_name=axis_name)
         leaves[path] = nn.meta.replace_boxed(leaf, moved)
     return unflatten_dict(leaves)

@@ -20,7 +20,7 @@ with needs_extra("flax"):
     from flax.core import FrozenDict
     from flax.core.spmd import get_logical_axis_rules
 
-_LOAD = "tokens_per_expert"
+_LOAD, _TARGET, _MICROBATCHES = "tokens_per_expert", "bias_target", "microbatches"
 _ADAPTERS = "adapters"
 
 
@@ -40,6 +40,10 @@ class AuxiliaryLoss(nnx.Variable):
     """The variable type of the auxiliary losses that a call sows. Add them all to the objective."""
 
 
+class GlobalCounts(nnx.Variable):
+    """The variable type of the counts that router.global_loss_coef carries through the microbatches of a step."""
+
+
 class LatentMoE(nnx.Module):
     """A latent mixture-of-experts layer. It takes the place of an MLP.
 
@@ -48,8 +52,9 @@ class LatentMoE(nnx.Module):
     `from_params` was given any. Each other variable carries its logical axis names as `out_sharding`. The names shard
     the variable only if a mesh and `nnx.logical_axis_rules` are set.
 
-    Under `nnx.capture`, a call sows the auxiliary losses "switch", "sequence" and "z" as `AuxiliaryLoss`. It sows the
-    `LatentMoEAux` arrays "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" as `nnx.Intermediate`.
+    Under `nnx.capture`, a call sows the auxiliary losses as `AuxiliaryLoss`. It sows the `LatentMoEAux` arrays
+    "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" as `nnx.Intermediate`. With
+    router.global_loss_coef it adds its counts to a `GlobalCounts`, which `update_correction_bias` resets.
 
     Attributes:
         config: the layer.
@@ -73,6 +78,7 @@ class LatentMoE(nnx.Module):
         for part, leaves in param_axes(config, axis_names).items():
             named = {name: None if axis_names is None else axes for name, axes in leaves.items()}
             setattr(self, part, nnx.Dict({name: _variable(name, params[part][name], named[name]) for name in leaves}))
+        self.global_counts = _zero_counts(config)
 
     def __call__(
         self,
@@ -80,6 +86,8 @@ class LatentMoE(nnx.Module):
         *,
         token_mask: Bool[Array, "*batch"] | None = None,
         expert_ids: Int[Array, "*batch k"] | None = None,
+        segment_ids: Int[Array, "*batch"] | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*batch d"]:
         """Applies the layer. The arguments, the result and the errors are those of `latent_moe`.
 
@@ -87,18 +95,34 @@ class LatentMoE(nnx.Module):
             x: [..., d], floating.
             token_mask: [...]. Tokens that are False reach no expert.
             expert_ids: [..., k], a routing to replay.
+            segment_ids: [...], documents of packed sequences, for the sequence loss.
+            rngs: with router.input_jitter, the stream "jitter" gives its key.
 
         Returns:
             [..., d] in config.dtype.
         """
-        y, aux = latent_moe(to_params(self), x, self.config, token_mask=token_mask, expert_ids=expert_ids)
+        y, aux = latent_moe(
+            to_params(self),
+            x,
+            self.config,
+            token_mask=token_mask,
+            expert_ids=expert_ids,
+            segment_ids=segment_ids,
+            global_counts=None if self.global_counts is None else self.global_counts[...],
+            key=rngs.jitter() if rngs is not None and self.config.router.input_jitter else None,
+        )
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)
         if hasattr(self, "__captures__"):  # outside of nnx.capture, sowing is deprecated and its state grows each call
             for name, loss in aux.losses.items():
                 self.sow(AuxiliaryLoss, name, loss)
+            if self.global_counts is not None:
+                self.global_counts[...] = aux.global_counts
             for name in ("expert_ids", "weights", _LOAD, "dropped_per_expert"):
                 self.sow(nnx.Intermediate, name, getattr(aux, name))
+            if aux.bias_target is not None:
+                self.sow(nnx.Intermediate, _TARGET, aux.bias_target)
+                self.sow(nnx.Intermediate, _MICROBATCHES, jnp.ones((), jnp.int32))
         return y
 
     def _not_collected(self) -> str | None:
@@ -111,6 +135,10 @@ class LatentMoE(nnx.Module):
             "nnx.capture(model, AuxiliaryLoss, nnx.Intermediate), or set their coefficients and "
             "router.bias_update_rate to 0."
         )
+
+
+def _zero_counts(config):
+    return GlobalCounts(jnp.zeros(config.num_experts, jnp.int32)) if config.router.global_loss_coef else None
 
 
 def _variable(name, value, axes):
@@ -171,6 +199,7 @@ def from_params(
     if adapters:
         setattr(module, _ADAPTERS, nnx.Dict(adapters))
     nnx.update(module, dense)
+    module.global_counts = _zero_counts(config)
     return module
 
 
@@ -194,10 +223,14 @@ def total_loss(losses: nnx.State) -> Float[Array, ""]:
 def loads(intermediates: nnx.State) -> nnx.State:
     """The counts "tokens_per_expert" of every layer, for `update_correction_bias`. Sum them over microbatches.
 
+    For router.bias_update="quantile", "bias_target" and the number of "microbatches" are summed in the same way.
+
     Args:
         intermediates: the `nnx.Intermediate` state that `nnx.capture` returned.
     """
-    return nnx.from_flat_state((path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] == _LOAD)
+    return nnx.from_flat_state(
+        (path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] in (_LOAD, _TARGET, _MICROBATCHES)
+    )
 
 
 def update_correction_bias(
@@ -211,7 +244,7 @@ def update_correction_bias(
     """Moves the correction bias of every `LatentMoE` in a model by the loads of one step, in place.
 
     Call it once after the optimiser's step. Counts may have leading axes that a bias does not have, such as the axis
-    of a scan over microbatches. They are summed. A model without a correction bias does not change.
+    of a scan over microbatches. They are summed. The `GlobalCounts` of every layer are reset.
 
     Args:
         model: the model, or one layer. Layers may be stacked by nnx.vmap.
@@ -227,7 +260,11 @@ def update_correction_bias(
     """
     counts = dict(nnx.to_flat_state(intermediates))
     for path, module in nnx.iter_modules(model):
-        if not isinstance(module, LatentMoE) or not module.config.router.correction_bias:
+        if not isinstance(module, LatentMoE):
+            continue
+        if module.global_counts is not None:
+            module.global_counts[...] = jnp.zeros_like(module.global_counts[...])
+        if not module.config.router.correction_bias:
             continue
         if (*path, _LOAD) not in counts:
             names = "/".join(map(str, (*path, _LOAD)))
@@ -235,4 +272,10 @@ def update_correction_bias(
         bias, own_rate = module.router["bias"], module.config.router.bias_update_rate
         of_calls = counts[*path, _LOAD].get_value()
         own_rate = own_rate if rate is None else rate
-        bias[...] = move_bias(bias[...], of_calls, own_rate, recentre=recentre, axis_name=axis_name)
+        quantile = module.config.router.bias_update == "quantile"
+        targets, microbatches = (
+            counts[*path, name].get_value() if quantile else () for name in (_TARGET, _MICROBATCHES)
+        )
+        bias[...] = move_bias(
+            bias[...], of_calls, targets, microbatches, own_rate, recentre=recentre, axis_name=axis_name
+        )

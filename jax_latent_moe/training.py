@@ -15,7 +15,8 @@ from jax_latent_moe.errors import InputError, NotCollectedWarning
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import LatentMoEAux
 from jax_latent_moe.low_rank import LowRank
-from jax_latent_moe.routing.router import update_correction_bias
+from jax_latent_moe.routing.bias import update_correction_bias
+from jax_latent_moe.routing.quantile import move_to_target
 
 _BIAS = "router/bias"
 
@@ -120,7 +121,8 @@ def after_step(
         state: the state of `split_state`. Parts without a correction bias, such as codes, are returned as they are.
         aux: the `LatentMoEAux` of the layer; for a model, a dict or list of them with the structure of `state`. Each
             may be replaced by its `tokens_per_expert`, or by a list or tuple over microbatches. Counts may have leading
-            axes that the bias does not have, such as the axis of a scan over microbatches. They are summed.
+            axes that the bias does not have, such as the axis of a scan over microbatches. They are summed. A layer
+            with router.bias_update="quantile" needs the whole `LatentMoEAux`; targets are averaged.
         rate: `RouterConfig.bias_update_rate`, or the value of a schedule. Give 0 for a skipped step.
         recentre: subtract each bias's mean, as in `update_correction_bias`.
         axis_name: axes of your own `shard_map` or `vmap` over which the tokens are split. The counts are summed over
@@ -142,7 +144,9 @@ def _walk(state, aux, step, path):
     bias = state["router"]["bias"]
     loads = aux if isinstance(aux, list | tuple) and not isinstance(aux, LatentMoEAux) else [aux]
     counts = [load.tokens_per_expert if isinstance(load, LatentMoEAux) else load for load in loads]
-    return {**state, "router": {"bias": step(bias, counts)}}
+    targets = [load.bias_target for load in loads if isinstance(load, LatentMoEAux) and load.bias_target is not None]
+    microbatches = [jnp.ones(jnp.shape(target)[:-1]) for target in targets]
+    return {**state, "router": {"bias": step(bias, counts, targets, microbatches)}}
 
 
 def _has_bias(state) -> bool:
@@ -162,10 +166,24 @@ def _part(aux, key, path):
 
 
 def move_bias(
-    bias: Float[Array, "*layers e"], counts: Sequence[Int[Array, "..."]], rate, *, recentre, axis_name
+    bias: Float[Array, "*layers e"],
+    counts: Sequence[Int[Array, "..."]],
+    targets: Sequence[Float[Array, "..."]],
+    microbatches: Sequence[Array],
+    rate,
+    *,
+    recentre,
+    axis_name,
 ) -> Float[Array, "*layers e"]:
-    """`update_correction_bias` with the sum of several counts. Each may have any axes before those of the bias."""
+    """`update_correction_bias` with the sum of several counts, or `move_to_target` with the mean of targets, if any.
+
+    Counts, targets and numbers of microbatches may have any axes before those of the bias.
+    """
     shape = jnp.shape(bias)
+    if targets:
+        total = sum(jnp.sum(jnp.reshape(target, (-1, *shape)), axis=0) for target in targets)
+        number = sum(jnp.sum(jnp.reshape(count, (-1, *shape[:-1])), axis=0) for count in microbatches)
+        return move_to_target(bias, total / jnp.maximum(number, 1)[..., None], rate, axis_name)
     parts = [jnp.sum(jnp.reshape(count, (-1, *shape)), axis=0, dtype=jnp.asarray(count).dtype) for count in counts]
     return update_correction_bias(bias, sum(parts[1:], start=parts[0]), rate, recentre=recentre, axis_name=axis_name)
 

@@ -1,8 +1,10 @@
 """Random layers and inputs for comparison with the oracle."""
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -41,9 +43,29 @@ class Case(NamedTuple):
     token_mask: np.ndarray | None
     expert_ids: np.ndarray | None
     dy: np.ndarray
+    segment_ids: np.ndarray | None = None
+    global_counts: np.ndarray | None = None
+    seed: int | None = None  # of the jitter's key
 
     def oracle(self) -> oracle.Result:
-        return oracle.forward(self.params, self.x, self.config, self.token_mask, self.expert_ids)
+        factors = None if self.seed is None else jitter(self.seed, self.x.shape, self.config.router.input_jitter)
+        return oracle.forward(
+            self.params,
+            self.x,
+            self.config,
+            self.token_mask,
+            self.expert_ids,
+            self.segment_ids,
+            self.global_counts,
+            factors,
+        )
+
+    def optional(self) -> dict[str, Any]:
+        """The optional arguments of `latent_moe`, but those that are None."""
+        key = None if self.seed is None else jax.random.key(self.seed)
+        names = ("token_mask", "expert_ids", "segment_ids", "global_counts")
+        given = {name: getattr(self, name) for name in names} | {"key": key}
+        return {name: value for name, value in given.items() if value is not None}
 
     def everything(self) -> list[np.ndarray]:
         """Outputs, losses and gradients of the oracle, one after the other."""
@@ -69,6 +91,17 @@ class Case(NamedTuple):
         params = {part: {name: nudge(p) for name, p in leaves.items()} for part, leaves in self.params.items()}
         nudged = self._replace(config=config, x=nudge(self.x), params=params).everything()
         return max(relative_error(a, b) for a, b in zip(nudged, expected, strict=True))
+
+
+@functools.cache
+def jitter(seed, shape, eps) -> np.ndarray:
+    """The documented factors of the router's input: uniform, from the key folded with the number of each token in x."""
+    key, tokens = jax.random.key(seed), np.prod(shape[:-1], dtype=int)
+    rows = [
+        jax.random.uniform(jax.random.fold_in(key, number), shape[-1:], "float32", 1 - eps, 1 + eps)
+        for number in range(tokens)
+    ]
+    return np.asarray(rows, np.float64).reshape(shape)
 
 
 def nudge_sums(config, norm_sums) -> LatentMoEConfig:
@@ -134,11 +167,12 @@ def random_params(rng, config) -> dict:
     }
 
 
-def draw(rng, config, leading, masked=False, replay=False) -> Case:
+def draw(rng, config, leading, masked=False, replay=False, packed=False) -> Case:
     """Random parameters and inputs for a layer, comparable or not."""
     experts, k = config.num_experts, config.top_k
     x = rounded(rng.normal(size=(*leading, config.hidden_size)), config.dtype)
     ids = rng.permuted(np.broadcast_to(np.arange(experts), (*leading, experts)), axis=-1)[..., :k]
+    router = config.router
     return Case(
         config=config,
         params=random_params(rng, config),
@@ -146,6 +180,9 @@ def draw(rng, config, leading, masked=False, replay=False) -> Case:
         token_mask=rng.random(leading) < 0.7 if masked else None,
         expert_ids=np.where(rng.random(ids.shape) < 0.9, ids, -1) if replay else None,
         dy=rounded(rng.normal(size=x.shape), config.dtype),
+        segment_ids=rng.integers(3, size=leading) if packed else None,
+        global_counts=rng.integers(9, size=experts) if router.global_loss_coef and rng.random() < 0.7 else None,
+        seed=rng.integers(4).item() if router.input_jitter else None,
     )
 
 
@@ -162,7 +199,8 @@ def random_case(rng, **fixed) -> Case:
     """A random layer with comparable inputs; `fixed` sets fields of the configuration."""
     for _ in range(100):
         leading = [(7,), (2, 5), (1, 1), (2, 2, 3)][rng.integers(4)]
-        case = draw(rng, random_config(rng, **fixed), leading, masked=rng.random() < 0.4, replay=rng.random() < 0.2)
+        chances = dict(masked=rng.random() < 0.4, replay=rng.random() < 0.2, packed=rng.random() < 0.3)
+        case = draw(rng, random_config(rng, **fixed), leading, **chances)
         if case.is_comparable(rng):
             return case
     raise AssertionError(f"no comparable layer found with {fixed}")

@@ -22,12 +22,12 @@ def cast(params, dtype: str) -> dict:
 
 @functools.cache
 def compiled(config):
-    """Jitted (params, x, token_mask, expert_ids, dy) -> (y, aux), gradients of params and of x."""
+    """Jitted (params, x, optional arguments, dy) -> (y, aux), gradients of params and of x."""
 
     @jax.jit
-    def run(params, x, token_mask, expert_ids, dy):
+    def run(params, x, optional, dy):
         def objective(params, x):
-            y, aux = latent_moe(params, x, config, token_mask=token_mask, expert_ids=expert_ids)
+            y, aux = latent_moe(params, x, config, **optional)
             wide = jnp.promote_types(y.dtype, jnp.float32)
             return jnp.sum(y.astype(wide) * dy) + sum(aux.losses.values()), (y, aux)
 
@@ -42,7 +42,7 @@ def run(case: Case):
     dtype = case.config.dtype
     wide = DTYPES["float64" if dtype == "float64" else "float32"]
     x = jnp.asarray(case.x, DTYPES[dtype])
-    return compiled(case.config)(cast(case.params, dtype), x, case.token_mask, case.expert_ids, case.dy.astype(wide))
+    return compiled(case.config)(cast(case.params, dtype), x, case.optional(), case.dy.astype(wide))
 
 
 def dense(config, expert_ids, weights) -> np.ndarray:
@@ -70,6 +70,8 @@ def check_against_oracle(case: Case, dtype: str | None = None):
     np.testing.assert_array_equal(aux.tokens_per_expert, expected.tokens_per_expert)
     np.testing.assert_array_equal(aux.dropped_per_expert, expected.dropped_per_expert)
     assert_trees_close(aux.losses, expected.losses, router_dtype, "losses")
+    if case.config.router.global_loss_coef:
+        np.testing.assert_array_equal(aux.global_counts, expected.global_counts)
     assert_close(y, expected.y, dtype, "y")
     wanted_params, wanted_x = oracle.backward(case.params, case.config, expected, case.dy)
     assert_trees_close(dparams, wanted_params, dtype, "gradient")

@@ -4,7 +4,7 @@ from jax_latent_moe.activations import ACTIVATIONS
 from jax_latent_moe.config import LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
 
 
-def random_router(rng, k, num_groups, topk_groups, group_score_topk) -> RouterConfig:
+def random_router(rng, k, num_experts, num_groups, topk_groups, group_score_topk, fixed) -> RouterConfig:
     def maybe(value, otherwise):
         return value if rng.random() < 0.5 else otherwise
 
@@ -16,18 +16,26 @@ def random_router(rng, k, num_groups, topk_groups, group_score_topk) -> RouterCo
     if rng.random() < 0.5:
         conditional |= dict(capacity_factor=maybe(0.75, 1.25), min_capacity=maybe(0, 2))
         conditional |= dict(drop_policy=maybe("probs", "position"))
+        conditional |= dict(pad_to_capacity=fixed.get("parallel") is None and maybe(True, False))
+    selection = rng.choice(["score", "logit", "sinkhorn"] if num_groups == 1 else ["score", "logit"]).item()
+    correction_bias = selection != "sinkhorn" and maybe(True, False)
+    if correction_bias and num_groups == 1 and k < num_experts and rng.random() < 0.3:
+        conditional |= dict(bias_update="quantile")
+    jitters = fixed.get("dtype", "float32") == "float32" and rng.random() < 0.25
     return RouterConfig(
         score_function=rng.choice([name for name in SCORE_FUNCTIONS if k > 1 or name != "softmax_topk"]).item(),
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=maybe(1.0, 2.5),
-        correction_bias=maybe(True, False),
-        selection=maybe("score", "logit"),
+        correction_bias=correction_bias,
+        selection=selection,
+        input_jitter=0.125 if jitters else 0.0,
         logit_bias=maybe(True, False),
         per_expert_scale=maybe(True, False),
         num_groups=num_groups,
         topk_groups=topk_groups,
         switch_loss_coef=maybe(0.0, 0.3),
         sequence_loss_coef=maybe(0.0, 0.2),
+        global_loss_coef=0.3 if rng.random() < 0.25 else 0.0,
         z_loss_coef=maybe(0.0, 0.1),
         **conditional,
     )
@@ -40,7 +48,9 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
     topk_groups = rng.integers(1, groups, endpoint=True).item()
     experts = groups * group
     k = rng.integers(1, topk_groups * group, endpoint=True).item()
-    router = random_router(rng, k, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item())
+    router = random_router(
+        rng, k, experts, groups, topk_groups, rng.integers(1, min(group, 2), endpoint=True).item(), fixed
+    )
     activation, latent_norm = rng.choice(tuple(ACTIVATIONS)).item(), rng.choice(LATENT_NORMS).item()
     fields = dict(
         hidden_size=rng.integers(3, 12).item(),

@@ -196,13 +196,13 @@ def test_dicts_and_json_hold_every_config(rng, backend):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_q": 1}, "top_q is no field of LatentMoEConfig: use hidden_size, latent_size"),
-        ({"router": {"topk": 1}}, "router.topk is no field of RouterConfig"),
+        ({"top_q": 1}, "top_q is not a field of LatentMoEConfig: use hidden_size, latent_size"),
+        ({"router": {"topk": 1}}, "router.topk is not a field of RouterConfig"),
         ({"router": {"z_loss_coef": -1}}, "router.z_loss_coef=-1.0 must not be negative"),
         ({"router": [1]}, "router=[1] must be a RouterConfig"),
         ({"hidden_size": {}}, "hidden_size={} must not be a dict"),
         ({"backend": {"method": "blocked"}}, "backend.name=None is unknown: use one of 'xla', 'pallas', 'cutlass'"),
-        ({"backend": {"name": "xla", "fuse": "never"}}, "backend.fuse is no field of XlaBackend"),
+        ({"backend": {"name": "xla", "fuse": "never"}}, "backend.fuse is not a field of XlaBackend"),
     ],
 )
 def test_bad_dicts_are_refused(changes, message):

@@ -66,6 +66,7 @@ ROUTER = {
     "routed_scaling_factor": (RouterConfig(), 2.5),
     "correction_bias": (RouterConfig(), False),
     "selection": (RouterConfig(), "logit"),
+    "input_jitter": (RouterConfig(), 0.1),
     "logit_bias": (RouterConfig(), True),
     "per_expert_scale": (RouterConfig(), True),
     "num_groups": (RouterConfig(num_groups=2, topk_groups=2), 4),
@@ -74,11 +75,14 @@ ROUTER = {
     "dtype": (RouterConfig(), "bfloat16"),
     "switch_loss_coef": (RouterConfig(switch_loss_coef=0.1), 0.2),
     "sequence_loss_coef": (RouterConfig(sequence_loss_coef=0.1), 0.2),
+    "global_loss_coef": (RouterConfig(global_loss_coef=0.1), 0.2),
     "z_loss_coef": (RouterConfig(z_loss_coef=0.1), 0.2),
     "bias_update_rate": (RouterConfig(), 1e-2),
+    "bias_update": (RouterConfig(), "quantile"),
     "capacity_factor": (CAPACITY, 2.0),
     "min_capacity": (CAPACITY, 6),
     "drop_policy": (CAPACITY, "position"),
+    "pad_to_capacity": (CAPACITY, True),
     "round_to_tile": (RouterConfig(), 4),
 }
 INIT = {
@@ -95,8 +99,10 @@ def programs(config: LatentMoEConfig) -> tuple[str, ...]:
     params = param_shapes(config)
     x = jax.ShapeDtypeStruct((2, 5, config.hidden_size), jnp.float32)
 
+    key = jax.random.key(0) if config.router.input_jitter else None
+
     def loss(params, x):
-        y, aux = latent_moe(params, x, config)
+        y, aux = latent_moe(params, x, config, key=key)
         return jnp.sum(y) + sum(aux.losses.values())
 
     def update(bias, counts):

@@ -1,7 +1,7 @@
 """Random layers on adversarial inputs against the float64 oracle: no NaN, no wrong value, no exception.
 
 Padding of NaN and huge numbers, replay of every integer type, capacities, exact ties, factors of zero, scores that
-underflow. `JAX_LATENT_MOE_FUZZ` is the number of cases.
+underflow, documents, counts of earlier microbatches, jitter. `JAX_LATENT_MOE_FUZZ` is the number of cases.
 """
 
 import os
@@ -13,13 +13,13 @@ import pytest
 
 from jax_latent_moe import latent_moe, total_loss
 from tests import cases, oracle, seeds
-from tests.layers import cast, dense
+from tests.layers import dense
 from tests.random_configs import random_config
 from tests.tolerances import RELATIVE, ROUNDOFF
 
-CASES = int(os.environ.get("JAX_LATENT_MOE_FUZZ", "1800"))
-CASES_PER_LAYER = 150
-"""A program is compiled once a layer, and takes as long as that many cases."""
+CASES = int(os.environ.get("JAX_LATENT_MOE_FUZZ", "10000"))
+CASES_PER_LAYER = 1000
+"""A program is compiled once per layer, which takes as long as about that many cases."""
 
 ROUNDINGS = 16 * ROUNDOFF["float32"]
 POISON = np.array([np.nan, np.inf, -np.inf, 1e30, -1e20, 3e38])
@@ -39,10 +39,10 @@ def hurried():
 
 def program(config):
     @jax.jit
-    def run(params, x, token_mask, expert_ids, dy):
+    def run(params, x, optional, dy):
         def objective(params, x):
-            y, aux = latent_moe(params, x, config, token_mask=token_mask, expert_ids=expert_ids)
-            return jnp.sum(jnp.where(token_mask[..., None], y * dy, 0)) + total_loss(aux), (y, aux)
+            y, aux = latent_moe(params, x, config, **optional)
+            return jnp.sum(jnp.where(optional["token_mask"][..., None], y * dy, 0)) + total_loss(aux), (y, aux)
 
         (_, outputs), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, x)
         return outputs, *grads
@@ -55,14 +55,16 @@ def dyadic(rng, shape, top):
     return rng.integers(-8 * top, 8 * top, size=shape, endpoint=True) / 8
 
 
-def draw(rng, config, leading, id_type) -> cases.Case:
+def draw(rng, config, leading, id_type, packed) -> cases.Case:
     """A case in which some tokens are equal, zero or large, some factors zero, and padding is poison."""
-    case = cases.draw(rng, config, leading)
+    case = cases.draw(rng, config, leading)._replace(segment_ids=rng.integers(-2, 2, size=leading) if packed else None)
+    if config.router.global_loss_coef:
+        case = case._replace(global_counts=rng.integers(rng.choice([1, 9]), size=config.num_experts))
     params = {part: dict(leaves) for part, leaves in case.params.items()}
     params["router"]["kernel"] = dyadic(rng, params["router"]["kernel"].shape, 1)
     if "bias" in params["router"] and rng.random() < 0.5:
         params["router"]["bias"] = dyadic(rng, config.num_experts, 1)
-    if "scale" in params["router"] and config.activation != "relu2":  # its zero factors: issue 24, item 2
+    if "scale" in params["router"]:
         params["router"]["scale"] = params["router"]["scale"] * (rng.random(config.num_experts) < 0.7)
     # The slope of tanh cancels where it saturates.
     sizes = [0, 0.125, 1, 1] if config.activation == "situ_glu" else [0, 0.125, 1, 1, 1, 8, 32]
@@ -91,10 +93,17 @@ def oracle_ids(case):
     return case._replace(expert_ids=np.where((ids >= 0) & (ids < case.config.num_experts) | (ids == -2), ids, -1))
 
 
+def by_expert(routing):
+    """Weights in the order of their experts. The order of the choice is that of scores, some of which may be equal."""
+    return np.take_along_axis(
+        np.asarray(routing.weights), np.argsort(routing.expert_ids, axis=-1, stable=True), axis=-1
+    )
+
+
 def check(case, outputs, rng):
     """Whether the case can be compared; what every case must fulfil is asserted for every case."""
     ((y, aux), dparams, dx), case = outputs, oracle_ids(case)
-    for name, leaf in jax.tree.leaves_with_path((y, aux.weights, aux.losses, dparams, dx)):
+    for name, leaf in jax.tree.leaves_with_path((y, aux.weights, aux.losses, aux.bias_target, dparams, dx)):
         assert np.isfinite(leaf).all(), f"{name} is not finite"
     masked = ~case.token_mask
     assert not np.asarray(y)[masked].any()
@@ -110,6 +119,8 @@ def check(case, outputs, rng):
     np.testing.assert_array_equal(np.isnan(routing), np.isnan(wanted))
     np.testing.assert_array_equal(aux.tokens_per_expert, expected.tokens_per_expert)
     np.testing.assert_array_equal(aux.dropped_per_expert, expected.dropped_per_expert)
+    if case.config.router.global_loss_coef:
+        np.testing.assert_array_equal(aux.global_counts, expected.global_counts)
     wanted_params, wanted_x = oracle.backward(case.params, case.config, expected, case.dy)
     # The router's gradient is a difference of terms of this size: where scores saturate, their rounding is left.
     terms = np.linalg.norm(np.where(masked[..., None], 0, case.dy)) * np.linalg.norm(expected.y)
@@ -118,7 +129,11 @@ def check(case, outputs, rng):
     slack = {"kernel": terms * np.linalg.norm(x), "scale": terms, "bias": 0.0}
     # So is that of whatever scales the input of a norm: see `cases.nudge_sums`.
     scaling = terms * max(1, np.linalg.norm(x)) if case.config.latent_norm != "none" else 0
-    pairs = [(y, expected.y, 0), (aux.weights, expected.weights, 0), (dx, wanted_x, terms * np.linalg.norm(kernel))]
+    pairs = [
+        (y, expected.y, 0),
+        (by_expert(aux), by_expert(expected), 0),
+        (dx, wanted_x, terms * np.linalg.norm(kernel)),
+    ]
     pairs += [(aux.losses[name], loss, 0) for name, loss in expected.losses.items()]
     # The shared expert's gate gets <dy, shared>, a sum of terms of that size too.
     gate = terms * np.linalg.norm(x)
@@ -144,12 +159,13 @@ def test_fuzz(index):
     while config.num_experts > 12 or config.top_k > 6 or config.gelu_approximate:
         config = random_config(rng)
     id_type = rng.choice(ID_TYPES).item() if rng.random() < 0.5 else None
-    run, compared = program(config), 0
+    packed, run, compared = rng.random() < 0.5, program(config), 0
     for number in range(CASES_PER_LAYER):
-        case = draw(rng, config, leading, id_type)
+        case = draw(rng, config, leading, id_type, packed)
         try:
             x, dy = np.float32(case.x), np.float32(case.dy)
-            outputs = run(cast(case.params, "float32"), x, case.token_mask, case.expert_ids, dy)
+            params = jax.tree.map(np.float32, case.params)
+            outputs = jax.device_get(run(params, x, case.optional(), dy))
             compared += check(case, outputs, rng)
         except Exception as error:
             raise AssertionError(f"case {number} of {config}, ids {id_type}: {error}") from error

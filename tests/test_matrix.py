@@ -1,12 +1,13 @@
-"""The layer with its gradients under every transformation and mode of JAX, for every score, norm and activation.
+"""The layer with its gradients under every transformation and mode of JAX, for every router, score, norm, activation.
 
-A cell compares values and gradients with the float64 oracle, or holds the documented refusal.
+A cell compares values and gradients with the float64 oracle, or expects the documented refusal.
 """
 
 import dataclasses
 import functools
 import itertools
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import P, export
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 
-from jax_latent_moe import RouterConfig, XlaBackend, latent_moe, total_loss
+from jax_latent_moe import InputError, RouterConfig, XlaBackend, latent_moe, total_loss
 from jax_latent_moe.config import ACTIVATIONS, LATENT_NORMS, SCORE_FUNCTIONS
 from tests import cases, oracle, seeds
 from tests.cases import TOY
@@ -24,46 +25,94 @@ from tests.layers import cast
 from tests.tolerances import assert_close, assert_trees_close
 
 EVERY = "JAX_LATENT_MOE_WHOLE_MATRIX"
-"""With this variable every score function, norm and activation meets each other; without, each meets every mode."""
+"""With this variable every family meets every mode and method. Without it, one that is drawn meets each of these."""
 
 PARTS, TOKENS = 2, 6
 
+LOSSES = dict(switch_loss_coef=0.3, sequence_loss_coef=0.2, z_loss_coef=0.1)
+ROUTERS = {
+    "grouped": RouterConfig(
+        num_groups=2,
+        topk_groups=2,
+        per_expert_scale=True,
+        capacity_factor=0.75,
+        min_capacity=1,
+        drop_policy="position",
+        **LOSSES,
+    ),
+    "balanced": RouterConfig(
+        selection="sinkhorn",
+        correction_bias=False,
+        input_jitter=0.125,
+        capacity_factor=0.75,
+        pad_to_capacity=True,
+        global_loss_coef=0.1,
+        **LOSSES,
+    ),
+    "quantile": RouterConfig(
+        selection="logit", bias_update="quantile", logit_bias=True, capacity_factor=0.75, **LOSSES
+    ),
+}
 
-def families() -> list[tuple[str, str, str]]:
-    """(score function, norm, activation)."""
+
+class Family(NamedTuple):
+    """What the layer of a cell is made of."""
+
+    router: str
+    score_function: str
+    latent_norm: str
+    activation: str
+
+
+FAMILIES = [Family(*names) for names in itertools.product(ROUTERS, SCORE_FUNCTIONS, LATENT_NORMS, ACTIVATIONS)]
+
+
+def cells() -> list[tuple[str, Family, str]]:
+    """(mode, family, method). Drawn ones have each router, score function, norm and activation about equally often."""
+    places = list(itertools.product(MODES, ("blocked", "ragged_dot")))
     if EVERY in os.environ:
-        return list(itertools.product(SCORE_FUNCTIONS, LATENT_NORMS, ACTIVATIONS))
+        return [(mode, family, method) for family in FAMILIES for mode, method in places]
     rng = seeds.generator("matrix")
-    columns = (np.resize(rng.permutation(names), len(ACTIVATIONS)) for names in (SCORE_FUNCTIONS, LATENT_NORMS))
-    return [tuple(map(str, row)) for row in zip(*columns, ACTIVATIONS, strict=True)]
+    names = (ROUTERS, SCORE_FUNCTIONS, LATENT_NORMS, ACTIVATIONS)
+    columns = [rng.permutation(np.resize(list(column), len(places))) for column in names]
+    return [
+        (mode, Family(*map(str, row)), method)
+        for (mode, method), row in zip(places, zip(*columns, strict=True), strict=True)
+    ]
 
 
 @functools.cache
 def drawn(family, method) -> list[cases.Case]:
-    """A layer with masks, capacity, losses and factors, and inputs [PARTS, TOKENS, d]."""
-    score, norm, activation = family
-    router = RouterConfig(
-        score_function=score, switch_loss_coef=0.3, sequence_loss_coef=0.2, z_loss_coef=0.1, per_expert_scale=True,
-        num_groups=2, topk_groups=2, capacity_factor=0.75, min_capacity=1, drop_policy="position",
-    )  # fmt: skip
-    eps = {} if norm == "none" else {"latent_norm_eps": 1e-2}
+    """A layer with masks, documents, capacity, losses and factors, and inputs [PARTS, TOKENS, d]."""
+    router = dataclasses.replace(ROUTERS[family.router], score_function=family.score_function)
+    eps = {} if family.latent_norm == "none" else {"latent_norm_eps": 1e-2}
     config = dataclasses.replace(
-        TOY, router=router, latent_norm=norm, activation=activation, backend=XlaBackend(method), **eps
+        TOY,
+        router=router,
+        latent_norm=family.latent_norm,
+        activation=family.activation,
+        backend=XlaBackend(method),
+        **eps,
     )
-    rng = seeds.generator("matrix", family, method)
-    parts = [cases.random_inputs(rng, config, (1, TOKENS), masked=True)]
+    rng = seeds.generator("matrix", *family, method)
+    parts = []
     while len(parts) < PARTS:
-        other = cases.draw(rng, config, (1, TOKENS), masked=True)._replace(params=parts[0].params)
-        if other.is_comparable(rng):
-            parts.append(other)
+        part = cases.random_inputs(rng, config, (1, TOKENS), masked=True)
+        part = part._replace(segment_ids=rng.integers(2, size=(1, TOKENS)), seed=0 if router.input_jitter else None)
+        if router.global_loss_coef:
+            part = part._replace(global_counts=rng.integers(9, size=config.num_experts))
+        part = part._replace(params=parts[0].params) if parts else part
+        if part.is_comparable(rng):
+            parts.append(part)
     return parts
 
 
-def layer_with_gradients(config, params, x, mask, dy, transform=lambda function: function):
+def layer_with_gradients(config, params, x, optional, dy, transform=lambda function: function):
     """((y, losses), gradients of params and x) of sum(y * dy) and the losses."""
+    key = jax.random.key(0) if config.router.input_jitter else None
 
     def objective(params, x):
-        y, aux = transform(lambda params, x: latent_moe(params, x, config, token_mask=mask))(params, x)
+        y, aux = transform(lambda params, x: latent_moe(params, x, config, key=key, **optional))(params, x)
         return jnp.sum(y * dy) + total_loss(aux), (y, aux.losses)
 
     (_, outputs), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, x)
@@ -83,8 +132,11 @@ def check(parts, found):
 
 
 def arrays(parts):
-    """params, and x, mask and dy of each part."""
-    of_parts = [(jnp.float32(case.x), jnp.asarray(case.token_mask), jnp.float32(case.dy)) for case in parts]
+    """params, and x, the optional arguments and dy of each part."""
+    of_parts = []
+    for case in parts:
+        optional = {name: jnp.asarray(value) for name, value in case.optional().items() if name != "key"}
+        of_parts.append((jnp.float32(case.x), optional, jnp.float32(case.dy)))
     return cast(parts[0].params, "float32"), of_parts
 
 
@@ -95,7 +147,7 @@ def one_by_one(parts, run):
 
 def stacked(parts, run):
     params, of_parts = arrays(parts)
-    out = run(params, *map(jnp.stack, zip(*of_parts, strict=True)))
+    out = run(params, *jax.tree.map(lambda *values: jnp.stack(values), *of_parts))
     return [jax.tree.map(lambda leaf: leaf[i], out) for i in range(len(parts))]  # noqa: B023
 
 
@@ -125,7 +177,7 @@ def in_shard_map(f, parts, check_vma):
 
     def local(params, *part):
         own = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "parts", to="varying"), params) if check_vma else params
-        return jax.tree.map(lambda leaf: leaf[None], f(own, *(value[0] for value in part)))
+        return jax.tree.map(lambda leaf: leaf[None], f(own, *jax.tree.map(lambda value: value[0], part)))
 
     run = jax.shard_map(local, mesh=mesh, in_specs=(P(), split, split, split), out_specs=split, check_vma=check_vma)
     return stacked(parts, jax.jit(run))
@@ -138,7 +190,10 @@ def on_explicit_mesh(f, parts):
         split = NamedSharding(mesh, P(None, "parts"))
 
         def run(params, *part):
-            return jax.jit(f)(params, *(jax.device_put(value, split) for value in part))
+            def place(value):  # counts have no axis of tokens
+                return jax.device_put(value, split) if value.ndim > 1 else value
+
+            return jax.jit(f)(params, *jax.tree.map(place, part))
 
         return one_by_one(parts, run)
 
@@ -147,7 +202,12 @@ def exported(f, parts):
     """One program for any number of sequences and tokens."""
     params, of_parts = arrays(parts)
     batch, tokens = export.symbolic_shape("b, s")
-    shapes = [jax.ShapeDtypeStruct((batch, tokens, *value.shape[2:]), value.dtype) for value in of_parts[0]]
+
+    def symbolic(value):
+        shape = (batch, tokens, *value.shape[2:]) if value.ndim > 1 else value.shape
+        return jax.ShapeDtypeStruct(shape, value.dtype)
+
+    shapes = jax.tree.map(symbolic, of_parts[0])
     program = export.export(jax.jit(f))(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params), *shapes
     )
@@ -174,6 +234,18 @@ def within(context, compiled=True):
     return run
 
 
+def traced(context):
+    """A mode that changes no program: what it refuses, it refuses while the layer is traced."""
+
+    def run(f, parts):
+        params, (part, *_) = arrays(parts)
+        with context():
+            jax.eval_shape(f, params, *part)
+        return []
+
+    return run
+
+
 MODES = {
     "eager": plain,
     "jit": jitted,
@@ -189,22 +261,35 @@ MODES = {
     "debug_nans": within(lambda: jax.debug_nans(True)),
     "debug_nans, eager": within(lambda: jax.debug_nans(True), compiled=False),
     "x64": within(lambda: jax.enable_x64(True)),
-    "strict promotion": within(lambda: jax.numpy_dtype_promotion("strict")),
-    "rank promotion": within(lambda: jax.numpy_rank_promotion("raise")),
+    "strict promotion": traced(lambda: jax.numpy_dtype_promotion("strict")),
+    "rank promotion": traced(lambda: jax.numpy_rank_promotion("raise")),
 }
 
 
-@pytest.mark.parametrize("method", ["blocked", "ragged_dot"])
-@pytest.mark.parametrize("family", families(), ids="-".join)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.fixture(autouse=True)
+def hurried():
+    """Each program runs once or twice, so it is compiled without costly optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize(
+    ("mode", "family", "method"), cells(), ids=lambda part: part if isinstance(part, str) else "-".join(part)
+)
 def test_cell(mode, family, method):
     parts = drawn(family, method)
     config = parts[0].config
 
     def cell():
-        check(parts, MODES[mode](functools.partial(layer_with_gradients, config), parts))
+        found = MODES[mode](functools.partial(layer_with_gradients, config), parts)
+        check(parts[: len(found)], found)
 
-    if mode == "index checks" and method == "blocked":
+    if mode == "symbolic export" and config.router.pad_to_capacity:
+        with pytest.raises(InputError, match="Set it to False to export the layer with symbolic sizes"):
+            cell()
+    elif mode == "index checks" and method == "blocked":
         with pytest.raises(checkify.JaxRuntimeError, match="out-of-bounds indexing"):  # docs/backends.md
             cell()
     elif mode == "shard_map" and config.activation in ("gelu", "geglu") and not erfc_has_types():
@@ -229,11 +314,11 @@ def erfc_has_types() -> bool:
 
 def test_forward_mode_by_two_transpositions(rng):
     """The routed block has a reverse-mode rule alone; the transpose of a transpose is the documented way around."""
-    (case, *_) = drawn(("sigmoid", "none", "swiglu"), "blocked")
-    params, ((x, mask, direction), *_) = arrays([case])
+    (case, *_) = drawn(Family("grouped", "sigmoid", "none", "swiglu"), "blocked")
+    params, ((x, optional, direction), *_) = arrays([case])
 
     def layer(x):
-        return latent_moe(params, x, case.config, token_mask=mask)[0]
+        return latent_moe(params, x, case.config, **optional)[0]
 
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(layer, (x,), (direction,))

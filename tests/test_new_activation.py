@@ -223,5 +223,5 @@ def test_fields_that_it_does_not_read_are_refused():
 
 def test_a_parameter_that_is_no_field_is_refused(monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, "leaky", Activation("leaky", lambda u, slope: u, parameters=("slope",)))
-    with pytest.raises(ConfigError, match=r"activation='leaky' reads slope, which is no field of LatentMoEConfig"):
+    with pytest.raises(ConfigError, match=r"activation='leaky' reads slope, which is not a field of LatentMoEConfig"):
         config_of("leaky")

@@ -111,7 +111,7 @@ def test_total_loss_is_one_number_for_every_config(rng):
         stacked = jax.lax.map(lambda x, p=params, c=config: latent_moe(p, x, c)[1], x[None].repeat(3, 0))
         assert total_loss(stacked).shape == ()
         assert float(total_loss(stacked)) == pytest.approx(3 * expected, rel=1e-6)
-    with pytest.raises(InputError, match="holds no LatentMoEAux"):
+    with pytest.raises(InputError, match="must hold LatentMoEAux values"):
         total_loss(aux.losses)
 
 

@@ -140,6 +140,8 @@ class Config:
     """Seed of the parameters, the order of the data, dropout and the sample."""
     switch_loss_coef: float = 0.01
     """Coefficient of the Switch load-balancing loss. It acts beside the correction bias."""
+    sequence_loss_coef: float = 0.0
+    """Coefficient of the same loss within each window; with --documents, within each document."""
     bias_update_rate: float = 1e-2
     """Step size of the correction bias, which balances the experts. dense has no correction bias."""
     log_every: int = 20
@@ -187,7 +189,7 @@ class Config:
         ranges.check_mesh(self.mesh)
         ranges.check_processes(self.coordinator, self.processes, self.process)
         routed, latent = self.mlp != "dense", self.mlp == "latent_moe"
-        ranges.check_unused(self, "", ("switch_loss_coef",), routed, "--mlp moe or latent_moe")
+        ranges.check_unused(self, "", ("switch_loss_coef", "sequence_loss_coef"), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("routed_scaling_factor",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("latent_norm",), latent, "--mlp latent_moe")
         if self.spike_factor and not self.spike_factor > 1:

@@ -82,7 +82,8 @@ class Block(nn.Module):
             mlp = LatentMoE(self.moe, name="mlp")
         attention = SelfAttention(heads, dtype, output_init, self.attention, name="attention")
         x += drop(attention(RMSNorm(name="attention_norm")(x), table, documents))
-        return x + drop(mlp(RMSNorm(name="mlp_norm")(x))), None
+        packed = {} if self.moe is None else {"segment_ids": documents}
+        return x + drop(mlp(RMSNorm(name="mlp_norm")(x), **packed)), None
 
 
 class Embedding(nn.Module):

@@ -70,7 +70,7 @@ RUN = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "sample_bytes"), COUNT),
     "accumulate": COUNT,
     "seed": Range(0, 2**32 - 1),
-    **dict.fromkeys(("switch_loss_coef", "bias_update_rate", "spike_factor"), NOT_NEGATIVE),
+    **dict.fromkeys(("switch_loss_coef", "sequence_loss_coef", "bias_update_rate", "spike_factor"), NOT_NEGATIVE),
     "processes": COUNT,
     "process": COUNT_OR_NONE,
 }

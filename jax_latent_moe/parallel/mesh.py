@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
 from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
-from jax_latent_moe.parallel.shards import ONE_DEVICE, Shards
 from jax_latent_moe.params import Params, param_axes, renamed
+from jax_latent_moe.shards import ONE_DEVICE, Shards
 
 Body = Callable[..., tuple[Any, Any]]
 
@@ -47,8 +47,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """The number of devices along the data, fsdp, expert and tensor axes. It is 1 for an axis that the mesh lacks."""
-    return {axis: mesh.shape.get(axis, 1) for axis in parallel.axes}
+    """Devices along the data, fsdp, expert, tensor and sequence axes. It is 1 for an axis that the mesh lacks."""
+    return {axis: mesh.shape.get(axis, 1) for axis in (*parallel.axes, parallel.sequence_axis)}
 
 
 def logical_axis_rules(
@@ -117,20 +117,23 @@ def param_specs(
     return specs
 
 
-def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How the first axis of x is split: over the data, fsdp and expert axes, in this order."""
-    axes = _token_axes(parallel, mesh)
-    return PartitionSpec(axes) if axes else PartitionSpec()
+def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh, ndim: int = 3) -> PartitionSpec:
+    """How x is split: its first axis over data, fsdp and expert, in this order, and its sequences over sequence.
+
+    Args:
+        parallel: names the axes.
+        mesh: axes that it lacks, or has with size 1, split nothing.
+        ndim: axes of x. With 2, x is one sequence, which all of these axes split.
+    """
+    split = _token_axes(parallel, mesh, ndim)
+    spec = [split.get(axis) for axis in range(max(split, default=-1) + 1)]
+    return PartitionSpec(*spec)
 
 
 def in_auto_mode(
-    run: Callable[..., tuple[Any, Any]],
-    params: Params,
-    x: Float[Array, "*batch d"],
-    token_mask: Bool[Array, "*batch"] | None,
-    expert_ids: Int[Array, "*batch k"] | None,
+    run: Callable[..., tuple[Any, Any]], params: Params, x: Float[Array, "*batch d"], by_token: Any, whole: Any
 ) -> tuple[Any, Any]:
-    """Calls run(params, x, token_mask, expert_ids) with mesh axes of type Explicit left to XLA.
+    """Calls run(params, x, by_token, whole) with mesh axes of type Explicit left to XLA.
 
     The first results of run are split as the tokens are and have the sharding of x. The others are replicated. Explicit
     axes would need a rule for how sorts, ragged products and kernels split their operands, and there is none.
@@ -138,23 +141,18 @@ def in_auto_mode(
     mesh = jax.typeof(x).sharding.mesh
     explicit = tuple(mesh.explicit_axes)
     if not explicit:
-        return run(params, x, token_mask, expert_ids)
+        return run(params, x, by_token, whole)
     spec = jax.typeof(x).sharding.spec
-    by_token = PartitionSpec(*spec[:-1], None)
-    shardings = (PartitionSpec(*spec), by_token, by_token), PartitionSpec()
+    ids = PartitionSpec(*spec[:-1], None)
+    shardings = (PartitionSpec(*spec), ids, ids), PartitionSpec()
     in_auto: Callable = jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)
-    return in_auto(params, x, token_mask, expert_ids)
+    return in_auto(params, x, by_token, whole)
 
 
 def over_mesh(
-    body: Body,
-    config: LatentMoEConfig,
-    params: Params,
-    x: Float[Array, "*batch d"],
-    token_mask: Bool[Array, "*batch"] | None,
-    expert_ids: Int[Array, "*batch k"] | None,
+    body: Body, config: LatentMoEConfig, params: Params, x: Float[Array, "*batch d"], by_token: Any, whole: Any
 ) -> tuple[Any, Any]:
-    """Runs body(shards, params, x, token_mask, expert_ids) on each device's part of the arguments.
+    """Runs body(shards, params, x, by_token, whole) on each device's part of the arguments.
 
     The mesh is that of `jax.set_mesh`. Without a mesh, or on one device, this is one plain call of the body. If the
     devices do not divide the first axis of x, few tokens are replicated and many are padded.
@@ -163,9 +161,10 @@ def over_mesh(
         body: returns arrays that are split as the tokens are, and arrays that are the same on all devices.
         config: the layer, with `parallel` set.
         params: as `init_params` makes them. The body gets its own experts and inner widths, and all other axes whole.
-        x: [..., d], of which the first axis is split.
-        token_mask: [...].
-        expert_ids: [..., k].
+        x: [..., d], split as `token_spec` says.
+        by_token: a NamedTuple of arrays whose leading axes are those of x, or None. Its `token_mask` is False for
+            padding.
+        whole: arrays that every device gets whole.
 
     Raises:
         ConfigError: an axis of the mesh does not divide what it splits, or is of type Manual.
@@ -174,50 +173,63 @@ def over_mesh(
     assert parallel is not None
     sizes = axis_sizes(parallel, mesh)
     if math.prod(sizes.values()) == 1:
-        return body(ONE_DEVICE, params, x, token_mask, expert_ids)
+        return body(ONE_DEVICE, params, x, by_token, whole)
     _check_axis_types(mesh, sizes)
-    splits = math.prod(sizes[axis] for axis in _token_axes(parallel, mesh))
-    replicated = x.ndim < 2 or (x.shape[0] % splits != 0 and math.prod(x.shape[:-1]) <= REPLICATED_TOKENS)
-    rows = x.shape[:1]
-    if not replicated and x.shape[0] % splits:
-        if token_mask is None:
-            token_mask = jnp.ones(x.shape[:-1], bool)
-        x, token_mask, expert_ids = (_padded(values, -rows[0] % splits) for values in (x, token_mask, expert_ids))
+    leading = x.shape[:-1]
+    split = _token_axes(parallel, mesh, x.ndim)
+    missing = [-size % math.prod(sizes[name] for name in split.get(axis, ())) for axis, size in enumerate(leading)]
+    if not leading or (any(missing) and math.prod(leading) <= REPLICATED_TOKENS):
+        split = {}
+    elif any(missing):
+        x, by_token = _pad_tokens(missing, x, by_token)
+    last = x.ndim - 2
     shards = Shards(
-        token_axes=() if replicated else _token_axes(parallel, mesh),
-        sequences_split=x.ndim == 2,
+        batch_axes=split.get(0, ()) if last else (),
+        sequence_axes=split.get(last, ()),
+        sequence_length=x.shape[last] // math.prod(sizes[name] for name in split.get(last, ())) if leading else 1,
         expert_axis=parallel.expert_axis if sizes[parallel.expert_axis] > 1 else None,
         tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
     )
     specs = param_specs(config, mesh, params)
 
-    def local(params, x, token_mask, expert_ids):
-        return body(shards, _gather(params, specs, parallel), x, token_mask, expert_ids)
+    def local(params, x, by_token, whole):
+        return body(shards, _gather(params, specs, parallel), x, by_token, whole)
 
-    whole = PartitionSpec()
-    split = whole if replicated else token_spec(parallel, mesh)
+    everywhere = PartitionSpec()
+    tokens = token_spec(parallel, mesh, x.ndim) if split else everywhere
     mapped = jax.shard_map(
         local,
-        in_specs=(specs, split, split, split),
-        out_specs=(split, whole),
-        axis_names={axis for axis in parallel.axes if axis in mesh.shape},
+        in_specs=(specs, tokens, tokens, everywhere),
+        out_specs=(tokens, everywhere),
+        axis_names={axis for axis in sizes if axis in mesh.shape},
         # Kernels do not say over which axes their outputs vary. The sums in Shards do not need the check.
         check_vma=False,
     )
-    by_token, totals = mapped(params, x, token_mask, expert_ids)
-    if x.shape[:1] != rows:
-        by_token = jax.tree.map(lambda value: value[: rows[0]], by_token)
-    return by_token, totals
+    outputs, totals = mapped(params, x, by_token, whole)
+    if x.shape[:-1] != leading:
+        own = tuple(slice(size) for size in leading)
+        outputs = jax.tree.map(lambda value: value[own], outputs)
+    return outputs, totals
 
 
-def _padded(values, count) -> Any:
-    """The array with `count` rows of zeros after the others."""
-    return None if values is None else jnp.pad(values, [(0, count)] + [(0, 0)] * (values.ndim - 1))
+def _pad_tokens(missing, x, by_token):
+    """The arguments with `missing` masked tokens behind the others along each axis."""
+    if by_token.token_mask is None:
+        by_token = by_token._replace(token_mask=jnp.ones(x.shape[:-1], bool))
+
+    def pad(values):
+        return jnp.pad(values, [(0, count) for count in missing] + [(0, 0)] * (values.ndim - len(missing)))
+
+    return jax.tree.map(pad, (x, by_token))
 
 
-def _token_axes(parallel, mesh) -> tuple[str, ...]:
+def _token_axes(parallel, mesh, ndim) -> dict[int, tuple[str, ...]]:
+    """The mesh axes that split each axis of x, of those that have more than one device."""
     sizes = axis_sizes(parallel, mesh)
-    return tuple(axis for axis in (parallel.data_axis, parallel.fsdp_axis, parallel.expert_axis) if sizes[axis] > 1)
+    batch = tuple(axis for axis in (parallel.data_axis, parallel.fsdp_axis, parallel.expert_axis) if sizes[axis] > 1)
+    sequence = (parallel.sequence_axis,) if sizes[parallel.sequence_axis] > 1 else ()
+    split = {0: batch + sequence} if ndim == 2 else {0: batch, ndim - 2: sequence}
+    return {axis: names for axis, names in split.items() if names}
 
 
 def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:

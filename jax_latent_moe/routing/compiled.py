@@ -1,4 +1,4 @@
-"""Where the compiled kernels beside the products run: the choice of experts and the sort by expert."""
+"""Whether the compiled kernels of the router run: the choice of experts and the sort by expert."""
 
 from jax_latent_moe import native
 from jax_latent_moe.config import CutlassBackend, as_backend
@@ -6,7 +6,7 @@ from jax_latent_moe.device import current_device
 
 
 def compiled_runs(backend) -> bool:
-    """Whether experts of that backend ("auto" or `CutlassBackend`) have them on the default device."""
+    """Whether they run on the default device. The backend must be "auto" or a `CutlassBackend`."""
     if backend != "auto" and not isinstance(as_backend(backend), CutlassBackend):
         return False
     return current_device().architecture == "sm90" and not native.library().missing

@@ -1,7 +1,7 @@
-"""Choices sorted by expert, and counted: by XLA, or on a Hopper GPU by a compiled counting sort.
+"""Assignments sorted by expert, and counted: by XLA, or on a Hopper GPU by a compiled counting sort.
 
-XLA sorts by radix in a dozen launches, and scatters to count and to turn the order around: 0.09 ms of kernels
-where a layer of 8192 tokens takes 11.
+XLA's radix sort takes a dozen launches, and XLA scatters to count and to invert the order. That takes 0.09 ms of the 11
+ms of a layer of 8192 tokens.
 """
 
 from typing import NamedTuple
@@ -15,18 +15,18 @@ from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.compiled import compiled_runs
 
 MOST_EXPERTS = 2048
-"""Experts in the compiled kernel (custom_calls/src/routing/expert_sort.h)."""
+"""The most experts that the compiled kernel takes (custom_calls/src/routing/expert_sort.h)."""
 CHUNK = 512
-"""Choices that one of its warps takes."""
+"""Assignments per warp of the compiled kernel."""
 
 
 class Sorted(NamedTuple):
-    """Choices in the order of their experts, in their own order within one; choices of no expert behind all.
+    """Assignments sorted by expert. The sort is stable, and assignments to no expert come last.
 
     Attributes:
-        sizes: [E] int32, choices of each expert.
-        assignment_of_row: [R] int32, the choice that stands in each row.
-        row_of_assignment: [R] int32, the row of each choice.
+        sizes: [E] int32, assignments of each expert.
+        assignment_of_row: [R] int32, the assignment in each row.
+        row_of_assignment: [R] int32, the row of each assignment.
     """
 
     sizes: Int[Array, " e"]
@@ -35,12 +35,12 @@ class Sorted(NamedTuple):
 
 
 def sort_by_expert(expert_ids: Int[Array, "..."], num_experts: int, backend: str | BackendConfig = "auto") -> Sorted:
-    """Sorts choices by expert.
+    """Sorts assignments by expert.
 
     Args:
         expert_ids: any shape, read in order; an id outside [0, num_experts) is no expert.
         num_experts: E.
-        backend: of the experts. "auto" and `CutlassBackend` take the compiled kernel where it runs.
+        backend: the experts' backend. "auto" and `CutlassBackend` use the compiled kernel if it runs here.
     """
     ids = int32_ids(expert_ids).reshape(-1)
     if compiled_runs(backend) and num_experts <= MOST_EXPERTS:
@@ -53,7 +53,7 @@ def sort_by_expert(expert_ids: Int[Array, "..."], num_experts: int, backend: str
 
 
 def compiled_sort_by_expert(ids: Int[Array, " r"], num_experts: int) -> Sorted:
-    """The same of [R] int32, at most `MOST_EXPERTS` experts, by the compiled kernel."""
+    """`sort_by_expert` by the compiled kernel, for ids [R] int32 and at most `MOST_EXPERTS` experts."""
     counts = (-(-ids.size // CHUNK), num_experts + 1)
     outs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((num_experts,), ids.shape, ids.shape, counts)]
     return Sorted(*native.call("sort_by_expert", [ids], outs)[:3])
@@ -62,9 +62,9 @@ def compiled_sort_by_expert(ids: Int[Array, " r"], num_experts: int) -> Sorted:
 def count_experts(
     expert_ids: Int[Array, "..."], num_experts: int, backend: str | BackendConfig = "auto"
 ) -> Int[Array, " e"]:
-    """How many choices fell on each expert, [E] int32; an id outside [0, num_experts) counts nowhere.
+    """The number of assignments to each expert, [E] int32; an id outside [0, num_experts) is no expert.
 
-    Where the compiled kernel runs it is asked for: XLA merges it with the sort of the same choices.
+    The compiled kernel sorts as well. XLA merges its call with that of the sort of the same assignments.
     """
     ids = int32_ids(expert_ids).reshape(-1)
     if compiled_runs(backend) and num_experts <= MOST_EXPERTS:
@@ -73,9 +73,9 @@ def count_experts(
 
 
 def int32_ids(ids: Int[Array, "*any"]) -> Int32[Array, "*any"]:
-    """Ids of any integer type as int32, before they are compared with numbers that the type may not hold.
+    """Ids of any integer type as int32. A narrow type cannot hold every number that ids are compared with.
 
-    What int32 cannot hold becomes its largest or smallest number, which is no expert.
+    An id that int32 cannot hold becomes the largest or smallest int32, which is no expert.
     """
     ids = jnp.asarray(ids)
     if ids.dtype.itemsize >= 4 and ids.dtype != jnp.int32:
@@ -85,11 +85,11 @@ def int32_ids(ids: Int[Array, "*any"]) -> Int32[Array, "*any"]:
 
 
 def no_expert_last(ids: Int[Array, " r"], num_experts: int) -> Int[Array, " r"]:
-    """The ids as int32, num_experts where they are no expert."""
+    """The ids as int32, with num_experts for ids that are no expert."""
     ids = int32_ids(ids)
     return jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
 
 def _count(expert, num_experts):
-    # A place for no expert: an index out of bounds, though dropped, would alarm checkify.
+    # The last count is for ids that are no expert: checkify reports an index out of bounds, even one that is dropped.
     return jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)[:num_experts]

@@ -1,4 +1,4 @@
-"""From tokens to rows sorted by expert and back: the plan, the gather, the weighted combine, the capacity."""
+"""Tokens to rows sorted by expert, and back: the plan, the gather, the weighted combine, the capacity."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,18 @@ from jax_latent_moe.grouped_matmul.operands import GatheredRows
 from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last, sort_by_expert
 
 ROW_MULTIPLE = 8
-"""Rows that kernels read without padding come in multiples of this."""
+"""Kernels read a multiple of this number of rows without padding."""
 
 
 class DispatchPlan(NamedTuple):
-    """Where each assignment (token t, its j-th expert) stands among the rows sorted by expert.
+    """The row of each assignment (token t, its j-th expert), with rows sorted by expert.
 
     Attributes:
-        group_sizes: [E] int32, rows of each expert. Assignments to no expert stand after all of them.
+        group_sizes: [E] int32, rows of each expert. The rows of assignments to no expert follow the experts' rows.
         assignment_of_row: [R] int32, the assignment t * k + j that each row holds.
         row_of_assignment: [T, k] int32, the row of each assignment.
-        padding: [R], rows that only fill an expert up to a multiple; each repeats another row of its expert. None where
-            there are no such rows.
+        padding: [R], True for padding rows, which fill an expert up to a multiple or to its capacity. A padding row
+            repeats another row. None if there are no padding rows.
     """
 
     group_sizes: Int[Array, " e"]
@@ -36,7 +36,7 @@ class DispatchPlan(NamedTuple):
         return self.assignment_of_row // max(self.row_of_assignment.shape[1], 1)
 
     def weights_of_rows(self, weights: Float[Array, "t k"]) -> Float[Array, " r"]:
-        """[R], the weight of each row's assignment, 0 for padding."""
+        """[R], the weight of each row's assignment, 0 for padding rows."""
         row_weights = weights.reshape(-1)[self.assignment_of_row]
         return row_weights if self.padding is None else jnp.where(self.padding, 0, row_weights)
 
@@ -49,10 +49,9 @@ def make_dispatch_plan(
     Args:
         expert_ids: [T, k]; an id outside [0, num_experts) is no expert.
         num_experts: E.
-        backend: of the experts; it may hold a kernel for the sort, whose result is the same.
-        row_multiple: multiple at which each expert's rows begin, for formats whose blocks run along rows
-            (`Format.row_multiple`). R is T * k, and up to row_multiple - 1 rows more for each expert that can have
-            rows.
+        backend: the experts' backend. If it has a kernel for the sort, that kernel runs; the result is the same.
+        row_multiple: each expert's rows begin at a multiple of this number, for formats whose blocks run along rows
+            (`Format.row_multiple`). R is T * k, plus row_multiple - 1 for each expert that can have rows.
     """
     sizes, assignment_of_row, row_of_assignment = sort_by_expert(expert_ids, num_experts, backend)
     plan = DispatchPlan(sizes, assignment_of_row, row_of_assignment.reshape(expert_ids.shape))
@@ -60,14 +59,14 @@ def make_dispatch_plan(
 
 
 def _padded(plan: DispatchPlan, multiple: int) -> DispatchPlan:
-    """The plan with the rows of each expert filled up to a multiple."""
+    """The plan with padding rows that fill each expert up to a multiple."""
     sizes, (num_assignments,) = plan.group_sizes, plan.assignment_of_row.shape
     experts = sizes.shape[0]
     num_rows = num_assignments + min(experts, num_assignments) * (multiple - 1)
     padded = -(-sizes // multiple) * multiple
     ends, padded_ends = jnp.cumsum(sizes), jnp.cumsum(padded)
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    # Assignments to no expert, and what is left of the rows, form one more group.
+    # Assignments to no expert and the remaining rows form one more group.
     group = jnp.searchsorted(padded_ends, row, side="right").astype(jnp.int32)
     starts, padded_starts = (jnp.append(jnp.zeros(1, jnp.int32), part) for part in (ends, padded_ends))
     counts = jnp.append(sizes, num_assignments - ends[-1])
@@ -84,35 +83,61 @@ def _padded(plan: DispatchPlan, multiple: int) -> DispatchPlan:
 
 
 def first_rows(plan: DispatchPlan, num_rows: int) -> DispatchPlan:
-    """The plan cut to num_rows rows, which hold all rows of experts, and at least one padding row.
+    """The plan cut to num_rows rows, which hold all rows of experts, plus at least one row without an expert.
 
     An assignment to no expert reads the last row, which grouped matmuls leave zero.
     """
     sizes, assignment_of_row, row_of_assignment, padding = plan
-    num_rows += assignment_of_row.size - row_of_assignment.size  # those that fill experts up to a multiple
+    num_rows += assignment_of_row.size - row_of_assignment.size  # the padding rows
     num_rows += ROW_MULTIPLE - num_rows % ROW_MULTIPLE
     kept = assignment_of_row[:num_rows]
     padding = None if padding is None else padding[:num_rows]
     return DispatchPlan(sizes, kept, jnp.minimum(row_of_assignment, kept.size - 1), padding)
 
 
+def filled_to_capacity(plan: DispatchPlan, capacity: int, spare: int) -> DispatchPlan:
+    """The plan with exactly `capacity` rows for each expert (Megatron's moe_pad_expert_input_to_capacity).
+
+    R is E * capacity + `ROW_MULTIPLE`. An assignment to no expert reads one of the last rows, which grouped matmuls
+    leave zero.
+
+    Args:
+        plan: no expert has more than `capacity` rows.
+        capacity: rows per expert.
+        spare: the assignment that padding rows hold. Its token must be zero: a padding row of an expert without tokens
+            would otherwise carry a NaN of its token to that expert's gradient.
+    """
+    sizes, assignment_of_row, row_of_assignment, padding = plan
+    assert padding is None
+    experts, (num_assignments,) = sizes.shape[0], assignment_of_row.shape
+    starts = jnp.cumulative_sum(sizes, include_initial=True, dtype=jnp.int32)
+    place = jnp.arange(capacity, dtype=jnp.int32)[None]
+    source = jnp.minimum(starts[:-1, None] + place, num_assignments - 1)
+    filled = jnp.where(place < sizes[:, None], _take(assignment_of_row, source), spare).reshape(-1)
+    rest = jnp.full(ROW_MULTIPLE, spare, jnp.int32)
+    owner = jnp.searchsorted(starts[1:], row_of_assignment, side="right").astype(jnp.int32)
+    new_row = jnp.where(owner < experts, row_of_assignment - _take(starts, owner) + owner * capacity, filled.size)
+    rows = jnp.concatenate([filled, rest])
+    return DispatchPlan(jnp.full_like(sizes, capacity), rows, new_row.astype(jnp.int32), rows == spare)
+
+
 def rows_of(
     tokens: Float[Array, "t l"], plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
 ) -> GatheredRows:
-    """The rows that the plan sorts, not gathered yet, each times the weight of its assignment: [T, l] -> [R, l]."""
+    """The sorted rows, each times the weight of its assignment: [T, l] -> [R, l]. They are not gathered yet."""
     return GatheredRows(tokens, plan.token_of_row, None if weights is None else plan.weights_of_rows(weights))
 
 
 def combine(
     rows: Float[Array, "r l"], plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
 ) -> Float[Array, "t l"]:
-    """Weighted sum of each token's rows, in a fixed order: [R, l] -> [T, l]; without weights, the plain sum.
+    """The weighted sum of each token's rows, in a fixed order: [R, l] -> [T, l]. Without weights, the plain sum.
 
-    The sum runs in the wider of float32 and the rows' type and is returned in it.
+    The sum is computed and returned in the wider of float32 and the rows' dtype.
     """
     wide = at_least_float32(rows.dtype)
     total = jnp.zeros((plan.row_of_assignment.shape[0], rows.shape[1]), wide)
-    # One gather a choice fuses into the sum; one gather of all would write T * k rows first.
+    # A gather per choice fuses into the sum. One gather of all choices would first write T * k rows.
     for choice in range(plan.row_of_assignment.shape[1]):
         part = _take(rows, plan.row_of_assignment[:, choice]).astype(wide)
         total += part if weights is None else weights[:, choice, None].astype(wide) * part
@@ -126,14 +151,15 @@ def within_capacity(
     capacity: int | Int[Array, ""],
     policy: str,
 ) -> Bool[Array, "t k"]:
-    """Which choices an expert of limited capacity keeps (Megatron's token dropping).
+    """The assignments that experts of limited capacity keep (Megatron's token dropping).
 
     Args:
         expert_ids: [T, k]; an id outside [0, num_experts) is no expert and is not kept.
         weights: [T, k], read by policy "probs".
         num_experts: E.
-        capacity: choices that one expert keeps.
-        policy: "probs" keeps the largest weights, the earlier token first among equals; "position" the first tokens.
+        capacity: assignments that one expert keeps.
+        policy: "probs" keeps the largest weights, and the earlier token of equal ones. "position" keeps the first
+            tokens.
     """
     expert = no_expert_last(expert_ids.reshape(-1), num_experts)
     keys = (expert,) if policy == "position" else (-lax.stop_gradient(weights).reshape(-1), expert)

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import RouterConfig
 from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last
-from jax_latent_moe.routing.router import CHOICE, NO_EXPERT, Routing, at_ids, log_scores, scores_of, selection
+from jax_latent_moe.routing.router import CHOICE, NO_EXPERT, Routing, at_ids, selection
+from jax_latent_moe.routing.scores import log_scores, scores
 from jax_latent_moe.routing.top_k import top_k_ids
 
 
@@ -70,7 +71,7 @@ def _weights_beside(logits, ids, chosen, more, config) -> Float[Array, "t m"]:
         probabilities = jax.nn.softmax(logits, axis=1)
         own, others = at_ids(probabilities, ids), at_ids(probabilities, more)
     else:
-        own, others = (scores_of(part, config.score_function) for part in (own, others))
+        own, others = (scores(part, config.score_function) for part in (own, others))
     if not config.norm_topk_prob:
         return others
     # An exact factor: the derivative of a quotient squares its divisor.

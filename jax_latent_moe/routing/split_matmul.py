@@ -1,8 +1,8 @@
-"""float32 products on matrix units that multiply bfloat16: the router's matmul on a GPU.
+"""The router's float32 matmul on a GPU, made of bfloat16 products for its matrix units.
 
-A float32 number is the sum of three bfloat16 numbers, and a product of two bfloat16 numbers is exact in float32, so a
-float32 matmul with one operand in bfloat16 is three bfloat16 matmuls (Henry, Tang, Heinecke, arXiv 1904.06376),
-where XLA runs a float32 one outside of the matrix units.
+A float32 number is the sum of three bfloat16 numbers, and the product of two bfloat16 numbers is exact in float32. So a
+float32 matmul with one bfloat16 operand is three bfloat16 matmuls (Henry, Tang, Heinecke, arXiv 1904.06376). XLA
+computes a float32 matmul without the matrix units.
 """
 
 import jax
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 def split_matmul(x: Float[Array, "t d"], kernel: Float[Array, "d e"]) -> Float[Array, "t e"]:
     """The product x @ kernel in float32, for x in bfloat16 and a kernel in float32 or bfloat16.
 
-    The product is as exact as a float32 matmul. The kernel's gradient reads that of the product to 16 bits; the
-    gradient of x, which is returned in bfloat16, is made of bfloat16 operands, as that of any matmul in bfloat16 is.
+    The product is as exact as a float32 matmul. The kernel's gradient reads the product's gradient to 16 bits. The
+    gradient of x reads it in bfloat16 and is bfloat16 itself, as in any bfloat16 matmul.
     """
     parts = _split(kernel, 3)
     return _sum_of_parts(_matmul(x, jnp.concatenate(parts, axis=1)), len(parts))
@@ -38,9 +38,9 @@ split_matmul.defvjp(_forward, _backward)
 def split_matmul_beside(
     x: Float[Array, "t d"], kernel: Float[Array, "d e"], other: Float[Array, "d l"]
 ) -> tuple[Float[Array, "t e"], Float[Array, "t l"]]:
-    """split_matmul(x, kernel) and x @ other, all but the kernel in bfloat16.
+    """split_matmul(x, kernel) and x @ other. All but the kernel are bfloat16.
 
-    The gradient of x is one matmul of both products' gradients beside each other: autodiff would add those of two.
+    The gradient of x is one matmul of the concatenated gradients of both products. Autodiff would add two matmuls.
     """
     return split_matmul(x, kernel), x @ other
 
@@ -51,7 +51,7 @@ def _forward_beside(x, kernel, other):
 
 def _backward_beside(residuals, gradients):
     x, kernel, other = residuals
-    # Each is there before they are joined, or XLA might compute it for each reader anew.
+    # Without the barrier, XLA may recompute each gradient for each of its readers.
     dlogits, dproduct = jax.lax.optimization_barrier(gradients)
     both = jnp.concatenate([dlogits.astype(x.dtype), dproduct], axis=1)
     dx = both @ jnp.concatenate([kernel.astype(x.dtype), other], axis=1).T
@@ -67,12 +67,12 @@ def _kernel_gradient(x, kernel, dlogits):
 
 
 def _split(values, count) -> list[Float[Array, "a b"]]:
-    """Bfloat16 arrays that add up to the values' 8 * count highest bits; one where the values are bfloat16."""
+    """Bfloat16 arrays whose sum is the 8 * count highest bits of the values. Bfloat16 values are one array."""
     if values.dtype == jnp.bfloat16:
         return [values]
     parts = []
     for _ in range(count):
-        # Written as a rounding to 8 bits, since the compiler may drop a cast to bfloat16 and back.
+        # A rounding to 8 bits. The compiler may drop a cast to bfloat16 and back.
         part = lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         values = values - part
@@ -84,7 +84,7 @@ def _matmul(a, b):
 
 
 def _sum_of_parts(product, count):
-    """The product with [d, count * e] parts beside each other, added from the smallest up."""
+    """The sum of the `count` parts of a product [d, count * e], from the smallest part up."""
     parts = jnp.split(product, count, axis=1)
     total = parts[-1]
     for part in parts[-2::-1]:

@@ -1,6 +1,6 @@
 """The k largest scores of each row: by XLA, or on a Hopper GPU by a compiled kernel.
 
-XLA sorts whole rows where k is above 16, which took longer than a projection of the layer.
+For k above 16, XLA sorts whole rows, which took longer than a projection of the layer.
 """
 
 import jax
@@ -13,16 +13,16 @@ from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.compiled import compiled_runs
 
 MOST_SCORES = 1024
-"""Scores of a row in the compiled kernel (custom_calls/src/routing/top_k.h)."""
+"""The most scores per row that the compiled kernel takes (custom_calls/src/routing/top_k.h)."""
 
 
 def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig = "auto") -> Int[Array, "t k"]:
-    """Columns of the k largest scores of each row, best first, of equal ones the lower first, as `jax.lax.top_k`.
+    """The columns of the k largest scores of each row, as `jax.lax.top_k` gives them: best first, ties by lower column.
 
     Args:
-        scores: [T, E]; no gradient flows.
+        scores: [T, E]. No gradient flows.
         k: at most E.
-        backend: of the experts. "auto" and `CutlassBackend` take the compiled kernel where it runs.
+        backend: the experts' backend. "auto" and `CutlassBackend` use the compiled kernel if it runs here.
 
     Returns:
         [T, k] int32.
@@ -32,6 +32,6 @@ def top_k_ids(scores: Float[Array, "t e"], k: int, backend: str | BackendConfig 
 
 
 def compiled_top_k_ids(scores: Float[Array, "t e"], k: int) -> Int[Array, "t k"]:
-    """The same of float32 scores, at most `MOST_SCORES` a row, by the compiled kernel."""
+    """`top_k_ids` by the compiled kernel, for float32 scores, at most `MOST_SCORES` per row."""
     out = jax.ShapeDtypeStruct((scores.shape[0], k), jnp.int32)
     return native.call("top_k", [scores], [out])[0]

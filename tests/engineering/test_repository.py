@@ -15,10 +15,10 @@ from tests.engineering.sandbox import ROOT
 PACKAGE = ROOT / "jax_latent_moe"
 # A module may import from the lines above its own, and from its own folder.
 ORDER = (
-    ("device", "dtypes", "errors", "native", "varying"),
+    ("device", "dtypes", "errors", "native", "shards", "varying"),
     ("activations", "checks", "formats"),
     ("low_rank",),
-    ("grouped_matmul",),
+    ("grouped_matmul", "router_config"),
     ("config", "lax"),
     ("expert_plan", "params", "presets", "routing"),
     ("cost", "experts", "lora", "quantization"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.oracle.activations import mlp, mlp_backward, sigmoid
 from tests.oracle.losses import losses
-from tests.oracle.router import choose, gap, weigh, weigh_backward
+from tests.oracle.router import choose, choose_balanced, gap, sinkhorn, weigh, weigh_backward
 
 
 class Result(NamedTuple):
@@ -27,6 +27,7 @@ class Result(NamedTuple):
     losses: dict
     margin: float
     tape: Any
+    global_counts: np.ndarray | None = None
 
 
 def rms_norm(row, scale, eps):
@@ -59,17 +60,21 @@ def keep_rows(config, ids, weights):
     return keep, margin
 
 
-def forward(params, x, config, token_mask=None, expert_ids=None) -> Result:
-    """The layer on x [..., d], float64 arrays in and out."""
+def forward(
+    params, x, config, token_mask=None, expert_ids=None, segment_ids=None, global_counts=None, jitter=None
+) -> Result:
+    """The layer on x [..., d], float64 arrays in and out; jitter is the factors of the router's input, like x."""
     k, experts, width = config.top_k, config.num_experts, config.latent_width
     leading = x.shape[:-1]
     flat = x.reshape(-1, config.hidden_size)
     tokens = len(flat)
     mask = np.ones(tokens, bool) if token_mask is None else np.asarray(token_mask).reshape(-1)
     flat = np.where(mask[:, None], flat, 0.0)
-    logits = flat @ params["router"]["kernel"]
+    factors = np.ones_like(flat) if jitter is None else jitter.reshape(flat.shape)
+    logits = (flat * factors) @ params["router"]["kernel"]
     if config.router.logit_bias:
         logits = logits + params["router"]["logit_bias"]
+    balanced, ended = sinkhorn(logits, mask) if config.router.selection == "sinkhorn" else (None, True)
     bias = params["router"]["bias"] if config.router.correction_bias else np.zeros(experts)
     expert_scale = params["router"]["scale"] if config.router.per_expert_scale else np.ones(experts)
 
@@ -80,7 +85,10 @@ def forward(params, x, config, token_mask=None, expert_ids=None) -> Result:
             continue
         replayed = None if expert_ids is None else np.asarray(expert_ids).reshape(-1, k)[t]
         if replayed is None or (-2 in replayed and config.router.selection != "given"):
-            ids[t], token_margin = choose(config, logits[t], bias)
+            if balanced is None:
+                ids[t], token_margin = choose(config, logits[t], bias)
+            else:
+                ids[t], token_margin = choose_balanced(config, balanced[t], ended)
             margin = min(margin, token_margin)
         else:
             ids[t] = replayed
@@ -97,9 +105,12 @@ def forward(params, x, config, token_mask=None, expert_ids=None) -> Result:
     sequence = leading[-1] if leading else 1
     batch = tokens // sequence if sequence else 0
     shape = (batch, sequence, experts)
-    values, loss_gradients, loss_margin = losses(config, logits.reshape(shape), mask.reshape(shape[:2]))
+    segment_ids = None if segment_ids is None else np.asarray(segment_ids).reshape(shape[:2])
+    values, loss_gradients, loss_margin, counts_so_far = losses(
+        config, logits.reshape(shape), mask.reshape(shape[:2]), segment_ids, global_counts
+    )
     loss_gradients = {name: gradient.reshape(tokens, experts) for name, gradient in loss_gradients.items()}
-    tape = (flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients)
+    tape = (flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients, factors)
     assert width == (config.latent_size or config.hidden_size)
     return Result(
         y.reshape(x.shape),
@@ -110,6 +121,7 @@ def forward(params, x, config, token_mask=None, expert_ids=None) -> Result:
         values,
         min(margin, drop_margin, loss_margin),
         tape,
+        counts_so_far,
     )
 
 
@@ -145,7 +157,7 @@ def token_forward(params, x, config, ids, weights, keep):
 
 def backward(params, config, result, dy, dlosses=1.0):
     """Gradients of sum(y * dy) + dlosses * sum(losses): returns those of params and of x."""
-    flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients = result.tape
+    flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients, factors = result.tape
     grads = {part: {name: np.zeros(p.shape) for name, p in leaves.items()} for part, leaves in params.items()}
     dflat = np.zeros_like(flat)
     dlogits = dlosses * sum(loss_gradients.values())
@@ -158,10 +170,10 @@ def backward(params, config, result, dy, dlosses=1.0):
             dlogits[t] += dlogit
             if config.router.per_expert_scale:
                 grads["router"]["scale"] += dscale
-    grads["router"]["kernel"] += flat.T @ dlogits
+    grads["router"]["kernel"] += (flat * factors).T @ dlogits
     if config.router.logit_bias:
         grads["router"]["logit_bias"] += dlogits.sum(axis=0)
-    dflat += dlogits @ params["router"]["kernel"].T
+    dflat += dlogits @ params["router"]["kernel"].T * factors
     return grads, np.where(mask[:, None], dflat, 0.0).reshape(dy.shape)
 
 

@@ -46,6 +46,38 @@ def gap(values, count):
     return np.inf if np.isneginf(left) else (last - left) / max(1.0, abs(last), abs(left))
 
 
+SINKHORN_TOLERANCE, SINKHORN_ITERATIONS = 1e-4, 1000
+"""Change of the experts' factors at which Megatron's iteration ends, and the documented bound that Megatron lacks."""
+
+
+def sinkhorn(logits, mask):
+    """Megatron's balanced scores of the unmasked tokens: exp(logits) times factors that even out rows and columns.
+
+    The scores are given by their logarithms, which have the same order and do not underflow.
+
+    Returns:
+        [T, E], and whether the iteration ended by itself.
+    """
+    cost = np.exp(logits - logits.max(axis=1, keepdims=True))[mask]  # the iteration takes out any factor per token
+    tokens, experts = cost.shape
+    by_expert, change, count = np.ones(experts), np.inf, 0
+    while change > SINKHORN_TOLERANCE and count < SINKHORN_ITERATIONS:
+        by_token = 1 / (max(tokens, 1) * (cost @ by_expert + 1e-8))
+        new = 1 / (experts * (by_token @ cost + 1e-8))
+        change, by_expert, count = np.abs(by_expert - new).mean(), new, count + 1
+    return logits + np.log(by_expert), count < SINKHORN_ITERATIONS
+
+
+def choose_balanced(config, balanced, ended):
+    """Expert ids of one token [k] out of its row of `sinkhorn`, and the margin.
+
+    Rounding may end the iteration a step earlier or later, and the last step moves the logarithms by about the
+    tolerance. The margin is divided so that it is below `cases.MARGIN` for differences within 10 times that.
+    """
+    margin = gap(balanced, config.top_k) / (10 * SINKHORN_TOLERANCE / 2e-5)
+    return np.array(best(balanced, config.top_k)), margin if ended else 0.0
+
+
 def choose(config, logits, bias):
     """Expert ids of one token [k], and how far the nearest other choice was."""
     router, k = config.router, config.top_k

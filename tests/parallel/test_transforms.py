@@ -134,6 +134,7 @@ def test_wrong_fields_are_refused(fields, message):
         ("fsdp_axis", "zero", "zero"),
         ("expert_axis", "experts", "experts"),
         ("tensor_axis", "model", "model"),
+        ("sequence_axis", "context", "context"),
         ("dispatch", "all_to_all", "expert"),
         ("capacity_factor", 0.5, "expert"),
     ],
