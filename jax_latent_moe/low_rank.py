@@ -21,9 +21,9 @@ class LowRank:
     """The weight base + scale * a b. It is a pytree; parts that are split off are None.
 
     Attributes:
-        base: [..., K, *N], frozen: an array or a `ScaledArray`.
+        base: [..., K, N] or [..., K, 2, N], frozen: an array or a `ScaledArray`.
         a: [..., K, r].
-        b: [..., r, *N], with the trailing axes of the dense weight.
+        b: [..., r, N] or [..., r, 2, N], as the dense weight.
         scale: alpha / r.
     """
 
@@ -67,7 +67,7 @@ def cast(weight: Any, dtype) -> Any:
 
 
 def map_leaf_axes(weight: Any, axes: Sequence[Any], make: Callable[..., Any], *, stacked: bool) -> Any:
-    """`make(*axes of the leaf)` for each array of a weight, whether it has codes, an adapter, both or neither.
+    """The results of make for each array of a weight, whether it has codes, an adapter, both or neither.
 
     Args:
         weight: an array, a `ScaledArray` or a `LowRank` of either.

@@ -56,7 +56,7 @@ def routing_figure(routing: Routing) -> Figure:
         axes.set(title=f"layer {layer + 1}")
     panels[-1].set(xlabel="expert, sorted by the kind of text of which it reads most")
     figure.suptitle(strongest(routing))
-    figure.colorbar(colours, ax=panels, label=f"% of tokens (even: {even:.0f} %)")
+    figure.colorbar(colours, ax=panels, label=f"% of tokens (even: {even:.3g} %)")
     return figure
 
 

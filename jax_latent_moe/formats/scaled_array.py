@@ -98,7 +98,7 @@ def encode(values: Float[Array, "*e k n"], name: str, *, parts: int = 1) -> Scal
 
 
 def map_axes(array: ScaledArray, axes: Sequence[Any], make: Callable[..., Any]) -> ScaledArray:
-    """A `ScaledArray` of make(*axes of the leaf) for axes of a weight, such as the mesh axis that splits each.
+    """The results of make for each leaf of a `ScaledArray`, given the axes of its weight, such as mesh axes.
 
     Args:
         array: gives the shapes.
