@@ -58,8 +58,10 @@ def check(config, logits, mask, segment_ids=None, global_counts=None):
         np.testing.assert_array_equal(counts, wanted_counts)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "uint32"])
-@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
+DTYPES = ("uint8", "int8", "int32", "uint32")
+
+
+@pytest.mark.parametrize(("function", "dtype"), list(zip(SCORE_FUNCTIONS, DTYPES, strict=True)))
 def test_documents_in_any_order_of_any_integer_type(rng, function, dtype):
     """Ids need not be sorted, contiguous or small; some documents are wholly masked."""
     limits = np.iinfo(dtype)
