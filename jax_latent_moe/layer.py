@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jax_latent_moe import cost
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import row_multiple_of
+from jax_latent_moe.inputs import check_inputs, check_whole, typed_key
+from jax_latent_moe.limits import keep_rounded, keep_within_capacity, padded_experts, rows_to_compute
 from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
 from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
@@ -26,13 +26,12 @@ from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered, refused_if_differentiated
 from jax_latent_moe.routing.losses import auxiliary_losses
-from jax_latent_moe.routing.permute import filled_to_capacity, first_rows, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.permute import make_dispatch_plan
 from jax_latent_moe.routing.quantile import target_bias
-from jax_latent_moe.routing.rounding import round_to_tile, with_next_choices
+from jax_latent_moe.routing.rounding import with_next_choices
 from jax_latent_moe.routing.router import (
     CHOICE,
     NO_EXPERT,
-    ROUTER_DECIDES,
     choice_scores,
     route,
     router_logits,
@@ -133,9 +132,9 @@ def latent_moe(
     x = as_array("x", x)
     by_token = _ByToken(*map(as_array, _ByToken._fields[:3], (token_mask, expert_ids, segment_ids)))
     counts = as_array("global_counts", global_counts)
-    _check_inputs(x, config, by_token)
-    _check_whole(config, counts, key)
-    key = None if key is None else _typed(key)
+    check_inputs(x, config, by_token)
+    check_whole(config, counts, key)
+    key = None if key is None else typed_key(key)
     x, by_token, counts = jax.tree.map(jnp.asarray, (x, by_token, counts))
     if key is not None:
         by_token = by_token._replace(numbers=jnp.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-1]))
@@ -251,13 +250,13 @@ def _route_through_experts(params, latent, routing, config, shards):
     capacity = None
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
-        kept, capacity = _within_capacity(expert_ids, weights, config, shards)
+        kept, capacity = keep_within_capacity(expert_ids, weights, config, shards)
         kept = checkpoint_name(kept, CHOICE)
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.router.round_to_tile is not None:
-        kept = _rounded(expert_ids, weights, config, shards)
+        kept = keep_rounded(expert_ids, weights, config, shards)
         own = jnp.where(kept, NO_EXPERT, expert_ids)[:, : config.top_k]
         dropped = count_experts(own, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
@@ -283,10 +282,10 @@ def _route_through_experts(params, latent, routing, config, shards):
         return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases)
 
     if config.router.pad_to_capacity:
-        return _padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped
+        return padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
-        return experts(latent, weights, _rows_to_compute(plan, config)), dropped
+        return experts(latent, weights, rows_to_compute(plan, config)), dropped
     if not shards.token_axes:
         combined = own_experts_of_all(
             config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
@@ -298,49 +297,6 @@ def _route_through_experts(params, latent, routing, config, shards):
     if copies is not None:
         not_sent = jnp.zeros_like(dropped).at[np.asarray(copies)].add(not_sent)
     return combined, dropped + not_sent
-
-
-def _padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple):
-    """The experts' weighted sums with `capacity` rows for each expert. Padding rows hold one more token, which is 0."""
-    if not isinstance(capacity, int):
-        raise InputError(
-            f"x with {latent.shape[0]} tokens: router.pad_to_capacity needs a number of tokens that is known when the "
-            "layer is traced. Set it to False to export the layer with symbolic sizes."
-        )
-    one_more = ((0, 1), (0, 0))
-    latent, weights = jnp.pad(latent, one_more), jnp.pad(weights, one_more)
-    expert_ids = jnp.pad(expert_ids, one_more, constant_values=NO_EXPERT)
-    plan = make_dispatch_plan(expert_ids, config.num_experts, config.backend)
-    plan = filled_to_capacity(plan, -(-capacity // row_multiple) * row_multiple, expert_ids.size - 1)
-    return experts(latent, weights, plan)[:-1]
-
-
-def _within_capacity(expert_ids, weights, config, shards):
-    """The assignments of these tokens that the experts keep [T, k], and the capacity, which is over all tokens."""
-    expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
-    capacity = cost.share_of_rows(config.router.capacity_factor, expert_ids.size, config.num_experts)
-    if isinstance(capacity, int):
-        capacity = min(max(capacity, config.router.min_capacity), expert_ids.size)
-    else:  # a function of the symbolic sizes of jax.export
-        capacity = jnp.maximum(capacity, config.router.min_capacity)
-    kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
-    return shards.own_tokens(kept), capacity
-
-
-def _rounded(expert_ids, weights, config, shards):
-    """Which assignments of these tokens the experts compute, [T, c]: an expert's number is rounded over all tokens."""
-    expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
-    kept = round_to_tile(expert_ids, weights, config.top_k, config.num_experts, config.router.round_to_tile)
-    return checkpoint_name(shards.own_tokens(kept), CHOICE)
-
-
-def _rows_to_compute(plan, config):
-    """The plan without rows that rounding leaves unused: of twice the choices, most are not added."""
-    tile, (tokens, choices) = config.router.round_to_tile, plan.row_of_assignment.shape
-    if tile is None or not isinstance(tokens, int):
-        return plan
-    most = tokens * config.top_k + config.num_experts * (tile // 2)
-    return first_rows(plan, most) if most < tokens * choices else plan
 
 
 def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
@@ -362,60 +318,3 @@ def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> 
     wide = x.astype(at_least_float32(x.dtype))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (normed * scale.astype(wide.dtype)[None]).astype(x.dtype)
-
-
-def _check_inputs(x, config, by_token):
-    if x is None:
-        raise InputError("x=None must be an array.")
-    if x.ndim < 1 or x.shape[-1] != config.hidden_size:
-        raise InputError(f"x of shape {x.shape} must end in hidden_size={config.hidden_size}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise InputError(f"x of dtype {x.dtype} must be floating: cast or embed it first.")
-    mask, expert_ids, segment_ids, _ = by_token
-    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != bool):
-        raise InputError(
-            f"token_mask of shape {mask.shape} and dtype {mask.dtype} must be bool of shape {x.shape[:-1]}."
-        )
-    if segment_ids is not None:
-        _check_integers("segment_ids", segment_ids, x.shape[:-1])
-    if expert_ids is None:
-        if config.router.selection == "given":
-            raise InputError("expert_ids=None: router.selection='given' needs the ids of the experts of every token.")
-        return
-    _check_integers("expert_ids", expert_ids, (*x.shape[:-1], config.top_k))
-    if not isinstance(expert_ids, Tracer) and expert_ids.size:
-        values = np.asarray(expert_ids)  # inside a jit, jnp's functions would trace the array
-        low, high = values.min(), values.max()
-        least = NO_EXPERT if config.router.selection == "given" else ROUTER_DECIDES
-        if low < least or high >= config.num_experts:
-            raise InputError(
-                f"expert_ids between {low} and {high} must be in [0, num_experts={config.num_experts}), or "
-                f"{NO_EXPERT} for no expert, or {ROUTER_DECIDES} for a token that the router routes."
-            )
-
-
-def _check_integers(name, values, shape):
-    if values.shape != shape or not jnp.issubdtype(values.dtype, jnp.integer):
-        raise InputError(f"{name} of shape {values.shape} and dtype {values.dtype} must be integers of shape {shape}.")
-
-
-def _check_whole(config, global_counts, key):
-    """Refuses counts that do not fit, and what nothing would read."""
-    router = config.router
-    if global_counts is not None:
-        if not router.global_loss_coef:
-            raise InputError("global_counts has no effect without router.global_loss_coef: set that, or leave it out.")
-        _check_integers("global_counts", global_counts, (config.num_experts,))
-    if key is not None and not router.input_jitter:
-        raise InputError("key has no effect without router.input_jitter: set that, or leave the key out.")
-
-
-def _typed(key):
-    """The key as a typed JAX key; `jax.random.PRNGKey` makes an array of two numbers."""
-    if isinstance(key, jax.Array | np.ndarray):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-            return key
-        if key.dtype == jnp.uint32 and key.shape == (2,):
-            return jax.random.wrap_key_data(jnp.asarray(key))
-    what = f"shape {key.shape} and dtype {key.dtype}" if hasattr(key, "shape") else f"type {type(key).__name__}"
-    raise InputError(f"key of {what} must be a single key, as jax.random.key(seed) makes it.")

@@ -22,7 +22,7 @@ ORDER = (
     ("config", "lax"),
     ("expert_plan", "params", "presets", "routing"),
     ("cost", "experts", "lora", "quantization"),
-    ("hf", "parallel"),
+    ("hf", "inputs", "limits", "parallel"),
     ("layer", "plan"),
     ("training",),
     ("linen", "nnx"),
