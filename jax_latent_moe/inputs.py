@@ -31,11 +31,12 @@ def check_inputs(x, config, by_token):
     if not isinstance(expert_ids, Tracer) and expert_ids.size:
         values = np.asarray(expert_ids)  # inside a jit, jnp's functions would trace the array
         low, high = values.min(), values.max()
-        least = NO_EXPERT if config.router.selection == "given" else ROUTER_DECIDES
-        if low < least or high >= config.num_experts:
+        given = config.router.selection == "given"
+        if low < (NO_EXPERT if given else ROUTER_DECIDES) or high >= config.num_experts:
+            decides = "" if given else f", or {ROUTER_DECIDES} for a token that the router routes"
             raise InputError(
                 f"expert_ids between {low} and {high} must be in [0, num_experts={config.num_experts}), or "
-                f"{NO_EXPERT} for no expert, or {ROUTER_DECIDES} for a token that the router routes."
+                f"{NO_EXPERT} for no expert{decides}."
             )
 
 

@@ -62,6 +62,8 @@ def ragged_dot(
     out = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if not jnp.issubdtype(lhs.dtype, jnp.floating) or not jnp.issubdtype(out, jnp.floating):
         raise InputError(f"operands of dtype {lhs.dtype} and a result of dtype {out} must both be floating.")
+    if jax.dtypes.canonicalize_dtype(out) != out:
+        raise InputError(f"preferred_element_type={out} needs JAX's 64-bit types: set jax_enable_x64.")
     if out != lhs.dtype:
         wide = max(at_least_float32(lhs.dtype), at_least_float32(out), key=lambda dtype: dtype.itemsize)
         lhs, rhs = lhs.astype(wide), rhs.astype(wide)

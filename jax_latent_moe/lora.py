@@ -54,6 +54,10 @@ def adapt(
     params, shapes = check_params(params, config), param_shapes(config)
     present = [target for target in TARGETS if target.split("/")[0] in shapes]
     adapted: dict[str, dict[str, Any]] = {part: dict(leaves) for part, leaves in params.items()}
+    if isinstance(targets, str) or (targets is not None and not len(targets)):
+        raise InputError(
+            f"targets={targets!r} must be a sequence with at least one of {', '.join(map(repr, present))}."
+        )
     for target in present if targets is None else targets:
         if target not in present:
             raise InputError(f"targets name {target!r}, which is none of {', '.join(map(repr, present))}.")
@@ -70,7 +74,9 @@ def adapt(
 
 
 def merge(params: Params, config: LatentMoEConfig) -> Params:
-    """The tree with dense weights base + scale * a b, added in float32 and rounded to config.param_dtype.
+    """The tree with base + scale * a b for each adapter, added in float32 and rounded to config.param_dtype.
+
+    These weights are dense. Codes without an adapter stay codes: `dequantize` decodes them.
 
     Raises:
         InputError: params do not fit the config.

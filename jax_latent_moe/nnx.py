@@ -96,11 +96,14 @@ class LatentMoE(nnx.Module):
             token_mask: [...]. Tokens that are False reach no expert.
             expert_ids: [..., k], a routing to replay.
             segment_ids: [...], documents of packed sequences, for the sequence loss.
-            rngs: with router.input_jitter, the stream "jitter" gives its key.
+            rngs: with router.input_jitter, the stream "jitter" (or the default stream) gives its key.
 
         Returns:
             [..., d] in config.dtype.
         """
+        jitters = rngs is not None and self.config.router.input_jitter > 0
+        if jitters and "jitter" not in rngs and "default" not in rngs:
+            raise InputError("rngs have no stream 'jitter' for router.input_jitter: give nnx.Rngs(jitter=seed).")
         y, aux = latent_moe(
             to_params(self),
             x,
@@ -109,7 +112,7 @@ class LatentMoE(nnx.Module):
             expert_ids=expert_ids,
             segment_ids=segment_ids,
             global_counts=None if self.global_counts is None else self.global_counts[...],
-            key=rngs.jitter() if rngs is not None and self.config.router.input_jitter else None,
+            key=rngs.jitter() if jitters else None,
         )
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)

@@ -115,12 +115,16 @@ class RouterConfig:
             checks.keep(self, "router.", checks.non_negative, ("capacity_factor",))
         if self.round_to_tile is not None:
             checks.keep(self, "router.", checks.positive_int, ("round_to_tile",))
-            for name, value in (("capacity_factor", self.capacity_factor), ("selection", self.selection)):
-                if value not in (None, "score", "logit", "given"):
-                    raise ConfigError(
-                        f"router.round_to_tile={self.round_to_tile} and router.{name}={value!r} both say how many "
-                        "tokens an expert takes: set one of them to None, or choose by 'score' or 'logit'."
-                    )
+            both = f"router.round_to_tile={self.round_to_tile} and router."
+            if self.capacity_factor is not None:
+                raise ConfigError(
+                    f"{both}capacity_factor={self.capacity_factor} both limit an expert's tokens: set one to None."
+                )
+            if self.selection == "sinkhorn":
+                raise ConfigError(
+                    f"{both}selection='sinkhorn' both balance the experts: set round_to_tile to None, or choose by "
+                    "'score' or 'logit'."
+                )
         if self.topk_groups > self.num_groups:
             raise ConfigError(
                 f"router.topk_groups={self.topk_groups} is more than router.num_groups={self.num_groups}: "

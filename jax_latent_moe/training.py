@@ -122,7 +122,8 @@ def after_step(
         aux: the `LatentMoEAux` of the layer; for a model, a dict or list of them with the structure of `state`. Each
             may be replaced by its `tokens_per_expert`, or by a list or tuple over microbatches. Counts may have leading
             axes that the bias does not have, such as the axis of a scan over microbatches. They are summed. A layer
-            with router.bias_update="quantile" needs the whole `LatentMoEAux`; targets are averaged.
+            with router.bias_update="quantile" needs the whole `LatentMoEAux`, whose targets are averaged. Counts alone
+            do not say how the layer balances, and would move its bias by `rate` as "sign" does.
         rate: `RouterConfig.bias_update_rate`, or the value of a schedule. Give 0 for a skipped step.
         recentre: subtract each bias's mean, as in `update_correction_bias`.
         axis_name: axes of your own `shard_map` or `vmap` over which the tokens are split. The counts are summed over

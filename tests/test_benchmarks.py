@@ -258,7 +258,7 @@ def test_training_is_measured_and_stands_in_the_table(run, session, monkeypatch)
         if row["pass"] != "compile":  # over several devices the batch grows as they do
             np.testing.assert_allclose(row["tflops"] * row["ms"] * 1e9, by_hand)
     table = train_table.train_table(rows, rows[0]["device"])
-    assert table.count("`toy`") == 6
+    assert table.count("`toy`") == 4
     ms = {row["impl"]: row["ms"] for row in rows if row["pass"] == "text"}
     assert f"x {ms['latent_moe'] / ms['dense']:.2f} |" in table
     assert f"{8 * 32 / ms['dense']:,.0f} k" in table

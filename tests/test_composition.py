@@ -120,8 +120,8 @@ def test_a_pinned_choice_is_made_once(rng, config):
         text = str(jax.make_jaxpr(gradient(policy))(params, x))
         return text.count(" top_k["), text.count("num_keys=2")  # experts and losses; what capacity keeps
 
-    assert choices(pin_choice) == (3, 1)
-    assert choices(None) == (6, 2)
+    assert choices(pin_choice) == (2, 1)
+    assert choices(None) == (4, 2)
     for found, wanted in zip(*(jax.jit(gradient(policy))(params, x) for policy in (pin_choice, None)), strict=True):
         jax.tree.map(lambda a, b: assert_close(a, b, "float32"), found, wanted)
 

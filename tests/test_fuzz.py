@@ -126,7 +126,7 @@ def check(case, outputs, rng):
     terms = np.linalg.norm(np.where(masked[..., None], 0, case.dy)) * np.linalg.norm(expected.y)
     terms += sum(expected.losses.values())
     kernel, x = case.params["router"]["kernel"], np.where(masked[..., None], 0, case.x)
-    slack = {"kernel": terms * np.linalg.norm(x), "scale": terms, "bias": 0.0}
+    slack = {"kernel": terms * np.linalg.norm(x), "scale": terms, "logit_bias": terms, "bias": 0.0}
     # So is that of whatever scales the input of a norm: see `cases.nudge_sums`.
     scaling = terms * max(1, np.linalg.norm(x)) if case.config.latent_norm != "none" else 0
     pairs = [

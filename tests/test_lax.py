@@ -69,6 +69,19 @@ def test_fewer_rows_in_groups_than_there_are(rng, m, k, n, groups):
     check(*draw(rng, m, k, n, groups)[:2], np.ones(groups, np.int32))
 
 
+@pytest.mark.parametrize(("m", "k", "n"), [(5, 0, 3), (5, 4, 0), (0, 4, 3)])
+def test_no_features_or_rows(rng, m, k, n):
+    """A sum over nothing is 0."""
+    sizes = np.array([m // 2, m - m // 2], np.int32)
+    out = ragged_dot(np.ones((m, k), np.float32), np.ones((2, k, n), np.float32), sizes)
+    np.testing.assert_array_equal(out, np.full((m, n), k))
+
+
+def test_64_bits_are_asked_for_where_jax_has_them(rng):
+    with pytest.raises(InputError, match="preferred_element_type=float64 needs JAX's 64-bit types"):
+        ragged_dot(*draw(rng, 4, 3, 2, 1), preferred_element_type=np.float64)
+
+
 @pytest.mark.parametrize("sizes", [(1, 0, 0), (0, 12, 0), (5, 0, 7), (0, 0, 0)])
 def test_empty_groups(rng, sizes):
     check(*draw(rng, 12, 6, 5, 3)[:2], np.array(sizes, np.int32))

@@ -115,6 +115,9 @@ def test_only_the_chosen_targets_and_refusals():
         lora.adapt(jax.random.key(0), params, PLAIN, rank=2, targets=["router/kernel"])
     with pytest.raises(InputError, match=r"experts/w_out have an adapter already: lora.merge\(params, config\) first"):
         lora.adapt(jax.random.key(0), some, PLAIN, rank=2)
+    for targets in ("experts/w_in", []):
+        with pytest.raises(InputError, match="must be a sequence"):
+            lora.adapt(jax.random.key(0), params, PLAIN, rank=2, targets=targets)
     with pytest.raises(ConfigError, match="rank=0 must be"):
         lora.adapt(jax.random.key(0), params, PLAIN, rank=0)
     with pytest.raises(InputError, match=r"experts/w_out has a low-rank adapter: lora\.merge"):

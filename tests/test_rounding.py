@@ -177,7 +177,7 @@ def test_rows_are_not_doubled():
     ("fields", "message"),
     [
         (dict(round_to_tile=0), "router.round_to_tile=0 must be an integer of at least 1"),
-        (dict(round_to_tile=8, capacity_factor=1.0), "both say how many tokens an expert takes"),
+        (dict(round_to_tile=8, capacity_factor=1.0), "both limit an expert's tokens: set one to None"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, message):

@@ -70,6 +70,14 @@ def test_masked_tokens_have_no_part(rng):
     assert (np.asarray(route(logits, SINKHORN, 2, token_mask=np.zeros(9, bool)).expert_ids) == -1).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_single_real_token_chooses_by_its_logits(rng, tokens):
+    """Its factors make all experts equal, and rounding would choose."""
+    logits, mask = np.float32(rng.normal(size=(tokens, 8))), np.arange(tokens) == tokens - 1
+    ids = route(logits, SINKHORN, 2, token_mask=mask).expert_ids
+    np.testing.assert_array_equal(ids[-1], np.argsort(-logits[-1])[:2])
+
+
 def test_no_gradient_flows_through_the_choice(rng):
     logits = jnp.float32(rng.normal(size=(6, 4)))
     gradient = jax.grad(lambda a: jnp.sum(balanced_scores(a)))(logits)
@@ -84,7 +92,7 @@ def test_no_gradient_flows_through_the_choice(rng):
             "router.correction_bias=True has no effect with router.selection='sinkhorn': set it to False",
         ),
         ({"num_groups": 2}, "router.num_groups=2 has no effect with router.selection='sinkhorn': set it to 1"),
-        ({"round_to_tile": 4}, "router.round_to_tile=4 and router.selection='sinkhorn' both say how many tokens"),
+        ({"round_to_tile": 4}, "router.round_to_tile=4 and router.selection='sinkhorn' both balance the experts"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(fields, message):

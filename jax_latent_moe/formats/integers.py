@@ -42,7 +42,7 @@ def _encode_with_zero(values, group):
     n, k = values.shape[-2:]
     # A NaN is on both sides.
     least, most = (largest(jnp.where(sign * values <= 0, 0, values), (group, 1)) for sign in (-1, 1))
-    scales = _bfloat16(divided(most + least, 15))
+    scales = _bfloat16(divided(most / 2 + least / 2, 7.5))  # the sum of two large numbers would be infinite
     zero = _codes(divided(least, scales), 0, 15, jnp.uint8)
     scaled = jnp.round(divided(values, spread(scales, (group, 1), n, k))) + spread(zero, (group, 1), n, k)
     return pack(_codes(scaled, 0, 15, jnp.uint8)), {"block": scales.astype(jnp.bfloat16), "zero": zero}

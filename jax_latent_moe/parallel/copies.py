@@ -42,10 +42,11 @@ def replicate_experts(loads: Sequence[float] | np.ndarray, num_physical: int, nu
     loads = np.asarray(loads, np.float64)
     if loads.ndim != 1 or not loads.size or not np.isfinite(loads).all() or loads.min() < 0:
         raise InputError(f"loads of shape {loads.shape} must be one finite number of at least 0 for each expert.")
-    if num_devices < 1 or num_physical < loads.size or num_physical % num_devices:
+    integers = all(isinstance(number, int | np.integer) for number in (num_physical, num_devices))
+    if not integers or num_devices < 1 or num_physical < loads.size or num_physical % num_devices:
         raise InputError(
-            f"num_physical={num_physical} must be at least the {loads.size} experts, and a multiple of "
-            f"num_devices={num_devices}."
+            f"num_physical={num_physical!r} must be an integer of at least the {loads.size} experts, and a multiple of "
+            f"the integer num_devices={num_devices!r}."
         )
     counts, logical = np.ones(loads.size, int), list(range(loads.size))
     for _ in range(num_physical - loads.size):
@@ -72,7 +73,11 @@ def expand(params: Params, physical_to_logical: Map) -> Params:
     Args:
         params: of logical experts.
         physical_to_logical: from `replicate_experts`.
+
+    Raises:
+        InputError: the map does not name each expert of params and no other.
     """
+    _check_map(jax.tree.leaves(params["experts"])[0].shape[0], physical_to_logical)
     copies = partial(_copies, tuple(physical_to_logical))
     return params | {"experts": {name: jax.tree.map(copies, leaf) for name, leaf in params["experts"].items()}}
 
@@ -83,10 +88,28 @@ def collapse(params: Params, physical_to_logical: Map) -> Params:
     Args:
         params: from `expand`.
         physical_to_logical: the map that `expand` had.
+
+    Raises:
+        InputError: the map does not name each expert and no other, or has another length than the experts of params.
     """
+    _check_map(params["router"]["kernel"].shape[-1], physical_to_logical)
+    for name, leaf in params["experts"].items():
+        if leaf.shape[0] != len(physical_to_logical):
+            raise InputError(
+                f"params experts/{name} hold {leaf.shape[0]} experts, but physical_to_logical has "
+                f"{len(physical_to_logical)}: give the map that expand had."
+            )
     first = np.unique(physical_to_logical, return_index=True)[1]
     experts = {name: jax.tree.map(lambda leaf: leaf[first], leaf) for name, leaf in params["experts"].items()}
     return params | {"experts": experts}
+
+
+def _check_map(num_experts: int, physical_to_logical: Map):
+    if sorted(set(physical_to_logical)) != list(range(num_experts)):
+        raise InputError(
+            f"physical_to_logical={tuple(physical_to_logical)} must name each of the {num_experts} experts, and no "
+            "other: replicate_experts makes such a map."
+        )
 
 
 def choose_copies(

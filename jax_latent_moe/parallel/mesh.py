@@ -177,8 +177,11 @@ def over_mesh(
     _check_axis_types(mesh, sizes)
     leading = x.shape[:-1]
     split = _token_axes(parallel, mesh, x.ndim)
-    missing = [-size % math.prod(sizes[name] for name in split.get(axis, ())) for axis, size in enumerate(leading)]
-    if not leading or (any(missing) and math.prod(leading) <= REPLICATED_TOKENS):
+    parts = [math.prod(sizes[name] for name in split.get(axis, ())) for axis in range(len(leading))]
+    # An empty batch is padded too: XLA does not lower collectives of empty arrays.
+    missing = [part if size == 0 else -size % part for size, part in zip(leading, parts, strict=True)]
+    count = math.prod(leading)
+    if not leading or (any(missing) and 0 < count <= REPLICATED_TOKENS):
         split = {}
     elif any(missing):
         x, by_token = _pad_tokens(missing, x, by_token)

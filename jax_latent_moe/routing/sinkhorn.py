@@ -23,7 +23,8 @@ def balanced_scores(
 
     Sinkhorn's iteration scales exp(logits) by a factor per token and a factor per expert, in turn, until all tokens
     have the same sum and all experts have the same sum. The offset is the logarithm of the expert's factor. The token's
-    own factor is left out, because it does not change the order of its experts.
+    own factor is left out, because it does not change the order of its experts. A single token has nothing to balance,
+    and its scores are its logits.
 
     Args:
         logits: [T, E]. No gradient flows.
@@ -48,4 +49,5 @@ def balanced_scores(
 
     factors, change = varying((jnp.ones(experts, cost.dtype), jnp.full((), jnp.inf, cost.dtype)), cost, real)
     _, factors, _ = lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), factors, change))
-    return logits + jnp.log(factors)[None]
+    # The factors of a single token make all its experts equal, and rounding would choose among them.
+    return logits + jnp.where(tokens > 1, jnp.log(factors), 0)[None]

@@ -3,9 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jax_latent_moe import RouterConfig, latent_moe, param_shapes
+from jax_latent_moe import RouterConfig, init_params, latent_moe, param_shapes
 from jax_latent_moe.parallel import mesh
 from tests import cases, layers
 from tests.parallel.meshes import BASE, make_mesh
@@ -56,6 +57,21 @@ def test_a_replicated_token_takes_one_all_reduce():
         text = str(jax.make_jaxpr(latent_moe, static_argnums=2)(param_shapes(BASE), x, BASE))
     counts = {name: text.count(f" {name}[") for name in ("psum", "all_gather", "all_to_all", "reduce_scatter")}
     assert counts == {"psum": 1, "all_gather": 2, "all_to_all": 0, "reduce_scatter": 0}
+
+
+@pytest.mark.parametrize("leading", [(0,), (0, 5), (8, 0)])
+def test_no_tokens(leading):
+    params = init_params(jax.random.key(0), BASE)
+
+    def loss(params, x):
+        y, aux = latent_moe(params, x, BASE)
+        return y.sum(), (y.shape, aux.tokens_per_expert)
+
+    with jax.set_mesh(make_mesh(2, 1, 4, 1)):
+        grads, (shape, counts) = jax.grad(loss, has_aux=True)(params, jnp.zeros((*leading, BASE.hidden_size)))
+    assert shape == (*leading, BASE.hidden_size)
+    assert not counts.any()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
 def test_many_tokens_are_split():

@@ -77,8 +77,9 @@ def test_skewed_loads_are_balanced_better(rng, exponent):
 @pytest.mark.parametrize(
     ("loads", "num_physical", "num_devices", "message"),
     [
-        ([1, 2, 3], 2, 1, "num_physical=2 must be at least the 3 experts"),
-        ([1, 2, 3], 4, 3, "multiple of num_devices=3"),
+        ([1, 2, 3], 2, 1, "num_physical=2 must be an integer of at least the 3 experts"),
+        ([1, 2, 3], 4, 3, "multiple of the integer num_devices=3"),
+        ([1, 2], 4, 2.0, "multiple of the integer num_devices=2.0"),
         ([[1, 2]], 2, 1, r"loads of shape \(1, 2\) must be one finite number"),
         ([1, np.nan], 2, 1, "finite number"),
         ([1, -1], 2, 1, "at least 0"),
@@ -190,6 +191,16 @@ def test_copies_of_parameters():
     jax.tree.map(np.testing.assert_array_equal, collapse(drawn, SKEWED), logical)
     assert cost.parameters(config) - cost.parameters(BASE) == 4 * 2 * 8 * 8
     assert cost.matmul_flops_per_token(config) == cost.matmul_flops_per_token(BASE)
+
+
+@pytest.mark.parametrize("copies", [(0, 1, 2, 3), (0, 1, 2, 3, 4, 5, 6, 11), (0, 0, 0, 0, 1, 1, 1, 1)])
+def test_copies_of_other_experts_are_refused(copies):
+    params = init_params(jax.random.key(0), BASE)
+    for change in (expand, collapse):
+        with pytest.raises(InputError, match="must name each of the 8 experts, and no other"):
+            change(params, copies)
+    with pytest.raises(InputError, match="hold 8 experts, but physical_to_logical has 12"):
+        collapse(params, SKEWED)
 
 
 def test_a_map_survives_json():

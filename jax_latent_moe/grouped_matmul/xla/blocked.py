@@ -175,7 +175,7 @@ def _steps(
 
 def _blocks(budget: int, step_bytes: int) -> int:
     """Blocks of one step. Symbolic features of jax.export have no order: then a step has one block."""
-    return max(budget // step_bytes, 1) if isinstance(step_bytes, int) else 1
+    return max(budget // max(step_bytes, 1), 1) if isinstance(step_bytes, int) else 1
 
 
 def _sizes(device: Device) -> _Sizes:
