@@ -101,9 +101,11 @@ class LatentMoE(nnx.Module):
         Returns:
             [..., d] in config.dtype.
         """
-        jitters = rngs is not None and self.config.router.input_jitter > 0
-        if jitters and "jitter" not in rngs and "default" not in rngs:
-            raise InputError("rngs have no stream 'jitter' for router.input_jitter: give nnx.Rngs(jitter=seed).")
+        key = None
+        if rngs is not None and self.config.router.input_jitter:
+            if "jitter" not in rngs and "default" not in rngs:
+                raise InputError("rngs have no stream 'jitter' for router.input_jitter: give nnx.Rngs(jitter=seed).")
+            key = rngs.jitter()
         y, aux = latent_moe(
             to_params(self),
             x,
@@ -112,7 +114,7 @@ class LatentMoE(nnx.Module):
             expert_ids=expert_ids,
             segment_ids=segment_ids,
             global_counts=None if self.global_counts is None else self.global_counts[...],
-            key=rngs.jitter() if jitters else None,
+            key=key,
         )
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)

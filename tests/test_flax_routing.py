@@ -101,3 +101,11 @@ def test_jitter(microbatches, flax):
     with pytest.raises(InputError, match="the linen module an rng 'jitter' or the nnx module rngs"):
         jax.eval_shape(jax.grad(lambda p: jnp.sum(run(p, False))), params)
     jax.eval_shape(jax.grad(lambda p: jnp.sum(run(p, True))), params)
+
+
+def test_jitter_of_nnx_needs_its_stream(microbatches):
+    model = jax_latent_moe.nnx.from_params(params_of(JITTER), JITTER)
+    with pytest.raises(InputError, match=r"no stream 'jitter' for router.input_jitter: give nnx.Rngs\(jitter=seed\)"):
+        model(microbatches[0][0], rngs=nnx.Rngs(dropout=1))
+    default = model(microbatches[0][0], rngs=nnx.Rngs(1))
+    assert not np.array_equal(default, model(microbatches[0][0]))
