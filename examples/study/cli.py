@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import tyro
 
 from examples.study import data
@@ -60,8 +61,11 @@ def run(options: Options) -> bool:
     study = study_named(options.arms)
     for name in options.only:
         if arm_named(name) not in study.arms:
-            raise TrainError(f"--only {name} is not in the study {study.name}: use some of {', '.join(a.name for a in study.arms)}.")
+            there = ", ".join(arm.name for arm in study.arms)
+            raise TrainError(f"--only {name} is not in the study {study.name}: use some of {there}.")
     folder = options.folder or Path("runs") / "study" / study.name
+    if not study.linux:
+        jax.config.update("jax_disable_most_optimizations", True)  # most of a toy run is compilation
     if not options.report_only:
         text = data.open_text(options.text or data.default_folder()) if study.linux else None
         if not run_study(study, folder, options.scratch or folder / "runs", text, options.only):

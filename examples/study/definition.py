@@ -27,6 +27,7 @@ class Study:
         rates: the learning rates of the sweep.
         blocks: arms and seeds. The runs of a block go seed by seed.
         text_sha256: the checksum of the text, from `runner.checksum`.
+        validation_windows: the windows of each text that the validation at the end of a run reads. None reads all.
         linux: whether the text is that of `data.py`, and not the trainer's small one.
     """
 
@@ -35,6 +36,7 @@ class Study:
     rates: tuple[float, ...]
     blocks: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
     text_sha256: str
+    validation_windows: int | None = None
     linux: bool = True
 
     @property
@@ -42,6 +44,12 @@ class Study:
         """The arms in the order of the tables."""
         used = {name for names, _ in self.blocks for name in names}
         return tuple(arm for arm in ARMS if arm.name in used)
+
+    @property
+    def families(self) -> dict[Family, str]:
+        """The families of its arms, and the arm on which each one's learning rate is chosen."""
+        used = {arm.family for arm in self.arms}
+        return {family: arm for family, arm in FAMILIES.items() if family in used}
 
 
 class Run(NamedTuple):
@@ -83,13 +91,13 @@ WIDE = dataclasses.replace(
 TOY = dataclasses.replace(
     BASE,
     data="shakespeare",
-    steps=24,
-    batch_size=32,
-    log_every=6,
-    eval_every=12,
-    checkpoint_every=12,
+    steps=16,
+    batch_size=8,
+    log_every=4,
+    eval_every=8,
+    checkpoint_every=8,
     model=ModelConfig(
-        layers=2, hidden_size=32, heads=2, context=128, num_experts=8, top_k=2, expert_intermediate_size=16
+        layers=2, hidden_size=32, heads=2, context=64, num_experts=8, top_k=2, expert_intermediate_size=16
     ),
     optimizer=OptimizerConfig(warmup_steps=4),
 )
@@ -102,7 +110,7 @@ STUDIES = {
     for study in (
         Study("d512", BASE, RATES, ((MAIN, (1, 2, 3)), (OTHERS, (1, 2, 3)), (MAIN, (4, 5))), LINUX),
         Study("d768", WIDE, RATES, ((MAIN, (1, 2, 3)),), LINUX),
-        Study("toy", TOY, (2e-3, 8e-3), (((*MAIN, "quantile"), (1, 2)),), PLAYS, linux=False),
+        Study("toy", TOY, (2e-3, 8e-3), ((MAIN, (1, 2)), (("quantile",), (1, 2))), PLAYS, 128, linux=False),
     )
 }
 
@@ -120,7 +128,7 @@ def study_named(name: str) -> Study:
 
 def sweep_of(study: Study) -> list[Run]:
     """The runs that choose the learning rates."""
-    return [Run(arm, rate, SWEEP_SEED) for arm in FAMILIES.values() for rate in study.rates]
+    return [Run(arm, rate, SWEEP_SEED) for arm in study.families.values() for rate in study.rates]
 
 
 def chosen_rates(study: Study, bits: Mapping[Run, float | None]) -> dict[Family, float]:
@@ -134,7 +142,7 @@ def chosen_rates(study: Study, bits: Mapping[Run, float | None]) -> dict[Family,
         TrainError: all runs of a family's sweep diverged.
     """
     chosen: dict[Family, float] = {}
-    for family, arm in FAMILIES.items():
+    for family, arm in study.families.items():
         runs = [run for run in sweep_of(study) if run.arm == arm]
         if not all(run in bits for run in runs):
             continue
@@ -148,7 +156,7 @@ def chosen_rates(study: Study, bits: Mapping[Run, float | None]) -> dict[Family,
 def queue(study: Study, bits: Mapping[Run, float | None]) -> list[Run]:
     """All runs whose learning rate is known, in order: the sweep, then the arms. `chosen_rates` has the arguments."""
     runs, rates = sweep_of(study), chosen_rates(study, bits)
-    if len(rates) < len(FAMILIES):
+    if len(rates) < len(study.families):
         return runs
     for names, seeds in study.blocks:
         runs += [Run(name, rates[arm_named(name).family], seed) for seed in seeds for name in names]

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.study.definition import FAMILIES, SWEEP_SEED, Run
+from examples.study.definition import SWEEP_SEED, Run
 from examples.study.latent_scale import FIELD
 from examples.study.results import Results
 from examples.study.statistics import differences, interval
@@ -82,7 +82,7 @@ def _differences(results) -> Figure | None:
 def _sweep(results) -> Figure | None:
     figure = Figure(figsize=(5.5, 3.5), layout="constrained")
     axes = figure.subplots()
-    for family, arm in FAMILIES.items():
+    for family, arm in results.study.families.items():
         runs = [run for rate in results.study.rates if (run := Run(arm, rate, SWEEP_SEED)) in results.rows]
         bits = [(run.learning_rate, results.rows[run]["validation_bits_per_byte"]) for run in runs]
         points = [point for point in bits if point[1] is not None]
@@ -97,17 +97,17 @@ def _sweep(results) -> Figure | None:
 
 def _balancing(results) -> Figure | None:
     named = {name: results.curves(name, "busiest_expert") for name in BALANCING}
-    return _over_steps(named, "load of the busiest expert over an even share", log=True)
+    return _over_steps(named, "load of the busiest expert over an even share")
 
 
 def _latents(results) -> Figure | None:
     named = {arm.name: results.curves(arm.name, FIELD) for arm in results.measured}
     for arm in results.measured:
         named[arm.name][..., 2] *= arm.factor
-    return _over_steps(named, "root mean square of the experts' latents", log=True)
+    return _over_steps(named, "root mean square of the experts' latents")
 
 
-def _over_steps(curves: dict[str, np.ndarray], label: str, log: bool) -> Figure | None:
+def _over_steps(curves: dict[str, np.ndarray], label: str) -> Figure | None:
     """Means and intervals of curves [seeds, points, 3] over the steps."""
     there = {name: curve for name, curve in curves.items() if curve.size}
     if not there:
@@ -116,6 +116,6 @@ def _over_steps(curves: dict[str, np.ndarray], label: str, log: bool) -> Figure 
     axes = figure.subplots()
     for name, curve in there.items():
         _line(axes, curve[0, :, 0], *_mean_and_band(curve[:, :, 2]), f"{name}, {len(curve)} seed(s)")
-    axes.set(xlabel="step", ylabel=label, yscale="log" if log else "linear")
+    axes.set(xlabel="step", ylabel=label, yscale="log")
     axes.legend(fontsize="small")
     return figure

@@ -31,12 +31,8 @@ def make_latent_rms(model: LanguageModel, windows: ValidationWindows) -> Callabl
 
     @jax.jit
     def squares(state):
-        _, sown = model.apply(
-            variables_of(state),
-            tokens,
-            capture_intermediates=lambda module, _: module.name == "mlp_norm",
-            mutable=["intermediates"],
-        )
+        capture = {"capture_intermediates": lambda module, _: module.name == "mlp_norm", "mutable": ["intermediates"]}
+        sown: Any = model.apply(variables_of(state), tokens, **capture)[1]
         found = []
         for i in range(1, model.model.layers):
             params = state.params[f"block_{i:02d}"]["mlp"]

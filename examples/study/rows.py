@@ -50,7 +50,7 @@ def read_rows(path: Path, study: Study) -> dict[Run, Row]:
         where = f"{path}, line {number}"
         row = _parsed(line, where)
         if row["study"] != study.name:
-            raise TrainError(f"{where} is a row of the study {row['study']!r}, not {study.name!r}: give another --folder.")
+            raise TrainError(f"{where} is a row of the study {row['study']!r}, not {study.name!r}: give its --folder.")
         if row["text_sha256"] != study.text_sha256:
             raise TrainError(
                 f"{where} was measured on a text with the SHA-256 {row['text_sha256']}, and the study's text has "
@@ -65,8 +65,8 @@ def read_rows(path: Path, study: Study) -> dict[Run, Row]:
     extra = [run.name for run in rows if run not in places]
     if extra:
         raise TrainError(
-            f"{path} has a row of {extra[0]}, which is not in the queue of {study.name}: delete the row, or restore the "
-            "rows of the sweep, which chooses the learning rates."
+            f"{path} has a row of {extra[0]}, which is not in the queue of {study.name}: delete the row, or restore "
+            "the rows of the sweep, which chooses the learning rates."
         )
     return rows
 
@@ -106,8 +106,8 @@ def _parsed(line, where) -> Row:
             raise ValueError(f"wrong type of {', '.join(wrong) or 'validation_bits_per_byte'}")
     except (ValueError, TypeError, KeyError) as error:
         raise TrainError(
-            f"{where} is not a row of a study ({type(error).__name__}: {error}): restore the line or delete it, and its "
-            "run is done again."
+            f"{where} is not a row of a study ({type(error).__name__}: {error}): restore the line or delete it, and "
+            "its run is done again."
         ) from error
     return row
 

@@ -1,29 +1,26 @@
 """Runs what a study has no row for yet. A run that was stopped goes on from its newest checkpoint."""
 
-import functools
 import hashlib
 import importlib.metadata
 import platform
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from examples.study import data, rows
-from examples.study.definition import Run, Study, config_of, missing, queue
-from examples.study.latent_scale import FIELD, make_latent_rms
+from examples.study.curves import curves
+from examples.study.definition import SWEEP_SEED, Run, Study, config_of, missing, queue
+from examples.study.latent_scale import make_latent_rms
 from examples.train.config import Config
 from examples.train.errors import Diverged, TrainError
 from examples.train.finish import validate
 from examples.train.flops import flops_per_token
 from examples.train.initialising import shapes
-from examples.train.metrics import VALIDATION, read_records, validation_field
 from examples.train.model import language_model
-from examples.train.progress import busiest, busy
+from examples.train.progress import busy
 from examples.train.text import Corpus
 from examples.train.train import read_corpus, train_steps
 from jax_latent_moe import __version__
@@ -54,7 +51,8 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
         done = rows.read_rows(path, study)
         for run in done:
             shutil.rmtree(scratch / run.name / "checkpoints", ignore_errors=True)
-        left = [run for run in missing(queue(study, rows.bits_of(done)), done) if not only or not run.seed or run.arm in only]
+        left = missing(queue(study, rows.bits_of(done)), done)
+        left = [run for run in left if not only or run.arm in only or run.seed == SWEEP_SEED]
         if not left:
             return True
         run = left[0]
@@ -96,12 +94,11 @@ def run_one(study: Study, run: Run, config: Config) -> rows.Row | None:
     Raises:
         TrainError: the run fails for another reason than that it diverged.
     """
-    began = time.monotonic()
     try:
         trained = train_steps(config, make_latent_rms)
         if trained is None:
             return None
-        bits = validate(config, *trained)[1]
+        bits = validate(config, *trained, study.validation_windows)[1]
         bits_per_byte = bits.get(data.HELD_OUT, bits[""])
     except Diverged as error:
         print(f"{run.name} diverged. {error}")
@@ -116,7 +113,6 @@ def run_one(study: Study, run: Run, config: Config) -> rows.Row | None:
         **curves(config),
         "device": jax.local_devices()[0].device_kind,
         "versions": versions(),
-        "process_seconds": round(time.monotonic() - began, 1),
     }
     print(f"{run.name}: {'diverged' if bits_per_byte is None else f'{bits_per_byte:.4f} bits per byte'}", flush=True)
     return row
@@ -131,27 +127,6 @@ def costs(config: Config) -> dict[str, int]:
         "parameters": sum(leaf.size for leaf in params),
         "active_flops_per_token": flops,
         "run_flops": flops * config.steps * config.batch_size * config.model.context,
-    }
-
-
-def curves(config: Config) -> dict[str, Any]:
-    """What the metrics of the run hold: lists of [step, seconds, value], and the median speed."""
-    assert config.run is not None  # `config_of` had a folder
-    records = read_records(config.run)
-    held_out = validation_field(data.HELD_OUT) if config.validation else VALIDATION
-
-    def curve(field, value=lambda found: found):
-        return [
-            [record["step"], round(record["seconds"], 2), value(record[field])] for record in records if field in record
-        ]
-
-    speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-    return {
-        "training": curve("loss", functools.partial(round, ndigits=5)),
-        "validation": curve(held_out, functools.partial(round, ndigits=5)),
-        "busiest_expert": curve("loads", lambda loads: round(busiest(loads), 4)),
-        FIELD: curve(FIELD),
-        "tokens_per_second": round(float(np.median(speeds)), 1) if speeds else None,
     }
 
 

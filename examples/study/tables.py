@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from examples.study.definition import FAMILIES, SWEEP_SEED, Run
+from examples.study.definition import SWEEP_SEED, Run
 from examples.study.latent_scale import FIELD
 from examples.study.results import Results
 from examples.study.statistics import Interval, deviation, differences, interval, resolved
@@ -28,7 +28,9 @@ def tables(results: Results) -> str:
         "Root mean square of the latents that the experts read": _latents,
         "Where the rows come from": _origin,
     }
-    return f"# Study {results.study.name}\n" + "".join(f"\n## {name}\n\n{make(results)}" for name, make in parts.items())
+    return f"# Study {results.study.name}\n" + "".join(
+        f"\n## {name}\n\n{make(results)}" for name, make in parts.items()
+    )
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -62,7 +64,16 @@ def _validation(results):
                 f"{np.median(speeds):,.0f}" if speeds else "",
             ]
         )
-    head = ["arm", "feed-forward", "M parameters", "MFLOP / token", "learning rate", "seeds", "bits / byte", "tokens / s"]
+    head = [
+        "arm",
+        "feed-forward",
+        "M parameters",
+        "MFLOP / token",
+        "learning rate",
+        "seeds",
+        "bits / byte",
+        "tokens / s",
+    ]
     return _table(head, lines)
 
 
@@ -106,7 +117,7 @@ def _resolution(results):
 
 def _sweep(results):
     lines = []
-    for family, arm in FAMILIES.items():
+    for family, arm in results.study.families.items():
         runs = {rate: Run(arm, rate, SWEEP_SEED) for rate in results.study.rates}
         if not any(run in results.rows for run in runs.values()):
             continue
@@ -154,13 +165,13 @@ def _origin(results):
     rows = [results.rows[run] for run in results.queue if run in results.rows]
     devices = sorted({row["device"] for row in rows})
     versions = sorted({", ".join(f"{name} {value}" for name, value in row["versions"].items()) for row in rows})
-    left = [run.name for run in results.missing]
+    base, complete = results.study.base, len(results.rates) == len(results.study.families)
     facts = {
-        "rows": f"{len(rows)} of {len(results.queue)}" + " so far, the sweep is not complete" * (len(results.rates) < 3),
-        "missing": ", ".join(left) or "none",
+        "rows": f"{len(rows)} of {len(results.queue)}" + ("" if complete else " so far, the sweep is not complete"),
+        "missing": ", ".join(run.name for run in results.missing) or "none",
         "text, SHA-256": results.study.text_sha256,
-        "steps": f"{results.study.base.steps} of {results.study.base.batch_size} x {results.study.base.model.context} bytes",
-        "FLOPs of a run": " to ".join(f"{value:.3g}" for value in sorted({f(row["run_flops"] for row in rows) for f in (min, max)})) if rows else "",
+        "steps": f"{base.steps} of {base.batch_size} x {base.model.context} bytes",
+        "FLOPs of a run": ", ".join(sorted({f"{row['run_flops']:.3g}" for row in rows})),
         "devices": ", ".join(devices),
         "versions": "; ".join(versions),
     }

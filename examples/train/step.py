@@ -246,7 +246,7 @@ def _microbatches(x, count):
 
 def _by_layer(loads):
     """The loads [layers, experts] in the order of the layers, from unrolled or stacked blocks."""
-    flat = flatten_dict(loads)
+    flat: dict[Any, Any] = flatten_dict(loads)
     counts = [jnp.atleast_2d(sum(flat[path])) for path in sorted(flat) if path[-1] == LOAD]
     return jnp.concatenate(counts) if counts else None
 
