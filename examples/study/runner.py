@@ -21,6 +21,7 @@ from examples.train.flops import flops_per_token
 from examples.train.initialising import shapes
 from examples.train.model import language_model
 from examples.train.progress import busy
+from examples.train.signals import StopRequest
 from examples.train.text import Corpus
 from examples.train.train import read_corpus, train_steps
 from jax_latent_moe import __version__
@@ -47,22 +48,24 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
     path = folder / rows.FILE
     folder.mkdir(parents=True, exist_ok=True)
     checked = None
-    while True:
-        done = rows.read_rows(path, study)
-        for run in done:
-            shutil.rmtree(scratch / run.name / "checkpoints", ignore_errors=True)
-        left = missing(queue(study, rows.bits_of(done)), done)
-        left = [run for run in left if not only or run.arm in only or run.seed == SWEEP_SEED]
-        if not left:
-            return True
-        run = left[0]
-        config = config_of(study, run, text, scratch / run.name)
-        checked = checked or check_text(study, config)
-        print(f"\n{run.name}: {len(left)} run(s) of {study.name} left", flush=True)
-        row = run_one(study, run, config)
-        if row is None:
-            return False
-        rows.append_row(path, row)
+    with StopRequest() as stop:
+        while stop.name is None:
+            done = rows.read_rows(path, study)
+            for run in done:
+                shutil.rmtree(scratch / run.name / "checkpoints", ignore_errors=True)
+            left = missing(queue(study, rows.bits_of(done)), done)
+            left = [run for run in left if not only or run.arm in only or run.seed == SWEEP_SEED]
+            if not left:
+                return True
+            run = left[0]
+            config = config_of(study, run, text, scratch / run.name)
+            checked = checked or check_text(study, config)
+            print(f"\n{run.name}: {len(left)} run(s) of {study.name} left", flush=True)
+            row = run_one(study, run, config, stop)
+            if row is None:
+                return False
+            rows.append_row(path, row)
+    return False
 
 
 def check_text(study: Study, config: Config) -> str:
@@ -88,14 +91,14 @@ def checksum(corpus: Corpus) -> str:
     return digest.hexdigest()
 
 
-def run_one(study: Study, run: Run, config: Config) -> rows.Row | None:
+def run_one(study: Study, run: Run, config: Config, stop: StopRequest) -> rows.Row | None:
     """Trains and validates, and returns the row. None if a signal stopped the run.
 
     Raises:
         TrainError: the run fails for another reason than that it diverged.
     """
     try:
-        trained = train_steps(config, make_latent_rms)
+        trained = train_steps(config, make_latent_rms, stop)
         if trained is None:
             return None
         bits = validate(config, *trained, study.validation_windows)[1]

@@ -84,12 +84,13 @@ def train(config: Config) -> float | None:
     return None if trained is None else finish(config, *trained)
 
 
-def train_steps(config: Config, make_probe: MakeProbe | None = None) -> Trained | None:
+def train_steps(config: Config, make_probe: MakeProbe | None = None, stop: StopRequest | None = None) -> Trained | None:
     """Trains from the start or from the newest checkpoint in the folder.
 
     Args:
         config: the options of the run.
         make_probe: adds fields to the records of validations.
+        stop: the request of a caller that handles signals beyond the run. None handles them for the run alone.
 
     Returns:
         None if a signal stopped the run before its last step.
@@ -111,7 +112,9 @@ def train_steps(config: Config, make_probe: MakeProbe | None = None) -> Trained 
         tokenizer.save(folder)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        with StopRequest() as stop, jax.set_mesh(mesh):
+        with contextlib.ExitStack() as stack:
+            stop = stop or stack.enter_context(StopRequest())
+            stack.enter_context(jax.set_mesh(mesh))
             last = run_steps(config, model, tokens, tokenizer, checkpoints, stop, mesh, trackers, make_probe)
     finally:
         checkpoints.close()

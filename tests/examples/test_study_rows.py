@@ -23,7 +23,7 @@ STUDY = STUDIES["toy"]
 
 
 def made_up(run: Run, **changes) -> dict:
-    """A row with numbers that nobody measured."""
+    """A row of invented numbers."""
     noise = np.random.default_rng([run.seed, len(run.arm)])
     bits = 2.0 + 0.1 * (run.arm == "dense") + 0.01 * float(noise.normal()) + run.learning_rate
     curve = [[step, 0.5 * step, bits + 1 / step] for step in (8, 16)]

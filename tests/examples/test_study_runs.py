@@ -1,6 +1,9 @@
 """The whole pipeline on a tiny study: what is missing runs, a stop loses nothing, and a run that diverges has a row."""
 
 import dataclasses
+import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from examples.study.rows import bits_of, read_rows
 from examples.study.runner import checksum, run_study
 from examples.train.corpus import load_text
 from examples.train.errors import Diverged
+from examples.train.signals import StopRequest
 from examples.train.text import Corpus
 from tests.examples.runs import stopped_after, write_text
 
@@ -99,19 +103,34 @@ def interrupted(*_):
 
 
 def test_a_run_that_diverges_has_a_row_and_the_queue_goes_on(study, text, tmp_path, monkeypatch):
-    def diverge(config, make_probe):
+    def diverge(config, make_probe, stop):
         raise Diverged("The loss is not finite.")
 
     monkeypatch.setattr(runner, "train_steps", diverge)
-    row = runner.run_one(study, Run("dense", 8e-3, 1), dataclasses.replace(BASE, mlp="dense", run=tmp_path))
+    row = runner.run_one(
+        study, Run("dense", 8e-3, 1), dataclasses.replace(BASE, mlp="dense", run=tmp_path), StopRequest()
+    )
     assert row is not None
     assert row["validation_bits_per_byte"] is None
     assert row["training"] == []
 
 
+def test_a_signal_outside_of_training_stops_the_queue_after_the_row(study, text, undisturbed, tmp_path, monkeypatch):
+    lines = (undisturbed / "rows.jsonl").read_text().splitlines()
+    ready = iter(json.loads(line) for line in lines)
+
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return next(ready)
+
+    monkeypatch.setattr(runner, "run_one", signalled)
+    assert not run_study(study, tmp_path, tmp_path / "runs", text)
+    assert len(read_rows(tmp_path / "rows.jsonl", study)) == 1
+
+
 def test_only_some_arms(study, text, undisturbed, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(runner, "run_one", lambda study, run, config: done.append(run))
+    monkeypatch.setattr(runner, "run_one", lambda study, run, config, stop: done.append(run))
     lines = (undisturbed / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:2]))
     assert not run_study(study, tmp_path, tmp_path / "runs", text, ["half"])
