@@ -92,7 +92,7 @@ def _differences(results):
                     f"{value.seeds}",
                     f"{value.mean:+.4f}",
                     "" if value.half is None else f"{low:+.4f} to {high:+.4f}",
-                    "yes" if value.excludes_zero else "no",
+                    "" if value.half is None else "yes" if value.excludes_zero else "no",
                 ]
             )
     return _table(["difference", "seeds", "mean", "95 % interval", "excludes 0"], lines)
