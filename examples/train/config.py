@@ -142,8 +142,12 @@ class Config:
     """Coefficient of the Switch load-balancing loss. It acts beside the correction bias."""
     sequence_loss_coef: float = 0.0
     """Coefficient of the same loss within each window; with --documents, within each document."""
+    bias_update: Literal["sign", "quantile"] = "sign"
+    """What moves the correction bias, which balances the experts.
+    sign is the sign of an expert's missing load, quantile the scores that would balance the loads."""
     bias_update_rate: float = 1e-2
-    """Step size of the correction bias, which balances the experts. dense has no correction bias."""
+    """Step size of the correction bias. With quantile, the share of the way to the target, at most 1.
+    dense has no correction bias."""
     log_every: int = 20
     """Number of steps between lines of metrics."""
     eval_every: int = 50
@@ -189,7 +193,8 @@ class Config:
         ranges.check_mesh(self.mesh)
         ranges.check_processes(self.coordinator, self.processes, self.process)
         routed, latent = self.mlp != "dense", self.mlp == "latent_moe"
-        ranges.check_unused(self, "", ("switch_loss_coef", "sequence_loss_coef"), routed, "--mlp moe or latent_moe")
+        balancing = ("switch_loss_coef", "sequence_loss_coef", "bias_update")
+        ranges.check_unused(self, "", balancing, routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("routed_scaling_factor",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("latent_norm",), latent, "--mlp latent_moe")
         if self.spike_factor and not self.spike_factor > 1:

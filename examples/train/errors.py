@@ -6,3 +6,7 @@ class TrainError(Exception):
 
     It is not a ValueError, because tyro catches ValueErrors and prints them in a box of its own.
     """
+
+
+class Diverged(TrainError):
+    """The loss or the parameters of a run are not finite, or it had a bad step."""

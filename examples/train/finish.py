@@ -60,11 +60,8 @@ def finish(
     Returns:
         Validation bits per byte. Each byte of the held-out text is scored once, after at most `context` bytes.
     """
-    texts = encode_corpus(corpus, tokenizer).validations
-    windows = {name: held_out_windows(config, tokenizer, text) for name, text in texts.items()}
-    with busy("Validating on all held-out text"), jax.set_mesh(mesh):
-        bits_per_byte = make_bits_per_byte(model, config.batch_size, mesh)
-        bits = {name: bits_per_byte(last.state, of_text) for name, of_text in windows.items()}
+    windows, bits = validate(config, model, corpus, tokenizer, last, mesh)
+    with jax.set_mesh(mesh):
         state = whole_on_one_device(last.state)
     if not is_first_process():
         return bits[""]
@@ -88,6 +85,28 @@ def finish(
     print(f"{folder} holds {', '.join(written)}. Open {folder / REPORT} in a browser.")
     print(result)
     return bits[""]
+
+
+def validate(
+    config: Config,
+    model: LanguageModel,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    last: Snapshot,
+    mesh: Mesh,
+    most: int | None = None,
+) -> tuple[dict[str, ValidationWindows], dict[str, float]]:
+    """The windows of each text to validate on, and the bits per byte over them.
+
+    `finish` has the arguments but `most`, the largest number of windows of a text. None reads all.
+    """
+    texts = encode_corpus(corpus, tokenizer).validations
+    windows = {name: held_out_windows(config, tokenizer, text) for name, text in texts.items()}
+    if most is not None:
+        windows = {name: found.subset(most) for name, found in windows.items()}
+    with busy("Validating on held-out text"), jax.set_mesh(mesh):
+        bits_per_byte = make_bits_per_byte(model, config.batch_size, mesh)
+        return windows, {name: bits_per_byte(last.state, of_text) for name, of_text in windows.items()}
 
 
 def make_figures(

@@ -54,6 +54,7 @@ def moe_config(config: Config) -> LatentMoEConfig | None:
             routed_scaling_factor=model.routed_scaling_factor,
             switch_loss_coef=config.switch_loss_coef,
             sequence_loss_coef=config.sequence_loss_coef,
+            bias_update=config.bias_update,
             bias_update_rate=config.bias_update_rate,
         ),
         init=InitConfig(output_scale=residual_scale(model), scale_expert_output=mlp == "moe"),

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from examples.train.config import Config
 from examples.train.config_file import from_fields, read_fields, to_json
@@ -84,7 +85,7 @@ def runs_here() -> str:
 
 
 def _check_same(folder, before, now):
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    old, new = flat(dataclasses.asdict(before)), flat(dataclasses.asdict(now))
     changed = [f"{name}={old[name]}, now {new[name]}" for name in new if name not in FREE and old[name] != new[name]]
     if changed:
         raise TrainError(
@@ -93,8 +94,9 @@ def _check_same(folder, before, now):
         )
 
 
-def _flat(fields, prefix=""):
+def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested options by their names, such as model.layers."""
     leaves = {}
     for name, value in fields.items():
-        leaves.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        leaves.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
     return leaves

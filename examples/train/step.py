@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, UInt32
 
@@ -18,6 +18,7 @@ from examples.train.data import Batch, ValidationWindows
 from examples.train.initialising import draw, shapes
 from examples.train.model import LanguageModel
 from examples.train.placing import from_whole, optimizer_shardings, variable_shardings
+from jax_latent_moe.linen import loads as loads_of
 from jax_latent_moe.linen import update_correction_bias
 
 LOAD = "tokens_per_expert"
@@ -179,8 +180,7 @@ def make_train_step(
         )
         loss, sown = cast(tuple[Array, dict[str, Any]], output)
         auxiliary = sum(map(jnp.sum, jax.tree.leaves(sown.get("losses", {}))), start=jnp.zeros(())) / accumulate
-        loads = {path: load for path, load in flatten_dict(sown.get("intermediates", {})).items() if path[-1] == LOAD}
-        return loss + auxiliary, (loss, auxiliary, loads)
+        return loss + auxiliary, (loss, auxiliary, loads_of(sown)["intermediates"])
 
     def gradients(state, batch):
         """Gradients of the whole batch, with the loss, the auxiliary loss and the loads."""
@@ -214,7 +214,7 @@ def make_train_step(
         state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            correction_bias=update_correction_bias(state.correction_bias, unflatten_dict(loads), rate),
+            correction_bias=update_correction_bias(state.correction_bias, loads, rate),
             opt_state=opt_state,
             key=state.key,
             smoothed_loss=smoothed,
@@ -246,7 +246,8 @@ def _microbatches(x, count):
 
 def _by_layer(loads):
     """The loads [layers, experts] in the order of the layers, from unrolled or stacked blocks."""
-    counts = [jnp.atleast_2d(sum(load)) for _, load in sorted(loads.items())]
+    flat: dict[Any, Any] = flatten_dict(loads)
+    counts = [jnp.atleast_2d(sum(flat[path])) for path in sorted(flat) if path[-1] == LOAD]
     return jnp.concatenate(counts) if counts else None
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import gc
 import math
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -16,8 +16,8 @@ from examples.train.cli import parse
 from examples.train.config import Config
 from examples.train.config_file import to_json
 from examples.train.corpus import load_corpus, load_text
-from examples.train.data import Ahead, check_length, held_out_windows, train_batches
-from examples.train.errors import TrainError
+from examples.train.data import Ahead, ValidationWindows, check_length, held_out_windows, train_batches
+from examples.train.errors import Diverged, TrainError
 from examples.train.finish import finish
 from examples.train.interval import Interval
 from examples.train.metrics import MetricsWriter, validation_field, write_texts
@@ -37,6 +37,21 @@ from jax_latent_moe.errors import LatentMoEError
 
 VALIDATION_WINDOWS = 128
 """Number of windows of a text that a validation during training reads. The end of a run reads all of them."""
+
+
+MakeProbe = Callable[[LanguageModel, ValidationWindows], Callable[[TrainState], dict[str, Any]]]
+"""Makes a function of the state, whose fields each validation during training adds to its record. It gets the model
+and the windows of the held-out text."""
+
+
+class Trained(NamedTuple):
+    """A run that has done its last step: the arguments of `finish` after the options."""
+
+    model: LanguageModel
+    corpus: Corpus
+    tokenizer: Tokenizer
+    last: Snapshot
+    mesh: Mesh
 
 
 def main(arguments: Sequence[str] | None = None):
@@ -65,6 +80,24 @@ def train(config: Config) -> float | None:
     Raises:
         TrainError: the data, the folder or the options are unusable, or the loss is not finite.
     """
+    trained = train_steps(config)
+    return None if trained is None else finish(config, *trained)
+
+
+def train_steps(config: Config, make_probe: MakeProbe | None = None, stop: StopRequest | None = None) -> Trained | None:
+    """Trains from the start or from the newest checkpoint in the folder.
+
+    Args:
+        config: the options of the run.
+        make_probe: adds fields to the records of validations.
+        stop: the request of a caller that handles signals beyond the run. None handles them for the run alone.
+
+    Returns:
+        None if a signal stopped the run before its last step.
+
+    Raises:
+        TrainError: the data, the folder or the options are unusable, or the loss is not finite.
+    """
     mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
     language_model(config)  # raises for wrong options before anything takes time
     check_folder(config)
@@ -79,8 +112,10 @@ def train(config: Config) -> float | None:
         tokenizer.save(folder)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        with StopRequest() as stop, jax.set_mesh(mesh):
-            last = run_steps(config, model, tokens, tokenizer, checkpoints, stop, mesh, trackers)
+        with contextlib.ExitStack() as stack:
+            stop = stop or stack.enter_context(StopRequest())
+            stack.enter_context(jax.set_mesh(mesh))
+            last = run_steps(config, model, tokens, tokenizer, checkpoints, stop, mesh, trackers, make_probe)
     finally:
         checkpoints.close()
     done = int(last.state.step)
@@ -89,7 +124,7 @@ def train(config: Config) -> float | None:
             signal = stop.name or "a signal to another process"
             print(f"Stopped by {signal} with step {done} of {config.steps} saved. The same command resumes from there.")
         return None
-    return finish(config, model, corpus, tokenizer, last, mesh)
+    return Trained(model, corpus, tokenizer, last, mesh)
 
 
 def read_corpus(config: Config) -> Corpus:
@@ -114,6 +149,7 @@ def run_steps(
     stop: StopRequest,
     mesh: Mesh,
     trackers: Sequence[Any] = (),
+    make_probe: MakeProbe | None = None,
 ) -> Snapshot:
     """Trains until the last step or until a signal, and saves a checkpoint of the step that it ends with.
 
@@ -128,6 +164,7 @@ def run_steps(
         stop: tells whether a signal came.
         mesh: the mesh of state and batches.
         trackers: the modules of the trackers.
+        make_probe: adds fields to the records of validations.
 
     Raises:
         TrainError: the loss, the parameters or the optimiser are no longer finite. Such a state is not saved.
@@ -157,6 +194,7 @@ def run_steps(
         name: held_out_windows(config, tokenizer, text).subset(VALIDATION_WINDOWS)
         for name, text in corpus.validations.items()
     }
+    probe = None if make_probe is None else make_probe(model, windows[""])
     rates = learning_rates(config.optimizer, config.steps)
     # Several processes agree on a stop only at lines of metrics, because to agree they wait for each other.
     asks_every = config.log_every if several_processes() else 1
@@ -187,14 +225,15 @@ def run_steps(
             if step % config.eval_every == 0 or step == config.steps:
                 with interval.paused("validation"):
                     bits = {name: bits_per_byte(state, of_text) for name, of_text in windows.items()}
-                fields = {validation_field(name): value for name, value in bits.items()}
+                    probed = {} if probe is None else probe(state)
+                fields = {validation_field(name): value for name, value in bits.items()} | probed
                 writer.write({"step": step, "seconds": interval.seconds, **fields})
                 more = "".join(f", {name} {value:.3f}" for name, value in bits.items() if name)
                 report.say(f"step {step}/{config.steps}  validation {bits['']:.3f} bits per byte{more}")
             if step % config.checkpoint_every == 0 or last:
                 with interval.paused("checkpoint"):
                     if not all_finite((state.params, state.opt_state)):
-                        raise TrainError(diverged(step, checkpoints))
+                        raise Diverged(diverged(step, checkpoints))
                     checkpoints.save(Snapshot(state, ahead.get_state(), interval.seconds))
             if last:
                 break
@@ -214,9 +253,9 @@ def judge(record: dict[str, Any], config: Config, checkpoints: Checkpoints):
         TrainError: the run must end. This includes an interval in which every step was bad.
     """
     if not math.isfinite(record["loss"]):
-        raise TrainError(diverged(record["step"], checkpoints))
+        raise Diverged(diverged(record["step"], checkpoints))
     if record["bad_steps"] and config.bad_step == "stop":
-        raise TrainError(
+        raise Diverged(
             f"{record['bad_steps']} step(s) up to step {record['step']} had a gradient that is not finite or a loss "
             f"over {config.spike_factor:g} times the smoothed loss: --bad-step skip drops such steps."
         )

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from examples.train.norm import Dropout, rms_norm
 from examples.train.optimizer import is_matrix, make_optimizer
 from examples.train.placing import make_mesh
 from examples.train.presets import TOY
+from tests.test_quantile import expected_target
 from tests.tolerances import assert_close, assert_trees_close, relative_error
 
 
@@ -189,6 +191,33 @@ def first():
 @pytest.fixture(scope="module")
 def unrolled(batch, first):
     return first_steps(DEEP, batch, start=first)
+
+
+def test_quantiles_move_the_bias_by_the_targets_of_all_parts(batch, first):
+    """The target is that of tests/test_quantile.py, from router scores in float64."""
+    config = dataclasses.replace(
+        TOY, switch_loss_coef=0.0, bias_update="quantile", bias_update_rate=0.5, accumulate=2, batch_size=4
+    )
+    start = first._replace(
+        params={name: part for name, part in first.params.items() if name != "block_02"},
+        correction_bias={"block_01": first.correction_bias["block_01"]},
+    )
+    model, optimizer, mesh = language_model(config), optax.set_to_zero(), make_mesh("", config.batch_size)
+    start = start._replace(opt_state=optimizer.init(start.params))
+    small = Batch(batch.tokens[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(start, step.state_shardings(model, optimizer, mesh))
+        state, _ = step.make_train_step(model, optimizer, mesh, accumulate=config.accumulate)(placed, small)
+    capture = {"capture_intermediates": lambda module, _: module.name == "mlp_norm", "mutable": ["intermediates"]}
+    apply = jax.jit(lambda tokens: model.apply(step.variables_of(start), tokens, **capture)[1])
+    x = np.float64(apply(small.tokens[:, :-1])["intermediates"]["block_01"]["mlp_norm"]["__call__"][0])
+    scores = 1 / (1 + np.exp(-x @ np.float64(start.params["block_01"]["mlp"]["router"]["kernel"])))
+    parts = [scores[i::2].reshape(-1, scores.shape[-1]) for i in (0, 1)]
+    targets = [expected_target(part, np.zeros(8), 2, np.ones(len(part), bool)) for part in parts]
+    moved = 0.5 * np.mean(targets, axis=0)
+    found = state.correction_bias["block_01"]["mlp"]["router"]["bias"]
+    np.testing.assert_allclose(found, moved - moved.mean(), rtol=1e-4, atol=1e-5)
+    assert np.abs(found).max() > 1e-3
 
 
 @pytest.mark.parametrize("changes", [{"remat": "cheap", "attention": "xla"}, {"remat": "layer", "accumulate": 4}])

@@ -91,6 +91,7 @@ def test_the_ends_of_a_range(cls, field):
         (["--model.routed-scaling-factor", "1e39"], r"model\.routed_scaling_factor=1e\+39 must be"),
         (["--model.latent-norm", "post", "--mlp", "moe"], r"model\.latent_norm='post' has no effect without"),
         (["--switch-loss-coef", "0.5", "--mlp", "dense"], r"switch_loss_coef=0\.5 has no effect without"),
+        (["--bias-update", "quantile", "--mlp", "dense"], r"bias_update='quantile' has no effect without"),
         (["--switch-loss-coef", "nan"], r"switch_loss_coef=nan must be"),
         (["--spike-factor", "-2"], r"spike_factor=-2\.0 must be"),
         (["--spike-factor", "1"], r"spike_factor=1\.0 must be more than 1"),

@@ -1,0 +1,76 @@
+"""The command line: runs what is missing in a study, then makes the tables and figures."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import tyro
+
+from examples.study import data
+from examples.study.arms import arm_named
+from examples.study.definition import study_named
+from examples.study.report import write_report
+from examples.study.runner import run_study
+from examples.train.errors import TrainError
+from jax_latent_moe.errors import LatentMoEError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Runs a study and writes its tables and figures.
+
+    The same command goes on after a stop. Ctrl-C, SIGTERM and `timeout` stop it after the current step.
+    """
+
+    arms: str = "toy"
+    """The study: d512, d768, or toy, which takes about a minute on a CPU."""
+    only: tuple[str, ...] = ()
+    """The arms to run. Empty runs all arms of the study."""
+    folder: Path | None = None
+    """Folder of the rows, tables and figures. The default is runs/study/ARMS."""
+    scratch: Path | None = None
+    """Folder of the trainer's runs and their checkpoints. The default is runs/ in the folder."""
+    text: Path | None = None
+    """Folder of the text that python -m examples.study.data writes. The default is in the user's cache."""
+    report_only: bool = False
+    """Makes the tables and figures of the rows that there are, and runs nothing."""
+
+
+def main(arguments: Sequence[str] | None = None):
+    """Parses the command line and runs. An error that the user can solve is printed as one sentence."""
+    options = tyro.cli(Options, args=arguments, prog="python -m examples.study")
+    try:
+        run(options)
+    except (TrainError, LatentMoEError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The same command goes on from the newest checkpoint.")
+
+
+def run(options: Options) -> bool:
+    """Does what the options say.
+
+    Returns:
+        False if a signal stopped the runs. There is then no report.
+
+    Raises:
+        TrainError: an option is wrong, the text is missing, or the rows do not fit the study.
+    """
+    study = study_named(options.arms)
+    for name in options.only:
+        if arm_named(name) not in study.arms:
+            there = ", ".join(arm.name for arm in study.arms)
+            raise TrainError(f"--only {name} is not in the study {study.name}: use some of {there}.")
+    folder = options.folder or Path("runs") / "study" / study.name
+    if not study.linux:
+        jax.config.update("jax_disable_most_optimizations", True)  # most of a toy run is compilation
+    if not options.report_only:
+        text = data.open_text(options.text or data.default_folder()) if study.linux else None
+        if not run_study(study, folder, options.scratch or folder / "runs", text, options.only):
+            print("Stopped. The same command goes on from here.")
+            return False
+    for path in write_report(study, folder):
+        print(path)
+    return True
