@@ -131,7 +131,14 @@ ROWS = (
     Row("xla-block-1", XlaBackend(block_rows=1)),
     Row("xla-block-3", XlaBackend(block_rows=3)),
     Row("xla-ragged-dot", XlaBackend(method="ragged_dot"), isolates=False),
-    Row("interpreted-pallas", InterpretedPallas(), HALVES, 64, interpreted=True, any_rows=False),
+    Row(
+        "interpreted-pallas",
+        InterpretedPallas(),
+        HALVES if EVERY_CELL else HALVES[:1],
+        64,
+        interpreted=True,
+        any_rows=False,
+    ),
     Row("pallas", PallasBackend(), HALVES, 64, hopper=True, any_rows=False),
     Row("cutlass", CutlassBackend(), HALVES, 8, hopper=True),
 )
