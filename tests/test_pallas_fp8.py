@@ -1,5 +1,7 @@
 """The FP8 kernel without a GPU: interpreted against float64 with race detection, and lowered for CUDA."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,18 @@ def test_product_and_activation(rng, name, tile, dtype, interpreter):
     assert pre.dtype == hidden.dtype == dtype
     for value in (pre, hidden):
         assert not np.asarray(value)[sum(UNEVEN) :].any()
+
+
+def test_gate_and_up_columns_side_by_side_and_scales_in_bytes(rng, interpreter):
+    """Without an activation, a tile holds columns of both matrices, each with partial blocks; E8M0 scales are bytes."""
+    rows, w, values, _ = operands(rng, "bfloat16", parts=2)
+    exponents = rng.integers(120, 130, w.scales["block"].shape).astype(np.uint8)
+    w = ScaledArray(w.codes, {"block": jnp.asarray(exponents)}, "fp8_block")
+    weights = np.float64(np.asarray(w.decode("float32")))
+    tile = dataclasses.replace(PLAIN, columns=192, cluster=2)
+    (out,) = matmul_fp8(rows, w, jnp.asarray(UNEVEN), tile=tile, num_sms=2, interpret=interpreter)
+    assert_close(out, reference.grouped_matmul(values, weights, UNEVEN), "bfloat16")
+    assert not np.asarray(out)[sum(UNEVEN) :].any()
 
 
 @pytest.mark.parametrize("large", [True, False], ids=["large", "decode"])

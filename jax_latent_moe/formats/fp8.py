@@ -59,16 +59,20 @@ def encode_blocks(
 
 
 def decode_blocks(codes, scales, dtype, block: Block = (BLOCK, BLOCK)) -> Float[Array, "*e n k"]:
-    """The values of `encode_blocks`: code times scale, rounded to float32 and then to dtype.
+    """The values of `encode_blocks`: code times scale, rounded to float32 and then to dtype."""
+    return (from_e4m3(codes) * spread(wide_scales(scales), block, *codes.shape[-2:])).astype(dtype)
 
-    Scales of another floating type are widened. Bytes are E8M0 scales: the byte u is 2^(u - 127), and 255 is NaN.
+
+def wide_scales(scales) -> Float[Array, "*e nb kb"]:
+    """The scales of blocks in float32: those of another floating type, or of E8M0 bytes.
+
+    The byte u is 2^(u - 127), and 255 is NaN.
     """
     wide = scales["block"]
     if wide.dtype == jnp.uint8:
         power = lax.bitcast_convert_type(jnp.maximum(wide.astype(jnp.int32) << 23, 1 << 22), jnp.float32)
         wide = jnp.where(wide == 255, jnp.nan, power)
-    wide = wide.astype(jnp.float32)
-    return (from_e4m3(codes) * spread(wide, block, *codes.shape[-2:])).astype(dtype)
+    return wide.astype(jnp.float32)
 
 
 def encode_rows(

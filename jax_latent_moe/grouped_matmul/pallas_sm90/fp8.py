@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 
 from jax_latent_moe.activations import Residual
 from jax_latent_moe.formats import ScaledArray, ScaledRows
+from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile
 from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Activation, Place, Product, StoreBuffers, zero
@@ -81,9 +82,8 @@ def matmul_fp8(
     widths = [width] if residual != "pre" else [parts * n, width]
     row_codes = lax.bitcast_convert_type(pad_rows(rows.codes), E4M3)
     # A tile reads scales of 64 rows for one block of K at a time. The last tile begins less than 64 rows from the end.
-    row_scales = jnp.pad(rows.scales["block"].astype(jnp.float32), ((0, 2 * WGMMA_ROWS), (0, 0))).T
-    w_codes = lax.bitcast_convert_type(w.codes, E4M3).reshape(experts * parts, n, k)
-    w_scales = w.scales["block"].astype(jnp.float32)
+    row_scales = jnp.pad(wide_scales(rows.scales), ((0, 2 * WGMMA_ROWS), (0, 0))).T
+    w_codes = lax.bitcast_convert_type(w.codes, E4M3).reshape(experts, parts * n, k)
     swizzled, native = mgpu_code.swizzled(E4M3), interpret is not None
     out_smem = plgpu.SMEM(
         (CONSUMERS, tile.store_buffers, WGMMA_ROWS, COLUMN_BLOCK), rows.dtype, transforms=mgpu_code.swizzled(rows.dtype)
@@ -93,7 +93,7 @@ def matmul_fp8(
         epilogue=functools.partial(Product if activation is None else Activation, activation),
         num_outs=len(widths),
         width=width,
-        parts=parts,
+        n=n,
         halves=halves,
         tile=tile,
         clusters=num_sms // tile.cluster,
@@ -111,7 +111,7 @@ def matmul_fp8(
         ],
         interpret=interpret,
         **mgpu_code.launch(num_sms, tile.cluster),
-    )(*row_tiles(group_sizes, num_rows, tile.rows), row_codes, row_scales, w_codes, w_scales)
+    )(*row_tiles(group_sizes, num_rows, tile.rows), row_codes, row_scales, w_codes, wide_scales(w.scales))
 
 
 def _pieces(tile: PallasFp8Tile, halves: bool) -> list[tuple[int, int, int, int]]:
@@ -136,7 +136,7 @@ def _kernel(
     epilogue,
     num_outs,
     width,
-    parts,
+    n,
     halves,
     tile,
     clusters,
@@ -193,9 +193,9 @@ def _kernel(
                 shared = "cluster" if tile.cluster > 1 else None
                 plgpu.copy_gmem_to_smem(rows.at[own_rows, depth], a_smem.at[buffer], full, collective_axes=shared)
                 for part, out_column, smem_column, columns in _pieces(tile, halves):
-                    first = pl.multiple_of(column + out_column, COLUMN_BLOCK)
+                    first = pl.multiple_of(part * n + column + out_column, COLUMN_BLOCK)
                     plgpu.copy_gmem_to_smem(
-                        w.at[expert * parts + part, pl.ds(first, columns), depth],
+                        w.at[expert, pl.ds(first, columns), depth],
                         b_smem.at[buffer, pl.ds(smem_column, columns)],
                         full,
                     )
@@ -224,9 +224,14 @@ def _kernel(
             of_rows = plgpu.load(row_scales.at[k, pl.ds(place.row, WGMMA_ROWS)], layout=plgpu.Layout.WGMMA.reduce(1))
             found = []
             for block in range(num_blocks):
-                part, block = (block % 2, block // 2) if halves else (0, block)
-                # Blocks beyond the last column are not stored.
-                n_block = jnp.minimum(lax.div(place.column + block * COLUMN_BLOCK, BLOCK), w_scales.shape[2] - 1)
+                if halves:
+                    part, column = block % 2, place.column + block // 2 * COLUMN_BLOCK
+                else:
+                    # Gate and up columns side by side. Blocks beyond the last column are not stored.
+                    column = jnp.minimum(place.column + block * COLUMN_BLOCK, width - COLUMN_BLOCK)
+                    part = lax.div(column, n)
+                    column -= part * n
+                n_block = jnp.minimum(lax.div(column, BLOCK), w_scales.shape[2] - 1)
                 found.append(w_scales[expert, part, n_block, k])
             return of_rows, found
 
