@@ -68,6 +68,8 @@ def encode_weights(precision: Precision, w_in, w_out, *, gated: bool) -> Codes:
     Raises:
         InputError: a weight is in another format than precision.fwd, or in codes where precision.dgrad needs an array.
     """
+    if precision == Precision():
+        return Codes()
     w_in, w_out = (w if isinstance(w, ScaledArray) else lax.stop_gradient(w) for w in (w_in, w_out))
     return Codes(
         _fwd(precision, "w_in", w_in, 2 if gated else 1),
