@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fusing, layers, matmuls, problems, steps, survey, swapped, train
+from benchmarks import fp8, fusing, layers, matmuls, problems, steps, survey, swapped, train
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("compile", "kernel", "fused", "layer", "ragged_dot", "decode", "step", "survey", "train")
+SUITES = ("compile", "kernel", "fp8", "fused", "layer", "ragged_dot", "decode", "step", "survey", "train")
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -47,6 +47,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
     return {
         "compile": [(layers.measure_compilation, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "kernel": [(matmuls.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
+        "fp8": [(fp8.measure, only(problems.FP8, problems.QUICK_KERNELS))],
         "fused": [(fusing.measure, problems.FUSED)],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "ragged_dot": [(swapped.measure, swapped.SHAPES)],

@@ -80,6 +80,15 @@ KERNELS = {
     "super_up_t8192_skewed": Grouped(8192, 22, 512, 1024, 2688, spread=1.5, empty=0.5),
 }
 QUICK_KERNELS = ("super_up_t8192", "super_down_t8192")
+FP8 = {
+    "super_up_t8192": KERNELS["super_up_t8192"],
+    "super_down_t8192": KERNELS["super_down_t8192"],
+    "super_up_t2048": KERNELS["super_up_t2048"],
+    "super_down_t2048": Grouped(2048, 22, 512, 2688, 1024),
+    "super_up_t32768": KERNELS["super_up_t32768"],
+    "super_down_t32768": Grouped(32768, 22, 512, 2688, 1024),
+    "super_up_t64": Grouped(64, 22, 512, 1024, 2688, empty=0.0),
+}
 DECODE_KERNELS = {f"super_up_t{tokens}": Grouped(tokens, 22, 512, 1024, 2688, empty=0.0) for tokens in (1, 8, 64)}
 
 

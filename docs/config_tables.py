@@ -17,9 +17,11 @@ CLASSES = (
     config.PallasBackend,
     config.PallasMatmulTile,
     config.PallasWgradTile,
+    config.PallasFp8Tile,
     config.CutlassBackend,
     config.CutlassTile,
     config.ParallelConfig,
+    config.Precision,
 )
 
 

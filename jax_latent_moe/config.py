@@ -12,9 +12,15 @@ from jax_latent_moe import checks
 from jax_latent_moe.activations import ACTIVATIONS, BoundActivation
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassBackend, CutlassTile
-from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasBackend, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import (
+    PallasBackend,
+    PallasFp8Tile,
+    PallasMatmulTile,
+    PallasWgradTile,
+)
 from jax_latent_moe.grouped_matmul.registry import BACKENDS, BackendConfig, as_backend, name_of
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
+from jax_latent_moe.precision import Precision
 from jax_latent_moe.router_config import SCORE_FUNCTIONS, RouterConfig
 
 __all__ = [
@@ -24,9 +30,11 @@ __all__ = [
     "InitConfig",
     "LatentMoEConfig",
     "PallasBackend",
+    "PallasFp8Tile",
     "PallasMatmulTile",
     "PallasWgradTile",
     "ParallelConfig",
+    "Precision",
     "RouterConfig",
     "XlaBackend",
     "as_backend",
@@ -150,6 +158,7 @@ class LatentMoEConfig:
         dtype: dtype of the computation and of y. Sums are in float32.
         param_dtype: dtype of the stored parameters. The correction bias is always float32.
         backend: "auto", a backend's name ("xla", "pallas", "cutlass") or its dataclass.
+        precision: the formats in which the experts' products multiply, such as FP8. None is dtype for all.
         parallel: how the layer is spread over a mesh. None leaves that to XLA's own partitioning.
     """
 
@@ -177,6 +186,7 @@ class LatentMoEConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     backend: str | BackendConfig = "auto"
+    precision: Precision | None = None
     parallel: ParallelConfig | None = None
 
     def __post_init__(self):
@@ -195,6 +205,8 @@ class LatentMoEConfig:
         checks.between("latent_norm_eps", self.latent_norm_eps, *LATENT_NORM_EPS)
         checks.instance("router", self.router, RouterConfig)
         checks.instance("init", self.init, InitConfig)
+        if self.precision is not None:
+            checks.instance("precision", self.precision, Precision)
         if self.parallel is not None:
             checks.instance("parallel", self.parallel, ParallelConfig)
         checks.keep(self, "", checks.dtype_name, ("dtype", "param_dtype"), COMPUTE_DTYPES)

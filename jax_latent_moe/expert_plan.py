@@ -13,6 +13,7 @@ from jax_latent_moe.errors import UnsupportedError
 from jax_latent_moe.grouped_matmul.problem import Contraction, Epilogue, Operand, problem
 from jax_latent_moe.grouped_matmul.registry import Bound, fused, name_of, select
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
+from jax_latent_moe.precision import Precision
 
 PORTABLE: tuple[Residual, ...] = ("hidden", "pre")
 """The residuals that XLA can compute and differentiate without a fused kernel."""
@@ -25,6 +26,7 @@ class ExpertPlan:
     Attributes:
         activation: the experts' activation.
         residual: what the forward pass keeps for the activation's gradient.
+        precision: the formats of the products that are not in the dtype of the rows.
         up: the first product (fwd) when there is a backward pass.
         up_without_gradient: the first product (fwd) when there is none.
         down: the second product (fwd).
@@ -38,6 +40,7 @@ class ExpertPlan:
 
     activation: BoundActivation
     residual: Residual
+    precision: Precision
     up: Bound
     up_without_gradient: Bound
     down: Bound
@@ -50,7 +53,7 @@ class ExpertPlan:
 
     def __str__(self) -> str:
         lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}"]
-        for field in dataclasses.fields(self)[2:]:
+        for field in dataclasses.fields(self)[3:]:
             bound = getattr(self, field.name)
             if bound is not None:
                 lines += [f"{field.name}: {bound.problem}", *(f"  {line}" for line in str(bound).splitlines())]
@@ -86,6 +89,7 @@ def plan_experts(
         ConfigError: the user's table of tiles cannot be read.
     """
     device, activation = device or current_device(), config.bound_activation
+    precision = config.precision or Precision()
     dense = problem("fwd", num_rows, w_in_shape, dtype, device=device).lhs
     table = dataclasses.replace(dense, layout="gathered")
     frozen_in, frozen_out = (w is not None and w != dense for w in (w_in, w_out))
@@ -94,7 +98,22 @@ def plan_experts(
         asked = problem(contraction, num_rows, shape, dtype, lhs=lhs, rhs=rhs, device=device)
         return select(asked, config.backend)
 
+    def forward(shape, lhs, w) -> Bound:
+        if precision.fwd is None:
+            return bind("fwd", shape, lhs, w)
+        return bind("fwd", shape, Operand(precision.fwd, lhs.layout), Operand(precision.fwd))
+
+    def input_gradient(shape, lhs, w) -> Bound:
+        if precision.dgrad is None:
+            return bind("dgrad", shape, lhs, w)
+        # The weight's codes are those of the transposed weight.
+        experts, inputs, outputs = shape
+        transposed = experts, outputs, inputs
+        return bind("fwd", transposed, Operand(precision.dgrad, lhs.layout), Operand(precision.dgrad))
+
     def fuse(product: Bound, epilogue: Epilogue) -> Bound | None:
+        if product is down_dgrad and precision.dgrad is not None:
+            return None
         if not config.expert_bias:
             return fused(product, epilogue)
         if product.backend.insists(dataclasses.replace(epilogue, bias=True)):
@@ -110,7 +129,7 @@ def plan_experts(
             return None
         return select(problem("wgrad", num_rows, (w_in_shape[0], 1, width), dtype, device=device), XlaBackend())
 
-    up, down_dgrad = bind("fwd", w_in_shape, table, w_in), bind("dgrad", w_out_shape, table, w_out)
+    up, down_dgrad = forward(w_in_shape, table, w_in), input_gradient(w_out_shape, table, w_out)
     residual = choose_residual(
         activation,
         lambda residual: fuse(up, Epilogue(activation, residual)) is not None,
@@ -118,15 +137,18 @@ def plan_experts(
     )
     kept = Epilogue(activation, residual)
     hidden = dataclasses.replace(dense, layout="columns") if residual == "gate_hidden" else dense
+    # A fused gradient gives the gathered rows back. Codes are not what a weight gradient reads.
+    dout = dense if residual == "pre" and precision.dgrad is None else table
     return ExpertPlan(
         activation,
         residual,
+        precision,
         up=fuse(up, kept) or up,
         up_without_gradient=fuse(up, Epilogue(activation, None)) or up,
-        down=bind("fwd", w_out_shape, hidden, w_out),
+        down=forward(w_out_shape, dense if precision.fwd else hidden, w_out),
         down_dgrad=fuse(down_dgrad, kept) or down_dgrad,
-        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, dense if residual == "pre" else table),
-        up_dgrad=bind("dgrad", w_in_shape, dense, w_in),
+        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, dout),
+        up_dgrad=input_gradient(w_in_shape, dense, w_in),
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
         b_in_grad=bias_gradient(w_in_shape[2]),
         b_out_grad=bias_gradient(w_out_shape[2]),

@@ -16,11 +16,13 @@ from jaxtyping import Array, Float
 from jax_latent_moe.activations import activate, hidden_and_pullback
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
+from jax_latent_moe.errors import InputError
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
-from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.formats import ScaledArray, encode_rows
 from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, grouped_matmul, operand_of
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.low_rank import LowRank, base_of
+from jax_latent_moe.precision import Precision, encode_weights
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
@@ -53,12 +55,14 @@ def routed_experts(
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
+        InputError: config.precision does not go with the format of the weights, or with adapters.
     """
     if biases is not None:
         biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
     if isinstance(w_in, LowRank) or isinstance(w_out, LowRank):
         return _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
     w_in = _flat(w_in)
+    codes = encode_weights(config.precision or Precision(), w_in, w_out, gated=config.gated)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],
@@ -68,7 +72,7 @@ def routed_experts(
         w_in=operand_of(w_in),
         w_out=operand_of(w_out),
     )
-    return _routed(plan, tokens, weights, w_in, w_out, biases, dispatch)
+    return _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch)
 
 
 def _flat(weight):
@@ -82,6 +86,10 @@ def _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch):
     The backend of the config runs the products with the frozen weights. Those of rank r, which kernels may refuse,
     run on the first backend that has them.
     """
+    if config.precision is not None:
+        raise InputError(
+            f"{config.precision} does not go with low-rank adapters: set precision=None, or lora.merge(params, config)."
+        )
     b_in, b_out = biases or (None, None)
     rows = _rows(tokens, dispatch)
     pre = _plus_bias(_product(config, rows, w_in, dispatch), b_in, dispatch.group_sizes)
@@ -118,29 +126,40 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed(plan, tokens, weights, w_in, w_out, biases, dispatch):
+def _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
     b_in, b_out = biases or (None, None)
-    hidden = up(plan, plan.up_without_gradient, rows_of(tokens, dispatch), w_in, dispatch.group_sizes, b_in).out
-    return _down(plan, tokens, weights, hidden, w_out, b_out, dispatch)
+    hidden = _up(plan, plan.up_without_gradient, tokens, w_in, codes, b_in, dispatch).out
+    return _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
 
 
-def _routed_fwd(plan, tokens, weights, w_in, w_out, biases, dispatch):
+def _routed_fwd(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
     b_in, b_out = biases or (None, None)
-    made = up(plan, plan.up, rows_of(tokens, dispatch), w_in, dispatch.group_sizes, b_in)
+    made = _up(plan, plan.up, tokens, w_in, codes, b_in, dispatch)
     kept = checkpoint_name(made.residual, RESIDUAL)
     hidden = made.out if plan.residual == "pre" else hidden_rows(plan, kept)
-    out = _down(plan, tokens, weights, hidden, w_out, b_out, dispatch)
-    return out, (tokens, weights, w_in, w_out, b_out, dispatch, kept)
+    out = _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
+    return out, (tokens, weights, w_in, w_out, codes, b_out, dispatch, kept)
 
 
-def _down(plan, tokens, weights, hidden, w_out, b_out, dispatch):
+def _up(plan, product, tokens, w_in, codes, b_in, dispatch):
+    rows = rows_of(_encoded(tokens, plan.precision.fwd), dispatch)
+    return up(plan, product, rows, w_in if codes.fwd_in is None else codes.fwd_in, dispatch.group_sizes, b_in)
+
+
+def _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch):
+    if codes.fwd_out is not None:
+        hidden, w_out = _encoded(gathered(hidden), plan.precision.fwd), codes.fwd_out
     out = _plus_bias(plan.down(Operands(hidden, w_out, dispatch.group_sizes)).out, b_out, dispatch.group_sizes)
     return combine(out, dispatch, weights).astype(tokens.dtype)
 
 
+def _encoded(rows, format):
+    return rows if format is None else encode_rows(rows, format)
+
+
 def _routed_bwd(plan, residuals, dcombined):
-    tokens, weights, w_in, w_out, b_out, dispatch, kept = residuals
-    sizes = dispatch.group_sizes
+    tokens, weights, w_in, w_out, codes, b_out, dispatch, kept = residuals
+    sizes, format = dispatch.group_sizes, plan.precision.dgrad
     row_weights = dispatch.weights_of_rows(weights)
 
     dw_out = None
@@ -152,14 +171,17 @@ def _routed_bwd(plan, residuals, dcombined):
             kept, dw_out = jax.lax.optimization_barrier((kept, dw_out))
     # Rows are gathered without their weights. With them, a weight's gradient would need a division by the weight, which
     # may be 0.
-    outputs = down_gradient(plan, rows_of(dcombined, dispatch), w_out, sizes, kept, row_weights)
+    dout = rows_of(_encoded(dcombined, format), dispatch)
+    outputs = down_gradient(plan, dout, w_out if format is None else codes.dgrad_out, sizes, kept, row_weights)
+    # A weight's or a bias's gradient reads the rows that a kernel gathered, unless they are codes.
+    dout = outputs.lhs if format is None else rows_of(dcombined, dispatch)
     if plan.residual == "pre" and plan.down_wgrad is not None:
-        dw_out = plan.down_wgrad(Operands(outputs.hidden, outputs.lhs, sizes)).out
+        dw_out = plan.down_wgrad(Operands(outputs.hidden, dout, sizes)).out
     dpre, drow_weights = outputs.out, outputs.row_weight_gradients
     assert drow_weights is not None
     dbiases = None
     if b_out is not None:
-        dout = gathered(outputs.lhs)
+        dout = gathered(dout)
         drow_weights = drow_weights + _times_bias(dout, b_out, sizes)
         dbiases = _bias_gradients(plan, dpre, dout, row_weights, sizes)
     # The barrier makes XLA sum before it gathers. Without it, XLA gathers all terms of each sum.
@@ -168,9 +190,9 @@ def _routed_bwd(plan, residuals, dcombined):
     # The barrier keeps XLA from gathering the tokens' rows earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
     dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(rows_of(tokens, dispatch), dpre, sizes)).out
-    drows = plan.up_dgrad(Operands(dpre, w_in, sizes)).out
+    drows = plan.up_dgrad(Operands(_encoded(dpre, format), w_in if format is None else codes.dgrad_in, sizes)).out
     dtokens = combine(drows, dispatch).astype(tokens.dtype)
-    return dtokens, dweights, dw_in, dw_out, dbiases, None
+    return dtokens, dweights, dw_in, dw_out, None, dbiases, None
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)

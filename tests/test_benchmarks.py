@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import fusing, gpu, layers, matmuls, steps, swapped, train_table
+from benchmarks import fp8, fusing, gpu, layers, matmuls, steps, swapped, train_table
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -124,6 +124,17 @@ def test_kernels_are_measured_and_recorded(run, session, capsys):
     assert len({row["run"] for row in rows}) == 1
     printed = capsys.readouterr().out
     assert "left out pallas: its kernels are for NVIDIA Hopper GPUs" in printed
+
+
+def test_fp8_is_measured_and_recorded(run, session, capsys):
+    fp8.measure(dataclasses.replace(session, quick=True), "fp8", {"small": SMALL})
+    rows = {(row["pass"], row["impl"]): row for row in rows_of(run)}
+    products = ("product", "bfloat16"), ("product", "fp8")
+    assert rows.keys() == {*products, ("encode rows", "fp8_block"), ("encode weight", "fp8_block")}
+    errors = [rows[key]["max_error"] for key in products]
+    assert errors[0] < 0.01 < errors[1] < 0.1
+    assert rows[products[1]]["floor_ms"] < rows[products[0]]["floor_ms"]
+    assert "left out torch_scaled_grouped_mm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])

@@ -13,6 +13,7 @@ from jax_latent_moe import (
     LatentMoEConfig,
     PallasBackend,
     ParallelConfig,
+    Precision,
     RouterConfig,
     UnsupportedError,
     XlaBackend,
@@ -57,6 +58,7 @@ LAYER = {
     "dtype": (TOY, "bfloat16"),
     "param_dtype": (TOY, "bfloat16"),
     "backend": (TOY, XlaBackend(method="ragged_dot")),
+    "precision": (TOY, Precision(fwd="fp8_block")),
     "parallel": (TOY, ParallelConfig()),
 }
 ROUTER = {

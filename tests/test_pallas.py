@@ -9,10 +9,11 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_latent_moe.config import PallasBackend, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.config import PallasBackend, PallasFp8Tile, PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.device import Device
 from jax_latent_moe.errors import ConfigError
-from jax_latent_moe.grouped_matmul import Operand, Operands, explain, problem, reference, select
+from jax_latent_moe.formats import encode, encode_rows
+from jax_latent_moe.grouped_matmul import Operand, Operands, explain, operand_of, problem, reference, select
 from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import matmul
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import max_row_tiles, row_tiles
@@ -177,6 +178,7 @@ def test_vmap_runs_one_after_the_other(interpreter):
 FIELDS = {
     "matmul_tile": {"rows": 64, "columns": 128, "stages": 3, "store_buffers": 1, "band": 2, "cluster": 2},
     "wgrad_tile": {"rows": 64, "columns": 128, "stages": 3, "store_buffers": 1, "cluster": 2},
+    "fp8_tile": {"rows": 64, "columns": 64, "stages": 3, "store_buffers": 1, "band": 2, "cluster": 2},
 }
 
 
@@ -186,19 +188,21 @@ def test_each_field_of_a_tile_is_read():
         rows, w, dout = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
 
         def product(contraction, *arrays):
-            asked = problem(contraction, 512, shapes[1], "bfloat16", device=H200)
+            operands = {"lhs": operand_of(arrays[0]), "rhs": operand_of(arrays[1])}
+            asked = problem(contraction, 512, shapes[1], "bfloat16", **operands, device=H200)
             return select(asked, backend)(Operands(*arrays)).out
 
         return str(
             jax.make_jaxpr(
                 lambda rows, w, dout, sizes: (
                     product("fwd", rows, w, sizes),
+                    product("fwd", encode_rows(rows, "fp8_block"), encode(w, "fp8_block"), sizes),
                     product("wgrad", rows, dout, sizes),
                 )
             )(rows, w, dout, jax.ShapeDtypeStruct((4,), jnp.int32))
         )
 
-    base = PallasBackend(PallasMatmulTile(), PallasWgradTile())
+    base = PallasBackend(PallasMatmulTile(), PallasWgradTile(), PallasFp8Tile(columns=128))
     before = kernels(base)
     assert FIELDS.keys() | {"fuse"} == {field.name for field in dataclasses.fields(base)}
     for name, changes in FIELDS.items():
@@ -234,7 +238,7 @@ def test_refuses(changes, reason):
 def test_auto_takes_it_on_hopper_without_compiled_kernels(kind, library_at, tmp_path):
     library_at(tmp_path / "none.so")
     text = explain(dataclasses.replace(PROBLEM, device=Device("gpu", kind)))
-    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fuse='measured') runs it" in text
+    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fp8_tile=None, fuse='measured') runs it" in text
 
 
 def chosen(contraction, num_rows, w_shape):

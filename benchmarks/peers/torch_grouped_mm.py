@@ -27,6 +27,32 @@ def candidate(pass_: str, x, w, dout, sizes) -> Candidate:
     return lower
 
 
+def scaled_candidate(x, w, sizes) -> Candidate:
+    """The product x[R, K] x w[E, K, N] of E4M3 codes, with one scale for each row of x and each column of w."""
+
+    def lower():
+        import torch  # pyright: ignore[reportMissingImports]
+
+        offsets = torch.from_dlpack(jnp.cumsum(sizes).astype(jnp.int32))
+        rows, weights = (torch.from_dlpack(array) for array in (x, w))
+
+        def encode(values):
+            scales = values.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 448
+            return (values.float() / scales).to(torch.float8_e4m3fn), scales.squeeze(-1)
+
+        row_codes, row_scales = encode(rows)
+        parts = [encode(expert.t()) for expert in weights]  # one at a time: float32 of all would not fit
+        codes, scales = (torch.stack(part) for part in zip(*parts, strict=True))
+        call = torch_call(
+            lambda: torch._scaled_grouped_mm(
+                row_codes, codes.transpose(1, 2), row_scales, scales, offs=offsets, out_dtype=torch.bfloat16
+            )
+        )
+        return lambda: call
+
+    return lower
+
+
 def torch_call(run: Callable) -> Call:
     """A call of torch, with the peak memory of its allocator besides the results, on a GPU.
 

@@ -106,6 +106,9 @@ class Config:
     gpu-80gb is for one GPU of 80 GB, gpu-x8 for a host of eight GPUs. auto is gpu if JAX finds a GPU, else cpu."""
     mlp: MLP = "latent_moe"
     """Feed-forward of every block but the first. dense and moe have the same active FLOPs as latent_moe."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """Numbers in which the routed experts multiply. dtype is model.dtype for all products.
+    fp8 rounds both operands of the forward products and input gradients to block FP8."""
     data: str = "shakespeare"
     """Text to train on: shakespeare (36 plays), stdlib (the sources of Python's library), or a file or folder.
     Files hold plain text, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or Parquet (.parquet)."""
@@ -196,6 +199,7 @@ class Config:
         balancing = ("switch_loss_coef", "sequence_loss_coef", "bias_update")
         ranges.check_unused(self, "", balancing, routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("routed_scaling_factor",), routed, "--mlp moe or latent_moe")
+        ranges.check_unused(self, "", ("precision",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("latent_norm",), latent, "--mlp latent_moe")
         if self.spike_factor and not self.spike_factor > 1:
             raise TrainError(f"spike_factor={self.spike_factor} must be more than 1, or 0 to switch the check off.")

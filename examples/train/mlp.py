@@ -4,7 +4,7 @@ import math
 
 from examples.train.config import Config, ModelConfig
 from examples.train.errors import TrainError
-from jax_latent_moe import InitConfig, LatentMoEConfig, ParallelConfig, RouterConfig
+from jax_latent_moe import InitConfig, LatentMoEConfig, ParallelConfig, Precision, RouterConfig
 from jax_latent_moe.config import as_backend
 
 
@@ -60,6 +60,7 @@ def moe_config(config: Config) -> LatentMoEConfig | None:
         init=InitConfig(output_scale=residual_scale(model), scale_expert_output=mlp == "moe"),
         dtype=model.dtype,
         backend=as_backend(model.backend),
+        precision=Precision("fp8_block", "fp8_block") if config.precision == "fp8" else None,
         parallel=ParallelConfig(),
     )
 

@@ -17,7 +17,9 @@ from jax_latent_moe.formats.registry import Format
 
 LARGEST = 448.0
 LEAST = 1e-4
-"""The least amax of a block, as in DeepGEMM."""
+"""The least amax of a block of a weight, as in DeepGEMM."""
+LEAST_OF_ROWS = 1e-30
+"""The least amax of a block of rows. Gradients may be far below DeepGEMM's 1e-4; here 448 / amax stays finite."""
 BLOCK = 128
 
 
@@ -40,7 +42,7 @@ def power_of_two_above(values: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def encode_blocks(
-    values: Float[Array, "*e n k"], block: Block = (BLOCK, BLOCK), *, power_of_two: bool = False
+    values: Float[Array, "*e n k"], block: Block = (BLOCK, BLOCK), *, power_of_two: bool = False, least: float = LEAST
 ) -> tuple[UInt8[Array, "*e n k"], dict[str, Float[Array, "*e nb kb"]]]:
     """Block FP8 as in DeepGEMM (deep_gemm/utils/math.py): scale = max(amax, 1e-4) / 448, code = value * (1 / scale).
 
@@ -48,31 +50,36 @@ def encode_blocks(
         values: [..., N, K] in float32; the last blocks may be partial.
         block: (K, N) elements that share a scale.
         power_of_two: round scales up to powers of two, as TransformerEngine does by default.
+        least: what amax is at least.
     """
-    scales = divided(jnp.maximum(largest(values, block), LEAST), LARGEST)
+    scales = divided(jnp.maximum(largest(values, block), least), LARGEST)
     scales = power_of_two_above(scales) if power_of_two else scales
     codes = to_e4m3(values * spread(1 / scales, block, *values.shape[-2:]))
     return codes, {"block": scales}
 
 
 def decode_blocks(codes, scales, dtype, block: Block = (BLOCK, BLOCK)) -> Float[Array, "*e n k"]:
-    """The values of `encode_blocks`: code times scale, rounded to float32 and then to dtype.
+    """The values of `encode_blocks`: code times scale, rounded to float32 and then to dtype."""
+    return (from_e4m3(codes) * spread(wide_scales(scales), block, *codes.shape[-2:])).astype(dtype)
 
-    Scales of another floating type are widened. Bytes are E8M0 scales: the byte u is 2^(u - 127), and 255 is NaN.
+
+def wide_scales(scales) -> Float[Array, "*e nb kb"]:
+    """The scales of blocks in float32: those of another floating type, or of E8M0 bytes.
+
+    The byte u is 2^(u - 127), and 255 is NaN.
     """
     wide = scales["block"]
     if wide.dtype == jnp.uint8:
         power = lax.bitcast_convert_type(jnp.maximum(wide.astype(jnp.int32) << 23, 1 << 22), jnp.float32)
         wide = jnp.where(wide == 255, jnp.nan, power)
-    wide = wide.astype(jnp.float32)
-    return (from_e4m3(codes) * spread(wide, block, *codes.shape[-2:])).astype(dtype)
+    return wide.astype(jnp.float32)
 
 
 def encode_rows(
     rows: Float[Array, "*e r k"], *, power_of_two: bool = False
 ) -> tuple[UInt8[Array, "*e r k"], dict[str, Float[Array, "*e r kb"]]]:
-    """Rows of tokens in blocks of 1 x 128 along K, by the rule of `encode_blocks`."""
-    return encode_blocks(rows.astype(jnp.float32), (BLOCK, 1), power_of_two=power_of_two)
+    """Rows of tokens in blocks of 1 x 128 along K, by the rule of `encode_blocks` with a smaller least amax."""
+    return encode_blocks(rows.astype(jnp.float32), (BLOCK, 1), power_of_two=power_of_two, least=LEAST_OF_ROWS)
 
 
 def decode_rows(codes: UInt8[Array, "*e r k"], scales: dict[str, Array], dtype) -> Float[Array, "*e r k"]:
@@ -95,15 +102,22 @@ def _whole(format_name, block, scale_name):
     return Format(format_name, encode, functools.partial(_decode_whole, name=scale_name), block)
 
 
-FORMATS = (
-    Format("fp8_block", encode_blocks, decode_blocks, (BLOCK, BLOCK), partial_blocks=True),
-    Format(
-        "fp8_block_pow2",
-        functools.partial(encode_blocks, power_of_two=True),
+def _block_format(name, power_of_two):
+    settings = {"power_of_two": power_of_two}
+    return Format(
+        name,
+        functools.partial(encode_blocks, **settings),
         decode_blocks,
         (BLOCK, BLOCK),
         partial_blocks=True,
-    ),
+        encode_rows=functools.partial(encode_rows, **settings),
+        decode_rows=decode_rows,
+    )
+
+
+FORMATS = (
+    _block_format("fp8_block", power_of_two=False),
+    _block_format("fp8_block_pow2", power_of_two=True),
     # A checkpoint's static scale of the inputs stands beside the scale as "input". No product uses it: inputs are
     # scaled by their own values.
     _whole("fp8_tensor", (None, None), "tensor"),

@@ -29,6 +29,9 @@ class Format:
         packing: number of values along K in one stored code.
         partial_blocks: whether the last block along K or N may be smaller.
         row_multiple: an expert's rows must begin at a multiple of it, for formats whose blocks run along rows.
+        encode_rows: the format of tokens' rows beside such weights: values [R, K] in float32 -> (codes [R, K], scales
+            [R, blocks along K]). None for a format of weights alone.
+        decode_rows: (codes, scales, dtype) -> rows [R, K] in dtype.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Format:
     packing: int = 1
     partial_blocks: bool = False
     row_multiple: int = 1
+    encode_rows: Callable[[Float[Array, "r k"]], tuple[Array, Any]] | None = None
+    decode_rows: Callable[[Array, Any, Any], Float[Array, "r k"]] | None = None
 
     def __post_init__(self):
         numbers = {"packing": self.packing, "row_multiple": self.row_multiple}

@@ -118,9 +118,9 @@ def map_axes(array: ScaledArray, axes: Sequence[Any], make: Callable[..., Any]) 
     return jax.tree.map(of_leaf, array)
 
 
-def format_of(array: Array | ScaledArray) -> str:
-    """Name of an array's format: that of a `ScaledArray`, or else the dtype's."""
-    return array.format if isinstance(array, ScaledArray) else jnp.dtype(array.dtype).name
+def format_of(array: Any) -> str:
+    """Name of an array's format: that of codes, or else the dtype's."""
+    return getattr(array, "format", None) or jnp.dtype(array.dtype).name
 
 
 def row_multiple_of(*arrays: Array | ScaledArray) -> int:

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.formats import ScaledArray, ScaledRows
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.operands import (
     GatheredRows,
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def grouped_matmul(
-    rows: Float[Array, "r a"] | GatheredRows,
+    rows: Float[Array, "r a"] | ScaledRows | GatheredRows,
     w: Float[Array, "e k n"] | ScaledArray,
     group_sizes: Int[Array, " e"],
     *,
@@ -66,8 +66,10 @@ def grouped_matmul(
     respect to rows and w.
 
     Args:
-        rows: [R, K] (or [R, N] with transpose_w), sorted by expert, as an array or as `GatheredRows`.
-        w: [E, K, N] in the dtype of rows, or a `ScaledArray`, which gets no gradient.
+        rows: [R, K] (or [R, N] with transpose_w), sorted by expert, as an array, as `ScaledRows`, which get no
+            gradient, or as `GatheredRows`.
+        w: [E, K, N] in the dtype of rows, or a `ScaledArray`, which gets no gradient. Beside `ScaledRows` it must be
+            one: then the product is one of codes.
         group_sizes: [E] int32, the number of rows of each expert. The values are checked when they are known. Under
             jit, a negative size counts as 0, and groups are cut at the last row.
         transpose_w: contract the last axis of w instead of the second.
@@ -82,15 +84,24 @@ def grouped_matmul(
         InputError: shapes, dtypes or group sizes do not fit.
         UnsupportedError: the named backend cannot run this.
     """
-    rows = _check_gathered(rows) if isinstance(rows, GatheredRows) else jnp.asarray(rows)
+    if isinstance(rows, GatheredRows):
+        rows = _check_gathered(rows)
+    elif not isinstance(rows, ScaledRows):
+        rows = jnp.asarray(rows)
     w = w if isinstance(w, ScaledArray) else jnp.asarray(w)
-    _check_rows("rows", rows.table if isinstance(rows, GatheredRows) else rows)
+    table = rows.table if isinstance(rows, GatheredRows) else rows
+    _check_rows("rows", table)
     if w.ndim != 3 or rows.shape[1] != w.shape[2 if transpose_w else 1]:
         raise InputError(
             f"w of shape {w.shape} does not fit rows of shape {rows.shape}: w is [experts, in, out] and its "
             f"{'out' if transpose_w else 'in'} is the width of rows."
         )
     if not isinstance(w, ScaledArray):
+        if isinstance(table, ScaledRows):
+            raise InputError(
+                f"rows in {table.format} need a weight in codes, not one of dtype {w.dtype}: `formats.encode` makes "
+                "codes, and `rows.decode(dtype)` gives dense rows."
+            )
         _check_same_dtype(rows=rows, w=w)
     group_sizes = _check_group_sizes(group_sizes, w.shape[0], rows.shape[0])
     rows, w = varying((rows, w), rows, w, group_sizes)
@@ -149,6 +160,8 @@ def _matmul_fwd(backend, precision, transpose_w, rows, w, group_sizes):
 
 def _matmul_bwd(backend, precision, transpose_w, residuals, dout):
     rows, w, group_sizes = residuals
+    if isinstance(rows.table if isinstance(rows, GatheredRows) else rows, ScaledRows):
+        return None, None, None
     drows = _matmul(backend, precision, not transpose_w, dout, w, group_sizes)
     if isinstance(rows, GatheredRows):
         drows = scattered(rows, drows)
@@ -182,12 +195,15 @@ _wgrad.defvjp(_wgrad_fwd, _wgrad_bwd)
 
 
 def _check_gathered(rows):
-    table, row_ids = jnp.asarray(rows.table), jnp.asarray(rows.row_ids)
+    table = rows.table if isinstance(rows.table, ScaledRows) else jnp.asarray(rows.table)
+    row_ids = jnp.asarray(rows.row_ids)
     if row_ids.ndim != 1 or not jnp.issubdtype(row_ids.dtype, jnp.integer):
         raise InputError(f"row_ids of shape {row_ids.shape} and dtype {row_ids.dtype} must be integers, [rows].")
     if row_ids.size and not table.shape[0]:
         raise InputError(f"table of shape {table.shape} has no rows, but there are {row_ids.size} row_ids.")
     weights = None if rows.weights is None else jnp.asarray(rows.weights)
+    if weights is not None and isinstance(table, ScaledRows):
+        raise InputError(f"a table in {table.format} has no weights: multiply the rows before they are encoded.")
     if weights is not None and (weights.shape != row_ids.shape or not jnp.issubdtype(weights.dtype, jnp.floating)):
         raise InputError(
             f"weights of shape {weights.shape} and dtype {weights.dtype} must be floating, with one for each of the "

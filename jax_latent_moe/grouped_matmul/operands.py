@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.dtypes import at_least_float32
-from jax_latent_moe.formats import ScaledArray, format_of
+from jax_latent_moe.formats import ScaledArray, ScaledRows, format_of
 from jax_latent_moe.grouped_matmul.problem import Operand
 
 
@@ -17,12 +17,13 @@ class GatheredRows(NamedTuple):
     """The rows table[row_ids], [R, K], optionally times weights. Some kernels gather them while they multiply.
 
     Attributes:
-        table: [T, K].
+        table: [T, K], an array or `ScaledRows`: a token is encoded once, however many experts it has.
         row_ids: [R] int32, the row of the table that each row is. An id outside [0, T) takes the nearest row.
-        weights: [R], or None. Each row is multiplied by its weight in float32, then rounded to the table's dtype.
+        weights: [R], or None, as for `ScaledRows`. Each row is multiplied by its weight in float32, then rounded to the
+            table's dtype.
     """
 
-    table: Float[Array, "t k"]
+    table: Float[Array, "t k"] | ScaledRows
     row_ids: Int[Array, " r"]
     weights: Float[Array, " r"] | None = None
 
@@ -101,18 +102,19 @@ class Outputs:
     rhs: Any = None
 
 
-def operand_of(array: Array | ScaledArray | GatheredRows | LastColumns) -> Operand:
+def operand_of(array: Array | ScaledArray | ScaledRows | GatheredRows | LastColumns) -> Operand:
     """The format and layout of an array, for a `Problem`."""
-    if isinstance(array, GatheredRows | LastColumns):
-        layout = "gathered" if isinstance(array, GatheredRows) else "columns"
-        return Operand(jnp.dtype(array.dtype).name, layout)
+    if isinstance(array, GatheredRows):
+        return Operand(format_of(array.table), "gathered")
+    if isinstance(array, LastColumns):
+        return Operand(format_of(array.matrix), "columns")
     return Operand(format_of(array))
 
 
-def gathered(
-    rows: Float[Array, "r k"] | GatheredRows | LastColumns, device: Device | None = None
-) -> Float[Array, "r k"]:
-    """The rows as a dense array. It is not to be differentiated by JAX: `scattered` computes its gradient.
+def gathered(rows: Float[Array, "r k"] | ScaledRows | GatheredRows | LastColumns, device: Device | None = None) -> Any:
+    """The rows [R, K] as a dense array, or as `ScaledRows` if the table is in codes.
+
+    It is not to be differentiated by JAX: `scattered` computes its gradient.
 
     Args:
         rows: rows of a table, columns of wider rows, or dense rows, which are returned as they are.
@@ -123,6 +125,8 @@ def gathered(
     if not isinstance(rows, GatheredRows):
         return rows
     table, row_ids, weights = rows
+    if isinstance(table, ScaledRows):
+        return table.take(row_ids)
     platform = (device or current_device()).platform
     # XLA's gather on a GPU moves one element per thread: two bfloat16 in one 32-bit number take half the time.
     if platform == "gpu" and table.dtype == jnp.bfloat16 and table.shape[1] % 2 == 0:

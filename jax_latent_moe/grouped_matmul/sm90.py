@@ -57,16 +57,31 @@ def refusal(problem: Problem, feature_multiple: int) -> str | None:
         problem: the grouped matmul.
         feature_multiple: the number that K and N must be multiples of, and half of N for a gated activation in fwd.
     """
-    if problem.device.architecture != "sm90":
-        return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device.kind!r}."
-    if problem.rhs.format in FORMATS:
-        return f"it has no kernels for weights in {problem.rhs.format}: XLA decodes them, a few experts at a time."
+    if reason := device_refusal(problem):
+        return reason
+    if problem.lhs.format in FORMATS or problem.rhs.format in FORMATS:
+        return (
+            f"it has no kernels for {problem.lhs.format} x {problem.rhs.format}: XLA decodes codes, those of weights a "
+            "few experts at a time."
+        )
     formats = {operand.format for operand in (problem.lhs, problem.rhs, problem.out)}
     if len(formats) > 1 or not formats <= set(DTYPES):
         return (
             f"its kernels need all operands in {' or all in '.join(DTYPES)}, not {problem.lhs.format} x "
             f"{problem.rhs.format} to {problem.out.format}."
         )
+    return size_refusal(problem, feature_multiple)
+
+
+def device_refusal(problem: Problem) -> str | None:
+    """None, or the reason why no kernel for Hopper GPUs runs on the problem's device."""
+    if problem.device.architecture != "sm90":
+        return f"its kernels are for NVIDIA Hopper GPUs (H100, H200), not {problem.device.kind!r}."
+    return None
+
+
+def size_refusal(problem: Problem, feature_multiple: int) -> str | None:
+    """None, or the size that is not a positive multiple of the given number; see `refusal`."""
     for name in ("k", "n"):
         if (size := getattr(problem, name)) % feature_multiple or not size:
             return f"{name}={size} is not a positive multiple of {feature_multiple}."

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.dtypes import at_least_float32
+from jax_latent_moe.formats import ScaledRows
 from jax_latent_moe.grouped_matmul.operands import GatheredRows
 from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last, sort_by_expert
 
@@ -122,7 +123,7 @@ def filled_to_capacity(plan: DispatchPlan, capacity: int, spare: int) -> Dispatc
 
 
 def rows_of(
-    tokens: Float[Array, "t l"], plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
+    tokens: Float[Array, "t l"] | ScaledRows, plan: DispatchPlan, weights: Float[Array, "t k"] | None = None
 ) -> GatheredRows:
     """The sorted rows, each times the weight of its assignment: [T, l] -> [R, l]. They are not gathered yet."""
     return GatheredRows(tokens, plan.token_of_row, None if weights is None else plan.weights_of_rows(weights))

@@ -45,14 +45,16 @@ def oracle_run(rows, w, group_sizes, dout, transpose_w=False):
 def compiled(row, transpose_w=False):
     """Jitted grouped matmul with its gradients, and wgrad: (rows, w, group_sizes, dout) -> arrays by name.
 
-    A weight that is a `ScaledArray` has no gradient.
+    Weights and rows in codes have no gradient.
     """
 
     @jax.jit
     def run(rows, w, group_sizes, dout):
         def matmul(rows, w):
-            return grouped_matmul(rows, w, group_sizes, transpose_w=transpose_w, backend=row.backend)
+            return grouped_matmul(row.rows(rows), w, group_sizes, transpose_w=transpose_w, backend=row.backend)
 
+        if row.row_format is not None:
+            return {"out": matmul(rows, w)}
         wgrad = grouped_wgrad(rows, dout, group_sizes, backend=row.backend)
         if row.weight_format is not None:
             out, pullback = jax.vjp(lambda rows: matmul(rows, w), rows)

@@ -16,13 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_latent_moe.config import CutlassBackend, PallasBackend, XlaBackend
 from jax_latent_moe.device import Device, current_device
-from jax_latent_moe.formats import encode
+from jax_latent_moe.formats import encode, encode_rows
 from jax_latent_moe.grouped_matmul import register
 from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from tests.tolerances import RELATIVE
 
 EVERY_CELL = bool(os.environ.get("JAX_LATENT_MOE_EVERY_CELL"))
 _encode = jax.jit(encode, static_argnames="name")
+_encode_rows = jax.jit(encode_rows, static_argnames="name")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -36,6 +37,8 @@ class Row:
         dtypes: the dtypes that rows may have.
         multiple: K and N must be multiples of it; the suite scales its sizes by it.
         weight_format: the registered format of the weights; None leaves them as arrays.
+        row_format: the registered format of the rows; None leaves them as arrays. Rows in one get no gradient.
+        transposes: whether it contracts the last axis of a weight.
         tolerance: the relative error allowed against the float64 oracle on decoded operands, by dtype.
         hopper: whether it needs a Hopper GPU.
         interpreted: whether kernels are interpreted, which takes seconds per call; most cells then need EVERY_CELL.
@@ -48,6 +51,8 @@ class Row:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     multiple: int = 1
     weight_format: str | None = None
+    row_format: str | None = None
+    transposes: bool = True
     tolerance: dict[str, float] = dataclasses.field(default_factory=lambda: RELATIVE)
     hopper: bool = False
     interpreted: bool = False
@@ -74,6 +79,16 @@ class Row:
         """The values of a weight as products read them, in float64."""
         return np.float64(np.asarray(weight if self.weight_format is None else weight.decode("float32")))
 
+    def rows(self, rows: Any) -> Any:
+        """Rows as products take them; it can be traced."""
+        return rows if self.row_format is None else encode_rows(rows, self.row_format)
+
+    def values_of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The values of rows as products read them, in float64."""
+        if self.row_format is None:
+            return np.float64(rows)
+        return np.float64(np.asarray(_encode_rows(np.asarray(rows), name=self.row_format).decode("float32")))
+
 
 @dataclasses.dataclass(frozen=True)
 class InterpretedPallas:
@@ -82,6 +97,7 @@ class InterpretedPallas:
     fuse: str = "never"
     matmul_tile: None = None
     wgrad_tile: None = None
+    fp8_tile: None = None
 
 
 class Interpreted(Pallas):
@@ -115,7 +131,14 @@ ROWS = (
     Row("xla-block-1", XlaBackend(block_rows=1)),
     Row("xla-block-3", XlaBackend(block_rows=3)),
     Row("xla-ragged-dot", XlaBackend(method="ragged_dot"), isolates=False),
-    Row("interpreted-pallas", InterpretedPallas(), HALVES, 64, interpreted=True, any_rows=False),
+    Row(
+        "interpreted-pallas",
+        InterpretedPallas(),
+        HALVES if EVERY_CELL else HALVES[:1],
+        64,
+        interpreted=True,
+        any_rows=False,
+    ),
     Row("pallas", PallasBackend(), HALVES, 64, hopper=True, any_rows=False),
     Row("cutlass", CutlassBackend(), HALVES, 8, hopper=True),
 )
@@ -139,17 +162,60 @@ FORMAT_ROWS = tuple(
 """Weight formats of the package on the portable path, which every device has."""
 
 
+SCALED_ROWS = (
+    *(
+        Row(f"{name}-rows", XlaBackend(), ("float32", "bfloat16"), 130, weight_format=name, row_format=name)
+        for name in ("fp8_block", "fp8_block_pow2")
+    ),
+    Row(
+        "fp8-rows-ragged-dot",
+        XlaBackend(method="ragged_dot"),
+        ("bfloat16",),
+        weight_format="fp8_tensor",
+        row_format="fp8_block",
+        isolates=False,
+    ),
+)
+"""Products of codes with codes on the portable path."""
+KERNELS_OF_CODES = (
+    Row(
+        "interpreted-pallas-fp8",
+        InterpretedPallas(),
+        ("bfloat16", "float16"),
+        64,
+        weight_format="fp8_block",
+        row_format="fp8_block",
+        transposes=False,
+        interpreted=True,
+        any_rows=False,
+    ),
+    Row(
+        "pallas-fp8",
+        PallasBackend(),
+        ("bfloat16", "float16"),
+        64,
+        weight_format="fp8_block",
+        row_format="fp8_block",
+        transposes=False,
+        hopper=True,
+        any_rows=False,
+    ),
+)
+"""Kernels that multiply codes with codes."""
+
+
 def every_row(check):
     """Runs a check for every row. Interpreted rows are skipped unless EVERY_CELL is set; see `few_cells`."""
-    return pytest.mark.parametrize("row", [_param(row, few=False) for row in ROWS])(check)
+    return pytest.mark.parametrize("row", [param(row, few=False) for row in ROWS])(check)
 
 
 def few_cells(check):
     """Runs a check for every row, including interpreted ones."""
-    return pytest.mark.parametrize("row", [_param(row, few=True) for row in ROWS])(check)
+    return pytest.mark.parametrize("row", [param(row, few=True) for row in ROWS])(check)
 
 
-def _param(row, *, few):
+def param(row, *, few):
+    """A row as a parameter of a test, skipped where it cannot run."""
     marks = []
     if row.hopper:
         hopper = current_device().architecture == "sm90"

@@ -27,14 +27,14 @@ def check(row: Row, rows, w, group_sizes, dout, dtype=None, transpose_w=False, c
     clean = [np.array(array) for array in (rows, dout)]
     for array in clean:
         array[total:] = 0
-    expected = oracle_run(clean[0], row.values(w), sizes, clean[1], transpose_w)
+    expected = oracle_run(row.values_of_rows(clean[0]), row.values(w), sizes, clean[1], transpose_w)
     out = compiled(row, transpose_w)(rows, w, np.asarray(group_sizes, np.int32), dout)
     for name, value in out.items():
         assert value.dtype == rows.dtype, name
         error = relative_error(value, expected[name])
         assert error <= row.tolerance[dtype or row.dtype], f"{row} {name}: error {error:.3g} for sizes {list(sizes)}"
         assert not np.asarray(value)[~np.isfinite(np.float64(value))].size, name
-    for name in ("out", "gradient of rows"):
+    for name in {"out", "gradient of rows"} & set(out):
         assert not np.asarray(out[name])[total:].any(), f"{row} {name}: padding rows are not zero"
     for name in ("gradient of w", "wgrad"):
         if name in out:
@@ -43,7 +43,7 @@ def check(row: Row, rows, w, group_sizes, dout, dtype=None, transpose_w=False, c
 
 def check_random_groups(row, rng):
     """Group sizes that add up to fewer rows or to all, every dtype, both orders of the weight."""
-    for dtype, transpose_w in itertools.product(row.dtypes, (False, True)):
+    for dtype, transpose_w in itertools.product(row.dtypes, (False, True)[: 1 + row.transposes]):
         for total in (ROWS, ROWS - 5):
             rows, w, dout = draw(row, rng, dtype, transpose_w=transpose_w)
             check(row, rows, w, random_group_sizes(rng, EXPERTS, total), dout, dtype, transpose_w)
@@ -88,7 +88,7 @@ def check_a_nan_row_poisons_its_own_row_alone(row, rng):
     """Rows of the same expert keep their values."""
     rows, w, dout = draw(row, rng)
     sizes, index = random_group_sizes(rng, EXPERTS, ROWS), int(rng.integers(ROWS))
-    expected = oracle_run(rows, row.values(w), sizes, dout)["out"]
+    expected = oracle_run(row.values_of_rows(rows), row.values(w), sizes, dout)["out"]
     rows[index] = np.nan
     out = np.float64(compiled(row)(rows, w, sizes, dout)["out"])
     assert np.isnan(out[index]).all()

@@ -18,7 +18,7 @@ ORDER = (
     ("device", "dtypes", "errors", "native", "shards", "varying"),
     ("activations", "checks", "formats"),
     ("low_rank",),
-    ("grouped_matmul", "router_config"),
+    ("grouped_matmul", "precision", "router_config"),
     ("config", "lax"),
     ("expert_plan", "params", "presets", "routing"),
     ("cost", "experts", "lora", "quantization"),

@@ -46,6 +46,15 @@ def test_learns(finished):
     assert bits < 0.6 * math.log2(256)
 
 
+def test_learns_in_fp8(finished, folder):
+    """The run differs from that in float32 from the first line on, and ends as well."""
+    config, bits = finished
+    other = dataclasses.replace(config, precision="fp8", run=folder / "fp8", validation=())
+    assert train(other) == pytest.approx(bits, rel=0.02)
+    losses = ([record["loss"] for record in read_records(each.folder) if "loss" in record] for each in (config, other))
+    assert all(one != two for one, two in zip(*losses, strict=True))
+
+
 def test_writes_what_it_promises(finished, capsys):
     config, bits = finished
     for name in ("loss.png", "expert_load.png", "routing.png", "throughput.png"):

@@ -63,11 +63,11 @@ def by_block(matrix, n_block, k_block, encode_block):
     return codes, scales
 
 
-def fp8_block(matrix, power_of_two=False, n_block=128):
+def fp8_block(matrix, power_of_two=False, n_block=128, least=1e-4):
     """DeepGEMM, deep_gemm/utils/math.py: per_block_cast_to_fp8, and per_token_cast_to_fp8 with blocks of one row."""
 
     def encode(block):
-        scale = np.maximum(np.abs(block).max(), F32(1e-4)) / F32(448)
+        scale = np.maximum(np.abs(block).max(), F32(least)) / F32(448)
         if power_of_two and np.isfinite(scale):
             scale = F32(2.0 ** np.ceil(np.log2(np.float64(scale))))
         return nearest_e4m3(block * (F32(1) / scale)), {"block": scale}

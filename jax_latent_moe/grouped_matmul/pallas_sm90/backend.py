@@ -7,11 +7,21 @@ from jax import custom_batching
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.operands import Outputs
 from jax_latent_moe.grouped_matmul.pallas_sm90 import tiles as pallas_tiles
-from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile, PallasWgradTile
-from jax_latent_moe.grouped_matmul.sm90 import fuse_refusal, kernel_activation, refusal
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul.sm90 import (
+    DTYPES,
+    device_refusal,
+    fuse_refusal,
+    kernel_activation,
+    refusal,
+    size_refusal,
+)
 
 FEATURE_MULTIPLE = 64
 """Columns of one swizzled block."""
+
+FP8 = ("fp8_block", "fp8_block_pow2")
+"""The formats of rows and weights that the FP8 kernel multiplies: it knows their blocks."""
 
 # Activations that were faster inside of a product when they were measured (benchmarks/results/profiles).
 FASTER = {"fwd": ("relu2",), "dgrad": ()}
@@ -25,7 +35,7 @@ class Pallas(Backend):
 
     def supports(self, problem):
         """None, or the reason why the kernels cannot run the problem."""
-        if reason := refusal(problem, FEATURE_MULTIPLE):
+        if reason := _fp8_refusal(problem) if _both_fp8(problem) else refusal(problem, FEATURE_MULTIPLE):
             return reason
         for name in ("num_rows", "num_experts"):
             if getattr(problem, name) == 0:
@@ -48,10 +58,14 @@ class Pallas(Backend):
         """See `Backend.given_tile`."""
         if problem.epilogue is not None:
             return None
+        if _both_fp8(problem):
+            return self.config.fp8_tile
         return self.config.wgrad_tile if problem.contraction == "wgrad" else self.config.matmul_tile
 
     def tile_type(self, problem):
         """See `Backend.tile_type`."""
+        if _both_fp8(problem):
+            return PallasFp8Tile
         return PallasWgradTile if problem.contraction == "wgrad" else PallasMatmulTile
 
     def insists(self, epilogue):
@@ -62,6 +76,8 @@ class Pallas(Backend):
         """See `Backend.run`."""
         settings = {"tile": tile, "num_sms": problem.device.num_sms, "interpret": self.interpret}
         lhs, rhs, group_sizes, kept, row_weights = operands
+        if _both_fp8(problem):
+            return _fp8(problem, lhs, rhs, group_sizes, settings)
         if problem.contraction == "wgrad":
             from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad
 
@@ -80,6 +96,34 @@ class Pallas(Backend):
         arrays = lhs, rhs, group_sizes, kept, row_weights
         dpre, hidden, row_weight_gradients = _call(fused.matmul_activation_grad, *arrays, **settings)
         return Outputs(dpre, hidden=hidden, row_weight_gradients=row_weight_gradients)
+
+
+def _both_fp8(problem):
+    return problem.lhs.format in FP8 and problem.rhs.format in FP8
+
+
+def _fp8_refusal(problem):
+    if reason := device_refusal(problem):
+        return reason
+    if problem.contraction != "fwd":
+        return (
+            "its FP8 kernel has fwd alone: FP8 matrix units read both operands along the contracted axis. Encode the "
+            "transposed weight and ask for fwd."
+        )
+    if problem.out.format not in DTYPES:
+        return f"its FP8 kernel stores {' or '.join(DTYPES)}, not {problem.out.format}."
+    return size_refusal(problem, FEATURE_MULTIPLE)
+
+
+def _fp8(problem, rows, w, group_sizes, settings):
+    from jax_latent_moe.grouped_matmul.pallas_sm90.fp8 import matmul_fp8
+
+    if problem.epilogue is None:
+        (out,) = _call(matmul_fp8, rows, w, group_sizes, **settings)
+        return Outputs(out)
+    residual, activation = problem.epilogue.residual, kernel_activation(problem.epilogue.activation)
+    *pre, hidden = _call(matmul_fp8, rows, w, group_sizes, activation=activation, residual=residual, **settings)
+    return Outputs(hidden, residual=hidden if residual == "hidden" else pre[0] if pre else None)
 
 
 def _call(function, *arrays, **settings):

@@ -58,6 +58,47 @@ class PallasWgradTile:
         _check_pallas_tile(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class PallasFp8Tile:
+    """Tile and schedule of the Pallas kernel for fwd with both operands in block FP8.
+
+    Attributes:
+        rows: rows of a tile. The two consumers share 128 rows by rows, 64 rows by columns.
+        columns: output columns of a tile, a multiple of 64, or of 128 if rows is 64.
+        stages: loads in flight, in a ring buffer in shared memory.
+        store_buffers: buffers through which a consumer stores its part of a tile, 64 x 64 each.
+        band: row tiles that are computed together, column by column.
+        cluster: SMs, 1 or 2, that share the loads of one row tile.
+    """
+
+    rows: int = 128
+    columns: int = 192
+    stages: int = 4
+    store_buffers: int = 2
+    band: int = 1
+    cluster: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            checks.positive_int(f"PallasFp8Tile.{field.name}", getattr(self, field.name))
+        if self.rows not in (64, 128):
+            raise ConfigError(f"PallasFp8Tile.rows={self.rows} must be 64 or 128: a consumer multiplies 64 rows.")
+        multiple, most = (64, 192) if self.rows == 128 else (128, 384)
+        if self.columns % multiple or self.columns > most:
+            raise ConfigError(
+                f"PallasFp8Tile.columns={self.columns} must be a multiple of {multiple}, at most {most}, for "
+                f"rows={self.rows}: a consumer has registers for two sums of 64 x 192."
+            )
+        if self.cluster > 2:
+            raise ConfigError(f"PallasFp8Tile.cluster={self.cluster} must be 1 or 2: larger clusters leave SMs idle.")
+        used = 128 * (self.stages * (self.rows + self.columns) + 2 * self.store_buffers * 64)
+        if used > SHARED_MEMORY:
+            raise ConfigError(
+                f"PallasFp8Tile takes {used} bytes of shared memory, more than {SHARED_MEMORY}: "
+                f"lower stages={self.stages} or store_buffers={self.store_buffers}."
+            )
+
+
 def _check_pallas_tile(tile):
     """Checks that a tile fits a Hopper SM: its accumulators the registers, its buffers the shared memory."""
     name = type(tile).__name__
@@ -91,12 +132,14 @@ class PallasBackend:
         matmul_tile: tile of fwd and dgrad without a fused activation. None takes a measured tile for the shape, or the
             heuristic's if there is none.
         wgrad_tile: tile of wgrad, chosen in the same way if it is None.
+        fp8_tile: tile of fwd with both operands in block FP8, chosen in the same way if it is None.
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all and needs the least memory. "never" fuses none.
     """
 
     matmul_tile: PallasMatmulTile | None = None
     wgrad_tile: PallasWgradTile | None = None
+    fp8_tile: PallasFp8Tile | None = None
     fuse: Fuse = "measured"
 
     def __post_init__(self):
@@ -105,3 +148,5 @@ class PallasBackend:
             checks.instance("PallasBackend.matmul_tile", self.matmul_tile, PallasMatmulTile)
         if self.wgrad_tile is not None:
             checks.instance("PallasBackend.wgrad_tile", self.wgrad_tile, PallasWgradTile)
+        if self.fp8_tile is not None:
+            checks.instance("PallasBackend.fp8_tile", self.fp8_tile, PallasFp8Tile)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
 from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
 from jax_latent_moe.grouped_matmul.pallas_sm90.activations import value_and_slopes, value_and_slopes_of_residual
@@ -32,10 +33,10 @@ class Place(NamedTuple):
         height: rows that are computed.
     """
 
-    row: int
-    column: int
-    begin: int
-    end: int
+    row: int | Array
+    column: int | Array
+    begin: int | Array
+    end: int | Array
     height: int
 
     def block(self, index):
@@ -138,7 +139,7 @@ class Activation:
             def values(rows, block=block):
                 parts = [_tile(pre, rows, block * num_parts + part) for part in range(num_parts)]
                 hidden, _ = value_and_slopes(self.activation, [part.astype(jnp.float32) for part in parts])
-                return [*(parts if self.pre else []), hidden.astype(pre.dtype)]
+                return [*(parts if self.pre else []), hidden.astype(self.hidden.dtype)]
 
             self.buffers.store(place, block, values, self.targets(place, block))
 

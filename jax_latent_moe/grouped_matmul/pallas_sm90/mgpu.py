@@ -52,11 +52,17 @@ def launch(num_sms: int, cluster: int) -> dict:
     )
 
 
-def freed_barrier(cluster: int, stages: int):
-    """One barrier per stage. It completes once every SM of the cluster has freed the stage: they share loads."""
+def freed_barrier(cluster: int, stages: int, arrivals: int = 1):
+    """One barrier per stage. It completes once every SM of the cluster has freed the stage: they share loads.
+
+    Args:
+        cluster: SMs of a cluster.
+        stages: stages of the ring.
+        arrivals: consumers of an SM that read each stage.
+    """
     if cluster == 1:
-        return plgpu.Barrier(num_arrivals=1, num_barriers=stages)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=1, num_barriers=stages)
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=arrivals, num_barriers=stages)
 
 
 def free_all(freed, stages: int, predicate):

@@ -1,6 +1,7 @@
 """The tiles of the Pallas kernels for a shape, the one that pads least first."""
 
-from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.formats import FORMATS
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile, PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.grouped_matmul.problem import Problem
 
 SMALL_GROUP = 64
@@ -37,6 +38,18 @@ _THREE_BUFFER_TILES = (
     (1.0, PallasMatmulTile(rows=128, columns=128, stages=4, store_buffers=3, cluster=1)),
 )
 _SMALL_THREE_BUFFER_TILES = ((1.0, PallasMatmulTile(rows=64, columns=128, stages=7, store_buffers=3, cluster=1)),)
+# FP8 tiles have not been measured: these load the fewest bytes for each product. A gated one holds gate and up columns.
+_FP8_TILES = (
+    (1.0, PallasFp8Tile(rows=128, columns=192, stages=4, store_buffers=2, cluster=2)),
+    (1.0, PallasFp8Tile(rows=128, columns=128, stages=5, store_buffers=2, cluster=2)),
+)
+_SMALL_FP8_TILES = (
+    (1.0, PallasFp8Tile(rows=64, columns=256, stages=4, store_buffers=2)),
+    (1.0, PallasFp8Tile(rows=64, columns=128, stages=8, store_buffers=2)),
+)
+_GATED_FP8_TILES = ((1.0, PallasFp8Tile(rows=128, columns=128, stages=5, store_buffers=3, cluster=2)),)
+_SMALL_GATED_FP8_TILES = ((1.0, PallasFp8Tile(rows=64, columns=256, stages=4, store_buffers=3)),)
+_FP8_SHAPES = ((128, 192, 4, 2), (128, 128, 5, 2), (128, 64, 7, 2), (64, 384, 3, 2), (64, 256, 4, 2), (64, 128, 8, 2))
 # (rows, columns, stages, store_buffers) for `tune`, with as many stages as shared memory allows.
 _SHAPES = (
     (128, 192, 4, 2),
@@ -50,7 +63,7 @@ _SHAPES = (
 )
 
 
-def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile, ...]:
+def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile | PallasFp8Tile, ...]:
     """The tiles of a problem: first the one that pads least, then all others for `tune` to time.
 
     A product with an activation in its epilogue has only the first.
@@ -61,12 +74,8 @@ def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile, ...]:
     if problem.contraction == "wgrad":
         others = [PallasWgradTile(*shape, cluster=cluster) for shape in _SHAPES for cluster in (1, 2)]
     else:
-        others = [
-            PallasMatmulTile(*shape, band=band, cluster=cluster)
-            for shape in _SHAPES
-            for cluster in (1, 2)
-            for band in (1, 4)
-        ]
+        tile, shapes = (PallasFp8Tile, _FP8_SHAPES) if isinstance(best, PallasFp8Tile) else (PallasMatmulTile, _SHAPES)
+        others = [tile(*shape, band=band, cluster=cluster) for shape in shapes for cluster in (1, 2) for band in (1, 4)]
     return tuple(dict.fromkeys((best, *others)))
 
 
@@ -88,6 +97,10 @@ def _least_padding(problem):
 
 def _matmul_tiles(problem, small):
     epilogue = problem.epilogue
+    if problem.lhs.format in FORMATS:
+        if epilogue is not None and epilogue.activation.gated:
+            return _SMALL_GATED_FP8_TILES if small else _GATED_FP8_TILES
+        return _SMALL_FP8_TILES if small else _FP8_TILES
     if epilogue is None:
         return _SMALL_MATMUL_TILES if small else _MATMUL_TILES
     if problem.contraction == "fwd" and not epilogue.activation.gated:

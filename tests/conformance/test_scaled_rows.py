@@ -1,0 +1,111 @@
+"""Products of codes with codes: they pass the suite, gather codes, and refuse what they cannot do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.config import PallasBackend
+from jax_latent_moe.errors import ConfigError, InputError, UnsupportedError
+from jax_latent_moe.formats import ScaledRows, encode, encode_rows
+from jax_latent_moe.grouped_matmul import GatheredRows, explain, grouped_matmul, operand_of, problem, select
+from tests.conformance import suite
+from tests.conformance.oracle import oracle_matmul, random_group_sizes
+from tests.conformance.rows import EVERY_CELL, KERNELS_OF_CODES, SCALED_ROWS, param
+from tests.conformance.suite import CHECKS
+from tests.kernels import H200
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("row", SCALED_ROWS, ids=str)
+def test_the_suite(rng, row, check):
+    if check is suite.check_every_pattern_of_empty_experts and not EVERY_CELL:
+        pytest.skip("JAX_LATENT_MOE_EVERY_CELL=1 runs it; the kernels' row runs it on a GPU")
+    check(row, rng)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("row", [param(row, few=False) for row in KERNELS_OF_CODES])
+def test_the_suite_of_kernels(rng, row, check):
+    check(row, rng)
+
+
+def drawn(rng, dtype="bfloat16"):
+    table, w = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 130), (3, 130, 9)))
+    return jnp.asarray(table, dtype), jnp.asarray(w), rng.integers(6, size=20).astype(np.int32), np.array([11, 0, 7])
+
+
+def test_codes_are_gathered(rng):
+    """A token is encoded once; an id outside of the table takes the nearest row."""
+    table, w, row_ids, sizes = drawn(rng)
+    row_ids[:2] = -3, 9
+    codes, weight = encode_rows(table, "fp8_block"), encode(w, "fp8_block")
+    out = jax.jit(grouped_matmul)(GatheredRows(codes, row_ids), weight, sizes)
+    values = np.asarray(codes.decode("float32"))[np.clip(row_ids, 0, 5)]
+    assert_close(out, oracle_matmul(values, np.asarray(weight.decode("float32")), sizes), "bfloat16")
+    assert out.dtype == jnp.bfloat16
+    assert operand_of(GatheredRows(codes, jnp.asarray(row_ids))).format == "fp8_block"
+
+
+def test_codes_get_no_gradient(rng):
+    table, w, _, _ = drawn(rng, "float32")
+
+    def loss(table, scale):
+        out = grouped_matmul(encode_rows(table, "fp8_block"), encode(w, "fp8_block"), np.array([2, 0, 4]))
+        return jnp.sum(out * scale)
+
+    dtable, dscale = jax.grad(loss, (0, 1))(table, 2.0)
+    assert not np.asarray(dtable).any()
+    assert dscale != 0
+
+
+def test_errors_say_what_to_do(rng):
+    table, w, row_ids, sizes = drawn(rng)
+    codes = encode_rows(table, "fp8_block")
+    with pytest.raises(InputError, match="rows in fp8_block need a weight in codes, not one of dtype float32"):
+        grouped_matmul(codes, w, np.array([2, 0, 4]))
+    with pytest.raises(InputError, match="has no weights: multiply the rows before they are encoded"):
+        grouped_matmul(GatheredRows(codes, row_ids, np.ones(20, np.float32)), encode(w, "fp8_block"), sizes)
+    with pytest.raises(ConfigError, match="'mxfp4' is one of weights alone: rows can be in fp8_block, fp8_block_pow2"):
+        encode_rows(table, "mxfp4")
+    with pytest.raises(ConfigError, match="'fp9' is unknown: rows can be in fp8_block"):
+        encode_rows(table, "fp9")
+    for bad in (jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int)):
+        with pytest.raises(InputError, match=r"must be floating, \[rows, features\]"):
+            encode_rows(bad, "fp8_block")
+
+
+@pytest.mark.parametrize(
+    ("contraction", "shape", "dtype", "reason"),
+    [
+        ("dgrad", (4, 128, 64), "bfloat16", "has fwd alone"),
+        ("fwd", (4, 128, 64), "float32", "stores bfloat16 or float16, not float32"),
+        ("fwd", (4, 100, 64), "bfloat16", "k=100 is not a positive multiple of 64"),
+    ],
+)
+def test_the_kernel_refuses(contraction, shape, dtype, reason):
+    operand = operand_of(ScaledRows(None, None, "fp8_block", jnp.dtype(dtype)))
+    asked = problem(contraction, 100, shape, dtype, lhs=operand, rhs=operand, device=H200)
+    with pytest.raises(UnsupportedError, match=reason):
+        select(asked, PallasBackend())
+    assert "XlaBackend" in explain(asked)
+
+
+def test_the_kernel_runs_what_it_has():
+    operand = operand_of(ScaledRows(None, None, "fp8_block", jnp.dtype("bfloat16")))
+    asked = problem("fwd", 180224, (512, 1024, 2688), "bfloat16", lhs=operand, rhs=operand, device=H200)
+    assert "PallasFp8Tile(rows=128, columns=192" in explain(asked)
+    few = problem("fwd", 22, (512, 1024, 2688), "bfloat16", lhs=operand, rhs=operand, device=H200)
+    assert "PallasFp8Tile(rows=64, columns=128" in explain(few)
+
+
+def test_random_sizes_of_the_interpreted_kernel(rng):
+    """A few cells of the suite without a GPU, in one compilation each."""
+    row = KERNELS_OF_CODES[0]
+    for k, rows in ((2, 24), (9, 70)):
+        left, w, dout = suite.draw(row, rng, rows=rows, k=k, n=8)
+        left[rows - 3 :] = np.nan
+        suite.check(row, left, w, random_group_sizes(rng, suite.EXPERTS, rows - 3), dout)
