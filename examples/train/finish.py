@@ -130,7 +130,7 @@ def describe_run(
         **losses,
         **{f"bits per byte, {name}": f"{value:.3f}" for name, value in references.items()},
         "feed-forward": config.mlp,
-        "parameters": f"{size / 1e6:.2f} M",
+        "parameters": f"{size / 1e6:.2f} M" + (f" in adapters on {config.base}" if config.lora else ""),
         "text": config.data,
         "steps": f"{int(state.step)}, each of {config.batch_size} x {config.model.context} tokens",
         "training time": duration(seconds),

@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import jax
+import optax
 import tyro
 
+from examples.train.adapters import adapt
 from examples.train.checkpoint import Checkpoints
+from examples.train.config import Config
 from examples.train.errors import TrainError
 from examples.train.model import LanguageModel, language_model
 from examples.train.optimizer import make_optimizer
@@ -35,10 +38,16 @@ def load(folder: Path) -> tuple[LanguageModel, TrainState, Tokenizer]:
         if checkpoints.newest is None:
             raise TrainError(f"The run in {folder} has no checkpoint yet: train it until its first checkpoint.")
         optimizer = make_optimizer(config.optimizer, config.steps)
-        shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+        shapes = jax.eval_shape(lambda: first_state(model, optimizer, config))
         return model, checkpoints.restore(shapes).state, tokenizer
     finally:
         checkpoints.close()
+
+
+def first_state(model: LanguageModel, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+    """A state of the form that a run of these options has, with adapters if it fine-tunes."""
+    state = init_state(model, optimizer, config.seed)
+    return adapt(model, optimizer, config, state) if config.lora else state
 
 
 def generate(

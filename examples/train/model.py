@@ -17,7 +17,7 @@ from examples.train.mlp import dense_width, moe_config, residual_scale
 from examples.train.norm import Dropout, RMSNorm
 from examples.train.placing import LAYERS
 from jax_latent_moe import LatentMoEConfig
-from jax_latent_moe.linen import LatentMoE
+from jax_latent_moe.linen import ADAPTERS, CODES, LatentMoE
 
 BYTES = 256
 """Size of the vocabulary without a tokenizer."""
@@ -26,6 +26,8 @@ KEPT = ("attention", "latent_moe_latent", "latent_moe_residual")
 grouped matmuls."""
 CACHE = "cache"
 """The collection of each layer's keys and values [batch, time, heads, width]."""
+STACKED = ("params", "correction_bias", CODES, ADAPTERS, "losses", "intermediates", CACHE)
+"""The collections that a scan over layers stacks."""
 
 
 class SelfAttention(nn.Module):
@@ -197,7 +199,7 @@ class LanguageModel(nn.Module):
         if self.scan_layers and config.layers > 1:
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0, "correction_bias": 0, "losses": 0, "intermediates": 0, CACHE: 0},
+                variable_axes=dict.fromkeys(STACKED, 0),
                 split_rngs={"params": True, "dropout": True},
                 in_axes=cast(Any, nn.broadcast),  # Flax's annotation leaves it out
                 length=config.layers - 1,
