@@ -14,7 +14,6 @@ from examples.train.checkpoint import Checkpoints, Snapshot
 from examples.train.cli import parse
 from examples.train.config import Config
 from examples.train.errors import TrainError
-from examples.train.generate import generate
 from examples.train.model import language_model
 from examples.train.optimizer import make_optimizer
 from examples.train.run_folder import open_folder
@@ -53,7 +52,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_fine_tuning_trains_adapters_alone_and_resumes_to_the_bit(folder, capsys, monkeypatch):
+def test_fine_tuning_trains_adapters_alone_and_resumes_to_the_bit(folder, monkeypatch):
     changes = {"steps": 6, "log_every": 2, "checkpoint_every": 6, "bad_step": "skip", **LORA}
     config = toy_config(folder, base=folder / "base", run=folder / "a", **changes)
     open_folder(config)  # as if it had been killed before its first checkpoint
@@ -81,9 +80,7 @@ def test_fine_tuning_trains_adapters_alone_and_resumes_to_the_bit(folder, capsys
     monkeypatch.setattr(training, "finish", lambda *_: bits)  # it has run once
     assert train(again) == bits
     assert_same_bits(state_of(folder / "b"), tuned)
-    capsys.readouterr()
-    generate(folder / "a", prompt="the cat", length=config.sample_bytes)
-    assert capsys.readouterr().out.startswith("the cat")
+    assert len((folder / "a" / "sample.txt").read_bytes()) > config.sample_bytes  # the model with adapters wrote it
 
 
 @pytest.mark.parametrize("scanned", [False, True])
