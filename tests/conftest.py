@@ -38,6 +38,19 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"random inputs: repeat with {seeds.VARIABLE}={seeds.base_seed()}")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Drops compiled programs before a worker runs out of memory maps, where LLVM fails and the process ends.
+
+    A Linux process has 65530 of them by default (vm.max_map_count). A program takes several, and an interpreted kernel
+    takes hundreds.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def library_at(monkeypatch):
     """Has the compiled kernels looked for elsewhere."""

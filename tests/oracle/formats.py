@@ -132,7 +132,8 @@ def int4_zero(matrix, group):
 
     def encode(block):
         least, most = np.minimum(block.min(), F32(0)), np.maximum(block.max(), F32(0))
-        scale = ((most - least) / F32(15)).astype(BF16)
+        # The definition's float32 operations, halved: the difference of two large numbers would be infinite.
+        scale = ((most / 2 - least / 2) / F32(7.5)).astype(BF16)
         scale = BF16(1) if scale == 0 else scale
         zero = np.clip(np.nan_to_num(np.rint(-least / scale.astype(F32)), nan=0.0), 0, 15)
         steps = np.nan_to_num(np.rint(block / scale.astype(F32)) + zero, nan=0.0)
