@@ -222,8 +222,11 @@ class Config:
             )
         if not self.lora:
             return
-        if self.mlp == "dense":
-            raise TrainError(f"--lora {self.lora} needs --mlp moe or latent_moe: a dense model has no experts.")
+        if self.mlp == "dense" or self.model.layers == 1:
+            raise TrainError(
+                f"--lora {self.lora} needs a block with experts: give --mlp moe or latent_moe and --model.layers of at "
+                "least 2, because the first block is dense."
+            )
         if self.optimizer.name != "adamw":
             raise TrainError(f"--lora {self.lora} needs --optimizer.name adamw, because muon trains whole matrices.")
         if self.mesh or self.coordinator:

@@ -112,13 +112,15 @@ def read_corpus(config: Config) -> Corpus:
 def read_base(config: Config, model: LanguageModel) -> TrainState | None:
     """The state of the run that --base names. None without --base, and for a run that has a checkpoint of its own.
 
+    It is on the host and without the optimiser's state, so it takes no memory of the device.
+
     Raises:
         TrainError: the base is no run with a checkpoint, or it does not fit the options.
     """
     if config.base is None or has_checkpoint(config.folder / "checkpoints"):
         return None
     check_base(config.base, config)
-    base = load(config.base)[1]
+    base = jax.device_get(load(config.base)[1]._replace(opt_state=()))
     try:
         jax.eval_shape(functools.partial(adapt, model, make_optimizer(config.optimizer, config.steps), config), base)
     except ConfigError as error:

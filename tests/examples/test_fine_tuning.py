@@ -12,10 +12,11 @@ from examples.train import train as training
 from examples.train.adapters import adapt
 from examples.train.checkpoint import Checkpoints, Snapshot
 from examples.train.cli import parse
-from examples.train.config import Config
+from examples.train.config import Config, OptimizerConfig
 from examples.train.errors import TrainError
 from examples.train.model import language_model
 from examples.train.optimizer import make_optimizer
+from examples.train.presets import TOY
 from examples.train.run_folder import open_folder
 from examples.train.step import TrainState, init_state, predict
 from examples.train.train import train
@@ -113,7 +114,9 @@ def test_a_model_with_adapters_is_that_of_the_merged_weights(folder, scanned, rn
         ({"lora_alpha": 0.0}, r"lora_alpha=0\.0 must be more than 0"),
         ({"base_format": "int5"}, r"base_format='int5' must be one of dense, .*mxfp4"),
         ({"base_format": "mxfp4"}, r"--base-format mxfp4 does not fit the experts: K=16 .* 32"),
-        ({"mlp": "dense"}, r"--lora 2 needs --mlp moe or latent_moe"),
+        ({"mlp": "dense"}, r"--lora 2 needs a block with experts: give --mlp moe or latent_moe"),
+        ({"model": dataclasses.replace(TOY.model, layers=1)}, r"--lora 2 needs a block .* at least 2"),
+        ({"optimizer": OptimizerConfig(name="muon")}, r"--lora 2 needs --optimizer\.name adamw"),
         ({"mesh": "data=2"}, r"--lora 2 trains on one device: leave out --mesh"),
         ({"mlp": "moe"}, r"--base .* was trained with mlp=latent_moe, here moe: give --config .*base/config\.json"),
         ({"tokenizer": "bpe:300"}, r"was trained with tokenizer=bytes, here bpe:300"),
