@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 
 def prefill(model: LanguageModel, state: TrainState, tokens: Int[Array, "batch time"]) -> PyTree:
-    """The cache of tokens at positions 0, 1, ...: each layer's keys and values. It has room for `time` positions.
+    """The cache of tokens at positions 0, 1, ...: each layer's keys and values at `time` positions.
 
     The tokens may end with padding, because `decode` overwrites a position before it reads it.
     """
