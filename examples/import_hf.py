@@ -28,8 +28,14 @@ VOCABULARY, WIDTH, LAYERS, EXPERTS = 64, 32, 2, 8
 STEPS, RATE, TOKENS = 40, 0.01, 512
 
 
-def make_checkpoint(folder: pathlib.Path) -> None:
-    """Writes random weights and a config.json that transformers loads as a NemotronHForCausalLM."""
+def make_checkpoint(folder: pathlib.Path, latent: int = 16, inner: int = 24) -> None:
+    """Writes random weights and a config.json that transformers loads as a NemotronHForCausalLM.
+
+    Args:
+        folder: a new folder.
+        latent: latent width.
+        inner: inner width of a routed expert.
+    """
     config = dict(
         architectures=["NemotronHForCausalLM"],
         model_type="nemotron_h",
@@ -39,8 +45,8 @@ def make_checkpoint(folder: pathlib.Path) -> None:
         layers_block_type=["moe"] * LAYERS,
         n_routed_experts=EXPERTS,
         num_experts_per_tok=2,
-        moe_latent_size=16,
-        moe_intermediate_size=24,
+        moe_latent_size=latent,
+        moe_intermediate_size=inner,
         moe_shared_expert_intermediate_size=40,
         mlp_hidden_act="relu2",
         routed_scaling_factor=2.5,
@@ -54,14 +60,14 @@ def make_checkpoint(folder: pathlib.Path) -> None:
             f"{block}norm.weight": (WIDTH,),
             f"{block}mixer.gate.weight": (EXPERTS, WIDTH),
             f"{block}mixer.gate.e_score_correction_bias": (EXPERTS,),
-            f"{block}mixer.fc1_latent_proj.weight": (16, WIDTH),
-            f"{block}mixer.fc2_latent_proj.weight": (WIDTH, 16),
+            f"{block}mixer.fc1_latent_proj.weight": (latent, WIDTH),
+            f"{block}mixer.fc2_latent_proj.weight": (WIDTH, latent),
             f"{block}mixer.shared_experts.up_proj.weight": (40, WIDTH),
             f"{block}mixer.shared_experts.down_proj.weight": (WIDTH, 40),
         }
         for expert in range(EXPERTS):
-            shapes[f"{block}mixer.experts.{expert}.up_proj.weight"] = (24, 16)
-            shapes[f"{block}mixer.experts.{expert}.down_proj.weight"] = (16, 24)
+            shapes[f"{block}mixer.experts.{expert}.up_proj.weight"] = (inner, latent)
+            shapes[f"{block}mixer.experts.{expert}.down_proj.weight"] = (latent, inner)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tensors = {name: ("F32" if name.endswith("bias") else "BF16", shape) for name, shape in shapes.items()}

@@ -52,11 +52,11 @@ def _why_not_cudnn(model: ModelConfig) -> str | None:
     return None
 
 
-def rotary_table(length: int, width: int, dtype: str) -> Table:
+def rotary_table(positions: Int[Array, " time"], width: int, dtype: str) -> Table:
     """The cosines and sines of rotary position embedding (Su et al., arXiv 2104.09864) for heads of the given width."""
     half = width // 2
     frequency = ROTARY_BASE ** (-jnp.arange(half) / half)
-    angle = (jnp.arange(length)[:, None] * frequency)[:, None, None, :]
+    angle = (positions[:, None] * frequency)[:, None, None, :]
     sign = jnp.asarray([-1.0, 1.0])[:, None]
     return jnp.cos(angle).astype(dtype), (sign * jnp.sin(angle)).astype(dtype)
 
@@ -90,6 +90,18 @@ def attend(
         return _in_blocks(q, k, v, documents)
     mask = None if documents is None else (documents[:, None, :, None] == documents[:, None, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=how)
+
+
+def attend_to_cache(
+    q: Float[Array, "batch 1 heads width"],
+    k: Float[Array, "batch time heads width"],
+    v: Float[Array, "batch time heads width"],
+    position: Int[Array, ""],
+) -> Float[Array, "batch 1 heads width"]:
+    """Softmax attention of one position to itself and the earlier ones. Keys and values after it are not read."""
+    scores = jnp.einsum("bqhw,bkhw->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    scores = jnp.where(jnp.arange(k.shape[1]) <= position, scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhw->bqhw", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def _in_blocks(q, k, v, documents):

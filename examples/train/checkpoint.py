@@ -73,7 +73,7 @@ class Checkpoints:
         with self._written():
             progress = {"data": snapshot.data, "seconds": snapshot.seconds}
             arguments = ocp.args.Composite(
-                state=ocp.args.StandardSave(snapshot.state._asdict()), progress=ocp.args.JsonSave(progress)
+                state=ocp.args.StandardSave(_parts(snapshot.state)), progress=ocp.args.JsonSave(progress)
             )
             self._manager.save(step, args=arguments)
 
@@ -88,7 +88,7 @@ class Checkpoints:
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like._asdict()
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), _parts(like)
         )
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore())
         try:
@@ -121,3 +121,13 @@ class Checkpoints:
                 f"A checkpoint cannot be written to {self.folder} ({first_line(error)}): free some space there and run "
                 "the same command again. It resumes from the newest complete checkpoint."
             ) from error
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a complete checkpoint. It is named after its step, and an incomplete one is not."""
+    return any(path.name.isdigit() for path in folder.glob("*"))
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state by their names. Only fine-tuning has frozen weights."""
+    return {name: part for name, part in state._asdict().items() if part is not None}

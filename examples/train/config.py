@@ -12,6 +12,10 @@ from examples.train import ranges
 from examples.train.errors import TrainError
 
 MLP = Literal["dense", "moe", "latent_moe"]
+Eight = Literal["fp8_block", "fp8_block_pow2", "fp8_tensor", "fp8_channel", "int8"]
+Four = Literal["mxfp4", "nvfp4", "int4_32", "int4_128", "int4_32_zero", "int4_128_zero"]
+BaseFormat = Literal["dense", Eight, Four]
+"""dense, and the formats of jax_latent_moe.formats in 8 and 4 bits."""
 SMALLEST_BPE = 258
 """The smallest vocabulary of byte pairs: all bytes, one pair, and the separator."""
 
@@ -121,6 +125,15 @@ class Config:
     """bytes makes each byte a token. bpe:N learns N tokens from the training text and keeps them with the run."""
     documents: bool = False
     """Whether attention and loss stay within a document. A text file, a JSON line and a Parquet row are documents."""
+    base: Path | None = None
+    """Folder of a run to fine-tune with --lora. The new run copies its newest weights and leaves them as they are."""
+    base_format: BaseFormat = "dense"
+    """Format of the frozen experts, such as mxfp4. dense keeps them in float32."""
+    lora: int = 0
+    """Rank of the low-rank adapters on the experts and the two projections of each layer, with --base.
+    They alone are trained, and the correction biases move. 0 trains all weights."""
+    lora_alpha: float = 16.0
+    """Factor on the adapters, divided by their rank."""
     run: Path | None = None
     """Folder of the run, for checkpoints, metrics and plots. The default is runs/DATA-PRESET-MLP."""
     steps: int = 600
@@ -188,7 +201,7 @@ class Config:
     def __post_init__(self):
         ranges.check_numbers(self, "", ranges.RUN)
         ranges.check_choices(self, "")
-        for option in ("data", "data_column", "run", "config"):
+        for option in ("data", "data_column", "run", "config", "base"):
             ranges.check_text(option.replace("_", "-"), getattr(self, option) or "")
         for named in self.validation:
             ranges.check_text("validation", named)
@@ -201,12 +214,32 @@ class Config:
         ranges.check_unused(self.model, "model.", ("routed_scaling_factor",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self, "", ("precision",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("latent_norm",), latent, "--mlp latent_moe")
+        self._check_adapters()
         if self.spike_factor and not self.spike_factor > 1:
             raise TrainError(f"spike_factor={self.spike_factor} must be more than 1, or 0 to switch the check off.")
         if self.tokenizer != "bytes" and self.bpe_tokens is None:
             raise TrainError(f"--tokenizer {self.tokenizer} must be bytes, or bpe:N with N at least {SMALLEST_BPE}.")
         if self.profile and self.profiled_steps is None:
             raise TrainError(f"--profile {self.profile} must be FIRST:LAST, two steps from 1 on, such as 10:13.")
+
+    def _check_adapters(self):
+        ranges.check_unused(self, "", ("lora_alpha", "base_format"), self.lora > 0, "--lora RANK")
+        if (self.base is None) != (self.lora == 0):
+            raise TrainError(
+                f"--lora {self.lora} and --base {self.base} belong together: --base names a run, and --lora gives the "
+                "rank of its adapters, at least 1."
+            )
+        if not self.lora:
+            return
+        if self.mlp == "dense" or self.model.layers == 1:
+            raise TrainError(
+                f"--lora {self.lora} needs a block with experts: give --mlp moe or latent_moe and --model.layers of at "
+                "least 2, because the first block is dense."
+            )
+        if self.optimizer.name != "adamw":
+            raise TrainError(f"--lora {self.lora} needs --optimizer.name adamw, because muon trains whole matrices.")
+        if self.mesh or self.coordinator:
+            raise TrainError(f"--lora {self.lora} trains on one device: leave out --mesh and --coordinator.")
 
     @property
     def validation_paths(self) -> dict[str, Path]:

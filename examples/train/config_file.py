@@ -44,7 +44,7 @@ def from_fields(fields: dict[str, Any], base: Config, origin: str) -> Config:
     try:
         for name in ("model", "optimizer"):
             fields[name] = dataclasses.replace(getattr(base, name), **fields.get(name, {}))
-        for name in ("run", "config"):
+        for name in ("run", "config", "base"):
             fields[name] = None if fields.get(name) is None else Path(fields[name])
         fields["validation"] = tuple(fields.get("validation", base.validation))
         return dataclasses.replace(base, **fields)

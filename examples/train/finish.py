@@ -12,13 +12,13 @@ from examples.train import heat_maps, plots, report
 from examples.train.checkpoint import Snapshot
 from examples.train.config import Config
 from examples.train.data import ValidationWindows, held_out_windows
-from examples.train.generate import make_generate
 from examples.train.metrics import read_records, write_texts
 from examples.train.model import LanguageModel
 from examples.train.placing import whole_on_one_device
 from examples.train.processes import is_first_process
 from examples.train.progress import busy, duration
 from examples.train.routing_map import count_routing
+from examples.train.sampling import make_generate
 from examples.train.step import TrainState, make_bits_per_byte
 from examples.train.text import Corpus
 from examples.train.tokenizer import Tokenizer, encode_corpus
@@ -70,7 +70,8 @@ def finish(
     with busy("Writing a sample, the figures and the report"):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         generate = make_generate(model, tokenizer, config.sample_bytes)
-        sample = generate(state, held_out[:PROMPT_BYTES], key).decode("utf-8", errors="replace")
+        written = generate(state, held_out[:PROMPT_BYTES], key)
+        sample = written.text.decode("utf-8", errors="replace")
         (folder / SAMPLE).write_text(sample + "\n")
         write_texts(folder, {"sample": sample}, step)
         figures = make_figures(config, model, state, windows[""], tokenizer, references, bits[""])
@@ -80,9 +81,10 @@ def finish(
         facts = describe_run(config, state, bits, references, last.seconds)
         page = report.report_page(folder.name, result, facts, figures, sample, config)
         (folder / REPORT).write_text(page)
-    written = [SAMPLE, *(FIGURES[name] for name in figures), REPORT]
+    files = [SAMPLE, *(FIGURES[name] for name in figures), REPORT]
     print(f"\nThe model continues the held-out text:\n{sample}\n")
-    print(f"{folder} holds {', '.join(written)}. Open {folder / REPORT} in a browser.")
+    print(f"It wrote this at {written.tokens_per_second:,.0f} tokens/s.")
+    print(f"{folder} holds {', '.join(files)}. Open {folder / REPORT} in a browser.")
     print(result)
     return bits[""]
 
@@ -147,7 +149,7 @@ def describe_run(
         **losses,
         **{f"bits per byte, {name}": f"{value:.3f}" for name, value in references.items()},
         "feed-forward": config.mlp,
-        "parameters": f"{size / 1e6:.2f} M",
+        "parameters": f"{size / 1e6:.2f} M" + (f" in adapters on {config.base}" if config.lora else ""),
         "text": config.data,
         "steps": f"{int(state.step)}, each of {config.batch_size} x {config.model.context} tokens",
         "training time": duration(seconds),

@@ -2,64 +2,25 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import optax
 import tyro
-from jaxtyping import Array, Key
 
+from examples.train.adapters import adapt
 from examples.train.checkpoint import Checkpoints
+from examples.train.config import Config
 from examples.train.errors import TrainError
 from examples.train.model import LanguageModel, language_model
 from examples.train.optimizer import make_optimizer
+from examples.train.progress import busy
 from examples.train.ranges import RUN, check_number, check_text
 from examples.train.run_folder import read_config, runs_here
-from examples.train.step import TrainState, compiled_once, init_state, predict
+from examples.train.sampling import make_generate
+from examples.train.step import TrainState, init_state
 from examples.train.tokenizer import Bytes, Tokenizer, load_tokenizer
 from jax_latent_moe.errors import LatentMoEError
-
-
-@compiled_once
-def make_sample(model: LanguageModel, length: int, temperature: float):
-    """The compiled part of `make_generate`. It continues a window of tokens by `length` tokens."""
-    context = model.model.context
-
-    @jax.jit
-    def sample(state: TrainState, window: Array, filled: Array, key: Key[Array, ""]) -> Array:
-        def draw(carry, key):
-            window, filled = carry
-            logits = predict(model, state, window[None])[0, filled - 1]
-            token = jax.random.categorical(key, logits / temperature).astype(window.dtype)
-            full = filled == context
-            window = jnp.where(full, jnp.roll(window, -1), window)
-            filled = jnp.where(full, filled, filled + 1)
-            return (window.at[filled - 1].set(token), filled), token
-
-        return jax.lax.scan(draw, (window, filled), jax.random.split(key, length))[1]
-
-    return sample
-
-
-def make_generate(
-    model: LanguageModel, tokenizer: Tokenizer, length: int, temperature: float = 0.8
-) -> Callable[..., bytes]:
-    """A function of (state, prompt, key) that continues a prompt by `length` bytes. The same key gives the same bytes.
-
-    Each token is drawn from softmax(logits / temperature). The model sees the last `context` tokens.
-    """
-    context, sample = model.model.context, make_sample(model, length, temperature)
-
-    def continued(state: TrainState, prompt: bytes, key: Key[Array, ""]) -> bytes:
-        seen = np.append(tokenizer.separator, tokenizer.encode(prompt))[-context:]
-        window = np.zeros(context, np.int32)
-        window[: len(seen)] = seen
-        drawn = sample(state, jnp.asarray(window), jnp.asarray(len(seen)), key)
-        return prompt + tokenizer.decode(np.asarray(drawn))[:length]  # a token has at least one byte
-
-    return continued
 
 
 def load(folder: Path) -> tuple[LanguageModel, TrainState, Tokenizer]:
@@ -77,10 +38,16 @@ def load(folder: Path) -> tuple[LanguageModel, TrainState, Tokenizer]:
         if checkpoints.newest is None:
             raise TrainError(f"The run in {folder} has no checkpoint yet: train it until its first checkpoint.")
         optimizer = make_optimizer(config.optimizer, config.steps)
-        shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+        shapes = jax.eval_shape(lambda: first_state(model, optimizer, config))
         return model, checkpoints.restore(shapes).state, tokenizer
     finally:
         checkpoints.close()
+
+
+def first_state(model: LanguageModel, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+    """A state of the form that a run of these options has, with adapters if it fine-tunes."""
+    state = init_state(model, optimizer, config.seed)
+    return adapt(model, optimizer, config, state) if config.lora else state
 
 
 def generate(
@@ -90,7 +57,7 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
 ):
-    """Prints text that the model of a run writes. It reads the newest checkpoint.
+    """Prints text that the model of a run writes, and its speed to standard error. It reads the newest checkpoint.
 
     Args:
         run: folder of the run, such as runs/shakespeare-cpu-latent_moe.
@@ -111,8 +78,11 @@ def generate(
     if length < 1 or not temperature > 0:
         raise TrainError(f"--length {length} must be at least 1, and --temperature {temperature} more than 0.")
     model, state, tokenizer = load(run)
-    text = make_generate(model, tokenizer, length, temperature)(state, prompt.encode(), jax.random.key(seed))
-    print(text.decode("utf-8", errors="replace"))
+    with busy("Compiling, which takes seconds to minutes, and writing the text", stderr=True):
+        continued = make_generate(model, tokenizer, length, temperature)
+        sample = continued(state, prompt.encode(), jax.random.key(seed))
+    print(sample.text.decode("utf-8", errors="replace"))
+    print(f"Written at {sample.tokens_per_second:,.0f} tokens/s.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ def draw(model: LanguageModel, key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
     model = alone(model)
     config, count = model.model, model.model.layers - 1
     x = jnp.zeros((1, config.context, config.hidden_size), config.dtype)
-    table = rotary_table(config.context, config.hidden_size // config.heads, config.dtype)
+    table = rotary_table(jnp.arange(config.context), config.hidden_size // config.heads, config.dtype)
     embed_key, head_key, first_key, rest_key = jax.random.split(key, 4)
 
     def block(moe, key):
-        variables = nn.unbox(Block(config, moe, model.attention, True).init(key, x, table, None))
+        variables = nn.unbox(Block(config, moe, model.attention, True).init(key, x, table, None, None))
         return variables["params"], variables.get("correction_bias", {})
 
     embedding = Embedding(model.vocabulary, config.hidden_size, config.dtype)

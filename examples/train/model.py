@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from examples.train.attention import Attention, attend, choose_attention, rotary_table, rotate
+from examples.train.attention import Attention, attend, attend_to_cache, choose_attention, rotary_table, rotate
 from examples.train.config import Config, ModelConfig
 from examples.train.cross_entropy import cross_entropy
 from examples.train.embedding import embed
@@ -17,13 +17,17 @@ from examples.train.mlp import dense_width, moe_config, residual_scale
 from examples.train.norm import Dropout, RMSNorm
 from examples.train.placing import LAYERS
 from jax_latent_moe import LatentMoEConfig
-from jax_latent_moe.linen import LatentMoE
+from jax_latent_moe.linen import ADAPTERS, CODES, LatentMoE
 
 BYTES = 256
 """Size of the vocabulary without a tokenizer."""
 KEPT = ("attention", "latent_moe_latent", "latent_moe_residual")
 """Names of values that --remat cheap keeps beside the results of matmuls. Recomputing them would take attention or
 grouped matmuls."""
+CACHE = "cache"
+"""The collection of each layer's keys and values [batch, time, heads, width]."""
+STACKED = ("params", "correction_bias", CODES, ADAPTERS, "losses", "intermediates", CACHE)
+"""The collections that a scan over layers stacks."""
 
 
 class SelfAttention(nn.Module):
@@ -35,17 +39,38 @@ class SelfAttention(nn.Module):
     how: Attention
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time d"], table, documents) -> Float[Array, "batch time d"]:
-        """Each position reads itself and the positions before it."""
+    def __call__(self, x: Float[Array, "batch time d"], table, documents, position) -> Float[Array, "batch time d"]:
+        """Each position reads itself and the positions before it. Without `position`, all of them are in x."""
         features = (3, self.heads, x.shape[-1] // self.heads)
         qkv = nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
         q = rotate(RMSNorm(name="q_norm")(qkv[:, :, 0]), table)
         k = rotate(RMSNorm(name="k_norm")(qkv[:, :, 1]), table)
-        y = checkpoint_name(attend(q, k, qkv[:, :, 2], self.how, documents), "attention")
+        v = qkv[:, :, 2]
+        if position is None:
+            self._store(k, v)
+            y = checkpoint_name(attend(q, k, v, self.how, documents), "attention")
+        else:
+            y = attend_to_cache(q, *self._appended(k, v, position), position)
         output = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=self.output_init, name="out"
         )
         return output(y)
+
+    def _store(self, k, v):
+        """Puts keys and values into the cache, if the caller wants one."""
+        if self.is_mutable_collection(CACHE) and not self.is_initializing():
+            self.put_variable(CACHE, "keys", k)
+            self.put_variable(CACHE, "values", v)
+
+    def _appended(self, k, v, position):
+        """The keys and values of the cache with those of one position, which are also put into it."""
+        before = self.get_variable(CACHE, "keys"), self.get_variable(CACHE, "values")
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(all_of_them, one, position, axis=1)
+            for all_of_them, one in zip(before, (k, v), strict=True)
+        )
+        self._store(k, v)
+        return k, v
 
 
 class DenseMLP(nn.Module):
@@ -71,7 +96,9 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time d"], table, documents) -> tuple[Float[Array, "batch time d"], None]:
+    def __call__(
+        self, x: Float[Array, "batch time d"], table, documents, position
+    ) -> tuple[Float[Array, "batch time d"], None]:
         """Returns the output, and None because a scan stacks nothing. Dropout needs a "dropout" key."""
         heads, dtype = self.model.heads, self.model.dtype
         output_init = nn.initializers.variance_scaling(residual_scale(self.model) ** 2, "fan_in", "truncated_normal")
@@ -81,7 +108,7 @@ class Block(nn.Module):
         else:
             mlp = LatentMoE(self.moe, name="mlp")
         attention = SelfAttention(heads, dtype, output_init, self.attention, name="attention")
-        x += drop(attention(RMSNorm(name="attention_norm")(x), table, documents))
+        x += drop(attention(RMSNorm(name="attention_norm")(x), table, documents, position))
         packed = {} if self.moe is None else {"segment_ids": documents}
         return x + drop(mlp(RMSNorm(name="mlp_norm")(x), **packed)), None
 
@@ -143,11 +170,12 @@ class LanguageModel(nn.Module):
         targets: Int[Array, "batch time"] | None = None,
         weights: Float[Array, "batch time"] | None = None,
         documents: Int[Array, "batch time"] | None = None,
+        position: Int[Array, ""] | None = None,
     ) -> Array:
         """Returns the logits [batch, time, vocabulary] in float32.
 
         With targets, it returns the sum of weight times cross-entropy in nats instead. The layers sow their auxiliary
-        losses and loads as `LatentMoE` does.
+        losses and loads as `LatentMoE` does. If the collection `CACHE` is mutable, the keys and values go into it.
 
         Args:
             tokens: the tokens to read.
@@ -156,24 +184,28 @@ class LanguageModel(nn.Module):
             weights: the weight of each position in the sum, in float32.
             documents: the number of each token's document. Attention stays within a document. None puts all tokens into
                 one document.
+            position: the position of the only token, whose predecessors' keys and values are in `CACHE`. It must be
+                below the number of positions there, and documents must be None. None: tokens begin at position 0.
         """
+        assert position is None or documents is None, "the cache holds one document"
         config, dtype = self.model, self.model.dtype
         x = Embedding(self.vocabulary, config.hidden_size, dtype, name="embed")(tokens)
-        table = rotary_table(tokens.shape[1], config.hidden_size // config.heads, dtype)
+        positions = jnp.arange(tokens.shape[1]) if position is None else position[None]
+        places = rotary_table(positions, config.hidden_size // config.heads, dtype), documents, position
         block = self._block()
         for i in range(1 if self.scan_layers else config.layers):
             moe = self.moe if i else None
-            x, _ = block(config, moe, self.attention, deterministic, name=f"block_{i:02d}")(x, table, documents)
+            x, _ = block(config, moe, self.attention, deterministic, name=f"block_{i:02d}")(x, *places)
         if self.scan_layers and config.layers > 1:
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0, "correction_bias": 0, "losses": 0, "intermediates": 0},
+                variable_axes=dict.fromkeys(STACKED, 0),
                 split_rngs={"params": True, "dropout": True},
                 in_axes=cast(Any, nn.broadcast),  # Flax's annotation leaves it out
                 length=config.layers - 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = scanned(config, self.moe, self.attention, deterministic, name=LAYERS)(x, table, documents)
+            x, _ = scanned(config, self.moe, self.attention, deterministic, name=LAYERS)(x, *places)
         x = RMSNorm(name="norm")(x)
         return Head(self.vocabulary, name="head")(x, targets, weights)
 

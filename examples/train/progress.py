@@ -10,15 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from examples.train.processes import is_first_process
 
 
-def console() -> Console:
-    """The console for standard output. Only the first process prints."""
-    return Console(highlight=False, quiet=not is_first_process())
+def console(*, stderr: bool = False) -> Console:
+    """The console for standard output or standard error. Only the first process prints."""
+    return Console(highlight=False, quiet=not is_first_process(), stderr=stderr)
 
 
 @contextlib.contextmanager
-def busy(words: str):
+def busy(words: str, *, stderr: bool = False):
     """Shows that something takes time: a spinner and the seconds on a terminal, else one plain line."""
-    shown = console()
+    shown = console(stderr=stderr)
     if not shown.is_terminal or shown.quiet:
         shown.print(f"{words} ...", markup=False, soft_wrap=True)
         yield

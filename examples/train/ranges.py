@@ -73,6 +73,8 @@ RUN = {
     **dict.fromkeys(("switch_loss_coef", "sequence_loss_coef", "bias_update_rate", "spike_factor"), NOT_NEGATIVE),
     "processes": COUNT,
     "process": COUNT_OR_NONE,
+    "lora": COUNT_OR_NONE,
+    "lora_alpha": POSITIVE,
 }
 
 

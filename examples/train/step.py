@@ -18,8 +18,8 @@ from examples.train.data import Batch, ValidationWindows
 from examples.train.initialising import draw, shapes
 from examples.train.model import LanguageModel
 from examples.train.placing import from_whole, optimizer_shardings, variable_shardings
+from jax_latent_moe.linen import ADAPTERS, update_correction_bias
 from jax_latent_moe.linen import loads as loads_of
-from jax_latent_moe.linen import update_correction_bias
 
 LOAD = "tokens_per_expert"
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
@@ -43,6 +43,7 @@ class TrainState(NamedTuple):
         key: the key data of the run's random numbers.
         smoothed_loss: the moving average of the loss, in which the newest step weighs a twentieth. NaN before the first
             step.
+        frozen: None, or the collections of the weights below adapters. `params` are then the adapters.
     """
 
     step: Int32[Array, ""]
@@ -51,6 +52,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     key: UInt32[Array, " words"]
     smoothed_loss: Float[Array, ""]
+    frozen: PyTree = None
 
 
 class Metrics(NamedTuple):
@@ -140,7 +142,9 @@ def predict(
 
 def variables_of(state: TrainState) -> dict[str, PyTree]:
     """The variables of the model in Flax's collections."""
-    return {"params": state.params, "correction_bias": state.correction_bias}
+    frozen = state.frozen
+    weights = {"params": state.params} if frozen is None else frozen | {ADAPTERS: state.params}
+    return weights | {"correction_bias": state.correction_bias}
 
 
 @compiled_once
@@ -152,6 +156,7 @@ def make_train_step(
     skip_bad: bool = False,
     spike_factor: float = 0.0,
     accumulate: int = 1,
+    adapters: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step. It computes gradients, applies the optimiser and moves the correction bias by the loads.
 
@@ -163,13 +168,15 @@ def make_train_step(
         spike_factor: see `is_bad`.
         accumulate: the number of parts of a batch, which are computed one after the other. Their gradients and loads
             are added up.
+        adapters: whether the state holds adapters and frozen weights. It then lies on one device.
     """
-    placed, whole = state_shardings(model, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed = whole if adapters else state_shardings(model, optimizer, mesh)
 
     def objective(params, state, part, key, scored):
         tokens, targets, weights, documents = part
         output = model.apply(
-            variables_of(state) | {"params": params},
+            variables_of(state._replace(params=params)),
             tokens,
             deterministic=False,
             targets=targets,
@@ -218,6 +225,7 @@ def make_train_step(
             opt_state=opt_state,
             key=state.key,
             smoothed_loss=smoothed,
+            frozen=state.frozen,
         )
         if skip_bad:
             kept = jax.tree.map(functools.partial(jnp.where, bad), before, state)

@@ -188,7 +188,9 @@ def load_tokenizer(folder: Path, vocabulary: int) -> BytePairs:
 
 
 def open_tokenizer(config: Config, text: Text) -> Tokenizer:
-    """The tokenizer that the options name. It is read from the run's folder, or learnt from the text for a new run.
+    """The tokenizer that the options name. It is read from the run's folder.
+
+    A new run takes the tokenizer of --base, or learns one from the text.
 
     Raises:
         TrainError: the tokenizer in the folder does not fit, or a run that has begun has none.
@@ -197,6 +199,8 @@ def open_tokenizer(config: Config, text: Text) -> Tokenizer:
         return Bytes()
     if (config.folder / FILE).exists() or (config.folder / "checkpoints").exists():
         return load_tokenizer(config.folder, config.bpe_tokens)
+    if config.base is not None:
+        return load_tokenizer(config.base, config.bpe_tokens)
     return learn(text, config.bpe_tokens)
 
 

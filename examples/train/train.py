@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import sys
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from examples.train.checkpoint import Checkpoints, Snapshot
+from examples.train.adapters import adapt, check_base, make_adapt
+from examples.train.checkpoint import Checkpoints, Snapshot, has_checkpoint
 from examples.train.cli import parse
 from examples.train.config import Config
 from examples.train.config_file import to_json
@@ -19,6 +21,7 @@ from examples.train.corpus import load_corpus, load_text
 from examples.train.data import Ahead, ValidationWindows, check_length, held_out_windows, train_batches
 from examples.train.errors import Diverged, TrainError
 from examples.train.finish import finish
+from examples.train.generate import load
 from examples.train.interval import Interval
 from examples.train.metrics import MetricsWriter, validation_field, write_texts
 from examples.train.model import LanguageModel, language_model
@@ -33,7 +36,7 @@ from examples.train.step import TrainState, all_finite, init_state_on, make_bits
 from examples.train.text import Corpus
 from examples.train.tokenizer import Tokenizer, encode_corpus, open_tokenizer
 from examples.train.trackers import Trackers, import_trackers
-from jax_latent_moe.errors import LatentMoEError
+from jax_latent_moe.errors import ConfigError, LatentMoEError
 
 VALIDATION_WINDOWS = 128
 """Number of windows of a text that a validation during training reads. The end of a run reads all of them."""
@@ -99,8 +102,9 @@ def train_steps(config: Config, make_probe: MakeProbe | None = None, stop: StopR
         TrainError: the data, the folder or the options are unusable, or the loss is not finite.
     """
     mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
-    language_model(config)  # raises for wrong options before anything takes time
+    model = language_model(config)  # raises for wrong options before anything takes time
     check_folder(config)
+    base = read_base(config, model)
     trackers = import_trackers(config)
     with busy(f"Reading {config.data}"):
         corpus = read_corpus(config)
@@ -115,7 +119,7 @@ def train_steps(config: Config, make_probe: MakeProbe | None = None, stop: StopR
         with contextlib.ExitStack() as stack:
             stop = stop or stack.enter_context(StopRequest())
             stack.enter_context(jax.set_mesh(mesh))
-            last = run_steps(config, model, tokens, tokenizer, checkpoints, stop, mesh, trackers, make_probe)
+            last = run_steps(config, model, tokens, tokenizer, checkpoints, stop, mesh, trackers, make_probe, base)
     finally:
         checkpoints.close()
     done = int(last.state.step)
@@ -140,6 +144,25 @@ def read_corpus(config: Config) -> Corpus:
     return dataclasses.replace(load_corpus(config.data, column), more=more)
 
 
+def read_base(config: Config, model: LanguageModel) -> TrainState | None:
+    """The state of the run that --base names. None without --base, and for a run that has a checkpoint of its own.
+
+    It is on the host and without the optimiser's state, so it takes no memory of the device.
+
+    Raises:
+        TrainError: the base is no run with a checkpoint, or it does not fit the options.
+    """
+    if config.base is None or has_checkpoint(config.folder / "checkpoints"):
+        return None
+    check_base(config.base, config)
+    base = jax.device_get(load(config.base)[1]._replace(opt_state=()))
+    try:
+        jax.eval_shape(functools.partial(adapt, model, make_optimizer(config.optimizer, config.steps), config), base)
+    except ConfigError as error:
+        raise TrainError(f"--base-format {config.base_format} does not fit the experts: {error}") from error
+    return base
+
+
 def run_steps(
     config: Config,
     model: LanguageModel,
@@ -150,6 +173,7 @@ def run_steps(
     mesh: Mesh,
     trackers: Sequence[Any] = (),
     make_probe: MakeProbe | None = None,
+    base: TrainState | None = None,
 ) -> Snapshot:
     """Trains until the last step or until a signal, and saves a checkpoint of the step that it ends with.
 
@@ -165,6 +189,7 @@ def run_steps(
         mesh: the mesh of state and batches.
         trackers: the modules of the trackers.
         make_probe: adds fields to the records of validations.
+        base: the state to fine-tune, for the first steps of a run with --lora.
 
     Raises:
         TrainError: the loss, the parameters or the optimiser are no longer finite. Such a state is not saved.
@@ -172,14 +197,17 @@ def run_steps(
     optimizer = make_optimizer(config.optimizer, config.steps)
     own = {"process": jax.process_index(), "processes": jax.process_count(), "documents": config.documents}
     batches = train_batches(corpus.train, config.model.context, config.batch_size, config.seed, **own)
+    adapted = make_adapt(model, optimizer, config, mesh)
     if config.restore == "previous":
         checkpoints.drop_newest()
     if checkpoints.newest is None:
         with busy("Drawing the parameters"):
-            snapshot = Snapshot(init_state_on(model, optimizer, config.seed, mesh), batches.get_state(), 0.0)
+            state = init_state_on(model, optimizer, config.seed, mesh) if base is None else adapted(base)
+            snapshot = Snapshot(state, batches.get_state(), 0.0)
     else:
         with busy("Restoring the checkpoint"):
-            snapshot = checkpoints.restore(state_shapes(model, optimizer, mesh))
+            like = state_shapes(model, optimizer, mesh)
+            snapshot = checkpoints.restore(jax.eval_shape(adapted, like) if config.lora else like)
         batches.set_state(snapshot.data)
     state, first = snapshot.state, int(snapshot.state.step)
     report = ProgressReport(config.steps)
@@ -188,7 +216,8 @@ def run_steps(
     report.say(description(config, model, state, mesh))
 
     policy = {"skip_bad": config.bad_step == "skip", "spike_factor": config.spike_factor}
-    train_step = make_train_step(model, optimizer, mesh, **policy, accumulate=config.accumulate)
+    parts = {"accumulate": config.accumulate, "adapters": config.lora > 0}
+    train_step = make_train_step(model, optimizer, mesh, **policy, **parts)
     bits_per_byte = make_bits_per_byte(model, config.batch_size, mesh)
     windows = {
         name: held_out_windows(config, tokenizer, text).subset(VALIDATION_WINDOWS)
@@ -269,8 +298,9 @@ def description(config: Config, model: LanguageModel, state: TrainState, mesh: M
     if mesh.size > 1:
         axes = ", ".join(f"{axis}={width}" for axis, width in mesh.shape.items() if width > 1)
         device = f"{mesh.size} x {device} ({axes}), {jax.process_count()} process(es)"
+    name = f"adapters of rank {config.lora} on {config.base}," if config.lora else config.mlp
     return (
-        f"{config.mlp} with {size / 1e6:.2f} M parameters on {config.data}, {device}, attention by {model.attention}: "
+        f"{name} with {size / 1e6:.2f} M parameters on {config.data}, {device}, attention by {model.attention}: "
         f"{begun} in {config.folder}"
     )
 

@@ -11,8 +11,9 @@ import pytest
 from examples.train import tokenizer as tokenizing
 from examples.train.data import validation_windows
 from examples.train.errors import TrainError
-from examples.train.generate import load, make_generate
+from examples.train.generate import load
 from examples.train.metrics import read_records
+from examples.train.sampling import make_generate
 from examples.train.text import Text
 from examples.train.tokenizer import Bytes, learn, load_tokenizer, pieces
 from examples.train.train import main, train
@@ -86,7 +87,7 @@ def test_a_run_on_byte_pairs_learns_and_is_judged_by_bytes(finished):
         assert 1.5 < of_token < pairs.token_bytes.max(), "bytes of a token"
     model, state, kept = load(config.folder)
     assert model.vocabulary == VOCABULARY == state.params["head"]["kernel"].shape[1]
-    text = make_generate(model, kept, 40)(state, b"the cat", jax.random.key(0))
+    text = make_generate(model, kept, 40)(state, b"the cat", jax.random.key(0)).text
     assert text.startswith(b"the cat")
     assert len(text) == 7 + 40
 

@@ -14,7 +14,7 @@ import pytest
 from examples.train.corpus import load_corpus
 from examples.train.data import held_out_windows
 from examples.train.errors import TrainError
-from examples.train.generate import load
+from examples.train.generate import generate, load
 from examples.train.metrics import read_records
 from examples.train.routing_map import WINDOWS, count_routing
 from examples.train.run_folder import WRITTEN
@@ -71,13 +71,24 @@ def test_writes_what_it_promises(finished, capsys):
     assert {path.name for path in config.folder.iterdir()} <= set(WRITTEN), "no file of others is overwritten"
     # A second run finds nothing left to do and says the same.
     assert train(config) == bits
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line for line in lines if re.fullmatch(r"It wrote this at [\d,]+ tokens/s\.", line)]
+    last = lines[-1]
     assert re.fullmatch(
         r"Validation: [\d.]+ bits per byte after 60 steps and \d+ s of training; "
         r"the text alone takes xz -9e [\d.]+, bzip2 -9 [\d.]+\. On capitals: [\d.]+\.",
         last,
     )
     assert f"{bits:.3f}" in last
+
+
+def test_generate_prints_the_text_alone_and_its_speed_to_standard_error(finished, capsys):
+    config, _ = finished
+    generate(config.folder, prompt="the cat", length=config.sample_bytes)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("the cat")
+    assert len(printed.out.encode()) >= len("the cat") + config.sample_bytes
+    assert re.fullmatch(r"Compiling.*\nWritten at [\d,]+ tokens/s\.\n", printed.err)
 
 
 def test_other_validation_texts_have_their_own_losses(finished):
