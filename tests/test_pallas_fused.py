@@ -76,7 +76,7 @@ def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS, 
 
     forward = functools.partial(matmul_activation, jnp.asarray(rows), jnp.asarray(w_in), groups, **settings)
     out, hidden = forward(residual="pre")
-    if tile.cluster == 2:
+    if tile.cluster == 2 and num_rows == ROWS:
         for other in ("hidden", None):
             nothing, same = forward(residual=other)
             assert nothing is None

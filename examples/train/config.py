@@ -240,6 +240,8 @@ class Config:
             raise TrainError(f"--lora {self.lora} needs --optimizer.name adamw, because muon trains whole matrices.")
         if self.mesh or self.coordinator:
             raise TrainError(f"--lora {self.lora} trains on one device: leave out --mesh and --coordinator.")
+        if self.precision != "dtype":
+            raise TrainError(f"--lora {self.lora} multiplies in model.dtype: leave out --precision {self.precision}.")
 
     @property
     def validation_paths(self) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats.registry import FORMATS
+from jax_latent_moe.formats.scaled_rows import ScaledRows
 
 
 @jax.tree_util.register_dataclass
@@ -118,9 +119,9 @@ def map_axes(array: ScaledArray, axes: Sequence[Any], make: Callable[..., Any]) 
     return jax.tree.map(of_leaf, array)
 
 
-def format_of(array: Any) -> str:
+def format_of(array: Array | ScaledArray | ScaledRows) -> str:
     """Name of an array's format: that of codes, or else the dtype's."""
-    return getattr(array, "format", None) or jnp.dtype(array.dtype).name
+    return array.format if isinstance(array, ScaledArray | ScaledRows) else jnp.dtype(array.dtype).name
 
 
 def row_multiple_of(*arrays: Array | ScaledArray) -> int:

@@ -48,6 +48,7 @@ def test_codes_are_gathered(rng):
     assert_close(out, oracle_matmul(values, np.asarray(weight.decode("float32")), sizes), "bfloat16")
     assert out.dtype == jnp.bfloat16
     assert operand_of(GatheredRows(codes, jnp.asarray(row_ids))).format == "fp8_block"
+    assert operand_of(table).format == "bfloat16"  # JAX's arrays have a `format` of their own
 
 
 def test_codes_get_no_gradient(rng):

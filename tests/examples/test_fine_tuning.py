@@ -118,6 +118,7 @@ def test_a_model_with_adapters_is_that_of_the_merged_weights(folder, scanned, rn
         ({"model": dataclasses.replace(TOY.model, layers=1)}, r"--lora 2 needs a block .* at least 2"),
         ({"optimizer": OptimizerConfig(name="muon")}, r"--lora 2 needs --optimizer\.name adamw"),
         ({"mesh": "data=2"}, r"--lora 2 trains on one device: leave out --mesh"),
+        ({"precision": "fp8"}, r"--lora 2 multiplies in model.dtype: leave out --precision fp8"),
         ({"mlp": "moe"}, r"--base .* was trained with mlp=latent_moe, here moe: give --config .*base/config\.json"),
         ({"tokenizer": "bpe:300"}, r"was trained with tokenizer=bytes, here bpe:300"),
     ],
