@@ -94,9 +94,9 @@ def plan_experts(
     table = dataclasses.replace(dense, layout="gathered")
     frozen_in, frozen_out = (w is not None and w != dense for w in (w_in, w_out))
 
-    def bind(contraction: Contraction, shape, lhs, rhs=None) -> Bound:
+    def bind(contraction: Contraction, shape, lhs, rhs=None, backend=config.backend) -> Bound:
         asked = problem(contraction, num_rows, shape, dtype, lhs=lhs, rhs=rhs, device=device)
-        return select(asked, config.backend)
+        return select(asked, backend)
 
     def forward(shape, lhs, w) -> Bound:
         if precision.fwd is None:
@@ -105,7 +105,8 @@ def plan_experts(
 
     def input_gradient(shape, lhs, w) -> Bound:
         if precision.dgrad is None:
-            return bind("dgrad", shape, lhs, w)
+            # A kernel that multiplies frozen codes has no gradient through them. It is not needed to serve.
+            return bind("dgrad", shape, lhs, w, "auto" if precision.fwd and w not in (None, dense) else config.backend)
         # The weight's codes are those of the transposed weight.
         experts, inputs, outputs = shape
         transposed = experts, outputs, inputs

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, hidden_and_pullback
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
@@ -138,6 +139,7 @@ def _routed_fwd(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
     kept = checkpoint_name(made.residual, RESIDUAL)
     hidden = made.out if plan.residual == "pre" else hidden_rows(plan, kept)
     out = _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
+    codes = codes._replace(fwd_in=None, fwd_out=None)  # the backward pass does not read them
     return out, (tokens, weights, w_in, w_out, codes, b_out, dispatch, kept)
 
 
@@ -192,7 +194,17 @@ def _routed_bwd(plan, residuals, dcombined):
     dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(rows_of(tokens, dispatch), dpre, sizes)).out
     drows = plan.up_dgrad(Operands(_encoded(dpre, format), w_in if format is None else codes.dgrad_in, sizes)).out
     dtokens = combine(drows, dispatch).astype(tokens.dtype)
-    return dtokens, dweights, dw_in, dw_out, None, dbiases, None
+    grads = dtokens, dweights, dw_in, dw_out
+    if plan.precision != Precision():
+        # Codes are integers, so a derivative of this would leave out all that goes through them.
+        grads = refused_if_differentiated(_ONCE.format(plan.precision), grads)
+    return *grads, None, dbiases, None
+
+
+_ONCE = (
+    "{} has first derivatives in reverse mode alone: set precision=None for second ones, and for forward mode by "
+    "transposing twice."
+)
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)

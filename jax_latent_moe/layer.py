@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_latent_moe.activations import activate
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import routed_experts
@@ -24,7 +25,7 @@ from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
 from jax_latent_moe.params import Params, as_array, check_params
 from jax_latent_moe.routing.expert_sort import count_experts
-from jax_latent_moe.routing.jitter import jittered, refused_if_differentiated
+from jax_latent_moe.routing.jitter import jittered
 from jax_latent_moe.routing.losses import auxiliary_losses
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from jax_latent_moe.routing.quantile import target_bias

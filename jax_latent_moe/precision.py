@@ -1,7 +1,7 @@
 """The formats in which the experts' products multiply, and the weights in those formats.
 
-Rounding to a format has the gradient of the identity: what the products of the backward pass read is what they would
-read without it, or that in a format of its own.
+Rounding to a format has the gradient of the identity. Weight gradients read the unrounded tokens and hidden rows. Input
+gradients read the unrounded weights, or encode both operands for `dgrad`. There are no second derivatives.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from jax_latent_moe.formats.scaled_rows import rows_format
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The formats of both operands in the products of the routed experts. None is the layer's dtype.
+    """The formats of both operands in the products of the routed experts.
 
-    Weight gradients are always in the layer's dtype: FP8 does not pay there, for their cost is what they write.
+    A field that is None multiplies in the layer's dtype, and so do weight gradients always.
 
     Attributes:
         fwd: format of both forward products, "fp8_block" or "fp8_block_pow2".
@@ -57,7 +57,7 @@ class Codes(NamedTuple):
 
 
 def encode_weights(precision: Precision, w_in, w_out, *, gated: bool) -> Codes:
-    """The weights' codes. A weight that is one already stays as it is in fwd.
+    """The weights' codes. A weight in codes of `precision.fwd` is used as it is.
 
     Args:
         precision: the formats.
@@ -88,7 +88,7 @@ def _fwd(precision, name, weight, parts):
     if weight.format != format:
         raise InputError(
             f"params experts/{name} is in {weight.format}, and precision.fwd={format!r} multiplies codes of its own "
-            "format: quantize the dense params so, or set precision.fwd=None, which decodes."
+            f"format: quantize the dense params to {format!r}, or set precision.fwd=None, which decodes."
         )
     return weight
 

@@ -18,8 +18,13 @@ from jax_latent_moe import (
     lora,
     quantize,
 )
+from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.experts import routed_experts
+from jax_latent_moe.grouped_matmul import Operand
+from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
+from jax_latent_moe.grouped_matmul.xla.backend import Xla
 from jax_latent_moe.routing.permute import make_dispatch_plan
+from tests.kernels import H200
 from tests.oracle import formats as oracle
 from tests.oracle.fused import activation_of_rows
 from tests.parallel.meshes import make_mesh
@@ -176,3 +181,34 @@ def test_what_does_not_go_together(rng):
     with pytest.raises(InputError, match="does not go with low-rank adapters"):
         latent_moe(lora.adapt(jax.random.key(1), params, config, rank=2), x, config)
     assert LatentMoEConfig.from_dict(both.to_dict()) == both
+
+
+def test_second_derivatives_are_refused(rng):
+    """Codes have no derivative, so a derivative of the backward pass would be wrong without an error."""
+    config = dataclasses.replace(config_of("relu2", fwd=FP8), hidden_size=24, latent_size=20)
+    params, x = init_params(jax.random.key(0), config), jnp.ones((4, 24))
+    _, pullback = jax.vjp(lambda x: latent_moe(params, x, config)[0], x)
+    with pytest.raises(InputError, match="has first derivatives in reverse mode alone: set precision=None"):
+        jax.vjp(lambda dy: pullback(dy)[0], x)
+
+
+def test_a_symbolic_number_of_tokens_exports(rng):
+    config = dataclasses.replace(config_of("relu2", fwd=FP8, dgrad=FP8), hidden_size=24, latent_size=20)
+    params = init_params(jax.random.key(0), config)
+    x = rng.normal(size=(5, 24)).astype(np.float32)
+    run = jax.jit(lambda params, x: latent_moe(params, x, config)[0])
+    tokens = jax.ShapeDtypeStruct(jax.export.symbolic_shape("t, 24"), jnp.float32)
+    exported = jax.export.export(run)(
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params), tokens
+    )
+    assert relative_error(exported.call(params, x), run(params, x)) < EXACT
+
+
+def test_a_named_kernel_serves_codes():
+    """Gradients through frozen codes run on the first backend that has them."""
+    config = LatentMoEConfig(512, 256, 64, 2, 512, backend="pallas", precision=Precision(fwd=FP8))
+    codes = Operand(FP8)
+    plan = plan_experts(config, 4096, (64, 256, 512), (64, 512, 256), "bfloat16", device=H200, w_in=codes, w_out=codes)
+    assert isinstance(plan.up_without_gradient.backend, Pallas)
+    assert isinstance(plan.down.backend, Pallas)
+    assert isinstance(plan.up_dgrad.backend, Xla)

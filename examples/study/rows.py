@@ -50,7 +50,9 @@ def read_rows(path: Path, study: Study) -> dict[Run, Row]:
         where = f"{path}, line {number}"
         row = _parsed(line, where)
         if row["study"] != study.name:
-            raise TrainError(f"{where} is a row of the study {row['study']!r}, not {study.name!r}: give its --folder.")
+            raise TrainError(
+                f"{where} is a row of the study {row['study']!r}, not {study.name!r}: give the folder of its rows."
+            )
         if row["text_sha256"] != study.text_sha256:
             raise TrainError(
                 f"{where} was measured on a text with the SHA-256 {row['text_sha256']}, and the study's text has "

@@ -298,10 +298,11 @@ def description(config: Config, model: LanguageModel, state: TrainState, mesh: M
     if mesh.size > 1:
         axes = ", ".join(f"{axis}={width}" for axis, width in mesh.shape.items() if width > 1)
         device = f"{mesh.size} x {device} ({axes}), {jax.process_count()} process(es)"
+    experts = ", experts in FP8" if config.precision == "fp8" else ""
     name = f"adapters of rank {config.lora} on {config.base}," if config.lora else config.mlp
     return (
-        f"{name} with {size / 1e6:.2f} M parameters on {config.data}, {device}, attention by {model.attention}: "
-        f"{begun} in {config.folder}"
+        f"{name} with {size / 1e6:.2f} M parameters on {config.data}, {device}, attention by {model.attention}"
+        f"{experts}: {begun} in {config.folder}"
     )
 
 

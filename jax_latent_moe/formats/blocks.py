@@ -28,7 +28,7 @@ def largest(values: Float[Array, "*e n k"], block: Block) -> Float[Array, "*e nb
 def spread(scales: Array, block: Block, n: int, k: int) -> Array:
     """The scale of each element: [..., N, K], or with an axis of size 1 where all elements share it."""
     for axis, size, length in ((-2, block[1], n), (-1, block[0], k)):
-        if scales.shape[axis] > 1 and size is not None and size > 1:
+        if size is not None and size > 1 and scales.shape[axis] > 1:
             scales = lax.slice_in_dim(jnp.repeat(scales, size, axis), 0, length, axis=axis)
     return scales
 

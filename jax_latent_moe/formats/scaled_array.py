@@ -78,7 +78,9 @@ def encode(values: Float[Array, "*e k n"], name: str, *, parts: int = 1) -> Scal
         ConfigError: no format has that name, or its blocks do not divide the weight.
         InputError: the values are not floating, or parts does not divide the columns.
     """
-    if name not in FORMATS:
+    if isinstance(values, ScaledArray | ScaledRows):
+        raise InputError(f"values are in {values.format} already: decode them first.")
+    if not isinstance(name, str) or name not in FORMATS:
         known = ", ".join(FORMATS)
         raise ConfigError(f"format={name!r} is unknown: registered are {known}; `formats.register` adds one.")
     values, format = jnp.asarray(values), FORMATS[name]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Float, Int
 
 from jax_latent_moe.errors import ConfigError, InputError
@@ -41,6 +42,7 @@ class ScaledRows:
 
     def take(self, row_ids: Int[Array, " n"]) -> "ScaledRows":
         """The rows [n, K] with these indices. An index outside [0, R) takes the nearest row."""
+        row_ids = jnp.asarray(row_ids)
         return jax.tree.map(lambda leaf: leaf.at[row_ids].get(mode="clip", wrap_negative_indices=False), self)
 
     def decode(self, dtype) -> Float[Array, "r k"]:
@@ -48,20 +50,38 @@ class ScaledRows:
         return rows_format(self.format).decode_rows(self.codes, self.scales, dtype)
 
 
+export.register_pytree_node_serialization(
+    ScaledRows,
+    serialized_name="jax_latent_moe.ScaledRows",
+    serialize_auxdata=lambda static: " ".join((static[0], jnp.dtype(static[1]).name)).encode(),
+    deserialize_auxdata=lambda data: _static(*data.decode().split(" ")),
+)
+
+
+def _static(format, dtype):
+    return format, jnp.dtype(dtype)
+
+
 def encode_rows(rows: Float[Array, "r k"], name: str) -> ScaledRows:
     """Rows in a registered format, in blocks along K, such as 1 x 128 for "fp8_block".
 
     It can be jitted with name static.
 
-    A row with NaN or infinity spoils the rest of its block, and no other row.
+    A row with NaN or infinity gives NaN in its own products, and in no other row's.
 
     Raises:
         ConfigError: no format has that name, or it is one of weights alone.
         InputError: the rows are not floating, or have another number of axes than two.
     """
-    rows, format = jnp.asarray(rows), rows_format(name)
-    if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise InputError(f"rows of shape {rows.shape} and dtype {rows.dtype} must be floating, [rows, features].")
+    format = rows_format(name)
+    if isinstance(rows, ScaledRows):
+        raise InputError(f"rows are in {rows.format} already: `rows.decode(dtype)` gives their values.")
+    rows = jnp.asarray(rows)
+    if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating) or rows.dtype.itemsize < 2:
+        raise InputError(
+            f"rows of shape {rows.shape} and dtype {rows.dtype} must be floating with at least 16 bits, "
+            "[rows, features]: cast them first."
+        )
     codes, scales = format.encode_rows(rows.astype(jnp.float32))
     return ScaledRows(codes, scales, name, rows.dtype)
 
@@ -73,7 +93,7 @@ def rows_format(name: str) -> Any:
         ConfigError: no format has that name, or it is one of weights alone.
     """
     having = ", ".join(format.name for format in FORMATS.values() if format.encode_rows is not None)
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ConfigError(f"format={name!r} is unknown: rows can be in {having}.")
     if FORMATS[name].encode_rows is None:
         raise ConfigError(f"format={name!r} is one of weights alone: rows can be in {having}.")

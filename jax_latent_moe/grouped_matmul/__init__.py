@@ -67,7 +67,7 @@ def grouped_matmul(
 
     Args:
         rows: [R, K] (or [R, N] with transpose_w), sorted by expert, as an array, as `ScaledRows`, which get no
-            gradient, or as `GatheredRows`.
+            gradient, or as `GatheredRows`. A product of rows in codes is a constant to `jax.grad`.
         w: [E, K, N] in the dtype of rows, or a `ScaledArray`, which gets no gradient. Beside `ScaledRows` it must be
             one: then the product is one of codes.
         group_sizes: [E] int32, the number of rows of each expert. The values are checked when they are known. Under
@@ -84,6 +84,13 @@ def grouped_matmul(
         InputError: shapes, dtypes or group sizes do not fit.
         UnsupportedError: the named backend cannot run this.
     """
+    if not isinstance(precision, jax.lax.Precision | None):
+        raise InputError(
+            f"precision={precision!r} must be a jax.lax.Precision or None: `formats.encode_rows` and `formats.encode` "
+            "make operands in FP8."
+        )
+    if isinstance(rows, ScaledArray) or isinstance(w, ScaledRows):
+        raise InputError("rows may be ScaledRows and w a ScaledArray: `encode_rows` encodes rows, `encode` weights.")
     if isinstance(rows, GatheredRows):
         rows = _check_gathered(rows)
     elif not isinstance(rows, ScaledRows):
@@ -130,6 +137,8 @@ def grouped_wgrad(
         InputError: shapes, dtypes or group sizes do not fit.
         UnsupportedError: the named backend cannot run this.
     """
+    if any(isinstance(array, ScaledRows | ScaledArray) for array in (rows, dout)):
+        raise InputError("rows and dout must be arrays, not codes: `decode(dtype)` gives their values.")
     rows, dout = jnp.asarray(rows), jnp.asarray(dout)
     _check_rows("rows", rows)
     _check_rows("dout", dout)

@@ -19,8 +19,8 @@ class GatheredRows(NamedTuple):
     Attributes:
         table: [T, K], an array or `ScaledRows`: a token is encoded once, however many experts it has.
         row_ids: [R] int32, the row of the table that each row is. An id outside [0, T) takes the nearest row.
-        weights: [R], or None, as for `ScaledRows`. Each row is multiplied by its weight in float32, then rounded to the
-            table's dtype.
+        weights: [R], or None, which it must be if the table is `ScaledRows`. Each row is multiplied by its weight in
+            float32, then rounded to the table's dtype.
     """
 
     table: Float[Array, "t k"] | ScaledRows

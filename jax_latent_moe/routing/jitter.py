@@ -1,13 +1,9 @@
 """Input jitter: the router reads its input times random factors near 1 (Switch Transformers, arXiv 2101.03961)."""
 
-from functools import partial
-from typing import Any
-
 import jax
 from jaxtyping import Array, Float, Int, Key
 
 from jax_latent_moe.dtypes import at_least_float32
-from jax_latent_moe.errors import InputError
 
 
 def jittered(
@@ -28,15 +24,3 @@ def jittered(
         return jax.random.uniform(jax.random.fold_in(key, number), x.shape[1:], wide, 1 - eps, 1 + eps)
 
     return (x.astype(wide) * jax.vmap(factors)(token_numbers)).astype(x.dtype)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def refused_if_differentiated(message: str, y: Any) -> Any:
-    """Returns y. Differentiating it raises `InputError`."""
-    del message
-    return y
-
-
-@refused_if_differentiated.defjvp
-def _refuse(message, primals, tangents):
-    raise InputError(message)

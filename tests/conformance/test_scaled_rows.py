@@ -5,10 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.config import PallasBackend
+from jax_latent_moe.config import PallasBackend, Precision
 from jax_latent_moe.errors import ConfigError, InputError, UnsupportedError
 from jax_latent_moe.formats import ScaledRows, encode, encode_rows
-from jax_latent_moe.grouped_matmul import GatheredRows, explain, grouped_matmul, operand_of, problem, select
+from jax_latent_moe.grouped_matmul import (
+    GatheredRows,
+    explain,
+    grouped_matmul,
+    grouped_wgrad,
+    operand_of,
+    problem,
+    select,
+)
 from tests.conformance import suite
 from tests.conformance.oracle import oracle_matmul, random_group_sizes
 from tests.conformance.rows import EVERY_CELL, KERNELS_OF_CODES, SCALED_ROWS, param
@@ -74,9 +82,23 @@ def test_errors_say_what_to_do(rng):
         encode_rows(table, "mxfp4")
     with pytest.raises(ConfigError, match="'fp9' is unknown: rows can be in fp8_block"):
         encode_rows(table, "fp9")
-    for bad in (jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int)):
-        with pytest.raises(InputError, match=r"must be floating, \[rows, features\]"):
+    for bad in (jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int), jnp.zeros((2, 3), jnp.float8_e4m3fn)):
+        with pytest.raises(InputError, match=r"must be floating with at least 16 bits, \[rows, features\]"):
             encode_rows(bad, "fp8_block")
+    with pytest.raises(ConfigError, match=r"\['fp8_block'\] is unknown"):
+        encode_rows(table, ["fp8_block"])
+    with pytest.raises(ConfigError, match=r"\['fp8_block'\] is unknown"):
+        encode(w, ["fp8_block"])
+    for again in (lambda: encode_rows(codes, "fp8_block"), lambda: encode(encode(w, "int8"), "fp8_block")):
+        with pytest.raises(InputError, match=r"are in (fp8_block|int8) already"):
+            again()
+    for wrong in ((encode(w, "fp8_block"), encode(w, "fp8_block")), (table, codes)):
+        with pytest.raises(InputError, match="rows may be ScaledRows and w a ScaledArray"):
+            grouped_matmul(*wrong, sizes)
+    with pytest.raises(InputError, match="must be arrays, not codes"):
+        grouped_wgrad(codes, codes, sizes)
+    with pytest.raises(InputError, match="must be a jax\\.lax\\.Precision or None"):
+        grouped_matmul(table, w, sizes, precision=Precision("fp8_block"))
 
 
 @pytest.mark.parametrize(
@@ -110,3 +132,12 @@ def test_random_sizes_of_the_interpreted_kernel(rng):
         left, w, dout = suite.draw(row, rng, rows=rows, k=k, n=8)
         left[rows - 3 :] = np.nan
         suite.check(row, left, w, random_group_sizes(rng, suite.EXPERTS, rows - 3), dout)
+
+
+def test_float64_rows(rng):
+    table, w, _, _ = drawn(rng)
+    with jax.enable_x64(True):
+        codes, weight = encode_rows(jnp.asarray(table, "float64"), "fp8_block"), encode(w, "fp8_block")
+        out = grouped_matmul(codes, weight, np.array([2, 0, 4]))
+        values, weights = np.asarray(codes.decode("float64")), np.asarray(weight.decode("float64"))
+    assert_close(out, oracle_matmul(values, weights, [2, 0, 4]), "float64")

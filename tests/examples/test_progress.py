@@ -75,7 +75,7 @@ def test_a_pipe_gets_plain_lines(capsys):
 
 def test_a_terminal_gets_a_spinner_a_bar_and_lines_that_stay(monkeypatch):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False, _environ={"TERM": "xterm"})
-    monkeypatch.setattr(progress, "console", lambda: terminal)
+    monkeypatch.setattr(progress, "console", lambda **_: terminal)
     with busy("Compiling"):
         pass
     spun = terminal.file.getvalue()

@@ -147,7 +147,7 @@ OTHER = definition_of(STUDY, FIRST) | {"steps": 3}
         ("[1]", r"line 1 is not a row of a study \(TypeError"),
         ({"arm": 3}, r"line 1 is not a row of a study .*wrong type of arm"),
         ({"validation_bits_per_byte": "low"}, r"wrong type of validation_bits_per_byte"),
-        ({"study": "d512"}, r"is a row of the study 'd512', not 'toy': give its --folder"),
+        ({"study": "d512"}, r"is a row of the study 'd512', not 'toy': give the folder of its rows"),
         (
             {"text_sha256": "0"},
             r"was measured on a text with the SHA-256 0, and the study's text has 2249.*fetch the pinned",

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.formats import ScaledRows, decoded
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.groups import group_ends
@@ -25,7 +26,7 @@ class Xla(Backend):
         lhs, rhs, group_sizes = operands.lhs, operands.rhs, _cut(operands.group_sizes, problem.num_rows)
         if isinstance(lhs, ScaledRows):
             # Codes times scales have more bits than the 16 of the result, as in kernels that multiply the codes.
-            wide = operands._replace(lhs=lhs.decode(jnp.float32))
+            wide = operands._replace(lhs=lhs.decode(at_least_float32(lhs.dtype)))
             return Outputs(self.run(problem, tile, wide).out.astype(problem.out.format))
         ragged, settings = self.config.method == "ragged_dot", (self.config.block_rows, problem.device)
         if problem.contraction == "wgrad":
