@@ -24,7 +24,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile
 from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Activation, Place, Product, StoreBuffers, zero
 from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import WGMMA_ROWS, pad_rows
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, PRODUCER
-from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, row_tiles
+from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, in_bands, row_tiles
 from jax_latent_moe.grouped_matmul.sm90 import KernelActivation
 
 E4M3 = jnp.float8_e4m3fn
@@ -161,13 +161,9 @@ def _kernel(
     my_tiles = lax.div(expert_tiles * column_tiles - cluster + (clusters - 1), clusters)
 
     def locate(i):
-        """Row tile and first column of the i-th tile. Tiles go by bands of row tiles, column by column in each band."""
-        linear = cluster + i * clusters
-        band = lax.div(linear, tile.band * column_tiles)
-        within = linear - band * (tile.band * column_tiles)
-        height = jnp.minimum(expert_tiles - band * tile.band, tile.band)
-        column = lax.div(within, height)
-        return band * tile.band + within - column * height, (column * tile.cluster + rank) * out_columns
+        """Row tile and first column of the i-th tile."""
+        row_tile, column = in_bands(cluster + i * clusters, tile.band, expert_tiles, column_tiles)
+        return row_tile, (column * tile.cluster + rank) * out_columns
 
     def place_of(row_tile, column):
         """The part of a tile that a consumer computes and stores."""

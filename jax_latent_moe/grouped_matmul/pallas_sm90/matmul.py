@@ -15,7 +15,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasMatmulTile
 from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Place, Product, StoreBuffers, zero
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, CONTRACTED, PRODUCER
-from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, row_tiles
+from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, in_bands, row_tiles
 from jax_latent_moe.grouped_matmul.sm90 import KernelActivation
 
 WGMMA_ROWS = 64
@@ -172,13 +172,9 @@ def _kernel(
     my_tiles = lax.div(expert_tiles * column_tiles - cluster + (clusters - 1), clusters)
 
     def locate(i):
-        """Row tile and first column of the i-th tile. Tiles go by bands of row tiles, column by column in each band."""
-        linear = cluster + i * clusters
-        band = lax.div(linear, tile.band * column_tiles)
-        within = linear - band * (tile.band * column_tiles)
-        height = jnp.minimum(expert_tiles - band * tile.band, tile.band)
-        column = lax.div(within, height)
-        return band * tile.band + within - column * height, (column * tile.cluster + rank) * out_columns
+        """Row tile and first column of the i-th tile."""
+        row_tile, column = in_bands(cluster + i * clusters, tile.band, expert_tiles, column_tiles)
+        return row_tile, (column * tile.cluster + rank) * out_columns
 
     def load_w(expert, k, column, buffer, barrier):
         first, columns, b = k * CONTRACTED, pl.ds(column, out_columns), b_smem.at[buffer]

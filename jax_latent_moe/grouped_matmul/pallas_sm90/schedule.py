@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from jax_latent_moe.grouped_matmul.groups import group_ends
@@ -60,3 +61,19 @@ def max_row_tiles(experts: int, num_rows: int, tile_rows: int) -> int:
     """An upper bound of the number of tiles, for all group sizes that add up to at most num_rows."""
     groups = min(experts + 1, num_rows)
     return (num_rows + groups * (ROW_ALIGNMENT - 1 + tile_rows - 1)) // tile_rows
+
+
+def in_bands(index, band: int, num_row_tiles, num_column_tiles: int):
+    """Row tile and column tile of a tile. Tiles go by bands of row tiles, column by column in each band.
+
+    Args:
+        index: of the tile.
+        band: row tiles of a band.
+        num_row_tiles: number of row tiles, on the device.
+        num_column_tiles: number of column tiles.
+    """
+    first = lax.div(index, band * num_column_tiles)
+    within = index - first * (band * num_column_tiles)
+    height = jnp.minimum(num_row_tiles - first * band, band)
+    column = lax.div(within, height)
+    return first * band + within - column * height, column
