@@ -228,8 +228,8 @@ def on_the_cpu():
 
 
 def buffers(described):
-    dtypes = {"format": jnp.bfloat16, "int32": jnp.int32, "float32": jnp.float32}
-    return [jnp.zeros(2, dtypes[description.split()[0]]) for description in described.values()]
+    dtypes = (description.split()[0] for description in described.values())
+    return [jnp.zeros(2, "bfloat16" if dtype == "format" else dtype) for dtype in dtypes]
 
 
 @needs_library

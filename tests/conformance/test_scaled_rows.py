@@ -106,7 +106,7 @@ def test_errors_say_what_to_do(rng):
     [
         ("dgrad", (4, 128, 64), "bfloat16", "has fwd alone"),
         ("fwd", (4, 128, 64), "float32", "stores bfloat16 or float16, not float32"),
-        ("fwd", (4, 100, 64), "bfloat16", "k=100 is not a positive multiple of 64"),
+        ("fwd", (4, 100, 64), "bfloat16", "k=100 of FP8 codes is not a positive multiple of 128"),
     ],
 )
 def test_the_kernel_refuses(contraction, shape, dtype, reason):
@@ -120,9 +120,9 @@ def test_the_kernel_refuses(contraction, shape, dtype, reason):
 def test_the_kernel_runs_what_it_has():
     operand = operand_of(ScaledRows(None, None, "fp8_block", jnp.dtype("bfloat16")))
     asked = problem("fwd", 180224, (512, 1024, 2688), "bfloat16", lhs=operand, rhs=operand, device=H200)
-    assert "PallasFp8Tile(rows=128, columns=192" in explain(asked)
+    assert "PallasFp8Tile(rows=128, columns=192" in explain(asked, PallasBackend())
     few = problem("fwd", 22, (512, 1024, 2688), "bfloat16", lhs=operand, rhs=operand, device=H200)
-    assert "PallasFp8Tile(rows=64, columns=128" in explain(few)
+    assert "PallasFp8Tile(rows=64, columns=128" in explain(few, PallasBackend())
 
 
 def test_random_sizes_of_the_interpreted_kernel(rng):

@@ -89,7 +89,7 @@ struct GroupedKernel {
 
     __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
     __device__ char* b(int stage, int block) const { return a(stage, kBlocksA + block); }
-    // Of a stage of codes: the scales of its rows, and those of the weight by blocks of columns.
+    // The scales of a stage of codes: those of its rows, and those of the weight by blocks of columns.
     __device__ float* row_scales(int stage) const { return reinterpret_cast<float*>(scales + stage * kScaleBytes); }
     __device__ float* weight_scales(int stage) const { return row_scales(stage) + kTile.rows; }
   };

@@ -137,12 +137,14 @@ def _codes(problem, operands, attributes) -> Outputs:
     parts, n = w.codes.shape[1:3]
     if parts > 1 and n % FP8_BLOCK:
         # The scales of gate and up side by side would not be those of blocks: each is a product of its own.
-        matrices = (jax.tree.map(lambda leaf: leaf[:, part : part + 1], w) for part in range(parts))
-        return Outputs(
-            jnp.concatenate([_matmul_codes(rows, matrix, group_sizes, attributes) for matrix in matrices], 1)
-        )
+        products = [_matmul_codes(rows, _part(w, part), group_sizes, attributes) for part in range(parts)]
+        return Outputs(jnp.concatenate(products, axis=1))
     out = _matmul_codes(rows, w, group_sizes, attributes)
     return Outputs(out, residual=None if problem.epilogue is None or problem.epilogue.residual is None else out)
+
+
+def _part(w, part):
+    return jax.tree.map(lambda leaf: leaf[:, part : part + 1], w)
 
 
 def _matmul_codes(rows, w, group_sizes, attributes):
