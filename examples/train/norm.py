@@ -17,10 +17,11 @@ def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"]) -> Float[Ar
     The forward pass keeps only x. The backward pass computes both sums over a row in one pass over x and the gradient.
     """
     wide = x.astype(jnp.float32)
-    return (wide * _inverse_root(wide) * scale).astype(x.dtype)
+    return (wide * inverse_root(wide) * scale).astype(x.dtype)
 
 
-def _inverse_root(wide):
+def inverse_root(wide: Float[Array, "*batch d"]) -> Float[Array, "*batch 1"]:
+    """1 over the root of the mean square of the last axis, plus `EPSILON`."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
 
 
@@ -31,7 +32,7 @@ def _forward(x, scale):
 def _backward(residuals, gradient):
     x, scale = residuals
     wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
-    root, scaled = _inverse_root(wide), gradient * scale
+    root, scaled = inverse_root(wide), gradient * scale
     along = jnp.mean(scaled * wide, axis=-1, keepdims=True)
     dx = root * scaled - wide * (root**3 * along)
     dscale = jnp.sum(gradient * wide * root, axis=range(x.ndim - 1))
