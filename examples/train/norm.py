@@ -15,6 +15,8 @@ def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"]) -> Float[Ar
     """RMSNorm: x over the root of its mean square, times scale. It computes in float32 and returns x's dtype.
 
     The forward pass keeps only x. The backward pass computes both sums over a row in one pass over x and the gradient.
+    Without the barrier, XLA would take the first sum from the forward pass. XLA then computes the sum and the norm in
+    two passes over x, because a kernel that does both has no place for the sum.
     """
     wide = x.astype(jnp.float32)
     return (wide * inverse_root(wide) * scale).astype(x.dtype)
@@ -31,6 +33,7 @@ def _forward(x, scale):
 
 def _backward(residuals, gradient):
     x, scale = residuals
+    x = jax.lax.optimization_barrier(x)
     wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     root, scaled = inverse_root(wide), gradient * scale
     along = jnp.mean(scaled * wide, axis=-1, keepdims=True)
