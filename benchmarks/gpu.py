@@ -29,6 +29,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape; may be repeated")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER", help="where the rows go")
     parser.add_argument("--without", action="append", default=[], metavar="IMPL", help="not this; may be repeated")
+    parser.add_argument("--kernels", action="store_true", help='print the kernels of each step of the suite "train"')
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"no suite is called {', '.join(sorted(unknown))}: use {', '.join(SUITES)}.")
@@ -82,7 +83,7 @@ def main() -> None:
     limits = ceilings()
     print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)
     rounds = 5 if options.quick else 7
-    session = Session(run, *limits, options.quick, rounds, frozenset(options.without))
+    session = Session(run, *limits, options.quick, rounds, frozenset(options.without), options.kernels)
     for suite in options.suites or SUITES:
         for measure, table in tables(quick=options.quick)[suite]:
             chosen = {name: value for name, value in table.items() if name in (options.shape or table)}

@@ -130,6 +130,7 @@ class Session:
         quick: whether to use fewer peers and no sweeps.
         rounds: number of batches, of which the median is taken.
         without: implementations to leave out.
+        kernels: whether the suite "train" prints the kernels of each step.
     """
 
     run: Run
@@ -138,6 +139,7 @@ class Session:
     quick: bool = False
     rounds: int = 7
     without: frozenset[str] = frozenset()
+    kernels: bool = False
 
     def floor_ms(self, flops: float, traffic: float) -> float:
         """The least milliseconds for this many operations and bytes."""

@@ -18,6 +18,7 @@ from typing import Any, cast, get_args
 import jax
 import numpy as np
 
+from benchmarks import kernel_table
 from benchmarks.measure import Row, Session
 from examples.train import corpus, data, flops, model, optimizer, placing, presets, step
 from examples.train.config import MLP, Config
@@ -99,8 +100,11 @@ def parts(config: Config):
     return network, optimizer.make_optimizer(config.optimizer, config.steps), mesh
 
 
-def step_times(compiled: Compiled, rounds: int, steps: int = 6) -> dict[str, float]:
-    """Median milliseconds of a step on text and on random bytes, taken in turn, a new batch in each step."""
+def step_times(compiled: Compiled, rounds: int, steps: int = 6, *, kernels: bool = False) -> dict[str, float]:
+    """Median milliseconds of a step on text and on random bytes, taken in turn, a new batch in each step.
+
+    With kernels, it prints the kernels of some steps on text afterwards.
+    """
     config = compiled.config
     network, optimiser, mesh = parts(config)
     text = data.train_batches(corpus.load_corpus("shakespeare").train, config.model.context, config.batch_size, 0)
@@ -121,13 +125,20 @@ def step_times(compiled: Compiled, rounds: int, steps: int = 6) -> dict[str, flo
             jax.block_until_ready(state.step)
             if turn:  # the first warms up
                 times[kind].append(1e3 * (time.perf_counter() - start) / steps)
+    if kernels:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for tokens in placed["text"]:
+                    state, _ = compiled.call(state, data.Batch(tokens))
+                jax.block_until_ready(state.step)
+            print(kernel_table.table(kernel_table.kernels(kernel_table.read_trace(pathlib.Path(folder)), BATCHES)))
     return {kind: statistics.median(samples) for kind, samples in times.items()}
 
 
 def _measure_step(session, suite, name, impl, config):
     try:
         compiled = compiled_step(config)
-        times = step_times(compiled, session.rounds)
+        times = step_times(compiled, session.rounds, kernels=session.kernels)
     except Exception as error:  # such as too little memory: the others are to be measured
         print(f"{'left out':>10} {name} {impl}: {str(error).strip().splitlines()[0][:300]}", flush=True)
         return

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from benchmarks import fp8, fusing, gpu, layers, matmuls, steps, swapped, train_table
 from benchmarks import train as training
@@ -253,13 +254,17 @@ def test_steps_are_measured_and_recorded(run, session, monkeypatch):
     assert (row["suite"], row["impl"], row["max_error"]) == ("step", "xla", 0.0)
 
 
-def test_training_is_measured_and_stands_in_the_table(run, session, monkeypatch):
+def test_training_is_measured_and_stands_in_the_table(run, session, monkeypatch, capsys):
     monkeypatch.setattr(training, "LOOP_STEPS", 60)
+    gpu_trace = ProfileData.from_text_proto('planes { name: "/device:GPU:0" }')
+    monkeypatch.setattr(training.kernel_table, "read_trace", lambda folder: gpu_trace)
+    session = dataclasses.replace(session, kernels=True)
     monkeypatch.setattr(training, "AXES", ("expert",))  # each is a compilation
     monkeypatch.setattr(train_table, "SIZES", {"toy": presets.TOY})
     text = Text.of(bytes(np.random.default_rng(0).integers(0, 256, 9000, np.uint8)))
     monkeypatch.setattr(corpus, "load_corpus", lambda name: Corpus(text, text))
     training.measure(session, "train", {"toy": presets.TOY})
+    assert capsys.readouterr().out.count("all kernels") == 4, "one table a step"
     rows = rows_of(run)
     passes = [(name, mlp) for mlp in ("dense", "moe", "latent_moe") for name in ("compile", "text", "random")]
     assert [(row["pass"], row["impl"]) for row in rows if "=" not in row["impl"]] == [*passes, ("loop", "latent_moe")]

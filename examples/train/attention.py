@@ -1,4 +1,7 @@
-"""Causal attention in three implementations: cuDNN's fused kernel, JAX's own formula, blocks of queries for a CPU."""
+"""Causal attention in three implementations: cuDNN's fused kernel, JAX's own formula, blocks of queries for a CPU.
+
+The queries, keys and values that attention reads are made here too, in as few passes over memory as XLA allows.
+"""
 
 from typing import Literal, cast
 
@@ -8,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from examples.train.config import ModelConfig
 from examples.train.errors import TrainError
+from examples.train.norm import inverse_root
 
 Attention = Literal["cudnn", "xla", "blocks"]
 Table = tuple[Float[Array, "time 1 1 half"], Float[Array, "time 1 2 half"]]
@@ -64,10 +68,80 @@ def rotary_table(positions: Int[Array, " time"], width: int, dtype: str) -> Tabl
 def rotate(x: Float[Array, "batch time heads width"], table: Table) -> Float[Array, "batch time heads width"]:
     """Rotary position embedding. Each feature of a head's first half is paired with one of the second half."""
     cos, sin = table
-    halves = x.reshape(*x.shape[:-1], 2, -1)
+    halves = _halves(x)
     # XLA fuses a reversal with the operations around it. It does not fuse a split and a concatenation.
-    swapped = jnp.flip(halves, axis=-2)
-    return (halves * cos + swapped * sin).reshape(x.shape)
+    return (halves * cos + jnp.flip(halves, axis=-2) * sin).reshape(x.shape)
+
+
+def _rotate_back(x, table):
+    """The transpose of `rotate`, which is its inverse."""
+    cos, sin = table
+    halves = _halves(x)
+    return (halves * cos + jnp.flip(halves * sin, axis=-2)).reshape(x.shape)
+
+
+def _halves(x):
+    return x.reshape(*x.shape[:-1], 2, -1)
+
+
+@jax.custom_vjp
+def normalise_and_rotate(
+    x: Float[Array, "batch time heads width"], scale: Float[Array, " width"], table: Table
+) -> Float[Array, "batch time heads width"]:
+    """`rotate` after `rms_norm`, in float32 and then x's dtype.
+
+    The backward pass needs the inner product of a head's norm with the norm's gradient. It computes it from the rotated
+    values, because a rotation keeps inner products. Then XLA does not store the gradient before the rotation.
+    """
+    wide = x.astype(jnp.float32)
+    return rotate(wide * inverse_root(wide) * scale, table).astype(x.dtype)
+
+
+def _normalise_and_rotate_fwd(x, scale, table):
+    y = normalise_and_rotate(x, scale, table)
+    return y, (x, scale, table, y)
+
+
+def _normalise_and_rotate_bwd(residuals, gradient):
+    x, scale, table, y = residuals
+    wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    root = inverse_root(wide)
+    normed = wide * root
+    along = jnp.mean(gradient * y.astype(jnp.float32), axis=-1, keepdims=True)
+    back = _rotate_back(gradient, table)
+    dx = root * (back * scale - normed * along)
+    dscale = jnp.sum(back * normed, axis=range(x.ndim - 1))
+    return dx.astype(x.dtype), dscale, None
+
+
+normalise_and_rotate.defvjp(_normalise_and_rotate_fwd, _normalise_and_rotate_bwd)
+
+
+@jax.custom_vjp
+def queries_keys_values(
+    x: Float[Array, "batch time d"], kernel: Float[Array, "d 3 heads width"]
+) -> tuple[Float[Array, "batch time heads width"], ...]:
+    """The products of x with the three kernels, as three arrays: the attention needs each of them apart.
+
+    One product of the same operations would need two more passes over memory: its result is cut up, and the gradient is
+    put together.
+    """
+    return tuple(jnp.einsum("btd,dhw->bthw", x, kernel[:, i]) for i in range(3))
+
+
+def _queries_keys_values_fwd(x, kernel):
+    return queries_keys_values(x, kernel), (x, kernel)
+
+
+def _queries_keys_values_bwd(residuals, gradients):
+    x, kernel = residuals
+    first, second, third = (jnp.einsum("bthw,dhw->btd", g, kernel[:, i]) for i, g in enumerate(gradients))
+    # In this order XLA adds inside of the products.
+    dx = first + (second + third)
+    return dx, jnp.stack([jnp.einsum("btd,bthw->dhw", x, g) for g in gradients], axis=1)
+
+
+queries_keys_values.defvjp(_queries_keys_values_fwd, _queries_keys_values_bwd)
 
 
 def attend(

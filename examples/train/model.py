@@ -1,5 +1,6 @@
 """A decoder-only transformer over tokens: rotary attention, RMSNorm, and the feed-forward under study."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -9,7 +10,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from examples.train.attention import Attention, attend, attend_to_cache, choose_attention, rotary_table, rotate
+from examples.train.attention import (
+    Attention,
+    attend,
+    attend_to_cache,
+    choose_attention,
+    normalise_and_rotate,
+    queries_keys_values,
+    rotary_table,
+)
 from examples.train.config import Config, ModelConfig
 from examples.train.cross_entropy import cross_entropy
 from examples.train.embedding import embed
@@ -30,6 +39,33 @@ STACKED = ("params", "correction_bias", CODES, ADAPTERS, "losses", "intermediate
 """The collections that a scan over layers stacks."""
 
 
+class QueriesKeysValues(nn.Module):
+    """The three projections that attention reads."""
+
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time d"]) -> tuple[Float[Array, "batch time heads width"], ...]:
+        """Queries, keys and values."""
+        d = x.shape[-1]
+
+        def init(key, shape):
+            return nn.initializers.lecun_normal()(key, (d, math.prod(shape[1:]))).reshape(shape)
+
+        kernel = self.param("kernel", init, (d, 3, self.heads, d // self.heads))
+        return queries_keys_values(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class RotatedRMSNorm(nn.Module):
+    """`normalise_and_rotate` with a trained scale."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time heads width"], table) -> Float[Array, "batch time heads width"]:
+        """Normalises and rotates each head."""
+        return normalise_and_rotate(x, self.param("scale", nn.initializers.ones, x.shape[-1:]), table)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with normalised queries and keys (Henry et al., arXiv 2010.04245)."""
 
@@ -41,11 +77,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch time d"], table, documents, position) -> Float[Array, "batch time d"]:
         """Each position reads itself and the positions before it. Without `position`, all of them are in x."""
-        features = (3, self.heads, x.shape[-1] // self.heads)
-        qkv = nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
-        q = rotate(RMSNorm(name="q_norm")(qkv[:, :, 0]), table)
-        k = rotate(RMSNorm(name="k_norm")(qkv[:, :, 1]), table)
-        v = qkv[:, :, 2]
+        q, k, v = QueriesKeysValues(self.heads, self.dtype, name="qkv")(x)
+        q, k = RotatedRMSNorm(name="q_norm")(q, table), RotatedRMSNorm(name="k_norm")(k, table)
         if position is None:
             self._store(k, v)
             y = checkpoint_name(attend(q, k, v, self.how, documents), "attention")

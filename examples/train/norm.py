@@ -15,12 +15,15 @@ def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"]) -> Float[Ar
     """RMSNorm: x over the root of its mean square, times scale. It computes in float32 and returns x's dtype.
 
     The forward pass keeps only x. The backward pass computes both sums over a row in one pass over x and the gradient.
+    Without the barrier, XLA would take the first sum from the forward pass. XLA then computes the sum and the norm in
+    two passes over x, because a kernel that does both has no place for the sum.
     """
     wide = x.astype(jnp.float32)
-    return (wide * _inverse_root(wide) * scale).astype(x.dtype)
+    return (wide * inverse_root(wide) * scale).astype(x.dtype)
 
 
-def _inverse_root(wide):
+def inverse_root(wide: Float[Array, "*batch d"]) -> Float[Array, "*batch 1"]:
+    """1 over the root of the mean square of the last axis, plus `EPSILON`."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
 
 
@@ -30,8 +33,9 @@ def _forward(x, scale):
 
 def _backward(residuals, gradient):
     x, scale = residuals
+    x = jax.lax.optimization_barrier(x)
     wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
-    root, scaled = _inverse_root(wide), gradient * scale
+    root, scaled = inverse_root(wide), gradient * scale
     along = jnp.mean(scaled * wide, axis=-1, keepdims=True)
     dx = root * scaled - wide * (root**3 * along)
     dscale = jnp.sum(gradient * wide * root, axis=range(x.ndim - 1))

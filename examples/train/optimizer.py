@@ -3,9 +3,10 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from examples.train.config import OptimizerConfig
@@ -44,7 +45,32 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
     else:
         update = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=is_matrix)
-    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+    return optax.chain(clip_by_global_norm(config.clip), update)
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` with this module's `global_norm`."""
+
+    def update(updates, state, params=None):
+        del params
+        norm = global_norm(updates)
+        clipped = jax.tree.map(lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest), updates)
+        return clipped, state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    """The root of the sum of all squares, in float32.
+
+    Sums along the last axis are added for all leaves of one shape, elementwise, before they are summed in turn. A whole
+    sum for each leaf would take one kernel more for each on a GPU.
+    """
+    of_shape: dict[tuple[int, ...], list[Array]] = {}
+    for leaf in jax.tree.leaves(tree):
+        squares = jnp.square(leaf.astype(jnp.float32))
+        of_shape.setdefault(leaf.shape, []).append(jnp.sum(squares, axis=-1) if leaf.ndim > 1 else squares)
+    return jnp.sqrt(sum((jnp.sum(functools.reduce(jnp.add, parts)) for parts in of_shape.values()), jnp.zeros(())))
 
 
 def is_matrix(params: PyTree) -> PyTree:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, UInt32
 from examples.train.data import Batch, ValidationWindows
 from examples.train.initialising import draw, shapes
 from examples.train.model import LanguageModel
+from examples.train.optimizer import global_norm
 from examples.train.placing import from_whole, optimizer_shardings, variable_shardings
 from jax_latent_moe.linen import ADAPTERS, update_correction_bias
 from jax_latent_moe.linen import loads as loads_of
@@ -213,7 +214,7 @@ def make_train_step(
     def train_step(state, batch):
         before = state
         grads, (loss, auxiliary, loads) = gradients(state, batch)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = global_norm(grads)
         bad = is_bad(loss, grad_norm, state.smoothed_loss, spike_factor)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = model.moe.router.bias_update_rate if model.moe else 0.0

@@ -40,7 +40,7 @@ def split_matmul_beside(
 ) -> tuple[Float[Array, "t e"], Float[Array, "t l"]]:
     """split_matmul(x, kernel) and x @ other. All but the kernel are bfloat16.
 
-    The gradient of x is one matmul of the concatenated gradients of both products. Autodiff would add two matmuls.
+    All gradients are two matmuls with the concatenated gradients of both products: one for x, one for both kernels.
     """
     return split_matmul(x, kernel), x @ other
 
@@ -53,9 +53,12 @@ def _backward_beside(residuals, gradients):
     x, kernel, other = residuals
     # Without the barrier, XLA may recompute each gradient for each of its readers.
     dlogits, dproduct = jax.lax.optimization_barrier(gradients)
-    both = jnp.concatenate([dlogits.astype(x.dtype), dproduct], axis=1)
-    dx = both @ jnp.concatenate([kernel.astype(x.dtype), other], axis=1).T
-    return dx, _kernel_gradient(x, kernel, dlogits), x.T @ dproduct
+    parts = _split(dlogits, 2)
+    narrow = kernel.astype(x.dtype)
+    all_parts = jnp.concatenate([dproduct, *parts], axis=1)
+    dx = all_parts @ jnp.concatenate([other] + [narrow] * len(parts), axis=1).T
+    dother, dkernel = jnp.split(_matmul(x.T, all_parts), [other.shape[1]], axis=1)
+    return dx, _sum_of_parts(dkernel, len(parts)).astype(kernel.dtype), dother.astype(other.dtype)
 
 
 split_matmul_beside.defvjp(_forward_beside, _backward_beside)

@@ -15,7 +15,7 @@ from examples.train.config import Config
 from examples.train.data import Batch
 from examples.train.errors import TrainError
 from examples.train.initialising import draw, shapes
-from examples.train.model import language_model
+from examples.train.model import QueriesKeysValues, language_model
 from examples.train.norm import Dropout, rms_norm
 from examples.train.optimizer import is_matrix, make_optimizer
 from examples.train.placing import make_mesh
@@ -114,6 +114,48 @@ def test_norm_and_its_gradient_are_those_of_flax(rng):
     )
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert_close(gradient, wanted, "float32")
+
+
+def test_rotated_norm_and_its_gradient_are_those_of_flax_and_complex_numbers(rng):
+    x, scale, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 7, 3, 16), 16, (2, 7, 3, 16)))
+    x[0, 0, 0] = 0
+    table = attention.rotary_table(jnp.arange(5, 12), 16, "float32")
+
+    def expected(x, scale):
+        first, second = jnp.split(nn.RMSNorm().apply({"params": {"scale": scale}}, x), 2, axis=-1)
+        angle = jnp.arange(5, 12)[:, None, None] / 10_000 ** (jnp.arange(8) / 8)
+        rotated = (first + 1j * second) * jnp.exp(1j * angle)
+        return jnp.concatenate([rotated.real, rotated.imag], axis=-1)
+
+    def ours(x, scale):
+        return attention.normalise_and_rotate(x, scale, table)
+
+    assert_close(jax.jit(ours)(x, scale), expected(x, scale), "float32")
+    gradients, wanted = (
+        jax.jit(jax.grad(lambda x, scale, f=f: jnp.sum(weights * f(x, scale)), (0, 1)))(x, scale)
+        for f in (ours, expected)
+    )
+    for gradient, one in zip(gradients, wanted, strict=True):
+        assert_close(gradient, one, "float32")
+
+
+def test_projections_of_attention_are_those_of_one_dense_layer(rng):
+    """The parameters too: a checkpoint does not tell them apart."""
+    x = rng.normal(size=(2, 5, 12)).astype(np.float32)
+    weights = rng.normal(size=(2, 5, 3, 2, 6)).astype(np.float32)
+    dense, ours = nn.DenseGeneral((3, 2, 6), use_bias=False), QueriesKeysValues(2, "float32")
+    params = ours.init(jax.random.key(3), x)
+    np.testing.assert_array_equal(params["params"]["kernel"], dense.init(jax.random.key(3), x)["params"]["kernel"])
+
+    def stacked(params, x):
+        return jnp.stack(ours.apply(params, x), axis=2)
+
+    assert_close(jax.jit(stacked)(params, x), dense.apply(params, x), "float32")
+    gradients, expected = (
+        dict(enumerate(jax.grad(lambda params, x, f=f: jnp.sum(weights * f(params, x)), (0, 1))(params, x)))
+        for f in (stacked, dense.apply)
+    )
+    assert_trees_close(gradients, expected, "float32")
 
 
 def test_dropout_keeps_the_mean_and_drops_as_many_as_it_says():

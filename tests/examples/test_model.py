@@ -14,7 +14,13 @@ from examples.train.config import Config, ModelConfig, OptimizerConfig
 from examples.train.errors import TrainError
 from examples.train.mlp import dense_width, moe_config
 from examples.train.model import LanguageModel
-from examples.train.optimizer import learning_rate, make_optimizer, muon_dimensions
+from examples.train.optimizer import (
+    clip_by_global_norm,
+    global_norm,
+    learning_rate,
+    make_optimizer,
+    muon_dimensions,
+)
 from examples.train.placing import make_mesh
 from examples.train.presets import PRESETS, TOY
 from examples.train.step import init_state_on, predict
@@ -55,6 +61,23 @@ def test_attention_is_causal_softmax_attention(rng):
     q, k, v = (jnp.asarray(rng.normal(size=(2, 150, 2, 8)), jnp.float32) for _ in range(3))
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     assert_close(jax.jit(attend, static_argnums=3)(q, k, v, "blocks"), expected, "float32")
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e3])
+def test_clipping_is_that_of_the_norm_of_all_values(rng, largest):
+    leaves = [rng.normal(size=shape).astype(np.float32) for shape in [(3, 5, 2), (7,), (3, 5, 2), (), (7,), (4, 0)]]
+    norm = np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in leaves))
+    assert 1 < norm < 1e3, "only one of the cases clips"
+    assert_close(jax.jit(global_norm)(leaves), norm, "float32")
+    clip = clip_by_global_norm(largest)
+    clipped, _ = jax.jit(clip.update)(leaves, clip.init(leaves))
+    for leaf, found in zip(leaves, clipped, strict=True):
+        assert_close(found, leaf * min(1, largest / norm), "float32")
+
+
+def test_the_norm_of_bfloat16_is_summed_in_float32():
+    assert float(global_norm([jnp.ones((100, 1000), jnp.bfloat16)] * 2)) == pytest.approx(200_000**0.5, rel=1e-6)
+    assert float(global_norm({})) == 0
 
 
 def test_rotary_scores_depend_on_distance_alone(rng):
