@@ -24,13 +24,14 @@ def on_own_experts(run: Callable[..., Codes], config: LatentMoEConfig, leading: 
         codes: perhaps the codes of these weights.
     """
     kind = jax.typeof(w_in).sharding
-    if explicit := tuple(kind.mesh.explicit_axes):
+    mesh = kind.mesh if kind.mesh.explicit_axes else jax.sharding.get_abstract_mesh()
+    if explicit := tuple(mesh.explicit_axes):
         own = jax.sharding.auto_axes(
             lambda *arrays: _on_own_experts(run, config, leading, *arrays),
             axes=explicit,
             out_sharding=PartitionSpec(*kind.spec[: leading + 1])
             if config.parallel is None
-            else code_specs(config, kind.mesh, leading),
+            else code_specs(config, mesh, leading),
         )
         return own(w_in, w_out, *codes)
     return _on_own_experts(run, config, leading, w_in, w_out, *codes)
