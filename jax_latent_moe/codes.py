@@ -8,11 +8,12 @@ from jax import lax
 
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
+from jax_latent_moe.experts import encoded
 from jax_latent_moe.formats import ScaledArray, format_of
 from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.parallel.own_codes import on_own_experts, whole_latents
 from jax_latent_moe.params import Params, as_array, param_shapes
-from jax_latent_moe.precision import Codes, Precision, encode_weights
+from jax_latent_moe.precision import Codes, Precision
 
 
 def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
@@ -81,7 +82,7 @@ def _encode(config, w_in, w_out) -> Codes:
     first_rows = {"of_in": _first_row(w_in, axis), "of_out": _first_row(w_out, axis)}
     w_in, w_out = whole_latents(config, w_in, w_out)
     columns = w_in.reshape(*w_in.shape[: axis + 1], -1)
-    return encode_weights(config.precision, columns, w_out, gated=config.gated)._replace(**first_rows)
+    return encoded(config, columns, w_out)._replace(**first_rows)
 
 
 def _first_row(weight, axis):
@@ -92,13 +93,12 @@ def _checked(w_in, w_out, codes) -> Codes:
     """An optimiser's step that moves the weights moves the first row of some expert's. Reading it takes no time."""
     same = jnp.all(_first_row(w_in, 1) == codes.of_in) & jnp.all(_first_row(w_out, 1) == codes.of_out)
 
-    def checked(weight: ScaledArray | None):
-        if weight is None:
-            return None
+    def checked(weight: ScaledArray) -> ScaledArray:
         scales = jax.tree.map(lambda scale: jnp.where(same, scale, jnp.nan), weight.scales)
         return ScaledArray(weight.codes, scales, weight.format)
 
-    return Codes(*map(checked, codes[:4]))
+    scaled = {name: checked(leaf) for name, leaf in codes._asdict().items() if isinstance(leaf, ScaledArray)}
+    return Codes()._replace(**scaled)
 
 
 def _summary(codes: Codes | None) -> str:

@@ -24,6 +24,7 @@ from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs,
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.low_rank import LowRank, base_of
 from jax_latent_moe.precision import Codes, Precision, encode_weights
+from jax_latent_moe.routing.compiled import compiled_runs
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
@@ -66,7 +67,7 @@ def routed_experts(
         return _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
     w_in = flat(w_in)
     if codes is None:
-        codes = encode_weights(config.precision or Precision(), w_in, w_out, gated=config.gated)
+        codes = encoded(config, w_in, w_out)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],
@@ -77,6 +78,12 @@ def routed_experts(
         w_out=operand_of(w_out),
     )
     return _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch)
+
+
+def encoded(config: LatentMoEConfig, w_in, w_out: Weight) -> Codes:
+    """`encode_weights` in config.precision, of w_in [..., E, l, m], or [..., E, l, 2 m] if gated, and w_out."""
+    precision, compiled = config.precision or Precision(), compiled_runs(config.backend)
+    return encode_weights(precision, w_in, w_out, gated=config.gated, compiled=compiled)
 
 
 def flat(weight):

@@ -16,7 +16,7 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.experts import flat, routed_experts
+from jax_latent_moe.experts import encoded, flat, routed_experts
 from jax_latent_moe.formats import row_multiple_of
 from jax_latent_moe.inputs import check_inputs, check_whole, typed_key
 from jax_latent_moe.limits import keep_rounded, keep_within_capacity, padded_experts, rows_to_compute
@@ -25,7 +25,7 @@ from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import CODES, in_auto_mode, over_mesh
 from jax_latent_moe.params import Params, as_array, check_params
-from jax_latent_moe.precision import Codes, encode_weights
+from jax_latent_moe.precision import Codes
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered
 from jax_latent_moe.routing.losses import auxiliary_losses
@@ -283,7 +283,7 @@ def _route_through_experts(params, codes, latent, routing, config, shards):
     if codes is not None:
         codes = Codes(**codes)
     elif config.precision is not None and not isinstance(w_in, LowRank) and not isinstance(w_out, LowRank):
-        codes = encode_weights(config.precision, flat(w_in), w_out, gated=config.gated)
+        codes = encoded(config, flat(w_in), w_out)
     w_in, w_out = cast(w_in, config.dtype), cast(w_out, config.dtype)
     biases = None
     if config.expert_bias:

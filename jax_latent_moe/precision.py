@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray, encode
+from jax_latent_moe.formats.both_layouts import encode_both, kernel_encodes
 from jax_latent_moe.formats.scaled_rows import rows_format
 
 
@@ -64,7 +65,7 @@ class Codes(NamedTuple):
     of_out: Array | None = None
 
 
-def encode_weights(precision: Precision, w_in, w_out, *, gated: bool) -> Codes:
+def encode_weights(precision: Precision, w_in, w_out, *, gated: bool, compiled: bool) -> Codes:
     """The weights' codes. A weight in codes of `precision.fwd` is used as it is.
 
     Args:
@@ -72,30 +73,36 @@ def encode_weights(precision: Precision, w_in, w_out, *, gated: bool) -> Codes:
         w_in: [..., E, l, m], or [..., E, l, 2 m] if gated; an array or a `ScaledArray`.
         w_out: [..., E, m, l], in the same way.
         gated: whether w_in is two matrices side by side.
+        compiled: whether the compiled kernel encodes the weights that it takes.
 
     Raises:
         InputError: a weight is in another format than precision.fwd, or in codes where precision.dgrad needs an array.
     """
+    if precision == Precision():
+        return Codes()
     (fwd_in, dgrad_in), (fwd_out, dgrad_out) = (
-        _layouts(precision, name, weight, parts)
+        _layouts(precision, name, weight, parts, compiled)
         for name, weight, parts in (("w_in", w_in, 2 if gated else 1), ("w_out", w_out, 1))
     )
     return Codes(fwd_in, fwd_out, dgrad_in, dgrad_out)
 
 
-def _layouts(precision, name, weight, parts) -> tuple[ScaledArray | None, ScaledArray | None]:
+def _layouts(precision, name, weight, parts, compiled) -> tuple[ScaledArray | None, ScaledArray | None]:
     """A weight's codes for the forward product and for the input gradient."""
     fwd, dgrad = precision.fwd, precision.dgrad
     if isinstance(weight, ScaledArray):
         return _frozen(precision, name, weight), None
     weight = lax.stop_gradient(weight)
-    # The codes of the transposed weight lie in memory as the weight does.
-    transposed = None if dgrad is None else encode(jnp.swapaxes(weight, -1, -2), dgrad)
-    if fwd is None:
-        return None, transposed
-    if transposed is not None and fwd == dgrad and _same_blocks(fwd, weight.shape[-1], parts):
+    if fwd is not None and fwd == dgrad and _same_blocks(fwd, weight.shape[-1], parts):
+        if compiled and kernel_encodes(weight, fwd, parts):
+            return encode_both(weight, fwd, parts)
+        # The codes of the transposed weight lie in memory as the weight does.
+        transposed = encode(jnp.swapaxes(weight, -1, -2), fwd)
         return _transposed(transposed, parts), transposed
-    return encode(weight, fwd, parts=parts), transposed
+    return (
+        None if fwd is None else encode(weight, fwd, parts=parts),
+        None if dgrad is None else encode(jnp.swapaxes(weight, -1, -2), dgrad),
+    )
 
 
 def _frozen(precision, name, weight: ScaledArray) -> ScaledArray | None:
@@ -114,8 +121,8 @@ def _frozen(precision, name, weight: ScaledArray) -> ScaledArray | None:
 
 def _same_blocks(format: str, columns: int, parts: int) -> bool:
     """Whether a weight and its transpose have the same blocks: square ones, none of them in both gate and up."""
-    k_block, n_block = FORMATS[format].block
-    return k_block is not None and k_block == n_block and (parts == 1 or columns // parts % n_block == 0)
+    size, other = FORMATS[format].block
+    return size is not None and size == other and (parts == 1 or columns // parts % size == 0)
 
 
 def _transposed(weight: ScaledArray, parts: int) -> ScaledArray:

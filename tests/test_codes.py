@@ -1,6 +1,7 @@
 """Codes that a training step makes once: their bytes, who reads them, and codes of other weights."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,8 @@ from jax_latent_moe import (
     lora,
     quantize,
 )
+from jax_latent_moe import experts as experts_module
+from jax_latent_moe.formats import both_layouts
 from tests.oracle import formats as oracle
 from tests.programs import e4m3_arrays
 
@@ -31,6 +34,7 @@ FP8, POW2 = "fp8_block", "fp8_block_pow2"
 BOTH = Precision(FP8, FP8)
 TOKENS, EXPERTS, K = 17, 12, 9
 CONFIG = LatentMoEConfig(24, 130, EXPERTS, K, 136, precision=BOTH)
+TWO = dataclasses.replace(CONFIG, num_experts=2, top_k=2)
 SMALL = LatentMoEConfig(16, 24, 4, 2, 40, router=RouterConfig(correction_bias=False), precision=BOTH)
 encode = jax.jit(encode_experts, static_argnums=1)
 
@@ -39,21 +43,16 @@ def layer_of(config, seed=0):
     return init_params(jax.random.key(seed), config)
 
 
-@pytest.mark.parametrize(
-    "precision", [BOTH, Precision(POW2, POW2), Precision(FP8, POW2), Precision(dgrad=FP8)], ids=str
-)
-@pytest.mark.parametrize(("activation", "inner"), [("relu2", 136), ("swiglu", 136), ("swiglu", 256)])
-def test_both_layouts_to_the_bit(rng, activation, inner, precision):
+def weights(rng, config):
+    """The experts' weights, of blocks with different scales."""
+    experts = layer_of(config)["experts"]
+    return {name: np.asarray(w) * rng.uniform(0.1, 3, w.shape).astype(np.float32) for name, w in experts.items()}
+
+
+def check_codes(codes, config, w_in, w_out):
     """Blocks of gate and up do not mix in the forward layout. In the other, they lie one after the other."""
-    config = dataclasses.replace(
-        CONFIG, num_experts=2, top_k=2, activation=activation, expert_intermediate_size=inner, precision=precision
-    )
-    params = layer_of(config)
-    w_in, w_out = (np.asarray(params["experts"][name]) for name in ("w_in", "w_out"))
-    w_in = w_in * rng.uniform(0.1, 3, w_in.shape).astype(np.float32)
-    codes = encode(params | {"experts": {"w_in": w_in, "w_out": w_out}}, config)
-    flat = w_in.reshape(2, 130, -1)
-    for e in range(2):
+    precision, flat = config.precision, w_in.reshape(*w_in.shape[:2], -1)
+    for e in range(len(w_in)):
         parts = np.split(flat[e], 2 if config.gated else 1, axis=1)
         layouts = {
             "fwd_in": (precision.fwd, [part.T for part in parts]),
@@ -66,11 +65,60 @@ def test_both_layouts_to_the_bit(rng, activation, inner, precision):
             if format is None:
                 assert found is None
                 continue
+            assert found.format == format
             assert found.codes.shape[1] == len(matrices)
             for part, matrix in enumerate(matrices):
                 wanted, scales = oracle.fp8_block(matrix, power_of_two=format == POW2)
                 np.testing.assert_array_equal(found.codes[e, part], wanted, name)
-                np.testing.assert_array_equal(found.scales["block"][e, part], scales["block"], name)
+                np.testing.assert_array_equal(found.scales["block"][e, part], scales["block"])
+
+
+@pytest.mark.parametrize(
+    "precision", [BOTH, Precision(POW2, POW2), Precision(FP8, POW2), Precision(dgrad=FP8)], ids=str
+)
+@pytest.mark.parametrize(("activation", "inner"), [("relu2", 136), ("swiglu", 136), ("swiglu", 256)])
+def test_both_layouts_to_the_bit(rng, activation, inner, precision):
+    config = dataclasses.replace(TWO, activation=activation, expert_intermediate_size=inner, precision=precision)
+    experts = weights(rng, config)
+    check_codes(encode({"experts": experts}, config), config, **experts)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_both_layouts_of_a_compiled_kernel(rng, activation, monkeypatch):
+    """A kernel that does what custom_calls/src/formats/encode_blocks.h says."""
+
+    def kernel(target, operands, results, *, power_of_two):
+        assert target == "encode_blocks"
+        encoded = [oracle.fp8_block(np.asarray(matrix), power_of_two=power_of_two) for matrix in operands[0]]
+        codes, scales = (np.stack(parts) for parts in zip(*((codes, s["block"]) for codes, s in encoded), strict=True))
+        found = codes, np.swapaxes(codes, 1, 2), scales
+        assert [(array.shape, array.dtype) for array in found] == [(out.shape, out.dtype) for out in results]
+        return [jnp.asarray(array) for array in found]
+
+    monkeypatch.setattr(experts_module, "compiled_runs", lambda backend: backend == "auto")
+    monkeypatch.setattr(both_layouts.native, "call", kernel)
+    config = dataclasses.replace(
+        TWO, latent_size=128, activation=activation, expert_intermediate_size=256, precision=Precision(POW2, POW2)
+    )
+    experts = weights(rng, config)
+    check_codes(encode_experts({"experts": experts}, config), config, **experts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "dtype", "format", "takes"),
+    [
+        ((512, 1024, 2688), 1, "float32", FP8, True),
+        ((48, 512, 1024, 2688), 1, "bfloat16", POW2, True),
+        ((4, 128, 384), 2, "float32", FP8, False),
+        ((4, 64, 256), 1, "float32", FP8, False),
+        ((0, 128, 128), 1, "float32", FP8, False),
+        ((4, 128, 128), 1, "int32", FP8, False),
+        ((4, 128, 128), 1, "float32", "fp8_tensor", False),
+    ],
+)
+def test_what_the_kernel_encodes(shape, parts, dtype, format, takes):
+    weight: Any = jax.ShapeDtypeStruct(shape, dtype)
+    assert both_layouts.kernel_encodes(weight, format, parts) == takes
 
 
 def gradients(config):

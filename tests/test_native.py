@@ -228,7 +228,7 @@ def on_the_cpu():
 
 
 def buffers(described):
-    dtypes = {"format": jnp.bfloat16, "int32": jnp.int32, "float32": jnp.float32}
+    dtypes = {"format": jnp.bfloat16, "int32": jnp.int32, "float32": jnp.float32, "uint8": jnp.uint8}
     return [jnp.zeros(2, dtypes[description.split()[0]]) for description in described.values()]
 
 

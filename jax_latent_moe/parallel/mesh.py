@@ -139,7 +139,8 @@ def code_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh, leading: int 
     latent_last = PartitionSpec(*lead, expert, None, inner, latent)
     inner_last = PartitionSpec(*lead, expert, None, latent, inner)
     first_rows = (PartitionSpec(*lead, *specs[name]) for name in ("w_in", "w_out"))
-    return Codes(latent_last, inner_last, inner_last, latent_last, *first_rows)
+    of_leaves: Any = latent_last, inner_last, inner_last, latent_last, *first_rows
+    return Codes(*of_leaves)
 
 
 def cuts_blocks(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> bool:

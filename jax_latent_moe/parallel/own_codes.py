@@ -26,7 +26,7 @@ def on_own_experts(run: Callable[..., Codes], config: LatentMoEConfig, leading: 
     kind = jax.typeof(w_in).sharding
     mesh = kind.mesh if kind.mesh.explicit_axes else jax.sharding.get_abstract_mesh()
     if explicit := tuple(mesh.explicit_axes):
-        own = jax.sharding.auto_axes(
+        own: Callable = jax.sharding.auto_axes(
             lambda *arrays: _on_own_experts(run, config, leading, *arrays),
             axes=explicit,
             out_sharding=PartitionSpec(*kind.spec[: leading + 1])
