@@ -1,5 +1,5 @@
-// A thread block encodes a block of 128 x 128: it reads the weight once and writes both layouts. XLA reads the weight
-// twice, once for the scales, and reads the codes again to transpose them.
+// A thread block encodes a block of 128 x 128: it reads the weight once and writes both layouts. XLA reads the weight once
+// for the scales and once more for the codes.
 //
 // The rule is that of DeepGEMM (deep_gemm/utils/math.py, per_block_cast_to_fp8): scale = max(amax, 1e-4) / 448, code =
 // value * (1 / scale), as in jax_latent_moe/formats/fp8.py.
