@@ -19,6 +19,7 @@ from jax_latent_moe import (
     Precision,
     RouterConfig,
     encode_experts,
+    formats,
     init_params,
     latent_moe,
     lora,
@@ -81,6 +82,21 @@ def test_both_layouts_to_the_bit(rng, activation, inner, precision):
     config = dataclasses.replace(TWO, activation=activation, expert_intermediate_size=inner, precision=precision)
     experts = weights(rng, config)
     check_codes(encode({"experts": experts}, config), config, **experts)
+
+
+def test_the_scale_is_rounded_before_its_reciprocal(rng):
+    """Values halfway between two codes, where 448 / amax in place of 1 / (amax / 448) gives the other one."""
+    amax = rng.uniform(1, 2, 20_000).astype(np.float32)
+    inverse, once = np.float32(1) / (amax / np.float32(448)), np.float32(448) / amax
+    value = np.float32(17) / inverse
+    differ = oracle.nearest_e4m3(value * inverse) != oracle.nearest_e4m3(value * once)
+    amax, value = amax[differ][:16], value[differ][:16]
+    assert len(amax) == 16
+    matrix = np.zeros((16, 128, 128), np.float32)
+    matrix[:, 0, 0], matrix[:, 0, 1] = amax, value
+    matrix = np.concatenate(list(matrix), axis=1)
+    found = jax.jit(formats.encode, static_argnums=1)(matrix, FP8)
+    np.testing.assert_array_equal(found.codes[0].T, oracle.fp8_block(matrix)[0])
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
