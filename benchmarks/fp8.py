@@ -1,7 +1,8 @@
 """Products of FP8 codes beside products of bfloat16, and what encoding costs: the suite "fp8" of `benchmarks.gpu`.
 
 "product" is rows x w with operands in the format of each implementation. "encode rows" and "encode weight" make the
-codes. torch's scaled product has one scale for each row and each output, so it promotes nothing on the way.
+codes, and "encode both" makes those of a weight in both layouts, as a training step does. torch's scaled product has
+one scale for each row and each output, so it promotes nothing on the way.
 """
 
 import functools
@@ -16,10 +17,13 @@ from benchmarks.peers import torch_grouped_mm
 from benchmarks.problems import Grouped
 from jax_latent_moe import CutlassBackend, PallasBackend, PallasFp8Tile
 from jax_latent_moe.formats import encode, encode_rows
+from jax_latent_moe.formats.both_layouts import kernel_encodes
 from jax_latent_moe.grouped_matmul import grouped_matmul, operand_of, problem
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import tiles
 from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.precision import Precision, encode_weights
+from jax_latent_moe.routing.compiled import compiled_runs
 
 FORMAT = "fp8_block"
 
@@ -70,7 +74,22 @@ def measure(session: Session, suite: str, shapes: dict[str, Grouped]) -> None:
             row = Row(suite, name, "product", impl, ms, flops / ms / 1e9, floor, errors[impl], calls[impl].temp_bytes)
             session.record(row)
         for pass_, (encoder, array) in encoders.items():
-            made = prepare({FORMAT: jax_candidate(encoder, array)})
-            for impl, ms in time_in_turn(made, 12, session.rounds).items():
-                floor = session.floor_ms(0, 3 * array.size)
-                session.record(Row(suite, name, pass_, impl, ms, 0.0, floor, None, made[impl].temp_bytes))
+            _time_encoders(session, suite, name, pass_, {FORMAT: jax_candidate(encoder, array)}, 3 * array.size)
+        _time_encoders(session, suite, name, "encode both", both_layouts_of(w), 4 * w.size)
+
+
+def both_layouts_of(w) -> dict[str, Candidate]:
+    """The encoders of a weight in both layouts that run here, by name."""
+    names = {"xla": False} | ({"cutlass": True} if compiled_runs("auto") and kernel_encodes(w, FORMAT, 1) else {})
+    both = Precision(FORMAT, FORMAT)
+    return {
+        name: jax_candidate(lambda w, c=compiled: encode_weights(both, w, w[:0], gated=False, compiled=c), w)
+        for name, compiled in names.items()
+    }
+
+
+def _time_encoders(session: Session, suite: str, shape: str, pass_: str, found: dict[str, Candidate], traffic: int):
+    made = prepare(found)
+    for impl, ms in time_in_turn(made, 12, session.rounds).items():
+        floor = session.floor_ms(0, traffic)
+        session.record(Row(suite, shape, pass_, impl, ms, 0.0, floor, None, made[impl].temp_bytes))

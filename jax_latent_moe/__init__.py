@@ -5,6 +5,7 @@ The layer is a pure function, `latent_moe(params, x, config)`; Flax modules that
 """
 
 from jax_latent_moe import cost, lora, parallel, presets
+from jax_latent_moe.codes import encode_experts
 from jax_latent_moe.config import (
     CutlassBackend,
     InitConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "after_step",
     "cost",
     "dequantize",
+    "encode_experts",
     "init_params",
     "latent_moe",
     "lora",

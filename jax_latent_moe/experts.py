@@ -23,7 +23,8 @@ from jax_latent_moe.formats import ScaledArray, encode_rows
 from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, grouped_matmul, operand_of
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.low_rank import LowRank, base_of
-from jax_latent_moe.precision import Precision, encode_weights
+from jax_latent_moe.precision import Codes, Precision, encode_weights
+from jax_latent_moe.routing.compiled import compiled_runs
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
 
 RESIDUAL = "latent_moe_residual"
@@ -40,6 +41,7 @@ def routed_experts(
     w_out: Adapted,
     dispatch: DispatchPlan,
     biases: Biases | None = None,
+    codes: Codes | None = None,
 ) -> Float[Array, "t l"]:
     """sum_j weights[t, j] * expert_j(tokens[t]) -> [T, l] in the dtype of tokens, summed in float32.
 
@@ -53,6 +55,7 @@ def routed_experts(
         dispatch: maps assignments to rows sorted by expert.
         biases: b_in [E, m], or [E, 2, m] if gated, and b_out [E, l], in the dtype of tokens. Each is added after its
             product. config.expert_bias says whether there are any.
+        codes: `encode_weights` of w_in and w_out, perhaps of wider ones. None encodes them here.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
@@ -62,8 +65,9 @@ def routed_experts(
         biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
     if isinstance(w_in, LowRank) or isinstance(w_out, LowRank):
         return _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
-    w_in = _flat(w_in)
-    codes = encode_weights(config.precision or Precision(), w_in, w_out, gated=config.gated)
+    w_in = flat(w_in)
+    if codes is None:
+        codes = encoded(config, w_in, w_out)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],
@@ -76,7 +80,13 @@ def routed_experts(
     return _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch)
 
 
-def _flat(weight):
+def encoded(config: LatentMoEConfig, w_in, w_out: Weight) -> Codes:
+    """`encode_weights` in config.precision, of w_in [..., E, l, m], or [..., E, l, 2 m] if gated, and w_out."""
+    precision, compiled = config.precision or Precision(), compiled_runs(config.backend)
+    return encode_weights(precision, w_in, w_out, gated=config.gated, compiled=compiled)
+
+
+def flat(weight):
     """A dense weight as [E, in, out]: gate and up side by side."""
     return weight if isinstance(weight, ScaledArray) else weight.reshape(*weight.shape[:2], -1)
 
@@ -101,11 +111,11 @@ def _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch):
 
 def _product(config, rows, weight, dispatch):
     sizes = dispatch.group_sizes
-    out = grouped_matmul(rows, _flat(base_of(weight)), sizes, backend=config.backend)
+    out = grouped_matmul(rows, flat(base_of(weight)), sizes, backend=config.backend)
     if not isinstance(weight, LowRank):
         return out
     narrow = grouped_matmul(rows, weight.a, sizes)
-    return out + grouped_matmul(narrow, _flat(weight.b), sizes) * jnp.asarray(weight.scale, out.dtype)
+    return out + grouped_matmul(narrow, flat(weight.b), sizes) * jnp.asarray(weight.scale, out.dtype)
 
 
 @jax.custom_vjp
@@ -139,7 +149,9 @@ def _routed_fwd(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
     kept = checkpoint_name(made.residual, RESIDUAL)
     hidden = made.out if plan.residual == "pre" else hidden_rows(plan, kept)
     out = _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
-    codes = codes._replace(fwd_in=None, fwd_out=None)  # the backward pass does not read them
+    # The backward pass reads either the transposed weights' codes or the weights.
+    codes = codes._replace(fwd_in=None, fwd_out=None)
+    w_in, w_out = (w if of_w is None else None for w, of_w in ((w_in, codes.dgrad_in), (w_out, codes.dgrad_out)))
     return out, (tokens, weights, w_in, w_out, codes, b_out, dispatch, kept)
 
 

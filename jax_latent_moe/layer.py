@@ -11,19 +11,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_latent_moe.activations import activate
+from jax_latent_moe.codes import checked_codes
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.experts import routed_experts
+from jax_latent_moe.experts import encoded, flat, routed_experts
 from jax_latent_moe.formats import row_multiple_of
 from jax_latent_moe.inputs import check_inputs, check_whole, typed_key
 from jax_latent_moe.limits import keep_rounded, keep_within_capacity, padded_experts, rows_to_compute
 from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
 from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
-from jax_latent_moe.parallel.mesh import in_auto_mode, over_mesh
+from jax_latent_moe.parallel.mesh import CODES, in_auto_mode, over_mesh
 from jax_latent_moe.params import Params, as_array, check_params
+from jax_latent_moe.precision import Codes
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered
 from jax_latent_moe.routing.losses import auxiliary_losses
@@ -95,6 +97,7 @@ def latent_moe(
     segment_ids: Int[Array, "*batch"] | None = None,
     global_counts: Int[Array, " e"] | None = None,
     key: Key[Array, ""] | None = None,
+    codes: Codes | None = None,
 ) -> tuple[Float[Array, "*batch d"], LatentMoEAux]:
     """Computes y = up_proj(sum_j weight_j expert_j(down_proj(x))) + shared(x), routed by x (arXiv 2601.18089).
 
@@ -116,13 +119,16 @@ def latent_moe(
         global_counts: [E] integers, the `LatentMoEAux.global_counts` of the step's microbatch before this one, for
             router.global_loss_coef. None starts a step.
         key: a JAX key for router.input_jitter. Without it the layer does not jitter, and it cannot be differentiated.
+        codes: `encode_experts(params, config)` of these params, for config.precision. Gradients go to params. None
+            encodes the weights in this call. Codes of other weights, such as those before an optimiser's step, give
+            NaN.
 
     Returns:
         y: [..., d] in config.dtype.
         aux: `LatentMoEAux`.
 
     Raises:
-        InputError: the parameters or an array do not fit the config, or a layer with router.input_jitter is
+        InputError: the parameters, the codes or an array do not fit the config, or a layer with router.input_jitter is
             differentiated without a key.
         ConfigError: an axis of the mesh does not divide what it splits.
         UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
@@ -135,6 +141,8 @@ def latent_moe(
     counts = as_array("global_counts", global_counts)
     check_inputs(x, config, by_token)
     check_whole(config, counts, key)
+    if codes is not None:
+        params = params | {CODES: checked_codes(codes, params, config)._asdict()}
     key = None if key is None else typed_key(key)
     x, by_token, counts = jax.tree.map(jnp.asarray, (x, by_token, counts))
     if key is not None:
@@ -209,7 +217,9 @@ def _layer(config, shards, params, x, by_token, whole):
             factor=factor,
             backend=config.backend,
         )
-    combined, dropped = _route_through_experts(params["experts"], latent, assignments, config, shards)
+    combined, dropped = _route_through_experts(
+        params["experts"], params.get(CODES), latent, assignments, config, shards
+    )
     # If the shared expert has parts too, and no norm comes before y, the parts of inner widths are added once, in y.
     sum_in_y = "shared" in params and config.latent_norm != "post"
     if not sum_in_y:
@@ -245,7 +255,7 @@ def _layer(config, shards, params, x, by_token, whole):
     return outputs, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses, counts, target)
 
 
-def _route_through_experts(params, latent, routing, config, shards):
+def _route_through_experts(params, codes, latent, routing, config, shards):
     """The weighted sum of the experts' outputs [T, l], and how many of these tokens' assignments were dropped [E]."""
     expert_ids, weights = routing
     capacity = None
@@ -269,7 +279,12 @@ def _route_through_experts(params, latent, routing, config, shards):
     if copies is not None:
         expert_ids = choose_copies(expert_ids, copies, shards.token_index(), config.backend)
 
-    w_in, w_out = (cast(params[name], config.dtype) for name in ("w_in", "w_out"))
+    w_in, w_out = params["w_in"], params["w_out"]
+    if codes is not None:
+        codes = Codes(**codes)
+    elif config.precision is not None and not isinstance(w_in, LowRank) and not isinstance(w_out, LowRank):
+        codes = encoded(config, flat(w_in), w_out)
+    w_in, w_out = cast(w_in, config.dtype), cast(w_out, config.dtype)
     biases = None
     if config.expert_bias:
         b_in, b_out = (params[name].astype(config.dtype) for name in ("b_in", "b_out"))
@@ -278,9 +293,9 @@ def _route_through_experts(params, latent, routing, config, shards):
     row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
     def experts(latent, weights, plan):
-        arrays = latent, weights, w_in, w_out, biases
-        latent, weights, own_w_in, own_w_out, own_biases = varying(arrays, *arrays)
-        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases)
+        arrays = latent, weights, w_in, w_out, biases, codes
+        latent, weights, own_w_in, own_w_out, own_biases, own_codes = varying(arrays, *arrays)
+        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases, own_codes)
 
     if config.router.pad_to_capacity:
         return padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped

@@ -9,6 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from jax_latent_moe import codes
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.formats import ScaledArray
@@ -36,6 +37,9 @@ CODES = "codes"
 ADAPTERS = "adapters"
 """The collection of low-rank adapters. Differentiate with respect to it alone to leave all other weights alone."""
 
+EXPERT_CODES = "expert_codes"
+"""The collection of the codes of dense weights that `encode_experts` makes, at .../experts."""
+
 _BIAS = ("router", "bias")
 _LOAD, _TARGET, _MICROBATCHES = "tokens_per_expert", "bias_target", "microbatches"
 
@@ -58,6 +62,9 @@ class LatentMoE(nn.Module):
     A call sows the auxiliary losses into the collection "losses", except while initialising. It sows the `LatentMoEAux`
     arrays "expert_ids", "weights", "tokens_per_expert" and "dropped_per_expert" into "intermediates". As always in
     linen, only mutable collections receive values.
+
+    With config.precision, a call reads the codes of the collection "expert_codes", if `encode_experts` put any there.
+    Without them it encodes its weights itself.
 
     With router.global_loss_coef, a call adds its counts to the collection "global_counts", if that is mutable. Pass the
     collection to the step's next microbatch. `after_step` resets it. With router.input_jitter, a call takes its key
@@ -101,6 +108,7 @@ class LatentMoE(nn.Module):
             segment_ids=segment_ids,
             global_counts=None if counts is None else counts.value,
             key=self.make_rng("jitter") if jitters else None,
+            codes=self.get_variable(EXPERT_CODES, "experts"),
         )
         if counts is not None and self.is_mutable_collection(GLOBAL_COUNTS) and not self.is_initializing():
             counts.value = aux.global_counts
@@ -218,6 +226,31 @@ def from_params(
     if config.router.global_loss_coef:
         variables[GLOBAL_COUNTS] = {"router": jnp.zeros(config.num_experts, jnp.int32)}
     return variables
+
+
+def encode_experts(variables: Mapping[str, Any], config: LatentMoEConfig) -> dict[str, Any]:
+    """The variables with the codes of every layer's experts in the collection "expert_codes", for config.precision.
+
+    A training step calls it once, before its first microbatch, and applies the model to the result. Differentiate with
+    respect to "params" alone. See `jax_latent_moe.encode_experts`. nn.scan must list the collection among its
+    variable_axes; a layer that does not see it encodes its weights itself.
+
+    Args:
+        variables: those of a layer or of a model, boxed or not, stacked by nn.scan or not.
+        config: that of all layers of the model. With config.precision=None nothing is added.
+
+    Raises:
+        InputError: a layer's experts do not fit the config, are quantised, or have adapters.
+        ConfigError: an axis of the mesh does not divide what it splits.
+    """
+    leaves: dict[Any, Any] = flatten_dict(to_params(variables))
+    made = {
+        (*layer, part): codes.encode_experts({part: {"w_in": w_in, "w_out": leaves[*layer, part, "w_out"]}}, config)
+        for (*layer, part, name), w_in in leaves.items()
+        if (part, name) == ("experts", "w_in")
+    }
+    found = {path: of_layer for path, of_layer in made.items() if of_layer is not None}
+    return {**variables, EXPERT_CODES: unflatten_dict(found)} if found else dict(variables)
 
 
 def total_loss(sown: Mapping[str, Any]) -> Float[Array, ""]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_latent_moe import codes
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.formats import ScaledArray
@@ -30,6 +31,10 @@ class CorrectionBias(nnx.Variable):
 
 class Codes(nnx.Variable):
     """The type of quantised weights: frozen, so `wrt=nnx.Param` keeps gradients and optimisers off them."""
+
+
+class ExpertCodes(nnx.Variable):
+    """The variable type of the codes of dense weights that `encode_experts` makes for one training step."""
 
 
 class Adapter(nnx.Variable):
@@ -62,6 +67,7 @@ class LatentMoE(nnx.Module):
 
     router: nnx.Dict
     experts: nnx.Dict
+    expert_codes: ExpertCodes | None = None
 
     def __init__(
         self, config: LatentMoEConfig, *, rngs: nnx.Rngs, axis_names: Mapping[str, str | None] | None = FrozenDict()
@@ -115,6 +121,7 @@ class LatentMoE(nnx.Module):
             segment_ids=segment_ids,
             global_counts=None if self.global_counts is None else self.global_counts[...],
             key=key,
+            codes=None if self.expert_codes is None else self.expert_codes.get_value(),
         )
         if missing := self._not_collected():
             y = warn_if_differentiated(missing, y)
@@ -206,6 +213,28 @@ def from_params(
     nnx.update(module, dense)
     module.global_counts = _zero_counts(config)
     return module
+
+
+def encode_experts[M: nnx.Module](model: M) -> M:
+    """A model with the same variables, and with the codes of its experts' weights in every layer with a precision.
+
+    A training step calls it once, before its first microbatch, and calls the result for gradients. The optimiser
+    updates the model itself, and the result is dropped with its codes, which are `ExpertCodes`. See
+    `jax_latent_moe.encode_experts`.
+
+    Args:
+        model: a model, or one layer. Layers may be stacked by nnx.vmap.
+
+    Raises:
+        InputError: a layer's experts are quantised or have adapters.
+        ConfigError: an axis of the mesh does not divide what it splits.
+    """
+    coded = nnx.clone(model, variables=False)
+    for _, module in nnx.iter_modules(coded):
+        if isinstance(module, LatentMoE):
+            made = codes.encode_experts(to_params(module), module.config)
+            module.expert_codes = None if made is None else ExpertCodes(made)
+    return coded
 
 
 def total_loss(losses: nnx.State) -> Float[Array, ""]:

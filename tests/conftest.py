@@ -51,6 +51,15 @@ def few_memory_maps():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiles without XLA's costly optimisations, for tests that compile much and compute little."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def library_at(monkeypatch):
     """Has the compiled kernels looked for elsewhere."""

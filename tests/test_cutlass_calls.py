@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_latent_moe import CutlassBackend, native
+from jax_latent_moe.formats.both_layouts import encode_both
 from jax_latent_moe.grouped_matmul import GatheredRows, LastColumns, Operands, operand_of, problem
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import backend as cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
@@ -115,6 +116,11 @@ def calls():
             "sm90.dgrad.bf16.swiglu:gate_hidden.",
         ),
         "top_k": ("top_k", lambda: compiled_top_k_ids(jnp.zeros((5, 40)), 3), ""),
+        "encode": (
+            "encode_blocks",
+            lambda: encode_both(jnp.zeros((2, 128, 256)), "fp8_block_pow2", 2),
+            "power_of_two = true",
+        ),
         "sort": ("sort_by_expert", lambda: compiled_sort_by_expert(jnp.zeros(700, jnp.int32), 3), ""),
     }
 

@@ -26,7 +26,7 @@ from examples.train.mlp import dense_width, moe_config, residual_scale
 from examples.train.norm import Dropout, RMSNorm
 from examples.train.placing import LAYERS
 from jax_latent_moe import LatentMoEConfig
-from jax_latent_moe.linen import ADAPTERS, CODES, LatentMoE
+from jax_latent_moe.linen import ADAPTERS, CODES, EXPERT_CODES, LatentMoE
 
 BYTES = 256
 """Size of the vocabulary without a tokenizer."""
@@ -35,7 +35,7 @@ KEPT = ("attention", "latent_moe_latent", "latent_moe_residual")
 grouped matmuls."""
 CACHE = "cache"
 """The collection of each layer's keys and values [batch, time, heads, width]."""
-STACKED = ("params", "correction_bias", CODES, ADAPTERS, "losses", "intermediates", CACHE)
+STACKED = ("params", "correction_bias", CODES, EXPERT_CODES, ADAPTERS, "losses", "intermediates", CACHE)
 """The collections that a scan over layers stacks."""
 
 

@@ -19,7 +19,7 @@ from examples.train.initialising import draw, shapes
 from examples.train.model import LanguageModel
 from examples.train.optimizer import global_norm
 from examples.train.placing import from_whole, optimizer_shardings, variable_shardings
-from jax_latent_moe.linen import ADAPTERS, update_correction_bias
+from jax_latent_moe.linen import ADAPTERS, EXPERT_CODES, encode_experts, update_correction_bias
 from jax_latent_moe.linen import loads as loads_of
 
 LOAD = "tokens_per_expert"
@@ -148,6 +148,13 @@ def variables_of(state: TrainState) -> dict[str, PyTree]:
     return weights | {"correction_bias": state.correction_bias}
 
 
+def codes_of(model: LanguageModel, state: TrainState) -> dict[str, PyTree]:
+    """The collection of the experts' codes, {} unless they multiply in FP8. All parts of a step's batch read it."""
+    if model.moe is None or model.moe.precision is None:
+        return {}
+    return {EXPERT_CODES: encode_experts(variables_of(state), model.moe)[EXPERT_CODES]}
+
+
 @compiled_once
 def make_train_step(
     model: LanguageModel,
@@ -174,10 +181,10 @@ def make_train_step(
     whole = NamedSharding(mesh, PartitionSpec())
     placed = whole if adapters else state_shardings(model, optimizer, mesh)
 
-    def objective(params, state, part, key, scored):
+    def objective(params, state, codes, part, key, scored):
         tokens, targets, weights, documents = part
         output = model.apply(
-            variables_of(state._replace(params=params)),
+            variables_of(state._replace(params=params)) | codes,
             tokens,
             deterministic=False,
             targets=targets,
@@ -195,7 +202,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         parts = inputs_and_targets(batch)
         scored = jnp.sum(parts[2])
-        of_part = functools.partial(jax.grad(objective, has_aux=True), state.params, state)
+        of_part = functools.partial(jax.grad(objective, has_aux=True), state.params, state, codes_of(model, state))
         if accumulate == 1:
             return of_part(parts, key, scored)
 

@@ -56,6 +56,8 @@ def encode_blocks(
     """
     scales = divided(jnp.maximum(largest(values, block), least), LARGEST)
     scales = power_of_two_above(scales) if power_of_two else scales
+    # Without the barrier, XLA turns 1 / (amax / 448) into 448 / amax, which may be rounded to the other neighbour.
+    scales = lax.optimization_barrier(scales)
     codes = to_e4m3(values * spread(1 / scales, block, *values.shape[-2:]))
     return codes, {"block": scales}
 

@@ -14,11 +14,16 @@ from jaxtyping import Array, Float
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.formats.fp8 import BLOCK
 from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
 from jax_latent_moe.params import Params, param_axes, renamed
+from jax_latent_moe.precision import Codes
 from jax_latent_moe.shards import ONE_DEVICE, Shards
 
 Body = Callable[..., tuple[Any, Any]]
+
+CODES = "codes"
+"""The part of the parameters of one call that holds the experts' `Codes`, by their names."""
 
 REPLICATED_TOKENS = 256
 """Up to this many tokens that the devices do not divide are computed on every device; more are padded instead.
@@ -108,13 +113,41 @@ def param_specs(
     }
     for part, leaves in (params or {}).items():
         for name, leaf in leaves.items():
-            if not isinstance(leaf, ScaledArray | LowRank):
+            if part == CODES or not isinstance(leaf, ScaledArray | LowRank):
                 continue
             specs[part][name] = map_leaf_axes(leaf, specs[part][name], PartitionSpec, stacked=part == "experts")
             codes = base_of(leaf)
             if isinstance(codes, ScaledArray):
                 _check_blocks(f"{part}/{name}", codes, base_of(specs[part][name]).codes, mesh)
     return specs
+
+
+def code_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh, leading: int = 0) -> Codes:
+    """How codes are split: as the weights are, but not over an fsdp axis that `cuts_blocks`.
+
+    Args:
+        config: the layer, with `parallel` set.
+        mesh: the mesh.
+        leading: number of axes before that of the experts.
+
+    Returns:
+        one spec for all arrays of each `ScaledArray`, and for the weights' first rows.
+    """
+    specs, lead = param_specs(config, mesh)["experts"], (None,) * leading
+    expert, latent, *_, inner = specs["w_in"]
+    latent = None if cuts_blocks(config, mesh) else latent
+    latent_last = PartitionSpec(*lead, expert, None, inner, latent)
+    inner_last = PartitionSpec(*lead, expert, None, latent, inner)
+    first_rows = (PartitionSpec(*lead, *specs[name]) for name in ("w_in", "w_out"))
+    of_leaves: Any = latent_last, inner_last, inner_last, latent_last, *first_rows
+    return Codes(*of_leaves)
+
+
+def cuts_blocks(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether fsdp would cut a block of 128 x 128 of the experts' codes in two."""
+    assert config.parallel is not None
+    fsdp = axis_sizes(config.parallel, mesh)[config.parallel.fsdp_axis]
+    return fsdp > 1 and config.latent_width % (fsdp * BLOCK) != 0
 
 
 def token_spec(parallel: ParallelConfig, mesh: Mesh | AbstractMesh, ndim: int = 3) -> PartitionSpec:
@@ -194,6 +227,9 @@ def over_mesh(
         tensor_axis=parallel.tensor_axis if sizes[parallel.tensor_axis] > 1 else None,
     )
     specs = param_specs(config, mesh, params)
+    if CODES in params:
+        split = code_specs(config, mesh)._asdict()
+        specs[CODES] = {name: jax.tree.map(lambda _, to=split[name]: to, leaf) for name, leaf in params[CODES].items()}
 
     def local(params, x, by_token, whole):
         return body(shards, _gather(params, specs, parallel), x, by_token, whole)

@@ -1,4 +1,4 @@
-"""Whether the compiled kernels of the router run: the choice of experts and the sort by expert."""
+"""Whether the compiled kernels beside the products run: choice of experts, sort by expert, encoder of weights."""
 
 from jax_latent_moe import native
 from jax_latent_moe.config import CutlassBackend, as_backend

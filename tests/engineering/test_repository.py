@@ -23,6 +23,7 @@ ORDER = (
     ("expert_plan", "params", "presets", "routing"),
     ("cost", "experts", "lora", "quantization"),
     ("hf", "inputs", "limits", "parallel"),
+    ("codes",),
     ("layer", "plan"),
     ("training",),
     ("linen", "nnx"),

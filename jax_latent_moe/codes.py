@@ -1,0 +1,106 @@
+"""The codes of a training step: made once of the weights that the step begins with, and read by every call in it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.errors import InputError
+from jax_latent_moe.experts import encoded
+from jax_latent_moe.formats import ScaledArray, format_of
+from jax_latent_moe.low_rank import LowRank
+from jax_latent_moe.parallel.own_codes import on_own_experts, whole_latents
+from jax_latent_moe.params import Params, as_array, param_shapes
+from jax_latent_moe.precision import Codes, Precision
+
+
+def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
+    """The experts' weights in the formats of config.precision, for `latent_moe(params, x, config, codes=codes)`.
+
+    A training step calls it once, before its first microbatch. Every call, its recomputation and its gradient then read
+    these codes; without them, each call encodes the weights again. The results are the same to the bit. Codes are
+    rounded once, from the dtype that the parameters have. They have no gradient and are not state: a step makes them of
+    the parameters that it gets and drops them, so no checkpoint holds them.
+
+    Args:
+        params: the parameters of a layer with dense experts, as the layer gets them. The experts may have leading axes,
+            such as that of stacked layers. Only params["experts"] is read.
+        config: the layer. With `parallel`, call it under the mesh of `jax.set_mesh`: each device encodes its own part.
+            If the fsdp axis would cut a block of 128 x 128, a device holds its experts' codes for the whole latent.
+
+    Returns:
+        The codes, in one more byte a weight and layout; None if config.precision is None.
+
+    Raises:
+        InputError: the experts do not fit the config, are quantised already, or have adapters.
+        ConfigError: an axis of the mesh does not divide what it splits.
+    """
+    if config.precision is None or config.precision == Precision():
+        return None
+    w_in, w_out = (_dense(params, config, name) for name in ("w_in", "w_out"))
+    leading = w_out.ndim - 3
+    return on_own_experts(partial(_encode, config), config, leading, w_in, w_out)
+
+
+def checked_codes(codes: Codes, params: Params, config: LatentMoEConfig) -> Codes:
+    """The codes for one call, full of NaN if they were made of other weights.
+
+    Raises:
+        InputError: they are not what `encode_experts` makes of such params.
+    """
+    if not isinstance(codes, Codes):
+        raise InputError(f"codes of type {type(codes).__name__} must be what encode_experts(params, config) returns.")
+    expected = jax.eval_shape(partial(encode_experts, config=config), params)
+    found, wanted = (jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree) for tree in (codes, expected))
+    if found != wanted:
+        raise InputError(
+            f"codes of {_summary(codes)} do not fit config.precision={config.precision} and these params, which "
+            f"need {_summary(expected)}: encode_experts(params, config) makes them, of the params that the layer gets."
+        )
+    w_in, w_out = (lax.stop_gradient(params["experts"][name]) for name in ("w_in", "w_out"))
+    return on_own_experts(_checked, config, 0, w_in, w_out, codes)
+
+
+def _dense(params, config, name):
+    try:
+        weight = as_array(f"params experts/{name}", params["experts"][name])
+    except (KeyError, TypeError):
+        raise InputError(f"params have nothing at experts/{name}: init_params(key, config) makes them.") from None
+    if isinstance(weight, ScaledArray | LowRank):
+        kind = f"in {weight.format} already" if isinstance(weight, ScaledArray) else "below an adapter"
+        raise InputError(f"params experts/{name} is {kind}: only dense weights are encoded. Leave codes out.")
+    expected = param_shapes(config)["experts"][name].shape
+    if weight.shape[-len(expected) :] != expected:
+        raise InputError(f"params experts/{name} of shape {weight.shape} must end in the shape {expected}.")
+    return lax.stop_gradient(jnp.asarray(weight))
+
+
+def _encode(config, w_in, w_out) -> Codes:
+    axis = w_out.ndim - 2
+    first_rows = {"of_in": _first_row(w_in, axis), "of_out": _first_row(w_out, axis)}
+    w_in, w_out = whole_latents(config, w_in, w_out)
+    columns = w_in.reshape(*w_in.shape[: axis + 1], -1)
+    return encoded(config, columns, w_out)._replace(**first_rows)
+
+
+def _first_row(weight, axis):
+    return lax.slice_in_dim(weight, 0, 1, axis=axis)
+
+
+def _checked(w_in, w_out, codes) -> Codes:
+    """An optimiser's step that moves the weights moves the first row of some expert's. Reading it takes no time."""
+    same = jnp.all(_first_row(w_in, 1) == codes.of_in) & jnp.all(_first_row(w_out, 1) == codes.of_out)
+
+    def checked(weight: ScaledArray) -> ScaledArray:
+        scales = jax.tree.map(lambda scale: jnp.where(same, scale, jnp.nan), weight.scales)
+        return ScaledArray(weight.codes, scales, weight.format)
+
+    scaled = {name: checked(leaf) for name, leaf in codes._asdict().items() if isinstance(leaf, ScaledArray)}
+    return Codes()._replace(**scaled)
+
+
+def _summary(codes: Codes | None) -> str:
+    arrays = {} if codes is None else codes._asdict()
+    return ", ".join(f"{name} {format_of(a)} {a.shape}" for name, a in arrays.items() if a is not None) or "no codes"
