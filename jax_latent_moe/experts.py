@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, hidden_and_pullback
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
 from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
@@ -64,6 +65,9 @@ def routed_experts(
         return _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
     w_in = _flat(w_in)
     codes = encode_weights(config.precision or Precision(), w_in, w_out, gated=config.gated)
+    decode = None
+    if dispatch.expert_ids is not None:
+        decode = plan_decode(config, *dispatch.expert_ids.shape, tokens.dtype, w_in, w_out)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],
@@ -72,7 +76,10 @@ def routed_experts(
         tokens.dtype,
         w_in=operand_of(w_in),
         w_out=operand_of(w_out),
+        decode=decode,
     )
+    if not isinstance(decode, Decode):
+        dispatch = dispatch._replace(expert_ids=None)
     return _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch)
 
 
@@ -128,6 +135,8 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
+    if isinstance(plan.decode, Decode):
+        return decoded_experts(plan.decode, tokens, weights, dispatch.expert_ids, w_in, w_out)
     b_in, b_out = biases or (None, None)
     hidden = _up(plan, plan.up_without_gradient, tokens, w_in, codes, b_in, dispatch).out
     return _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
@@ -139,6 +148,7 @@ def _routed_fwd(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
     kept = checkpoint_name(made.residual, RESIDUAL)
     hidden = made.out if plan.residual == "pre" else hidden_rows(plan, kept)
     out = _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
+    dispatch = dispatch._replace(expert_ids=None)
     codes = codes._replace(fwd_in=None, fwd_out=None)  # the backward pass does not read them
     return out, (tokens, weights, w_in, w_out, codes, b_out, dispatch, kept)
 
