@@ -16,6 +16,7 @@ from jax_latent_moe import native
 from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.grouped_matmul.registry import AUTO
 from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation
 
 MOST_ASSIGNMENTS = 256
@@ -86,11 +87,12 @@ def plan_decode(
         device: the device that runs them; None is JAX's default device.
     """
     device, dtype = device or current_device(), jnp.dtype(dtype).name
-    backend = as_backend(config.backend)
-    backend = CutlassBackend() if backend == "auto" else backend
-    if not isinstance(backend, CutlassBackend):
-        return f"{type(backend).__name__} has no kernels for few tokens."
-    if not backend.decode:
+    asked = as_backend(config.backend)
+    backends = AUTO.get(device.platform, ()) if asked == "auto" else (asked,)
+    compiled = [backend for backend in backends if isinstance(backend, CutlassBackend)]
+    if not compiled:
+        return f"backend={asked!r} has no kernels for few tokens on {device.platform}."
+    if not compiled[0].decode:
         return "CutlassBackend.decode is False."
     if device.architecture != "sm90":
         return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."

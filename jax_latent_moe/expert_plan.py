@@ -102,6 +102,8 @@ def plan_experts(
     precision = config.precision or Precision()
     dense = problem("fwd", num_rows, w_in_shape, dtype, device=device).lhs
     table = dataclasses.replace(dense, layout="gathered")
+    # The kernels for few tokens serve codes that no other of the backend multiplies.
+    serves = isinstance(decode, Decode)
     frozen_in, frozen_out = (w is not None and w != dense for w in (w_in, w_out))
 
     def bind(contraction: Contraction, shape, lhs, rhs=None, backend=config.backend) -> Bound:
@@ -110,13 +112,14 @@ def plan_experts(
 
     def forward(shape, lhs, w) -> Bound:
         if precision.fwd is None:
-            return bind("fwd", shape, lhs, w)
+            return bind("fwd", shape, lhs, w, "auto" if serves and w not in (None, dense) else config.backend)
         return bind("fwd", shape, Operand(precision.fwd, lhs.layout), Operand(precision.fwd))
 
     def input_gradient(shape, lhs, w) -> Bound:
         if precision.dgrad is None:
             # A kernel that multiplies frozen codes has no gradient through them. It is not needed to serve.
-            return bind("dgrad", shape, lhs, w, "auto" if precision.fwd and w not in (None, dense) else config.backend)
+            served = precision.fwd or serves
+            return bind("dgrad", shape, lhs, w, "auto" if served and w not in (None, dense) else config.backend)
         # The weight's codes are those of the transposed weight.
         experts, inputs, outputs = shape
         transposed = experts, outputs, inputs

@@ -46,11 +46,12 @@ struct Coded {
 #pragma unroll
       for (int step = 0; step < kAhead; ++step) {
         const int k = start + step * kStep + place * kChunk;
-        if (k >= last) continue;
+        // A scale of sums is for all elements of the step, also those of other lanes.
+        const int scaled = kPacking == 1 ? start + step * kStep : k;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          loaded[step][i] = load_once(codes[i] + k / kPacking);
-          found[step][i] = scale_at(weight, scales[i] + (k >> weight.k_shift));
+          if (k < last) loaded[step][i] = load_once(codes[i] + k / kPacking);
+          if (scaled < last) found[step][i] = scale_at(weight, scales[i] + (scaled >> weight.k_shift));
         }
       }
 #pragma unroll

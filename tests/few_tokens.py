@@ -1,0 +1,56 @@
+"""Experts of few tokens, and their outputs in float64."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_latent_moe import CutlassBackend, LatentMoEConfig, RouterConfig
+from jax_latent_moe.formats import ScaledArray, decoded, encode
+from tests.kernels import layer_of
+from tests.oracle.fused import activation_of_rows
+
+BACKEND = CutlassBackend(decode=True)
+
+
+def layer(activation: str, latent: int, experts: int, top_k: int, inner: int, **changes) -> LatentMoEConfig:
+    """A layer that may run in the kernels for few tokens."""
+    config = dataclasses.replace(layer_of(activation), router=RouterConfig(norm_topk_prob=False), backend=BACKEND)
+    sizes = dict(hidden_size=64, latent_size=latent, num_experts=experts, top_k=top_k, expert_intermediate_size=inner)
+    return dataclasses.replace(config, **sizes | changes)
+
+
+def experts_of(rng, config, format, dtype="bfloat16"):
+    """w_in and w_out, dense in dtype or in a format's codes."""
+    experts, latent, inner = config.num_experts, config.latent_width, config.expert_intermediate_size
+    parts = 2 if config.gated else 1
+    w_in, w_out = (
+        jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[1]), dtype)
+        for shape in ((experts, latent, parts * inner), (experts, inner, latent))
+    )
+    return (w_in, w_out) if format is None else (encode(w_in, format, parts=parts), encode(w_out, format))
+
+
+def expected(config, tokens, weights, ids, w_in, w_out) -> np.ndarray:
+    """The weighted sums [T, l], from decoded weights."""
+    w_in, w_out = (np.asarray(decoded(w, jnp.float32), np.float64) for w in (w_in, w_out))
+    tokens, out = np.asarray(tokens.astype(jnp.float32), np.float64), np.zeros(tokens.shape)
+    for token, choice in np.ndindex(ids.shape):
+        expert = ids[token, choice]
+        if 0 <= expert < len(w_in):
+            hidden = activation_of_rows(config, (tokens[token] @ w_in[expert])[None])[0][0]
+            out[token] += float(weights[token, choice]) * (hidden @ w_out[expert])
+    return out
+
+
+def only(weight, experts):
+    """The weight with NaN in every expert that is not among these."""
+    unread = np.setdiff1d(np.arange(weight.shape[0]), np.asarray(experts))
+    if not isinstance(weight, ScaledArray):
+        return weight.at[unread].set(jnp.nan)
+    nan = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint8": 255}
+    scales = {
+        name: leaf if name == "zero" else leaf.at[unread].set(nan[leaf.dtype.name])
+        for name, leaf in weight.scales.items()
+    }
+    return dataclasses.replace(weight, scales=scales)
