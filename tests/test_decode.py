@@ -48,7 +48,7 @@ def emulation(monkeypatch, install_library):
 
 
 def check(rng, config, format, tokens, dtype="bfloat16", ids=None, device=SMALL):
-    """Values; equal bits for each token alone; nothing of the experts that no token chose."""
+    """Values; nothing of the experts that no token chose, which are NaN."""
     w_in, w_out = experts_of(rng, config, format, dtype)
     experts, top_k = config.num_experts, config.top_k
     x = jnp.asarray(rng.normal(size=(tokens, config.latent_width)), dtype)
