@@ -111,4 +111,6 @@ def _measure(session, suite, name, params, inputs):
             error = relative_error(y, expected)
         session.record(Row(suite, name, "step", impl, ms, flops / ms / 1e9, floor, error, calls[impl].temp_bytes))
         count = kernels_of(calls[impl])
-        print(f"{'kernels':>10} {impl}: {'unknown' if count is None else f'{count / steps[impl]:.1f} a step'}", flush=True)
+        print(
+            f"{'kernels':>10} {impl}: {'unknown' if count is None else f'{count / steps[impl]:.1f} a step'}", flush=True
+        )

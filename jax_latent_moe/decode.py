@@ -1,8 +1,8 @@
 """The experts of few tokens in two kernels, without a sort, a gather or a combine of their own.
 
-One token is bound by reading the weights of its experts. The compiled kernels (custom_calls/src/decode) read those of each
-chosen expert once, straight from the choice, in the layer's dtype or in codes that they widen on the way. They have no
-gradient: `routed_experts` runs them where nothing is differentiated.
+One token is bound by reading the weights of its experts. The compiled kernels (custom_calls/src/decode) read those of
+each chosen expert once, straight from the choice, in the layer's dtype or in codes that they widen on the way. They
+have no gradient: `routed_experts` runs them where nothing is differentiated.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax_latent_moe import native
 from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.formats import ScaledArray
-from jax_latent_moe.grouped_matmul.registry import AUTO
+from jax_latent_moe.grouped_matmul.registry import AUTO, BackendConfig
 from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation
 
 MOST_ASSIGNMENTS = 256
@@ -65,6 +65,29 @@ class Decode:
         )
 
 
+def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Device | None = None) -> str | None:
+    """None, or the reason why the kernels for few tokens do not run on a device, as a sentence.
+
+    Args:
+        backend: the experts' backend.
+        tokens: T, an integer unless it is a symbolic size of `jax.export`.
+        choices: k.
+        device: the device that runs them; None is JAX's default device.
+    """
+    device, asked = device or current_device(), as_backend(backend)
+    backends = AUTO.get(device.platform, ()) if asked == "auto" else (asked,)
+    compiled = [backend for backend in backends if isinstance(backend, CutlassBackend)]
+    if not compiled:
+        return f"backend={asked!r} has no kernels for few tokens on {device.platform}."
+    if not compiled[0].decode:
+        return "CutlassBackend.decode is False."
+    if device.architecture != "sm90":
+        return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
+    if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
+        return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
+    return native.library().missing
+
+
 def plan_decode(
     config: LatentMoEConfig,
     tokens: Any,
@@ -87,23 +110,12 @@ def plan_decode(
         device: the device that runs them; None is JAX's default device.
     """
     device, dtype = device or current_device(), jnp.dtype(dtype).name
-    asked = as_backend(config.backend)
-    backends = AUTO.get(device.platform, ()) if asked == "auto" else (asked,)
-    compiled = [backend for backend in backends if isinstance(backend, CutlassBackend)]
-    if not compiled:
-        return f"backend={asked!r} has no kernels for few tokens on {device.platform}."
-    if not compiled[0].decode:
-        return "CutlassBackend.decode is False."
-    if device.architecture != "sm90":
-        return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
-    if missing := native.library().missing:
-        return missing
+    if (reason := refusal(config.backend, tokens, choices, device)) is not None:
+        return reason
     if config.parallel is not None or config.expert_bias:
         return f"its kernels have no {'mesh' if config.parallel is not None else 'bias of an expert'}."
     if config.precision is not None and config.precision.fwd is not None:
         return f"its kernels do not round tokens to precision.fwd={config.precision.fwd!r}."
-    if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
-        return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
     activation = kernel_activation(config.bound_activation)
     if activation is None:
         return f"its kernels have {', '.join(KERNEL_ACTIVATIONS)}, not {config.activation}."

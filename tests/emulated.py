@@ -79,10 +79,11 @@ def kernels() -> ctypes.CDLL:
 
 def call(target, operands, results, **attributes):
     """In place of `native.call`."""
-    assert target == "decode_experts"
+    run = {"decode_experts": _run, "top_k_weights": _choose}[target]
     native._check_buffers(target, "operands", operands)
     native._check_buffers(target, "results", results)
-    return list(jax.pure_callback(functools.partial(_run, results, attributes), list(results), *operands))
+    assert attributes.keys() == native.INTERFACE[target]["attributes"].keys()
+    return list(jax.pure_callback(functools.partial(run, results, attributes), list(results), *operands))
 
 
 def _aligned(array) -> np.ndarray:
@@ -136,6 +137,24 @@ def _run(results, attributes, *operands):
     product.splits, product.out = partial.shape[0], out.ctypes.data
     kernels().multiply_experts(ctypes.byref(product))
     return out, hidden, partial, counters
+
+
+class Weighing(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "weights")),
+        ("sigmoid", ctypes.c_bool),
+        *((name, ctypes.c_float) for name in ("eps", "factor")),
+    )
+
+
+def _choose(results, attributes, scores, logits):
+    scores, logits = map(_aligned, (scores, logits))
+    ids, weights = (_aligned(np.zeros(result.shape, result.dtype)) for result in results)
+    assert scores.shape[1] <= 128
+    weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
+    pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
+    kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
+    return ids, weights
 
 
 def widened(code: str, word: int, scale: int = 0, zero: int = 0) -> np.ndarray:

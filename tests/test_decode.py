@@ -1,6 +1,7 @@
 """The experts of few tokens in two kernels: what the kernels compute, emulated on the CPU, and where they are chosen."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jax_latent_moe.device import Device
 from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.grouped_matmul.registry import AUTO
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
+from jax_latent_moe.routing.router import route
 from tests import emulated
 from tests.few_tokens import BACKEND, expected, experts_of, layer, only
 from tests.kernels import A100, CPU, H100, H200
@@ -138,12 +140,57 @@ def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     assert_close(y.astype(jnp.float32), wanted.astype(jnp.float32), "bfloat16")
 
 
+WEIGHINGS = {
+    "sigmoid over the sum": RouterConfig(routed_scaling_factor=2.5),
+    "sigmoid": RouterConfig(norm_topk_eps=0.0, correction_bias=False),
+    "softmax": RouterConfig(score_function="softmax", norm_topk_eps=0.0, correction_bias=False),
+    "softmax of the chosen": RouterConfig(score_function="softmax_topk", norm_topk_prob=False),
+    "with a small sum": RouterConfig(norm_topk_eps=1e-3),
+}
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("name", WEIGHINGS)
+def test_the_choice_and_its_weights_are_one_kernel(rng, name):
+    """As XLA makes them, logits that underflow included."""
+    config, (tokens, experts, k) = WEIGHINGS[name], (5, 70, 22)
+    logits = jnp.asarray(rng.normal(size=(tokens, experts)) * np.logspace(-1, 2, tokens)[:, None], jnp.float32)
+    logits = logits.at[1].add(-95)
+    bias = jnp.asarray(rng.normal(size=experts), jnp.float32) / 8 if config.correction_bias else None
+    program = functools.partial(route, config=config, top_k=k, bias=bias)
+    assert "top_k_weights" not in str(jax.make_jaxpr(program)(logits))
+    ids, weights = jax.jit(functools.partial(program, backend=BACKEND))(logits)
+    wanted_ids, wanted = jax.jit(program)(logits)
+    np.testing.assert_array_equal(ids, wanted_ids)
+    np.testing.assert_allclose(weights, wanted, rtol=2e-5)
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize(
+    ("changes", "experts", "k"),
+    [
+        (dict(score_function="sqrt_softplus"), 70, 4),
+        (dict(norm_topk_prob=False), 70, 4),
+        (dict(score_function="softmax"), 70, 4),
+        ({}, 1025, 4),
+        ({}, 70, 33),
+    ],
+)
+def test_other_weights_are_not_made_by_the_kernel(monkeypatch, changes, experts, k):
+    monkeypatch.setattr(decode, "current_device", lambda: H100)
+    program = functools.partial(route, config=RouterConfig(**changes), top_k=k, backend=BACKEND)
+    assert "top_k_weights" not in str(jax.make_jaxpr(program)(jnp.zeros((2, experts))))
+
+
 @pytest.mark.usefixtures("install_library")
 def test_gradients_do_not_run_them(monkeypatch):
     """A forward pass calls them, and one with a gradient the grouped matmuls alone."""
     for module in (decode, expert_plan):
         monkeypatch.setattr(module, "current_device", lambda: H100)
-    config = layer("relu2", 32, 6, 3, 32, dtype="bfloat16", param_dtype="bfloat16", backend="auto")
+    config = layer(
+        "relu2", 32, 6, 3, 32, dtype="bfloat16", param_dtype="bfloat16", backend="auto", router=RouterConfig()
+    )
     monkeypatch.setitem(AUTO, "gpu", (BACKEND,))
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
     x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
@@ -151,8 +198,10 @@ def test_gradients_do_not_run_them(monkeypatch):
     def loss(params, x):
         return jnp.sum(latent_moe(params, x, config)[0].astype(jnp.float32))
 
-    assert "latent_moe_decode_experts" in str(jax.make_jaxpr(loss)(params, x))
-    assert "latent_moe_decode_experts" not in str(jax.make_jaxpr(jax.grad(loss))(params, x))
+    forward, both = str(jax.make_jaxpr(loss)(params, x)), str(jax.make_jaxpr(jax.grad(loss))(params, x))
+    for target in ("latent_moe_decode_experts", "latent_moe_top_k_weights"):
+        assert target in forward
+        assert target not in both
 
 
 def weights_of(config, format=None, dtype="bfloat16"):

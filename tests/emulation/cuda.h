@@ -122,6 +122,21 @@ inline uint32_t __ballot_sync(uint32_t, bool mine) {
 }
 
 inline uint32_t __shfl_sync(uint32_t, uint32_t value, int lane) { return emulation::of_warp<uint32_t>(value)[lane]; }
+inline float __shfl_xor_sync(uint32_t, float value, int mask) {
+  return emulation::of_warp<float>(value)[threadIdx.x % 32 ^ mask];
+}
+
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+  const auto all = emulation::of_warp<uint32_t>(value);
+  return *std::max_element(all.begin(), all.end());
+}
+
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
+  const auto all = emulation::of_warp<uint32_t>(value);
+  return *std::min_element(all.begin(), all.end());
+}
+
+inline void __syncwarp() { emulation::wait_for(emulation::Wait::kWarp); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
@@ -134,6 +149,12 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 inline float __uint_as_float(uint32_t bits) {
   float found;
   std::memcpy(&found, &bits, sizeof found);
+  return found;
+}
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t found;
+  std::memcpy(&found, &value, sizeof found);
   return found;
 }
 

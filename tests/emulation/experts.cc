@@ -1,9 +1,10 @@
-// Runs the kernels of src/decode on the CPU.
+// Runs the kernels for few tokens on the CPU.
 #include <xmmintrin.h>
 
 #include "cuda.h"
 
 #include "decode/experts.cuh"
+#include "routing/top_k.cuh"
 
 namespace {
 
@@ -60,4 +61,14 @@ extern "C" void multiply_experts(latent_moe::decode::Product const* product) {
     return cudaSuccess;
   });
   _mm_setcsr(before);
+}
+
+extern "C" void choose(float const* scores, int32_t* ids, int rows, int columns, int k,
+                       latent_moe::routing::Weighing const* weighing) {
+  namespace routing = latent_moe::routing;
+  gridDim = dim3((rows + routing::kWarps - 1) / routing::kWarps);
+  blockIdx = {};
+  for (; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    emulation::run_block(32 * routing::kWarps, [&] { routing::choose<4>(scores, ids, rows, columns, k, *weighing); });
+  }
 }

@@ -44,7 +44,8 @@ class CutlassBackend:
         wgrad_tile: tile of wgrad, chosen in the same way if it is None.
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all that were compiled and needs the least memory. "never" fuses none.
-        decode: run the experts of few tokens, without a gradient, in two kernels of their own (`jax_latent_moe.decode`).
+        decode: run the experts of few tokens in two kernels of their own where nothing is differentiated, and their
+            choice with its weights in one. `jax_latent_moe.decode` says which layers and formats.
     """
 
     matmul_tile: CutlassTile | None = None
