@@ -121,14 +121,15 @@ def plan_decode(
         return f"its kernels have {', '.join(KERNEL_ACTIVATIONS)}, not {config.activation}."
     if dtype not in DTYPES:
         return f"tokens are in {dtype}, not in {' or '.join(DTYPES)}."
-    codes = []
+    codes: list[str] = []
     for name, weight, parts in (("w_in", w_in, 2 if config.gated else 1), ("w_out", w_out, 1)):
         reason = _refusal(name, weight, parts, dtype)
         if reason is not None:
             return reason
         codes.append(_CODES[weight.format][0] if isinstance(weight, ScaledArray) else "dense")
     _, inner, width = w_out.shape
-    return Decode(tokens, choices, activation, *codes, _splits(tokens * choices, inner, width, device))
+    in_code, out_code = codes
+    return Decode(tokens, choices, activation, in_code, out_code, _splits(tokens * choices, inner, width, device))
 
 
 def _refusal(name, weight, parts, dtype) -> str | None:

@@ -67,7 +67,8 @@ def routed_experts(
     codes = encode_weights(config.precision or Precision(), w_in, w_out, gated=config.gated)
     decode = None
     if dispatch.expert_ids is not None:
-        decode = plan_decode(config, *dispatch.expert_ids.shape, tokens.dtype, w_in, w_out)
+        count, choices = dispatch.expert_ids.shape
+        decode = plan_decode(config, count, choices, tokens.dtype, w_in, w_out)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],

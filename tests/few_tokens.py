@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +29,10 @@ def experts_of(rng, config, format, dtype="bfloat16"):
         jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[1]), dtype)
         for shape in ((experts, latent, parts * inner), (experts, inner, latent))
     )
-    return (w_in, w_out) if format is None else (encode(w_in, format, parts=parts), encode(w_out, format))
+    if format is None:
+        return w_in, w_out
+    encoded = jax.jit(encode, static_argnames=("name", "parts"))
+    return encoded(w_in, name=format, parts=parts), encoded(w_out, name=format)
 
 
 def expected(config, tokens, weights, ids, w_in, w_out) -> np.ndarray:

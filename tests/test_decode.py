@@ -1,4 +1,4 @@
-"""The experts of few tokens in two kernels: what the kernels compute, emulated on the CPU, and where they are chosen."""
+"""The kernels for few tokens: what they compute, emulated on the CPU, and where they are chosen."""
 
 import dataclasses
 import functools
@@ -279,7 +279,7 @@ def test_they_are_not_chosen(name):
 
 def test_they_are_not_chosen_without_the_library(library_at, tmp_path):
     library_at(tmp_path / "nothing.so")
-    assert "is not installed" in planned(SUPER)
+    assert "is not installed" in str(planned(SUPER))
 
 
 def test_only_the_plan_of_all_assignments_has_their_experts(rng):

@@ -1,6 +1,7 @@
 // A block of a CUDA kernel on the CPU, for tests: each thread is a coroutine that runs to its next barrier.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -33,19 +34,21 @@ enum class Wait { kNothing, kWarp, kBlock, kEnd };
 
 struct Thread {
   ucontext_t context;
+  jmp_buf place;  // jumps, unlike switches of contexts, make no system call
+  bool started;
   std::unique_ptr<char[]> stack;
   Wait wait;
   uint3 index;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Thread> threads;
 inline Thread* current;
 inline std::function<void()> body;
 
 inline void wait_for(Wait what) {
   current->wait = what;
-  swapcontext(&current->context, &scheduler);
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void start() {
@@ -71,22 +74,27 @@ inline void run_block(int count, std::function<void()> const& kernel) {
     if (!thread.stack) thread.stack.reset(new char[kStack]);
     thread.index = make_uint3(i, 0, 0);
     thread.wait = Wait::kNothing;
+    thread.started = false;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
     makecontext(&thread.context, start, 0);
   }
-  for (bool moved = true; moved;) {
+  for (volatile bool moved = true; moved;) {
     moved = false;
-    for (Thread& thread : threads) {
+    for (volatile int i = 0; i < count; ++i) {  // volatile, as it is read after a jump
+      Thread& thread = threads[i];
       if (thread.wait != Wait::kNothing) continue;
       moved = true;
       current = &thread;
-      swapcontext(&scheduler, &thread.context);
+      if (_setjmp(scheduler) != 0) continue;
+      if (thread.started) _longjmp(thread.place, 1);
+      thread.started = true;
+      setcontext(&thread.context);
     }
     for (int warp = 0; warp < count; warp += 32) release(warp, warp + 32, Wait::kWarp);
     release(0, count, Wait::kBlock);
-    moved |= std::any_of(threads.begin(), threads.end(), [](Thread& t) { return t.wait == Wait::kNothing; });
+    moved = moved || std::any_of(threads.begin(), threads.end(), [](Thread& t) { return t.wait == Wait::kNothing; });
   }
   for (Thread& thread : threads) {
     if (thread.wait != Wait::kEnd) std::fprintf(stderr, "threads wait at different barriers\n"), std::abort();

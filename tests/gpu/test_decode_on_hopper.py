@@ -21,7 +21,7 @@ FORMATS = tuple(decode._CODES)
 
 
 def run(config, x, weights, ids, w_in, w_out):
-    plan = plan_decode(config, *ids.shape, x.dtype, w_in, w_out)
+    plan = plan_decode(config, ids.shape[0], ids.shape[1], x.dtype, w_in, w_out)
     assert isinstance(plan, Decode), plan
     return jax.jit(functools.partial(decoded_experts, plan))(x, weights, jnp.asarray(ids, jnp.int32), w_in, w_out)
 

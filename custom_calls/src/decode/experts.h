@@ -41,13 +41,13 @@ struct Product {
   int assignments, choices, experts;
   int32_t* counters;  // [tokens][tiles of the second product], set to 0 by the first
 
-  // Of the first product: hidden [assignments][n] = activation(rows x weight). Rows of no expert are not written.
+  // The first product gives hidden [assignments][n] = activation(rows x weight). Rows of no expert are not written.
   void* hidden;
   Activation activation;
   float beta, linear_beta;
   int num_counters;
 
-  // Of the second: out [tokens][n], the weighted sum of a token's choices. `partial` [splits][assignments][n] is workspace.
+  // The second gives out [tokens][n], the weighted sum of a token's choices. `partial` [splits][assignments][n] is workspace.
   float const* choice_weights;  // [assignments]; null in the first product
   float* partial;
   int splits;
