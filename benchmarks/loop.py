@@ -5,6 +5,7 @@ Each step has other tokens, which depend on the output of the last step. A row's
 is the time to read the weights of the experts that the tokens choose, and all others, once.
 """
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -50,18 +51,18 @@ def chosen_experts(config: LatentMoEConfig, params, tokens) -> float:
     return float(jnp.mean(jax.jit(lambda params, tokens: jax.lax.scan(count, None, tokens)[1])(params, tokens)))
 
 
-def kernels_of(call: Call) -> int | None:
-    """How many kernels and copies a call runs on the GPU, from a profile; None if there is no profile."""
+def kernels_of(call: Call) -> collections.Counter[str]:
+    """How often a call runs each kernel and each copy on the GPU, from a profile; empty if there is no profile."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             call.wait(call.run())
         paths = list(pathlib.Path(folder).rglob("*.xplane.pb"))
         if not paths:
-            return None
+            return collections.Counter()
         planes = jax.profiler.ProfileData.from_file(str(paths[0])).planes
         lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
-        counts = [sum(1 for _ in line.events) for line in lines if line.name.startswith("Stream")]
-        return sum(counts) or None
+        streams = [line for line in lines if line.name.startswith("Stream")]
+        return collections.Counter(event.name for stream in streams for event in stream.events)
 
 
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, str | None]]) -> None:
@@ -110,7 +111,7 @@ def _measure(session, suite, name, params, inputs):
             y = jax.jit(latent_moe, static_argnums=2)(params, inputs[0], config)[0]
             error = relative_error(y, expected)
         session.record(Row(suite, name, "step", impl, ms, flops / ms / 1e9, floor, error, calls[impl].temp_bytes))
-        count = kernels_of(calls[impl])
-        print(
-            f"{'kernels':>10} {impl}: {'unknown' if count is None else f'{count / steps[impl]:.1f} a step'}", flush=True
-        )
+        counts = kernels_of(calls[impl])
+        print(f"{'kernels':>10} {impl}: {sum(counts.values()) / steps[impl]:.1f} a step", flush=True)
+        for kernel, count in counts.most_common(16):
+            print(f"{count / steps[impl]:>10.2f} {kernel[:90]}", flush=True)
