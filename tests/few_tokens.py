@@ -12,6 +12,14 @@ from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows
 
 BACKEND = CutlassBackend(decode=True)
+WEIGHINGS = {
+    "sigmoid over the sum": RouterConfig(routed_scaling_factor=2.5),
+    "sigmoid": RouterConfig(norm_topk_eps=0.0, correction_bias=False),
+    "softmax": RouterConfig(score_function="softmax", norm_topk_eps=0.0, correction_bias=False),
+    "softmax of the chosen": RouterConfig(score_function="softmax_topk", norm_topk_prob=False),
+    "with a small sum": RouterConfig(norm_topk_eps=1e-3),
+}
+"""Routers whose weights the kernel of the choice makes."""
 
 
 def layer(activation: str, latent: int, experts: int, top_k: int, inner: int, **changes) -> LatentMoEConfig:

@@ -30,7 +30,7 @@ from jax_latent_moe.grouped_matmul.registry import AUTO
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from jax_latent_moe.routing.router import route
 from tests import emulated
-from tests.few_tokens import BACKEND, expected, experts_of, layer, only
+from tests.few_tokens import BACKEND, WEIGHINGS, expected, experts_of, layer, only
 from tests.kernels import A100, CPU, H100, H200
 from tests.oracle.formats import e2m1, e4m3
 from tests.tolerances import assert_close
@@ -138,15 +138,6 @@ def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     assert aux.dropped_per_expert.sum() == 2
     assert (y[1] == 0).all()
     assert_close(y.astype(jnp.float32), wanted.astype(jnp.float32), "bfloat16")
-
-
-WEIGHINGS = {
-    "sigmoid over the sum": RouterConfig(routed_scaling_factor=2.5),
-    "sigmoid": RouterConfig(norm_topk_eps=0.0, correction_bias=False),
-    "softmax": RouterConfig(score_function="softmax", norm_topk_eps=0.0, correction_bias=False),
-    "softmax of the chosen": RouterConfig(score_function="softmax_topk", norm_topk_prob=False),
-    "with a small sum": RouterConfig(norm_topk_eps=1e-3),
-}
 
 
 @emulates

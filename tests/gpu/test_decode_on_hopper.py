@@ -12,7 +12,8 @@ from jax_latent_moe import XlaBackend, decode, init_params, latent_moe
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from jax_latent_moe.native import library
-from tests.few_tokens import expected, experts_of, layer, only
+from jax_latent_moe.routing.router import route
+from tests.few_tokens import BACKEND, WEIGHINGS, expected, experts_of, layer, only
 from tests.gpu.grouped import float64, needs_hopper
 from tests.tolerances import assert_close
 
@@ -118,3 +119,20 @@ def test_a_layer_in_a_compiled_loop(rng):
     last, steps = loop(x)
     for before, after in zip(steps, [*steps[1:], last], strict=True):
         assert_close(float64(after), float64(portable(before)), "bfloat16")
+
+
+@pytest.mark.parametrize("name", WEIGHINGS)
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 512), (8, 512), (5, 70), (8, 896)])
+def test_the_choice_and_its_weights(rng, name, tokens, experts):
+    """As XLA makes them, logits that underflow included."""
+    config, k = WEIGHINGS[name], 22
+    logits = jnp.asarray(rng.normal(size=(tokens, experts)) * np.logspace(-1, 2, tokens)[:, None], jnp.float32)
+    logits = logits.at[-1].add(-95)
+    bias = jnp.asarray(rng.normal(size=experts), jnp.float32) / 8 if config.correction_bias else None
+    program = functools.partial(route, config=config, top_k=k, bias=bias)
+    kernel = jax.jit(functools.partial(program, backend=BACKEND))
+    assert "latent_moe_top_k_weights" in kernel.lower(logits).as_text()
+    ids, weights = kernel(logits)
+    wanted_ids, wanted = jax.jit(functools.partial(program, backend=XlaBackend()))(logits)
+    np.testing.assert_array_equal(ids, wanted_ids)
+    np.testing.assert_allclose(weights, wanted, rtol=2e-5)
