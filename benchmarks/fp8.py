@@ -14,9 +14,10 @@ from benchmarks.matmuls import keep_fastest_of_sweeps, max_error, reference
 from benchmarks.measure import Row, Session
 from benchmarks.peers import torch_grouped_mm
 from benchmarks.problems import Grouped
-from jax_latent_moe import PallasBackend, PallasFp8Tile
+from jax_latent_moe import CutlassBackend, PallasBackend, PallasFp8Tile
 from jax_latent_moe.formats import encode, encode_rows
 from jax_latent_moe.grouped_matmul import grouped_matmul, operand_of, problem
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import tiles
 from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, jax_candidate, prepare, time_in_turn
 
@@ -24,12 +25,16 @@ FORMAT = "fp8_block"
 
 
 def candidates(shape: Grouped, operands: dict, sizes, *, quick: bool) -> dict[str, Candidate]:
-    """The products by name; a sweep's are named "pallas_fp8_tuned/<tile>"."""
+    """The products by name; a sweep's are named "<backend>_fp8_tuned/<tile>"."""
     found = {}
     for name in ("bfloat16", "fp8"):
         found[name] = jax_candidate(grouped_matmul, *operands[name], sizes)
     (x, dense_w), (rows, w) = operands["bfloat16"], operands["fp8"]
     asked = problem("fwd", shape.rows, w.shape, rows.dtype, lhs=operand_of(rows), rhs=operand_of(w))
+    for tile in () if quick else cutlass_tiles.tiles(asked):
+        call = functools.partial(grouped_matmul, backend=CutlassBackend(matmul_tile=tile))
+        name = f"{tile.rows}x{tile.columns}x{tile.stages} {'rows' if tile.rows_first else 'columns'} first"
+        found[f"cutlass_fp8_tuned/{name}"] = jax_candidate(call, rows, w, sizes)
     for tile in () if quick else tiles(asked):
         assert isinstance(tile, PallasFp8Tile)
         call = functools.partial(grouped_matmul, backend=PallasBackend(fp8_tile=tile))

@@ -10,6 +10,8 @@ from jax_latent_moe.grouped_matmul.problem import Problem
 Fuse = Literal["measured", "always", "never"]
 FUSE = ("measured", "always", "never")
 DTYPES = ("bfloat16", "float16")
+FP8 = ("fp8_block", "fp8_block_pow2")
+"""The formats of rows and weights that FP8 kernels multiply: they know their blocks."""
 # The epilogues' names for activations of the package, by name and gelu_approximate.
 _EPILOGUES = {
     ("relu2", False): "relu2",
@@ -71,6 +73,35 @@ def refusal(problem: Problem, feature_multiple: int) -> str | None:
             f"{problem.rhs.format} to {problem.out.format}."
         )
     return size_refusal(problem, feature_multiple)
+
+
+def both_fp8(problem: Problem) -> bool:
+    """Whether a problem is for an FP8 kernel: both of its operands are codes with scales for blocks."""
+    return problem.lhs.format in FP8 and problem.rhs.format in FP8
+
+
+def fp8_refusal(problem: Problem, dtypes: tuple[str, ...], k_multiple: int, n_multiple: int) -> str | None:
+    """None, or the reason why an FP8 kernel cannot run a problem with two operands in codes.
+
+    Args:
+        problem: the grouped matmul.
+        dtypes: those that the kernel stores.
+        k_multiple: the number that K must be a multiple of.
+        n_multiple: the number that N must be a multiple of.
+    """
+    if reason := device_refusal(problem):
+        return reason
+    if problem.contraction != "fwd":
+        return (
+            "its FP8 kernel has fwd alone: FP8 matrix units read both operands along the contracted axis. Encode the "
+            "transposed weight and ask for fwd."
+        )
+    if problem.out.format not in dtypes:
+        return f"its FP8 kernel stores {' or '.join(dtypes)}, not {problem.out.format}."
+    for name, multiple in (("k", k_multiple), ("n", n_multiple)):
+        if (size := getattr(problem, name)) % multiple or not size:
+            return f"{name}={size} of FP8 codes is not a positive multiple of {multiple}: pad it, or use XlaBackend()."
+    return None
 
 
 def device_refusal(problem: Problem) -> str | None:

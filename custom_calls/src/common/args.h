@@ -54,6 +54,8 @@ struct Args {
   void* hidden;           // hidden rows [rows, out_columns] of an activation; weighted ones of a gradient that reads kPre
   void const* residual;   // of an activation's gradient: what the forward pass kept
   Problem problem;
+  float const* row_scales;     // of codes: [contracted / kScaleBlock, rows]
+  float const* weight_scales;  // of codes: [experts, columns / kScaleBlock, contracted / kScaleBlock]
   uint64_t* counter;     // tiles taken from the first and from the last on, as two 32-bit numbers
   size_t counter_bytes;  // to be cleared: the counter, and those of `gather` behind it
   Gather gather;

@@ -64,6 +64,8 @@ inline ffi::DataType data_type(Format format) {
       return ffi::DataType::BF16;
     case Format::kF16:
       return ffi::DataType::F16;
+    case Format::kE4m3:
+      return ffi::DataType::U8;  // JAX gives arrays of 8-bit floats gradients, so codes are bytes
   }
   return ffi::DataType::INVALID;
 }

@@ -11,7 +11,7 @@ namespace latent_moe {
 struct Args;
 
 enum class Contraction { kFwd, kDgrad, kWgrad };
-enum class Format { kBf16, kF16 };
+enum class Format { kBf16, kF16, kE4m3 };
 enum class Activation { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeglu, kGegluTanh, kSituGlu };
 
 // What a forward pass with an activation keeps for the gradient: the pre-activation; the hidden rows, which determine the
@@ -25,9 +25,16 @@ constexpr int element_bytes(Format format) {
     case Format::kBf16:
     case Format::kF16:
       return 2;
+    case Format::kE4m3:
+      return 1;
   }
   return 0;
 }
+
+// The format of a kernel's product. E4M3 codes have scales beside them, and their product does not.
+constexpr Format product_format(Format format) { return format == Format::kE4m3 ? Format::kBf16 : format; }
+
+constexpr int kScaleBlock = 128;  // elements of the contracted axis, and columns of a weight, that share a scale
 
 constexpr bool is_gated(Activation a) { return a >= Activation::kSwiglu; }
 

@@ -26,6 +26,8 @@ CUtensorMapDataType data_type(Format format) {
       return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     case Format::kF16:
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case Format::kE4m3:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
   }
   return {};
 }

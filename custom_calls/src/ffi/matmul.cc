@@ -1,9 +1,10 @@
-// The handlers of fwd and dgrad, without and with an activation. They check their arguments, make the tensor maps for TMA
+// The handlers of fwd and dgrad, without and with an activation, and of fwd of codes. They check their arguments, make the tensor maps for TMA
 // and launch a compiled kernel.
 #include <cstdint>
 #include <string>
 
 #include "common/tensor_maps.h"
+#include "ffi/kernels.h"
 #include "ffi/launch.h"
 #include "ffi/rows.h"
 #include "interface.h"
@@ -11,7 +12,8 @@
 namespace latent_moe {
 namespace {
 
-// rows x w (fwd) or rows x w^T (dgrad): the part that all handlers share. If a check fails, only `check` is set.
+// rows x w (fwd) or rows x w^T (dgrad): the part that all handlers share. A weight of codes is stored transposed. If a check
+// fails, only `check` is set.
 class Product {
  public:
   Check check;
@@ -24,11 +26,11 @@ class Product {
     check.that(w.dimensions().size() == 3, "w of shape " + shape(w) + " must have 3 axes");
     if (!rows.have_axes(check)) return;
     Format const format = kernel.format;
-    bool const dgrad = kernel.contraction == Contraction::kDgrad;
+    bool const transposes = kernel.contraction == Contraction::kDgrad || format == Format::kE4m3;
     int64_t const experts = w.dimensions()[0], k = w.dimensions()[1], n = w.dimensions()[2];
     num_rows = rows.count();
-    in = dgrad ? n : k;
-    out = dgrad ? k : n;
+    in = transposes ? n : k;
+    out = transposes ? k : n;
     check.buffer(rows.name, rows.data, data_type(format), {rows.data.dimensions()[0], rows.first_column + in});
     check.buffer("w", w, data_type(format), {experts, k, n});
     check.buffer("group_sizes", group_sizes, ffi::DataType::S32, {experts});
@@ -41,12 +43,13 @@ class Product {
     check(window_map(&args.a, format, rows.start(), in, rows.pitch(), kernel.loaded_rows));
     int const block = block_columns(format);
     int const halves = kernel.contraction == Contraction::kFwd && is_gated(kernel.activation) ? 2 : 1;
-    args.whole_b = !dgrad && n % (halves * block) == 0;
+    args.whole_b = !transposes && n % (halves * block) == 0;
     if (args.whole_b) {
       int const box_blocks = kernel.tile.columns / (halves * block);
       check(blocks_map(&args.b, format, w.untyped_data(), experts, k, n, kernel.step_depth, box_blocks));
     } else {
-      check(dense_map(&args.b, format, w.untyped_data(), experts, k, n, dgrad ? kernel.tile.columns : kernel.step_depth));
+      int const box_rows = transposes ? kernel.tile.columns : kernel.step_depth;
+      check(dense_map(&args.b, format, w.untyped_data(), experts, k, n, box_rows));
     }
     args.problem.group_sizes = group_sizes.typed_data<int32_t>();
     args.problem.num_experts = experts;
@@ -145,6 +148,29 @@ ffi::Error matmul_activation_grad(MatmulActivationGradCall const& call) {
     product.args.hidden = call.weighted_hidden->untyped_data();
     product.args.row_weights = static_cast<float const*>(call.row_weights.untyped_data());
     product.args.partial = static_cast<float*>(call.row_weight_sums->untyped_data());
+  }
+  return product.launch(*call.counters, call.stream);
+}
+
+ffi::Error matmul_codes(MatmulCodesCall const& call) {
+  Check named;
+  Kernel const* kernel = find_kernel(call.kernel);
+  named.that(kernel != nullptr, not_compiled(call.kernel));
+  if (named.ok()) named.that(kernel->format == Format::kE4m3, "kernel=" + std::string(call.kernel) + " is not for codes");
+  if (!named.ok()) return refuse(named.error());
+  Rows const rows{"rows", call.rows, kernel->format};
+  Product product(*kernel, rows, call.w, call.group_sizes, call.rows_first);
+  Check& check = product.check;
+  if (check.ok()) {
+    auto const blocks = [](int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; };
+    int64_t const experts = call.w.dimensions()[0];
+    check.buffer("row_scales", call.row_scales, ffi::DataType::F32, {blocks(product.in), product.num_rows});
+    check.buffer("w_scales", call.w_scales, ffi::DataType::F32, {experts, blocks(product.out), blocks(product.in)});
+    check.buffer("out", *call.out, data_type(product_format(kernel->format)), {product.num_rows, product.out});
+    product.write_to(*call.out, product.out);
+    product.args.hidden = call.out->untyped_data();  // of a kernel with an activation
+    product.args.row_scales = static_cast<float const*>(call.row_scales.untyped_data());
+    product.args.weight_scales = static_cast<float const*>(call.w_scales.untyped_data());
   }
   return product.launch(*call.counters, call.stream);
 }

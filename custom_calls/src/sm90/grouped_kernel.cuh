@@ -4,6 +4,10 @@
 // multiplies a tile, the other stores the previous tile (CUTLASS calls it ping-pong). An expert may end at any row. TMA
 // clips the boxes there (`Window`), because zeros need less power to multiply than rows of the next expert. Partial tiles
 // are stored row by row. Other warps may gather rows from a table meanwhile (gather.cuh).
+//
+// The warpgroups share a tile of E4M3 codes, 64 rows each. The matrix units add their products with some 14 bits. So each
+// step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in float32, as DeepGEMM
+// does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the other one multiplies.
 #pragma once
 
 #include "common/gather.cuh"
@@ -32,17 +36,24 @@ struct GroupedKernel {
   static constexpr bool kWgrad = Spec::kWgrad;
   static constexpr bool kDgrad = Spec::kContraction == Contraction::kDgrad;
   static constexpr Major kMajorA = kWgrad ? Major::MN : Major::K;
-  static constexpr Major kMajorB = kDgrad ? Major::K : Major::MN;
+  static constexpr bool kScaled = Spec::kScaled;
+  static constexpr Major kMajorB = kDgrad || kScaled ? Major::K : Major::MN;
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
   static constexpr bool kCounts = Spec::kCounts;
-  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1, kCounts>;
+  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1 + kScaled, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kDepth = Spec::kStepDepth;
-  static constexpr int kStages = kTile.stages * kBlock / kDepth;
-  static constexpr int kBlockBytes = kDepth * kRowBytes;
+  static constexpr int kStages = kWgrad ? kTile.stages * kBlock / kDepth : kTile.stages;
+  static constexpr int kBlockBytes = (kWgrad ? kDepth : kBlock) * kRowBytes;
+  static constexpr int kReaders = kScaled ? kConsumers * 4 : 1;  // that give back a stage: warps, or a warpgroup
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
+  // The scales of a stage: of its rows, and of the weight's blocks that the columns of a tile may lie in. There are more of
+  // these than needed, because the queue behind them begins at a multiple of 32 bytes.
+  static constexpr int kWeightScales = 8;
+  static constexpr int kScaleBytes = kScaled ? (kTile.rows + kWeightScales) * sizeof(float) : 0;
+  static constexpr int kScaleLoaders = kScaled ? 32 : 0;  // threads
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
   static_assert(kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
@@ -50,7 +61,7 @@ struct GroupedKernel {
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
   static constexpr int shared_bytes(int num_experts) {
-    return kStages * kStageBytes + Epilogue::kSharedBytes + kBarrierBytes + Queue::kSharedBytes +
+    return kStages * (kStageBytes + kScaleBytes) + Epilogue::kSharedBytes + kBarrierBytes + Queue::kSharedBytes +
            Schedule::shared_bytes(num_experts);
   }
 
@@ -58,6 +69,7 @@ struct GroupedKernel {
   struct Shared {
     char* stages;
     char* epilogue;
+    char* scales;
     char* queue;
     Barrier* full;
     Barrier* empty;
@@ -67,7 +79,8 @@ struct GroupedKernel {
     __device__ explicit Shared(char* base) {
       stages = base;
       epilogue = stages + kStages * kStageBytes;
-      queue = epilogue + Epilogue::kSharedBytes;
+      scales = epilogue + Epilogue::kSharedBytes;
+      queue = scales + kStages * kScaleBytes;
       full = reinterpret_cast<Barrier*>(queue + Queue::kSharedBytes);
       empty = full + kStages;
       turn = empty + kStages;
@@ -76,6 +89,9 @@ struct GroupedKernel {
 
     __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
     __device__ char* b(int stage, int block) const { return a(stage, kBlocksA + block); }
+    // Of a stage of codes: the scales of its rows, and those of the weight by blocks of columns.
+    __device__ float* row_scales(int stage) const { return reinterpret_cast<float*>(scales + stage * kScaleBytes); }
+    __device__ float* weight_scales(int stage) const { return row_scales(stage) + kTile.rows; }
   };
 
   // A position in the ring of stages, and the parity of its rounds.
@@ -133,13 +149,42 @@ struct GroupedKernel {
             const Window window(work.row + first, min(kBlock, work.valid - first));
             load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
           }
-          if constexpr (kDgrad) {
+          if constexpr (kMajorB == Major::K) {
             load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
           } else {
             load_halves(args, full, shared.b(place.stage, 0), work, at);
           }
         }
       }
+    }
+  }
+
+  // One warp copies the scales of codes beside the stages. They begin at any row, and TMA reads from multiples of 16 bytes.
+  static __device__ __forceinline__ void load_scales(Args const& args, Shared const& shared, Schedule const& schedule,
+                                                     int rank) {
+    using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS<uint32_t>;
+    const int lane = threadIdx.x % 32, num_rows = args.problem.num_rows;
+    const int column_blocks = ceil_div(args.problem.out_columns, kScaleBlock);
+    const auto copy = [](float const* from, float* to) {
+      Copy::copy(*reinterpret_cast<uint32_t const*>(from), *reinterpret_cast<uint32_t*>(to));
+    };
+    Queue queue(shared.queue, schedule, rank);
+    Place place;
+    Work work;
+    while (queue.template take<false>(work)) {
+      const int column_block = min(work.column / kScaleBlock + lane, column_blocks - 1);
+      float const* of_weight = args.weight_scales + (int64_t{work.expert} * column_blocks + column_block) * work.steps;
+      for (int step = 0; step < work.steps; ++step, place.next()) {
+        float const* of_rows = args.row_scales + int64_t{step} * num_rows;
+        shared.empty[place.stage].wait(place.phase ^ 1);
+#pragma unroll
+        for (int row = 0; row < kTile.rows; row += 32) {
+          copy(of_rows + min(work.row + row + lane, num_rows - 1), shared.row_scales(place.stage) + row + lane);
+        }
+        if (lane < kWeightScales) copy(of_weight + step, shared.weight_scales(place.stage) + lane);
+        cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&shared.full[place.stage]));
+      }
+      __syncwarp();
     }
   }
 
@@ -265,6 +310,78 @@ struct GroupedKernel {
     epilogue.finish(acc, work);
   }
 
+  // Multiplies and stores the 64-row block of a tile of codes that is this warpgroup's.
+  static __device__ __forceinline__ void scaled_tile(Shared const& shared, Epilogue const& epilogue, Work const& work,
+                                                     Place& place, int warpgroup, int thread) {
+    constexpr int kElements = kTile.columns / 2;  // of a thread
+    const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.stages), kBlockBytes);
+    const int row = warpgroup * kBlock + thread / 32 * kWarpRows + thread % 32 / 4;
+    const int column = work.column % kScaleBlock;
+    float sums[kElements] = {};
+#pragma unroll 1
+    for (int step = 0; step < work.steps; ++step, place.next()) {
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
+      float product[kElements];
+      shared.full[place.stage].wait(place.phase);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int bytes = 0; bytes < kRowBytes; bytes += 32) {
+        codes_wgmma<kTile.columns>(descriptor(stage, warpgroup * kBlockBytes + bytes),
+                                   descriptor(stage, kBlocksA * kBlockBytes + bytes), product, bytes > 0);
+      }
+      cute::warpgroup_commit_batch();
+      const float* row_scales = shared.row_scales(place.stage) + row;
+      const float* weight_scales = shared.weight_scales(place.stage);
+      float of_rows[2], of_blocks[kBlocksB];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) of_rows[half] = row_scales[8 * half];
+#pragma unroll
+      for (int block = 0; block < kBlocksB; ++block) {
+        of_blocks[block] = weight_scales[(column + block * kBlock) / kScaleBlock];
+      }
+      cute::warpgroup_wait<0>();
+      release_codes(shared, place.stage, thread, of_rows, of_blocks);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) cute::warpgroup_fence_operand(product[i]);
+#pragma unroll
+      for (int block = 0; block < kBlocksB; ++block) {
+        const float scales[2] = {of_rows[0] * of_blocks[block], of_rows[1] * of_blocks[block]};
+#pragma unroll
+        for (int i = 0; i < kBlock / 2; ++i) {
+          sums[block * kBlock / 2 + i] += product[block * kBlock / 2 + i] * scales[i / 2 % 2];
+        }
+      }
+    }
+    epilogue.store_block(sums, work, warpgroup);
+  }
+
+  // Waits for the stages of a tile in which this warpgroup has no rows, and gives them back for all its warps. One warp does
+  // it. Four could be rounds apart, because no product keeps them together, and barriers tell rounds apart by parity alone.
+  static __device__ __forceinline__ void skip_tile(Shared const& shared, Work const& work, Place& place, int warpgroup,
+                                                   int thread) {
+    Place at = place;
+    for (int step = 0; thread < 32 && step < work.steps; ++step, at.next()) {
+      shared.full[at.stage].wait(at.phase);
+      for (int warp = 0; warp < kWarpgroup / 32; ++warp) {
+        if (thread < kCluster) shared.empty[at.stage].arrive(thread);
+      }
+      __syncwarp();
+    }
+    place.skip(work.steps);
+    sync_warpgroup(warpgroup);
+  }
+
+  // Tells every producer of the cluster that this warp has read the stage and its scales. The scales must have arrived by
+  // then, and no barrier waits for that (queue.cuh). So the number of the block depends on them: the shift is always 0.
+  static __device__ __forceinline__ void release_codes(Shared const& shared, int stage, int thread, float const (&of_rows)[2],
+                                                       float const (&of_blocks)[kBlocksB]) {
+    uint32_t bits = __float_as_uint(of_rows[0]) | __float_as_uint(of_rows[1]);
+#pragma unroll
+    for (int block = 0; block < kBlocksB; ++block) bits |= __float_as_uint(of_blocks[block]);
+    const uint32_t lane = thread % 32, zero = bits & thread >> 10;
+    if (lane < kCluster) shared.empty[stage].arrive(lane + zero);
+  }
+
   // Tells every producer of the cluster that this warpgroup has read the stage.
   static __device__ __forceinline__ void release(Shared const& shared, int stage, int thread) {
     if (kCluster == 1) {
@@ -286,7 +403,14 @@ struct GroupedKernel {
     while (queue.template take<false>(work)) {
       work.steps = uniform(work.steps);
       work.valid = uniform(work.valid);
-      if ((turn ^= 1) != warpgroup) {
+      if constexpr (kScaled) {
+        // Blocks of codes are multiplied by the warpgroup of their number. There are no turns: they made it slower.
+        if (warpgroup < active_blocks(work)) {
+          scaled_tile(shared, epilogue, work, place, warpgroup, thread);
+        } else {
+          skip_tile(shared, work, place, warpgroup, thread);
+        }
+      } else if ((turn ^= 1) != warpgroup) {
         place.skip(work.steps);
       } else {
         turn_phase ^= 1;
@@ -320,8 +444,8 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   const typename K::Schedule schedule(args.problem, shared.schedule);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < K::kStages; ++stage) {
-      shared.full[stage].init(1);
-      shared.empty[stage].init(K::kCluster);
+      shared.full[stage].init(1 + K::kScaleLoaders);
+      shared.empty[stage].init(K::kCluster * K::kReaders);
     }
     for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
     typename K::Queue(shared.queue, schedule, rank).init();
@@ -334,18 +458,22 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
   }
 
   if (warpgroup == kConsumers) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<K::kScaled ? 56 : 40>();
     const int warp = threadIdx.x / 32 % 4;
     // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
     if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
     if (K::kCounts && rank == 0 && warp == 1 && cute::elect_one_sync()) {
       typename K::Queue(shared.queue, schedule, rank).serve(args);
     }
-    if (K::kCounts && args.gather.table != nullptr && warp >= 4 - kGatherers) {
-      gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
+    if constexpr (K::kScaled) {
+      if (warp == 2) K::load_scales(args, shared, schedule, rank);
+    } else if constexpr (K::kCounts) {
+      if (args.gather.table != nullptr && warp >= 4 - kGatherers) {
+        gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
+      }
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
+    cutlass::arch::warpgroup_reg_alloc<K::kScaled ? 224 : 232>();
     K::consume(args, shared, schedule, rank, uniform(warpgroup));
   }
   // A block may end only when no other block of the cluster writes into its shared memory any more.

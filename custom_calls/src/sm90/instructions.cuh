@@ -61,6 +61,27 @@ LATENT_MOE_WGMMA(184)
 LATENT_MOE_WGMMA(192)
 #undef LATENT_MOE_WGMMA
 
+// The instruction for a 64 x N x 32 product of E4M3 codes, both along the contracted axis.
+template <int N>
+struct CodesWgmma;
+template <>
+struct CodesWgmma<128> : cute::SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_SS_TN<> {};
+template <>
+struct CodesWgmma<192> : cute::SM90::GMMA::MMA_64x192x32_F32E4M3E4M3_SS_TN<> {};
+
+template <int N, int... I>
+__device__ __forceinline__ void codes_wgmma(uint64_t a, uint64_t b, float (&acc)[N / 2], cute::SM90::GMMA::ScaleOut add,
+                                            std::integer_sequence<int, I...>) {
+  CodesWgmma<N>::fma(a, b, acc[I]..., add);
+}
+
+// acc = a x b, or with `add` acc += a x b, of N columns of E4M3 codes.
+template <int N>
+__device__ __forceinline__ void codes_wgmma(uint64_t a, uint64_t b, float (&acc)[N / 2], bool add) {
+  using cute::SM90::GMMA::ScaleOut;
+  codes_wgmma<N>(a, b, acc, add ? ScaleOut::One : ScaleOut::Zero, std::make_integer_sequence<int, N / 2>{});
+}
+
 template <class Op, int Size, int... I>
 __device__ __forceinline__ void wgmma(uint64_t a, uint64_t b, float (&acc)[Size], std::integer_sequence<int, I...>) {
   Op::fma(a, b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);

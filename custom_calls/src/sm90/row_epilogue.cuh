@@ -23,7 +23,7 @@ class RowEpilogue {
   static constexpr bool kRemakes = kGradient && Spec::kResidual == Residual::kPre;
   // Blocks of the residual that are in shared memory, or being loaded, while the tile is multiplied.
   static constexpr int kAhead = kGated || kRemakes ? 1 : 3;
-  using T = Element<Spec::kFormat>;
+  using T = Element<product_format(Spec::kFormat)>;
   using Accumulator = float[kTile.columns / 2];
 
  public:
@@ -52,15 +52,18 @@ class RowEpilogue {
       store_gradient<Blocks>(acc, work);
     } else {
 #pragma unroll
-      for (int block = 0; block < Blocks; ++block) {
-        if constexpr (!Spec::kActivates) {
-          const Strip<T> out = strip(args_.out, work, block);
+      for (int block = 0; block < Blocks; ++block) store_block(acc[block], work, block);
+    }
+  }
+
+  // Stores one 64-row block of a tile, which is no gradient.
+  __device__ __forceinline__ void store_block(Accumulator const& acc, Work const& work, int block) const {
+    if constexpr (Spec::kActivates) {
+      store_activation(acc, work, block);
+    } else {
+      const Strip<T> out = strip(args_.out, work, block);
 #pragma unroll
-          for (int c = 0; c < kColumnBlocks; ++c) store(acc[block], c, out, c);
-        } else {
-          store_activation(acc[block], work, block);
-        }
-      }
+      for (int c = 0; c < kColumnBlocks; ++c) store(acc, c, out, c);
     }
   }
 

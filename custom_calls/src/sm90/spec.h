@@ -22,6 +22,9 @@ struct Spec {
   static constexpr Tile kTile = {Rows, Columns, Stages, ClusterRows, ClusterColumns};
 
   static constexpr bool kWgrad = C == Contraction::kWgrad;
+  // Whether the operands are codes with scales, of which each step's product is multiplied by the scales and added in
+  // float32. Both warpgroups then work on a tile.
+  static constexpr bool kScaled = F == Format::kE4m3;
   static constexpr bool kActivates = C == Contraction::kFwd && A != Activation::kNone;
   static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;
   // Whether a tile of the product is half gate, half up.
@@ -31,11 +34,11 @@ struct Spec {
   // of 64. The tiles of an expert then have equal heights, and multiply few padding rows. Tiles of three column blocks gain
   // nothing, because each block reads the rows from shared memory again. Small tiles are bound by reading weights. Only
   // plain products and gated activations have such an epilogue.
-  static constexpr bool kSwapAb = !kWgrad && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192;
+  static constexpr bool kSwapAb = !kWgrad && !kScaled && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192;
 
   // Elements of the contracted axis that a step multiplies. Large tiles of wgrad wait for loads. They take steps of 32, so
   // that more of the ring is being loaded. In a smaller tile, such a step would end before the next stage arrives.
-  static constexpr int kStepDepth = kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
+  static constexpr int kStepDepth = kScaled ? kScaleBlock : kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
 
   // Whether a counter deals out tiles; gathering rows needs one. A kernel with small tiles is bound by reading each weight
   // once, and does better without clearing a counter.
@@ -54,7 +57,9 @@ struct Spec {
   static_assert(R != Residual::kHidden || A == Activation::kRelu2, "hidden rows determine relu2's slope alone");
   static_assert(R != Residual::kGateHidden || (is_gated(A) && A != Activation::kSituGlu),
                 "gate and hidden rows determine the up half where hidden rows are a function of the gate times the up half");
-  static_assert(element_bytes(F) == 2, "epilogues pack pairs of 16-bit elements");
+  static_assert(element_bytes(product_format(F)) == 2, "epilogues pack pairs of 16-bit elements");
+  static_assert(!kScaled || (C == Contraction::kFwd && !is_gated(A)), "codes have fwd alone, and no gated epilogue");
+  static_assert(!kScaled || Rows == 128, "each of two warpgroups multiplies 64 rows of a tile of codes");
 };
 
 template <class Spec>

@@ -5,15 +5,18 @@ import jax.numpy as jnp
 
 from jax_latent_moe import native
 from jax_latent_moe.activations import BoundActivation, Residual
+from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, Outputs
 from jax_latent_moe.grouped_matmul.problem import Contraction
-from jax_latent_moe.grouped_matmul.sm90 import fuse_refusal, kernel_activation, refusal
+from jax_latent_moe.grouped_matmul.sm90 import both_fp8, fp8_refusal, fuse_refusal, kernel_activation, refusal
 
 FEATURE_MULTIPLE = 8
 """16-bit elements in 16 bytes, the unit in which rows are read."""
+FP8_MULTIPLE, FP8_BLOCK = 16, 128
+"""Codes in 16 bytes, and along each axis of a block that shares a scale."""
 MAX_ROWS = 2**31 - 256
 FEW_PRODUCTS = 1024
 """Below this many products per gathered element, a kernel would wait for its rows, and XLA gathers them beforehand.
@@ -53,7 +56,7 @@ class Cutlass(Backend):
 
     def supports(self, problem):
         """None, or the reason why the kernels cannot run the problem."""
-        if reason := refusal(problem, FEATURE_MULTIPLE):
+        if reason := _fp8_refusal(problem) if both_fp8(problem) else refusal(problem, FEATURE_MULTIPLE):
             return reason
         if problem.num_experts == 0:
             return "num_experts=0 must be at least 1."
@@ -102,6 +105,8 @@ class Cutlass(Backend):
     def run(self, problem, tile, operands):
         """See `Backend.run`."""
         attributes = {"kernel": cutlass_tiles.kernel_name(problem, tile)}
+        if both_fp8(problem):
+            return _codes(problem, operands, attributes | {"rows_first": tile.rows_first})
         if problem.contraction == "wgrad":
             return _wgrad(problem, operands, attributes)
         attributes |= {"gathered": isinstance(operands.lhs, GatheredRows), "rows_first": tile.rows_first}
@@ -116,6 +121,37 @@ class Cutlass(Backend):
         attributes |= {"beta": activation.beta, "linear_beta": activation.linear_beta}
         run = _activation if problem.contraction == "fwd" else _activation_grad
         return run(problem, tile, operands, attributes)
+
+
+def _fp8_refusal(problem):
+    if reason := fp8_refusal(problem, ("bfloat16",), FP8_MULTIPLE, FP8_MULTIPLE):
+        return reason
+    if problem.epilogue is not None and problem.epilogue.activation.gated:
+        return "its FP8 kernel has no gated activation: XLA computes it."
+    return None
+
+
+def _codes(problem, operands, attributes) -> Outputs:
+    """The product of codes; with relu2, whose residual is its hidden rows, the activation of that."""
+    rows, w, group_sizes = operands[:3]
+    parts, n = w.codes.shape[1:3]
+    if parts > 1 and n % FP8_BLOCK:
+        # The scales of gate and up side by side would not be those of blocks: each is a product of its own.
+        matrices = (jax.tree.map(lambda leaf: leaf[:, part : part + 1], w) for part in range(parts))
+        return Outputs(
+            jnp.concatenate([_matmul_codes(rows, matrix, group_sizes, attributes) for matrix in matrices], 1)
+        )
+    out = _matmul_codes(rows, w, group_sizes, attributes)
+    return Outputs(out, residual=None if problem.epilogue is None or problem.epilogue.residual is None else out)
+
+
+def _matmul_codes(rows, w, group_sizes, attributes):
+    experts, parts, n, k = w.codes.shape
+    w_scales = wide_scales(w.scales)
+    w_scales = w_scales.reshape(experts, -1, w_scales.shape[-1])
+    given = rows.codes, wide_scales(rows.scales).T, w.codes.reshape(experts, parts * n, k), w_scales, group_sizes
+    outs = [jax.ShapeDtypeStruct((rows.shape[0], parts * n), rows.dtype), jax.ShapeDtypeStruct((2,), jnp.int32)]
+    return native.call("matmul_codes", given, outs, **attributes)[0]
 
 
 def _activation(problem, tile, operands, attributes) -> Outputs:

@@ -5,7 +5,7 @@ import re
 from jax_latent_moe import native
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.problem import Problem
-from jax_latent_moe.grouped_matmul.sm90 import kernel_activation
+from jax_latent_moe.grouped_matmul.sm90 import FP8, kernel_activation
 
 SMALL_GROUP = 64
 """A call with at most this many rows per expert, on average, is bound by reading weights."""
@@ -18,7 +18,7 @@ At 352 rows this order makes the fastest tiles of Super's products 1.6 to 4.6 % 
 some 6 % slower (benchmarks/results/profiles/h100-2026-11-27.md). On an H200, up to 512 rows, each order is the faster
 one for half of the products.
 """
-FORMATS = {"bfloat16": "bf16", "float16": "f16"}
+FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)x(\d+)")
 
 

@@ -10,7 +10,8 @@ from jax_latent_moe.grouped_matmul.pallas_sm90 import tiles as pallas_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile, PallasMatmulTile, PallasWgradTile
 from jax_latent_moe.grouped_matmul.sm90 import (
     DTYPES,
-    device_refusal,
+    both_fp8,
+    fp8_refusal,
     fuse_refusal,
     kernel_activation,
     refusal,
@@ -20,8 +21,8 @@ from jax_latent_moe.grouped_matmul.sm90 import (
 FEATURE_MULTIPLE = 64
 """Columns of one swizzled block."""
 
-FP8 = ("fp8_block", "fp8_block_pow2")
-"""The formats of rows and weights that the FP8 kernel multiplies: it knows their blocks."""
+FP8_MULTIPLE = 128
+"""Elements of K in one swizzled block of codes: TMA of JAX 0.11 loads whole blocks."""
 
 # Activations that were faster inside of a product when they were measured (benchmarks/results/profiles).
 FASTER = {"fwd": ("relu2",), "dgrad": ()}
@@ -35,7 +36,7 @@ class Pallas(Backend):
 
     def supports(self, problem):
         """None, or the reason why the kernels cannot run the problem."""
-        if reason := _fp8_refusal(problem) if _both_fp8(problem) else refusal(problem, FEATURE_MULTIPLE):
+        if reason := _fp8_refusal(problem) if both_fp8(problem) else refusal(problem, FEATURE_MULTIPLE):
             return reason
         for name in ("num_rows", "num_experts"):
             if getattr(problem, name) == 0:
@@ -58,13 +59,13 @@ class Pallas(Backend):
         """See `Backend.given_tile`."""
         if problem.epilogue is not None:
             return None
-        if _both_fp8(problem):
+        if both_fp8(problem):
             return self.config.fp8_tile
         return self.config.wgrad_tile if problem.contraction == "wgrad" else self.config.matmul_tile
 
     def tile_type(self, problem):
         """See `Backend.tile_type`."""
-        if _both_fp8(problem):
+        if both_fp8(problem):
             return PallasFp8Tile
         return PallasWgradTile if problem.contraction == "wgrad" else PallasMatmulTile
 
@@ -76,7 +77,7 @@ class Pallas(Backend):
         """See `Backend.run`."""
         settings = {"tile": tile, "num_sms": problem.device.num_sms, "interpret": self.interpret}
         lhs, rhs, group_sizes, kept, row_weights = operands
-        if _both_fp8(problem):
+        if both_fp8(problem):
             return _fp8(problem, lhs, rhs, group_sizes, settings)
         if problem.contraction == "wgrad":
             from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad
@@ -98,21 +99,9 @@ class Pallas(Backend):
         return Outputs(dpre, hidden=hidden, row_weight_gradients=row_weight_gradients)
 
 
-def _both_fp8(problem):
-    return problem.lhs.format in FP8 and problem.rhs.format in FP8
-
-
 def _fp8_refusal(problem):
-    if reason := device_refusal(problem):
-        return reason
-    if problem.contraction != "fwd":
-        return (
-            "its FP8 kernel has fwd alone: FP8 matrix units read both operands along the contracted axis. Encode the "
-            "transposed weight and ask for fwd."
-        )
-    if problem.out.format not in DTYPES:
-        return f"its FP8 kernel stores {' or '.join(DTYPES)}, not {problem.out.format}."
-    return size_refusal(problem, FEATURE_MULTIPLE)
+    reason = fp8_refusal(problem, DTYPES, FP8_MULTIPLE, FEATURE_MULTIPLE)
+    return reason or size_refusal(problem, FEATURE_MULTIPLE)
 
 
 def _fp8(problem, rows, w, group_sizes, settings):
