@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fp8, fusing, layers, matmuls, problems, steps, survey, swapped, train
+from benchmarks import fp8, fusing, layers, loop, matmuls, problems, steps, survey, swapped, train
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("compile", "kernel", "fp8", "fused", "layer", "ragged_dot", "decode", "step", "survey", "train")
+SUITES = ("compile", "kernel", "fp8", "fused", "layer", "ragged_dot", "decode", "loop", "step", "survey", "train")
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -56,6 +56,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
             (matmuls.measure, problems.DECODE_KERNELS),
             (layers.measure, only(problems.DECODE_LAYERS, problems.QUICK_DECODE_LAYERS)),
         ],
+        "loop": [(loop.measure, only(loop.SHAPES, loop.QUICK_SHAPES))],
         "step": [(steps.measure, problems.STEPS)],
         "survey": [(survey.measure, survey.shapes(4 if quick else 40))],
         "train": [(train.measure, train.SIZES)],

@@ -25,10 +25,10 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "fp8", "layer", "ragged_dot", "decode", "step", "train" or "parallel".
+        suite: "compile", "kernel", "fp8", "layer", "ragged_dot", "decode", "loop", "step", "train" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
-        pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py and
-            benchmarks/fp8.py have their own.
+        pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py,
+            benchmarks/fp8.py and benchmarks/loop.py have their own.
         impl: name of the implementation.
         ms: median time of one call, or of one compilation, in milliseconds.
         tflops: 1e12 floating-point operations per second, counting the operations that the maths needs.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from jax_latent_moe.activations import BoundActivation, Residual
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.decode import Decode
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.errors import UnsupportedError
 from jax_latent_moe.grouped_matmul.problem import Contraction, Epilogue, Operand, problem
@@ -36,6 +37,8 @@ class ExpertPlan:
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
         b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
         b_out_grad: the gradient of b_out; None without biases.
+        decode: how few tokens run where nothing is differentiated, in place of up_without_gradient and down; or the
+            reason why they do not.
     """
 
     activation: BoundActivation
@@ -50,12 +53,17 @@ class ExpertPlan:
     up_wgrad: Bound | None
     b_in_grad: Bound | None = None
     b_out_grad: Bound | None = None
+    decode: Decode | str = ""
 
     def __str__(self) -> str:
         lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}"]
+        if isinstance(self.decode, Decode):
+            lines.append(f"without a gradient, two kernels for few tokens: {self.decode}")
+        else:
+            lines.append(f"no kernels for few tokens: {self.decode}")
         for field in dataclasses.fields(self)[3:]:
             bound = getattr(self, field.name)
-            if bound is not None:
+            if isinstance(bound, Bound):
                 lines += [f"{field.name}: {bound.problem}", *(f"  {line}" for line in str(bound).splitlines())]
         return "\n".join(lines)
 
@@ -70,6 +78,7 @@ def plan_experts(
     w_in: Operand | None = None,
     w_out: Operand | None = None,
     device: Device | None = None,
+    decode: Decode | str | None = None,
 ) -> ExpertPlan:
     """Decides all products of a layer's experts.
 
@@ -82,6 +91,7 @@ def plan_experts(
         w_in: format of w_in; None for an array of dtype.
         w_out: format of w_out; None for an array of dtype.
         device: the device that runs them; None is JAX's default device.
+        decode: what `plan_decode` says of these weights; None if the rows are not those of tokens.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products, or insists on fusing where experts have
@@ -92,6 +102,8 @@ def plan_experts(
     precision = config.precision or Precision()
     dense = problem("fwd", num_rows, w_in_shape, dtype, device=device).lhs
     table = dataclasses.replace(dense, layout="gathered")
+    # The kernels for few tokens serve codes that no other of the backend multiplies.
+    serves = isinstance(decode, Decode)
     frozen_in, frozen_out = (w is not None and w != dense for w in (w_in, w_out))
 
     def bind(contraction: Contraction, shape, lhs, rhs=None, backend=config.backend) -> Bound:
@@ -100,13 +112,14 @@ def plan_experts(
 
     def forward(shape, lhs, w) -> Bound:
         if precision.fwd is None:
-            return bind("fwd", shape, lhs, w)
+            return bind("fwd", shape, lhs, w, "auto" if serves and w not in (None, dense) else config.backend)
         return bind("fwd", shape, Operand(precision.fwd, lhs.layout), Operand(precision.fwd))
 
     def input_gradient(shape, lhs, w) -> Bound:
         if precision.dgrad is None:
             # A kernel that multiplies frozen codes has no gradient through them. It is not needed to serve.
-            return bind("dgrad", shape, lhs, w, "auto" if precision.fwd and w not in (None, dense) else config.backend)
+            served = precision.fwd or serves
+            return bind("dgrad", shape, lhs, w, "auto" if served and w not in (None, dense) else config.backend)
         # The weight's codes are those of the transposed weight.
         experts, inputs, outputs = shape
         transposed = experts, outputs, inputs
@@ -153,6 +166,7 @@ def plan_experts(
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
         b_in_grad=bias_gradient(w_in_shape[2]),
         b_out_grad=bias_gradient(w_out_shape[2]),
+        decode=decode or "the rows are not those of whole tokens.",
     )
 
 

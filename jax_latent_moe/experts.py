@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, hidden_and_pullback
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
 from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
@@ -68,6 +69,10 @@ def routed_experts(
     w_in = flat(w_in)
     if codes is None:
         codes = encoded(config, w_in, w_out)
+    decode = None
+    if dispatch.expert_ids is not None:
+        count, choices = dispatch.expert_ids.shape
+        decode = plan_decode(config, count, choices, tokens.dtype, w_in, w_out)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],
@@ -76,7 +81,10 @@ def routed_experts(
         tokens.dtype,
         w_in=operand_of(w_in),
         w_out=operand_of(w_out),
+        decode=decode,
     )
+    if not isinstance(decode, Decode):
+        dispatch = dispatch._replace(expert_ids=None)
     return _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch)
 
 
@@ -138,6 +146,8 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
+    if isinstance(plan.decode, Decode):
+        return decoded_experts(plan.decode, tokens, weights, dispatch.expert_ids, w_in, w_out)
     b_in, b_out = biases or (None, None)
     hidden = _up(plan, plan.up_without_gradient, tokens, w_in, codes, b_in, dispatch).out
     return _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
@@ -152,6 +162,7 @@ def _routed_fwd(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
     # The backward pass reads either the transposed weights' codes or the weights.
     codes = codes._replace(fwd_in=None, fwd_out=None)
     w_in, w_out = (w if of_w is None else None for w, of_w in ((w_in, codes.dgrad_in), (w_out, codes.dgrad_out)))
+    dispatch = dispatch._replace(expert_ids=None)
     return out, (tokens, weights, w_in, w_out, codes, b_out, dispatch, kept)
 
 

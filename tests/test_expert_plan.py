@@ -90,10 +90,15 @@ def test_a_plan_is_told_whole():
     """Six products of Nemotron-3 Super: backend, tile, its source, the epilogue, and where rows are gathered."""
     plan = plan_of(SUPER, 180224, dtype="bfloat16", device=H200)
     sizes = ["180224 rows, 512 experts of 1024 x 2688", "180224 rows, 512 experts of 2688 x 1024"]
-    b, relu2, runs = "bfloat16", "relu2 keeping", "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured')"
+    b, relu2, runs = (
+        "bfloat16",
+        "relu2 keeping",
+        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured', decode=False)",
+    )
     lines = str(plan).splitlines()
     assert lines[0] == "experts with relu2; the forward pass keeps 'hidden'"
-    assert [line for line in lines[1:] if not line.startswith("  ")] == [
+    assert lines[1] == "no kernels for few tokens: the rows are not those of whole tokens."
+    assert [line for line in lines[2:] if not line.startswith("  ")] == [
         f"up: fwd with {relu2} hidden of gathered {b} and {b} to {b}, {sizes[0]}",
         f"up_without_gradient: fwd with {relu2} nothing of gathered {b} and {b} to {b}, {sizes[0]}",
         f"down: fwd of {b} and {b} to {b}, {sizes[1]}",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.formats import ScaledRows
 from jax_latent_moe.grouped_matmul.operands import GatheredRows
-from jax_latent_moe.routing.expert_sort import count_experts, no_expert_last, sort_by_expert
+from jax_latent_moe.routing.expert_sort import count_experts, int32_ids, no_expert_last, sort_by_expert
 
 ROW_MULTIPLE = 8
 """Kernels read a multiple of this number of rows without padding."""
@@ -24,12 +24,15 @@ class DispatchPlan(NamedTuple):
         row_of_assignment: [T, k] int32, the row of each assignment.
         padding: [R], True for padding rows, which fill an expert up to a multiple or to its capacity. A padding row
             repeats another row. None if there are no padding rows.
+        expert_ids: [T, k] int32, the expert of each assignment, outside [0, E) for none. None if the rows are not
+            those of `make_dispatch_plan` alone.
     """
 
     group_sizes: Int[Array, " e"]
     assignment_of_row: Int[Array, " r"]
     row_of_assignment: Int[Array, "t k"]
     padding: Bool[Array, " r"] | None = None
+    expert_ids: Int[Array, "t k"] | None = None
 
     @property
     def token_of_row(self) -> Int[Array, " r"]:
@@ -55,7 +58,9 @@ def make_dispatch_plan(
             (`Format.row_multiple`). R is T * k, plus row_multiple - 1 for each expert that can have rows.
     """
     sizes, assignment_of_row, row_of_assignment = sort_by_expert(expert_ids, num_experts, backend)
-    plan = DispatchPlan(sizes, assignment_of_row, row_of_assignment.reshape(expert_ids.shape))
+    plan = DispatchPlan(
+        sizes, assignment_of_row, row_of_assignment.reshape(expert_ids.shape), expert_ids=int32_ids(expert_ids)
+    )
     return plan if row_multiple == 1 else _padded(plan, row_multiple)
 
 
@@ -88,7 +93,7 @@ def first_rows(plan: DispatchPlan, num_rows: int) -> DispatchPlan:
 
     An assignment to no expert reads the last row, which grouped matmuls leave zero.
     """
-    sizes, assignment_of_row, row_of_assignment, padding = plan
+    sizes, assignment_of_row, row_of_assignment, padding, _ = plan
     num_rows += assignment_of_row.size - row_of_assignment.size  # the padding rows
     num_rows += ROW_MULTIPLE - num_rows % ROW_MULTIPLE
     kept = assignment_of_row[:num_rows]
@@ -108,7 +113,7 @@ def filled_to_capacity(plan: DispatchPlan, capacity: int, spare: int) -> Dispatc
         spare: the assignment that padding rows hold. Its token must be zero: a padding row of an expert without tokens
             would otherwise carry a NaN of its token to that expert's gradient.
     """
-    sizes, assignment_of_row, row_of_assignment, padding = plan
+    sizes, assignment_of_row, row_of_assignment, padding, _ = plan
     assert padding is None
     experts, (num_assignments,) = sizes.shape[0], assignment_of_row.shape
     starts = jnp.cumulative_sum(sizes, include_initial=True, dtype=jnp.int32)

@@ -1,5 +1,6 @@
 """The experts that each token reaches, and their weights."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import RouterConfig
+from jax_latent_moe.decode import refusal
 from jax_latent_moe.device import current_device
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
@@ -17,7 +19,13 @@ from jax_latent_moe.routing.expert_sort import int32_ids
 from jax_latent_moe.routing.scores import log_scores, over_sum, scores
 from jax_latent_moe.routing.sinkhorn import balanced_scores
 from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
-from jax_latent_moe.routing.top_k import top_k_ids
+from jax_latent_moe.routing.top_k import (
+    MOST_SCORES,
+    MOST_WEIGHTS,
+    compiled_top_k_and_weights,
+    compiled_top_k_ids,
+    top_k_ids,
+)
 
 NO_EXPERT = -1
 """In a routing to replay: this assignment reaches no expert."""
@@ -111,6 +119,10 @@ def route(
         ids = int32_ids(expert_ids)
     else:
         choice = selection(logits, bias, config, token_mask, all_tokens)
+        plain = token_mask is None and expert_ids is None and scale is None
+        if plain and _weighs_in_kernel(choice, logits, config, top_k, backend):
+            factor = config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
+            return Routing(*_chosen(config, top_k, factor, choice, logits))
         ids = checkpoint_name(top_k_ids(choice, top_k, backend), CHOICE)
     if expert_ids is not None:
         if config.selection != "given":
@@ -126,6 +138,42 @@ def route(
         weights *= _where(chosen, scale.astype(weights.dtype)[safe_ids], 0)
     weights *= config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
     return Routing(_where(chosen, ids, NO_EXPERT), weights)
+
+
+def _weighs_in_kernel(choice, logits, config, top_k, backend) -> bool:
+    """Whether one compiled kernel makes the choice of few tokens and its weights."""
+    normalised = config.norm_topk_prob or config.score_function == "softmax_topk"
+    fits = choice.shape[1] <= MOST_SCORES and top_k <= MOST_WEIGHTS and choice.dtype == logits.dtype == jnp.float32
+    by_sum = config.norm_topk_prob and config.norm_topk_eps > 0
+    known = config.score_function == "sigmoid" or (not by_sum and config.score_function != "sqrt_softplus")
+    return normalised and fits and known and refusal(backend, choice.shape[0], top_k) is None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chosen(config, top_k, factor, choice, logits):
+    """The choice by the scores `choice`, and its weights, in one kernel if there is no gradient."""
+    return compiled_top_k_and_weights(
+        choice,
+        logits,
+        top_k,
+        sigmoid=config.score_function == "sigmoid",
+        eps=config.norm_topk_eps if config.norm_topk_prob else 0.0,
+        factor=factor,
+    )
+
+
+def _chosen_fwd(config, top_k, factor, choice, logits):
+    ids = checkpoint_name(compiled_top_k_ids(choice, top_k), CHOICE)
+    weights, pullback = jax.vjp(lambda logits: _weights(logits, ids, None, config) * factor, logits)
+    return (ids, weights), pullback
+
+
+def _chosen_bwd(config, top_k, factor, pullback, cotangents):
+    del config, top_k, factor
+    return None, *pullback(cotangents[1])
+
+
+_chosen.defvjp(_chosen_fwd, _chosen_bwd)
 
 
 def _where(chosen, values, otherwise):

@@ -35,3 +35,25 @@ def compiled_top_k_ids(scores: Float[Array, "t e"], k: int) -> Int[Array, "t k"]
     """`top_k_ids` by the compiled kernel, for float32 scores, at most `MOST_SCORES` per row."""
     out = jax.ShapeDtypeStruct((scores.shape[0], k), jnp.int32)
     return native.call("top_k", [scores], [out])[0]
+
+
+MOST_WEIGHTS = 32
+"""The most weights per row of the compiled kernel (custom_calls/src/routing/top_k.h)."""
+
+
+def compiled_top_k_and_weights(
+    scores: Float[Array, "t e"], logits: Float[Array, "t e"], k: int, *, sigmoid: bool, eps: float, factor: float
+) -> tuple[Int[Array, "t k"], Float[Array, "t k"]]:
+    """`compiled_top_k_ids`, and the weights of the choices, normalised over them, times a factor.
+
+    Args:
+        scores: [T, E] float32, what the choice is by.
+        logits: [T, E] float32, what the weights follow from.
+        k: at most `MOST_WEIGHTS`.
+        sigmoid: whether a weight is a sigmoid of its logit, or else an exponential.
+        eps: added to the sum of the sigmoids; 0 for a sum of logarithms, which does not underflow.
+        factor: multiplies the weights.
+    """
+    outs = [jax.ShapeDtypeStruct((scores.shape[0], k), dtype) for dtype in (jnp.int32, jnp.float32)]
+    ids, weights = native.call("top_k_weights", [scores, logits], outs, sigmoid=sigmoid, eps=eps, factor=factor)
+    return ids, weights

@@ -9,8 +9,11 @@
 
 namespace latent_moe {
 
-ffi::Error top_k(TopKCall const& call) {
-  ffi::AnyBuffer const &scores = call.scores, &ids = *call.expert_ids;
+namespace {
+
+// The choice, and its weights if there are logits.
+ffi::Error choose(cudaStream_t stream, ffi::AnyBuffer const& scores, ffi::AnyBuffer const& ids, routing::Weighing weighing,
+                  ffi::AnyBuffer const* logits, ffi::AnyBuffer const* weights) {
   Check check;
   check.that(scores.dimensions().size() == 2, "scores of shape " + shape(scores) + " must have 2 axes");
   check.that(ids.dimensions().size() == 2, "expert_ids of shape " + shape(ids) + " must have 2 axes");
@@ -22,11 +25,30 @@ ffi::Error top_k(TopKCall const& call) {
              std::to_string(columns) + " scores a row are more than " + std::to_string(routing::kMostScores));
   check.that(k <= columns, "k=" + std::to_string(k) + " is more than the " + std::to_string(columns) + " scores of a row");
   check.that(rows < int64_t{1} << 31, std::to_string(rows) + " rows must be fewer than 2^31");
+  if (logits != nullptr) {
+    check.buffer("logits", *logits, ffi::DataType::F32, {rows, columns});
+    check.buffer("weights", *weights, ffi::DataType::F32, {rows, k});
+    check.that(k <= routing::kMostWeights,
+               "k=" + std::to_string(k) + " weights a row are more than " + std::to_string(routing::kMostWeights));
+    weighing.logits = logits->typed_data<float>();
+    weighing.weights = static_cast<float*>(weights->untyped_data());
+  }
   if (!check.ok()) return refuse(check.error());
   if (rows == 0 || k == 0) return ffi::Error::Success();
   auto const error =
-      routing::top_k(scores.typed_data<float>(), static_cast<int32_t*>(ids.untyped_data()), rows, columns, k, call.stream);
+      routing::top_k(scores.typed_data<float>(), static_cast<int32_t*>(ids.untyped_data()), rows, columns, k, weighing, stream);
   return error == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(error));
+}
+
+}  // namespace
+
+ffi::Error top_k(TopKCall const& call) {
+  return choose(call.stream, call.scores, *call.expert_ids, {}, nullptr, nullptr);
+}
+
+ffi::Error top_k_weights(TopKWeightsCall const& call) {
+  routing::Weighing const weighing{nullptr, nullptr, call.sigmoid, call.eps, call.factor};
+  return choose(call.stream, call.scores, *call.expert_ids, weighing, &call.logits, &*call.weights);
 }
 
 ffi::Error sort_by_expert(SortByExpertCall const& call) {

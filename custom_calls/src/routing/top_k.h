@@ -9,8 +9,20 @@ namespace latent_moe::routing {
 
 constexpr int kMostScores = 1024;  // of a row; each lane of a warp takes a 32nd of them
 
+constexpr int kMostWeights = 32;   // of a row, one for each lane of a warp
+
+// How the weights [rows][k] of the choices follow from the logits [rows][columns]. Without logits there are none. With eps,
+// they are sigmoids over (their sum + eps), else the softmax of the logits or of their log-sigmoids. All are times factor.
+struct Weighing {
+  float const* logits;
+  float* weights;
+  bool sigmoid;
+  float eps, factor;
+};
+
 // ids[row][0 ... k - 1] are the columns of the k largest scores, best first, the lower column first of equal scores.
-// k <= columns <= kMostScores.
-cudaError_t top_k(float const* scores, int32_t* ids, int rows, int columns, int k, cudaStream_t stream);
+// k <= columns <= kMostScores, and k <= kMostWeights with weights.
+cudaError_t top_k(float const* scores, int32_t* ids, int rows, int columns, int k, Weighing const& weighing,
+                  cudaStream_t stream);
 
 }  // namespace latent_moe::routing

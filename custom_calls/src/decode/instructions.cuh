@@ -1,0 +1,25 @@
+// The instructions that CUDA has no function for.
+#pragma once
+
+#include <cstdint>
+
+namespace latent_moe::decode {
+
+// 16 bytes that are read once: they do not take the place of others in the first cache.
+__device__ __forceinline__ uint4 load_once(void const* from) {
+  uint4 found;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "l"(from));
+  return found;
+}
+
+// c += a b of a warp, with a [16][16] and b [16][8] in bfloat16 and c [16][8] in float32 (PTX: mma.m16n8k16).
+__device__ __forceinline__ void multiply_16x8x16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+}  // namespace latent_moe::decode

@@ -1,0 +1,146 @@
+// The handler of the experts of few tokens: it checks its arguments and launches both products.
+#include <cstdint>
+#include <string>
+
+#include "common/check.h"
+#include "decode/experts.h"
+#include "interface.h"
+
+namespace latent_moe {
+namespace {
+
+using decode::Code;
+
+constexpr std::string_view kCodes[] = {"dense", "e4m3", "int8", "mxfp4", "nvfp4", "int4"};
+constexpr std::string_view kActivations[] = {"none", "relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu"};
+
+template <size_t N>
+int place(Check& check, char const* name, std::string_view value, std::string_view const (&known)[N]) {
+  for (size_t i = 0; i < N; ++i) {
+    if (known[i] == value) return i;
+  }
+  check.that(false, std::string(name) + "=" + std::string(value) + " is unknown to the kernels");
+  return 0;
+}
+
+// log2 of the elements in a block, if there are that many blocks.
+int shift_of(Check& check, std::string const& name, int64_t size, int64_t blocks, std::initializer_list<int> shifts) {
+  if (blocks == 1) return decode::kWholeAxis;
+  for (int shift : shifts) {
+    if (((size - 1) >> shift) + 1 == blocks) return shift;
+  }
+  check.that(false, name + " has " + std::to_string(blocks) + " blocks on an axis of " + std::to_string(size));
+  return 0;
+}
+
+struct Stored {
+  std::string name;
+  std::string_view code;
+  ffi::AnyBuffer const &data, &scales, &more;
+};
+
+// A weight of `parts` matrices of k x n for each expert.
+decode::Weight weight(Check& check, Stored const& stored, ffi::DataType dense, int64_t experts, int64_t parts, int64_t k,
+                      int64_t n) {
+  auto const& [name, word, data, scales, more] = stored;
+  decode::Weight found = {};
+  found.code = Code(place(check, name.c_str(), word, kCodes));
+  found.data = data.untyped_data();
+  found.scales = scales.untyped_data();
+  found.more = more.element_count() > 0 ? more.untyped_data() : nullptr;
+  found.parts = parts, found.n = n, found.k = k;
+  int const packing = decode::packing(found.code), multiple = found.code == Code::kDense ? 8 : 16 * packing;
+  check.that(k > 0 && k % multiple == 0,
+             "the " + std::to_string(k) + " inputs of " + name + " are not a positive multiple of " + std::to_string(multiple));
+  if (found.code == Code::kDense) {
+    check.buffer(name.c_str(), data, dense, {experts, k, parts * n});
+    return found;
+  }
+  check.that(dense == ffi::DataType::BF16, "codes need tokens in bfloat16");
+  auto const dims = scales.dimensions();
+  check.that(dims.size() == 4, name + "_scales of shape " + shape(scales) + " must have 4 axes");
+  if (!check.ok()) return found;
+  bool const narrow = packing == 2;
+  auto const type = !narrow                        ? ffi::DataType::F32
+                    : found.code == Code::kInt4 ? ffi::DataType::BF16
+                                                : ffi::DataType::U8;
+  check.buffer(name.c_str(), data, found.code == Code::kInt8 ? ffi::DataType::S8 : ffi::DataType::U8,
+               {experts, parts, n, k / packing});
+  check.buffer((name + "_scales").c_str(), scales, type, {experts, parts, dims[2], dims[3]});
+  // A scale of 4-bit codes is looked for by its group, even if there is only one on the axis.
+  found.k_shift = !narrow                        ? shift_of(check, name + "_scales", k, dims[3], {7})
+                  : found.code == Code::kMxfp4 ? 5
+                  : found.code == Code::kNvfp4 ? 4
+                  : k == 32 * dims[3]          ? 5
+                                               : 7;
+  found.n_shift = narrow ? 0 : shift_of(check, name + "_scales", n, dims[2], {0, 7});
+  if (narrow) {
+    check.that(dims[2] == n && dims[3] << found.k_shift == k,
+               name + "_scales of shape " + shape(scales) + " do not fit its " + std::to_string(n) + " x " + std::to_string(k));
+  }
+  if (found.code == Code::kNvfp4) {
+    check.buffer((name + "_more").c_str(), more, ffi::DataType::F32, {experts, parts, 1, 1});
+  } else if (found.code == Code::kInt4 && found.more != nullptr) {
+    check.buffer((name + "_more").c_str(), more, ffi::DataType::U8, {experts, parts, dims[2], dims[3]});
+  }
+  return found;
+}
+
+}  // namespace
+
+ffi::Error decode_experts(DecodeExpertsCall const& call) {
+  Check check;
+  check.that(call.tokens.dimensions().size() == 2, "tokens of shape " + shape(call.tokens) + " must have 2 axes");
+  check.that(call.expert_ids.dimensions().size() == 2, "expert_ids of shape " + shape(call.expert_ids) + " must have 2 axes");
+  check.that(call.hidden->dimensions().size() == 2, "hidden of shape " + shape(*call.hidden) + " must have 2 axes");
+  check.that(call.w_out.dimensions().size() >= 3, "w_out of shape " + shape(call.w_out) + " must have an axis of experts");
+  check.that(call.partial->dimensions().size() == 3, "partial of shape " + shape(*call.partial) + " must have 3 axes");
+  if (!check.ok()) return refuse(check.error());
+  int64_t const tokens = call.tokens.dimensions()[0], width = call.tokens.dimensions()[1];
+  int64_t const choices = call.expert_ids.dimensions()[1], inner = call.hidden->dimensions()[1];
+  int64_t const experts = call.w_out.dimensions()[0], splits = call.partial->dimensions()[0], assignments = tokens * choices;
+  auto const activation = Activation(place(check, "activation", call.activation, kActivations));
+  auto const type = call.tokens.element_type();
+  check.that(type == ffi::DataType::BF16 || type == ffi::DataType::F16, "tokens must be bfloat16 or float16");
+  check.that(activation != Activation::kNone, "the experts have an activation");
+  check.that(assignments > 0 && assignments <= decode::kThreads,
+             std::to_string(assignments) + " assignments must be 1 to " + std::to_string(decode::kThreads));
+  check.that(width % 8 == 0, "the tokens' width " + std::to_string(width) + " is not a multiple of 8");
+  check.that(experts > 0 && experts < int64_t{1} << 31, "there are no experts, or too many");
+  int64_t const parts = is_gated(activation) ? 2 : 1, tiles = (width + decode::kTile - 1) / decode::kTile;
+  int64_t const depths = (inner + decode::kDepth - 1) / decode::kDepth;
+  check.that(splits > 0 && splits <= std::max<int64_t>(depths, 1), std::to_string(splits) + " splits do not fit the inner width");
+  check.buffer("tokens", call.tokens, type, {tokens, width});
+  check.buffer("expert_ids", call.expert_ids, ffi::DataType::S32, {tokens, choices});
+  check.buffer("weights", call.weights, ffi::DataType::F32, {tokens, choices});
+  check.buffer("out", *call.out, type, {tokens, width});
+  check.buffer("hidden", *call.hidden, type, {assignments, inner});
+  check.buffer("partial", *call.partial, ffi::DataType::F32, {splits, assignments, width});
+  check.buffer("counters", *call.counters, ffi::DataType::S32, {tokens * tiles});
+
+  decode::Product product = {};
+  product.format = type == ffi::DataType::F16 ? Format::kF16 : Format::kBf16;
+  product.ids = call.expert_ids.typed_data<int32_t>();
+  product.assignments = assignments, product.choices = choices, product.experts = experts;
+  product.counters = static_cast<int32_t*>(call.counters->untyped_data());
+  product.num_counters = tokens * tiles;
+  product.hidden = call.hidden->untyped_data();
+  product.activation = activation, product.beta = call.beta, product.linear_beta = call.linear_beta;
+  product.rows = call.tokens.untyped_data(), product.row_divisor = choices;
+  Stored const w_in{"w_in", call.in_code, call.w_in, call.w_in_scales, call.w_in_more};
+  Stored const w_out{"w_out", call.out_code, call.w_out, call.w_out_scales, call.w_out_more};
+  product.weight = weight(check, w_in, type, experts, parts, width, inner);
+  decode::Product second = product;
+  second.weight = weight(check, w_out, type, experts, 1, inner, width);
+  second.rows = product.hidden, second.row_divisor = 1;
+  second.choice_weights = call.weights.typed_data<float>();
+  second.partial = static_cast<float*>(call.partial->untyped_data());
+  second.splits = splits, second.out = call.out->untyped_data();
+  if (!check.ok()) return refuse(check.error());
+  auto error = decode::multiply(product, call.stream);
+  if (error == cudaSuccess) error = decode::multiply(second, call.stream);
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_latent_moe: ") + cudaGetErrorString(error) + " in decode");
+}
+
+}  // namespace latent_moe

@@ -1,0 +1,86 @@
+// A warp takes the k largest scores of a row one by one. XLA sorts whole rows if k is above 16.
+#pragma once
+
+#include "routing/top_k.h"
+
+namespace latent_moe::routing {
+
+constexpr int kWarp = 32, kWarps = 4;  // a block has kWarps, and each takes a row
+constexpr uint32_t kNone = 0;          // below every score
+
+// An integer above kNone, in the order of IEEE 754's total order of floats.
+__device__ __forceinline__ uint32_t ordered(float score) {
+  uint32_t const bits = __float_as_uint(score);
+  return max(bits & 0x80000000 ? ~bits : bits | 0x80000000, kNone + 1);
+}
+
+template <class F>
+__device__ __forceinline__ float over_warp(float value, F f) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = f(value, __shfl_xor_sync(~0u, value, offset));
+  return value;
+}
+
+// The weight of each lane's choice, by its logit. Lanes from k on have none.
+__device__ inline float weight_of(float logit, bool chosen, Weighing const& weighing) {
+  auto const plus = [](float a, float b) { return a + b; };
+  float part, sum;
+  if (weighing.eps > 0.0f) {
+    // As in over_sum of scores.py: float32 cannot hold the square of a small sum, and the power of two is exact.
+    part = chosen ? 0x1p40f / (1.0f + expf(-logit)) : 0.0f;
+    sum = over_warp(part, plus) + weighing.eps * 0x1p40f;
+  } else {
+    const float log_score = weighing.sigmoid ? fminf(logit, 0.0f) - log1pf(expf(-fabsf(logit))) : logit;
+    auto const most = [](float a, float b) { return fmaxf(a, b); };
+    const float largest = over_warp(chosen ? log_score : -INFINITY, most);
+    part = chosen ? expf(log_score - largest) : 0.0f;
+    sum = over_warp(part, plus);
+  }
+  return part / sum * weighing.factor;
+}
+
+// Lane l has the columns l, l + 32, ... in shared memory, and the best of them in a register. Each round takes the best of
+// all lanes. The whole warp then finds that lane's next best.
+template <int Each>
+__global__ void __launch_bounds__(kWarp* kWarps)
+    choose(float const* scores, int32_t* ids, int rows, int columns, int k, Weighing weighing) {
+  __shared__ uint32_t shared[kWarps][Each][kWarp + 1];  // one more, so that a lane's columns are in different banks
+  const int row = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (row >= rows) return;
+  auto& keys = shared[threadIdx.x / kWarp];
+  uint32_t best = kNone;
+  int at = 0;
+#pragma unroll
+  for (int i = 0; i < Each; ++i) {
+    const int column = i * kWarp + lane;
+    const uint32_t key = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
+    keys[i][lane] = key;
+    if (key > best) best = key, at = i;
+  }
+  __syncwarp();
+  int chosen = 0;
+  for (int rank = 0; rank < k; ++rank) {
+    const uint32_t most = __reduce_max_sync(~0u, best);
+    const int column = __reduce_min_sync(~0u, best == most ? unsigned(at * kWarp + lane) : ~0u);
+    const int owner = column % kWarp;
+    uint32_t key = kNone;
+    if (lane == column / kWarp) {
+      keys[lane][owner] = kNone;
+    } else if (lane < Each) {
+      key = keys[lane][owner];
+    }
+    const uint32_t next = __reduce_max_sync(~0u, key);
+    const int next_at = __reduce_min_sync(~0u, key == next ? unsigned(lane) : ~0u);
+    if (lane == owner) best = next, at = next_at;
+    if (rank % kWarp == lane) chosen = column;
+    if ((rank + 1) % kWarp == 0 || rank + 1 == k) {
+      const int first = rank / kWarp * kWarp;
+      if (first + lane < k) ids[int64_t{row} * k + first + lane] = chosen;
+    }
+  }
+  if (weighing.logits == nullptr) return;
+  const float logit = lane < k ? weighing.logits[int64_t{row} * columns + chosen] : 0.0f;
+  const float weight = weight_of(logit, lane < k, weighing);
+  if (lane < k) weighing.weights[int64_t{row} * k + lane] = weight;
+}
+
+}  // namespace latent_moe::routing

@@ -1,0 +1,209 @@
+"""The experts of few tokens in two kernels, without a sort, a gather or a combine of their own.
+
+One token is bound by reading the weights of its experts. The compiled kernels (custom_calls/src/decode) read those of
+each chosen expert once, straight from the choice, in the layer's dtype or in codes that they widen on the way. They
+have no gradient: `routed_experts` runs them where nothing is differentiated.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_latent_moe import native
+from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
+from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.grouped_matmul.registry import AUTO, BackendConfig
+from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation
+
+MOST_ASSIGNMENTS = 256
+"""The most assignments of a call (custom_calls/src/decode/experts.h, kThreads)."""
+TILE, DEPTH = 128, 128
+"""A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
+BLOCKS_OF_AN_SM = 4
+"""How many blocks of the second product each SM should have, so that it keeps reading."""
+# By format: the kernels' name of its codes, and the names and dtypes of its scales that they read.
+_CODES = {
+    **dict.fromkeys(("fp8_block", "fp8_block_pow2"), ("e4m3", {"block": "float32"})),
+    "fp8_tensor": ("e4m3", {"tensor": "float32"}),
+    "fp8_channel": ("e4m3", {"channel": "float32"}),
+    "int8": ("int8", {"channel": "float32"}),
+    "mxfp4": ("mxfp4", {"block": "uint8"}),
+    "nvfp4": ("nvfp4", {"block": "uint8", "tensor": "float32"}),
+    **dict.fromkeys(("int4_32", "int4_128"), ("int4", {"block": "bfloat16"})),
+    **dict.fromkeys(("int4_32_zero", "int4_128_zero"), ("int4", {"block": "bfloat16", "zero": "uint8"})),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """The decision to run the experts of few tokens in two kernels.
+
+    Attributes:
+        tokens: T.
+        choices: k.
+        activation: as the kernels take it.
+        in_code: the kernels' name of the codes of w_in, or "dense".
+        out_code: that of w_out.
+        splits: parts of the inner width in the second product. Blocks multiply them, and the last one adds them up.
+    """
+
+    tokens: int
+    choices: int
+    activation: KernelActivation
+    in_code: str
+    out_code: str
+    splits: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens with {self.choices} choices each, w_in {self.in_code}, w_out {self.out_code}, the "
+            f"inner width in {self.splits} parts"
+        )
+
+
+def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Device | None = None) -> str | None:
+    """None, or the reason why the kernels for few tokens do not run on a device, as a sentence.
+
+    Args:
+        backend: the experts' backend.
+        tokens: T, an integer unless it is a symbolic size of `jax.export`.
+        choices: k.
+        device: the device that runs them; None is JAX's default device.
+    """
+    device, asked = device or current_device(), as_backend(backend)
+    backends = AUTO.get(device.platform, ()) if asked == "auto" else (asked,)
+    compiled = [backend for backend in backends if isinstance(backend, CutlassBackend)]
+    if not compiled:
+        return f"backend={asked!r} has no kernels for few tokens on {device.platform}."
+    if not compiled[0].decode:
+        return "CutlassBackend.decode is False."
+    if device.architecture != "sm90":
+        return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
+    if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
+        return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
+    return native.library().missing
+
+
+def plan_decode(
+    config: LatentMoEConfig,
+    tokens: Any,
+    choices: int,
+    dtype,
+    w_in: Any,
+    w_out: Any,
+    *,
+    device: Device | None = None,
+) -> Decode | str:
+    """The decision, or the reason why the experts' products run as those of many tokens.
+
+    Args:
+        config: the layer.
+        tokens: T, an integer unless it is a symbolic size of `jax.export`.
+        choices: k.
+        dtype: that of the tokens.
+        w_in: [E, l, m], or [E, l, 2 m] if gated; an array, a `ScaledArray`, or either with the shapes alone.
+        w_out: [E, m, l], in the same way.
+        device: the device that runs them; None is JAX's default device.
+    """
+    device, dtype = device or current_device(), jnp.dtype(dtype).name
+    if (reason := refusal(config.backend, tokens, choices, device)) is not None:
+        return reason
+    if config.parallel is not None or config.expert_bias:
+        return f"its kernels have no {'mesh' if config.parallel is not None else 'bias of an expert'}."
+    if config.precision is not None and config.precision.fwd is not None:
+        return f"its kernels do not round tokens to precision.fwd={config.precision.fwd!r}."
+    activation = kernel_activation(config.bound_activation)
+    if activation is None:
+        return f"its kernels have {', '.join(KERNEL_ACTIVATIONS)}, not {config.activation}."
+    if dtype not in DTYPES:
+        return f"tokens are in {dtype}, not in {' or '.join(DTYPES)}."
+    codes: list[str] = []
+    for name, weight, parts in (("w_in", w_in, 2 if config.gated else 1), ("w_out", w_out, 1)):
+        reason = _refusal(name, weight, parts, dtype)
+        if reason is not None:
+            return reason
+        codes.append(_CODES[weight.format][0] if isinstance(weight, ScaledArray) else "dense")
+    _, inner, width = w_out.shape
+    in_code, out_code = codes
+    return Decode(tokens, choices, activation, in_code, out_code, _splits(tokens * choices, inner, width, device))
+
+
+def _refusal(name, weight, parts, dtype) -> str | None:
+    _, k, n = weight.shape
+    multiple = 8
+    if isinstance(weight, ScaledArray):
+        if weight.format not in _CODES:
+            return f"{name} is in {weight.format}: its kernels widen {', '.join(_CODES)}."
+        if dtype != "bfloat16":
+            return f"{name} is in {weight.format}, whose codes its kernels widen to bfloat16, not to {dtype}."
+        if weight.codes.shape[1] != parts:
+            return f"the codes of {name} are {weight.codes.shape[1]} matrices side by side, not {parts}."
+        for scale, wanted in _CODES[weight.format][1].items():
+            if weight.scales[scale].dtype != wanted:
+                return f"the scales {scale!r} of {name} are {weight.scales[scale].dtype}, not {wanted}."
+        multiple = 16
+    for what, size in (("inputs", k), ("outputs", n // parts)):
+        if size % multiple or not size:
+            return f"the {size} {what} of {name} are not a positive multiple of {multiple}."
+    return None
+
+
+def _splits(assignments, inner, width, device) -> int:
+    """Enough parts of the inner width to give every SM its blocks, all but the last equally long."""
+    depths, blocks = -(-inner // DEPTH), assignments * -(-width // TILE)
+    splits = min(depths, -(-BLOCKS_OF_AN_SM * device.num_sms // blocks))
+    return -(-depths // -(-depths // splits))
+
+
+def decoded_experts(
+    plan: Decode,
+    tokens: Float[Array, "t l"],
+    weights: Float[Array, "t k"],
+    expert_ids: Int[Array, "t k"],
+    w_in: Any,
+    w_out: Any,
+) -> Float[Array, "t l"]:
+    """sum_j weights[t, j] * expert_j(tokens[t]), in the dtype of tokens. Sums are in float32, in a fixed order.
+
+    An id outside [0, E) is no expert: it adds exactly 0, and reads nothing. Pre-activations are not rounded.
+
+    Args:
+        plan: made for these operands.
+        tokens: [T, l].
+        weights: [T, k].
+        expert_ids: [T, k] int32.
+        w_in: as for `plan_decode`.
+        w_out: as for `plan_decode`.
+    """
+    (count, width), (_, inner, _) = tokens.shape, w_out.shape
+    assignments = plan.tokens * plan.choices
+    results = [
+        jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
+        jax.ShapeDtypeStruct((assignments, inner), tokens.dtype),
+        jax.ShapeDtypeStruct((plan.splits, assignments, width), jnp.float32),
+        jax.ShapeDtypeStruct((count * -(-width // TILE),), jnp.int32),
+    ]
+    operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out)]
+    return native.call(
+        "decode_experts",
+        operands,
+        results,
+        in_code=plan.in_code,
+        out_code=plan.out_code,
+        activation=plan.activation.name,
+        beta=plan.activation.beta,
+        linear_beta=plan.activation.linear_beta,
+    )[0]
+
+
+def _stored(weight):
+    """A weight's arrays as the kernels take them: data, scales, and what else there is."""
+    nothing = jnp.zeros(0, jnp.float32)
+    if not isinstance(weight, ScaledArray):
+        return weight, nothing, nothing
+    scales = [weight.scales[name] for name in _CODES[weight.format][1]]
+    return weight.codes, *scales, *[nothing] * (2 - len(scales))

@@ -1,0 +1,167 @@
+"""The kernels for few tokens on the CPU: custom_calls/src/decode, compiled by the host's compiler (tests/emulation)."""
+
+import ctypes
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import numpy as np
+
+from jax_latent_moe import native
+
+ROOT = pathlib.Path(__file__).parent.parent
+CODES = ("dense", "e4m3", "int8", "mxfp4", "nvfp4", "int4")
+ACTIVATIONS = ("none", "relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
+WHOLE_AXIS = 31
+
+
+class Weight(ctypes.Structure):
+    _fields_ = (
+        ("code", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "more")),
+        *((name, ctypes.c_int) for name in ("parts", "n", "k", "n_shift", "k_shift")),
+    )
+
+
+class Product(ctypes.Structure):
+    _fields_ = (
+        ("weight", Weight),
+        ("format", ctypes.c_int),
+        ("rows", ctypes.c_void_p),
+        ("row_divisor", ctypes.c_int),
+        ("ids", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("assignments", "choices", "experts")),
+        ("counters", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("activation", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("beta", "linear_beta")),
+        ("num_counters", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("choice_weights", "partial")),
+        ("splits", ctypes.c_int),
+        ("out", ctypes.c_void_p),
+    )
+
+
+def cuda_headers() -> pathlib.Path | None:
+    """The folder of CUDA's headers, of the machine or of the compiler that scripts/build-cuda.sh fetched."""
+    compilers = [ROOT / ".tools/cuda/nvcc/nvidia/cu13/bin/nvcc"]
+    compilers += [pathlib.Path(os.path.realpath(path)) for path in (shutil.which("nvcc"),) if path]
+    compilers += [pathlib.Path(home, "bin/nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    folders = (compiler.parent.parent / "include" for compiler in compilers)
+    return next((folder for folder in folders if (folder / "cuda_fp8.h").is_file()), None)
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be compiled here; None if they can."""
+    if not (ROOT / "custom_calls/src/decode").is_dir():
+        return "there are no sources of the library here"
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    return None if cuda_headers() else "there are no headers of CUDA"
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels."""
+    headers = cuda_headers()
+    assert headers is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "experts.so")
+        include = ["-I", ROOT / "tests/emulation", "-I", ROOT / "custom_calls/src", "-isystem", headers]
+        source = ROOT / "tests/emulation/experts.cc"
+        subprocess.run(
+            ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *include, source, "-o", path],
+            check=True,
+        )
+        return ctypes.CDLL(str(path))
+
+
+def call(target, operands, results, **attributes):
+    """In place of `native.call`."""
+    run = {"decode_experts": _run, "top_k_weights": _choose}[target]
+    native._check_buffers(target, "operands", operands)
+    native._check_buffers(target, "results", results)
+    assert attributes.keys() == native.INTERFACE[target]["attributes"].keys()
+    return list(jax.pure_callback(functools.partial(run, results, attributes), list(results), *operands))
+
+
+def _aligned(array) -> np.ndarray:
+    """A copy at a multiple of 16 bytes."""
+    array = np.asarray(array)
+    buffer = np.empty(array.nbytes + 16, np.uint8)
+    start = -buffer.ctypes.data % 16
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _shift(size, blocks):
+    return WHOLE_AXIS if blocks == 1 else next(shift for shift in (0, 4, 5, 7) if -(-size // (1 << shift)) == blocks)
+
+
+def _weight(code, data, scales, more, parts, k, n):
+    found = Weight(CODES.index(code), data.ctypes.data, scales.ctypes.data, more.ctypes.data, parts, n, k)
+    found.more = more.ctypes.data if more.size else None
+    if code != "dense":
+        found.n_shift, found.k_shift = (_shift(size, scales.shape[axis]) for size, axis in ((n, 2), (k, 3)))
+    return found
+
+
+def _run(results, attributes, *operands):
+    tokens, ids, weights, *stored = map(_aligned, operands)
+    garbage = [np.full(result.shape, 77, np.uint8).astype(result.dtype) for result in results]
+    out, hidden, partial, counters = map(_aligned, garbage)
+    parts = 2 if ACTIVATIONS.index(attributes["activation"]) >= ACTIVATIONS.index("swiglu") else 1
+    (width,), inner = tokens.shape[1:], hidden.shape[1]
+    product = Product(
+        format=1 if tokens.dtype == np.float16 else 0,
+        rows=tokens.ctypes.data,
+        row_divisor=ids.shape[1],
+        ids=ids.ctypes.data,
+        assignments=ids.size,
+        choices=ids.shape[1],
+        experts=stored[3].shape[0],
+        counters=counters.ctypes.data,
+        hidden=hidden.ctypes.data,
+        activation=ACTIVATIONS.index(attributes["activation"]),
+        beta=attributes["beta"],
+        linear_beta=attributes["linear_beta"],
+        num_counters=counters.size,
+        weight=_weight(attributes["in_code"], *stored[:3], parts, width, inner),
+    )
+    kernels().multiply_experts(ctypes.byref(product))
+    product.weight = _weight(attributes["out_code"], *stored[3:], 1, inner, width)
+    product.rows, product.row_divisor = hidden.ctypes.data, 1
+    product.choice_weights, product.partial = weights.ctypes.data, partial.ctypes.data
+    product.splits, product.out = partial.shape[0], out.ctypes.data
+    kernels().multiply_experts(ctypes.byref(product))
+    return out, hidden, partial, counters
+
+
+class Weighing(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "weights")),
+        ("sigmoid", ctypes.c_bool),
+        *((name, ctypes.c_float) for name in ("eps", "factor")),
+    )
+
+
+def _choose(results, attributes, scores, logits):
+    scores, logits = map(_aligned, (scores, logits))
+    ids, weights = (_aligned(np.zeros(result.shape, result.dtype)) for result in results)
+    assert scores.shape[1] <= 128
+    weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
+    pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
+    kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
+    return ids, weights
+
+
+def widened(code: str, word: int, scale: int = 0, zero: int = 0) -> np.ndarray:
+    """The values that the kernels make of a 32-bit word of codes, before what multiplies sums."""
+    found = np.empty(4 if code in ("e4m3", "int8") else 8, np.float32)
+    kernels().widen(CODES.index(code), ctypes.c_uint32(word), scale, zero, ctypes.c_void_p(found.ctypes.data))
+    return found

@@ -1,0 +1,35 @@
+// On the CPU, what src/decode/instructions.cuh has for a GPU.
+#pragma once
+
+#include <array>
+
+#include <cuda_bf16.h>
+
+namespace latent_moe::decode {
+
+inline uint4 load_once(void const* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  return *static_cast<uint4 const*>(from);
+}
+
+inline float bfloat16(uint32_t pair, int half) { return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u); }
+
+// The fragments of mma.m16n8k16 by the PTX manual: lane 4 g + q has a0, a1, a2, a3 of the rows g, g + 8, g, g + 8 and of the
+// columns 2 q and 2 q + 1, the last two 8 further; b0 and b1 of the same elements of column g; and c of the rows g, g, g + 8,
+// g + 8 and of the columns 2 q, 2 q + 1, 2 q, 2 q + 1.
+inline void multiply_16x8x16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  const auto lanes = emulation::of_warp(std::array<uint32_t, 6>{a0, a1, a2, a3, b0, b1});
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * q + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      auto const& left = lanes[row % 8 * 4 + k % 8 / 2];
+      auto const& right = lanes[column * 4 + k % 8 / 2];
+      sum += double(bfloat16(left[row / 8 + k / 8 * 2], k % 2)) * bfloat16(right[4 + k / 8], k % 2);
+    }
+    c[i] = sum;
+  }
+}
+
+}  // namespace latent_moe::decode

@@ -1,0 +1,74 @@
+// Runs the kernels for few tokens on the CPU.
+#include <xmmintrin.h>
+
+#include "cuda.h"
+
+#include "decode/experts.cuh"
+#include "routing/top_k.cuh"
+
+namespace {
+
+using namespace latent_moe::decode;
+
+void store(uint32_t pair, float* first, float* second) { *first = bfloat16(pair, 0), *second = bfloat16(pair, 1); }
+
+template <Code C>
+void widen_8_bits(uint32_t word, float* to) {
+  store(Widen<C>::template pair<0>(word), to, to + 1);
+  store(Widen<C>::template pair<1>(word), to + 2, to + 3);
+}
+
+template <Code C>
+void widen_4_bits(uint32_t word, typename Widen<C>::Scale scale, float* to) {
+  store(Widen<C>::template pair<0>(word, scale), to, to + 4);
+  store(Widen<C>::template pair<1>(word, scale), to + 1, to + 5);
+  store(Widen<C>::template pair<2>(word, scale), to + 2, to + 6);
+  store(Widen<C>::template pair<3>(word, scale), to + 3, to + 7);
+}
+
+}  // namespace
+
+// The values of a word of codes, in their order.
+extern "C" void widen(int code, uint32_t word, uint32_t scale, uint32_t zero, float* to) {
+  switch (Code(code)) {
+    case Code::kE4m3:
+      return widen_8_bits<Code::kE4m3>(word, to);
+    case Code::kInt8:
+      return widen_8_bits<Code::kInt8>(word, to);
+    case Code::kMxfp4:
+      return widen_4_bits<Code::kMxfp4>(word, Widen<Code::kMxfp4>::scale(scale), to);
+    case Code::kNvfp4:
+      return widen_4_bits<Code::kNvfp4>(word, Widen<Code::kNvfp4>::scale(scale), to);
+    case Code::kInt4:
+      return widen_4_bits<Code::kInt4>(word, Widen<Code::kInt4>::scale(scale, zero), to);
+    default:
+      std::abort();
+  }
+}
+
+extern "C" void multiply_experts(latent_moe::decode::Product const* product) {
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not
+  launch_kernel(*product, [&](auto* kernel, dim3 grid) {
+    gridDim = grid;
+    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+      for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+          emulation::run_block(kThreads, [&] { kernel(*product); });
+        }
+      }
+    }
+    return cudaSuccess;
+  });
+  _mm_setcsr(before);
+}
+
+extern "C" void choose(float const* scores, int32_t* ids, int rows, int columns, int k,
+                       latent_moe::routing::Weighing const* weighing) {
+  namespace routing = latent_moe::routing;
+  gridDim = dim3((rows + routing::kWarps - 1) / routing::kWarps);
+  blockIdx = {};
+  for (; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    emulation::run_block(32 * routing::kWarps, [&] { routing::choose<4>(scores, ids, rows, columns, k, *weighing); });
+  }
+}

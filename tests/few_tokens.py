@@ -1,0 +1,68 @@
+"""Experts of few tokens, and their outputs in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_latent_moe import CutlassBackend, LatentMoEConfig, RouterConfig
+from jax_latent_moe.formats import ScaledArray, decoded, encode
+from tests.kernels import layer_of
+from tests.oracle.fused import activation_of_rows
+
+BACKEND = CutlassBackend(decode=True)
+WEIGHINGS = {
+    "sigmoid over the sum": RouterConfig(routed_scaling_factor=2.5),
+    "sigmoid": RouterConfig(norm_topk_eps=0.0, correction_bias=False),
+    "softmax": RouterConfig(score_function="softmax", norm_topk_eps=0.0, correction_bias=False),
+    "softmax of the chosen": RouterConfig(score_function="softmax_topk", norm_topk_prob=False),
+    "with a small sum": RouterConfig(norm_topk_eps=1e-3),
+}
+"""Routers whose weights the kernel of the choice makes."""
+
+
+def layer(activation: str, latent: int, experts: int, top_k: int, inner: int, **changes) -> LatentMoEConfig:
+    """A layer that may run in the kernels for few tokens."""
+    config = dataclasses.replace(layer_of(activation), router=RouterConfig(norm_topk_prob=False), backend=BACKEND)
+    sizes = dict(hidden_size=64, latent_size=latent, num_experts=experts, top_k=top_k, expert_intermediate_size=inner)
+    return dataclasses.replace(config, **sizes | changes)
+
+
+def experts_of(rng, config, format, dtype="bfloat16"):
+    """w_in and w_out, dense in dtype or in a format's codes."""
+    experts, latent, inner = config.num_experts, config.latent_width, config.expert_intermediate_size
+    parts = 2 if config.gated else 1
+    w_in, w_out = (
+        jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[1]), dtype)
+        for shape in ((experts, latent, parts * inner), (experts, inner, latent))
+    )
+    if format is None:
+        return w_in, w_out
+    encoded = jax.jit(encode, static_argnames=("name", "parts"))
+    return encoded(w_in, name=format, parts=parts), encoded(w_out, name=format)
+
+
+def expected(config, tokens, weights, ids, w_in, w_out) -> np.ndarray:
+    """The weighted sums [T, l], from decoded weights."""
+    w_in, w_out = (np.asarray(decoded(w, jnp.float32), np.float64) for w in (w_in, w_out))
+    tokens, out = np.asarray(tokens.astype(jnp.float32), np.float64), np.zeros(tokens.shape)
+    for token, choice in np.ndindex(ids.shape):
+        expert = ids[token, choice]
+        if 0 <= expert < len(w_in):
+            hidden = activation_of_rows(config, (tokens[token] @ w_in[expert])[None])[0][0]
+            out[token] += float(weights[token, choice]) * (hidden @ w_out[expert])
+    return out
+
+
+def only(weight, experts):
+    """The weight with NaN in every expert that is not among these."""
+    unread = np.setdiff1d(np.arange(weight.shape[0]), np.asarray(experts))
+    if not isinstance(weight, ScaledArray):
+        return weight.at[unread].set(jnp.nan)
+    nan = {"float32": jnp.nan, "bfloat16": jnp.nan, "uint8": 255}
+    scales = {
+        name: leaf if name == "zero" else leaf.at[unread].set(nan[leaf.dtype.name])
+        for name, leaf in weight.scales.items()
+    }
+    return dataclasses.replace(weight, scales=scales)

@@ -1,0 +1,138 @@
+"""The kernels for few tokens on a Hopper GPU, against a float64 oracle on decoded weights."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe import XlaBackend, decode, init_params, latent_moe
+from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
+from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
+from jax_latent_moe.native import library
+from jax_latent_moe.routing.router import route
+from tests.few_tokens import BACKEND, WEIGHINGS, expected, experts_of, layer, only
+from tests.gpu.grouped import float64, needs_hopper
+from tests.tolerances import assert_close
+
+pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
+FORMATS = tuple(decode._CODES)
+
+
+def run(config, x, weights, ids, w_in, w_out):
+    plan = plan_decode(config, ids.shape[0], ids.shape[1], x.dtype, w_in, w_out)
+    assert isinstance(plan, Decode), plan
+    return jax.jit(functools.partial(decoded_experts, plan))(x, weights, jnp.asarray(ids, jnp.int32), w_in, w_out)
+
+
+def check(rng, config, format, tokens, dtype="bfloat16", ids=None):
+    """Values; equal bits on each run; nothing of the experts that no token chose."""
+    w_in, w_out = experts_of(rng, config, format, dtype)
+    experts, top_k = config.num_experts, config.top_k
+    x = jnp.asarray(rng.normal(size=(tokens, config.latent_width)), dtype)
+    weights = jnp.asarray(rng.normal(size=(tokens, top_k)), jnp.float32)
+    ids = np.asarray(rng.integers(-1, experts + 1, (tokens, top_k)) if ids is None else ids, np.int32)
+    arguments = config, x, weights, ids, only(w_in, ids), only(w_out, ids)
+    out = run(*arguments)
+    assert_close(float64(out), expected(*arguments), dtype, f"{format} {config.activation} T={tokens}")
+    for _ in range(3):
+        np.testing.assert_array_equal(float64(run(*arguments)), float64(out))
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("name", KERNEL_ACTIVATIONS)
+def test_formats_and_activations(rng, format, name):
+    check(rng, layer(name, 256, 40, 22, 384), format, 3)
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_numbers_of_tokens_and_choices(rng, format, tokens):
+    for top_k in (1, 22):
+        check(rng, layer("relu2", 1024, 60, top_k, 2688), format, tokens)
+
+
+@pytest.mark.parametrize(("format", "latent", "inner"), [(None, 72, 136), ("fp8_block", 208, 176), ("mxfp4", 96, 160)])
+def test_sizes_that_no_tile_divides(rng, format, latent, inner):
+    for name in ("relu2", "swiglu"):
+        check(rng, layer(name, latent, 9, 5, inner), format, 4)
+
+
+def test_float16(rng):
+    for tokens in (1, 5):
+        check(rng, layer("swiglu", 264, 9, 5, 136), None, tokens, "float16")
+
+
+@pytest.mark.parametrize("format", [None, "fp8_block", "mxfp4"])
+def test_an_expert_of_many_rows(rng, format):
+    """More rows than a block multiplies at once, the same expert again among a token's choices, as many as fit."""
+    config = layer("swiglu", 96, 4, 3, 32)
+    check(rng, config, format, 7, ids=np.full((7, 3), 2))
+    check(rng, config, format, 1, ids=[[1, 1, 1]])
+    check(rng, dataclasses.replace(config, top_k=1), format, MOST_ASSIGNMENTS)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "nvfp4"])
+def test_a_nan_stays_in_its_token(rng, format):
+    config = layer("relu2", 64, 4, 2, 64)
+    w_in, w_out = experts_of(rng, config, format)
+    x = jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16).at[1].set(jnp.nan)
+    ids = np.asarray([[3, 0], [3, 0], [-1, 4]])
+    weights = jnp.asarray([[0.5, 2.0], [0.5, 2.0], [jnp.nan, jnp.inf]], jnp.float32)
+    out = float64(run(config, x, weights, ids, w_in, w_out))
+    assert np.isfinite(out[0]).all()
+    assert np.isnan(out[1]).all()
+    assert (out[2] == 0).all()
+
+
+def test_weights_beyond_two_to_the_31_elements(rng):
+    """The experts at both ends of them."""
+    experts, latent, inner = 520, 2048, 2112
+    config = layer("relu2", latent, experts, 4, inner)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    w_in = draw(jax.random.key(0), (experts, latent, inner), jnp.bfloat16) / 32
+    w_out = draw(jax.random.key(1), (experts, inner, latent), jnp.bfloat16) / 32
+    x, weights = jnp.asarray(rng.normal(size=(2, latent)), jnp.bfloat16), jnp.ones((2, 4))
+    ids = np.asarray([[0, 519, 518, 259], [519, 1, 260, 261]])
+    out = run(config, x, weights, ids, w_in, w_out)
+    chosen = np.unique(ids)
+    places = np.searchsorted(chosen, ids)
+    wanted = expected(config, x, weights, places, w_in[chosen], w_out[chosen])
+    assert_close(float64(out), wanted, "bfloat16")
+
+
+def test_a_layer_in_a_compiled_loop(rng):
+    """Each step has the tokens of the last one: as the portable backend computes it, step by step."""
+    config = layer("relu2", 128, 32, 6, 256, dtype="bfloat16", param_dtype="bfloat16")
+    params = init_params(jax.random.key(0), config)
+    x = jnp.asarray(rng.normal(size=(2, 64)), jnp.bfloat16)
+
+    def step(config, x):
+        y = latent_moe(params, x, config)[0]
+        return (x + y / jnp.sqrt(jnp.mean(jnp.square(y.astype(jnp.float32)), -1, keepdims=True))).astype(x.dtype)
+
+    loop = jax.jit(lambda x: jax.lax.scan(lambda x, _: (step(config, x), x), x, length=20))
+    assert "latent_moe_decode_experts" in loop.lower(x).as_text()
+    portable = jax.jit(functools.partial(step, dataclasses.replace(config, backend=XlaBackend())))
+    last, steps = loop(x)
+    for before, after in zip(steps, [*steps[1:], last], strict=True):
+        assert_close(float64(after), float64(portable(before)), "bfloat16")
+
+
+@pytest.mark.parametrize("name", WEIGHINGS)
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 512), (8, 512), (5, 70), (8, 896)])
+def test_the_choice_and_its_weights(rng, name, tokens, experts):
+    """As XLA makes them, logits that underflow included."""
+    config, k = WEIGHINGS[name], 22
+    logits = jnp.asarray(rng.normal(size=(tokens, experts)) * np.logspace(-1, 2, tokens)[:, None], jnp.float32)
+    logits = logits.at[-1].add(-95)
+    bias = jnp.asarray(rng.normal(size=experts), jnp.float32) / 8 if config.correction_bias else None
+    program = functools.partial(route, config=config, top_k=k, bias=bias)
+    kernel = jax.jit(functools.partial(program, backend=BACKEND))
+    assert "latent_moe_top_k_weights" in kernel.lower(logits).as_text()
+    ids, weights = kernel(logits)
+    wanted_ids, wanted = jax.jit(functools.partial(program, backend=XlaBackend()))(logits)
+    np.testing.assert_array_equal(ids, wanted_ids)
+    np.testing.assert_allclose(weights, wanted, rtol=2e-5)
