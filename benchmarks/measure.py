@@ -25,7 +25,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "fp8", "layer", "ragged_dot", "decode", "step", "train" or "parallel".
+        suite: "compile", "kernel", "fp8", "widen", "layer", "ragged_dot", "decode", "step", "train" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py and
             benchmarks/fp8.py have their own.
@@ -130,6 +130,7 @@ class Session:
         quick: whether to use fewer peers and no sweeps.
         rounds: number of batches, of which the median is taken.
         without: implementations to leave out.
+        sweep: whether the suite "widen" times every tile.
     """
 
     run: Run
@@ -138,6 +139,7 @@ class Session:
     quick: bool = False
     rounds: int = 7
     without: frozenset[str] = frozenset()
+    sweep: bool = False
 
     def floor_ms(self, flops: float, traffic: float) -> float:
         """The least milliseconds for this many operations and bytes."""
