@@ -105,7 +105,7 @@ class PallasWidenTile:
 
     Attributes:
         features: outputs of a tile, 128 or 256. The two consumers share them.
-        rows: rows of a tile, a multiple of 8, at most 256 for 128 features and 128 for 256. All are multiplied.
+        rows: rows of a tile, a multiple of 8, at most 192 for 128 features and 64 for 256. All are multiplied.
         stages: loads in flight of 128 along K, in a ring buffer in shared memory.
         scale_buffers: tiles whose scales are in shared memory, each for all of K.
         store_buffers: buffers through which a consumer stores its part of a tile, 64 outputs each.
@@ -126,11 +126,11 @@ class PallasWidenTile:
             raise ConfigError(
                 f"PallasWidenTile.features={self.features} must be 128 or 256: a consumer widens 64 or 128 outputs."
             )
-        most = 256 * 128 // self.features
+        most = 192 if self.features == 128 else 64
         if self.rows % 8 or self.rows > most:
             raise ConfigError(
                 f"PallasWidenTile.rows={self.rows} must be a multiple of 8, at most {most}, for "
-                f"features={self.features}: a consumer has registers for sums of 64 x 256."
+                f"features={self.features}: more sums leave too few registers for two widened operands."
             )
 
 

@@ -72,9 +72,9 @@ _SHAPES = (
     (64, 128, 8, 1),
     (64, 64, 8, 2),
 )
-# Tiles that widen codes have not been measured. (rows per expert at most, features, rows): a group may begin 7 rows
-# into its tile. Rows that are multiplied in vain cost nothing while codes are read; wide tiles read rows less often.
-_WIDEN_SHAPES = ((4, 128, 16), (16, 128, 32), (48, 128, 64), (math.inf, 256, 128))
+# Tiles that widen codes have not been measured. (rows per expert at most, rows of a tile): a group may begin 7 rows into
+# its tile. Rows that are multiplied in vain cost nothing while codes are read.
+_WIDEN_ROWS = ((4, 16), (16, 32), (48, 64), (math.inf, 128))
 _MOST_STAGES, _LEAST_STAGES = 12, 3
 
 
@@ -112,9 +112,8 @@ def widen_bytes(tile: PallasWidenTile, how: Widening, k: int) -> int:
 def _widen_tiles(problem):
     """The heuristic's tile, then all others, with as many stages as shared memory allows."""
     mean = problem.num_rows / problem.num_experts
-    features, rows = next((features, rows) for most, features, rows in _WIDEN_SHAPES if mean <= most)
-    small = [(128, size) for size in (8, 16, 32, 64)]
-    shapes = [(features, rows), (128, rows), *small, (256, 64), (128, 128), (128, 192), (256, 128)]
+    best = next(rows for most, rows in _WIDEN_ROWS if mean <= most)
+    shapes = [(128, best), *((128, rows) for rows in (8, 16, 32, 64, 128, 192)), (256, 32), (256, 64)]
     found = []
     for shape in dict.fromkeys(shapes):
         for stages in range(_MOST_STAGES, _LEAST_STAGES - 1, -1):

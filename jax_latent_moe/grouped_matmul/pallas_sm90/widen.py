@@ -27,13 +27,15 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import WGMMA_ROWS, pad_row
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, PRODUCER
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, in_bands, row_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import widen_bytes
-from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, lines, widened
+from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, apart, lines, widened
 from jax_latent_moe.grouped_matmul.pallas_sm90.words import STEP
 
 LINE = 64
 """Bytes of one line of scales."""
 MAX_BOX = 256
 """Lines that one TMA load takes."""
+FEW_ROWS = 32
+"""Tiles with more rows multiply for long enough to hide the widening, and their rows cost more to put in order."""
 SCALE_DTYPES = {"block": {1: jnp.uint8, 2: jnp.bfloat16}, "zero": {1: jnp.uint8}}
 
 
@@ -76,9 +78,21 @@ def matmul_widened(
     counts = lines(how, k)
     loads = sum(blocks * pl.cdiv(count, MAX_BOX) for count in counts.values())
     codes = lax.bitcast_convert_type(w.codes, jnp.uint8).reshape(experts, width, -1)
+    # Few rows are put in another order along K, in which widening takes fewer instructions.
+    is_apart = how.packing == 2 and tile.rows <= FEW_ROWS
+    rows = apart(rows) if is_apart else rows
     swizzle = how.step_bytes()
     kernel = functools.partial(
-        _kernel, format=w.format, n=n, width=width, k=k, tile=tile, sms=num_sms, native=native, names=tuple(rings)
+        _kernel,
+        format=w.format,
+        n=n,
+        width=width,
+        k=k,
+        tile=tile,
+        sms=num_sms,
+        native=native,
+        names=tuple(rings),
+        is_apart=is_apart,
     )
     code_transforms = (
         plgpu.TilingTransform((mgpu_code.SWIZZLE_ROWS, swizzle)),  # pyright: ignore[reportAbstractUsage]
@@ -145,7 +159,7 @@ def _factors(w, how):
     return w.scales[how.outer].astype(jnp.float32).reshape(w.codes.shape[0], -1)
 
 
-def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, tile, sms, native, names):
+def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, tile, sms, native, names, is_apart):
     """A producer warpgroup fills the rings; each of two consumers widens and multiplies half of a tile's outputs."""
     how = WIDENINGS[format]
     rings, (out, code_smem, row_smem, out_smem, filled, freed, *refs) = refs[: len(names)], refs[len(names) :]
@@ -223,7 +237,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
         if names:
             mgpu_code.free_all(scales_freed, tile.scale_buffers, warpgroup < CONSUMERS)
         buffers = StoreBuffers(out_smem.at[warpgroup], own_blocks, width, native=native)
-        make = _widen_native if native else _widen
+        make = functools.partial(_widen_native if native else _widen, format, k, is_apart)
 
         def last_inside(place, block):
             """The column at which a block begins. Those beyond the last column are not stored."""
@@ -262,7 +276,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
                 plgpu.barrier_wait(scales_filled.at[scale_buffer])
 
             def multiply(*sums):
-                def one(k, buffer, block_scales):
+                def one(step, buffer, block_scales):
                     plgpu.barrier_wait(filled.at[buffer])
                     for block in range(own_blocks):
                         index = warpgroup * own_blocks + block
@@ -270,7 +284,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
                         scales = {
                             name: smem.at[scale_buffer, index] for name, smem in zip(names, scale_smem, strict=True)
                         }
-                        a = make(format, width_k, own, scales, k, *block_scales[block : block + 1])
+                        a = make(own, scales, step, *block_scales[block : block + 1])
                         if native:
                             refs[-1][warpgroup] = a
                             a = refs[-1].at[warpgroup]
@@ -290,7 +304,6 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
                 last, _ = lax.fori_loop(1, steps, step, (buffer, following))
                 return *(total[...] for total in sums), last
 
-            width_k = k
             *sums, last = pl.run_scoped(
                 multiply, *(plgpu.ACC((WGMMA_ROWS, tile.rows), jnp.float32) for _ in range(own_blocks))
             )
@@ -329,7 +342,7 @@ def _store(buffers, place, out, sums, factors):
         buffers.send(buffer, place, block, out, place.block(block))
 
 
-def _widen(format, k, codes, scales, step, *block_scale):
+def _widen(format, k, is_apart, codes, scales, step, *block_scale):
     """The operand [64, 128] of a step as bfloat16 in registers."""
     how, names = WIDENINGS[format], tuple(scales)
     layout = plgpu.Layout.WGMMA_8BIT if how.packing == 2 else plgpu.Layout.WGMMA_UPCAST_2X
@@ -345,27 +358,27 @@ def _widen(format, k, codes, scales, step, *block_scale):
 
         memories = {name: ptx.memory_of(ref) for name, ref in zip(names, refs, strict=False)}
         block = ptx.word_of(refs[len(names)]) if block_scale else None
-        words = widened(ptx.Ptx(), how, ptx.words_of(codes), memories, k, ptx.word_of(step), block)
+        words = widened(ptx.Ptx(), how, ptx.words_of(codes), memories, k, ptx.word_of(step), block, is_apart=is_apart)
         return ptx.array_of(words, (WGMMA_ROWS, STEP), jnp.bfloat16)
 
     loaded = plgpu.load(codes, layout=layout)
     return widen(loaded, jnp.asarray(step, jnp.int32), *scales.values(), *block_scale)
 
 
-def _widen_native(format, k, codes, scales, step, *block_scale):
+def _widen_native(format, k, is_apart, codes, scales, step, *block_scale):
     """The same by the format's own decoding, for the interpreter."""
     how = WIDENINGS[format]
     found = {}
-    for name, size in how.row_bytes(k).items():
+    for name in how.row_bytes(k):
         array = scales[name][...].reshape(WGMMA_ROWS, -1)
         count, total = STEP // how.group, array.shape[1]
         padded = jnp.pad(array, ((0, 0), (0, -total % count)), mode="edge")
         found[name] = lax.dynamic_slice_in_dim(padded, step * count, count, axis=1)
-        del size
     if how.outer is not None:
         found[how.outer] = jnp.ones((1, 1), jnp.float32)
     if how.block:
         found["block"] = block_scale[0].reshape(1, 1)
     stored = codes[...]
     stored = lax.bitcast_convert_type(stored, jnp.int8) if format == "int8" else stored
-    return FORMATS[format].decode(stored, found, jnp.bfloat16)
+    values = FORMATS[format].decode(stored, found, jnp.bfloat16)
+    return apart(values) if is_apart else values

@@ -17,8 +17,8 @@ EVEN_PAIR, ODD_PAIR = 0x5140, 0x7362
 """Selectors of prmt that interleave the lower, or the upper, two bytes of two words."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E4M3_BIAS = 120
-"""The exponent and mantissa of an E4M3 number, read as those of a bfloat16, are that number times 2^-120."""
+TWO_TO_126, TWO_TO_120 = 0x7E807E80, 0x7B807B80
+"""Pairs of bfloat16. They undo the bias of E2M1, or E4M3, whose exponent and mantissa are read as a bfloat16's."""
 
 
 def transposed_quads(m, word):
@@ -32,23 +32,35 @@ def swapped_halves(m, word):
     return m.prmt(word, m.from_lane(word, 1), m.of_lane_bit(0, 0x5410, 0x3276))
 
 
-def _tables(exponent):
-    """The bytes of the bfloat16 values of E2M1 times 2^exponent: (upper of codes 0-3, of 4-7, lower of 0-3, of 4-7)."""
-    bits = (np.float32(E2M1) * np.float32(2.0**exponent)).view(np.uint32) >> 16
+def _bytes(upper):
+    """Tables of the upper, or lower, bytes of the bfloat16 values of E2M1: those of codes 0 to 3, and of 4 to 7."""
+    bits = np.float32(E2M1).view(np.uint32) >> (24 if upper else 16) & 255
     places = np.uint32([0, 8, 16, 24])
-    return [int(np.sum(part << places)) for part in (bits[:4] >> 8, bits[4:] >> 8, bits[:4] & 255, bits[4:] & 255)]
+    return [int(np.sum(part << places)) for part in (bits[:4], bits[4:])]
 
 
-def e2m1_pairs(m, word, exponent=0):
-    """The values of eight E2M1 codes times 2^exponent, as four pairs of bfloat16. prmt looks up four at a time."""
-    upper_tables, lower_tables = _tables(exponent)[:2], _tables(exponent)[2:]
+def e2m1_pairs(m, word):
+    """The values of eight E2M1 codes as four pairs of neighbours. prmt looks up four bytes at a time."""
     sizes, shifted = word & 0x77777777, word << 4
     pairs = []
     for half, interleave in enumerate((EVEN_PAIR, ODD_PAIR)):
         select = sizes >> 16 * half
         signs = m.prmt(shifted, word, interleave) & 0x80808080
-        upper, lower = m.prmt(*upper_tables, select) | signs, m.prmt(*lower_tables, select)
+        upper, lower = m.prmt(*_bytes(upper=True), select) | signs, m.prmt(*_bytes(upper=False), select)
         pairs += [m.prmt(lower, upper, EVEN_PAIR), m.prmt(lower, upper, ODD_PAIR)]
+    return pairs
+
+
+def e2m1_pairs_apart(m, word):
+    """The values of eight E2M1 codes as four pairs of codes that are four apart: shifts alone bring them into place.
+
+    Exponent and mantissa, read as those of a bfloat16, are the value times 2^-126.
+    """
+    pairs = []
+    for i in range(4):
+        left = 6 - 4 * i
+        sizes = (word << left if left > 0 else word >> -left) & 0x01C001C0
+        pairs.append(m.mul_bf16(sizes | word << 12 - 4 * i & 0x80008000, TWO_TO_126))
     return pairs
 
 
@@ -60,6 +72,11 @@ def int4_pairs(m, word, biased_zero):
     odd = word >> 4
     nibbles = [m.prmt(word, odd, j | j << 4 | (4 + j) << 8 | (4 + j) << 12) for j in range(4)]
     return [m.sub_bf16(pair & 0x000F000F | 0x43004300, biased_zero) for pair in nibbles]
+
+
+def int4_pairs_apart(m, word, biased_zero):
+    """The same as four pairs of codes that are four apart."""
+    return [m.sub_bf16(word >> 4 * i & 0x000F000F | 0x43004300, biased_zero) for i in range(4)]
 
 
 def int8_pairs(m, word):
@@ -78,14 +95,23 @@ def e4m3_pairs(m, word, scale=None):
 
 
 def e4m3_scales(m, word):
-    """Four positive E4M3 scales times 2^-120, each as a pair of equal bfloat16. One that is NaN makes the first NaN.
+    """Four positive E4M3 scales, each as a pair of equal bfloat16. If one is NaN, some are.
 
     The scales are those of one output, which one NaN spoils anyhow.
     """
-    even, odd = word << 4 & 0x07F007F0, word >> 4 & 0x07F007F0
-    nans = (word & 0x7F7F7F7F) + 0x01010101 & 0x80808080
-    even = even | m.if_nonzero(nans, 0x7FC07FC0)
+    even, odd = (_e4m3_values(m, part & 0x007F007F) for part in (word, word >> 8))
     return [m.prmt(part, part, select) for select in (0x1010, 0x3232) for part in (even, odd)]
+
+
+def e4m3_scales_apart(m, word):
+    """The same for `e2m1_pairs_apart`: of two scales for 32 codes, a thread needs that of its own eight."""
+    return _twice_each(m, _e4m3_values(m, m.prmt(word, 0, m.of_lane_bit(1, 0x4240, 0x4341)) & 0x007F007F))
+
+
+def _e4m3_values(m, pair):
+    """Two E4M3 numbers without sign, in the lower seven bits of each half, as bfloat16; NaN if either is NaN."""
+    nans = m.if_nonzero(pair + 0x00010001 & 0x00800080, 0x7FC07FC0)
+    return m.mul_bf16(pair << 4, TWO_TO_120) | nans
 
 
 def e8m0_scales(m, word):
