@@ -85,8 +85,8 @@ def error_of(out, rows, w, sizes) -> float:
         expert = int(own.argmax())
         first, last = int(own[:expert].sum()), int(own[: expert + 1].sum())
         kernel = w[expert].decode("float32") if isinstance(w, ScaledArray) else w[expert]
-        right = np.float32(np.asarray(rows[first:last])) @ np.float32(np.asarray(kernel))
-        worst = max(worst, relative_error(np.float32(np.asarray(result[first:last])), right))
+        right = np.asarray(rows[first:last], np.float32) @ np.asarray(kernel, np.float32)
+        worst = max(worst, relative_error(np.asarray(result[first:last], np.float32), right))
     return worst
 
 

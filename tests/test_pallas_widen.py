@@ -19,9 +19,10 @@ from jax_latent_moe.config import PallasBackend
 from jax_latent_moe.errors import ConfigError, InputError, UnsupportedError
 from jax_latent_moe.formats import ScaledArray, encode
 from jax_latent_moe.grouped_matmul import Operand, Operands, explain, problem, reference, select
+from jax_latent_moe.grouped_matmul.pallas_sm90 import widen
 from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasWidenTile
-from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import tiles, widen_tile_fits
+from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import widen_tile_fits, widen_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.widen import matmul_widened
 from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, apart, widened
 from jax_latent_moe.grouped_matmul.pallas_sm90.words import STEP
@@ -223,9 +224,10 @@ def test_product(rng, case, interpreter):
     assert not np.asarray(out)[sum(UNEVEN) :].any()
 
 
-def test_scales_of_many_lines(rng, interpreter):
-    """K is so large that the scales of 64 outputs are more lines than one load takes; there is one token."""
-    rows, w, values, weights = operands(rng, "nvfp4", 4224, 64)
+def test_scales_of_many_lines(rng, interpreter, monkeypatch):
+    """The scales of 64 outputs are more lines than one load takes; there is one token."""
+    monkeypatch.setattr(widen, "MAX_BOX", 12)
+    rows, w, values, weights = operands(rng, "nvfp4", 256, 64)
     tile, sizes = PallasWidenTile(rows=8, stages=4), np.asarray([0, 1, 0, 0])
     out = matmul_widened(rows[:1], w, jnp.asarray(sizes), tile=tile, num_sms=1, interpret=interpreter)
     assert_close(out, reference.grouped_matmul(values[:1], weights, sizes), "bfloat16")
@@ -257,7 +259,7 @@ def test_the_heuristics_tiles(name, small):
     """Small groups have many loads in flight; every tile that `tune` times fits, for any K up to that of Kimi K3."""
     for k in (256, 2688, 7168):
         asked = problem("fwd", 176 if small else 90112, (512, k, 1024), "bfloat16", rhs=Operand(name), device=H200)
-        first, *others = tiles(asked)
+        first, *others = widen_tiles(asked)
         assert all(widen_tile_fits(tile, asked) for tile in (first, *others))
         bits = WIDENINGS[name].step_bytes() * 8 // STEP
         if small and k < 7168:

@@ -150,6 +150,7 @@ def words_of(array: mgpu.FragmentedArray) -> list[Word]:
 def array_of(words: list[Word], shape, dtype) -> mgpu.FragmentedArray:
     """The array of a 16-bit dtype with the layout of wgmma's operands that has these words."""
     layout, pair = mgpu.WGMMA_LAYOUT, ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
-    registers = np.empty(layout.registers_shape(shape), dtype=object)
-    registers.flat = [mgpu_utils.bitcast(word.value, pair) for word in words]
+    registers = np.empty(len(words), dtype=object)
+    registers[:] = [mgpu_utils.bitcast(word.value, pair) for word in words]
+    registers = registers.reshape(layout.registers_shape(shape))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

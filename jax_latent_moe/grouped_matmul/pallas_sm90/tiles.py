@@ -72,8 +72,8 @@ _SHAPES = (
     (64, 128, 8, 1),
     (64, 64, 8, 2),
 )
-# Tiles that widen codes have not been measured. (rows per expert at most, rows of a tile): a group may begin 7 rows into
-# its tile. Rows that are multiplied in vain cost nothing while codes are read.
+# Tiles that widen codes have not been measured. (rows per expert at most, rows of a tile): a group may begin 7 rows
+# into its tile. Rows that are multiplied in vain cost nothing while codes are read.
 _WIDEN_ROWS = ((4, 16), (16, 32), (48, 64), (math.inf, 128))
 _MOST_STAGES, _LEAST_STAGES = 12, 3
 
@@ -84,7 +84,7 @@ def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile | Pallas
     A product with an activation in its epilogue has only the first.
     """
     if problem.rhs.format in WIDENINGS and problem.lhs.format not in FORMATS:
-        return _widen_tiles(problem)
+        return widen_tiles(problem)
     best = _least_padding(problem)
     if problem.epilogue is not None:
         return (best,)
@@ -109,7 +109,7 @@ def widen_bytes(tile: PallasWidenTile, how: Widening, k: int) -> int:
     return tile.stages * stage + tile.scale_buffers * scales + stores
 
 
-def _widen_tiles(problem):
+def widen_tiles(problem: Problem) -> tuple[PallasWidenTile, ...]:
     """The heuristic's tile, then all others, with as many stages as shared memory allows."""
     mean = problem.num_rows / problem.num_experts
     best = next(rows for most, rows in _WIDEN_ROWS if mean <= most)

@@ -21,6 +21,7 @@ from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
 from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.pallas_sm90 import mgpu as mgpu_code
+from jax_latent_moe.grouped_matmul.pallas_sm90 import ptx
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import SHARED_MEMORY, PallasWidenTile
 from jax_latent_moe.grouped_matmul.pallas_sm90.epilogues import Place, StoreBuffers
 from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import WGMMA_ROWS, pad_rows
@@ -36,7 +37,8 @@ MAX_BOX = 256
 """Lines that one TMA load takes."""
 FEW_ROWS = 32
 """Tiles with more rows multiply for long enough to hide the widening, and their rows cost more to put in order."""
-SCALE_DTYPES = {"block": {1: jnp.uint8, 2: jnp.bfloat16}, "zero": {1: jnp.uint8}}
+SCALE_DTYPES = {1: "uint8", 2: "bfloat16"}
+"""The dtypes of scales in rings, by bytes."""
 
 
 def matmul_widened(
@@ -141,10 +143,10 @@ def _check_fits(tile, how, k):
 
 def _lines_of(w, name, size):
     """An array of scales as lines of 64 bytes."""
-    array, dtype = w.scales[name], SCALE_DTYPES[name][size]
+    array, dtype = w.scales[name], SCALE_DTYPES[size]
     if array.dtype != dtype:
         raise InputError(
-            f"scales[{name!r}] of {w.format} are {array.dtype}, not {jnp.dtype(dtype).name}: convert them, or decode "
+            f"scales[{name!r}] of {w.format} are {array.dtype}, not {dtype}: convert them, or decode "
             "the weight with XlaBackend()."
         )
     return array.reshape(-1, LINE // size)
@@ -164,7 +166,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
     how = WIDENINGS[format]
     rings, (out, code_smem, row_smem, out_smem, filled, freed, *refs) = refs[: len(names)], refs[len(names) :]
     scale_smem, refs = refs[: len(names)], refs[len(names) :]
-    scales_filled, scales_freed = refs[:2] if names else (None, None)
+    scales_filled, scales_freed = refs[:2] if names else (filled, freed)  # not used without rings
     warpgroup, sm = lax.axis_index("wg"), lax.axis_index("cluster_grid")
     own_blocks = tile.features // WGMMA_ROWS // CONSUMERS
     column_tiles, steps = pl.cdiv(width, tile.features), pl.cdiv(k, STEP)
@@ -350,12 +352,10 @@ def _widen(format, k, is_apart, codes, scales, step, *block_scale):
 
     @plgpu.inline_mgpu(
         arg_types=(layout, scalar, *(plgpu.RefType() for _ in names), *(scalar for _ in block_scale)),
-        return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS, STEP), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS, STEP), jnp.dtype("bfloat16"), layout=plgpu.Layout.WGMMA),
     )
     def widen(ctx, codes, step, *refs):
         del ctx
-        from jax_latent_moe.grouped_matmul.pallas_sm90 import ptx
-
         memories = {name: ptx.memory_of(ref) for name, ref in zip(names, refs, strict=False)}
         block = ptx.word_of(refs[len(names)]) if block_scale else None
         words = widened(ptx.Ptx(), how, ptx.words_of(codes), memories, k, ptx.word_of(step), block, is_apart=is_apart)
@@ -371,7 +371,7 @@ def _widen_native(format, k, is_apart, codes, scales, step, *block_scale):
     found = {}
     for name in how.row_bytes(k):
         array = scales[name][...].reshape(WGMMA_ROWS, -1)
-        count, total = STEP // how.group, array.shape[1]
+        count, total = STEP // (how.group or k), array.shape[1]
         padded = jnp.pad(array, ((0, 0), (0, -total % count)), mode="edge")
         found[name] = lax.dynamic_slice_in_dim(padded, step * count, count, axis=1)
     if how.outer is not None:

@@ -34,9 +34,8 @@ def swapped_halves(m, word):
 
 def _bytes(upper):
     """Tables of the upper, or lower, bytes of the bfloat16 values of E2M1: those of codes 0 to 3, and of 4 to 7."""
-    bits = np.float32(E2M1).view(np.uint32) >> (24 if upper else 16) & 255
-    places = np.uint32([0, 8, 16, 24])
-    return [int(np.sum(part << places)) for part in (bits[:4], bits[4:])]
+    bits = np.asarray(E2M1, np.float32).view(np.uint32) >> (24 if upper else 16) & 255
+    return [sum(int(byte) << 8 * place for place, byte in enumerate(part)) for part in (bits[:4], bits[4:])]
 
 
 def e2m1_pairs(m, word):
