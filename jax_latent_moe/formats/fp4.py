@@ -72,8 +72,7 @@ def _decode_mxfp4(codes, scales, dtype):
 def _encode_nvfp4(values):
     """ModelOpt's rule (NVFP4QTensor): matrix scale amax / (6 * 448), block scale amax / (6 * matrix scale) in E4M3."""
     tensor = one_if_zero(divided(largest(values, (None, None)), LARGEST * E4M3_LARGEST))
-    # Without the barrier, XLA may leave out the rounding to E4M3 in what the values are divided by.
-    block = lax.optimization_barrier(to_e4m3(one_if_zero(divided(largest(values, NV_BLOCK), LARGEST * tensor))))
+    block = to_e4m3(one_if_zero(divided(largest(values, NV_BLOCK), LARGEST * tensor)))
     divisor = spread(from_e4m3(block) * tensor, NV_BLOCK, *values.shape[-2:])
     # A block far below the largest has a scale that rounds to 0: its values are 0.
     scaled = jnp.where(divisor == 0, 0, divided(values, divisor))

@@ -217,7 +217,9 @@ def _kernel(
 
             Both are read straight from global memory: a step ahead, because that takes as long as a product.
             """
-            of_rows = plgpu.load(row_scales.at[k, pl.ds(place.row, WGMMA_ROWS)], layout=plgpu.Layout.WGMMA.reduce(1))
+            of_rows = plgpu.load(
+                row_scales.at[k, pl.ds(place.row, WGMMA_ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
+            )
             found = []
             for block in range(num_blocks):
                 if halves:
