@@ -11,7 +11,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.config import (
     PallasWgradTile,
     PallasWidenTile,
 )
-from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, Widening
+from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, Widening, aligned_lines
 from jax_latent_moe.grouped_matmul.pallas_sm90.words import STEP
 from jax_latent_moe.grouped_matmul.problem import Problem
 
@@ -104,7 +104,7 @@ def widen_tile_fits(tile: PallasWidenTile, problem: Problem) -> bool:
 def widen_bytes(tile: PallasWidenTile, how: Widening, k: int) -> int:
     """Bytes of shared memory that a tile takes, without barriers."""
     stage = tile.features * how.step_bytes() + 2 * STEP * tile.rows
-    scales = tile.features * sum(how.row_bytes(k).values())
+    scales = tile.features * sum(aligned_lines(how, k).values())
     stores = 2 * 2 * 64 * tile.rows * tile.store_buffers  # 64 columns of 16 bits for each of two consumers
     return tile.stages * stage + tile.scale_buffers * scales + stores
 

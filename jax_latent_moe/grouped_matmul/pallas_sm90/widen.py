@@ -28,7 +28,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import WGMMA_ROWS, pad_row
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, PRODUCER
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, in_bands, row_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import widen_bytes
-from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, apart, lines, widened
+from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, aligned_lines, apart, lines, widened
 from jax_latent_moe.grouped_matmul.pallas_sm90.words import STEP
 
 LINE = 64
@@ -77,8 +77,7 @@ def matmul_widened(
             "pad them, or use XlaBackend()."
         )
     rings = {name: _lines_of(w, name, size) for name, size in how.item_bytes}
-    counts = lines(how, k)
-    loads = sum(blocks * pl.cdiv(count, MAX_BOX) for count in counts.values())
+    loads = sum(blocks * pl.cdiv(count, MAX_BOX) for count in lines(how, k).values())
     codes = lax.bitcast_convert_type(w.codes, jnp.uint8).reshape(experts, width, -1)
     # Few rows are put in another order along K, in which widening takes fewer instructions.
     is_apart = how.packing == 2 and tile.rows <= FEW_ROWS
@@ -111,7 +110,7 @@ def matmul_widened(
         plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages),
         *(
-            plgpu.SMEM((tile.scale_buffers, blocks, counts[name], ring.shape[1]), ring.dtype)
+            plgpu.SMEM((tile.scale_buffers, blocks, aligned_lines(how, k)[name], ring.shape[1]), ring.dtype)
             for name, ring in rings.items()
         ),
     ]
@@ -195,8 +194,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
         def load_scales(i, expert, column):
             buffer = lax.rem(i, tile.scale_buffers)
             wait_until_read(scales_freed.at[buffer])
-            for ring, smem in zip(rings, scale_smem, strict=True):
-                count = smem.shape[2]
+            for ring, smem, count in zip(rings, scale_smem, lines(how, k).values(), strict=True):
                 for block in range(tile.features // WGMMA_ROWS):
                     # Blocks beyond the last output read other scales, and are not stored.
                     output = expert * width + jnp.minimum(column + block * WGMMA_ROWS, width - WGMMA_ROWS)
@@ -369,8 +367,8 @@ def _widen_native(format, k, is_apart, codes, scales, step, *block_scale):
     """The same by the format's own decoding, for the interpreter."""
     how = WIDENINGS[format]
     found = {}
-    for name in how.row_bytes(k):
-        array = scales[name][...].reshape(WGMMA_ROWS, -1)
+    for name, count in lines(how, k).items():
+        array = scales[name][...][:count].reshape(WGMMA_ROWS, -1)
         count, total = STEP // (how.group or k), array.shape[1]
         padded = jnp.pad(array, ((0, 0), (0, -total % count)), mode="edge")
         found[name] = lax.dynamic_slice_in_dim(padded, step * count, count, axis=1)

@@ -159,3 +159,8 @@ def _loaded(m, make, memory, size, group, row_bytes, step, row_half):
 def lines(how: Widening, k: int) -> dict[str, int]:
     """Lines of 64 bytes that hold the scales of 64 outputs, by name. They are contiguous in memory."""
     return {name: ROWS * size // 64 for name, size in how.row_bytes(k).items()}
+
+
+def aligned_lines(how: Widening, k: int) -> dict[str, int]:
+    """The same in shared memory, where TMA writes to multiples of 128 bytes."""
+    return {name: count + count % 2 for name, count in lines(how, k).items()}
