@@ -254,7 +254,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
                     found.append(factors[expert, lax.div(column, n)])
                 else:
                     own = factors.at[expert, pl.ds(pl.multiple_of(column, WGMMA_ROWS), WGMMA_ROWS)]
-                    found.append(plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(1)))
+                    found.append(plgpu.load(own, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False))
             return found
 
         def block_factors(expert, place, k):
