@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fp8, fusing, layers, loop, matmuls, problems, steps, survey, swapped, train
+from benchmarks import fp8, fusing, layers, loop, matmuls, problems, steps, survey, swapped, train, widen
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = ("compile", "kernel", "fp8", "fused", "layer", "ragged_dot", "decode", "loop", "step", "survey", "train")
+SUITES = tuple("compile kernel fp8 widen fused layer ragged_dot decode loop step survey train".split())
 Measure = Callable[[Session, str, dict], None]
 
 
@@ -26,6 +26,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
     parser.add_argument("--quick", action="store_true", help="fewer shapes and peers, no sweeps")
+    parser.add_argument("--sweep", action="store_true", help='every tile in the suite "widen"')
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape; may be repeated")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER", help="where the rows go")
     parser.add_argument("--without", action="append", default=[], metavar="IMPL", help="not this; may be repeated")
@@ -49,6 +50,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         "compile": [(layers.measure_compilation, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "kernel": [(matmuls.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
         "fp8": [(fp8.measure, only(problems.FP8, problems.QUICK_KERNELS))],
+        "widen": [(widen.measure, only(widen.SHAPES, widen.QUICK_SHAPES))],
         "fused": [(fusing.measure, problems.FUSED)],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "ragged_dot": [(swapped.measure, swapped.SHAPES)],
@@ -84,7 +86,7 @@ def main() -> None:
     limits = ceilings()
     print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)
     rounds = 5 if options.quick else 7
-    session = Session(run, *limits, options.quick, rounds, frozenset(options.without), options.kernels)
+    session = Session(run, *limits, options.quick, rounds, frozenset(options.without), options.kernels, options.sweep)
     for suite in options.suites or SUITES:
         for measure, table in tables(quick=options.quick)[suite]:
             chosen = {name: value for name, value in table.items() if name in (options.shape or table)}

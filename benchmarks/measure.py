@@ -25,7 +25,8 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "fp8", "layer", "ragged_dot", "decode", "loop", "step", "train" or "parallel".
+        suite: "compile", "kernel", "fp8", "widen", "layer", "ragged_dot", "decode", "loop", "step", "train" or
+            "parallel".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py,
             benchmarks/fp8.py and benchmarks/loop.py have their own.
@@ -131,6 +132,7 @@ class Session:
         rounds: number of batches, of which the median is taken.
         without: implementations to leave out.
         kernels: whether the suite "train" prints the kernels of each step.
+        sweep: whether the suite "widen" times every tile.
     """
 
     run: Run
@@ -140,6 +142,7 @@ class Session:
     rounds: int = 7
     without: frozenset[str] = frozenset()
     kernels: bool = False
+    sweep: bool = False
 
     def floor_ms(self, flops: float, traffic: float) -> float:
         """The least milliseconds for this many operations and bytes."""

@@ -18,6 +18,7 @@ CLASSES = (
     config.PallasMatmulTile,
     config.PallasWgradTile,
     config.PallasFp8Tile,
+    config.PallasWidenTile,
     config.CutlassBackend,
     config.CutlassTile,
     config.ParallelConfig,

@@ -17,6 +17,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.config import (
     PallasFp8Tile,
     PallasMatmulTile,
     PallasWgradTile,
+    PallasWidenTile,
 )
 from jax_latent_moe.grouped_matmul.registry import BACKENDS, BackendConfig, as_backend, name_of
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
@@ -33,6 +34,7 @@ __all__ = [
     "PallasFp8Tile",
     "PallasMatmulTile",
     "PallasWgradTile",
+    "PallasWidenTile",
     "ParallelConfig",
     "Precision",
     "RouterConfig",

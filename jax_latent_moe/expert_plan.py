@@ -12,7 +12,7 @@ from jax_latent_moe.decode import Decode
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.errors import UnsupportedError
 from jax_latent_moe.grouped_matmul.problem import Contraction, Epilogue, Operand, problem
-from jax_latent_moe.grouped_matmul.registry import Bound, fused, name_of, select
+from jax_latent_moe.grouped_matmul.registry import Bound, fused, gradient_backend, name_of, select
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
 from jax_latent_moe.precision import Precision
 
@@ -117,9 +117,10 @@ def plan_experts(
 
     def input_gradient(shape, lhs, w) -> Bound:
         if precision.dgrad is None:
-            # A kernel that multiplies frozen codes has no gradient through them. It is not needed to serve.
-            served = precision.fwd or serves
-            return bind("dgrad", shape, lhs, w, "auto" if served and w not in (None, dense) else config.backend)
+            if w in (None, dense):
+                return bind("dgrad", shape, lhs, w)
+            asked = problem("dgrad", num_rows, shape, dtype, lhs=lhs, rhs=w, device=device)
+            return select(asked, gradient_backend(asked, config.backend))
         # The weight's codes are those of the transposed weight.
         experts, inputs, outputs = shape
         transposed = experts, outputs, inputs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import fp8, fusing, gpu, layers, matmuls, steps, swapped, train_table
+from benchmarks import fp8, fusing, gpu, layers, matmuls, steps, swapped, train_table, widen
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -136,6 +136,23 @@ def test_fp8_is_measured_and_recorded(run, session, capsys):
     assert errors[0] < 0.01 < errors[1] < 0.1
     assert rows[products[1]]["floor_ms"] < rows[products[0]]["floor_ms"]
     assert "left out torch_scaled_grouped_mm" in capsys.readouterr().out
+
+
+def test_widening_is_measured_and_recorded(run, session, capsys, monkeypatch):
+    """Without a Hopper GPU, dense weights alone. The error is that of the largest group against decoded weights."""
+    monkeypatch.setattr(widen, "read_rate", lambda: 1e11)
+    shape = Grouped(4, 2, 8, 128, 64, empty=0.0)
+    widen.measure(dataclasses.replace(session, quick=True), "widen", {"small": shape})
+    assert [row["impl"] for row in rows_of(run)] == ["bfloat16"]
+    assert rows_of(run)[0]["max_error"] < 0.01
+    assert "left out small mxfp4: UnsupportedError" in capsys.readouterr().out
+    w, sizes = widen.encoded(shape.weights(0), "mxfp4"), widen.draws(shape)
+    rows = jax.random.normal(jax.random.key(0), (shape.rows, shape.in_features), jnp.bfloat16)
+    out = widen.several("auto", rows, w, sizes)
+    assert sizes.shape == (widen.DRAWS, 8)
+    assert widen.error_of(out, rows, w, sizes) < 0.01
+    assert 0.01 < widen.error_of(1.05 * out, rows, w, sizes) < 0.1
+    assert widen.traffic(shape, w, sizes) < widen.traffic(shape, shape.weights(0), sizes)
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])

@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_latent_moe.config import PallasBackend, PallasFp8Tile, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.config import PallasBackend, PallasFp8Tile, PallasMatmulTile, PallasWgradTile, PallasWidenTile
 from jax_latent_moe.device import Device
 from jax_latent_moe.errors import ConfigError
 from jax_latent_moe.formats import encode, encode_rows
@@ -179,6 +179,7 @@ FIELDS = {
     "matmul_tile": {"rows": 64, "columns": 128, "stages": 3, "store_buffers": 1, "band": 2, "cluster": 2},
     "wgrad_tile": {"rows": 64, "columns": 128, "stages": 3, "store_buffers": 1, "cluster": 2},
     "fp8_tile": {"rows": 64, "columns": 64, "stages": 3, "store_buffers": 1, "band": 2, "cluster": 2},
+    "widen_tile": {"features": 256, "rows": 32, "stages": 3, "scale_buffers": 1, "store_buffers": 2, "band": 2},
 }
 
 
@@ -197,14 +198,15 @@ def test_each_field_of_a_tile_is_read():
                 lambda rows, w, dout, sizes: (
                     product("fwd", rows, w, sizes),
                     product("fwd", encode_rows(rows, "fp8_block"), encode(w, "fp8_block"), sizes),
+                    product("fwd", rows, encode(w, "mxfp4"), sizes),
                     product("wgrad", rows, dout, sizes),
                 )
             )(rows, w, dout, jax.ShapeDtypeStruct((4,), jnp.int32))
         )
 
-    base = PallasBackend(PallasMatmulTile(), PallasWgradTile(), PallasFp8Tile(columns=128))
+    base = PallasBackend(PallasMatmulTile(), PallasWgradTile(), PallasFp8Tile(columns=128), PallasWidenTile())
     before = kernels(base)
-    assert FIELDS.keys() | {"fuse"} == {field.name for field in dataclasses.fields(base)}
+    assert FIELDS.keys() | {"fuse", "widen"} == {field.name for field in dataclasses.fields(base)}
     for name, changes in FIELDS.items():
         tile = getattr(base, name)
         assert changes.keys() == {field.name for field in dataclasses.fields(tile)}
@@ -238,7 +240,8 @@ def test_refuses(changes, reason):
 def test_auto_takes_it_on_hopper_without_compiled_kernels(kind, library_at, tmp_path):
     library_at(tmp_path / "none.so")
     text = explain(dataclasses.replace(PROBLEM, device=Device("gpu", kind)))
-    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fp8_tile=None, fuse='measured') runs it" in text
+    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fp8_tile=None, widen_tile=None, widen=False, " in text
+    assert "fuse='measured') runs it" in text
 
 
 def chosen(contraction, num_rows, w_shape):

@@ -25,7 +25,16 @@ from jax_latent_moe.grouped_matmul.operands import (
     scattered,
 )
 from jax_latent_moe.grouped_matmul.problem import Epilogue, Operand, Problem, problem
-from jax_latent_moe.grouped_matmul.registry import BackendConfig, Bound, as_backend, explain, fused, register, select
+from jax_latent_moe.grouped_matmul.registry import (
+    BackendConfig,
+    Bound,
+    as_backend,
+    explain,
+    fused,
+    gradient_backend,
+    register,
+    select,
+)
 from jax_latent_moe.varying import varying
 
 __all__ = [
@@ -171,6 +180,10 @@ def _matmul_bwd(backend, precision, transpose_w, residuals, dout):
     rows, w, group_sizes = residuals
     if isinstance(rows.table if isinstance(rows, GatheredRows) else rows, ScaledRows):
         return None, None, None
+    if isinstance(w, ScaledArray):
+        contraction = "fwd" if transpose_w else "dgrad"
+        asked = problem(contraction, dout.shape[0], w.shape, dout.dtype, lhs=operand_of(dout), rhs=operand_of(w))
+        backend = gradient_backend(asked, backend)
     drows = _matmul(backend, precision, not transpose_w, dout, w, group_sizes)
     if isinstance(rows, GatheredRows):
         drows = scattered(rows, drows)

@@ -29,7 +29,7 @@ BACKENDS: dict[str, tuple[type, type[Backend]]] = {
 # of the times in docs/performance.md.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
-    "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
+    "gpu": (CutlassBackend(), PallasBackend(widen=False), XlaBackend()),
     "tpu": (XlaBackend(method="ragged_dot"),),
 }
 
@@ -101,6 +101,16 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
         refusal = UnsupportedError(name_of(candidate.config), reason, remedy)
     assert refusal is not None
     raise refusal
+
+
+def gradient_backend(problem: Problem, backend: str | BackendConfig) -> str | BackendConfig:
+    """The backend for the dgrad of a weight in codes: "auto" if the given one has no kernel for it, which decodes.
+
+    A kernel that multiplies frozen codes need not have a gradient through them to serve.
+    """
+    if any(candidate.supports(problem) is None for candidate in _candidates(problem, backend)):
+        return backend
+    return "auto"
 
 
 def bind(backend: Backend, problem: Problem) -> Bound:

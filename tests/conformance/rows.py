@@ -19,6 +19,7 @@ from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.formats import encode, encode_rows
 from jax_latent_moe.grouped_matmul import register
 from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
+from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS
 from tests.tolerances import RELATIVE
 
 EVERY_CELL = bool(os.environ.get("JAX_LATENT_MOE_EVERY_CELL"))
@@ -98,6 +99,8 @@ class InterpretedPallas:
     matmul_tile: None = None
     wgrad_tile: None = None
     fp8_tile: None = None
+    widen_tile: None = None
+    widen: bool = True
 
 
 class Interpreted(Pallas):
@@ -212,6 +215,22 @@ KERNELS_OF_CODES = (
     ),
 )
 """Kernels that multiply codes with codes."""
+WIDENING_KERNELS = tuple(
+    Row(
+        f"{backend}-{name}",
+        InterpretedPallas() if interpreted else PallasBackend(),
+        ("bfloat16",),
+        128,
+        weight_format=name,
+        transposes=False,
+        hopper=not interpreted,
+        interpreted=interpreted,
+        any_rows=False,
+    )
+    for backend, interpreted in (("interpreted-pallas", True), ("pallas", False))
+    for name in WIDENINGS
+)
+"""Kernels that widen codes on their way to the matrix units. The gradient of rows decodes."""
 
 
 def every_row(check):

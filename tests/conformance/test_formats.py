@@ -16,7 +16,7 @@ from jax_latent_moe.formats import FORMATS, encode
 from jax_latent_moe.grouped_matmul import Operand, explain, grouped_matmul, problem, select
 from tests.conformance import suite
 from tests.conformance.oracle import compiled, oracle_run, random_group_sizes
-from tests.conformance.rows import EVERY_CELL, FORMAT_ROWS
+from tests.conformance.rows import EVERY_CELL, FORMAT_ROWS, WIDENING_KERNELS, param
 from tests.conformance.suite import CHECKS
 from tests.programs import floating_arrays
 from tests.tolerances import assert_close
@@ -42,6 +42,15 @@ def test_a_part_of_the_suite(rng, row):
     """The checks that share one compilation, of fwd and dgrad."""
     suite.check_padding_rows_leak_nowhere(row, rng)
     suite.check_all_rows_on_one_expert(row, rng)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:invalid value:RuntimeWarning"
+)  # the interpreter multiplies padding rows that hold infinity
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("row", [param(row, few=False) for row in WIDENING_KERNELS])
+def test_the_suite_of_kernels(rng, row, check):
+    check(row, rng)
 
 
 @pytest.mark.parametrize("row", [row for row in FORMAT_ROWS if row.name in ("fp8_block", "nvfp4")], ids=str)
@@ -79,8 +88,11 @@ def test_no_dense_weight_is_made(row):
 @every_format
 def test_hopper_kernels_refuse_it_and_name_the_backend_that_runs_it(row):
     asked = problem("fwd", 24, (8, 128, 128), "bfloat16", rhs=Operand(row.name), device=H200)
-    for backend in (CutlassBackend(), PallasBackend()):
-        with pytest.raises(UnsupportedError, match=f"no kernels for bfloat16 x {row.name}.*XlaBackend"):
+    for backend, reason in (
+        (CutlassBackend(), "it has no kernels for"),
+        (PallasBackend(widen=False), "widen=False leaves"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{reason} bfloat16 x {row.name}.*XlaBackend"):
             select(asked, backend)
     text = explain(asked, "auto")
     assert f"of bfloat16 and {row.name} to bfloat16" in text

@@ -7,7 +7,13 @@ from jax import custom_batching
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.operands import Outputs
 from jax_latent_moe.grouped_matmul.pallas_sm90 import tiles as pallas_tiles
-from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import (
+    PallasFp8Tile,
+    PallasMatmulTile,
+    PallasWgradTile,
+    PallasWidenTile,
+)
+from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS
 from jax_latent_moe.grouped_matmul.sm90 import (
     DTYPES,
     both_fp8,
@@ -36,7 +42,13 @@ class Pallas(Backend):
 
     def supports(self, problem):
         """None, or the reason why the kernels cannot run the problem."""
-        if reason := _fp8_refusal(problem) if both_fp8(problem) else refusal(problem, FEATURE_MULTIPLE):
+        if both_fp8(problem):
+            reason = _fp8_refusal(problem)
+        elif _widens(problem):
+            reason = _widen_refusal(problem, self.config.widen)
+        else:
+            reason = refusal(problem, FEATURE_MULTIPLE)
+        if reason:
             return reason
         for name in ("num_rows", "num_experts"):
             if getattr(problem, name) == 0:
@@ -53,6 +65,8 @@ class Pallas(Backend):
 
     def has_tile(self, problem, tile):
         """See `Backend.has_tile`: plain kernels are built for any tile."""
+        if _widens(problem):
+            return pallas_tiles.widen_tile_fits(tile, problem)
         return problem.epilogue is None or super().has_tile(problem, tile)
 
     def given_tile(self, problem):
@@ -61,12 +75,16 @@ class Pallas(Backend):
             return None
         if both_fp8(problem):
             return self.config.fp8_tile
+        if _widens(problem):
+            return self.config.widen_tile
         return self.config.wgrad_tile if problem.contraction == "wgrad" else self.config.matmul_tile
 
     def tile_type(self, problem):
         """See `Backend.tile_type`."""
         if both_fp8(problem):
             return PallasFp8Tile
+        if _widens(problem):
+            return PallasWidenTile
         return PallasWgradTile if problem.contraction == "wgrad" else PallasMatmulTile
 
     def insists(self, epilogue):
@@ -79,6 +97,10 @@ class Pallas(Backend):
         lhs, rhs, group_sizes, kept, row_weights = operands
         if both_fp8(problem):
             return _fp8(problem, lhs, rhs, group_sizes, settings)
+        if _widens(problem):
+            from jax_latent_moe.grouped_matmul.pallas_sm90.widen import matmul_widened
+
+            return Outputs(_call(matmul_widened, lhs, rhs, group_sizes, **settings))
         if problem.contraction == "wgrad":
             from jax_latent_moe.grouped_matmul.pallas_sm90.wgrad import wgrad
 
@@ -102,6 +124,29 @@ class Pallas(Backend):
 def _fp8_refusal(problem):
     reason = fp8_refusal(problem, DTYPES, FP8_MULTIPLE, FEATURE_MULTIPLE)
     return reason or size_refusal(problem, FEATURE_MULTIPLE)
+
+
+def _widens(problem):
+    return problem.lhs.format in DTYPES and problem.rhs.format in WIDENINGS
+
+
+def _widen_refusal(problem, widen):
+    if reason := device_refusal(problem):
+        return reason
+    codes = f"{problem.lhs.format} x {problem.rhs.format}"
+    if not widen:
+        return f"widen=False leaves {codes} to XlaBackend(), which decodes codes, a few experts at a time."
+    if problem.contraction != "fwd":
+        return f"it has no kernel for {codes} but fwd's: XlaBackend() decodes codes, a few experts at a time."
+    if problem.epilogue is not None:
+        return "its kernel that widens codes has no epilogue: XLA computes the activation."
+    if {problem.lhs.format, problem.out.format} != {"bfloat16"}:
+        return f"its kernel widens codes to bfloat16, and has none for {codes} to {problem.out.format}: cast the rows."
+    if reason := size_refusal(problem, FEATURE_MULTIPLE):
+        return reason
+    if not pallas_tiles.tiles(problem):
+        return f"the scales of K={problem.k} in {problem.rhs.format} do not fit the shared memory."
+    return None
 
 
 def _fp8(problem, rows, w, group_sizes, settings):

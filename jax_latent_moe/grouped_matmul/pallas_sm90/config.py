@@ -99,6 +99,41 @@ class PallasFp8Tile:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class PallasWidenTile:
+    """Tile and schedule of the Pallas kernel for fwd with 16-bit rows and a weight in codes.
+
+    Attributes:
+        features: outputs of a tile, 128 or 256. The two consumers share them.
+        rows: rows of a tile, a multiple of 8, at most 192 for 128 features and 64 for 256. All are multiplied.
+        stages: loads in flight of 128 along K, in a ring buffer in shared memory.
+        scale_buffers: tiles whose scales are in shared memory, each for all of K.
+        store_buffers: buffers through which a consumer stores its part of a tile, 64 outputs each.
+        band: row tiles that are computed together, column by column.
+    """
+
+    features: int = 128
+    rows: int = 64
+    stages: int = 6
+    scale_buffers: int = 2
+    store_buffers: int = 1
+    band: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            checks.positive_int(f"PallasWidenTile.{field.name}", getattr(self, field.name))
+        if self.features not in (128, 256):
+            raise ConfigError(
+                f"PallasWidenTile.features={self.features} must be 128 or 256: a consumer widens 64 or 128 outputs."
+            )
+        most = 192 if self.features == 128 else 64
+        if self.rows % 8 or self.rows > most:
+            raise ConfigError(
+                f"PallasWidenTile.rows={self.rows} must be a multiple of 8, at most {most}, for "
+                f"features={self.features}: more sums leave too few registers for two widened operands."
+            )
+
+
 def _check_pallas_tile(tile):
     """Checks that a tile fits a Hopper SM: its accumulators the registers, its buffers the shared memory."""
     name = type(tile).__name__
@@ -133,6 +168,8 @@ class PallasBackend:
             heuristic's if there is none.
         wgrad_tile: tile of wgrad, chosen in the same way if it is None.
         fp8_tile: tile of fwd with both operands in block FP8, chosen in the same way if it is None.
+        widen_tile: tile of fwd with bfloat16 rows and a weight in codes, chosen in the same way if it is None.
+        widen: whether a kernel multiplies bfloat16 rows by a weight in codes. If not, such products are refused.
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all and needs the least memory. "never" fuses none.
     """
@@ -140,6 +177,8 @@ class PallasBackend:
     matmul_tile: PallasMatmulTile | None = None
     wgrad_tile: PallasWgradTile | None = None
     fp8_tile: PallasFp8Tile | None = None
+    widen_tile: PallasWidenTile | None = None
+    widen: bool = True
     fuse: Fuse = "measured"
 
     def __post_init__(self):
@@ -150,3 +189,6 @@ class PallasBackend:
             checks.instance("PallasBackend.wgrad_tile", self.wgrad_tile, PallasWgradTile)
         if self.fp8_tile is not None:
             checks.instance("PallasBackend.fp8_tile", self.fp8_tile, PallasFp8Tile)
+        if self.widen_tile is not None:
+            checks.instance("PallasBackend.widen_tile", self.widen_tile, PallasWidenTile)
+        checks.boolean("PallasBackend.widen", self.widen)

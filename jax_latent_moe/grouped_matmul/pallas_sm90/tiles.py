@@ -1,7 +1,18 @@
 """The tiles of the Pallas kernels for a shape, the one that pads least first."""
 
+import dataclasses
+import math
+
 from jax_latent_moe.formats import FORMATS
-from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile, PallasMatmulTile, PallasWgradTile
+from jax_latent_moe.grouped_matmul.pallas_sm90.config import (
+    SHARED_MEMORY,
+    PallasFp8Tile,
+    PallasMatmulTile,
+    PallasWgradTile,
+    PallasWidenTile,
+)
+from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, Widening, aligned_lines
+from jax_latent_moe.grouped_matmul.pallas_sm90.words import STEP
 from jax_latent_moe.grouped_matmul.problem import Problem
 
 SMALL_GROUP = 64
@@ -61,13 +72,19 @@ _SHAPES = (
     (64, 128, 8, 1),
     (64, 64, 8, 2),
 )
+# Tiles that widen codes have not been measured. (rows per expert at most, rows of a tile): a group may begin 7 rows
+# into its tile. Rows that are multiplied in vain cost nothing while codes are read.
+_WIDEN_ROWS = ((4, 16), (16, 32), (48, 64), (math.inf, 128))
+_MOST_STAGES, _LEAST_STAGES = 12, 3
 
 
-def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile | PallasFp8Tile, ...]:
+def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile | PallasFp8Tile | PallasWidenTile, ...]:
     """The tiles of a problem: first the one that pads least, then all others for `tune` to time.
 
     A product with an activation in its epilogue has only the first.
     """
+    if problem.rhs.format in WIDENINGS and problem.lhs.format not in FORMATS:
+        return widen_tiles(problem)
     best = _least_padding(problem)
     if problem.epilogue is not None:
         return (best,)
@@ -77,6 +94,34 @@ def tiles(problem: Problem) -> tuple[PallasMatmulTile | PallasWgradTile | Pallas
         tile, shapes = (PallasFp8Tile, _FP8_SHAPES) if isinstance(best, PallasFp8Tile) else (PallasMatmulTile, _SHAPES)
         others = [tile(*shape, band=band, cluster=cluster) for shape in shapes for cluster in (1, 2) for band in (1, 4)]
     return tuple(dict.fromkeys((best, *others)))
+
+
+def widen_tile_fits(tile: PallasWidenTile, problem: Problem) -> bool:
+    """Whether the tile's buffers, with the scales of K, fit the shared memory."""
+    return widen_bytes(tile, WIDENINGS[problem.rhs.format], problem.k) <= SHARED_MEMORY
+
+
+def widen_bytes(tile: PallasWidenTile, how: Widening, k: int) -> int:
+    """Bytes of shared memory that a tile takes, without barriers."""
+    stage = tile.features * how.step_bytes() + 2 * STEP * tile.rows
+    scales = tile.features * sum(aligned_lines(how, k).values())
+    stores = 2 * 2 * 64 * tile.rows * tile.store_buffers  # 64 columns of 16 bits for each of two consumers
+    return tile.stages * stage + tile.scale_buffers * scales + stores
+
+
+def widen_tiles(problem: Problem) -> tuple[PallasWidenTile, ...]:
+    """The heuristic's tile, then all others, with as many stages as shared memory allows."""
+    mean = problem.num_rows / problem.num_experts
+    best = next(rows for most, rows in _WIDEN_ROWS if mean <= most)
+    shapes = [(128, best), *((128, rows) for rows in (8, 16, 32, 64, 128, 192)), (256, 32), (256, 64)]
+    found = []
+    for shape in dict.fromkeys(shapes):
+        for stages in range(_MOST_STAGES, _LEAST_STAGES - 1, -1):
+            tile = PallasWidenTile(*shape, stages=stages)
+            if widen_tile_fits(tile, problem):
+                found += [tile, dataclasses.replace(tile, band=4)]
+                break
+    return tuple(found)
 
 
 def _least_padding(problem):
