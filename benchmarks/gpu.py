@@ -17,7 +17,20 @@ from benchmarks import fp8, fusing, layers, loop, matmuls, problems, steps, surv
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
-SUITES = tuple("compile kernel fp8 widen fused layer ragged_dot decode loop step survey train".split())
+SUITES = (
+    "compile",
+    "kernel",
+    "fp8",
+    "widen",
+    "fused",
+    "layer",
+    "ragged_dot",
+    "decode",
+    "loop",
+    "step",
+    "survey",
+    "train",
+)
 Measure = Callable[[Session, str, dict], None]
 
 

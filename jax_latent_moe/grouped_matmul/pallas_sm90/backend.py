@@ -17,6 +17,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS
 from jax_latent_moe.grouped_matmul.sm90 import (
     DTYPES,
     both_fp8,
+    device_refusal,
     fp8_refusal,
     fuse_refusal,
     kernel_activation,
