@@ -107,7 +107,9 @@ def _checked(w_in, w_out, codes) -> Codes:
 
     A step of an optimiser changes these rows, and reading them takes little time.
     """
-    same = jnp.all(_first_row(w_in, 1) == codes.of_in) & jnp.all(_first_row(w_out, 1) == codes.of_out)
+    # NaN equals NaN here: it must not spread from an expert that no token reaches.
+    same = jnp.array_equal(_first_row(w_in, 1), codes.of_in, equal_nan=True)
+    same &= jnp.array_equal(_first_row(w_out, 1), codes.of_out, equal_nan=True)
 
     def checked(weight: ScaledArray) -> ScaledArray:
         scales = jax.tree.map(lambda scale: jnp.where(same, scale, jnp.nan), weight.scales)
