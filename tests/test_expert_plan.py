@@ -93,7 +93,7 @@ def test_a_plan_is_told_whole():
     b, relu2, runs = (
         "bfloat16",
         "relu2 keeping",
-        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured', decode=False)",
+        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured', decode='measured')",
     )
     lines = str(plan).splitlines()
     assert lines[0] == "experts with relu2; the forward pass keeps 'hidden'"
