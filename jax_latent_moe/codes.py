@@ -9,7 +9,7 @@ from jax import lax
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import encoded
-from jax_latent_moe.formats import ScaledArray, format_of
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.parallel.own_codes import on_own_experts, whole_latents
 from jax_latent_moe.params import Params, as_array, param_shapes
@@ -41,6 +41,11 @@ def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
         return None
     w_in, w_out = (_dense(params, config, name) for name in ("w_in", "w_out"))
     leading = w_out.ndim - 3
+    if w_in.shape[: leading + 1] != w_out.shape[:-2]:
+        raise InputError(
+            f"params experts/w_in of shape {w_in.shape} and experts/w_out of shape {w_out.shape} must have the same "
+            "axes before those of an expert: stack both in the same way."
+        )
     return on_own_experts(partial(_encode, config), config, leading, w_in, w_out)
 
 
@@ -53,14 +58,20 @@ def checked_codes(codes: Codes, params: Params, config: LatentMoEConfig) -> Code
     if not isinstance(codes, Codes):
         raise InputError(f"codes of type {type(codes).__name__} must be what encode_experts(params, config) returns.")
     expected = jax.eval_shape(partial(encode_experts, config=config), params)
-    found, wanted = (jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree) for tree in (codes, expected))
-    if found != wanted:
+    if expected is None:
         raise InputError(
-            f"codes of {_summary(codes)} do not fit config.precision={config.precision} and these params, which "
-            f"need {_summary(expected)}: encode_experts(params, config) makes them, of the params that the layer gets."
+            f"codes have no effect with config.precision={config.precision}: leave them out, or set config.precision."
+        )
+    found, wanted = _described(codes), _described(expected)
+    if found != wanted:
+        other = [name for name in wanted if found[name] != wanted[name]]
+        have, need = (", ".join(f"{name} {of[name]}" for name in other) for of in (found, wanted))
+        raise InputError(
+            f"codes have {have}, and the layer needs {need} for config.precision={config.precision}: make them by "
+            "encode_experts(params, config), with the config, the params and the mesh of the layer."
         )
     w_in, w_out = (lax.stop_gradient(params["experts"][name]) for name in ("w_in", "w_out"))
-    return on_own_experts(_checked, config, 0, w_in, w_out, codes)
+    return on_own_experts(_checked, config, 0, w_in, w_out, jax.tree.map(jnp.asarray, codes))
 
 
 def _dense(params, config, name):
@@ -70,7 +81,9 @@ def _dense(params, config, name):
         raise InputError(f"params have nothing at experts/{name}: init_params(key, config) makes them.") from None
     if isinstance(weight, ScaledArray | LowRank):
         kind = f"in {weight.format} already" if isinstance(weight, ScaledArray) else "below an adapter"
-        raise InputError(f"params experts/{name} is {kind}: only dense weights are encoded. Leave codes out.")
+        raise InputError(
+            f"params experts/{name} is {kind}: only dense weights are encoded. Call the layer without codes."
+        )
     expected = param_shapes(config)["experts"][name].shape
     if weight.shape[-len(expected) :] != expected:
         raise InputError(f"params experts/{name} of shape {weight.shape} must end in the shape {expected}.")
@@ -101,6 +114,11 @@ def _checked(w_in, w_out, codes) -> Codes:
     return Codes()._replace(**scaled)
 
 
-def _summary(codes: Codes | None) -> str:
-    arrays = {} if codes is None else codes._asdict()
-    return ", ".join(f"{name} {format_of(a)} {a.shape}" for name, a in arrays.items() if a is not None) or "no codes"
+def _described(codes: Codes) -> dict[str, str]:
+    """Format, shape and dtypes of each array, by its name."""
+
+    def text(array):
+        leaves = ", ".join(f"{leaf.dtype} {leaf.shape}" for leaf in jax.tree.leaves(array))
+        return f"{array.format} ({leaves})" if isinstance(array, ScaledArray) else leaves or "None"
+
+    return {name: text(array) for name, array in codes._asdict().items()}

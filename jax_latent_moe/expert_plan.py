@@ -38,7 +38,7 @@ class ExpertPlan:
         b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
         b_out_grad: the gradient of b_out; None without biases.
         decode: how few tokens run where nothing is differentiated, in place of up_without_gradient and down; or the
-            reason why they do not.
+            reason why they do not; or None if the rows are not those of whole tokens.
     """
 
     activation: BoundActivation
@@ -53,13 +53,13 @@ class ExpertPlan:
     up_wgrad: Bound | None
     b_in_grad: Bound | None = None
     b_out_grad: Bound | None = None
-    decode: Decode | str = ""
+    decode: Decode | str | None = None
 
     def __str__(self) -> str:
         lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}"]
         if isinstance(self.decode, Decode):
             lines.append(f"without a gradient, two kernels for few tokens: {self.decode}")
-        else:
+        elif self.decode:
             lines.append(f"no kernels for few tokens: {self.decode}")
         for field in dataclasses.fields(self)[3:]:
             bound = getattr(self, field.name)
@@ -91,7 +91,7 @@ def plan_experts(
         w_in: format of w_in; None for an array of dtype.
         w_out: format of w_out; None for an array of dtype.
         device: the device that runs them; None is JAX's default device.
-        decode: what `plan_decode` says of these weights; None if the rows are not those of tokens.
+        decode: the result of `plan_decode` for these weights; None if the rows are not those of whole tokens.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products, or insists on fusing where experts have
@@ -167,7 +167,7 @@ def plan_experts(
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
         b_in_grad=bias_gradient(w_in_shape[2]),
         b_out_grad=bias_gradient(w_out_shape[2]),
-        decode=decode or "the rows are not those of whole tokens.",
+        decode=decode,
     )
 
 

@@ -240,7 +240,7 @@ def encode_experts(variables: Mapping[str, Any], config: LatentMoEConfig) -> dic
         config: that of all layers of the model. With config.precision=None nothing is added.
 
     Raises:
-        InputError: a layer's experts do not fit the config, are quantised, or have adapters.
+        InputError: no layer has experts, or a layer's do not fit the config, are quantised, or have adapters.
         ConfigError: an axis of the mesh does not divide what it splits.
     """
     leaves: dict[Any, Any] = flatten_dict(to_params(variables))
@@ -249,6 +249,10 @@ def encode_experts(variables: Mapping[str, Any], config: LatentMoEConfig) -> dic
         for (*layer, part, name), w_in in leaves.items()
         if (part, name) == ("experts", "w_in")
     }
+    if not made:
+        raise InputError(
+            f"variables with the collections {', '.join(variables)} have no experts: give what model.init returns."
+        )
     found = {path: of_layer for path, of_layer in made.items() if of_layer is not None}
     return {**variables, EXPERT_CODES: unflatten_dict(found)} if found else dict(variables)
 

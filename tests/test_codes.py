@@ -206,14 +206,30 @@ def test_what_does_not_fit_is_refused():
     codes = encode(params, SMALL)
     with pytest.raises(InputError, match=r"codes of type dict must be what encode_experts\(params, config\) returns"):
         latent_moe(params, x, SMALL, codes={})
-    for config, other in (
-        (dataclasses.replace(SMALL, precision=None), params),
-        (dataclasses.replace(SMALL, precision=Precision(fwd=FP8)), params),
-        (dataclasses.replace(SMALL, precision=Precision(FP8, POW2)), params),
-        (SMALL, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params) | {"router": params["router"]}),
+    with pytest.raises(InputError, match=r"codes have no effect with config.precision=None: leave them out"):
+        latent_moe(params, x, dataclasses.replace(SMALL, precision=None), codes=codes)
+    for config, other, have, need in (
+        (
+            dataclasses.replace(SMALL, precision=Precision(fwd=FP8)),
+            params,
+            r"dgrad_in fp8_block \(uint8 \(4, 1, 24, 40\), float32 \(4, 1, 1, 1\)\), dgrad_out",
+            "dgrad_in None, dgrad_out None",
+        ),
+        (
+            dataclasses.replace(SMALL, precision=Precision(FP8, POW2)),
+            params,
+            "dgrad_in fp8_block ",
+            "dgrad_in fp8_block_pow2 ",
+        ),
+        (
+            SMALL,
+            jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params) | {"router": params["router"]},
+            r"of_in float32 \(4, 1, 40\), of_out float32 \(4, 1, 24\)",
+            r"of_in bfloat16 \(4, 1, 40\), of_out bfloat16 \(4, 1, 24\)",
+        ),
     ):
         with pytest.raises(
-            InputError, match=r"codes of fwd_in fp8_block \(4, 24, 40\), .*do not fit config.precision="
+            InputError, match=f"codes have {have}.*, and the layer needs {need}.* for config.precision="
         ):
             latent_moe(other, x, config, codes=codes)
     assert encode_experts(params, dataclasses.replace(SMALL, precision=None)) is None
@@ -225,8 +241,18 @@ def test_what_does_not_fit_is_refused():
         encode_experts(lora.adapt(jax.random.key(1), params, SMALL, rank=2), forward)
     with pytest.raises(InputError, match=r"params have nothing at experts/w_in"):
         encode_experts(params["experts"], SMALL)
+    with pytest.raises(
+        InputError, match=r"w_in of shape \(2, 4, 24, 40\) and .*w_out of shape \(4, 40, 24\) must have"
+    ):
+        encode_experts({"experts": params["experts"] | {"w_in": jnp.ones((2, 4, 24, 40))}}, SMALL)
     with pytest.raises(InputError, match=r"experts/w_out of shape \(4, 41, 24\) must end in the shape \(4, 40, 24\)"):
         encode_experts({"experts": params["experts"] | {"w_out": jnp.ones((4, 41, 24))}}, SMALL)
+
+
+def test_codes_may_be_arrays_of_numpy():
+    params, x = layer_of(SMALL), jnp.ones((3, 16))
+    codes = jax.tree.map(np.asarray, encode(params, SMALL))
+    assert jax.eval_shape(lambda: latent_moe(params, x, SMALL, codes=codes)[0]).shape == x.shape
 
 
 def test_a_step_encodes_each_weight_once():
@@ -318,6 +344,8 @@ def test_linen_layers_read_the_collection(rng):
     assert np.isnan(np.float32(blocks.apply(coded | {"params": params}, x, None)[0])).all()
     dense = dataclasses.replace(SMALL, precision=None)
     assert jax_latent_moe.linen.encode_experts(variables, dense).keys() == variables.keys()
+    with pytest.raises(InputError, match=r"variables with the collections moe have no experts: .*model.init"):
+        jax_latent_moe.linen.encode_experts(variables["params"], SMALL)
 
 
 def test_nnx_layers_read_the_codes_of_a_step(rng):

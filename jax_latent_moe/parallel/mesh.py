@@ -228,8 +228,10 @@ def over_mesh(
     )
     specs = param_specs(config, mesh, params)
     if CODES in params:
-        split = code_specs(config, mesh)._asdict()
-        specs[CODES] = {name: jax.tree.map(lambda _, to=split[name]: to, leaf) for name, leaf in params[CODES].items()}
+        own = code_specs(config, mesh)._asdict()
+        specs[CODES] = {
+            name: jax.tree.map(lambda _, spec=own[name]: spec, leaf) for name, leaf in params[CODES].items()
+        }
 
     def local(params, x, by_token, whole):
         return body(shards, _gather(params, specs, parallel), x, by_token, whole)
@@ -320,6 +322,11 @@ def _check_blocks(name, leaf, spec, mesh):
 
 def _check_axis_types(mesh, sizes):
     for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if axis in sizes and kind == AxisType.Explicit:
+            raise ConfigError(
+                f"mesh axis '{axis}' is of type Explicit, and x is not placed on the mesh: place it and the params by "
+                "jax.device_put, for x with NamedSharding(mesh, token_spec(config.parallel, mesh, x.ndim))."
+            )
         if axis in sizes and kind != AxisType.Auto:
             raise ConfigError(
                 f"mesh axis '{axis}' is of type {kind.name}, and the layer can only map over axes of type Auto: "

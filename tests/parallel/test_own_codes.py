@@ -96,3 +96,12 @@ def test_explicit_axes_in_a_step(rng, parallel):
         run = jax.jit(lambda params, x, codes: latent_moe(params, x, config, codes=codes)[0])
         codes = jax.jit(encode_experts, static_argnums=1)(params, config)
         np.testing.assert_array_equal(run(params, x, codes), run(params, x, None))
+
+
+def test_tokens_that_the_devices_do_not_divide(rng):
+    config, mesh = dataclasses.replace(CUT, parallel=ParallelConfig()), make_mesh(1, 2, 1, 2)
+    params, x = init_params(jax.random.key(0), config), jnp.float32(rng.normal(size=(3, 16)))
+    run = jax.jit(lambda params, x, codes: latent_moe(params, x, config, codes=codes)[0])
+    with jax.set_mesh(mesh):
+        codes = jax.jit(encode_experts, static_argnums=1)(params, config)
+        np.testing.assert_array_equal(run(params, x, codes), run(params, x, None))

@@ -105,6 +105,12 @@ def test_explicit_axes_are_left_to_xla(rng, split):
         layers.check_against_oracle(case)
 
 
+def test_explicit_axes_without_x_on_the_mesh_are_refused():
+    x, mesh = jax.ShapeDtypeStruct((4, 2, 16), jnp.float32), jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="Explicit, and x is not placed on the mesh: place it"):
+        jax.eval_shape(functools.partial(latent_moe, config=BASE), param_shapes(BASE), x)
+
+
 def test_manual_axes_are_refused(rng):
     case = cases.draw(rng, BASE, (4, 2))
     run = functools.partial(latent_moe, layers.cast(case.params, "float32"), case.x, BASE)

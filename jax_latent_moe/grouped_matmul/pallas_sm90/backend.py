@@ -28,8 +28,8 @@ from jax_latent_moe.grouped_matmul.sm90 import (
 FEATURE_MULTIPLE = 64
 """Columns of one swizzled block."""
 
-FP8_MULTIPLE = 128
-"""Elements of K in one swizzled block of codes: TMA of JAX 0.11 loads whole blocks."""
+CODES_MULTIPLE = 128
+"""K of a weight in codes is a multiple of this: Pallas of JAX 0.11 loads whole swizzled blocks, of 128 codes here."""
 
 # Activations that were faster inside of a product when they were measured (benchmarks/results/profiles).
 FASTER = {"fwd": ("relu2",), "dgrad": ()}
@@ -123,7 +123,7 @@ class Pallas(Backend):
 
 
 def _fp8_refusal(problem):
-    reason = fp8_refusal(problem, DTYPES, FP8_MULTIPLE, FEATURE_MULTIPLE)
+    reason = fp8_refusal(problem, DTYPES, CODES_MULTIPLE, FEATURE_MULTIPLE)
     return reason or size_refusal(problem, FEATURE_MULTIPLE)
 
 
@@ -143,6 +143,8 @@ def _widen_refusal(problem, widen):
         return "its kernel that widens codes has no epilogue: XLA computes the activation."
     if {problem.lhs.format, problem.out.format} != {"bfloat16"}:
         return f"its kernel widens codes to bfloat16, and has none for {codes} to {problem.out.format}: cast the rows."
+    if problem.k % CODES_MULTIPLE:
+        return f"k={problem.k} of a weight in codes is not a multiple of {CODES_MULTIPLE}: pad it, or use XlaBackend()."
     if reason := size_refusal(problem, FEATURE_MULTIPLE):
         return reason
     if not pallas_tiles.tiles(problem):

@@ -53,7 +53,8 @@ def matmul_widened(
     """rows[R,K] x w[e] -> [R,N] for the rows of each expert.
 
     Args:
-        rows: [R, K], bfloat16, sorted by expert. K and N, and the columns of each part of w, are multiples of 64.
+        rows: [R, K], bfloat16, sorted by expert. K is a multiple of 128, or of 64 in the interpreter. N and the columns
+            of each part of w are multiples of 64.
         w: [E, K, N] in a format of `WIDENINGS`.
         group_sizes: [E], on the device.
         tile: tile shape and schedule.
