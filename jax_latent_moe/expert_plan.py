@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from jax_latent_moe.activations import BoundActivation, Residual
-from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.config import CutlassBackend, LatentMoEConfig
 from jax_latent_moe.decode import Decode
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.errors import UnsupportedError
@@ -111,9 +111,15 @@ def plan_experts(
         return select(asked, backend)
 
     def forward(shape, lhs, w) -> Bound:
-        if precision.fwd is None:
+        if precision.fwd is not None:
+            return bind("fwd", shape, Operand(precision.fwd, lhs.layout), Operand(precision.fwd))
+        try:
             return bind("fwd", shape, lhs, w, "auto" if serves and w not in (None, dense) else config.backend)
-        return bind("fwd", shape, Operand(precision.fwd, lhs.layout), Operand(precision.fwd))
+        except UnsupportedError as error:
+            if not (isinstance(config.backend, CutlassBackend) and config.backend.decode and decode):
+                raise
+            reason = f"{error.reason} Its kernels for few tokens do not run either: {decode}"
+            raise UnsupportedError(error.backend, reason, error.remedy) from None
 
     def input_gradient(shape, lhs, w) -> Bound:
         if precision.dgrad is None:

@@ -49,6 +49,14 @@ def test_both_passes_work_with_the_residual(variant, value, gradient):
             assert epilogue is None or (epilogue.residual, epilogue.activation) == (plan.residual, plan.activation)
 
 
+def test_codes_that_no_kernel_reads_are_refused_for_both_reasons():
+    """The kernels for few tokens read codes; the others of the compiled library do not."""
+    config, codes = dataclasses.replace(SUPER, backend=CutlassBackend(decode=True)), Operand("mxfp4")
+    few = "6600 tokens are too many."
+    with pytest.raises(UnsupportedError, match=r"no kernels for bfloat16 x mxfp4.*few tokens do not run either: 6600"):
+        plan_of(config, 145200, dtype="bfloat16", device=H200, w_in=codes, w_out=codes, decode=few)
+
+
 def test_what_no_kernel_would_read_is_not_kept():
     """Where one pass alone has the gate and hidden rows side by side, the pre-activation is kept and composed."""
     swiglu = dataclasses.replace(TOY, activation="swiglu")
