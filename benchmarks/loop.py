@@ -1,8 +1,8 @@
 """A layer for few tokens in a compiled loop, as generation runs it: the suite "loop" of `benchmarks.gpu`.
 
 Each step has other tokens, which depend on the output of the last step. A row's time is that of one step. "decode" is
-`CutlassBackend(decode=True)`, "usual" the grouped matmuls, and "loop_alone" the same loop without the layer. The floor
-is the time to read the weights of the experts that the tokens choose, and all others, once.
+`CutlassBackend(decode="always")`, "usual" the grouped matmuls, and "loop_alone" the same loop without the layer. The
+floor is the time to read the weights of the experts that the tokens choose, and all others, once.
 """
 
 import collections
@@ -88,10 +88,10 @@ def _measure(session, suite, name, params, inputs):
     tokens = inputs.shape[1]
     # No kernel multiplies 16-bit rows by codes but those for few tokens.
     is_dense = not hasattr(params["experts"]["w_in"], "format")
-    usual = dataclasses.replace(SUPER, backend=CutlassBackend(decode=False) if is_dense else XlaBackend())
+    usual = dataclasses.replace(SUPER, backend=CutlassBackend(decode="never") if is_dense else XlaBackend())
     configs: dict[str, LatentMoEConfig | None] = {"usual": usual, "loop_alone": None}
     if tokens * SUPER.top_k <= MOST_ASSIGNMENTS:
-        configs["decode"] = dataclasses.replace(SUPER, backend=CutlassBackend(decode=True))
+        configs["decode"] = dataclasses.replace(SUPER, backend=CutlassBackend(decode="always"))
     steps = {impl: STEPS if impl != "usual" or is_dense else STEPS // 16 for impl in configs}
     found = {
         impl: jax_candidate(functools.partial(layer_loop, config), params, inputs[: steps[impl]])

@@ -79,12 +79,14 @@ def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Dev
     compiled = [backend for backend in backends if isinstance(backend, CutlassBackend)]
     if not compiled:
         return f"backend={asked!r} has no kernels for few tokens on {device.platform}."
-    if not compiled[0].decode:
-        return "CutlassBackend.decode is False: set it to True."
+    if compiled[0].decode == "never":
+        return "CutlassBackend.decode is 'never'."
     if device.architecture != "sm90":
         return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
     if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
         return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
+    if compiled[0].decode == "measured" and tokens > 1:
+        return f"CutlassBackend.decode='measured' leaves {tokens} tokens to the grouped matmuls: 'always' takes them."
     return native.library().missing
 
 

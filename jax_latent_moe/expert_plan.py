@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from jax_latent_moe.activations import BoundActivation, Residual
-from jax_latent_moe.config import CutlassBackend, LatentMoEConfig
+from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
 from jax_latent_moe.decode import Decode
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.errors import UnsupportedError
@@ -116,7 +116,7 @@ def plan_experts(
         try:
             return bind("fwd", shape, lhs, w, "auto" if serves and w not in (None, dense) else config.backend)
         except UnsupportedError as error:
-            if not (isinstance(config.backend, CutlassBackend) and config.backend.decode and decode):
+            if not (isinstance(as_backend(config.backend), CutlassBackend) and decode):
                 raise
             reason = f"{error.reason} Its kernels for few tokens do not run either: {decode}"
             raise UnsupportedError(error.backend, reason, error.remedy) from None

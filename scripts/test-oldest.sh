@@ -15,6 +15,7 @@ TESTS=(
   # Interpreted kernels are slow, so only a plain activation and a gated one run.
   "tests/test_pallas_fused.py::test_every_activation_and_residual["{relu2-hidden,swiglu-pre}"]"
   "tests/test_pallas_fused.py::test_lowers_for_cuda[large-bfloat16-"{relu2-hidden,swiglu-pre}"]"
+  tests/test_pallas_fp8.py::test_lowers_for_cuda tests/test_pallas_widen.py::test_lowers_for_cuda
 )
 
 uv=$(scripts/uv.sh)

@@ -11,7 +11,7 @@ from jax_latent_moe.formats import ScaledArray, decoded, encode
 from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows
 
-BACKEND = CutlassBackend(decode=True)
+BACKEND = CutlassBackend(decode="always")
 WEIGHINGS = {
     "sigmoid over the sum": RouterConfig(routed_scaling_factor=2.5),
     "sigmoid": RouterConfig(norm_topk_eps=0.0, correction_bias=False),

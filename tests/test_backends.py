@@ -159,7 +159,7 @@ def test_explain_prints_the_whole_decision():
     asked_of = "fwd with relu2 keeping hidden of gathered bfloat16 and bfloat16 to bfloat16, 180224 rows, 512 experts"
     assert explain(asked).splitlines() == [
         f"{asked_of} of 1024 x 2688 on gpu (NVIDIA H200), backend='auto':",
-        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured', decode=False) runs it",
+        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured', decode='measured') runs it",
         "  tile: CutlassTile(rows=128, columns=192, stages=5, cluster_rows=1, cluster_columns=2, rows_first=True), "
         "from a heuristic: no table has this problem",
         "  lhs: gathered in the kernel",

@@ -238,7 +238,7 @@ def test_the_plan_of_super():
 CHANGES = {
     "backend xla": (dict(backend=XlaBackend()), {}, "has no kernels for few tokens on gpu"),
     "backend pallas": (dict(backend=PallasBackend()), {}, "has no kernels for few tokens on gpu"),
-    "not asked": (dict(backend=dataclasses.replace(BACKEND, decode=False)), {}, "CutlassBackend.decode is False"),
+    "not asked": (dict(backend=dataclasses.replace(BACKEND, decode="never")), {}, "CutlassBackend.decode is 'never'"),
     "device": ({}, dict(device=A100), "compiled for NVIDIA Hopper GPUs (H100, H200), not 'NVIDIA A100-SXM4-80GB'"),
     "cpu": ({}, dict(device=CPU), "compiled for NVIDIA Hopper GPUs"),
     "mesh": (dict(parallel=ParallelConfig()), {}, "config.parallel is set, and its kernels run on one device"),

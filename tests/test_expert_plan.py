@@ -51,7 +51,7 @@ def test_both_passes_work_with_the_residual(variant, value, gradient):
 
 def test_codes_that_no_kernel_reads_are_refused_for_both_reasons():
     """The kernels for few tokens read codes; the others of the compiled library do not."""
-    config, codes = dataclasses.replace(SUPER, backend=CutlassBackend(decode=True)), Operand("mxfp4")
+    config, codes = dataclasses.replace(SUPER, backend=CutlassBackend(decode="always")), Operand("mxfp4")
     few = "6600 tokens are too many."
     with pytest.raises(UnsupportedError, match=r"no kernels for bfloat16 x mxfp4.*few tokens do not run either: 6600"):
         plan_of(config, 145200, dtype="bfloat16", device=H200, w_in=codes, w_out=codes, decode=few)
@@ -101,7 +101,7 @@ def test_a_plan_is_told_whole():
     b, relu2, runs = (
         "bfloat16",
         "relu2 keeping",
-        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured', decode=False)",
+        "  CutlassBackend(matmul_tile=None, wgrad_tile=None, fuse='measured', decode='measured')",
     )
     lines = str(plan).splitlines()
     assert lines[0] == "experts with relu2; the forward pass keeps 'hidden'"

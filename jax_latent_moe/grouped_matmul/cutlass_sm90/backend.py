@@ -88,8 +88,10 @@ class Cutlass(Backend):
 
         Plain products read columns of wider rows in place. Kernels with large tiles gather rows, if each gathered
         element has enough products. A wgrad kernel gathers the rows of one operand only. A dgrad kernel without an
-        epilogue does not gather rows: that was never measured.
+        epilogue does not gather rows: that was never measured. Codes are gathered beforehand.
         """
+        if both_fp8(problem):
+            return ()
         plain, products = problem.epilogue is None, problem.k if problem.contraction == "dgrad" else problem.n
         gathers = tile.rows > cutlass_tiles.SMALL_TILE and problem.num_rows > 0
         tried = not (problem.contraction == "dgrad" and plain)

@@ -44,18 +44,20 @@ class CutlassBackend:
         wgrad_tile: tile of wgrad, chosen in the same way if it is None.
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all that were compiled and needs the least memory. "never" fuses none.
-        decode: run the experts of few tokens in two kernels of their own where nothing is differentiated, and their
-            choice with its weights in one. `jax_latent_moe.decode` says which layers and formats.
+        decode: for which numbers of tokens the experts run in two kernels of their own where nothing is
+            differentiated, and their choice with its weights in one: "measured" is one token, for which they were
+            faster when they were measured, "always" is up to 256 assignments, "never" is none. `jax_latent_moe.decode`
+            says which layers and formats.
     """
 
     matmul_tile: CutlassTile | None = None
     wgrad_tile: CutlassTile | None = None
     fuse: Fuse = "measured"
-    decode: bool = False
+    decode: Fuse = "measured"
 
     def __post_init__(self):
         checks.one_of("CutlassBackend.fuse", self.fuse, FUSE)
-        checks.keep(self, "CutlassBackend.", checks.boolean, ("decode",))
+        checks.one_of("CutlassBackend.decode", self.decode, FUSE)
         for field in ("matmul_tile", "wgrad_tile"):
             if getattr(self, field) is not None:
                 checks.instance(f"CutlassBackend.{field}", getattr(self, field), CutlassTile)

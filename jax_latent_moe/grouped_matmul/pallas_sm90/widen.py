@@ -290,13 +290,14 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
                             refs[-1][warpgroup] = a
                             a = refs[-1].at[warpgroup]
                         plgpu.wgmma(sums[block], a, row_smem.at[buffer].transpose((1, 0)))
+                        # Without this wait, codes were widened into registers that wgmma was still reading.
+                        plgpu.wgmma_wait(0)
 
                 def step(k, carry):
                     buffer, block_scales = carry
                     following = block_factors(expert, place, jnp.minimum(k + 1, steps - 1))
                     after = mgpu_code.next_stage(buffer, tile.stages)
                     one(k, after, block_scales)
-                    plgpu.wgmma_wait(own_blocks)
                     plgpu.barrier_arrive(freed.at[buffer])
                     return after, following
 
