@@ -9,8 +9,11 @@ import collections
 import dataclasses
 import pathlib
 import re
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.profiler import ProfileData
 
 MOST = 40
@@ -59,6 +62,18 @@ def kernels(data: Any, steps: int = 1) -> list[Kernel]:
         launches[name] += 1
     share = steps * len(planes)
     return [Kernel(name, launches[name] / share, ns / share / 1e3) for name, ns in time.most_common()]
+
+
+def kernels_of(run: Callable[[], object], steps: int = 1) -> list[Kernel]:
+    """The kernels of a call of so many steps, which waits for its results. Their times come from a profile of it.
+
+    Raises:
+        ValueError: JAX computes without a GPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        return kernels(read_trace(pathlib.Path(folder)), steps)
 
 
 def table(found: list[Kernel], most: int = MOST) -> str:

@@ -5,15 +5,13 @@ Each step has other tokens, which depend on the output of the last step. A row's
 floor is the time to read the weights of the experts that the tokens choose, and all others, once.
 """
 
-import collections
 import dataclasses
 import functools
-import pathlib
-import tempfile
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import kernel_table
 from benchmarks.layers import reference
 from benchmarks.matmuls import relative_error
 from benchmarks.measure import Row, Session
@@ -21,7 +19,7 @@ from benchmarks.problems import SUPER
 from jax_latent_moe import CutlassBackend, LatentMoEConfig, XlaBackend, init_params, latent_moe, quantize
 from jax_latent_moe.cost import matmul_flops_per_token
 from jax_latent_moe.decode import MOST_ASSIGNMENTS
-from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
 STEPS = 64
 SHAPES = {
@@ -51,22 +49,8 @@ def chosen_experts(config: LatentMoEConfig, params, tokens) -> float:
     return float(jnp.mean(jax.jit(lambda params, tokens: jax.lax.scan(count, None, tokens)[1])(params, tokens)))
 
 
-def kernels_of(call: Call) -> collections.Counter[str]:
-    """How often a call runs each kernel and each copy on the GPU, from a profile; empty if there is no profile."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            call.wait(call.run())
-        paths = list(pathlib.Path(folder).rglob("*.xplane.pb"))
-        if not paths:
-            return collections.Counter()
-        planes = jax.profiler.ProfileData.from_file(str(paths[0])).planes
-        lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
-        streams = [line for line in lines if line.name.startswith("Stream")]
-        return collections.Counter(event.name for stream in streams for event in stream.events)
-
-
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, str | None]]) -> None:
-    """One row per shape and implementation, and a line with the number of kernels of a step."""
+    """One row per shape and implementation, and a table of the kernels of a step."""
     dense = None
     params, stored = None, "nothing"
     for name, (tokens, format) in shapes.items():
@@ -86,7 +70,7 @@ def _quantized(params, format):
 
 def _measure(session, suite, name, params, inputs):
     tokens = inputs.shape[1]
-    # No kernel multiplies 16-bit rows by codes but those for few tokens.
+    # Beside the kernels for few tokens, `auto` has the portable backend alone for codes.
     is_dense = not hasattr(params["experts"]["w_in"], "format")
     usual = dataclasses.replace(SUPER, backend=CutlassBackend(decode="never") if is_dense else XlaBackend())
     configs: dict[str, LatentMoEConfig | None] = {"usual": usual, "loop_alone": None}
@@ -111,7 +95,5 @@ def _measure(session, suite, name, params, inputs):
             y = jax.jit(latent_moe, static_argnums=2)(params, inputs[0], config)[0]
             error = relative_error(y, expected)
         session.record(Row(suite, name, "step", impl, ms, flops / ms / 1e9, floor, error, calls[impl].temp_bytes))
-        counts = kernels_of(calls[impl])
-        print(f"{'kernels':>10} {impl}: {sum(counts.values()) / steps[impl]:.1f} a step", flush=True)
-        for kernel, count in counts.most_common(16):
-            print(f"{count / steps[impl]:>10.2f} {kernel[:90]}", flush=True)
+        kernels = kernel_table.kernels_of(lambda call=calls[impl]: call.wait(call.run()), steps[impl])
+        print(f"{'kernels':>10} of a step, {impl}\n{kernel_table.table(kernels, 16)}", flush=True)

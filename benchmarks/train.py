@@ -126,12 +126,14 @@ def step_times(compiled: Compiled, rounds: int, steps: int = 6, *, kernels: bool
             if turn:  # the first warms up
                 times[kind].append(1e3 * (time.perf_counter() - start) / steps)
     if kernels:
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for tokens in placed["text"]:
-                    state, _ = compiled.call(state, data.Batch(tokens))
-                jax.block_until_ready(state.step)
-            print(kernel_table.table(kernel_table.kernels(kernel_table.read_trace(pathlib.Path(folder)), BATCHES)))
+
+        def run():
+            after = state
+            for tokens in placed["text"]:
+                after, _ = compiled.call(after, data.Batch(tokens))
+            jax.block_until_ready(after.step)
+
+        print(kernel_table.table(kernel_table.kernels_of(run, BATCHES)))
     return {kind: statistics.median(samples) for kind, samples in times.items()}
 
 
