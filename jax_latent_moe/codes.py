@@ -1,4 +1,4 @@
-"""The codes of a training step: made once of the weights that the step begins with, and read by every call in it."""
+"""The codes of a training step: made once, from the weights at its start, and read by every call in it."""
 
 from functools import partial
 
@@ -20,9 +20,9 @@ def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
     """The experts' weights in the formats of config.precision, for `latent_moe(params, x, config, codes=codes)`.
 
     A training step calls it once, before its first microbatch. Every call, its recomputation and its gradient then read
-    these codes; without them, each call encodes the weights again. The results are the same to the bit. Codes are
-    rounded once, from the dtype that the parameters have. They have no gradient and are not state: a step makes them of
-    the parameters that it gets and drops them, so no checkpoint holds them.
+    these codes. Without them, each call encodes the weights again. The results are the same to the bit. Codes are
+    rounded once, from the dtype of the parameters. They have no gradient. They are not state: a step makes them from
+    its parameters and drops them at its end, so no checkpoint holds them.
 
     Args:
         params: the parameters of a layer with dense experts, as the layer gets them. The experts may have leading axes,
@@ -31,7 +31,7 @@ def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
             If the fsdp axis would cut a block of 128 x 128, a device holds its experts' codes for the whole latent.
 
     Returns:
-        The codes, in one more byte a weight and layout; None if config.precision is None.
+        The codes, which take one byte a weight and layout. None if config.precision is None.
 
     Raises:
         InputError: the experts do not fit the config, are quantised already, or have adapters.
@@ -50,7 +50,7 @@ def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
 
 
 def checked_codes(codes: Codes, params: Params, config: LatentMoEConfig) -> Codes:
-    """The codes for one call, full of NaN if they were made of other weights.
+    """The codes for one call, full of NaN if they were made from other weights.
 
     Raises:
         InputError: they are not what `encode_experts` makes of such params.
@@ -103,8 +103,13 @@ def _first_row(weight, axis):
 
 
 def _checked(w_in, w_out, codes) -> Codes:
-    """An optimiser's step that moves the weights moves the first row of some expert's. Reading it takes no time."""
-    same = jnp.all(_first_row(w_in, 1) == codes.of_in) & jnp.all(_first_row(w_out, 1) == codes.of_out)
+    """The codes, with scales of NaN if the weights have other first rows than those that the codes were made from.
+
+    A step of an optimiser changes these rows, and reading them takes little time.
+    """
+    # NaN equals NaN here: it must not spread from an expert that no token reaches.
+    same = jnp.array_equal(_first_row(w_in, 1), codes.of_in, equal_nan=True)
+    same &= jnp.array_equal(_first_row(w_out, 1), codes.of_out, equal_nan=True)
 
     def checked(weight: ScaledArray) -> ScaledArray:
         scales = jax.tree.map(lambda scale: jnp.where(same, scale, jnp.nan), weight.scales)

@@ -1,8 +1,8 @@
-"""The experts of few tokens in two kernels, without a sort, a gather or a combine of their own.
+"""The experts of few tokens in two kernels, without a separate sort, gather or combine.
 
-One token is bound by reading the weights of its experts. The compiled kernels (custom_calls/src/decode) read those of
-each chosen expert once, straight from the choice, in the layer's dtype or in codes that they widen on the way. They
-have no gradient: `routed_experts` runs them where nothing is differentiated.
+Reading the experts' weights bounds the time of one token. The compiled kernels (custom_calls/src/decode) find the rows
+of an expert in the choice itself, and read the weights of each chosen expert once, in the layer's dtype or in codes
+that they widen. They have no gradient: `routed_experts` runs them where nothing is differentiated.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ TILE, DEPTH = 128, 128
 """A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
 """How many blocks of the second product each SM should have, so that it keeps reading."""
-# By format: the kernels' name of its codes, and the names and dtypes of its scales that they read.
+# By format: the kernels' name for its codes, and the scales that they read, by name and dtype.
 _CODES = {
     **dict.fromkeys(("fp8_block", "fp8_block_pow2"), ("e4m3", {"block": "float32"})),
     "fp8_tensor": ("e4m3", {"tensor": "float32"}),
@@ -48,7 +48,7 @@ class Decode:
         activation: as the kernels take it.
         in_code: the kernels' name of the codes of w_in, or "dense".
         out_code: that of w_out.
-        splits: parts of the inner width in the second product. Blocks multiply them, and the last one adds them up.
+        splits: parts of the inner width in the second product. A block multiplies one, and the last block adds them up.
     """
 
     tokens: int
@@ -80,7 +80,7 @@ def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Dev
     if not compiled:
         return f"backend={asked!r} has no kernels for few tokens on {device.platform}."
     if compiled[0].decode == "never":
-        return "CutlassBackend.decode is 'never'."
+        return "CutlassBackend.decode is 'never': set it to 'measured' or 'always'."
     if device.architecture != "sm90":
         return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
     if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
@@ -114,8 +114,10 @@ def plan_decode(
     device, dtype = device or current_device(), jnp.dtype(dtype).name
     if (reason := refusal(config.backend, tokens, choices, device)) is not None:
         return reason
-    if config.parallel is not None or config.expert_bias:
-        return f"its kernels have no {'mesh' if config.parallel is not None else 'bias of an expert'}."
+    if config.parallel is not None:
+        return "config.parallel is set, and its kernels run on one device."
+    if config.expert_bias:
+        return "config.expert_bias is True, and its kernels add no bias."
     if config.precision is not None and config.precision.fwd is not None:
         return f"its kernels do not round tokens to precision.fwd={config.precision.fwd!r}."
     activation = kernel_activation(config.bound_activation)
@@ -155,7 +157,7 @@ def _refusal(name, weight, parts, dtype) -> str | None:
 
 
 def _splits(assignments, inner, width, device) -> int:
-    """Enough parts of the inner width to give every SM its blocks, all but the last equally long."""
+    """The number of parts of the inner width that gives every SM its blocks. All but the last are equally long."""
     depths, blocks = -(-inner // DEPTH), assignments * -(-width // TILE)
     splits = min(depths, -(-BLOCKS_OF_AN_SM * device.num_sms // blocks))
     return -(-depths // -(-depths // splits))
@@ -203,7 +205,7 @@ def decoded_experts(
 
 
 def _stored(weight):
-    """A weight's arrays as the kernels take them: data, scales, and what else there is."""
+    """A weight's arrays as the kernels take them: data, scales, and zero points or the scales of matrices."""
     nothing = jnp.zeros(0, jnp.float32)
     if not isinstance(weight, ScaledArray):
         return weight, nothing, nothing

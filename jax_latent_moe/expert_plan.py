@@ -102,7 +102,7 @@ def plan_experts(
     precision = config.precision or Precision()
     dense = problem("fwd", num_rows, w_in_shape, dtype, device=device).lhs
     table = dataclasses.replace(dense, layout="gathered")
-    # The kernels for few tokens serve codes that no other of the backend multiplies.
+    # The kernels for few tokens read codes, which no other kernel of their backend does beside 16-bit rows.
     serves = isinstance(decode, Decode)
     frozen_in, frozen_out = (w is not None and w != dense for w in (w_in, w_out))
 

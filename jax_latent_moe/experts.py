@@ -56,7 +56,7 @@ def routed_experts(
         dispatch: maps assignments to rows sorted by expert.
         biases: b_in [E, m], or [E, 2, m] if gated, and b_out [E, l], in the dtype of tokens. Each is added after its
             product. config.expert_bias says whether there are any.
-        codes: `encode_weights` of w_in and w_out, perhaps of wider ones. None encodes them here.
+        codes: `encode_weights` of w_in and w_out, perhaps from a wider dtype. None encodes them here.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.

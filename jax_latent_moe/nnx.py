@@ -216,10 +216,10 @@ def from_params(
 
 
 def encode_experts[M: nnx.Module](model: M) -> M:
-    """A model with the same variables, and with the codes of its experts' weights in every layer with a precision.
+    """A model that shares all variables with the given one, and has `ExpertCodes` in every layer with a precision.
 
-    A training step calls it once, before its first microbatch, and calls the result for gradients. The optimiser
-    updates the model itself, and the result is dropped with its codes, which are `ExpertCodes`. See
+    A training step calls it once, before its first microbatch, and takes the gradients of the result. The optimiser
+    updates the given model. The result is dropped at the end of the step, with its codes. See
     `jax_latent_moe.encode_experts`.
 
     Args:

@@ -73,7 +73,7 @@ def encode_weights(precision: Precision, w_in, w_out, *, gated: bool, compiled: 
         w_in: [..., E, l, m], or [..., E, l, 2 m] if gated; an array or a `ScaledArray`.
         w_out: [..., E, m, l], in the same way.
         gated: whether w_in is two matrices side by side.
-        compiled: whether the compiled kernel encodes the weights that it takes.
+        compiled: whether the compiled kernel encodes those that it can; see `kernel_encodes`.
 
     Raises:
         InputError: a weight is in another format than precision.fwd, or in codes where precision.dgrad needs an array.
@@ -96,7 +96,7 @@ def _layouts(precision, name, weight, parts, compiled) -> tuple[ScaledArray | No
     if fwd is not None and fwd == dgrad and _same_blocks(fwd, weight.shape[-1], parts):
         if compiled and kernel_encodes(weight, fwd, parts):
             return encode_both(weight, fwd, parts)
-        # The codes of the transposed weight lie in memory as the weight does.
+        # The codes of the transposed weight have the weight's own order in memory.
         transposed = encode(jnp.swapaxes(weight, -1, -2), fwd)
         return _transposed(transposed, parts), transposed
     return (

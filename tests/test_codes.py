@@ -199,6 +199,8 @@ def test_codes_of_other_weights_give_nan(rng, name):
     assert np.isnan(np.float32(y[reached])).all()
     assert np.isnan(dx[reached]).all()
     assert np.isfinite(np.float32(run(moved, x, dy, encode(moved, CONFIG), ids)[0])).all()
+    broken = params | {"experts": experts | {name: experts[name].at[-1].set(jnp.nan)}}  # which no token reaches
+    assert np.isfinite(np.float32(run(broken, x, dy, encode(broken, CONFIG), ids)[0])).all()
 
 
 def test_what_does_not_fit_is_refused():

@@ -123,8 +123,7 @@ def queries_keys_values(
 ) -> tuple[Float[Array, "batch time heads width"], ...]:
     """The products of x with the three kernels, as three arrays: the attention needs each of them apart.
 
-    One product of the same operations would need two more passes over memory: its result is cut up, and the gradient is
-    put together.
+    A single product would need two more passes over memory: one to split its result, one to concatenate its gradients.
     """
     return tuple(jnp.einsum("btd,dhw->bthw", x, kernel[:, i]) for i in range(3))
 

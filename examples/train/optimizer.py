@@ -63,8 +63,8 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def global_norm(tree: PyTree) -> Float[Array, ""]:
     """The root of the sum of all squares, in float32.
 
-    Sums along the last axis are added for all leaves of one shape, elementwise, before they are summed in turn. A whole
-    sum for each leaf would take one kernel more for each on a GPU.
+    Leaves of one shape are summed along their last axis. These sums are added elementwise and then summed. A full sum
+    of each leaf would take one more kernel for each on a GPU.
     """
     of_shape: dict[tuple[int, ...], list[Array]] = {}
     for leaf in jax.tree.leaves(tree):

@@ -1,4 +1,4 @@
-"""A weight as codes in two layouts, as forward products and input gradients read it, by a compiled kernel."""
+"""A compiled kernel that encodes a weight in two layouts: those of forward products and of input gradients."""
 
 import math
 
@@ -17,7 +17,7 @@ WIDE = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 
 
 def kernel_encodes(weight: Float[Array, "*e k n"], format: str, parts: int) -> bool:
-    """Whether the compiled kernel takes a weight of so many matrices side by side: blocks must be whole."""
+    """Whether the compiled kernel encodes a weight with `parts` matrices side by side. Blocks must be whole."""
     *leading, k, n = weight.shape
     blocks = math.prod(leading) * (k // BLOCK) * (n // BLOCK)
     whole = k % BLOCK == 0 and n % (parts * BLOCK) == 0

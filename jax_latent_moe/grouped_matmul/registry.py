@@ -104,9 +104,9 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
 
 
 def gradient_backend(problem: Problem, backend: str | BackendConfig) -> str | BackendConfig:
-    """The backend for the dgrad of a weight in codes: "auto" if the given one has no kernel for it, which decodes.
+    """The backend for dgrad with a weight in codes: the given one, or "auto" if that has no kernel for it.
 
-    A kernel that multiplies frozen codes need not have a gradient through them to serve.
+    A backend can then serve frozen codes without a kernel for gradients through them.
     """
     if any(candidate.supports(problem) is None for candidate in _candidates(problem, backend)):
         return backend

@@ -11,7 +11,7 @@ Fuse = Literal["measured", "always", "never"]
 FUSE = ("measured", "always", "never")
 DTYPES = ("bfloat16", "float16")
 FP8 = ("fp8_block", "fp8_block_pow2")
-"""The formats of rows and weights that FP8 kernels multiply: they know their blocks."""
+"""The formats of rows and weights that FP8 kernels multiply."""
 # The epilogues' names for activations of the package, by name and gelu_approximate.
 _EPILOGUES = {
     ("relu2", False): "relu2",
@@ -76,7 +76,7 @@ def refusal(problem: Problem, feature_multiple: int) -> str | None:
 
 
 def both_fp8(problem: Problem) -> bool:
-    """Whether a problem is for an FP8 kernel: both of its operands are codes with scales for blocks."""
+    """Whether a problem is one of FP8 kernels: both of its operands are codes with scales of blocks."""
     return problem.lhs.format in FP8 and problem.rhs.format in FP8
 
 

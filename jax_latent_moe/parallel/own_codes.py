@@ -21,7 +21,7 @@ def on_own_experts(run: Callable[..., Codes], config: LatentMoEConfig, leading: 
         leading: number of axes before that of the experts.
         w_in: [..., E, l, m], or [..., E, l, 2, m] if gated.
         w_out: [..., E, m, l].
-        codes: perhaps the codes of these weights.
+        codes: nothing, or the codes of these weights, if run reads them.
     """
     kind = jax.typeof(w_in).sharding
     mesh = kind.mesh if kind.mesh.explicit_axes else jax.sharding.get_abstract_mesh()
@@ -38,7 +38,7 @@ def on_own_experts(run: Callable[..., Codes], config: LatentMoEConfig, leading: 
 
 
 def whole_latents(config: LatentMoEConfig, w_in, w_out):
-    """This device's weights, gathered over fsdp if it `cuts_blocks`: inside of `on_own_experts`."""
+    """This device's weights, gathered over fsdp if it `cuts_blocks`. Call it inside of `on_own_experts`."""
     if config.parallel is None or not cuts_blocks(config, jax.sharding.get_abstract_mesh()):
         return w_in, w_out
     gather = functools.partial(jax.lax.all_gather, axis_name=config.parallel.fsdp_axis, tiled=True)

@@ -24,8 +24,8 @@ class DispatchPlan(NamedTuple):
         row_of_assignment: [T, k] int32, the row of each assignment.
         padding: [R], True for padding rows, which fill an expert up to a multiple or to its capacity. A padding row
             repeats another row. None if there are no padding rows.
-        expert_ids: [T, k] int32, the expert of each assignment, outside [0, E) for none. None if the rows are not
-            those of `make_dispatch_plan` alone.
+        expert_ids: [T, k] int32, the expert of each assignment, outside [0, E) for none. None if the plan was
+            changed after `make_dispatch_plan`.
     """
 
     group_sizes: Int[Array, " e"]

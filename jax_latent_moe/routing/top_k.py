@@ -47,10 +47,10 @@ def compiled_top_k_and_weights(
     """`compiled_top_k_ids`, and the weights of the choices, normalised over them, times a factor.
 
     Args:
-        scores: [T, E] float32, what the choice is by.
-        logits: [T, E] float32, what the weights follow from.
+        scores: [T, E] float32, to choose by.
+        logits: [T, E] float32, from which the weights are computed.
         k: at most `MOST_WEIGHTS`.
-        sigmoid: whether a weight is a sigmoid of its logit, or else an exponential.
+        sigmoid: True for sigmoids of the logits, False for their exponentials.
         eps: added to the sum of the sigmoids; 0 for a sum of logarithms, which does not underflow.
         factor: multiplies the weights.
     """

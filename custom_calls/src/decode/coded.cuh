@@ -1,8 +1,8 @@
 // Rows times a tile of columns of a weight in codes, which lie along the contracted axis.
 //
-// Tensor cores multiply the widened codes: the instructions are then those of widening alone, and up to 8 rows cost as much
-// as one. A warp has 16 features. A lane has chunks of 16 bytes of two of them, and the same elements of one row: the order
-// of the contracted axis does not matter, as long as both operands have the same.
+// Tensor cores multiply the widened codes. Most other instructions then widen, and up to 8 rows cost as much as one. A warp has
+// 16 features. A lane has chunks of 16 bytes of two of them, and the same elements of one row. Both operands need the same order
+// along the contracted axis, and any order will do.
 #pragma once
 
 #include "decode/dense.cuh"
@@ -23,7 +23,7 @@ struct Coded {
     Weight const& weight = product.weight;
     const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4, place = lane % 4;
     const int width = kTile / weight.parts, matrix = expert * weight.parts + column / width;
-    // Two features of the lane; beyond the last one, another, whose sums nothing reads.
+    // The lane's two features. Beyond the weight's last feature a lane reads that one, and its sums are not used.
     const int feature = tile * width + column % width;
     const int features[2] = {min(feature, weight.n - 1), min(feature + 8, weight.n - 1)};
     uint8_t const* codes[2];
@@ -46,7 +46,7 @@ struct Coded {
 #pragma unroll
       for (int step = 0; step < kAhead; ++step) {
         const int k = start + step * kStep + place * kChunk;
-        // A scale of sums is for all elements of the step, also those of other lanes.
+        // A scale of the sums applies to all elements of the step, including those of other lanes.
         const int scaled = kPacking == 1 ? start + step * kStep : k;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

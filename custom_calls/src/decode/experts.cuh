@@ -1,5 +1,5 @@
-// The kernel of both products. A block has a tile of columns of one assignment's expert, and a part of the contracted axis. It
-// multiplies the rows of every assignment to that expert, and the blocks of the others among them end at once.
+// The kernel of both products. A block has a tile of columns of one assignment's expert, and a part of the contracted axis. The
+// block of an expert's first assignment multiplies the rows of all its assignments. The blocks of the others end at once.
 //
 // Sums have a fixed order: parts of the second product are stored, and the last block of a token's tile adds them up.
 #pragma once

@@ -10,7 +10,7 @@
 namespace latent_moe::decode {
 
 constexpr int kThreads = 256;  // of a block, and the most assignments
-constexpr int kTile = 128;     // columns of a block: of a gated activation, half gate and half up
+constexpr int kTile = 128;     // columns of a block; half gate and half up if the activation is gated
 constexpr int kDepth = 128;    // a part of the contracted axis holds a multiple of this
 constexpr int kWholeAxis = 31;
 

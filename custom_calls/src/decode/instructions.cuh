@@ -5,7 +5,7 @@
 
 namespace latent_moe::decode {
 
-// 16 bytes that are read once: they do not take the place of others in the first cache.
+// Loads 16 bytes that are read once, without evicting others from the L1 cache.
 __device__ __forceinline__ uint4 load_once(void const* from) {
   uint4 found;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -11,7 +11,8 @@ constexpr int kBlock = 128;
 
 enum class Source { kF32, kBf16, kF16 };
 
-// Of weight [matrices][k][n]: codes [matrices][k][n], transposed [matrices][n][k] and scales [matrices][k / 128][n / 128].
+// Encodes weight [matrices][k][n] to codes [matrices][k][n], transposed [matrices][n][k] and scales
+// [matrices][k / 128][n / 128].
 // 128 divides k and n. All arrays are aligned to 16 bytes.
 struct EncodeBlocks {
   Source source;

@@ -22,8 +22,8 @@ struct Spec {
   static constexpr Tile kTile = {Rows, Columns, Stages, ClusterRows, ClusterColumns};
 
   static constexpr bool kWgrad = C == Contraction::kWgrad;
-  // Whether the operands are codes with scales, of which each step's product is multiplied by the scales and added in
-  // float32. Both warpgroups then work on a tile.
+  // Whether the operands are codes with scales. Each step's product is then multiplied by the scales and added in float32, and
+  // both warpgroups work on one tile.
   static constexpr bool kScaled = F == Format::kE4m3;
   static constexpr bool kActivates = C == Contraction::kFwd && A != Activation::kNone;
   static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;

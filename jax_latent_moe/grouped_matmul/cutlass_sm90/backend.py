@@ -134,11 +134,11 @@ def _fp8_refusal(problem):
 
 
 def _codes(problem, operands, attributes) -> Outputs:
-    """The product of codes; with relu2, whose residual is its hidden rows, the activation of that."""
+    """The product of codes, or the hidden rows if the epilogue has relu2, which are also its residual."""
     rows, w, group_sizes = operands[:3]
     parts, n = w.codes.shape[1:3]
     if parts > 1 and n % FP8_BLOCK:
-        # The scales of gate and up side by side would not be those of blocks: each is a product of its own.
+        # A block of 128 columns would hold columns of gate and up with different scales, so each is multiplied alone.
         products = [_matmul_codes(rows, _part(w, part), group_sizes, attributes) for part in range(parts)]
         return Outputs(jnp.concatenate(products, axis=1))
     out = _matmul_codes(rows, w, group_sizes, attributes)

@@ -138,7 +138,7 @@ def _widen_refusal(problem, widen):
     if not widen:
         return f"widen=False leaves {codes} to XlaBackend(), which decodes codes, a few experts at a time."
     if problem.contraction != "fwd":
-        return f"it has no kernel for {codes} but fwd's: XlaBackend() decodes codes, a few experts at a time."
+        return f"its kernel for {codes} has fwd alone: XlaBackend() decodes codes, a few experts at a time."
     if problem.epilogue is not None:
         return "its kernel that widens codes has no epilogue: XLA computes the activation."
     if {problem.lhs.format, problem.out.format} != {"bfloat16"}:

@@ -101,7 +101,7 @@ class PallasFp8Tile:
 
 @dataclasses.dataclass(frozen=True)
 class PallasWidenTile:
-    """Tile and schedule of the Pallas kernel for fwd with 16-bit rows and a weight in codes.
+    """Tile and schedule of the Pallas kernel for fwd with bfloat16 rows and a weight in codes.
 
     Attributes:
         features: outputs of a tile, 128 or 256. The two consumers share them.

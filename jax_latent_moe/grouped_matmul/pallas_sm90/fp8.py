@@ -62,8 +62,8 @@ def matmul_fp8(
     """rows[R,K] x w[e] -> [R,N] in the dtype of rows, for the rows of each expert, or the activation of that.
 
     Args:
-        rows: [R, K] in block FP8, sorted by expert. K is a multiple of 128 (in the interpreter of 64),
-            and N of 64.
+        rows: [R, K] in block FP8, sorted by expert. K is a multiple of 128, or of 64 in the interpreter. N is a
+            multiple of 64.
         w: [E, K, N] in block FP8.
         group_sizes: [E], on the device.
         activation: an activation to apply to the product, rounded to the dtype of rows.

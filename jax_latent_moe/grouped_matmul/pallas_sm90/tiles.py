@@ -72,8 +72,8 @@ _SHAPES = (
     (64, 128, 8, 1),
     (64, 64, 8, 2),
 )
-# Tiles that widen codes have not been measured. (rows per expert at most, rows of a tile): a group may begin 7 rows
-# into its tile. Rows that are multiplied in vain cost nothing while codes are read.
+# (rows per expert at most, rows of a tile) for tiles that widen codes, which have not been measured. A group may begin
+# 7 rows into its tile. Padding rows cost nothing as long as reading the codes takes longer.
 _WIDEN_ROWS = ((4, 16), (16, 32), (48, 64), (math.inf, 128))
 _MOST_STAGES, _LEAST_STAGES = 12, 3
 

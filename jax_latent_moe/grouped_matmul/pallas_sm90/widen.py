@@ -1,11 +1,11 @@
-"""16-bit rows x w in codes per expert: a kernel for Hopper that widens codes in registers, on their way to wgmma.
+"""bfloat16 rows x w in codes per expert: a kernel for Hopper that widens codes in registers, on their way to wgmma.
 
 A tile is computed transposed (swap-AB): 64 outputs of a warpgroup by the rows of an expert are w^T x rows^T. So codes
 are the operand that wgmma may read from registers, they lie along K there as in memory, and a tile may have as few rows
 as 8. tokamax's kernel for quantised weights (ragged_dot, pallas_mosaic_gpu_kernel_sm90_quant.py) does the same.
 
 The codes of a step of K and the rows go through one ring of stages, the scales of a whole tile through another: a few
-outputs' scales for all of K are contiguous in memory, those of a step are pieces too small for TMA.
+outputs' scales for all of K are contiguous in memory, and those of one step are too small for TMA.
 """
 
 import functools
