@@ -80,7 +80,7 @@ def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Dev
     if not compiled:
         return f"backend={asked!r} has no kernels for few tokens on {device.platform}."
     if compiled[0].decode == "never":
-        return "CutlassBackend.decode is 'never'."
+        return "CutlassBackend.decode is 'never': set it to 'measured' or 'always'."
     if device.architecture != "sm90":
         return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
     if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
