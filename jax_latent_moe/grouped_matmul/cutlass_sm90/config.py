@@ -44,10 +44,9 @@ class CutlassBackend:
         wgrad_tile: tile of wgrad, chosen in the same way if it is None.
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all that were compiled and needs the least memory. "never" fuses none.
-        decode: for which numbers of tokens the experts run in two kernels of their own where nothing is
-            differentiated, and their choice with its weights in one: "measured" is one token, for which they were
-            faster when they were measured, "always" is up to 256 assignments, "never" is none. `jax_latent_moe.decode`
-            says which layers and formats.
+        decode: when the experts run in two kernels for few tokens, if nothing is differentiated. "measured" does so
+            for one token, where they were faster when they were measured. "always" does so for up to 256
+            assignments, "never" for none. `jax_latent_moe.decode` says which layers and formats they take.
     """
 
     matmul_tile: CutlassTile | None = None
