@@ -129,7 +129,10 @@ inline uint32_t __ballot_sync(uint32_t, bool mine) {
   return mask;
 }
 
-inline uint32_t __shfl_sync(uint32_t, uint32_t value, int lane) { return emulation::of_warp<uint32_t>(value)[lane]; }
+template <class T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  return emulation::of_warp<T>(value)[lane];
+}
 template <class T>
 T __shfl_xor_sync(uint32_t, T value, int mask) {
   return emulation::of_warp<T>(value)[threadIdx.x % 32 ^ mask];
@@ -168,7 +171,6 @@ inline uint32_t __float_as_uint(float value) {
 }
 
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 
 inline uint4 __ldcs(uint4 const* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();

@@ -80,30 +80,59 @@ struct Place {
   __device__ __forceinline__ bool holds(int i) const { return row + i < to.rows && column < to.k; }
   __device__ __forceinline__ int64_t at(int i) const { return (row + i) * to.k + column; }
 
-  // Stores the codes of the i-th row, and returns the scale of its block. All lanes call it.
-  __device__ __forceinline__ float encode_row(float const (&values)[kColumns], int i) const {
-    uint32_t largest = 0;
+  // Stores the codes and the scales of the rows. All lanes call it. Lane i divides for row i, because a division is long.
+  template <class T>
+  __device__ __forceinline__ void encode_rows(Eight<T> const (&rows)[kRowsOfLane]) const {
+    uint32_t largest_of_row = 0;
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) largest = max(largest, magnitude(values[j]));
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      float values[kColumns];
+      rows[i].get(values);
+      uint32_t largest = 0;
 #pragma unroll
-    for (int other = kLanes / 2; other > 0; other /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, other));
-    const float scale = scale_of(largest, kLeastOfRows, to.power_of_two), inverse = __fdiv_rn(1.0f, scale);
-    if (holds(i)) {
-      *reinterpret_cast<uint2*>(to.codes + at(i)) = make_uint2(
-          encode(make_float4(values[0], values[1], values[2], values[3]), inverse),
-          encode(make_float4(values[4], values[5], values[6], values[7]), inverse));
+      for (int j = 0; j < kColumns; ++j) largest = max(largest, magnitude(values[j]));
+#pragma unroll
+      for (int other = kLanes / 2; other > 0; other /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, other));
+      largest_of_row = lane == i ? largest : largest_of_row;
     }
-    return scale;
+    const float scale = scale_of(largest_of_row, kLeastOfRows, to.power_of_two), inverse = __fdiv_rn(1.0f, scale);
+    store_column(scale, to.scales);
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      const float of_row = __shfl_sync(~0u, inverse, threadIdx.x % 32 - lane + i);
+      float values[kColumns];
+      rows[i].get(values);
+      if (!holds(i)) continue;
+      *reinterpret_cast<uint2*>(to.codes + at(i)) =
+          make_uint2(encode(make_float4(values[0], values[1], values[2], values[3]), of_row),
+                     encode(make_float4(values[4], values[5], values[6], values[7]), of_row));
+    }
   }
 
-  // Stores a number for each row, which all lanes of its block have: one lane a row, so that the rows lie side by side.
-  __device__ __forceinline__ void store_column(float const (&of_rows)[kRowsOfLane], float* columns) const {
-    float mine = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i) mine = lane == i ? of_rows[i] : mine;
-    if (lane < kRowsOfLane && row + lane < to.rows) columns[block * to.rows + row + lane] = mine;
+  // Stores a number of each row, which lane i has of row i, so that the rows lie side by side.
+  __device__ __forceinline__ void store_column(float of_row, float* columns) const {
+    if (lane < kRowsOfLane && row + lane < to.rows) columns[block * to.rows + row + lane] = of_row;
   }
 };
+
+// The root of a positive number, 0 for all other numbers. It is a step of Newton's method without branches, on a number that is
+// large enough for an exact residual. For every number of 16 bits it is correctly rounded, even if the first root is off by
+// three units in the last place.
+__device__ __forceinline__ float root_of_positive(float x) {
+  const bool small = x < 0x1p-80f;
+  const float scaled = small ? x * 0x1p64f : x;
+  float inverse;
+#ifdef __CUDA_ARCH__
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(scaled));
+#else
+  inverse = 1.0f / sqrtf(scaled);
+#endif
+  const float near = scaled * inverse;
+  float root = fmaf(fmaf(-near, near, scaled), 0.5f * inverse, near);
+  root = small ? root * 0x1p-32f : root;
+  root = __float_as_uint(x) == 0x7f800000 ? x : root;  // infinity
+  return x > 0.0f ? root : 0.0f;
+}
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) encode_row_blocks(T const* rows, RowCodes const to) {
@@ -113,14 +142,7 @@ __global__ void __launch_bounds__(kRowThreads) encode_row_blocks(T const* rows, 
   for (int i = 0; i < kRowsOfLane; ++i) {
     if (place.holds(i)) given[i].load(rows + place.at(i));
   }
-  float scales[kRowsOfLane];
-#pragma unroll
-  for (int i = 0; i < kRowsOfLane; ++i) {
-    float values[kColumns];
-    given[i].get(values);
-    scales[i] = place.encode_row(values, i);
-  }
-  place.store_column(scales, to.scales);
+  place.encode_rows(given);
 }
 
 // The operations and their order are those of jax_latent_moe/activations.py, so that the bits are those of its formula.
@@ -136,28 +158,25 @@ __global__ void __launch_bounds__(kRowThreads)
     weights[i] = place.row + i < to.rows ? row_weights[place.row + i] : 0.0f;
     if (place.holds(i)) gradients[i].load(dhidden + place.at(i)), kept[i].load(hidden + place.at(i));
   }
-  float scales[kRowsOfLane], sums[kRowsOfLane];
+  float sum_of_row = 0.0f;
 #pragma unroll
   for (int i = 0; i < kRowsOfLane; ++i) {
-    float d[kColumns], h[kColumns];
+    float d[kColumns], h[kColumns], sum = 0.0f;
     gradients[i].get(d);
     kept[i].get(h);
-    sums[i] = 0.0f;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      sums[i] += d[j] * h[j];
-      const float slope = 2.0f * (h[j] > 0.0f ? __fsqrt_rn(h[j]) : 0.0f);
-      d[j] = slope * (weights[i] * d[j]);
+      sum += d[j] * h[j];
+      d[j] = 2.0f * root_of_positive(h[j]) * (weights[i] * d[j]);
     }
     gradients[i].put(d);
     if (place.holds(i)) gradients[i].store(dpre + place.at(i));
-    gradients[i].get(d);
-    scales[i] = place.encode_row(d, i);
 #pragma unroll
-    for (int other = kLanes / 2; other > 0; other /= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], other);
+    for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    sum_of_row = place.lane == i ? sum : sum_of_row;
   }
-  place.store_column(scales, to.scales);
-  place.store_column(sums, row_weight_sums);
+  place.store_column(sum_of_row, row_weight_sums);
+  place.encode_rows(gradients);
 }
 
 }  // namespace latent_moe::formats
