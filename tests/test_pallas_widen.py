@@ -291,7 +291,9 @@ def test_auto_takes_it_and_leaves_gradients_and_other_widths_to_xla():
     asked = problem("fwd", 24, (8, 128, 128), "bfloat16", rhs=Operand("mxfp4"), device=H200)
     assert "tile: PallasWidenTile(features=128, rows=16" in explain(asked)
     for changes in ({"contraction": "dgrad"}, {"k": 192}):
-        assert explain(dataclasses.replace(asked, **changes)).endswith("XlaBackend(method='blocked', block_rows=None) runs it")
+        assert explain(dataclasses.replace(asked, **changes)).endswith(
+            "XlaBackend(method='blocked', block_rows=None) runs it"
+        )
 
 
 @pytest.mark.parametrize(
