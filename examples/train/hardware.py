@@ -4,7 +4,7 @@ import jax
 
 
 def why_no_nvidia_gpu(lowest: float, below: float = float("inf")) -> str | None:
-    """Why JAX computes on no NVIDIA GPU of compute capability `lowest` or higher, and under `below`. None if it does."""
+    """Why JAX computes on no NVIDIA GPU of compute capability at least `lowest` and under `below`. None if it does."""
     device = jax.local_devices()[0]
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, and JAX computes on {device.device_kind}"

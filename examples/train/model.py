@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
     Attributes:
         norms: the implementation.
-        last: whether only the norm is read.
+        last: whether the caller reads the norm alone. The sum is then not kept apart.
     """
 
     norms: Norms
@@ -74,11 +74,12 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch time d"], delta: Float[Array, "batch time d"] | None = None
-    ) -> tuple[Float[Array, "batch time d"] | None, Float[Array, "batch time d"]]:
+    ) -> tuple[Float[Array, "batch time d"], Float[Array, "batch time d"]]:
         """Returns the sum, and its norm along the last axis. Without delta, the sum is x."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         if self.norms == "pallas":
-            return add_norm(x, delta, scale, not self.last)
+            total, normed = add_norm(x, delta, scale, not self.last)
+            return x if total is None else total, normed
         x = x if delta is None else x + delta
         return x, rms_norm(x, scale)
 

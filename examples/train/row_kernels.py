@@ -22,13 +22,12 @@ LARGEST_WIDTH = 4096
 """The widest row that fits into the registers of a block, with its gradients."""
 WARPS, LANES = 4, 32
 THREADS = WARPS * LANES
-VECTOR_BYTES = 16
+VECTOR = 4
+"""The most consecutive elements of a thread: Pallas loads 16 bytes of float32 at once, and sums so many over warps."""
 ELEMENTS = 32
 """Elements of one array that a thread holds at a time, as far as whole rows allow."""
-SUMMED = 4
-"""The most consecutive numbers of a thread that Pallas can sum over warps."""
-SCRATCH_BYTES = 4 * THREADS * SUMMED
-"""Shared memory for these sums."""
+SCRATCH_BYTES = 4 * THREADS * VECTOR
+"""Shared memory for sums over warps."""
 STEPS = 8
 """Tiles of a block in the backward pass of `add_norm`. More of them make fewer partial sums."""
 HALF_ELEMENTS = 8
@@ -48,10 +47,10 @@ def add_norm(*arrays: Array, interpret=None) -> tuple[Array, ...]:
     Returns:
         The sum, unless delta is left out, and the norm.
     """
-    *arrays, scale = arrays
-    like, added = arrays[0], len(arrays) - 1
+    *terms, scale = arrays
+    like, added = terms[0], len(terms) - 1
     d = like.shape[-1]
-    padded, rows, layout = _rows(arrays)
+    padded, rows, layout = _rows(terms)
 
     def add_norm_kernel(*refs):
         inputs, (scale, *outputs) = refs[: 1 + added], refs[1 + added :]
@@ -79,10 +78,10 @@ def add_norm_grad(*arrays: Array, interpret=None) -> tuple[Float[Array, "*batch 
             The third can be left out.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
     """
-    *arrays, scale = arrays
-    like, count = arrays[0], len(arrays)
+    *split, scale = arrays
+    like, count = split[0], len(split)
     d = like.shape[-1]
-    padded, rows, layout = _rows(arrays)
+    padded, rows, layout = _rows(split)
     num_rows, width = padded[0].shape
     steps = math.gcd(num_rows // rows, STEPS)
 
@@ -225,7 +224,7 @@ def _rows(arrays):
     """
     arrays = [_wide(array.reshape(-1, array.shape[-1])) for array in arrays]
     a_thread = arrays[0].shape[1] // THREADS
-    vector = math.gcd(a_thread, VECTOR_BYTES // arrays[0].dtype.itemsize)
+    vector = math.gcd(a_thread, VECTOR)
     rows = 1 << max(1, (ELEMENTS // a_thread).bit_length() - 1)
     layout = _layout((1, THREADS * vector), (1, LANES * vector), (1, vector), warps=(-5,), lanes=(-3,))
     return [_padded(array, 0, rows) for array in arrays], rows, layout
@@ -247,8 +246,8 @@ def _positions(*arrays):
     the table. Lanes share each row, so no sum over a row leaves a warp.
     """
     x, half = arrays[0], arrays[-1].shape[-1]
-    columns = math.gcd(half, LANES * SUMMED)
-    vector = min(columns, SUMMED)
+    columns = math.gcd(half, LANES * VECTOR)
+    vector = min(columns, VECTOR)
     a_warp = LANES * vector // columns
     layout = _layout((WARPS * a_warp, columns), (a_warp, columns), (1, vector), warps=(-6,), lanes=(-4, -3))
     rows = WARPS * a_warp * max(1, HALF_ELEMENTS * THREADS // (half * WARPS * a_warp))
