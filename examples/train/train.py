@@ -301,8 +301,8 @@ def description(config: Config, model: LanguageModel, state: TrainState, mesh: M
     experts = ", experts in FP8" if config.precision == "fp8" else ""
     name = f"adapters of rank {config.lora} on {config.base}," if config.lora else config.mlp
     return (
-        f"{name} with {size / 1e6:.2f} M parameters on {config.data}, {device}, attention by {model.attention}"
-        f"{experts}: {begun} in {config.folder}"
+        f"{name} with {size / 1e6:.2f} M parameters on {config.data}, {device}, "
+        f"attention by {model.attention}, norms by {model.norms}{experts}: {begun} in {config.folder}"
     )
 
 
