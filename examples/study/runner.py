@@ -29,7 +29,14 @@ from jax_latent_moe import __version__
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None, only: Sequence[str] = ()) -> bool:
+def run_study(
+    study: Study,
+    folder: Path,
+    scratch: Path,
+    text: data.Files | None,
+    only: Sequence[str] = (),
+    stop: StopRequest | None = None,
+) -> bool:
     """Does the missing runs in the order of the queue, and appends a row for each.
 
     Args:
@@ -38,6 +45,7 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
         scratch: the folder of the trainer's run folders. Checkpoints are deleted when their run has its row.
         text: the files of the text. None is a text that the trainer knows by name.
         only: the arms to run. Empty runs all. The sweep runs for all.
+        stop: notes a signal that stops the queue.
 
     Returns:
         False if a signal stopped it.
@@ -48,7 +56,7 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
     path = folder / rows.FILE
     folder.mkdir(parents=True, exist_ok=True)
     checked = None
-    with StopRequest() as stop:
+    with stop or StopRequest() as stop:
         while stop.name is None:
             done = rows.read_rows(path, study)
             for run in done:
