@@ -19,7 +19,7 @@ def random_router(rng, k, num_experts, num_groups, topk_groups, group_score_topk
         conditional |= dict(pad_to_capacity=fixed.get("parallel") is None and maybe(True, False))
     selection = rng.choice(["score", "logit", "sinkhorn"] if num_groups == 1 else ["score", "logit"]).item()
     if selection != "sinkhorn" and "capacity_factor" not in conditional and rng.random() < 0.4:
-        conditional |= dict(round_to_tile=rng.integers(1, 6).item())
+        conditional |= dict(round_to_tile=rng.choice([2, 2, 3, 4]).item())
     correction_bias = selection != "sinkhorn" and maybe(True, False)
     if correction_bias and num_groups == 1 and k < num_experts and rng.random() < 0.3:
         conditional |= dict(bias_update="quantile")
