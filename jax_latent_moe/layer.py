@@ -325,7 +325,7 @@ def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"
     out = activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
     if "gate" not in params:
         return out
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     gate = jnp.matmul(x, params["gate"].astype(x.dtype), preferred_element_type=wide)
     return (out.astype(wide) * jax.nn.sigmoid(gate)).astype(x.dtype)
 

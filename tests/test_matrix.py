@@ -1,8 +1,8 @@
 """The layer with its gradients under every transformation and mode of JAX, for every router, score, norm, activation.
 
-The routers have capacities, groups, sinkhorn, jitter, quantile balancing, or tokens rounded to tiles. The experts'
-forward products are in float32 or FP8, and their input gradients too. A cell compares values and gradients with the
-float64 oracle, or expects the documented refusal.
+The routers have capacities, groups, sinkhorn, jitter, quantile balancing, or tokens rounded to tiles. Some layers have
+biases and a gate of the shared expert. The experts' forward products are in float32 or FP8, and their input gradients
+too. A cell compares values and gradients with the float64 oracle, or expects the documented refusal.
 """
 
 import dataclasses
@@ -101,6 +101,8 @@ def drawn(family, method) -> list[cases.Case]:
         latent_norm=family.latent_norm,
         activation=family.activation,
         precision=PRECISIONS[family.precision],
+        shared_expert_gate=family.router in ("grouped", "tiles"),
+        expert_bias=family.router in ("balanced", "tiles"),
         backend=XlaBackend(method),
         **eps,
     )
@@ -123,7 +125,7 @@ def layer_with_gradients(config, params, x, optional, dy, transform=lambda funct
 
     def objective(params, x):
         y, aux = transform(lambda params, x: latent_moe(params, x, config, key=key, **optional))(params, x)
-        return jnp.sum(y * dy) + total_loss(aux), (y, aux.losses)
+        return jnp.sum(y.astype(dy.dtype) * dy) + total_loss(aux), (y, aux.losses)
 
     (_, outputs), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, x)
     return outputs, grads
@@ -249,8 +251,10 @@ def traced(context):
 
     def run(f, parts):
         params, (part, *_) = arrays(parts)
-        with context():
-            jax.eval_shape(f, params, *part)
+        for dtype in ("float32", "bfloat16"):
+            config = dataclasses.replace(f.args[0], dtype=dtype)
+            with context():
+                jax.eval_shape(functools.partial(f.func, config), params, *part)
         return []
 
     return run
