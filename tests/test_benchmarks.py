@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import fp8, fusing, gpu, layers, logits, matmuls, steps, swapped, train_table, widen
+from benchmarks import fp8, fp8_layers, fusing, gpu, layers, logits, matmuls, steps, swapped, train_table, widen
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -137,6 +137,23 @@ def test_fp8_is_measured_and_recorded(run, session, capsys):
     assert errors[0] < 0.01 < errors[1] < 0.1
     assert rows[products[1]]["floor_ms"] < rows[products[0]]["floor_ms"]
     assert "left out torch_scaled_grouped_mm" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_fp8_layers_are_measured_and_recorded(run, session, monkeypatch):
+    """Codes made beforehand give the same values as those made in the call."""
+    monkeypatch.setattr(layers, "PASSES_OF_LAYERS", ("forward_backward",))
+    fp8_layers.measure(session, "fp8_layer", {"small": (30, SMALL_LAYER)})
+    rows = {(row["pass"], row["impl"]): row for row in rows_of(run)}
+    assert rows.keys() == {
+        *((pass_, impl) for pass_ in layers.PASSES_OF_LAYERS for impl in ("bfloat16", "fp8", "fp8_codes")),
+        *((pass_, "xla") for pass_ in ("encode_weights", "encode_rows")),
+    }
+    for pass_ in layers.PASSES_OF_LAYERS:
+        dense, in_call, beforehand = (rows[pass_, impl]["max_error"] for impl in ("bfloat16", "fp8", "fp8_codes"))
+        assert dense < 0.01 < in_call == beforehand < 0.1
+    weights = 2 * 8 * 16 * 24
+    assert rows["encode_weights", "xla"]["floor_ms"] == pytest.approx(1e3 * 6 * weights / session.bandwidth)
 
 
 def test_widening_is_measured_and_recorded(run, session, capsys, monkeypatch):
