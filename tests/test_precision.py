@@ -30,6 +30,8 @@ from tests.oracle.rounding import LEAST_OF_ROWS, fp8
 from tests.parallel.meshes import make_mesh
 from tests.tolerances import relative_error
 
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
+
 EXPERTS, TOKENS, K, WIDTH, INNER = 12, 21, 9, 130, 136
 FP8 = "fp8_block"
 EXACT = 3e-3

@@ -14,6 +14,8 @@ from tests.oracle.router import best, choose, scores, weigh
 from tests.parallel.meshes import BASE, make_mesh
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
+
 WIDE = LatentMoEConfig(
     hidden_size=6,
     latent_size=4,
