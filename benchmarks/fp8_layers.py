@@ -58,7 +58,7 @@ def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: S
 
 
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoEConfig]]) -> None:
-    """One row per layer, pass and implementation. Of the encoders, those that run here."""
+    """One row per layer, pass and implementation. An encoder that does not run here is left out."""
     layers.measure(session, suite, shapes, candidates)
     for name, (tokens, config) in shapes.items():
         masters = dataclasses.replace(config, param_dtype="float32")

@@ -13,7 +13,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fp8, fp8_layers, fusing, layers, loop, matmuls, problems, steps, survey, swapped, train, widen
+from benchmarks import (
+    fp8,
+    fp8_layers,
+    fusing,
+    layers,
+    logits,
+    loop,
+    matmuls,
+    problems,
+    steps,
+    survey,
+    swapped,
+    train,
+    widen,
+)
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
@@ -27,6 +41,7 @@ SUITES = (
     "layer",
     "ragged_dot",
     "decode",
+    "logits",
     "loop",
     "step",
     "survey",
@@ -73,6 +88,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
             (matmuls.measure, problems.DECODE_KERNELS),
             (layers.measure, only(problems.DECODE_LAYERS, problems.QUICK_DECODE_LAYERS)),
         ],
+        "logits": [(logits.measure, logits.SHAPES)],
         "loop": [(loop.measure, only(loop.SHAPES, loop.QUICK_SHAPES))],
         "step": [(steps.measure, problems.STEPS)],
         "survey": [(survey.measure, survey.shapes(4 if quick else 40))],

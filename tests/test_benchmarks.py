@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import fp8, fp8_layers, fusing, gpu, layers, matmuls, steps, swapped, train_table, widen
+from benchmarks import fp8, fp8_layers, fusing, gpu, layers, logits, matmuls, steps, swapped, train_table, widen
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -171,6 +171,16 @@ def test_widening_is_measured_and_recorded(run, session, capsys, monkeypatch):
     assert widen.error_of(out, rows, w, sizes) < 0.01
     assert 0.01 < widen.error_of(1.05 * out, rows, w, sizes) < 0.1
     assert widen.traffic(shape, w, sizes) < widen.traffic(shape, shape.weights(0), sizes)
+
+
+def test_logits_are_measured_and_recorded(run, session):
+    logits.measure(session, "logits", {"small": logits.Logits(16, 32, 8)})
+    rows = rows_of(run)
+    found = {(row["pass"], row["impl"]) for row in rows}
+    assert found >= {
+        (name, impl) for name in ("forward", "forward_backward") for impl in ("split_matmul", "F32_F32_F32")
+    }
+    assert all(row["max_error"] < 1e-6 for row in rows if row["max_error"] is not None and "BF16" not in row["impl"])
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])

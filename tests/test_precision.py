@@ -25,10 +25,12 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from jax_latent_moe.grouped_matmul.xla.backend import Xla
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from tests.kernels import H200
-from tests.oracle import formats as oracle
 from tests.oracle.fused import activation_of_rows
+from tests.oracle.rounding import LEAST_OF_ROWS, fp8
 from tests.parallel.meshes import make_mesh
 from tests.tolerances import relative_error
+
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
 
 EXPERTS, TOKENS, K, WIDTH, INNER = 12, 21, 9, 130, 136
 FP8 = "fp8_block"
@@ -53,23 +55,14 @@ def drawn(rng, config):
 
 
 def rounded_rows(rows, format):
-    return np.float64(rows) if format is None else _rounded(rows, n_block=1, least=1e-30)
+    return np.float64(rows) if format is None else fp8(rows, format, n_block=1, least=LEAST_OF_ROWS)
 
 
 def rounded_weight(w, format, parts=1):
     """A weight [in, out] as products read it."""
     if format is None:
         return np.float64(w)
-    return np.concatenate([_rounded(part.T).T for part in np.split(w, parts, axis=1)], axis=1)
-
-
-def _rounded(matrix, **settings):
-    matrix = np.asarray(matrix, np.float32)
-    codes, scales = oracle.fp8_block(matrix, **settings)
-    scale = np.float64(scales["block"])
-    for axis, block in enumerate((settings.get("n_block", 128), 128)):
-        scale = np.take(np.repeat(scale, block, axis), range(matrix.shape[axis]), axis)
-    return oracle.E4M3_VALUES[codes] * scale
+    return np.concatenate([fp8(part, format) for part in np.split(w, parts, axis=1)], axis=1)
 
 
 def loop(config, x, weights, w_in, w_out, biases, ids, dy, rounding=np.float64):

@@ -37,7 +37,14 @@ POLL = 1.0
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None, only: Sequence[str] = ()) -> bool:
+def run_study(
+    study: Study,
+    folder: Path,
+    scratch: Path,
+    text: data.Files | None,
+    only: Sequence[str] = (),
+    stop: StopRequest | None = None,
+) -> bool:
     """Does the missing runs in the order of the queue, but for those of other processes, and appends a row for each.
 
     Args:
@@ -46,6 +53,7 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
         scratch: the folder of the trainer's run folders. Checkpoints are deleted when their run has its row.
         text: the files of the text. None is a text that the trainer knows by name.
         only: the arms to run. Empty runs all. The sweep runs for all.
+        stop: notes a signal that stops the queue.
 
     Returns:
         False if a signal stopped it.
@@ -62,7 +70,7 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
         found = missing(queue(study, rows.bits_of(done)), done)
         return [run for run in found if not only or run.arm in only or run.seed == SWEEP_SEED]
 
-    with StopRequest() as stop:
+    with stop or StopRequest() as stop:
         while stop.name is None:
             if not (runs := left()):
                 return True

@@ -54,6 +54,7 @@ def test_every_implementation_that_was_recorded_has_a_column():
         "train",
         "fp8",
         "fp8_layer",
+        "logits",
         "loop",
         "ragged_dot",
         "widen",

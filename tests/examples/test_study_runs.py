@@ -173,5 +173,26 @@ def test_only_some_arms(study, text, undisturbed, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(lines[:2]))
     assert not run_study(study, tmp_path, tmp_path / "runs", text, ["half"])
     assert done == [Run("half", 8e-3, 1)]
-    monkeypatch.setattr(cli, "run_study", lambda *_: False)
-    assert not cli.run(cli.Options(folder=tmp_path)), "no report after a stop"
+
+
+def test_a_stopped_study_makes_no_report_and_is_no_success(tmp_path, monkeypatch):
+    def stopped(*arguments):
+        with arguments[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    monkeypatch.setattr(cli, "run_study", stopped)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--folder", str(tmp_path)])
+    assert end.value.code == 128 + signal.SIGINT
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_request_within_itself_lasts():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        with stop:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
