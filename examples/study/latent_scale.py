@@ -36,7 +36,7 @@ def make_latent_rms(model: LanguageModel, windows: ValidationWindows) -> Callabl
         found = []
         for i in range(1, model.model.layers):
             params = state.params[f"block_{i:02d}"]["mlp"]
-            x = sown["intermediates"][f"block_{i:02d}"]["mlp_norm"]["__call__"][0]
+            _, x = sown["intermediates"][f"block_{i:02d}"]["mlp_norm"]["__call__"][0]
             latent = x.astype(jnp.float32) @ params["down_proj"]["kernel"]
             if moe.latent_norm == "pre":  # as the layer does: statistics of each token, then the learned scale
                 mean = jnp.mean(jnp.square(latent), axis=-1, keepdims=True)
