@@ -31,7 +31,7 @@ def assert_killed_halfway(folder):
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=4", *(["fsdp=2,expert=2,tensor=2"] if WHOLE_MATRIX else [])])
 def test_on_eight_virtual_devices(tmp_path, monkeypatch, mesh):
-    monkeypatch.setattr(training, "finish", lambda *_: None)
+    monkeypatch.setattr(training, "finish", lambda *_: 0.0)
     whole, killed = runs(tmp_path, mesh)
     with start(*options(killed), devices=8, cached=False) as process:
         wait_for(process, f"step {HALF + 1}/")
@@ -47,7 +47,7 @@ def test_on_two_processes(tmp_path):
     with together(killed, 2, cached=False) as processes:
         wait_for(processes[0], f"step {HALF + 1}/")
     assert_killed_halfway(killed.folder)
-    without_end = "from examples.train import train; train.finish = lambda *_: None"
+    without_end = "from examples.train import train; train.finish = lambda *_: 0.0"
     for config, before in ((killed, without_end), (whole, "")):
         with together(config, 2, before=before) as processes:
             outputs = [process.communicate(timeout=300)[0] for process in processes]
