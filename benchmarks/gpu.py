@@ -13,7 +13,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import fp8, fusing, layers, loop, matmuls, problems, steps, survey, swapped, train, widen
+from benchmarks import (
+    fp8,
+    fp8_layers,
+    fusing,
+    layers,
+    logits,
+    loop,
+    matmuls,
+    problems,
+    steps,
+    survey,
+    swapped,
+    train,
+    widen,
+)
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
@@ -21,11 +35,13 @@ SUITES = (
     "compile",
     "kernel",
     "fp8",
+    "fp8_layer",
     "widen",
     "fused",
     "layer",
     "ragged_dot",
     "decode",
+    "logits",
     "loop",
     "step",
     "survey",
@@ -63,6 +79,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         "compile": [(layers.measure_compilation, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "kernel": [(matmuls.measure, only(problems.KERNELS, problems.QUICK_KERNELS))],
         "fp8": [(fp8.measure, only(problems.FP8, problems.QUICK_KERNELS))],
+        "fp8_layer": [(fp8_layers.measure, only(fp8_layers.SHAPES, fp8_layers.QUICK_SHAPES))],
         "widen": [(widen.measure, only(widen.SHAPES, widen.QUICK_SHAPES))],
         "fused": [(fusing.measure, problems.FUSED)],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
@@ -71,6 +88,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
             (matmuls.measure, problems.DECODE_KERNELS),
             (layers.measure, only(problems.DECODE_LAYERS, problems.QUICK_DECODE_LAYERS)),
         ],
+        "logits": [(logits.measure, logits.SHAPES)],
         "loop": [(loop.measure, only(loop.SHAPES, loop.QUICK_SHAPES))],
         "step": [(steps.measure, problems.STEPS)],
         "survey": [(survey.measure, survey.shapes(4 if quick else 40))],

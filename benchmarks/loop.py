@@ -16,9 +16,10 @@ from benchmarks.layers import reference
 from benchmarks.matmuls import relative_error
 from benchmarks.measure import Row, Session
 from benchmarks.problems import SUPER
-from jax_latent_moe import CutlassBackend, LatentMoEConfig, XlaBackend, init_params, latent_moe, quantize
+from jax_latent_moe import CutlassBackend, LatentMoEConfig, PallasBackend, init_params, latent_moe, quantize
 from jax_latent_moe.cost import matmul_flops_per_token
 from jax_latent_moe.decode import MOST_ASSIGNMENTS
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
 STEPS = 64
@@ -70,30 +71,28 @@ def _quantized(params, format):
 
 def _measure(session, suite, name, params, inputs):
     tokens = inputs.shape[1]
-    # Beside the kernels for few tokens, `auto` has the portable backend alone for codes.
-    is_dense = not hasattr(params["experts"]["w_in"], "format")
-    usual = dataclasses.replace(SUPER, backend=CutlassBackend(decode="never") if is_dense else XlaBackend())
+    # The first backends of `auto` behind the kernels for few tokens.
+    is_coded = isinstance(params["experts"]["w_in"], ScaledArray)
+    usual = dataclasses.replace(SUPER, backend=PallasBackend() if is_coded else CutlassBackend(decode="never"))
     configs: dict[str, LatentMoEConfig | None] = {"usual": usual, "loop_alone": None}
     if tokens * SUPER.top_k <= MOST_ASSIGNMENTS:
         configs["decode"] = dataclasses.replace(SUPER, backend=CutlassBackend(decode="always"))
-    steps = {impl: STEPS if impl != "usual" or is_dense else STEPS // 16 for impl in configs}
     found = {
-        impl: jax_candidate(functools.partial(layer_loop, config), params, inputs[: steps[impl]])
-        for impl, config in configs.items()
+        impl: jax_candidate(functools.partial(layer_loop, config), params, inputs) for impl, config in configs.items()
     }
     calls = prepare(session.wanted(found))
     expected, _ = reference(SUPER, params, inputs[0])
     experts = sum(leaf.nbytes for leaf in jax.tree.leaves(params["experts"]))
-    share = chosen_experts(usual, params, inputs[: steps["usual"]]) / SUPER.num_experts
+    share = chosen_experts(usual, params, inputs) / SUPER.num_experts
     others = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - experts
     flops = tokens * matmul_flops_per_token(SUPER)
     floor = session.floor_ms(flops, others + experts * share)
     for impl, ms in time_in_turn(calls, 4, session.rounds).items():
-        ms /= steps[impl]
+        ms /= STEPS
         config, error = configs[impl], None
         if config is not None:
             y = jax.jit(latent_moe, static_argnums=2)(params, inputs[0], config)[0]
             error = relative_error(y, expected)
         session.record(Row(suite, name, "step", impl, ms, flops / ms / 1e9, floor, error, calls[impl].temp_bytes))
-        kernels = kernel_table.kernels_of(lambda call=calls[impl]: call.wait(call.run()), steps[impl])
+        kernels = kernel_table.kernels_of(lambda call=calls[impl]: call.wait(call.run()), STEPS)
         print(f"{'kernels':>10} of a step, {impl}\n{kernel_table.table(kernels, 16)}", flush=True)

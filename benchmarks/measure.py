@@ -25,11 +25,11 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "fp8", "widen", "layer", "ragged_dot", "decode", "loop", "step", "train" or
-            "parallel".
+        suite: "compile", "kernel", "fp8", "fp8_layer", "widen", "layer", "ragged_dot", "decode", "logits", "loop",
+            "step", "train" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py,
-            benchmarks/fp8.py and benchmarks/loop.py have their own.
+            benchmarks/fp8.py, benchmarks/fp8_layers.py and benchmarks/loop.py have their own.
         impl: name of the implementation.
         ms: median time of one call, or of one compilation, in milliseconds.
         tflops: 1e12 floating-point operations per second, counting the operations that the maths needs.

@@ -12,7 +12,7 @@ from jax_latent_moe.experts import encoded
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.parallel.own_codes import on_own_experts, whole_latents
-from jax_latent_moe.params import Params, as_array, param_shapes
+from jax_latent_moe.params import Params, as_array, check_config, param_shapes
 from jax_latent_moe.precision import Codes, Precision
 
 
@@ -37,6 +37,7 @@ def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
         InputError: the experts do not fit the config, are quantised already, or have adapters.
         ConfigError: an axis of the mesh does not divide what it splits.
     """
+    check_config(config)
     if config.precision is None or config.precision == Precision():
         return None
     w_in, w_out = (_dense(params, config, name) for name in ("w_in", "w_out"))

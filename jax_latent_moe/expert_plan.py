@@ -15,6 +15,7 @@ from jax_latent_moe.grouped_matmul.problem import Contraction, Epilogue, Operand
 from jax_latent_moe.grouped_matmul.registry import Bound, fused, gradient_backend, name_of, select
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
 from jax_latent_moe.precision import Precision
+from jax_latent_moe.row_encoders import GradientEncoder, RowEncoder, gradient_encoder, row_encoder
 
 PORTABLE: tuple[Residual, ...] = ("hidden", "pre")
 """The residuals that XLA can compute and differentiate without a fused kernel."""
@@ -42,6 +43,11 @@ class ExpertPlan:
             weights: they would be quotients by weights, which may be 0.
         decode: how few tokens run where nothing is differentiated, in place of up_without_gradient and down; or the
             reason why they do not; or None if the rows are not those of whole tokens.
+        encode_tokens: what encodes the tokens for the first product; None if it is not in codes. So for the others.
+        encode_hidden: what encodes the hidden rows for the second product.
+        encode_dout: what encodes the gradient of the combined tokens for down_dgrad.
+        encode_dpre: what encodes the gradient of the pre-activation for up_dgrad, where gradient does not.
+        gradient: whether a kernel computes that gradient and encodes it.
     """
 
     activation: BoundActivation
@@ -58,6 +64,11 @@ class ExpertPlan:
     b_out_grad: Bound | None = None
     weighted_dgrad: bool = False
     decode: Decode | str | None = None
+    encode_tokens: RowEncoder | None = None
+    encode_hidden: RowEncoder | None = None
+    encode_dout: RowEncoder | None = None
+    encode_dpre: RowEncoder | None = None
+    gradient: GradientEncoder | None = None
 
     def __str__(self) -> str:
         lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}"]
@@ -69,6 +80,8 @@ class ExpertPlan:
             bound = getattr(self, field.name)
             if isinstance(bound, Bound):
                 lines += [f"{field.name}: {bound.problem}", *(f"  {line}" for line in str(bound).splitlines())]
+            elif isinstance(bound, RowEncoder | GradientEncoder):
+                lines.append(f"{field.name}: {bound}")
         return "\n".join(lines)
 
 
@@ -166,6 +179,11 @@ def plan_experts(
     weighted_dgrad = by_log and residual != "pre" and precision.dgrad is None and not frozen_out
     if weighted_dgrad:
         down_dgrad = input_gradient(w_out_shape, dense, w_out)
+    latent, inner = w_in_shape[1], w_in_shape[2]
+
+    def encoder(format: str | None, width: int) -> RowEncoder | None:
+        return row_encoder(format, config.backend, width, dtype, device)
+
     hidden = dataclasses.replace(dense, layout="columns") if residual == "gate_hidden" else dense
     # A fused gradient gives the gathered rows back. Codes are not what a weight gradient reads.
     dout = dense if residual == "pre" and precision.dgrad is None else table
@@ -184,6 +202,13 @@ def plan_experts(
         b_out_grad=bias_gradient(w_out_shape[2]),
         weighted_dgrad=weighted_dgrad,
         decode=decode,
+        encode_tokens=encoder(precision.fwd, latent),
+        encode_hidden=encoder(precision.fwd, w_out_shape[1]),
+        encode_dout=encoder(precision.dgrad, latent),
+        encode_dpre=encoder(precision.dgrad, inner),
+        gradient=gradient_encoder(
+            precision.dgrad, config.backend, inner, dtype, device, activation=activation, residual=residual
+        ),
     )
 
 

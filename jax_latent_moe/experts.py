@@ -20,7 +20,7 @@ from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
-from jax_latent_moe.formats import ScaledArray, encode_rows
+from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, grouped_matmul, operand_of
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.low_rank import LowRank, base_of
@@ -175,19 +175,19 @@ def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, 
 
 
 def _up(plan, product, tokens, w_in, codes, b_in, dispatch):
-    rows = rows_of(_encoded(tokens, plan.precision.fwd), dispatch)
+    rows = rows_of(_encoded(tokens, plan.encode_tokens), dispatch)
     return up(plan, product, rows, w_in if codes.fwd_in is None else codes.fwd_in, dispatch.group_sizes, b_in)
 
 
 def _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch):
     if codes.fwd_out is not None:
-        hidden, w_out = _encoded(gathered(hidden), plan.precision.fwd), codes.fwd_out
+        hidden, w_out = _encoded(gathered(hidden), plan.encode_hidden), codes.fwd_out
     out = _plus_bias(plan.down(Operands(hidden, w_out, dispatch.group_sizes)).out, b_out, dispatch.group_sizes)
     return combine(out, dispatch, weights).astype(tokens.dtype)
 
 
-def _encoded(rows, format):
-    return rows if format is None else encode_rows(rows, format)
+def _encoded(rows, encoder):
+    return rows if encoder is None else encoder(rows)
 
 
 def _routed_bwd(plan, residuals, dcombined):
@@ -195,7 +195,7 @@ def _routed_bwd(plan, residuals, dcombined):
     sizes, format = dispatch.group_sizes, plan.precision.dgrad
     row_weights = dispatch.weights_of_rows(weights)
 
-    dout = rows_of(_encoded(dcombined, format), dispatch)
+    dout = rows_of(_encoded(dcombined, plan.encode_dout), dispatch)
     dw_out = None
     if plan.residual != "pre" and plan.down_wgrad is not None:
         weighted_dout = rows_of(dcombined, dispatch, weights)
@@ -224,7 +224,8 @@ def _routed_bwd(plan, residuals, dcombined):
     # The barrier keeps XLA from gathering the tokens' rows earlier than they are read.
     dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
     dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(rows_of(tokens, dispatch), dpre, sizes)).out
-    drows = plan.up_dgrad(Operands(_encoded(dpre, format), w_in if format is None else codes.dgrad_in, sizes)).out
+    rows = _encoded(dpre, plan.encode_dpre) if outputs.codes is None else outputs.codes
+    drows = plan.up_dgrad(Operands(rows, w_in if format is None else codes.dgrad_in, sizes)).out
     dtokens = combine(drows, dispatch).astype(tokens.dtype)
     grads = dtokens, *((None, dweights) if plan.weighted_dgrad else (dweights, None)), dw_in, dw_out
     if plan.precision != Precision():
@@ -306,11 +307,15 @@ def down_gradient(plan: ExpertPlan, dout, w_out: Weight, group_sizes, kept, row_
         row_weights: [R].
 
     Returns:
-        The `Outputs` of a dgrad with the gradient in its epilogue, with dout as a dense array in lhs.
+        The `Outputs` of a dgrad with the gradient in its epilogue, with dout as a dense array in lhs, and with the
+        gradient's codes if plan.gradient makes them.
     """
     outputs = plan.down_dgrad(Operands(dout, w_out, group_sizes, kept, row_weights))
     if plan.down_dgrad.problem.epilogue is not None:
         return outputs
+    if plan.gradient is not None and plan.gradient.refusal is None:
+        dpre, codes, sums = plan.gradient(outputs.out, kept, row_weights)
+        return Outputs(dpre, row_weight_gradients=sums, lhs=outputs.lhs, codes=codes)
     dtype = outputs.out.dtype
     hidden, pullback = hidden_and_pullback(kept, plan.residual, plan.activation)
     dhidden = outputs.out.astype(hidden.dtype)

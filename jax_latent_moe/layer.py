@@ -15,7 +15,6 @@ from jax_latent_moe.codes import checked_codes
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
-from jax_latent_moe.errors import InputError
 from jax_latent_moe.experts import encoded, flat, routed_experts
 from jax_latent_moe.formats import row_multiple_of
 from jax_latent_moe.inputs import check_inputs, check_whole, typed_key
@@ -24,7 +23,7 @@ from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
 from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import CODES, in_auto_mode, over_mesh
-from jax_latent_moe.params import Params, as_array, check_params
+from jax_latent_moe.params import Params, as_array, check_config, check_params
 from jax_latent_moe.precision import Codes
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered
@@ -133,8 +132,7 @@ def latent_moe(
         ConfigError: an axis of the mesh does not divide what it splits.
         UnsupportedError: the named backend, or the named dispatch, cannot run this layer.
     """
-    if not isinstance(config, LatentMoEConfig):
-        raise InputError(f"config of type {type(config).__name__} must be a LatentMoEConfig.")
+    check_config(config)
     params = check_params(params, config)
     x = as_array("x", x)
     by_token = _ByToken(*map(as_array, _ByToken._fields[:3], (token_mask, expert_ids, segment_ids)))
@@ -326,7 +324,7 @@ def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"
     out = activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
     if "gate" not in params:
         return out
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     gate = jnp.matmul(x, params["gate"].astype(x.dtype), preferred_element_type=wide)
     return (out.astype(wide) * jax.nn.sigmoid(gate)).astype(x.dtype)
 

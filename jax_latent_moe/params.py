@@ -115,6 +115,16 @@ def as_array(name: str, value) -> Any:
         raise InputError(f"{name} of type {type(value).__name__} must be an array of numbers.") from None
 
 
+def check_config(config: LatentMoEConfig) -> None:
+    """Refuses what is no configuration, such as a dict of its fields.
+
+    Raises:
+        InputError: the config is of another type.
+    """
+    if not isinstance(config, LatentMoEConfig):
+        raise InputError(f"config of type {type(config).__name__} must be a LatentMoEConfig.")
+
+
 def check_params(params: Params, config: LatentMoEConfig) -> Params:
     """The tree with JAX's arrays as its leaves.
 
@@ -235,6 +245,7 @@ values. For the same reason two that are not drawn stay in the list."""
 
 def _layout(config) -> Layout:
     """Every leaf that the config has, as (shape, logical axes)."""
+    check_config(config)
     d, width, experts = config.hidden_size, config.latent_width, config.num_experts
     m, ms = config.expert_intermediate_size, config.shared_expert_intermediate_size
     gate, gate_axis = ((2,), (None,)) if config.gated else ((), ())

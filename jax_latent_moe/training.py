@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -130,7 +131,7 @@ def after_step(
             them.
 
     Raises:
-        InputError: a layer with a bias has no counts in `aux`.
+        InputError: a layer with a bias has no counts in `aux`, or counts of another shape.
     """
     return _walk(state, aux, partial(move_bias, rate=rate, recentre=recentre, axis_name=axis_name), ())
 
@@ -145,6 +146,13 @@ def _walk(state, aux, step, path):
     bias = state["router"]["bias"]
     loads = aux if isinstance(aux, list | tuple) and not isinstance(aux, LatentMoEAux) else [aux]
     counts = [load.tokens_per_expert if isinstance(load, LatentMoEAux) else load for load in loads]
+    for count in counts:
+        if np.shape(count)[-bias.ndim :] != bias.shape:
+            where = "/".join(map(str, path)) or "the layer"
+            raise InputError(
+                f"aux of {where} has counts of type {type(count).__name__} and shape {np.shape(count)}: give its "
+                f"LatentMoEAux, or tokens_per_expert of shape [..., {', '.join(map(str, bias.shape))}]."
+            )
     targets = [load.bias_target for load in loads if isinstance(load, LatentMoEAux) and load.bias_target is not None]
     microbatches = [jnp.ones(jnp.shape(target)[:-1]) for target in targets]
     return {**state, "router": {"bias": step(bias, counts, targets, microbatches)}}

@@ -64,17 +64,35 @@ def missing() -> str | None:
     return None if cuda_headers() else "there are no headers of CUDA"
 
 
-@functools.cache
 def kernels() -> ctypes.CDLL:
     """The compiled kernels."""
+    return compiled("experts")
+
+
+@functools.cache
+def compiled(name: str) -> ctypes.CDLL:
+    """The kernels of a source of tests/emulation, compiled."""
     headers = cuda_headers()
     assert headers is not None
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "experts.so")
+        path = pathlib.Path(folder, f"{name}.so")
         include = ["-I", ROOT / "tests/emulation", "-I", ROOT / "custom_calls/src", "-isystem", headers]
-        source = ROOT / "tests/emulation/experts.cc"
+        source = ROOT / f"tests/emulation/{name}.cc"
         subprocess.run(
-            ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *include, source, "-o", path],
+            [
+                "g++",
+                "-std=c++20",
+                "-O2",
+                "-shared",
+                "-fPIC",
+                "-w",
+                "-fno-strict-aliasing",
+                "-U_FORTIFY_SOURCE",
+                *include,
+                source,
+                "-o",
+                path,
+            ],
             check=True,
         )
         return ctypes.CDLL(str(path))
@@ -89,7 +107,7 @@ def call(target, operands, results, **attributes):
     return list(jax.pure_callback(functools.partial(run, results, attributes), list(results), *operands))
 
 
-def _aligned(array) -> np.ndarray:
+def aligned(array) -> np.ndarray:
     """A copy at a multiple of 16 bytes."""
     array = np.asarray(array)
     buffer = np.empty(array.nbytes + 16, np.uint8)
@@ -112,9 +130,9 @@ def _weight(code, data, scales, more, parts, k, n):
 
 
 def _run(results, attributes, *operands):
-    tokens, ids, weights, *stored = map(_aligned, operands)
+    tokens, ids, weights, *stored = map(aligned, operands)
     garbage = [np.full(result.shape, 77, np.uint8).astype(result.dtype) for result in results]
-    out, hidden, partial, counters = map(_aligned, garbage)
+    out, hidden, partial, counters = map(aligned, garbage)
     parts = 2 if ACTIVATIONS.index(attributes["activation"]) >= ACTIVATIONS.index("swiglu") else 1
     (width,), inner = tokens.shape[1:], hidden.shape[1]
     product = Product(
@@ -151,8 +169,8 @@ class Weighing(ctypes.Structure):
 
 
 def _choose(results, attributes, scores, logits):
-    scores, logits = map(_aligned, (scores, logits))
-    ids, weights = (_aligned(np.zeros(result.shape, result.dtype)) for result in results)
+    scores, logits = map(aligned, (scores, logits))
+    ids, weights = (aligned(np.zeros(result.shape, result.dtype)) for result in results)
     assert scores.shape[1] <= 128
     weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
     pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)

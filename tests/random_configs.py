@@ -1,7 +1,7 @@
 """Random configurations: every field that a layer reads, drawn where it is read."""
 
 from jax_latent_moe.activations import ACTIVATIONS
-from jax_latent_moe.config import LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, RouterConfig
+from jax_latent_moe.config import LATENT_NORMS, SCORE_FUNCTIONS, LatentMoEConfig, Precision, RouterConfig
 
 
 def random_router(rng, k, num_experts, num_groups, topk_groups, group_score_topk, fixed) -> RouterConfig:
@@ -18,6 +18,8 @@ def random_router(rng, k, num_experts, num_groups, topk_groups, group_score_topk
         conditional |= dict(drop_policy=maybe("probs", "position"))
         conditional |= dict(pad_to_capacity=fixed.get("parallel") is None and maybe(True, False))
     selection = rng.choice(["score", "logit", "sinkhorn"] if num_groups == 1 else ["score", "logit"]).item()
+    if selection != "sinkhorn" and "capacity_factor" not in conditional and rng.random() < 0.4:
+        conditional |= dict(round_to_tile=rng.choice([2, 2, 3, 4]).item())
     correction_bias = selection != "sinkhorn" and maybe(True, False)
     if correction_bias and num_groups == 1 and k < num_experts and rng.random() < 0.3:
         conditional |= dict(bias_update="quantile")
@@ -41,6 +43,12 @@ def random_router(rng, k, num_experts, num_groups, topk_groups, group_score_topk
     )
 
 
+def random_precision(rng) -> Precision:
+    """FP8 in the forward products, in the input gradients, or in both."""
+    fwd, dgrad = rng.choice(["fp8_block", "fp8_block_pow2"], size=2).tolist()
+    return [Precision(fwd), Precision(None, dgrad), Precision(fwd, dgrad)][rng.integers(3)]
+
+
 def random_config(rng, **fixed) -> LatentMoEConfig:
     """Any layer at all; `fixed` sets fields."""
     groups = rng.choice([1, 1, 2, 4]).item()
@@ -61,7 +69,7 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
         shared_expert_intermediate_size=rng.choice([0, 5]).item(),
         activation=activation,
         latent_norm=latent_norm,
-        apply_probs_on_input=k == 1 and rng.random() < 0.5,
+        apply_probs_on_input=k == 1 and router.round_to_tile is None and rng.random() < 0.5,
         apply_routed_scale_to_output=rng.random() < 0.5,
         router=router,
         dtype="float32",

@@ -165,8 +165,7 @@ def test_explain_prints_the_whole_decision():
         "  lhs: gathered in the kernel",
     ]
     assert explain(asked, "pallas").splitlines()[1:] == [
-        "  PallasBackend(matmul_tile=None, wgrad_tile=None, fp8_tile=None, widen_tile=None, widen=True, "
-        "fuse='measured') runs it",
+        "  PallasBackend(matmul_tile=None, wgrad_tile=None, fp8_tile=None, widen_tile=None, fuse='measured') runs it",
         "  tile: PallasMatmulTile(rows=128, columns=192, stages=4, store_buffers=2, band=1, cluster=2), "
         "from a heuristic: no table has this problem",
         "  lhs: gathered before the kernel",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import fp8, fusing, gpu, layers, matmuls, steps, swapped, train_table, widen
+from benchmarks import fp8, fp8_layers, fusing, gpu, layers, logits, matmuls, steps, swapped, train_table, widen
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -139,6 +139,23 @@ def test_fp8_is_measured_and_recorded(run, session, capsys):
     assert "left out torch_scaled_grouped_mm" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_fp8_layers_are_measured_and_recorded(run, session, monkeypatch):
+    """Codes made beforehand give the same values as those made in the call."""
+    monkeypatch.setattr(layers, "PASSES_OF_LAYERS", ("forward_backward",))
+    fp8_layers.measure(session, "fp8_layer", {"small": (30, SMALL_LAYER)})
+    rows = {(row["pass"], row["impl"]): row for row in rows_of(run)}
+    assert rows.keys() == {
+        *((pass_, impl) for pass_ in layers.PASSES_OF_LAYERS for impl in ("bfloat16", "fp8", "fp8_codes")),
+        *((pass_, "xla") for pass_ in ("encode_weights", "encode_rows")),
+    }
+    for pass_ in layers.PASSES_OF_LAYERS:
+        dense, in_call, beforehand = (rows[pass_, impl]["max_error"] for impl in ("bfloat16", "fp8", "fp8_codes"))
+        assert dense < 0.01 < in_call == beforehand < 0.1
+    weights = 2 * 8 * 16 * 24
+    assert rows["encode_weights", "xla"]["floor_ms"] == pytest.approx(1e3 * 6 * weights / session.bandwidth)
+
+
 def test_widening_is_measured_and_recorded(run, session, capsys, monkeypatch):
     """Without a Hopper GPU, dense weights alone. The error is that of the largest group against decoded weights."""
     monkeypatch.setattr(widen, "read_rate", lambda: 1e11)
@@ -154,6 +171,16 @@ def test_widening_is_measured_and_recorded(run, session, capsys, monkeypatch):
     assert widen.error_of(out, rows, w, sizes) < 0.01
     assert 0.01 < widen.error_of(1.05 * out, rows, w, sizes) < 0.1
     assert widen.traffic(shape, w, sizes) < widen.traffic(shape, shape.weights(0), sizes)
+
+
+def test_logits_are_measured_and_recorded(run, session):
+    logits.measure(session, "logits", {"small": logits.Logits(16, 32, 8)})
+    rows = rows_of(run)
+    found = {(row["pass"], row["impl"]) for row in rows}
+    assert found >= {
+        (name, impl) for name in ("forward", "forward_backward") for impl in ("split_matmul", "F32_F32_F32")
+    }
+    assert all(row["max_error"] < 1e-6 for row in rows if row["max_error"] is not None and "BF16" not in row["impl"])
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])

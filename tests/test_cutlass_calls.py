@@ -15,6 +15,7 @@ from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.routing.expert_sort import compiled_sort_by_expert
 from jax_latent_moe.routing.top_k import compiled_top_k_ids
+from jax_latent_moe.row_encoders import GradientEncoder, RowEncoder
 from tests.kernels import H200, epilogue_of
 
 BUILT = native.library()
@@ -120,6 +121,12 @@ def calls():
             "encode_blocks",
             lambda: encode_both(jnp.zeros((2, 128, 256)), "fp8_block_pow2", 2),
             "power_of_two = true",
+        ),
+        "encode rows": ("encode_rows", lambda: RowEncoder("fp8_block_pow2", None)(rows).codes, "power_of_two = true"),
+        "encode relu2's gradient": (
+            "relu2_gradient",
+            lambda: GradientEncoder("fp8_block", None)(rows, rows, weights)[0],
+            "power_of_two = false",
         ),
         "sort": ("sort_by_expert", lambda: compiled_sort_by_expert(jnp.zeros(700, jnp.int32), 3), ""),
     }

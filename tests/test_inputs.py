@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import InputError, RouterConfig, init_params, latent_moe
+from jax_latent_moe import (
+    InputError,
+    RouterConfig,
+    after_step,
+    dequantize,
+    encode_experts,
+    init_params,
+    latent_moe,
+    lora,
+    param_shapes,
+    quantize,
+    split_state,
+)
 from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad
 from tests.cases import TOY
 
@@ -67,6 +79,26 @@ def test_what_is_no_array_is_refused_by_name(arguments, named, words):
     tree = params() if arguments[0] == "router" else arguments[0]
     message = refused(latent_moe, tree, *arguments[1:], **named)
     assert all(word in message for word in words), message
+
+
+def test_what_is_no_config_is_refused_everywhere():
+    tree, key = params(), jax.random.key(0)
+    for function, arguments in (
+        (init_params, (key, None)),
+        (param_shapes, ({},)),
+        (quantize, (tree, None, "int8")),
+        (dequantize, (tree, 3)),
+        (encode_experts, (tree, None)),
+        (lora.merge, (tree, None)),
+        (functools.partial(lora.adapt, rank=2), (key, tree, None)),
+    ):
+        assert "must be a LatentMoEConfig" in refused(function, *arguments)
+
+
+@pytest.mark.parametrize("aux", [None, 1, np.zeros(7, np.int32), [np.zeros((3, 1), np.int32)]])
+def test_counts_of_another_layer_are_refused(aux):
+    _, state = split_state({"block": params()})
+    assert "aux of block has counts of type" in refused(after_step, state, {"block": aux}, 0.1)
 
 
 def test_what_numpy_takes_is_taken():

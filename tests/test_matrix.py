@@ -1,6 +1,8 @@
 """The layer with its gradients under every transformation and mode of JAX, for every router, score, norm, activation.
 
-A cell compares values and gradients with the float64 oracle, or expects the documented refusal.
+The routers have capacities, groups, sinkhorn, jitter, quantile balancing, or tokens rounded to tiles. Some layers have
+biases and a gate of the shared expert. The experts' forward products are in float32 or FP8, and their input gradients
+too. A cell compares values and gradients with the float64 oracle, or expects the documented refusal.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from jax import P, export
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 
-from jax_latent_moe import InputError, RouterConfig, XlaBackend, latent_moe, total_loss
+from jax_latent_moe import InputError, Precision, RouterConfig, XlaBackend, latent_moe, total_loss
 from jax_latent_moe.config import ACTIVATIONS, LATENT_NORMS, SCORE_FUNCTIONS
 from tests import cases, oracle, seeds
 from tests.cases import TOY
@@ -52,6 +54,12 @@ ROUTERS = {
     "quantile": RouterConfig(
         selection="logit", bias_update="quantile", logit_bias=True, capacity_factor=0.75, **LOSSES
     ),
+    "tiles": RouterConfig(per_expert_scale=True, norm_topk_eps=0.25, round_to_tile=2, **LOSSES),
+}
+PRECISIONS = {
+    "float32": None,
+    "fp8 forward": Precision("fp8_block"),
+    "fp8": Precision("fp8_block_pow2", "fp8_block"),
 }
 
 
@@ -62,19 +70,20 @@ class Family(NamedTuple):
     score_function: str
     latent_norm: str
     activation: str
+    precision: str
 
 
-FAMILIES = [Family(*names) for names in itertools.product(ROUTERS, SCORE_FUNCTIONS, LATENT_NORMS, ACTIVATIONS)]
+COLUMNS = (ROUTERS, SCORE_FUNCTIONS, LATENT_NORMS, ACTIVATIONS, PRECISIONS)
+FAMILIES = [Family(*names) for names in itertools.product(*COLUMNS)]
 
 
 def cells() -> list[tuple[str, Family, str]]:
-    """(mode, family, method). Drawn ones have each router, score function, norm and activation about equally often."""
+    """(mode, family, method). Drawn ones have each part of a family about equally often."""
     places = list(itertools.product(MODES, ("blocked", "ragged_dot")))
     if EVERY in os.environ:
         return [(mode, family, method) for family in FAMILIES for mode, method in places]
     rng = seeds.generator("matrix")
-    names = (ROUTERS, SCORE_FUNCTIONS, LATENT_NORMS, ACTIVATIONS)
-    columns = [rng.permutation(np.resize(list(column), len(places))) for column in names]
+    columns = [rng.permutation(np.resize(list(column), len(places))) for column in COLUMNS]
     return [
         (mode, Family(*map(str, row)), method)
         for (mode, method), row in zip(places, zip(*columns, strict=True), strict=True)
@@ -91,6 +100,9 @@ def drawn(family, method) -> list[cases.Case]:
         router=router,
         latent_norm=family.latent_norm,
         activation=family.activation,
+        precision=PRECISIONS[family.precision],
+        shared_expert_gate=family.router in ("grouped", "tiles"),
+        expert_bias=family.router in ("balanced", "tiles"),
         backend=XlaBackend(method),
         **eps,
     )
@@ -113,7 +125,7 @@ def layer_with_gradients(config, params, x, optional, dy, transform=lambda funct
 
     def objective(params, x):
         y, aux = transform(lambda params, x: latent_moe(params, x, config, key=key, **optional))(params, x)
-        return jnp.sum(y * dy) + total_loss(aux), (y, aux.losses)
+        return jnp.sum(y.astype(dy.dtype) * dy) + total_loss(aux), (y, aux.losses)
 
     (_, outputs), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, x)
     return outputs, grads
@@ -239,8 +251,10 @@ def traced(context):
 
     def run(f, parts):
         params, (part, *_) = arrays(parts)
-        with context():
-            jax.eval_shape(f, params, *part)
+        for dtype in ("float32", "bfloat16"):
+            config = dataclasses.replace(f.args[0], dtype=dtype)
+            with context():
+                jax.eval_shape(functools.partial(f.func, config), params, *part)
         return []
 
     return run
@@ -314,7 +328,7 @@ def erfc_has_types() -> bool:
 
 def test_forward_mode_by_two_transpositions(rng):
     """The routed block has a reverse-mode rule alone; the transpose of a transpose is the documented way around."""
-    (case, *_) = drawn(Family("grouped", "sigmoid", "none", "swiglu"), "blocked")
+    (case, *_) = drawn(Family("grouped", "sigmoid", "none", "swiglu", "float32"), "blocked")
     params, ((x, optional, direction), *_) = arrays([case])
 
     def layer(x):

@@ -206,7 +206,7 @@ def test_each_field_of_a_tile_is_read():
 
     base = PallasBackend(PallasMatmulTile(), PallasWgradTile(), PallasFp8Tile(columns=128), PallasWidenTile())
     before = kernels(base)
-    assert FIELDS.keys() | {"fuse", "widen"} == {field.name for field in dataclasses.fields(base)}
+    assert FIELDS.keys() | {"fuse"} == {field.name for field in dataclasses.fields(base)}
     for name, changes in FIELDS.items():
         tile = getattr(base, name)
         assert changes.keys() == {field.name for field in dataclasses.fields(tile)}
@@ -240,7 +240,7 @@ def test_refuses(changes, reason):
 def test_auto_takes_it_on_hopper_without_compiled_kernels(kind, library_at, tmp_path):
     library_at(tmp_path / "none.so")
     text = explain(dataclasses.replace(PROBLEM, device=Device("gpu", kind)))
-    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fp8_tile=None, widen_tile=None, widen=False, " in text
+    assert "PallasBackend(matmul_tile=None, wgrad_tile=None, fp8_tile=None, widen_tile=None, " in text
     assert "fuse='measured') runs it" in text
 
 

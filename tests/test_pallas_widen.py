@@ -287,13 +287,13 @@ def test_refuses(changes, reason):
         select(dataclasses.replace(asked, **changes), PallasBackend())
 
 
-def test_auto_leaves_codes_to_xla():
-    """Until the kernel has been measured on a GPU."""
+def test_auto_takes_it_and_leaves_gradients_and_other_widths_to_xla():
     asked = problem("fwd", 24, (8, 128, 128), "bfloat16", rhs=Operand("mxfp4"), device=H200)
-    text = explain(asked)
-    assert "refuses: widen=False leaves bfloat16 x mxfp4 to XlaBackend()" in text
-    assert "XlaBackend(method='blocked', block_rows=None) runs it" in text
-    assert "tile: PallasWidenTile(features=128, rows=16" in explain(asked, "pallas")
+    assert "tile: PallasWidenTile(features=128, rows=16" in explain(asked)
+    for changes in ({"contraction": "dgrad"}, {"k": 192}):
+        assert explain(dataclasses.replace(asked, **changes)).endswith(
+            "XlaBackend(method='blocked', block_rows=None) runs it"
+        )
 
 
 @pytest.mark.parametrize(

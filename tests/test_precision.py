@@ -25,10 +25,12 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from jax_latent_moe.grouped_matmul.xla.backend import Xla
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from tests.kernels import H200
-from tests.oracle import formats as oracle
 from tests.oracle.fused import activation_of_rows
+from tests.oracle.rounding import LEAST_OF_ROWS, fp8
 from tests.parallel.meshes import make_mesh
 from tests.tolerances import relative_error
+
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
 
 EXPERTS, TOKENS, K, WIDTH, INNER = 12, 21, 9, 130, 136
 FP8 = "fp8_block"
@@ -53,27 +55,21 @@ def drawn(rng, config):
 
 
 def rounded_rows(rows, format):
-    return np.float64(rows) if format is None else _rounded(rows, n_block=1, least=1e-30)
+    return np.float64(rows) if format is None else fp8(rows, format, n_block=1, least=LEAST_OF_ROWS)
 
 
 def rounded_weight(w, format, parts=1):
     """A weight [in, out] as products read it."""
     if format is None:
         return np.float64(w)
-    return np.concatenate([_rounded(part.T).T for part in np.split(w, parts, axis=1)], axis=1)
+    return np.concatenate([fp8(part, format) for part in np.split(w, parts, axis=1)], axis=1)
 
 
-def _rounded(matrix, **settings):
-    matrix = np.asarray(matrix, np.float32)
-    codes, scales = oracle.fp8_block(matrix, **settings)
-    scale = np.float64(scales["block"])
-    for axis, block in enumerate((settings.get("n_block", 128), 128)):
-        scale = np.take(np.repeat(scale, block, axis), range(matrix.shape[axis]), axis)
-    return oracle.E4M3_VALUES[codes] * scale
+def loop(config, x, weights, w_in, w_out, biases, ids, dy, rounding=np.float64):
+    """The output y and the gradients of x, weights, w_in, w_out and biases, one assignment at a time.
 
-
-def loop(config, x, weights, w_in, w_out, biases, ids, dy):
-    """The output y and the gradients of x, weights, w_in, w_out and biases, one assignment at a time."""
+    Pre-activations, hidden rows and their gradients are rounded to `rounding`.
+    """
     fwd, dgrad = config.precision.fwd, config.precision.dgrad
     parts = 2 if config.gated else 1
     y, dx, dweights, dw_in, dw_out = (np.zeros(array.shape) for array in (x, x, weights, w_in, w_out))
@@ -86,11 +82,15 @@ def loop(config, x, weights, w_in, w_out, biases, ids, dy):
     x_codes, dy_codes = rounded_rows(x, fwd), rounded_rows(dy, dgrad)
     for t, j in np.ndindex(ids.shape):
         e, weight = ids[t, j], np.float64(weights[t, j])
-        hidden, slopes = activation_of_rows(config, (x_codes[t] @ up_fwd[e] + b_in[e])[None])
+        pre = np.float64((x_codes[t] @ up_fwd[e] + b_in[e]).astype(rounding))
+        hidden, slopes = activation_of_rows(config, pre[None])
+        if rounding != np.float64:
+            hidden = np.float64(hidden.astype(rounding))
+            slopes = 2 * np.sqrt(hidden)  # relu2 keeps the hidden rows
         y[t] += weight * ((rounded_rows(hidden, fwd) @ down_fwd[e])[0] + b_out[e])
-        dhidden = dy_codes[t] @ down_dgrad[e]
+        dhidden = np.float64((dy_codes[t] @ down_dgrad[e]).astype(rounding))
         dweights[t, j] = dhidden @ hidden[0] + np.float64(dy[t]) @ b_out[e]
-        dpre = np.tile(weight * dhidden, parts)[None] * slopes
+        dpre = np.float64((np.tile(weight * dhidden, parts)[None] * slopes).astype(rounding))
         dx[t] += (rounded_rows(dpre, dgrad) @ up_dgrad[e])[0]
         dw_in[e] += np.outer(x[t], dpre)
         dw_out[e] += np.outer(hidden[0], weight * dy[t])

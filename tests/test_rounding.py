@@ -14,6 +14,8 @@ from tests.oracle.router import best, choose, scores, weigh
 from tests.parallel.meshes import BASE, make_mesh
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
+
 WIDE = LatentMoEConfig(
     hidden_size=6,
     latent_size=4,
@@ -39,8 +41,10 @@ def added_weight(config, logits, ids, expert, scale):
     router, own = config.router, ids[ids >= 0]
     p = np.exp(logits) if router.score_function == "softmax_topk" else scores(router.score_function, logits)
     weight = p[expert]
-    if router.norm_topk_prob or router.score_function == "softmax_topk":
-        eps = router.norm_topk_eps if router.norm_topk_prob else 0.0
+    eps = router.norm_topk_eps if router.norm_topk_prob else 0.0
+    if router.score_function == "softmax_topk":  # these scores sum to one, before the epsilon is added
+        weight = weight / (p[own].sum() + weight) / (1 + eps)
+    elif router.norm_topk_prob:
         weight = weight / (p[own].sum() + weight + eps)
     factor = 1.0 if config.apply_routed_scale_to_output else router.routed_scaling_factor
     return weight * factor * scale[expert]
@@ -112,6 +116,7 @@ ROUTERS = {
     "softmax": dict(score_function="softmax", correction_bias=False, per_expert_scale=True),
     "no epsilon": dict(score_function="softmax", correction_bias=False, norm_topk_eps=0.0),
     "softmax of the chosen": dict(score_function="softmax_topk", norm_topk_prob=False, correction_bias=False),
+    "normalised with an epsilon": dict(score_function="softmax_topk", norm_topk_eps=0.25),
     "not normalised": dict(score_function="sqrt_softplus", norm_topk_prob=False),
 }
 

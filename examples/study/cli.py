@@ -14,6 +14,7 @@ from examples.study.definition import study_named
 from examples.study.report import write_report
 from examples.study.runner import run_study
 from examples.train.errors import TrainError
+from examples.train.signals import INTERRUPTED, StopRequest
 from jax_latent_moe.errors import LatentMoEError
 
 
@@ -39,14 +40,20 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None):
-    """Parses the command line and runs. An error that the user can solve is printed as one sentence."""
+    """Parses the command line and runs. An error that the user can solve is printed as one sentence.
+
+    If a signal stops the runs, it ends with the status of `StopRequest`.
+    """
     options = tyro.cli(Options, args=arguments, prog="python -m examples.study")
+    stop = StopRequest()
     try:
-        run(options)
+        if not run(options, stop):
+            sys.exit(stop.status)
     except (TrainError, LatentMoEError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from the newest checkpoint.")
+        print("Interrupted. The same command goes on from the newest checkpoint.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def check_place(folder: Path):
@@ -57,8 +64,12 @@ def check_place(folder: Path):
         raise TrainError(f"--folder {folder} cannot be made ({error}): name another folder.") from error
 
 
-def run(options: Options) -> bool:
+def run(options: Options, stop: StopRequest | None = None) -> bool:
     """Does what the options say.
+
+    Args:
+        options: the command line.
+        stop: notes a signal that stops the runs.
 
     Returns:
         False if a signal stopped the runs. There is then no report.
@@ -77,7 +88,7 @@ def run(options: Options) -> bool:
     if not options.report_only:
         text = data.open_text(options.text or data.default_folder()) if study.linux else None
         check_place(folder)
-        if not run_study(study, folder, options.scratch or folder / "runs", text, options.only):
+        if not run_study(study, folder, options.scratch or folder / "runs", text, options.only, stop):
             print("Stopped. The same command goes on from here.")
             return False
     for path in write_report(study, folder):

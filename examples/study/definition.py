@@ -14,7 +14,9 @@ FAMILIES: dict[Family, str] = {"dense": "dense", "moe": "moe", "latent": "half"}
 """The arm of each family on which its learning rate is chosen. "half" has no norm, so a norm is not favoured."""
 SWEEP_SEED = 0
 """The seed of the sweep. No other run has it, so a lucky seed of the sweep does not enter the comparison."""
-MAIN = ("dense", "moe", "half", "half-pre")
+NORM = ("moe", "half", "half-pre")
+"""The arms that say what a norm in the latent is worth. They are run first."""
+MAIN = ("dense", *NORM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Study:
         name: the value of `--arms`.
         base: the options that all runs share. Its model is the plain MoE that `model_of` reads.
         rates: the learning rates of the sweep.
+        sweep_steps: the steps of a run of the sweep, whose schedule is as long.
         blocks: arms and seeds. The runs of a block go seed by seed.
         text_sha256: the checksum of the text, from `runner.checksum`.
         validation_windows: the windows of each text that the validation at the end of a run reads. None reads all.
@@ -34,6 +37,7 @@ class Study:
     name: str
     base: Config
     rates: tuple[float, ...]
+    sweep_steps: int
     blocks: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
     text_sha256: str
     validation_windows: int | None = None
@@ -102,15 +106,16 @@ TOY = dataclasses.replace(
     optimizer=OptimizerConfig(warmup_steps=4),
 )
 RATES = (1e-3, 2e-3, 4e-3)
-LINUX = "76ef38e155de6abddf49edac0fc15e69ff0f36d619ff7f31f43ff7f1de9db6b3"
+LINUX = "00b399c37e5d60134038ea2100fa80011d35b74c37a8170493c36c77d5b211d5"
 PLAYS = "224942b2fc2c2d3466802e9bf0da2a23c1457d7ac7d7fc1ce4435b3469bb0255"
+FIRST, DENSE = (NORM, (1, 2, 3)), (("dense",), (1, 2, 3))
 OTHERS = tuple(arm.name for arm in ARMS if arm.name not in MAIN)
 STUDIES = {
     study.name: study
     for study in (
-        Study("d512", BASE, RATES, ((MAIN, (1, 2, 3)), (OTHERS, (1, 2, 3)), (MAIN, (4, 5))), LINUX),
-        Study("d768", WIDE, RATES, ((MAIN, (1, 2, 3)),), LINUX),
-        Study("toy", TOY, (2e-3, 8e-3), ((MAIN, (1, 2)), (("quantile",), (1, 2))), PLAYS, 128, linux=False),
+        Study("d512", BASE, RATES, 1500, (FIRST, DENSE, (OTHERS, (1, 2, 3)), (MAIN, (4, 5))), LINUX),
+        Study("d768", WIDE, RATES, 1500, (FIRST, DENSE), LINUX),
+        Study("toy", TOY, (2e-3, 8e-3), 16, ((MAIN, (1, 2)), (("quantile",), (1, 2))), PLAYS, 128, linux=False),
     )
 }
 
@@ -175,6 +180,8 @@ def config_of(study: Study, run: Run, text: data.Files | None = None, folder: Pa
     arm, base = arm_named(run.arm), study.base
     changes: dict[str, Any] = {"mlp": arm.mlp, "seed": run.seed, "run": folder, "model": model_of(arm, base.model)}
     changes["optimizer"] = dataclasses.replace(base.optimizer, learning_rate=run.learning_rate)
+    if run.seed == SWEEP_SEED:
+        changes["steps"] = study.sweep_steps
     if text is not None:
         changes |= {"data": str(text.train), "validation": (f"{data.HELD_OUT}={text.validation}",)}
     return dataclasses.replace(base, **changes, **dict(arm.balance))

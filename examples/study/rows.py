@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from examples.study.definition import Run, Study, config_of, queue
+from examples.study.locks import locked
 from examples.train.config import Config
 from examples.train.config_file import to_json
 from examples.train.errors import TrainError
 from examples.train.run_folder import flat
 from examples.train.whole_file import write_whole
 
-FILE = "rows.jsonl"
+FILE, LOCK = "rows.jsonl", ".lock"
 Row = dict[str, Any]
 MEASURED = {
     "parameters": int,
@@ -80,13 +81,14 @@ def bits_of(rows: Mapping[Run, Row]) -> dict[Run, float | None]:
 
 def append_row(path: Path, row: Row):
     """Adds a row in one write, after it has removed a line that a kill cut off."""
-    lines = _whole_lines(path)
-    if path.exists() and path.read_bytes() != "".join(lines).encode():
-        write_whole(path, "".join(lines).encode())
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with locked(path.with_name(LOCK)):
+        lines = _whole_lines(path)
+        if path.exists() and path.read_bytes() != "".join(lines).encode():
+            write_whole(path, "".join(lines).encode())
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _whole_lines(path):

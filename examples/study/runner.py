@@ -1,10 +1,15 @@
-"""Runs what a study has no row for yet. A run that was stopped goes on from its newest checkpoint."""
+"""Runs what a study has no row for yet. A run that was stopped goes on from its newest checkpoint.
 
+Several processes may work on one folder, each on a GPU of its own: a process holds the lock of the run that it does.
+"""
+
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +19,7 @@ from examples.study import data, rows
 from examples.study.curves import curves
 from examples.study.definition import SWEEP_SEED, Run, Study, config_of, missing, queue
 from examples.study.latent_scale import make_latent_rms
+from examples.study.locks import locked
 from examples.train.config import Config
 from examples.train.errors import Diverged, TrainError
 from examples.train.finish import validate
@@ -26,11 +32,20 @@ from examples.train.text import Corpus
 from examples.train.train import read_corpus, train_steps
 from jax_latent_moe import __version__
 
+POLL = 1.0
+"""Seconds between two looks at the rows while other processes do all runs that can be done."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None, only: Sequence[str] = ()) -> bool:
-    """Does the missing runs in the order of the queue, and appends a row for each.
+def run_study(
+    study: Study,
+    folder: Path,
+    scratch: Path,
+    text: data.Files | None,
+    only: Sequence[str] = (),
+    stop: StopRequest | None = None,
+) -> bool:
+    """Does the missing runs in the order of the queue, but for those of other processes, and appends a row for each.
 
     Args:
         study: the definition.
@@ -38,6 +53,7 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
         scratch: the folder of the trainer's run folders. Checkpoints are deleted when their run has its row.
         text: the files of the text. None is a text that the trainer knows by name.
         only: the arms to run. Empty runs all. The sweep runs for all.
+        stop: notes a signal that stops the queue.
 
     Returns:
         False if a signal stopped it.
@@ -45,27 +61,45 @@ def run_study(study: Study, folder: Path, scratch: Path, text: data.Files | None
     Raises:
         TrainError: the rows or the text do not fit the study, or a run fails.
     """
-    path = folder / rows.FILE
-    folder.mkdir(parents=True, exist_ok=True)
-    checked = None
-    with StopRequest() as stop:
+    path, checked = folder / rows.FILE, None
+    for place in (folder, scratch):
+        place.mkdir(parents=True, exist_ok=True)
+
+    def left() -> list[Run]:
+        done = rows.read_rows(path, study)
+        found = missing(queue(study, rows.bits_of(done)), done)
+        return [run for run in found if not only or run.arm in only or run.seed == SWEEP_SEED]
+
+    with stop or StopRequest() as stop:
         while stop.name is None:
-            done = rows.read_rows(path, study)
-            for run in done:
-                shutil.rmtree(scratch / run.name / "checkpoints", ignore_errors=True)
-            left = missing(queue(study, rows.bits_of(done)), done)
-            left = [run for run in left if not only or run.arm in only or run.seed == SWEEP_SEED]
-            if not left:
+            if not (runs := left()):
                 return True
-            run = left[0]
-            config = config_of(study, run, text, scratch / run.name)
-            checked = checked or check_text(study, config)
-            print(f"\n{run.name}: {len(left)} run(s) of {study.name} left", flush=True)
-            row = run_one(study, run, config, stop)
-            if row is None:
-                return False
-            rows.append_row(path, row)
+            with first_free(runs, scratch) as run:
+                if run is None:
+                    time.sleep(POLL)
+                    continue
+                if run not in left():  # another process has done it meanwhile
+                    continue
+                config = config_of(study, run, text, scratch / run.name)
+                checked = checked or check_text(study, config)
+                print(f"\n{run.name}: {len(runs)} run(s) of {study.name} left", flush=True)
+                row = run_one(study, run, config, stop)
+                if row is None:
+                    return False
+                rows.append_row(path, row)
+                shutil.rmtree(scratch / run.name / "checkpoints", ignore_errors=True)
     return False
+
+
+@contextlib.contextmanager
+def first_free(runs: Sequence[Run], scratch: Path) -> Iterator[Run | None]:
+    """Holds the lock of the first run that no other process does. None if others do all."""
+    for run in runs:
+        with locked(scratch / f"{run.name}.lock", wait=False) as held:
+            if held:
+                yield run
+                return
+    yield None
 
 
 def check_text(study: Study, config: Config) -> str:

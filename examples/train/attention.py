@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from examples.train.config import ModelConfig
 from examples.train.errors import TrainError
+from examples.train.hardware import why_no_nvidia_gpu
 from examples.train.norm import inverse_root
 
 Attention = Literal["cudnn", "xla", "blocks"]
@@ -43,12 +44,9 @@ def choose_attention(name: str, model: ModelConfig) -> Attention:
 
 
 def _why_not_cudnn(model: ModelConfig) -> str | None:
-    device, width = jax.local_devices()[0], model.hidden_size // model.heads
-    if device.platform != "gpu":
-        return f"it needs an NVIDIA GPU, and JAX computes on {device.device_kind}"
-    capability = getattr(device, "compute_capability", "0")  # "gfx942" on AMD
-    if not capability.replace(".", "").isdigit() or float(capability) < CUDNN_CAPABILITY:
-        return f"it needs compute capability {CUDNN_CAPABILITY} or higher, and {device.device_kind} has {capability}"
+    width = model.hidden_size // model.heads
+    if reason := why_no_nvidia_gpu(CUDNN_CAPABILITY):
+        return reason
     if model.dtype != "bfloat16":
         return f"it needs --model.dtype bfloat16, not {model.dtype}"
     if width > CUDNN_WIDTH or width % 8:

@@ -146,6 +146,9 @@ class Config:
     """Implementation of attention.
     cudnn is cuDNN's kernel (GPU, bfloat16), xla is JAX's own formula, blocks computes blocks of queries.
     auto is cudnn if it can run here, else blocks."""
+    norms: Literal["auto", "xla", "pallas"] = "auto"
+    """Implementation of norms and rotations. pallas is kernels of one pass over memory (NVIDIA Hopper GPUs).
+    auto is pallas if they can run here, else xla."""
     scan_layers: bool = False
     """Whether all blocks after the first are compiled once and scanned.
     Compilation then takes the same time at any depth."""

@@ -31,8 +31,8 @@ def load(folder: Path) -> tuple[LanguageModel, TrainState, Tokenizer]:
     """
     config = read_config(folder)
     tokenizer = Bytes() if config.bpe_tokens is None else load_tokenizer(folder, config.bpe_tokens)
-    # The attention of the run may not run on this machine.
-    model = language_model(dataclasses.replace(config, attention="auto"), tokenizer.vocabulary)
+    # The attention and the norms of the run may not run on this machine.
+    model = language_model(dataclasses.replace(config, attention="auto", norms="auto"), tokenizer.vocabulary)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         if checkpoints.newest is None:

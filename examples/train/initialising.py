@@ -12,15 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from examples.train.attention import rotary_table
-from examples.train.model import Block, Embedding, Head, LanguageModel
-from examples.train.norm import RMSNorm
+from examples.train.model import Block, Embedding, Head, LanguageModel, RMSNorm
 from examples.train.placing import LAYERS
 
 
 def alone(model: LanguageModel) -> LanguageModel:
     """The same model without a mesh, with operations that run on any device."""
     moe = None if model.moe is None else dataclasses.replace(model.moe, parallel=None)
-    return model.clone(moe=moe, attention="blocks", remat="none")
+    return model.clone(moe=moe, attention="blocks", remat="none", norms="xla")
 
 
 def shapes(model: LanguageModel) -> PyTree:
@@ -38,14 +37,14 @@ def draw(model: LanguageModel, key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
     embed_key, head_key, first_key, rest_key = jax.random.split(key, 4)
 
     def block(moe, key):
-        variables = nn.unbox(Block(config, moe, model.attention, True).init(key, x, table, None, None))
+        variables = nn.unbox(Block(config, moe, model.attention, True).init(key, (x, None), table, None, None))
         return variables["params"], variables.get("correction_bias", {})
 
     embedding = Embedding(model.vocabulary, config.hidden_size, config.dtype)
     params = {
         "embed": embedding.init(embed_key, jnp.zeros((1, 1), jnp.int32))["params"],
         "block_00": block(None, first_key)[0],
-        "norm": RMSNorm().init(key, x)["params"],
+        "norm": RMSNorm("xla").init(key, x)["params"],
         "head": Head(model.vocabulary).init(head_key, x)["params"],
     }
     if not count:

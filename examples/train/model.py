@@ -22,8 +22,9 @@ from examples.train.attention import (
 from examples.train.config import Config, ModelConfig
 from examples.train.cross_entropy import cross_entropy
 from examples.train.embedding import embed
+from examples.train.fused_norm import Norms, add_norm, choose_norms, norm_rotate
 from examples.train.mlp import dense_width, moe_config, residual_scale
-from examples.train.norm import Dropout, RMSNorm
+from examples.train.norm import Dropout, rms_norm
 from examples.train.placing import LAYERS
 from jax_latent_moe import LatentMoEConfig
 from jax_latent_moe.linen import ADAPTERS, CODES, EXPERT_CODES, LatentMoE
@@ -37,6 +38,8 @@ CACHE = "cache"
 """The collection of each layer's keys and values [batch, time, heads, width]."""
 STACKED = ("params", "correction_bias", CODES, EXPERT_CODES, ADAPTERS, "losses", "intermediates", CACHE)
 """The collections that a scan over layers stacks."""
+Stream = tuple[Float[Array, "batch time d"], Float[Array, "batch time d"] | None]
+"""The residual stream, and what is still to be added to it. None: nothing."""
 
 
 class QueriesKeysValues(nn.Module):
@@ -57,13 +60,43 @@ class QueriesKeysValues(nn.Module):
         return queries_keys_values(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
+class RMSNorm(nn.Module):
+    """The sum of the residual stream and what a block adds to it, and the RMSNorm of the sum with a trained scale.
+
+    Attributes:
+        norms: the implementation.
+        last: whether the caller reads the norm alone. The sum is then not kept apart.
+    """
+
+    norms: Norms
+    last: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time d"], delta: Float[Array, "batch time d"] | None = None
+    ) -> tuple[Float[Array, "batch time d"], Float[Array, "batch time d"]]:
+        """Returns the sum, and its norm along the last axis. Without delta, the sum is x."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        if self.norms == "pallas":
+            total, normed = add_norm(x, delta, scale, not self.last)
+            return x if total is None else total, normed
+        x = x if delta is None else x + delta
+        return x, rms_norm(x, scale)
+
+
 class RotatedRMSNorm(nn.Module):
-    """`normalise_and_rotate` with a trained scale."""
+    """RMSNorm of heads with a trained scale, and their rotation."""
+
+    norms: Norms
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time heads width"], table) -> Float[Array, "batch time heads width"]:
         """Normalises and rotates each head."""
-        return normalise_and_rotate(x, self.param("scale", nn.initializers.ones, x.shape[-1:]), table)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        if self.norms == "pallas":
+            cos, sin = table
+            return norm_rotate(x, scale, cos[:, 0, 0], sin[:, 0, 1])
+        return normalise_and_rotate(x, scale, table)
 
 
 class SelfAttention(nn.Module):
@@ -73,12 +106,13 @@ class SelfAttention(nn.Module):
     dtype: str
     output_init: Callable
     how: Attention
+    norms: Norms
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time d"], table, documents, position) -> Float[Array, "batch time d"]:
         """Each position reads itself and the positions before it. Without `position`, all of them are in x."""
         q, k, v = QueriesKeysValues(self.heads, self.dtype, name="qkv")(x)
-        q, k = RotatedRMSNorm(name="q_norm")(q, table), RotatedRMSNorm(name="k_norm")(k, table)
+        q, k = (RotatedRMSNorm(self.norms, name=name)(part, table) for name, part in (("q_norm", q), ("k_norm", k)))
         if position is None:
             self._store(k, v)
             y = checkpoint_name(attend(q, k, v, self.how, documents), "attention")
@@ -121,18 +155,27 @@ class DenseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward. Each reads the normalised residual stream and adds to it."""
+    """Attention and a feed-forward. Each reads the normalised residual stream and adds to it.
+
+    Attributes:
+        model: the shape of the model.
+        moe: the feed-forward. None makes it dense.
+        attention: the implementation of attention.
+        deterministic: whether dropout is off.
+        norms: the implementation of norms and rotations.
+        defers: whether the next norm adds the output of the feed-forward to the stream.
+    """
 
     model: ModelConfig
     moe: LatentMoEConfig | None
     attention: Attention
     deterministic: bool
+    norms: Norms = "xla"
+    defers: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch time d"], table, documents, position
-    ) -> tuple[Float[Array, "batch time d"], None]:
-        """Returns the output, and None because a scan stacks nothing. Dropout needs a "dropout" key."""
+    def __call__(self, stream: Stream, table, documents, position) -> tuple[Stream, None]:
+        """Returns the stream, and None because a scan stacks nothing. Dropout needs a "dropout" key."""
         heads, dtype = self.model.heads, self.model.dtype
         output_init = nn.initializers.variance_scaling(residual_scale(self.model) ** 2, "fan_in", "truncated_normal")
         drop = Dropout(self.model.dropout, self.deterministic)
@@ -140,10 +183,13 @@ class Block(nn.Module):
             mlp = DenseMLP(dense_width(self.model), dtype, output_init, name="mlp")
         else:
             mlp = LatentMoE(self.moe, name="mlp")
-        attention = SelfAttention(heads, dtype, output_init, self.attention, name="attention")
-        x += drop(attention(RMSNorm(name="attention_norm")(x), table, documents, position))
+        attention = SelfAttention(heads, dtype, output_init, self.attention, self.norms, name="attention")
+        x, normed = RMSNorm(self.norms, name="attention_norm")(*stream)
+        attended = drop(attention(normed, table, documents, position))
+        x, normed = RMSNorm(self.norms, name="mlp_norm")(x, attended)
         packed = {} if self.moe is None else {"segment_ids": documents}
-        return x + drop(mlp(RMSNorm(name="mlp_norm")(x), **packed)), None
+        delta = drop(mlp(normed, **packed))
+        return ((x, delta) if self.defers else (x + delta, None)), None
 
 
 class Embedding(nn.Module):
@@ -185,6 +231,7 @@ class LanguageModel(nn.Module):
         scan_layers: whether the blocks after the first are compiled once and scanned over stacked parameters.
         remat: what the backward pass recomputes. "none" recomputes nothing, "cheap" recomputes norms, rotations and
             activations, and "layer" recomputes a whole block.
+        norms: the implementation of norms and rotations.
     """
 
     model: ModelConfig
@@ -193,6 +240,7 @@ class LanguageModel(nn.Module):
     attention: Attention = "blocks"
     scan_layers: bool = False
     remat: Literal["none", "cheap", "layer"] = "none"
+    norms: Norms = "xla"
 
     @nn.compact
     def __call__(
@@ -225,10 +273,14 @@ class LanguageModel(nn.Module):
         x = Embedding(self.vocabulary, config.hidden_size, dtype, name="embed")(tokens)
         positions = jnp.arange(tokens.shape[1]) if position is None else position[None]
         places = rotary_table(positions, config.hidden_size // config.heads, dtype), documents, position
-        block = self._block()
+        # One token is too little work for a kernel of its own.
+        norms = self.norms if position is None else "xla"
+        # Recomputation keeps the input of a block: with the sum deferred, two arrays instead of one.
+        how = self.attention, deterministic, norms, norms == "pallas" and self.remat == "none"
+        block, stream = self._block(), (x, None)
         for i in range(1 if self.scan_layers else config.layers):
             moe = self.moe if i else None
-            x, _ = block(config, moe, self.attention, deterministic, name=f"block_{i:02d}")(x, *places)
+            stream, _ = block(config, moe, *how, name=f"block_{i:02d}")(stream, *places)
         if self.scan_layers and config.layers > 1:
             scanned = nn.scan(
                 block,
@@ -238,8 +290,8 @@ class LanguageModel(nn.Module):
                 length=config.layers - 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = scanned(config, self.moe, self.attention, deterministic, name=LAYERS)(x, *places)
-        x = RMSNorm(name="norm")(x)
+            stream, _ = scanned(config, self.moe, *how, name=LAYERS)(stream, *places)
+        _, x = RMSNorm(norms, last=True, name="norm")(*stream)
         return Head(self.vocabulary, name="head")(x, targets, weights)
 
     def _block(self):
@@ -257,7 +309,8 @@ def language_model(config: Config, vocabulary: int = BYTES) -> LanguageModel:
     """The model that the options describe.
 
     Raises:
-        TrainError: the chosen attention cannot run here, or the sizes do not fit together.
+        TrainError: the chosen attention or norms cannot run here, or the sizes do not fit together.
     """
-    attention = choose_attention(config.attention, config.model)
-    return LanguageModel(config.model, moe_config(config), vocabulary, attention, config.scan_layers, config.remat)
+    attention, norms = choose_attention(config.attention, config.model), choose_norms(config.norms, config.model)
+    moe = moe_config(config)
+    return LanguageModel(config.model, moe, vocabulary, attention, config.scan_layers, config.remat, norms)

@@ -45,15 +45,6 @@ def _backward(residuals, gradient):
 rms_norm.defvjp(_forward, _backward)
 
 
-class RMSNorm(nn.Module):
-    """`rms_norm` with a trained scale."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        """Normalises the last axis."""
-        return rms_norm(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
-
-
 class Dropout(nn.Module):
     """Sets random elements to zero and scales the others, which keeps the mean. It needs a "dropout" key.
 

@@ -31,7 +31,7 @@ from examples.train.processes import any_process, first_line, is_first_process, 
 from examples.train.profiling import Profile
 from examples.train.progress import ProgressReport, busy
 from examples.train.run_folder import check_folder, open_folder
-from examples.train.signals import StopRequest
+from examples.train.signals import INTERRUPTED, StopRequest
 from examples.train.step import TrainState, all_finite, init_state_on, make_bits_per_byte, make_train_step, state_shapes
 from examples.train.text import Corpus
 from examples.train.tokenizer import Tokenizer, encode_corpus, open_tokenizer
@@ -58,9 +58,14 @@ class Trained(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None):
-    """Parses the command line and trains. An error that the user can solve is printed as one sentence."""
+    """Parses the command line and trains. An error that the user can solve is printed as one sentence.
+
+    A run that a signal stops ends with the status of `StopRequest`.
+    """
+    stop = StopRequest()
     try:
-        train(parse(arguments))
+        if train(parse(arguments), stop) is None:
+            sys.exit(stop.status)
     except (TrainError, LatentMoEError) as error:
         leave(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -71,11 +76,16 @@ def main(arguments: Sequence[str] | None = None):
             "again. They resume from the newest checkpoint."
         )
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command resumes from the newest checkpoint.")
+        print("Interrupted. The same command resumes from the newest checkpoint.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
-def train(config: Config) -> float | None:
+def train(config: Config, stop: StopRequest | None = None) -> float | None:
     """Trains from the start or from the newest checkpoint in the folder, and writes the figures and the report.
+
+    Args:
+        config: the options of the run.
+        stop: notes a signal that stops the run.
 
     Returns:
         Validation bits per byte. None if a signal stopped the run before its last step.
@@ -83,7 +93,7 @@ def train(config: Config) -> float | None:
     Raises:
         TrainError: the data, the folder or the options are unusable, or the loss is not finite.
     """
-    trained = train_steps(config)
+    trained = train_steps(config, stop=stop)
     return None if trained is None else finish(config, *trained)
 
 
@@ -93,7 +103,7 @@ def train_steps(config: Config, make_probe: MakeProbe | None = None, stop: StopR
     Args:
         config: the options of the run.
         make_probe: adds fields to the records of validations.
-        stop: the request of a caller that handles signals beyond the run. None handles them for the run alone.
+        stop: notes a signal that stops the run. A caller may have entered it, to note those beyond the run too.
 
     Returns:
         None if a signal stopped the run before its last step.
@@ -111,13 +121,13 @@ def train_steps(config: Config, make_probe: MakeProbe | None = None, stop: StopR
         tokenizer = open_tokenizer(config, corpus.train)
         model, tokens = language_model(config, tokenizer.vocabulary), encode_corpus(corpus, tokenizer)
     check_length(tokens, config.model.context, tokenizer.unit)
-    folder = open_folder(config)
+    folder, stop = open_folder(config), stop or StopRequest()
     if is_first_process():
         tokenizer.save(folder)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         with contextlib.ExitStack() as stack:
-            stop = stop or stack.enter_context(StopRequest())
+            stack.enter_context(stop)
             stack.enter_context(jax.set_mesh(mesh))
             last = run_steps(config, model, tokens, tokenizer, checkpoints, stop, mesh, trackers, make_probe, base)
     finally:
@@ -301,8 +311,8 @@ def description(config: Config, model: LanguageModel, state: TrainState, mesh: M
     experts = ", experts in FP8" if config.precision == "fp8" else ""
     name = f"adapters of rank {config.lora} on {config.base}," if config.lora else config.mlp
     return (
-        f"{name} with {size / 1e6:.2f} M parameters on {config.data}, {device}, attention by {model.attention}"
-        f"{experts}: {begun} in {config.folder}"
+        f"{name} with {size / 1e6:.2f} M parameters on {config.data}, {device}, "
+        f"attention by {model.attention}, norms by {model.norms}{experts}: {begun} in {config.folder}"
     )
 
 

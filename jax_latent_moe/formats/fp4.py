@@ -62,7 +62,7 @@ def _decode_mxfp4(codes, scales, dtype):
     exponent = scales["block"].astype(jnp.int32)
     # 2^-127 is subnormal, and some devices read it as 0: small powers are doubled, and the codes halved.
     small = exponent < 128
-    power = lax.bitcast_convert_type(exponent + small << 23, jnp.float32)
+    power = lax.bitcast_convert_type(exponent + small.astype(jnp.int32) << 23, jnp.float32)
     power = jnp.where(exponent == 255, jnp.nan, power)
     n, k = codes.shape[-2], 2 * codes.shape[-1]
     halved = spread(jnp.where(small, jnp.float32(0.5), 1), MX_BLOCK, n, k)

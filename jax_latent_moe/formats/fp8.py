@@ -38,7 +38,7 @@ def from_e4m3(codes: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
 def power_of_two_above(values: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The least power of two that is not below each positive value; infinity and NaN stay."""
     bits = lax.bitcast_convert_type(values, jnp.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32)
     power = lax.bitcast_convert_type(jnp.clip(exponent, 1, 254) << 23, jnp.float32)
     return jnp.where(jnp.isfinite(values), power, values)
 

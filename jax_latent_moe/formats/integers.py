@@ -44,7 +44,8 @@ def _encode_with_zero(values, group):
     least, most = (largest(jnp.where(sign * values <= 0, 0, values), (group, 1)) for sign in (-1, 1))
     scales = _bfloat16(divided(most / 2 + least / 2, 7.5))  # the sum of two large numbers would be infinite
     zero = _codes(divided(least, scales), 0, 15, jnp.uint8)
-    scaled = jnp.round(divided(values, spread(scales, (group, 1), n, k))) + spread(zero, (group, 1), n, k)
+    steps = jnp.round(divided(values, spread(scales, (group, 1), n, k)))
+    scaled = steps + spread(zero, (group, 1), n, k).astype(steps.dtype)
     return pack(_codes(scaled, 0, 15, jnp.uint8)), {"block": scales.astype(jnp.bfloat16), "zero": zero}
 
 

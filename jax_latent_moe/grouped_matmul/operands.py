@@ -92,6 +92,7 @@ class Outputs:
         row_weight_gradients: with a gradient in the epilogue, <dhidden, hidden> of each row, [R] float32.
         lhs: the left operand as a dense array or as `LastColumns`. A kernel that gathers rows returns them here.
         rhs: the right operand, in the same way.
+        codes: the gradient in out as codes, if what computed it encoded it too.
     """
 
     out: Any
@@ -100,6 +101,7 @@ class Outputs:
     row_weight_gradients: Float[Array, " r"] | None = None
     lhs: Any = None
     rhs: Any = None
+    codes: ScaledRows | None = None
 
 
 def operand_of(array: Array | ScaledArray | ScaledRows | GatheredRows | LastColumns) -> Operand:

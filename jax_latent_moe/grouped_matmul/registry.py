@@ -29,7 +29,7 @@ BACKENDS: dict[str, tuple[type, type[Backend]]] = {
 # of the times in docs/performance.md.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
-    "gpu": (CutlassBackend(), PallasBackend(widen=False), XlaBackend()),
+    "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
     "tpu": (XlaBackend(method="ragged_dot"),),
 }
 

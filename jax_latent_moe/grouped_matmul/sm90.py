@@ -63,8 +63,8 @@ def refusal(problem: Problem, feature_multiple: int) -> str | None:
         return reason
     if problem.lhs.format in FORMATS or problem.rhs.format in FORMATS:
         return (
-            f"it has no kernels for {problem.lhs.format} x {problem.rhs.format}: XlaBackend() decodes codes, a few "
-            "experts at a time."
+            f"it has no kernels for {problem.lhs.format} x {problem.rhs.format}: PallasBackend() widens codes beside "
+            "bfloat16 rows, and XlaBackend() decodes codes, a few experts at a time."
         )
     formats = {operand.format for operand in (problem.lhs, problem.rhs, problem.out)}
     if len(formats) > 1 or not formats <= set(DTYPES):

@@ -114,7 +114,7 @@ def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_
     devices, assignments = lax.axis_size(axis), expert_ids.size
     plan = plan_of(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
-    place = jnp.arange(capacity)
+    place = jnp.arange(capacity)[None]
     filled = place < plan.group_sizes[:, None]
     assignment_of_place = _get(plan.assignment_of_row, starts[:, None] + place, assignments)
     assignment_of_place = jnp.where(filled, assignment_of_place, assignments).reshape(-1)

@@ -66,7 +66,8 @@ def _weights_beside(logits, ids, chosen, more, config) -> Float[Array, "t m"]:
     if config.score_function == "softmax_topk" or (config.norm_topk_prob and config.norm_topk_eps == 0):
         own, others = (log_scores(part, config.score_function) for part in (own, others))
         total = jax.nn.logsumexp(jnp.where(summed, own, jnp.finfo(own.dtype).min), axis=1, keepdims=True)
-        return jax.nn.sigmoid(others - total)
+        beside = jax.nn.sigmoid(others - total)
+        return beside / (1 + config.norm_topk_eps) if config.norm_topk_prob else beside
     if config.score_function == "softmax":
         probabilities = jax.nn.softmax(logits, axis=1)
         own, others = at_ids(probabilities, ids), at_ids(probabilities, more)

@@ -100,7 +100,6 @@ class InterpretedPallas:
     wgrad_tile: None = None
     fp8_tile: None = None
     widen_tile: None = None
-    widen: bool = True
 
 
 class Interpreted(Pallas):

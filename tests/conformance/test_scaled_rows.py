@@ -19,7 +19,7 @@ from jax_latent_moe.grouped_matmul import (
 )
 from tests.conformance import suite
 from tests.conformance.oracle import oracle_matmul, random_group_sizes
-from tests.conformance.rows import EVERY_CELL, KERNELS_OF_CODES, SCALED_ROWS, param
+from tests.conformance.rows import KERNELS_OF_CODES, SCALED_ROWS, param
 from tests.conformance.suite import CHECKS
 from tests.kernels import H200
 from tests.tolerances import assert_close
@@ -30,8 +30,6 @@ pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("row", SCALED_ROWS, ids=str)
 def test_the_suite(rng, row, check):
-    if check is suite.check_every_pattern_of_empty_experts and not EVERY_CELL:
-        pytest.skip("JAX_LATENT_MOE_EVERY_CELL=1 runs it; the kernels' row runs it on a GPU")
     check(row, rng)
 
 

@@ -129,9 +129,13 @@ inline uint32_t __ballot_sync(uint32_t, bool mine) {
   return mask;
 }
 
-inline uint32_t __shfl_sync(uint32_t, uint32_t value, int lane) { return emulation::of_warp<uint32_t>(value)[lane]; }
-inline float __shfl_xor_sync(uint32_t, float value, int mask) {
-  return emulation::of_warp<float>(value)[threadIdx.x % 32 ^ mask];
+template <class T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  return emulation::of_warp<T>(value)[lane];
+}
+template <class T>
+T __shfl_xor_sync(uint32_t, T value, int mask) {
+  return emulation::of_warp<T>(value)[threadIdx.x % 32 ^ mask];
 }
 
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
@@ -164,6 +168,13 @@ inline uint32_t __float_as_uint(float value) {
   uint32_t found;
   std::memcpy(&found, &value, sizeof found);
   return found;
+}
+
+inline float __fdiv_rn(float a, float b) { return a / b; }
+
+inline uint4 __ldcs(uint4 const* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  return *from;
 }
 
 inline float4 __ldcg(float4 const* from) { return *from; }

@@ -20,7 +20,7 @@ ORDER = (
     ("low_rank",),
     ("grouped_matmul", "precision", "router_config"),
     ("config", "lax"),
-    ("decode",),
+    ("decode", "row_encoders"),
     ("expert_plan", "params", "presets", "routing"),
     ("cost", "experts", "lora", "quantization"),
     ("hf", "inputs", "limits", "parallel"),

@@ -252,7 +252,7 @@ def test_quantiles_move_the_bias_by_the_targets_of_all_parts(batch, first):
         state, _ = step.make_train_step(model, optimizer, mesh, accumulate=config.accumulate)(placed, small)
     capture = {"capture_intermediates": lambda module, _: module.name == "mlp_norm", "mutable": ["intermediates"]}
     apply = jax.jit(lambda tokens: model.apply(step.variables_of(start), tokens, **capture)[1])
-    x = np.float64(apply(small.tokens[:, :-1])["intermediates"]["block_01"]["mlp_norm"]["__call__"][0])
+    x = np.float64(apply(small.tokens[:, :-1])["intermediates"]["block_01"]["mlp_norm"]["__call__"][0][1])
     scores = 1 / (1 + np.exp(-x @ np.float64(start.params["block_01"]["mlp"]["router"]["kernel"])))
     parts = [scores[i::2].reshape(-1, scores.shape[-1]) for i in (0, 1)]
     targets = [expected_target(part, np.zeros(8), 2, np.ones(len(part), bool)) for part in parts]

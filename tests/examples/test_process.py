@@ -27,7 +27,7 @@ def test_killed_and_terminated_run_ends_as_if_never_touched(tmp_path):
         wait_for(process, f"step {(killed_at // 5 + 2) * 5}/60")
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
-    assert process.returncode == 0
+    assert process.returncode == 128 + signal.SIGTERM, "the run is not complete"
     stopped_at = int(state_of(broken.folder).step)
     assert f"Stopped by SIGTERM with step {stopped_at} of 60 saved" in rest
     assert killed_at < stopped_at < 60

@@ -26,7 +26,7 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path, monkeypatch):
         wait_for(first, "step 5/")
         second.send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=240)[0] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert [first.returncode, second.returncode] == [128 + signal.SIGTERM] * 2, outputs
     assert "Stopped by" in outputs[0]
     assert "step " not in outputs[1], "only process 0 prints"
     stopped_at = int(state_of(shared.folder).step)

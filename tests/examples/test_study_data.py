@@ -10,12 +10,12 @@ from examples.study import data
 from examples.train.errors import TrainError
 
 SOURCES = {
-    "Makefile": b"all:\n",
-    "kernel/fork.c": b"int fork;\n",
+    "net/Makefile": b"all:\n",
+    "kernel/exit.c": b"int fork;\n",
     "drivers/gpu/drm/amd/include/table.h": b"#define GENERATED\n",
     "drivers/net/firmware.bin": b"abc",
-    "lib/binary.c": b"a\0b",
-    "Documentation/index.rst": b"Title\n=====\n",
+    "lib/zero.c": b"a\0b",
+    "Documentation/contents.rst": b"Title\n=====\n",
 }
 
 
@@ -43,14 +43,19 @@ def package(files: dict[str, bytes]) -> bytes:
     return made
 
 
-def held_out_name() -> str:
-    return next(name for i in range(10_000) if data.is_held_out(name := f"fs/file{i}.c"))
+def name_like(wanted) -> str:
+    """The name of a file for which `wanted` holds."""
+    return next(name for i in range(10_000) if wanted(name := f"fs/file{i}.c"))
+
+
+def is_left_out(path: str) -> bool:
+    return not data.is_held_out(path) and not data.is_trained_on(path)
 
 
 @pytest.fixture
 def archive(tmp_path):
-    sources = {f"linux-source-6.1/{name}": content for name, content in SOURCES.items()}
-    sources[f"linux-source-6.1/{held_out_name()}"] = b"held out"
+    sources = SOURCES | {name_like(data.is_held_out): b"held out", name_like(is_left_out): b"left out"}
+    sources = {f"linux-source-6.1/{name}": content for name, content in sources.items()}
     path = tmp_path / "package.deb"
     path.write_bytes(package({"./usr/share/doc/x": b"no", f"./{data.SOURCES}": packed(sources)}))
     return path
@@ -61,8 +66,10 @@ def test_text_is_kept_in_order_and_split_by_paths(archive, tmp_path):
     assert files == data.open_text(tmp_path)
     assert files.train.read_bytes() == b"all:\n\nint fork;\n\nTitle\n=====\n\n"
     assert files.validation.read_bytes() == b"held out\n"
-    share = sum(data.is_held_out(f"drivers/{i}.c") for i in range(20_000)) / 20_000
-    assert share == pytest.approx(1 / data.HELD_OUT_SHARE, rel=0.3)
+    names = [f"drivers/{i}.c" for i in range(20_000)]
+    for chosen, share in ((data.is_held_out, 1 / data.HELD_OUT_SHARE), (data.is_trained_on, 1 / data.TRAIN_SHARE)):
+        assert sum(map(chosen, names)) / len(names) == pytest.approx(share, rel=0.3)
+    assert not any(data.is_held_out(name) and data.is_trained_on(name) for name in names)
 
 
 def test_the_package_is_fetched_and_checked(archive, tmp_path, monkeypatch, capsys):

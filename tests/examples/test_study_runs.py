@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny study: what is missing runs, a stop loses nothing, and a run that diverges has a row."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,10 +11,10 @@ import pytest
 
 from examples.study import cli, runner
 from examples.study.data import Files
-from examples.study.definition import STUDIES, Run, Study, queue
+from examples.study.definition import STUDIES, SWEEP_SEED, Run, Study, queue
 from examples.study.report import write_report
 from examples.study.rows import bits_of, read_rows
-from examples.study.runner import checksum, run_study
+from examples.study.runner import checksum, first_free, run_study
 from examples.train.corpus import load_text
 from examples.train.errors import Diverged
 from examples.train.signals import StopRequest
@@ -40,7 +41,7 @@ def study(text):
     whole, held_out = (load_text(path, "text", "") for path in text)
     kept = len(whole.tokens) - len(whole.tokens) // 20
     corpus = Corpus(whole[:kept], whole[kept:], {"files": held_out})
-    return Study("tiny", BASE, (8e-3,), ((("dense", "half"), (1, 2)),), checksum(corpus))
+    return Study("tiny", BASE, (8e-3,), 3, ((("dense", "half"), (1, 2)),), checksum(corpus))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +67,11 @@ def test_every_run_of_the_queue_has_a_row(study, undisturbed):
     rows = read_rows(undisturbed / "rows.jsonl", study)
     assert list(rows) == queue(study, bits_of(rows))
     for run, row in rows.items():
+        steps = [3] if run.seed == SWEEP_SEED else [3, 6]
         assert 0 < row["validation_bits_per_byte"] < 9
-        assert [step for step, *_ in row["validation"]] == [3, 6]
-        assert [step for step, *_ in row["training"]] == [3, 6]
-        assert [len(scales) for *_, scales in row["latent_rms"]] == ([] if run.arm == "dense" else [1, 1])
+        assert [step for step, *_ in row["validation"]] == steps
+        assert [step for step, *_ in row["training"]] == steps
+        assert [len(scales) for *_, scales in row["latent_rms"]] == ([] if run.arm == "dense" else [1 for _ in steps])
         assert not (undisturbed / "runs" / run.name / "checkpoints").exists()
     one, two = (rows[Run("dense", 8e-3, seed)]["validation_bits_per_byte"] for seed in (1, 2))
     assert one != two
@@ -85,7 +87,7 @@ def test_a_queue_that_is_stopped_and_goes_on_gives_the_same_rows(study, text, un
         patch.setattr(runner.rows, "append_row", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_study(study, tmp_path, tmp_path / "runs", text)
-    with stopped_after(10):
+    with stopped_after(6):
         assert not run_study(study, tmp_path, tmp_path / "runs", text)
     assert len(read_rows(tmp_path / "rows.jsonl", study)) == 2
     with (tmp_path / "rows.jsonl").open("a") as file:
@@ -96,6 +98,42 @@ def test_a_queue_that_is_stopped_and_goes_on_gives_the_same_rows(study, text, un
         for name, tolerance in (("training", 2e-5), ("busiest_expert", 2e-3)):  # a mean of two means is rounded anew
             np.testing.assert_allclose(row.pop(name), expected[run].pop(name), rtol=0, atol=tolerance)
     assert found == expected
+
+
+def test_processes_share_the_queue(study, text, undisturbed, tmp_path, monkeypatch):
+    """Two hold different runs. A run whose row appears while its lock is awaited is not done again."""
+    lines = (undisturbed / "rows.jsonl").read_text().splitlines(keepends=True)
+    runs, path = list(read_rows(undisturbed / "rows.jsonl", study)), tmp_path / "rows.jsonl"
+    with (
+        first_free(runs[:2], tmp_path) as one,
+        first_free(runs[:2], tmp_path) as two,
+        first_free(runs[:2], tmp_path) as three,
+    ):
+        assert [one, two, three] == [*runs[:2], None]
+    with first_free(runs[:2], tmp_path) as again:
+        assert again == runs[0]
+
+    done, sleeps = [], []
+
+    @contextlib.contextmanager
+    def by_others(left, scratch):
+        """Another process holds all locks at first, and does the first run."""
+        if not path.exists():
+            path.write_text(lines[0])
+            yield None if not sleeps else left[0]
+        else:
+            yield left[0]
+
+    def run_one(study, run, config, stop):
+        done.append(run)
+        return json.loads(lines[runs.index(run)])
+
+    monkeypatch.setattr(runner, "first_free", by_others)
+    monkeypatch.setattr(runner.time, "sleep", sleeps.append)
+    monkeypatch.setattr(runner, "run_one", run_one)
+    assert run_study(study, tmp_path, tmp_path / "runs", text)
+    assert done == runs[1:]
+    assert sleeps == [runner.POLL]
 
 
 def interrupted(*_):
@@ -135,5 +173,26 @@ def test_only_some_arms(study, text, undisturbed, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(lines[:2]))
     assert not run_study(study, tmp_path, tmp_path / "runs", text, ["half"])
     assert done == [Run("half", 8e-3, 1)]
-    monkeypatch.setattr(cli, "run_study", lambda *_: False)
-    assert not cli.run(cli.Options(folder=tmp_path)), "no report after a stop"
+
+
+def test_a_stopped_study_makes_no_report_and_is_no_success(tmp_path, monkeypatch):
+    def stopped(*arguments):
+        with arguments[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    monkeypatch.setattr(cli, "run_study", stopped)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--folder", str(tmp_path)])
+    assert end.value.code == 128 + signal.SIGINT
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_request_within_itself_lasts():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        with stop:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before

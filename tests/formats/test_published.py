@@ -117,6 +117,16 @@ def test_rows_of_tokens(power_of_two, rng):
     np.testing.assert_array_equal(fp8.decode_rows(codes, scales, "float32"), values.astype(np.float32))
 
 
+@every_format
+def test_strict_promotion(name):
+    """What these modes refuse, they refuse while the functions are traced."""
+    values = jax.ShapeDtypeStruct((2, K, N), "bfloat16")
+    for mode in (jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")):
+        with mode:
+            decoded = jax.eval_shape(lambda values: encode(values, name).decode("bfloat16"), values)
+        assert (decoded.shape, decoded.dtype) == (values.shape, values.dtype)
+
+
 def test_every_code():
     """Every E4M3 byte, every E2M1 code, every E8M0 scale but the two whose values float32 cannot hold."""
     bytes_ = np.arange(256, dtype=np.uint8)

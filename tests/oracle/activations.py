@@ -73,17 +73,27 @@ def activation(config, pre):
     return a * b, np.stack([da * b, a * db])
 
 
-def mlp(config, row, w_in, w_out, b_in=0.0, b_out=0.0):
+def unrounded(row, format):
+    """Operands as they are."""
+    del format
+    return row
+
+
+def mlp(config, row, w_in, w_out, b_in=0.0, b_out=0.0, rounding=unrounded, format=None):
     """One feed-forward on one row: returns its output and what `mlp_backward` needs."""
-    pre = np.einsum("i,i...->...", row, w_in) + b_in
+    pre = np.einsum("i,i...->...", rounding(row, format), w_in) + b_in
     h, slope = activation(config, pre)
-    return h @ w_out + b_out, (row, h, slope)
+    return rounding(h, format) @ w_out + b_out, (row, h, slope)
 
 
-def mlp_backward(saved, w_in, w_out, dout):
-    """Gradients of row, w_in, w_out and b_in; that of b_out is dout."""
+def mlp_backward(saved, w_in, w_out, dout, weight=1.0, rounding=unrounded, format=None):
+    """Gradients of row, w_in, w_out and b_in, and <dout, h w_out>; that of b_out is weight * dout.
+
+    The gradient of the output is weight * dout. Weights and rows have gradients of their unrounded values.
+    """
     row, h, slope = saved
-    dpre = (w_out @ dout) * slope
+    dh = w_out @ rounding(dout, format)
+    dpre = weight * dh * slope
     axes = tuple(range(dpre.ndim))
-    drow = np.tensordot(w_in, dpre, axes=(tuple(a + 1 for a in axes), axes))
-    return drow, np.multiply.outer(row, dpre), np.outer(h, dout), dpre
+    drow = np.tensordot(w_in, rounding(dpre, format), axes=(tuple(a + 1 for a in axes), axes))
+    return drow, np.multiply.outer(row, dpre), np.outer(h, weight * dout), dpre, dh @ h

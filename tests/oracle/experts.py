@@ -36,7 +36,7 @@ def routed(config, ids, tokens, weights, w_in, w_out, dout, b_in=None, b_out=Non
         out[t] += weight * value
         dweights[t, j] = dout[t] @ value
         drow = weight * dout[t]
-        dtoken, dexpert_in, dexpert_out, dpre = mlp_backward(saved, w_in[expert], w_out[expert], drow)
+        dtoken, dexpert_in, dexpert_out, dpre, _ = mlp_backward(saved, w_in[expert], w_out[expert], drow)
         dtokens[t] += dtoken
         dw_in[expert] += dexpert_in
         dw_out[expert] += dexpert_out

@@ -9,14 +9,17 @@ import numpy as np
 
 from tests.oracle.activations import mlp, mlp_backward, sigmoid
 from tests.oracle.losses import losses
-from tests.oracle.router import choose, choose_balanced, gap, sinkhorn, weigh, weigh_backward
+from tests.oracle.rounding import Rounding
+from tests.oracle.rounding import weights as encoded_weights
+from tests.oracle.router import choose, choose_balanced, gap, next_choices, sinkhorn, weigh, weigh_backward
 
 
 class Result(NamedTuple):
     """What the layer returns, and what `backward` needs.
 
     `margin` is the least distance of any discrete choice (experts, groups, drops) to another one: comparing ids with
-    another precision only makes sense where it is well above that precision's rounding.
+    another precision only makes sense where it is well above that precision's rounding. `rounding.margin` is the same
+    of operands in FP8; `backward` takes those of its own into it.
     """
 
     y: np.ndarray
@@ -27,6 +30,7 @@ class Result(NamedTuple):
     losses: dict
     margin: float
     tape: Any
+    rounding: Rounding
     global_counts: np.ndarray | None = None
 
 
@@ -57,6 +61,25 @@ def keep_rows(config, ids, weights):
             rows.sort(key=lambda row: -weights[row])
         for row in rows[capacity:]:
             keep[row] = False
+    return keep, margin
+
+
+def keep_tiles(config, ids, weights):
+    """Which assignments [T, k + c] fill tiles, own choices first, and the margin of that choice.
+
+    An expert's number of own choices goes to the nearest multiple of the tile, a half up; down if it lacks tokens.
+    """
+    tile, keep, margin = config.router.round_to_tile, np.zeros(ids.shape, bool), np.inf
+    for e in range(config.num_experts):
+        rows = sorted(np.argwhere(ids == e).tolist(), key=lambda row: (row[1] >= config.top_k, -weights[tuple(row)]))
+        own = sum(j < config.top_k for _, j in rows)
+        wanted = (2 * own + tile) // (2 * tile) * tile
+        if wanted > len(rows):
+            wanted = own // tile * tile
+        values = [weights[t, j] for t, j in rows]
+        margin = min(margin, gap(values[:own], wanted), gap(values[own:], wanted - own))
+        for row in rows[:wanted]:
+            keep[tuple(row)] = True
     return keep, margin
 
 
@@ -94,12 +117,27 @@ def forward(
             ids[t] = replayed
         weights[t], saved_weights[t] = weigh(config, logits[t], ids[t], expert_scale)
     counts = np.array([(ids == e).sum() for e in range(experts)])
-    keep, drop_margin = keep_rows(config, ids, weights)
-    dropped = np.array([((ids == e) & ~keep).sum() for e in range(experts)])
+    all_ids, all_weights, saved_added = ids, weights, [[] for _ in ids]
+    if config.router.round_to_tile is None:
+        keep, drop_margin = keep_rows(config, ids, weights)
+    else:
+        all_ids = np.concatenate([ids, np.full_like(ids, -1)], axis=1)
+        all_weights = np.concatenate([weights, np.zeros_like(weights)], axis=1)
+        for t in range(tokens):
+            added, next_margin = next_choices(config, logits[t], bias, ids[t])
+            margin = min(margin, next_margin)
+            for j, e in enumerate(added, k):  # an added expert's weight is the one that it has beside the own choices
+                one_more, saved = weigh(config, logits[t], np.append(ids[t], e), expert_scale)
+                all_ids[t, j], all_weights[t, j] = e, one_more[k]
+                saved_added[t].append(saved)
+        keep, drop_margin = keep_tiles(config, all_ids, all_weights)
+    dropped = np.array([((ids == e) & ~keep[:, :k]).sum() for e in range(experts)])
 
     y, saved_tokens = np.zeros_like(flat), []
+    rounding, (encoded, encoded_for_dgrad) = Rounding(), encoded_weights(config.precision, params["experts"])
     for t in range(tokens):
-        y[t], saved = token_forward(params, flat[t], config, ids[t], weights[t], keep[t])
+        routing = all_ids[t], all_weights[t], keep[t]
+        y[t], saved = token_forward(params, flat[t], config, *routing, encoded, rounding)
         saved_tokens.append(saved)
 
     sequence = leading[-1] if leading else 1
@@ -110,7 +148,8 @@ def forward(
         config, logits.reshape(shape), mask.reshape(shape[:2]), segment_ids, global_counts
     )
     loss_gradients = {name: gradient.reshape(tokens, experts) for name, gradient in loss_gradients.items()}
-    tape = (flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients, factors)
+    saved_weights = list(zip(saved_weights, saved_added, strict=True))
+    tape = (flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients, factors, encoded_for_dgrad)
     assert width == (config.latent_size or config.hidden_size)
     return Result(
         y.reshape(x.shape),
@@ -121,13 +160,19 @@ def forward(
         values,
         min(margin, drop_margin, loss_margin),
         tape,
+        rounding,
         counts_so_far,
     )
 
 
-def token_forward(params, x, config, ids, weights, keep):
-    """One token's output [d] and what its backward pass needs."""
-    experts = params["experts"]
+def token_forward(params, x, config, ids, weights, keep, encoded=None, rounding=None):
+    """One token's output [d] and what its backward pass needs.
+
+    `encoded` is the experts' weights as products read them.
+    """
+    experts, rounding = params["experts"], rounding or Rounding()
+    w_in, w_out = encoded or (experts["w_in"], experts["w_out"])
+    fwd = config.precision and config.precision.fwd
     z, pre_norm, post_norm = x, None, None
     if config.latent_size is not None:
         z = z @ params["down_proj"]["kernel"]
@@ -137,10 +182,10 @@ def token_forward(params, x, config, ids, weights, keep):
     for j in np.nonzero(keep)[0]:
         e = ids[j]
         row = z * weights[j] if config.apply_probs_on_input else z
-        biases = (experts["b_in"][e], experts["b_out"][e]) if config.expert_bias else ()
-        out, saved = mlp(config, row, experts["w_in"][e], experts["w_out"][e], *biases)
+        biases = (experts["b_in"][e], experts["b_out"][e]) if config.expert_bias else (0.0, 0.0)
+        out, saved = mlp(config, row, w_in[e], w_out[e], *biases, rounding, fwd)
         c = c + (out if config.apply_probs_on_input else weights[j] * out)
-        rows.append((j, e, weights[j], out, saved))
+        rows.append((j, e, weights[j], saved))
     normed = c
     if config.latent_norm == "post":
         normed, post_norm = rms_norm(c, params["latent_norm"]["scale"], config.latent_norm_eps)
@@ -157,16 +202,23 @@ def token_forward(params, x, config, ids, weights, keep):
 
 def backward(params, config, result, dy, dlosses=1.0):
     """Gradients of sum(y * dy) + dlosses * sum(losses): returns those of params and of x."""
-    flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients, factors = result.tape
+    flat, mask, logits, expert_scale, saved_weights, saved_tokens, loss_gradients, factors, encoded = result.tape
     grads = {part: {name: np.zeros(p.shape) for name, p in leaves.items()} for part, leaves in params.items()}
     dflat = np.zeros_like(flat)
     dlogits = dlosses * sum(loss_gradients.values())
     for t, out_gradient in enumerate(dy.reshape(flat.shape)):
         if not mask[t]:
             continue
-        dflat[t], dweights = token_backward(params, flat[t], config, saved_tokens[t], out_gradient, grads)
-        if saved_weights[t] is not None:
-            dlogit, dscale = weigh_backward(config, logits[t], expert_scale, saved_weights[t], dweights)
+        saved = saved_tokens[t]
+        dflat[t], dweights = token_backward(
+            params, flat[t], config, saved, out_gradient, grads, encoded, result.rounding
+        )
+        own, added = saved_weights[t]
+        own_gradient, added_gradients = dweights[: config.top_k], dweights[config.top_k :]
+        of_weights = [(own, own_gradient)] if own is not None else []
+        of_weights += [(one, np.append(0 * own_gradient, dw)) for one, dw in zip(added, added_gradients, strict=False)]
+        for saved, dw in of_weights:
+            dlogit, dscale = weigh_backward(config, logits[t], expert_scale, saved, dw)
             dlogits[t] += dlogit
             if config.router.per_expert_scale:
                 grads["router"]["scale"] += dscale
@@ -177,13 +229,14 @@ def backward(params, config, result, dy, dlosses=1.0):
     return grads, np.where(mask[:, None], dflat, 0.0).reshape(dy.shape)
 
 
-def token_backward(params, x, config, saved, dy, grads):
+def token_backward(params, x, config, saved, dy, grads, encoded, rounding):
     """Adds one token's part to grads of everything behind the router; returns the gradients of x and of weights."""
     z, pre_norm, rows, post_norm, scaled, shared = saved
-    dx, dweights = np.zeros_like(x), np.zeros(config.top_k)
+    dx, dweights = np.zeros_like(x), np.zeros(2 * config.top_k)
     if shared is not None:
         saved_mlp, out, gate = shared
-        drow, dw_in, dw_out, _ = mlp_backward(saved_mlp, params["shared"]["w_in"], params["shared"]["w_out"], gate * dy)
+        w_in, w_out = params["shared"]["w_in"], params["shared"]["w_out"]
+        drow, dw_in, dw_out, *_ = mlp_backward(saved_mlp, w_in, w_out, gate * dy)
         if config.shared_expert_gate:
             dlogit = gate * (1 - gate) * np.dot(dy, out)
             grads["shared"]["gate"][:, 0] += dlogit * x
@@ -201,20 +254,20 @@ def token_backward(params, x, config, saved, dy, grads):
         dc, dscale = rms_norm_backward(post_norm, params["latent_norm"]["scale"], dc)
         grads["latent_norm"]["scale"] += dscale
     dz = np.zeros_like(z)
-    for j, e, weight, out, row_saved in rows:
-        dout = dc if config.apply_probs_on_input else weight * dc
-        w_in, w_out = params["experts"]["w_in"][e], params["experts"]["w_out"][e]
-        drow, dw_in, dw_out, dpre = mlp_backward(row_saved, w_in, w_out, dout)
+    for j, e, weight, row_saved in rows:
+        factor = 1.0 if config.apply_probs_on_input else weight
+        w_in, w_out = (w[e] for w in encoded)
+        dgrad = config.precision and config.precision.dgrad
+        drow, dw_in, dw_out, dpre, dweights[j] = mlp_backward(row_saved, w_in, w_out, dc, factor, rounding, dgrad)
         if config.expert_bias:
             grads["experts"]["b_in"][e] += dpre
-            grads["experts"]["b_out"][e] += dout
+            grads["experts"]["b_out"][e] += factor * dc
+            dweights[j] += dc @ params["experts"]["b_out"][e]
         grads["experts"]["w_in"][e] += dw_in
         grads["experts"]["w_out"][e] += dw_out
         if config.apply_probs_on_input:
             dweights[j] = np.dot(drow, z)
             drow = drow * weight
-        else:
-            dweights[j] = np.dot(dc, out)
         dz += drow
     if config.latent_norm == "pre":
         dz, dscale = rms_norm_backward(pre_norm, params["latent_norm"]["scale"], dz)

@@ -78,19 +78,34 @@ def choose_balanced(config, balanced, ended):
     return np.array(best(balanced, config.top_k)), margin if ended else 0.0
 
 
-def choose(config, logits, bias):
-    """Expert ids of one token [k], and how far the nearest other choice was."""
-    router, k = config.router, config.top_k
+def candidates(config, logits, bias):
+    """What one token chooses by [E], -inf outside of its groups, and how far the nearest other groups were."""
+    router = config.router
     by_logit = router.selection == "logit" or router.score_function == "softmax_topk"
     c = (logits if by_logit else scores(router.score_function, logits)) + bias
-    margin = np.inf
-    if router.num_groups > 1:
-        groups = c.reshape(router.num_groups, -1)
-        group_scores = [sum(sorted(group)[-router.group_score_topk :]) for group in groups]
-        kept = best(group_scores, router.topk_groups)
-        margin = gap(group_scores, router.topk_groups)
-        c = np.concatenate([group if i in kept else np.full_like(group, -np.inf) for i, group in enumerate(groups)])
-    return np.array(best(c, k)), min(margin, gap(c, k))
+    if router.num_groups == 1:
+        return c, np.inf
+    groups = c.reshape(router.num_groups, -1)
+    group_scores = [sum(sorted(group)[-router.group_score_topk :]) for group in groups]
+    kept = best(group_scores, router.topk_groups)
+    c = np.concatenate([group if i in kept else np.full_like(group, -np.inf) for i, group in enumerate(groups)])
+    return c, gap(group_scores, router.topk_groups)
+
+
+def choose(config, logits, bias):
+    """Expert ids of one token [k], and how far the nearest other choice was."""
+    c, margin = candidates(config, logits, bias)
+    return np.array(best(c, config.top_k)), min(margin, gap(c, config.top_k))
+
+
+def next_choices(config, logits, bias, ids):
+    """The best min(k, E - k) other experts of a token with the choices ids, and how far the nearest others were."""
+    if (ids < 0).all():
+        return [], np.inf
+    c, margin = candidates(config, logits, bias)
+    c = np.where(np.isin(np.arange(len(c)), ids), -np.inf, c)
+    count = min(config.top_k, config.num_experts - config.top_k)
+    return [e for e in best(c, count) if c[e] > -np.inf], min(margin, gap(c, count))
 
 
 def weigh(config, logits, ids, expert_scale):

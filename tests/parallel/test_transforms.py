@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_latent_moe import ConfigError, ParallelConfig, RouterConfig, latent_moe, param_shapes
-from jax_latent_moe.parallel import param_specs
+from jax_latent_moe import ConfigError, ParallelConfig, Precision, RouterConfig, latent_moe, param_shapes
+from jax_latent_moe.device import Device
+from jax_latent_moe.parallel import choice, param_specs
 from tests import cases, layers
 from tests.flax_layers import draw, fill
 from tests.parallel.meshes import BASE, make_mesh
@@ -86,6 +87,38 @@ def test_what_an_axis_does_not_divide_is_refused(sizes, changes, message):
     x = jax.ShapeDtypeStruct((8, 2, config.hidden_size), jnp.float32)
     with jax.set_mesh(make_mesh(*sizes)), pytest.raises(ConfigError, match=message):
         jax.eval_shape(functools.partial(latent_moe, config=config), param_shapes(config), x)
+
+
+MODES = {
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+}
+ROUTERS = {
+    "capacity": RouterConfig(capacity_factor=1.0, switch_loss_coef=0.1, sequence_loss_coef=0.1, global_loss_coef=0.1),
+    "tiles": RouterConfig(round_to_tile=4, bias_update="quantile", per_expert_scale=True, z_loss_coef=0.1),
+    "sinkhorn": RouterConfig(selection="sinkhorn", correction_bias=False, logit_bias=True),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "ragged_all_to_all"])
+def test_strict_promotion(monkeypatch, mode, router, dispatch):
+    """What these modes refuse, they refuse while the layer is traced."""
+    monkeypatch.setattr(choice, "current_device", lambda: Device("gpu", "NVIDIA H200"))
+    parallel = dataclasses.replace(BASE.parallel, dispatch=dispatch, capacity_factor=1.5)
+    config = dataclasses.replace(
+        BASE, router=router, parallel=parallel, latent_norm="post", precision=Precision("fp8_block", "fp8_block")
+    )
+
+    def loss(params, x, mask):
+        return jnp.sum(latent_moe(params, x, config, token_mask=mask)[0])
+
+    x, mask = jax.ShapeDtypeStruct((8, 4, 16), "float32"), jax.ShapeDtypeStruct((8, 4), bool)
+    with jax.set_mesh(make_mesh(1, 2, 2, 2)), mode():
+        dparams, dx = jax.eval_shape(jax.grad(loss, (0, 1)), param_shapes(config), x, mask)
+    assert jax.tree.map(lambda leaf: leaf.shape, dparams) == jax.tree.map(lambda leaf: leaf.shape, param_shapes(config))
+    assert dx.shape == x.shape
 
 
 @pytest.mark.parametrize("split", [P("data"), P(("data", "expert"))], ids=str)

@@ -1,19 +1,16 @@
 // A thread block encodes a block of 128 x 128: it reads the weight once and writes both layouts. XLA reads the weight once
 // for the scales and once more for the codes.
-//
-// The rule is that of DeepGEMM (deep_gemm/utils/math.py, per_block_cast_to_fp8): scale = max(amax, 1e-4) / 448, code =
-// value * (1 / scale), as in jax_latent_moe/formats/fp8.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 
+#include "formats/e4m3.cuh"
 #include "formats/encode_blocks.h"
 
 namespace latent_moe::formats {
 namespace {
 
 constexpr int kWarp = 32, kWarps = 8, kRows = kBlock / kWarps;  // a warp takes kRows rows, a lane 4 columns of each
-constexpr float kLargest = 448, kLeast = 1e-4f;
+constexpr float kLeast = 1e-4f;
 
 __device__ __forceinline__ float4 load(float const* from) { return __ldcs(reinterpret_cast<float4 const*>(from)); }
 
@@ -29,24 +26,6 @@ __device__ __forceinline__ float4 load(__half const* from) {
   const float2 low = __half22float2(reinterpret_cast<__half2 const&>(bits.x));
   const float2 high = __half22float2(reinterpret_cast<__half2 const&>(bits.y));
   return make_float4(low.x, low.y, high.x, high.y);
-}
-
-// The bits of magnitudes have the order of the magnitudes, with NaN above infinity.
-__device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffff; }
-
-__device__ __forceinline__ float scale_of(uint32_t largest, bool power_of_two) {
-  const float amax = __uint_as_float(largest);
-  const float scale = __fdiv_rn(amax < kLeast ? kLeast : amax, kLargest);  // NaN stays
-  const uint32_t bits = __float_as_uint(scale);
-  if (!power_of_two || bits >= 0x7f800000) return scale;
-  return __uint_as_float(min((bits >> 23) + ((bits & 0x7fffff) != 0), 254u) << 23);
-}
-
-__device__ __forceinline__ uint32_t encode(float4 values, float inverse) {
-  const float2 low = make_float2(values.x * inverse, values.y * inverse);
-  const float2 high = make_float2(values.z * inverse, values.w * inverse);
-  return __nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3) |
-         uint32_t{__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)} << 16;
 }
 
 // Four rows of four bytes become four columns.
@@ -84,7 +63,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
   __syncthreads();
 #pragma unroll
   for (int other = 0; other < kWarps; ++other) largest = max(largest, largest_of[other]);
-  const float scale = scale_of(largest, power_of_two), inverse = __fdiv_rn(1.0f, scale);
+  const float scale = scale_of(largest, kLeast, power_of_two), inverse = __fdiv_rn(1.0f, scale);
   if (threadIdx.x == 0) scales[block] = scale;
 
   uint32_t own[4][kRows / 4];  // of each of the lane's columns, the codes of kRows rows

@@ -46,7 +46,7 @@ class Pallas(Backend):
         if both_fp8(problem):
             reason = _fp8_refusal(problem)
         elif _widens(problem):
-            reason = _widen_refusal(problem, self.config.widen)
+            reason = _widen_refusal(problem)
         else:
             reason = refusal(problem, FEATURE_MULTIPLE)
         if reason:
@@ -131,12 +131,10 @@ def _widens(problem):
     return problem.lhs.format in DTYPES and problem.rhs.format in WIDENINGS
 
 
-def _widen_refusal(problem, widen):
+def _widen_refusal(problem):
     if reason := device_refusal(problem):
         return reason
     codes = f"{problem.lhs.format} x {problem.rhs.format}"
-    if not widen:
-        return f"widen=False leaves {codes} to XlaBackend(), which decodes codes, a few experts at a time."
     if problem.contraction != "fwd":
         return f"its kernel for {codes} has fwd alone: XlaBackend() decodes codes, a few experts at a time."
     if problem.epilogue is not None:

@@ -169,7 +169,6 @@ class PallasBackend:
         wgrad_tile: tile of wgrad, chosen in the same way if it is None.
         fp8_tile: tile of fwd with both operands in block FP8, chosen in the same way if it is None.
         widen_tile: tile of fwd with bfloat16 rows and a weight in codes, chosen in the same way if it is None.
-        widen: whether a kernel multiplies bfloat16 rows by a weight in codes. If not, such products are refused.
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all and needs the least memory. "never" fuses none.
     """
@@ -178,7 +177,6 @@ class PallasBackend:
     wgrad_tile: PallasWgradTile | None = None
     fp8_tile: PallasFp8Tile | None = None
     widen_tile: PallasWidenTile | None = None
-    widen: bool = True
     fuse: Fuse = "measured"
 
     def __post_init__(self):
@@ -191,4 +189,3 @@ class PallasBackend:
             checks.instance("PallasBackend.fp8_tile", self.fp8_tile, PallasFp8Tile)
         if self.widen_tile is not None:
             checks.instance("PallasBackend.widen_tile", self.widen_tile, PallasWidenTile)
-        checks.boolean("PallasBackend.widen", self.widen)

@@ -1,0 +1,31 @@
+// The scale and the codes of a block. The rule is that of DeepGEMM (deep_gemm/utils/math.py): scale = max(amax, least) / 448,
+// code = value * (1 / scale), as in jax_latent_moe/formats/fp8.py.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace latent_moe::formats {
+
+constexpr float kLargest = 448;
+
+// The bits of magnitudes have the order of the magnitudes, with NaN above infinity.
+__device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffff; }
+
+__device__ __forceinline__ float scale_of(uint32_t largest, float least, bool power_of_two) {
+  const float amax = __uint_as_float(largest);
+  const float scale = __fdiv_rn(amax < least ? least : amax, kLargest);  // NaN stays
+  const uint32_t bits = __float_as_uint(scale);
+  if (!power_of_two || bits >= 0x7f800000) return scale;
+  return __uint_as_float(min((bits >> 23) + ((bits & 0x7fffff) != 0), 254u) << 23);
+}
+
+__device__ __forceinline__ uint32_t encode(float4 values, float inverse) {
+  const float2 low = make_float2(values.x * inverse, values.y * inverse);
+  const float2 high = make_float2(values.z * inverse, values.w * inverse);
+  return __nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3) |
+         uint32_t{__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)} << 16;
+}
+
+}  // namespace latent_moe::formats
