@@ -34,7 +34,7 @@ def counts(tokens: int, deviation: float, tile: int) -> dict[str, jax.Array]:
     router = dataclasses.replace(SUPER.router, correction_bias=False, round_to_tile=tile)
     logits, k, experts = drawn_logits(tokens, deviation), SUPER.top_k, SUPER.num_experts
     routing = route(logits, router, k)
-    ids, weights = with_next_choices(logits, routing, router, bias=None, scale=None, factor=1.0)
+    ids, weights = with_next_choices(logits, routing, router, bias=None, scale=None, factor=1.0)[:2]
     kept = round_to_tile(ids, weights, k, experts, tile)
     loads = jnp.bincount(routing.expert_ids.reshape(-1), length=experts)
     rounded = jnp.bincount(jnp.where(kept, ids, experts).reshape(-1), length=experts + 1)[:experts]

@@ -38,6 +38,9 @@ class ExpertPlan:
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
         b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
         b_out_grad: the gradient of b_out; None without biases.
+        weighted_dgrad: whether down_dgrad reads the rows of dcombined that down_wgrad gathered, which are times their
+            weights. They give the gradients of the weights' logarithms. The weights' own gradients need rows without
+            weights: they would be quotients by weights, which may be 0.
         decode: how few tokens run where nothing is differentiated, in place of up_without_gradient and down; or the
             reason why they do not; or None if the rows are not those of whole tokens.
         encode_tokens: what encodes the tokens for the first product; None if it is not in codes. So for the others.
@@ -59,6 +62,7 @@ class ExpertPlan:
     up_wgrad: Bound | None
     b_in_grad: Bound | None = None
     b_out_grad: Bound | None = None
+    weighted_dgrad: bool = False
     decode: Decode | str | None = None
     encode_tokens: RowEncoder | None = None
     encode_hidden: RowEncoder | None = None
@@ -91,6 +95,7 @@ def plan_experts(
     w_in: Operand | None = None,
     w_out: Operand | None = None,
     device: Device | None = None,
+    by_log: bool = False,
     decode: Decode | str | None = None,
 ) -> ExpertPlan:
     """Decides all products of a layer's experts.
@@ -104,6 +109,7 @@ def plan_experts(
         w_in: format of w_in; None for an array of dtype.
         w_out: format of w_out; None for an array of dtype.
         device: the device that runs them; None is JAX's default device.
+        by_log: whether gradients may be those of the weights' logarithms.
         decode: the result of `plan_decode` for these weights; None if the rows are not those of whole tokens.
 
     Raises:
@@ -170,6 +176,9 @@ def plan_experts(
         lambda residual: fuse(down_dgrad, Epilogue(activation, residual)) is not None,
     )
     kept = Epilogue(activation, residual)
+    weighted_dgrad = by_log and residual != "pre" and precision.dgrad is None and not frozen_out
+    if weighted_dgrad:
+        down_dgrad = input_gradient(w_out_shape, dense, w_out)
     latent, inner = w_in_shape[1], w_in_shape[2]
 
     def encoder(format: str | None, width: int) -> RowEncoder | None:
@@ -191,6 +200,7 @@ def plan_experts(
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
         b_in_grad=bias_gradient(w_in_shape[2]),
         b_out_grad=bias_gradient(w_out_shape[2]),
+        weighted_dgrad=weighted_dgrad,
         decode=decode,
         encode_tokens=encoder(precision.fwd, latent),
         encode_hidden=encoder(precision.fwd, w_out_shape[1]),

@@ -43,6 +43,7 @@ def routed_experts(
     dispatch: DispatchPlan,
     biases: Biases | None = None,
     codes: Codes | None = None,
+    log_weights: Float[Array, "t k"] | None = None,
 ) -> Float[Array, "t l"]:
     """sum_j weights[t, j] * expert_j(tokens[t]) -> [T, l] in the dtype of tokens, summed in float32.
 
@@ -57,6 +58,9 @@ def routed_experts(
         biases: b_in [E, m], or [E, 2, m] if gated, and b_out [E, l], in the dtype of tokens. Each is added after its
             product. config.expert_bias says whether there are any.
         codes: `encode_weights` of w_in and w_out, perhaps from a wider dtype. None encodes them here.
+        log_weights: if given, it may take the gradients of the weights' logarithms, and weights then get none. Its
+            values are not read. Such a gradient is <weights[t, j] dcombined, expert_j>, so the products of the backward
+            pass all read the same rows. `ExpertPlan.weighted_dgrad` says whether they do.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
@@ -81,11 +85,13 @@ def routed_experts(
         tokens.dtype,
         w_in=operand_of(w_in),
         w_out=operand_of(w_out),
+        by_log=log_weights is not None,
         decode=decode,
     )
     if not isinstance(decode, Decode):
         dispatch = dispatch._replace(expert_ids=None)
-    return _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch)
+    log_weights = log_weights if plan.weighted_dgrad else None
+    return _routed(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch)
 
 
 def encoded(config: LatentMoEConfig, w_in, w_out: Weight) -> Codes:
@@ -145,7 +151,8 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
+def _routed(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch):
+    del log_weights
     if isinstance(plan.decode, Decode):
         return decoded_experts(plan.decode, tokens, weights, dispatch.expert_ids, w_in, w_out)
     b_in, b_out = biases or (None, None)
@@ -153,7 +160,8 @@ def _routed(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
     return _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
 
 
-def _routed_fwd(plan, tokens, weights, w_in, w_out, codes, biases, dispatch):
+def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch):
+    del log_weights
     b_in, b_out = biases or (None, None)
     made = _up(plan, plan.up, tokens, w_in, codes, b_in, dispatch)
     kept = checkpoint_name(made.residual, RESIDUAL)
@@ -187,16 +195,17 @@ def _routed_bwd(plan, residuals, dcombined):
     sizes, format = dispatch.group_sizes, plan.precision.dgrad
     row_weights = dispatch.weights_of_rows(weights)
 
+    dout = rows_of(_encoded(dcombined, plan.encode_dout), dispatch)
     dw_out = None
     if plan.residual != "pre" and plan.down_wgrad is not None:
         weighted_dout = rows_of(dcombined, dispatch, weights)
-        dw_out = plan.down_wgrad(Operands(hidden_rows(plan, kept), weighted_dout, sizes)).out
+        made = plan.down_wgrad(Operands(hidden_rows(plan, kept), weighted_dout, sizes))
+        dw_out = made.out
+        if plan.weighted_dgrad:
+            dout, row_weights = made.rhs, jnp.ones_like(row_weights)
         if plan.down_dgrad.problem.epilogue is not None:
             # The kernel may overwrite the residual with the gradient, so wgrad must read the residual first.
             kept, dw_out = jax.lax.optimization_barrier((kept, dw_out))
-    # Rows are gathered without their weights. With them, a weight's gradient would need a division by the weight, which
-    # may be 0.
-    dout = rows_of(_encoded(dcombined, plan.encode_dout), dispatch)
     outputs = down_gradient(plan, dout, w_out if format is None else codes.dgrad_out, sizes, kept, row_weights)
     # A weight's or a bias's gradient reads the rows that a kernel gathered, unless they are codes.
     dout = outputs.lhs if format is None else rows_of(dcombined, dispatch)
@@ -218,7 +227,7 @@ def _routed_bwd(plan, residuals, dcombined):
     rows = _encoded(dpre, plan.encode_dpre) if outputs.codes is None else outputs.codes
     drows = plan.up_dgrad(Operands(rows, w_in if format is None else codes.dgrad_in, sizes)).out
     dtokens = combine(drows, dispatch).astype(tokens.dtype)
-    grads = dtokens, dweights, dw_in, dw_out
+    grads = dtokens, *((None, dweights) if plan.weighted_dgrad else (dweights, None)), dw_in, dw_out
     if plan.precision != Precision():
         # Codes are integers, so a derivative of this would leave out all that goes through them.
         grads = refused_if_differentiated(_ONCE.format(plan.precision), grads)

@@ -244,7 +244,7 @@ def _layer(config, shards, params, x, by_token, whole):
         shards=shards,
         backend=config.backend,
     )
-    outputs = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing))
+    outputs = (y.reshape(x.shape), *(part.reshape(*batch, config.top_k) for part in routing[:2]))
     load = count_experts(routing.expert_ids, config.num_experts, config.backend)
     target = None
     if config.router.bias_update == "quantile":
@@ -255,7 +255,7 @@ def _layer(config, shards, params, x, by_token, whole):
 
 def _route_through_experts(params, codes, latent, routing, config, shards):
     """The weighted sum of the experts' outputs [T, l], and how many of these tokens' assignments were dropped [E]."""
-    expert_ids, weights = routing
+    expert_ids, weights, log_weights = routing
     capacity = None
     dropped = jnp.zeros(config.num_experts, jnp.int32)
     if config.router.capacity_factor is not None:
@@ -264,6 +264,7 @@ def _route_through_experts(params, codes, latent, routing, config, shards):
         dropped_ids = jnp.where(kept, NO_EXPERT, expert_ids)
         dropped = count_experts(dropped_ids, config.num_experts, config.backend)
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
+        log_weights = None if log_weights is None else jnp.where(kept, log_weights, 0)
     if config.router.round_to_tile is not None:
         kept = keep_rounded(expert_ids, weights, config, shards)
         own = jnp.where(kept, NO_EXPERT, expert_ids)[:, : config.top_k]
@@ -271,7 +272,7 @@ def _route_through_experts(params, codes, latent, routing, config, shards):
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     if config.apply_probs_on_input:
         latent = (latent.astype(weights.dtype) * weights).astype(latent.dtype)
-        weights = (expert_ids != NO_EXPERT).astype(weights.dtype)
+        weights, log_weights = (expert_ids != NO_EXPERT).astype(weights.dtype), None
 
     copies = None if config.parallel is None else config.parallel.physical_to_logical
     if copies is not None:
@@ -290,16 +291,16 @@ def _route_through_experts(params, codes, latent, routing, config, shards):
 
     row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
-    def experts(latent, weights, plan):
-        arrays = latent, weights, w_in, w_out, biases, codes
-        latent, weights, own_w_in, own_w_out, own_biases, own_codes = varying(arrays, *arrays)
-        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, own_biases, own_codes)
+    def experts(latent, weights, plan, log_weights=None):
+        arrays = latent, weights, w_in, w_out, biases, codes, log_weights
+        latent, weights, own_w_in, own_w_out, *others = varying(arrays, *arrays)
+        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, *others)
 
     if config.router.pad_to_capacity:
         return padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
-        return experts(latent, weights, rows_to_compute(plan, config)), dropped
+        return experts(latent, weights, rows_to_compute(plan, config), log_weights), dropped
     if not shards.token_axes:
         combined = own_experts_of_all(
             config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple

@@ -152,6 +152,35 @@ def test_gradients_of_weights_hold_for_the_smallest(rng, config):
 
 
 @every_config
+def test_gradients_of_the_weights_logarithms(rng, config):
+    """They are the weights times the weights' gradients, also for a weight of 0, and all else is unchanged."""
+    ids, (tokens, weights, w_in, w_out) = draw(rng, config)
+    ids = np.abs(ids)
+    weights = np.where(weights == 0, 1, weights).astype(np.float32)
+    weights[1, 1] = 0
+    dout = rng.normal(size=tokens.shape).astype(np.float32)
+
+    @jax.jit
+    def run(arrays, logs):
+        plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
+
+        def block(arrays, logs):
+            return routed_experts(config, *arrays, plan, log_weights=logs)
+
+        out, pullback = jax.vjp(block, arrays, logs)
+        return out, *pullback(dout)
+
+    out, (dtokens, dweights, *dexperts), dlogs = run((tokens, weights, w_in, w_out), weights)
+    expected = routed(config, ids, tokens, weights, w_in, w_out, dout)
+    names = [name for name in expected if name != "weights"]
+    for name, value in zip(names, (out, dtokens, *dexperts), strict=True):
+        assert_close(value, expected[name], "float32", name)
+    # A plan whose residual is the pre-activation gives the weights' own gradients.
+    assert_close(weights * dweights + dlogs, weights * expected["weights"], "float32")
+    assert np.asarray(dlogs).any() != np.asarray(dweights).any()
+
+
+@every_config
 def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config):
     """No gathered copy of the tokens, not both pre-activations and hidden rows, no expert outputs."""
     ids, arrays = draw(rng, config)

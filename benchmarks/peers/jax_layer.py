@@ -16,7 +16,7 @@ def layer(params, x, config, ragged_dot):
         ragged_dot: rows [R, K], w [E, K, N], group_sizes -> [R, N].
     """
     logits = router_logits(x, params["router"]["kernel"], config.router.dtype)
-    expert_ids, weights = route(logits, config.router, config.top_k, bias=params["router"].get("bias"))
+    expert_ids, weights = route(logits, config.router, config.top_k, bias=params["router"].get("bias"))[:2]
     latent = x if config.latent_size is None else x @ params["down_proj"]["kernel"]
     order = jnp.argsort(expert_ids.reshape(-1), stable=True)
     group_sizes = jnp.bincount(expert_ids.reshape(-1), length=config.num_experts).astype(jnp.int32)

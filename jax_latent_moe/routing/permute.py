@@ -37,7 +37,7 @@ class DispatchPlan(NamedTuple):
     @property
     def token_of_row(self) -> Int[Array, " r"]:
         """[R] int32, the token of each row."""
-        return self.assignment_of_row // max(self.row_of_assignment.shape[1], 1)
+        return lax.div(self.assignment_of_row, jnp.int32(max(self.row_of_assignment.shape[1], 1)))
 
     def weights_of_rows(self, weights: Float[Array, "t k"]) -> Float[Array, " r"]:
         """[R], the weight of each row's assignment, 0 for padding rows."""

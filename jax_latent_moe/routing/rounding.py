@@ -42,7 +42,7 @@ def with_next_choices(
         factor: another factor on the weights.
         backend: as for `route`.
     """
-    ids, weights = routing
+    ids, weights = routing[:2]
     (tokens, k), experts = ids.shape, logits.shape[1]
     chosen = ids != NO_EXPERT
     places = jnp.arange(tokens)[:, None], jnp.where(chosen, ids, experts)

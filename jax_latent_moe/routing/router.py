@@ -16,7 +16,7 @@ from jax_latent_moe.device import current_device
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.expert_sort import int32_ids
-from jax_latent_moe.routing.scores import log_scores, over_sum, scores
+from jax_latent_moe.routing.scores import log_scores, over_sum, scaled_and_sum, scores
 from jax_latent_moe.routing.sinkhorn import balanced_scores
 from jax_latent_moe.routing.split_matmul import split_matmul, split_matmul_beside
 from jax_latent_moe.routing.top_k import (
@@ -50,10 +50,14 @@ class Routing(NamedTuple):
     Attributes:
         expert_ids: [T, k] int32, `NO_EXPERT` for an assignment without an expert.
         weights: [T, k] float32 (float64 in a float64 router), 0 for an assignment without an expert.
+        log_weights: [T, k], an array that takes the gradients of the weights' logarithms: see `experts.routed_experts`.
+            Its values are those of weights. None with a learned factor, whose gradient those do not give, or if the
+            weights depend on more than the chosen logits.
     """
 
     expert_ids: Int[Array, "t k"]
     weights: Float[Array, "t k"]
+    log_weights: Float[Array, "t k"] | None = None
 
 
 def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str) -> Float[Array, "t e"]:
@@ -133,11 +137,14 @@ def route(
         real = jnp.broadcast_to(token_mask[:, None], ids.shape)
         chosen = real if chosen is None else chosen & real
     safe_ids = ids if chosen is None else jnp.where(chosen, ids, 0)
-    weights = _weights(logits, safe_ids, chosen, config)
+    weights, chosen_logits = _weights(logits, safe_ids, chosen, config)
     if scale is not None:
         weights *= _where(chosen, scale.astype(weights.dtype)[safe_ids], 0)
     weights *= config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
-    return Routing(_where(chosen, ids, NO_EXPERT), weights)
+    logs = None
+    if scale is None and (config.score_function != "softmax" or _over_chosen(config)):
+        logs = _log_weights(config, weights, chosen_logits, chosen)
+    return Routing(_where(chosen, ids, NO_EXPERT), weights, logs)
 
 
 def _weighs_in_kernel(choice, logits, config, top_k, backend) -> bool:
@@ -164,7 +171,7 @@ def _chosen(config, top_k, factor, choice, logits):
 
 def _chosen_fwd(config, top_k, factor, choice, logits):
     ids = checkpoint_name(compiled_top_k_ids(choice, top_k), CHOICE)
-    weights, pullback = jax.vjp(lambda logits: _weights(logits, ids, None, config) * factor, logits)
+    weights, pullback = jax.vjp(lambda logits: _weights(logits, ids, None, config)[0] * factor, logits)
     return (ids, weights), pullback
 
 
@@ -182,21 +189,58 @@ def _where(chosen, values, otherwise):
 
 
 def _weights(logits, ids, chosen, config):
-    """The weights [T, k] before any factor, 0 where `chosen` is False. None means that all are chosen."""
+    """The weights [T, k] before any factor, 0 where `chosen` is False (None: all True), and the logits at `ids`."""
     chosen_logits = at_ids(logits, ids)
-    eps = config.norm_topk_eps
-    if config.score_function == "softmax_topk" or (config.norm_topk_prob and eps == 0):
-        # Logarithms still give the ratio of scores that have underflowed.
-        weights = _masked_softmax(log_scores(chosen_logits, config.score_function), chosen)
-        if eps == 0:
-            return weights
-    elif config.score_function == "softmax":
-        weights = _where(chosen, at_ids(jax.nn.softmax(logits, axis=1), ids), 0)
+    if config.score_function == "softmax" and not _over_chosen(config):
+        values = _where(chosen, at_ids(jax.nn.softmax(logits, axis=1), ids), 0)
     else:
-        weights = _where(chosen, scores(chosen_logits, config.score_function), 0)
-    if not config.norm_topk_prob:
-        return weights
-    return over_sum(weights, eps)
+        values = _values(chosen_logits, chosen, config)
+    eps = config.norm_topk_eps
+    return over_sum(values, eps) if config.norm_topk_prob and eps > 0 else values, chosen_logits
+
+
+def _over_chosen(config) -> bool:
+    return config.score_function == "softmax_topk" or (config.norm_topk_prob and config.norm_topk_eps == 0)
+
+
+def _values(chosen_logits, chosen, config):
+    """The weights, before they are divided by their sum plus an epsilon, if they depend on the chosen logits alone."""
+    if _over_chosen(config):
+        # Logarithms still give the ratio of scores that have underflowed.
+        return _masked_softmax(log_scores(chosen_logits, config.score_function), chosen)
+    return _where(chosen, scores(chosen_logits, config.score_function), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_weights(config, weights, chosen_logits, chosen):
+    """`Routing.log_weights`. The forward pass computes no logarithm."""
+    del config, chosen_logits, chosen
+    return weights
+
+
+def _log_weights_fwd(config, weights, chosen_logits, chosen):
+    del config
+    return weights, (chosen_logits, chosen)
+
+
+def _log_weights_bwd(config, residuals, gradients):
+    chosen_logits, chosen = residuals
+    _, pullback = jax.vjp(lambda logits: _logarithms(logits, chosen, config), chosen_logits)
+    return None, *pullback(_where(chosen, gradients, 0)), None
+
+
+_log_weights.defvjp(_log_weights_fwd, _log_weights_bwd)
+
+
+def _logarithms(chosen_logits, chosen, config):
+    """The logarithms of `_weights` where `chosen` is True, up to a constant for all."""
+    logs, eps = log_scores(chosen_logits, config.score_function), config.norm_topk_eps
+    if _over_chosen(config):
+        logs = jax.nn.log_softmax(_where(chosen, logs, jnp.finfo(logs.dtype).min), axis=1)
+    if not config.norm_topk_prob or eps == 0:
+        return logs
+    # XLA computes this sum once for both passes, because it is written as in `_weights`.
+    return logs - jnp.log(scaled_and_sum(_values(chosen_logits, chosen, config), eps)[1])
 
 
 def at_ids(values, ids):

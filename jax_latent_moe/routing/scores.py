@@ -39,9 +39,17 @@ def probabilities(logits: Float[Array, "*t e"], score_function: str) -> Float[Ar
 
 def over_sum(values: Float[Array, "*t e"], eps: float) -> Float[Array, "*t e"]:
     """The values divided by (their sum + eps), for eps > 0."""
-    # The derivative of a quotient squares its divisor, and float32 cannot hold 1e-20 squared. The factor is exact.
+    values, total = scaled_and_sum(values, eps)
+    return values / total
+
+
+def scaled_and_sum(values: Float[Array, "*t e"], eps: float) -> tuple[Float[Array, "*t e"], Float[Array, "*t 1"]]:
+    """The values and (their sum + eps), both times 2^40.
+
+    The derivative of a quotient squares its divisor, and float32 cannot hold 1e-20 squared. The factor is exact.
+    """
     values = values * 2.0**40
-    return values / (jnp.sum(values, axis=-1, keepdims=True) + eps * 2.0**40)
+    return values, jnp.sum(values, axis=-1, keepdims=True) + eps * 2.0**40
 
 
 def _split_at_underflow(logits):

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 def split_matmul(x: Float[Array, "t d"], kernel: Float[Array, "d e"]) -> Float[Array, "t e"]:
     """The product x @ kernel in float32, for x in bfloat16 and a kernel in float32 or bfloat16.
 
-    The product is as exact as a float32 matmul. The kernel's gradient reads the product's gradient to 16 bits. The
-    gradient of x reads it in bfloat16 and is bfloat16 itself, as in any bfloat16 matmul.
+    The product is as exact as a float32 matmul. The gradient of a float32 kernel reads the product's gradient to
+    16 bits. The gradients of x and of a bfloat16 kernel read it in bfloat16, as in any bfloat16 matmul.
     """
     parts = _split(kernel, 3)
     return _sum_of_parts(_matmul(x, jnp.concatenate(parts, axis=1)), len(parts))
@@ -53,7 +53,7 @@ def _backward_beside(residuals, gradients):
     x, kernel, other = residuals
     # Without the barrier, XLA may recompute each gradient for each of its readers.
     dlogits, dproduct = jax.lax.optimization_barrier(gradients)
-    parts = _split(dlogits, 2)
+    parts = _split(dlogits, _gradient_parts(kernel))
     narrow = kernel.astype(x.dtype)
     all_parts = jnp.concatenate([dproduct, *parts], axis=1)
     dx = all_parts @ jnp.concatenate([other] + [narrow] * len(parts), axis=1).T
@@ -64,8 +64,13 @@ def _backward_beside(residuals, gradients):
 split_matmul_beside.defvjp(_forward_beside, _backward_beside)
 
 
+def _gradient_parts(kernel) -> int:
+    """Parts of the product's gradient that the kernel's gradient reads: no more than the kernel's dtype can show."""
+    return 1 if kernel.dtype == jnp.bfloat16 else 2
+
+
 def _kernel_gradient(x, kernel, dlogits):
-    parts = _split(dlogits, 2)
+    parts = _split(dlogits, _gradient_parts(kernel))
     return _sum_of_parts(_matmul(x.T, jnp.concatenate(parts, axis=1)), len(parts)).astype(kernel.dtype)
 
 
