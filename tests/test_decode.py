@@ -151,10 +151,10 @@ def test_the_choice_and_its_weights_are_one_kernel(rng, name):
     bias = jnp.asarray(rng.normal(size=experts), jnp.float32) / 8 if config.correction_bias else None
     program = functools.partial(route, config=config, top_k=k, bias=bias)
     assert "top_k_weights" not in str(jax.make_jaxpr(program)(logits))
-    ids, weights = jax.jit(functools.partial(program, backend=BACKEND))(logits)
-    wanted_ids, wanted = jax.jit(program)(logits)
-    np.testing.assert_array_equal(ids, wanted_ids)
-    np.testing.assert_allclose(weights, wanted, rtol=2e-5)
+    routing = jax.jit(functools.partial(program, backend=BACKEND))(logits)
+    wanted = jax.jit(program)(logits)
+    np.testing.assert_array_equal(routing.expert_ids, wanted.expert_ids)
+    np.testing.assert_allclose(routing.weights, wanted.weights, rtol=2e-5)
 
 
 @pytest.mark.usefixtures("install_library")
