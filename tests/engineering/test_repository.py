@@ -16,7 +16,7 @@ PACKAGE = ROOT / "jax_latent_moe"
 # A module may import from the lines above its own, and from its own folder.
 ORDER = (
     ("device", "dtypes", "errors", "native", "shards", "varying"),
-    ("activations", "checks", "derivatives", "formats"),
+    ("activations", "arrays", "checks", "derivatives", "formats"),
     ("low_rank",),
     ("grouped_matmul", "precision", "router_config"),
     ("config", "lax"),
