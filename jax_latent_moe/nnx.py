@@ -146,10 +146,14 @@ class LatentMoE(nnx.Module):
     def _not_collected(self) -> str | None:
         """A sentence that says which results of this call a training step would miss."""
         router = self.config.router
-        if hasattr(self, "__captures__") or not (router.has_losses or router.moves_bias):
+        needed: dict[type, str] = {AuxiliaryLoss: "auxiliary losses"} if router.has_losses else {}
+        needed |= {nnx.Intermediate: "expert loads"} if router.moves_bias else {}
+        captured = {type(variable) for variable in getattr(self, "__captures__", ())}
+        lost = [what for kind, what in needed.items() if kind not in captured]
+        if not lost:
             return None
         return (
-            "The auxiliary losses and expert loads of a LatentMoE are not collected: call the model by "
+            f"The {' and '.join(lost)} of a LatentMoE are not collected: call the model by "
             "nnx.capture(model, AuxiliaryLoss, nnx.Intermediate), or set their coefficients and "
             "router.bias_update_rate to 0."
         )
