@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_latent_moe.config import LatentMoEConfig
 from tests import oracle
+from tests.oracle.rounding import Rounding
 from tests.random_configs import random_config
 from tests.tolerances import relative_error
 
@@ -47,7 +48,7 @@ class Case(NamedTuple):
     global_counts: np.ndarray | None = None
     seed: int | None = None  # of the jitter's key
 
-    def oracle(self) -> oracle.Result:
+    def oracle(self, rounding: Rounding | None = None) -> oracle.Result:
         factors = None if self.seed is None else jitter(self.seed, self.x.shape, self.config.router.input_jitter)
         return oracle.forward(
             self.params,
@@ -58,6 +59,7 @@ class Case(NamedTuple):
             self.segment_ids,
             self.global_counts,
             factors,
+            rounding,
         )
 
     def optional(self) -> dict[str, Any]:
@@ -84,14 +86,14 @@ class Case(NamedTuple):
         return all(self._moved(rng, config, expected) <= AMPLIFICATION * PERTURBATION for _ in range(NUDGES))
 
     def _moved(self, rng, config, expected) -> float:
-        """How far the exact result is from the expected, relatively, with a random relative change of all inputs."""
+        """How far the exact result is from the expected, relatively, with a random change of all inputs and codes."""
 
         def nudge(values):
             return values * (1 + PERTURBATION * rng.uniform(-1, 1, size=values.shape))
 
         params = {part: {name: nudge(p) for name, p in leaves.items()} for part, leaves in self.params.items()}
         nudged = self._replace(config=config, x=nudge(self.x), params=params)
-        nudged = nudged.everything(nudged.oracle())
+        nudged = nudged.everything(nudged.oracle(Rounding(nudge)))
         return max(relative_error(a, b) for a, b in zip(nudged, expected, strict=True))
 
 

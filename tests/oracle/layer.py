@@ -84,9 +84,20 @@ def keep_tiles(config, ids, weights):
 
 
 def forward(
-    params, x, config, token_mask=None, expert_ids=None, segment_ids=None, global_counts=None, jitter=None
+    params,
+    x,
+    config,
+    token_mask=None,
+    expert_ids=None,
+    segment_ids=None,
+    global_counts=None,
+    jitter=None,
+    rounding=None,
 ) -> Result:
-    """The layer on x [..., d], float64 arrays in and out; jitter is the factors of the router's input, like x."""
+    """The layer on x [..., d], float64 arrays in and out.
+
+    jitter is the factors of the router's input, like x. rounding is what rounds operands in FP8.
+    """
     k, experts, width = config.top_k, config.num_experts, config.latent_width
     leading = x.shape[:-1]
     flat = x.reshape(-1, config.hidden_size)
@@ -134,7 +145,8 @@ def forward(
     dropped = np.array([((ids == e) & ~keep[:, :k]).sum() for e in range(experts)])
 
     y, saved_tokens = np.zeros_like(flat), []
-    rounding, (encoded, encoded_for_dgrad) = Rounding(), encoded_weights(config.precision, params["experts"])
+    rounding = rounding or Rounding()
+    encoded, encoded_for_dgrad = encoded_weights(config.precision, params["experts"], rounding.nudge)
     for t in range(tokens):
         routing = all_ids[t], all_weights[t], keep[t]
         y[t], saved = token_forward(params, flat[t], config, *routing, encoded, rounding)

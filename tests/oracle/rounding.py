@@ -18,8 +18,11 @@ def fp8(matrix, format, **settings):
     return values
 
 
-def weights(precision, experts):
-    """w_in and w_out as forward products read them, and as input gradients do: there, gate and up share blocks."""
+def weights(precision, experts, nudge):
+    """w_in and w_out as forward products read them, and as input gradients do: there, gate and up share blocks.
+
+    `nudge` changes values that were rounded, as in `Rounding`.
+    """
     fwd, dgrad = (None, None) if precision is None else (precision.fwd, precision.dgrad)
     given = experts["w_in"], experts["w_out"]
 
@@ -27,7 +30,7 @@ def weights(precision, experts):
         if format is None:
             return weight
         matrices = weight.reshape(*weight.shape[:2], parts, -1).swapaxes(1, 2)  # blocks are square: [K, N] will do
-        values = np.stack([[fp8(part, format) for part in of_expert] for of_expert in matrices])
+        values = nudge(np.stack([[fp8(part, format) for part in of_expert] for of_expert in matrices]))
         return values.swapaxes(1, 2).reshape(weight.shape)
 
     parts = 2 if given[0].ndim == 4 else 1
@@ -36,16 +39,19 @@ def weights(precision, experts):
 
 
 class Rounding:
-    """Rounds rows to a format, or to none, and remembers them."""
+    """Rounds rows to a format, or to none, and remembers them.
 
-    def __init__(self):
-        self.seen = []
+    `nudge` changes values that were rounded. A small change of a layer's inputs does not: most codes stay the same.
+    """
+
+    def __init__(self, nudge=lambda values: values):
+        self.seen, self.nudge = [], nudge
 
     def __call__(self, row, format):
         if format is None:
             return row
         self.seen += [(np.abs(row.reshape(-1)[i : i + BLOCK]), format) for i in range(0, row.size, BLOCK)]
-        return fp8(row.reshape(1, -1), format, n_block=1, least=LEAST_OF_ROWS).reshape(row.shape)
+        return self.nudge(fp8(row.reshape(1, -1), format, n_block=1, least=LEAST_OF_ROWS).reshape(row.shape))
 
     @property
     def margin(self) -> float:
