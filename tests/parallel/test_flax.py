@@ -78,7 +78,7 @@ def test_nnx(rng):
         @nnx.jit
         def gradient(model):
             def loss(model):
-                y, losses = nnx.capture(model, jax_latent_moe.nnx.AuxiliaryLoss)(x)
+                y, losses, _ = nnx.capture(model, jax_latent_moe.nnx.AuxiliaryLoss, nnx.Intermediate)(x)
                 return jnp.sum(jnp.sin(y)) + sum(jax.tree.leaves(losses))
 
             return nnx.grad(loss)(model)
