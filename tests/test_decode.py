@@ -49,9 +49,10 @@ def emulation(monkeypatch, install_library):
         monkeypatch.setattr(module, "current_device", lambda: SMALL)
 
 
-def check(rng, config, format, tokens, dtype="bfloat16", ids=None, device=SMALL):
+def check(rng, config, format, tokens, dtype="bfloat16", ids=None, device=SMALL, change=lambda w_in: w_in):
     """Values; nothing of the experts that no token chose, which are NaN."""
     w_in, w_out = experts_of(rng, config, format, dtype)
+    w_in = change(w_in)
     experts, top_k = config.num_experts, config.top_k
     x = jnp.asarray(rng.normal(size=(tokens, config.latent_width)), dtype)
     weights = jnp.asarray(rng.normal(size=(tokens, top_k)), jnp.float32)
@@ -94,6 +95,27 @@ def test_one_expert_has_more_rows_than_a_block_multiplies_at_once(rng, format):
     config = layer("swiglu", 96, 4, 3, 32)
     check(rng, config, format, 7, ids=np.full((7, 3), 2))
     check(rng, config, format, 1, ids=[[1, 1, 1]])
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("format", ["int8", "int4_32_zero"])
+def test_more_inputs_than_shared_memory_holds_at_once(rng, format):
+    check(rng, layer("relu2", 2048 + 160, 3, 2, 32), format, 3)
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+def test_scales_that_take_two_factors(rng):
+    """Some of the scales of a matrix are above 2."""
+
+    def louder(w_in):
+        scales = w_in.scales["block"]
+        return dataclasses.replace(w_in, scales={"block": scales.at[:, :, ::3].add(20)})
+
+    config = layer("relu2", 256, 3, 2, 64)
+    assert louder(experts_of(rng, config, "mxfp4")[0]).scales["block"].max() > 129
+    check(rng, config, "mxfp4", 2, change=louder)
 
 
 @emulates

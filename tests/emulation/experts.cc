@@ -14,8 +14,9 @@ void store(uint32_t pair, float* first, float* second) { *first = bfloat16(pair,
 
 template <Code C>
 void widen_8_bits(uint32_t word, float* to) {
-  store(Widen<C>::template pair<0>(word), to, to + 1);
-  store(Widen<C>::template pair<1>(word), to + 2, to + 3);
+  const int apart = C == Code::kInt8 ? 2 : 1, next = 3 - apart;
+  store(Widen<C>::template pair<0>(word), to, to + apart);
+  store(Widen<C>::template pair<1>(word), to + next, to + next + apart);
 }
 
 template <Code C>
