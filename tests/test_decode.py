@@ -21,6 +21,7 @@ from jax_latent_moe import (
     latent_moe,
     native,
     presets,
+    projections,
     quantize,
 )
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
@@ -45,7 +46,7 @@ SUPER = dataclasses.replace(presets.NEMOTRON_3_SUPER, backend=BACKEND)
 def emulation(monkeypatch, install_library):
     """The kernels run on the CPU, as if it were a Hopper GPU with a library."""
     monkeypatch.setattr(native, "call", emulated.call)
-    for module in (decode, expert_plan):
+    for module in (decode, expert_plan, projections):
         monkeypatch.setattr(module, "current_device", lambda: SMALL)
 
 
@@ -127,7 +128,7 @@ def test_no_expert_adds_nothing_and_a_nan_stays_in_its_token(rng):
 def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     """As the portable backend computes it, dropped and masked tokens included."""
     router = RouterConfig(capacity_factor=0.5, norm_topk_prob=False)
-    config = layer("relu2", 32, 6, 3, 32, router=router, dtype="bfloat16", param_dtype="bfloat16")
+    config = layer("relu2", 32, 8, 3, 32, router=router, dtype="bfloat16", param_dtype="bfloat16")
     params = init_params(jax.random.key(0), config)
     params = params if format is None else quantize(params, config, format)
     x, mask = jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16), jnp.asarray([True, False, True])
