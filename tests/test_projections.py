@@ -26,7 +26,7 @@ from jax_latent_moe.device import Device
 from jax_latent_moe.projections import parts_of, refusal_of_projections
 from jax_latent_moe.varying import _varying_axes
 from tests import emulated
-from tests.few_tokens import BACKEND, layer
+from tests.few_tokens import BACKEND, check_projections, layer, no_usual, projection_operands
 from tests.kernels import A100, H100
 
 SMALL = Device("gpu", "NVIDIA H100", num_sms=2)
@@ -47,39 +47,11 @@ def emulation(monkeypatch, install_library):
     use(monkeypatch, SMALL)
 
 
-def unused(*arguments):
-    raise AssertionError("the usual way has run")
-
-
-def operands(rng, rows, k, experts, width, dtype="bfloat16", kernel_dtype="float32"):
-    x, kernel, projection = (rng.normal(size=shape) for shape in ((rows, k), (k, experts), (k, width)))
-    kernel = jnp.asarray(kernel, kernel_dtype) if experts else None
-    return jnp.asarray(x, dtype), kernel, jnp.asarray(projection, dtype) if width else None
-
-
-def check(x, kernel, projection):
-    """Logits as exact as float32 sums, and a projection that is rounded once; of rows without a NaN."""
-    logits, out = projections.projections(SUPER, unused, x, kernel, projection)
-    exact = np.asarray(x.astype(jnp.float32), np.float64)
-    kept = np.isfinite(exact).all(1)
-    for found, weight, dtype in ((logits, kernel, jnp.float32), (out, projection, x.dtype)):
-        if weight is None:
-            assert found is None
-            continue
-        assert found.dtype == dtype
-        weight = np.asarray(weight.astype(jnp.float32), np.float64)
-        wanted, size = exact[kept] @ weight, np.abs(exact[kept]) @ np.abs(weight)
-        found = np.asarray(found.astype(jnp.float32), np.float64)
-        assert np.isnan(found[~kept]).all()
-        rounding = 0 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
-        assert (np.abs(found[kept] - wanted) <= rounding * np.abs(wanted) + 2e-7 * size).all()
-
-
 @emulates
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("rows", range(1, 9))
 def test_numbers_of_rows(rng, rows):
-    check(*operands(rng, rows, 100, 36, 72))
+    check_projections(*projection_operands(rng, rows, 100, 36, 72))
 
 
 @emulates
@@ -88,9 +60,9 @@ def test_numbers_of_rows(rng, rows):
 def test_parts_of_the_contracted_axis(rng, monkeypatch, parts):
     """Several tiles of columns; more elements than are staged at once, and too few for every part."""
     monkeypatch.setattr(projections, "parts_of", lambda weights, num_sms: parts)
-    check(*operands(rng, 8, 700, 40, 72))
-    check(*operands(rng, 1, 2300, 4, 8))
-    check(*operands(rng, 2, 3, 8, 136))
+    check_projections(*projection_operands(rng, 8, 700, 40, 72))
+    check_projections(*projection_operands(rng, 1, 2300, 4, 8))
+    check_projections(*projection_operands(rng, 2, 3, 8, 136))
 
 
 @emulates
@@ -99,24 +71,24 @@ def test_parts_of_the_contracted_axis(rng, monkeypatch, parts):
 def test_types_and_one_product_alone(rng, dtype):
     for kernel_dtype in ("float32", dtype):
         for experts, width in ((72, 0), (0, 72), (8, 8)):
-            check(*operands(rng, 3, 64, experts, width, dtype, kernel_dtype))
+            check_projections(*projection_operands(rng, 3, 64, experts, width, dtype, kernel_dtype))
 
 
 @emulates
 @pytest.mark.usefixtures("emulation")
 def test_a_nan_stays_in_its_row(rng):
     """Padding rows full of NaN; and a weight that is infinite is no NaN in the rows that are left out."""
-    x, kernel, projection = operands(rng, 5, 64, 8, 8)
-    check(x.at[1:].set(jnp.nan), kernel, projection)
-    _, out = projections.projections(SUPER, unused, x, None, projection.at[3, 2].set(jnp.inf))
+    x, kernel, projection = projection_operands(rng, 5, 64, 8, 8)
+    check_projections(x.at[1:].set(jnp.nan), kernel, projection)
+    _, out = projections.projections(SUPER, no_usual, x, None, projection.at[3, 2].set(jnp.inf))
     assert np.isfinite(np.asarray(jnp.delete(out, 2, axis=1), np.float32)).all()
 
 
 @emulates
 @pytest.mark.usefixtures("emulation")
 def test_under_vmap(rng):
-    x, kernel, projection = operands(rng, 6, 64, 8, 16)
-    program = functools.partial(projections.projections, SUPER, unused)
+    x, kernel, projection = projection_operands(rng, 6, 64, 8, 16)
+    program = functools.partial(projections.projections, SUPER, no_usual)
     wanted = program(x, kernel, projection)
     each = jax.vmap(program, (0, None, None))(x.reshape(3, 2, 64), kernel, projection)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.reshape(b.shape), b), each, wanted)
@@ -132,7 +104,7 @@ def test_in_a_users_shard_map(monkeypatch, split):
     mesh = jax.sharding.AbstractMesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def call(*operands):
-        found = projections.projections(SUPER, unused, *operands)
+        found = projections.projections(SUPER, no_usual, *operands)
         assert [value.shape for value in found] == ([(2, 8), (2, 16)] if split == "rows" else [(4, 4), (4, 8)])
         assert all(_varying_axes(value) == {"i"} for value in found)
         return found
