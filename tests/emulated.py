@@ -166,14 +166,16 @@ class Weighing(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("logits", "weights")),
         ("sigmoid", ctypes.c_bool),
         *((name, ctypes.c_float) for name in ("eps", "factor")),
+        ("bias", ctypes.c_void_p),
     )
 
 
-def _choose(results, attributes, scores, logits):
-    scores, logits = map(aligned, (scores, logits))
+def _choose(results, attributes, scores, logits, bias):
+    scores, logits, bias = map(aligned, (scores, logits, bias))
     ids, weights = (aligned(np.zeros(result.shape, result.dtype)) for result in results)
     assert scores.shape[1] <= 128
     weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
+    weighing.bias = bias.ctypes.data if bias.size else None
     pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
     kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
     return ids, weights

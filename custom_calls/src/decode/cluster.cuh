@@ -5,7 +5,9 @@
 
 namespace latent_moe::decode {
 
-// A barrier of all threads of a cluster, in two halves. What was stored before the first half is seen after the second.
+// A barrier of all threads of a cluster, in two halves. What was stored before the first half is seen after the second. Threads
+// that have stored nothing begin instead, which waits for no memory.
+__device__ __forceinline__ void begin_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait_in_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 

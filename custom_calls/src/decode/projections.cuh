@@ -61,11 +61,12 @@ __device__ void project(Projections const& given, ProjectionShared<Rows>& shared
   for (int from = first; from < last; from += kStep) {
     const int staged = (from - first) % kDepth;
     if (staged == 0) {
+      const int count = min(ceil_div(last - from, kStep) * kStep, kDepth);
       __syncthreads();
-      for (int i = threadIdx.x; i < Rows * kDepth; i += kProjectionThreads) {
-        const int row = i / kDepth, k = from + i % kDepth;
+      for (int i = threadIdx.x; i < Rows * count; i += kProjectionThreads) {
+        const int row = i % Rows, k = from + i / Rows;
         const bool exists = row < given.rows && k < last;
-        shared.x[i % kDepth][row] = exists ? float(static_cast<T const*>(given.x)[int64_t{row} * given.k + k]) : 0.0f;
+        shared.x[i / Rows][row] = exists ? float(static_cast<T const*>(given.x)[int64_t{row} * given.k + k]) : 0.0f;
       }
       __syncthreads();
     }
@@ -119,7 +120,7 @@ constexpr int tiles_of(int columns, int bytes) { return ceil_div(columns * bytes
 template <class T, class Kernel, int Rows>
 __global__ void __launch_bounds__(kProjectionThreads, 2) multiply_projections(Projections given) {
   __shared__ ProjectionShared<Rows> shared;
-  arrive_in_cluster();
+  begin_in_cluster();
   const int of_logits = tiles_of(given.experts, sizeof(Kernel)), tile = blockIdx.y;
   if (tile < of_logits) {
     project<T>(given, shared, tile, static_cast<Kernel const*>(given.kernel), given.experts, given.logits);

@@ -52,7 +52,12 @@ __global__ void __launch_bounds__(kWarp* kWarps)
 #pragma unroll
   for (int i = 0; i < Each; ++i) {
     const int column = i * kWarp + lane;
-    const uint32_t key = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
+    uint32_t key = kNone;
+    if (column < columns) {
+      float score = scores[int64_t{row} * columns + column];
+      if (weighing.bias != nullptr) score = 1.0f / (1.0f + expf(-score)) + weighing.bias[column];
+      key = ordered(score);
+    }
     keys[i][lane] = key;
     if (key > best) best = key, at = i;
   }

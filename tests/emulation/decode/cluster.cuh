@@ -3,6 +3,7 @@
 
 namespace latent_moe::decode {
 
+inline void begin_in_cluster() {}
 inline void arrive_in_cluster() {}
 inline void wait_in_cluster() { __syncthreads(); }
 inline void store_in_first_block(float* to, float value) { *to = value; }
