@@ -8,6 +8,7 @@ where nothing is differentiated.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,16 @@ PARTS = (1, 2, 4, 8)
 
 Kernel = Float[Array, "d e"] | None
 Projection = Float[Array, "d l"] | None
-Products = tuple[Float[Array, "t e"] | None, Float[Array, "t l"] | None]
-Usual = Callable[[Float[Array, "t d"], Kernel, Projection], Products]
+Products = tuple[Any, Any]
+"""Logits [T, E] and a product [T, l]; None without the weight."""
 
 
 def projections(
-    config: LatentMoEConfig, usual: Usual, x: Float[Array, "t d"], kernel: Kernel, projection: Projection
+    config: LatentMoEConfig,
+    usual: Callable[..., Products],
+    x: Float[Array, "t d"],
+    kernel: Kernel,
+    projection: Projection,
 ) -> Products:
     """The logits x @ kernel in float32, and x @ projection in the dtype of x, in one compiled launch where it runs.
 
@@ -51,11 +56,7 @@ def projections(
 
 
 def refusal_of_projections(
-    config: LatentMoEConfig,
-    x: Float[Array, "t d"],
-    kernel: Kernel,
-    projection: Projection,
-    device: Device | None = None,
+    config: LatentMoEConfig, x: Any, kernel: Any, projection: Any, *, device: Device | None = None
 ) -> str | None:
     """None, or the reason why the compiled kernel does not run on a device, as a sentence.
 
