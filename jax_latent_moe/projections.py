@@ -45,7 +45,7 @@ def projections(
 
     Args:
         config: the layer.
-        usual: computes both otherwise, and wherever something is differentiated.
+        usual: computes both from the last three, where it does not run and wherever something is differentiated.
         x: [T, d].
         kernel: [d, E], the router's; None for no logits.
         projection: [d, l], None for no projection.

@@ -100,7 +100,8 @@ def compiled(name: str) -> ctypes.CDLL:
 
 def call(target, operands, results, **attributes):
     """In place of `native.call`."""
-    run = {"decode_experts": _run, "decode_projections": _project, "top_k_weights": _choose}[target]
+    targets = dict(decode_experts=_run, decode_projections=_project, top_k=_choose_alone, top_k_weights=_choose)
+    run = targets[target]
     native._check_buffers(target, "operands", operands)
     native._check_buffers(target, "results", results)
     assert attributes.keys() == native.INTERFACE[target]["attributes"].keys()
@@ -173,12 +174,22 @@ class Weighing(ctypes.Structure):
 def _choose(results, attributes, scores, logits, bias):
     scores, logits, bias = map(aligned, (scores, logits, bias))
     ids, weights = (aligned(np.zeros(result.shape, result.dtype)) for result in results)
-    assert scores.shape[1] <= 128
     weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
     weighing.bias = bias.ctypes.data if bias.size else None
+    _run_choose(scores, ids, weighing)
+    return ids, weights
+
+
+def _choose_alone(results, attributes, scores):
+    scores, ids = aligned(scores), aligned(np.zeros(results[0].shape, np.int32))
+    _run_choose(scores, ids, Weighing(**attributes))
+    return (ids,)
+
+
+def _run_choose(scores, ids, weighing):
+    assert scores.shape[1] <= 128
     pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
     kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
-    return ids, weights
 
 
 class Projections(ctypes.Structure):

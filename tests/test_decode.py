@@ -30,6 +30,7 @@ from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.grouped_matmul.registry import AUTO
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from jax_latent_moe.routing.router import route
+from jax_latent_moe.routing.top_k import compiled_top_k_ids
 from tests import emulated
 from tests.few_tokens import BACKEND, WEIGHINGS, expected, experts_of, layer, only
 from tests.kernels import A100, CPU, H100, H200
@@ -139,6 +140,20 @@ def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     assert aux.dropped_per_expert.sum() == 2
     assert (y[1] == 0).all()
     assert_close(y.astype(jnp.float32), wanted.astype(jnp.float32), "bfloat16")
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (33, 5), (100, 22), (128, 32), (40, 33), (128, 128)])
+def test_the_choice_is_a_stable_sort_from_the_best(rng, experts, k):
+    """Equal scores, infinities, NaN and zeros of either sign as XLA orders them; all equal; the best in one lane."""
+    some = np.round(rng.normal(size=(6, experts)), 1)
+    some[rng.random(some.shape) < 0.2] = -np.inf
+    odd = rng.choice([np.nan, -np.nan, -0.0, 0.0, np.inf, 1e-40], size=(2, experts))
+    ascending = np.arange(experts)[None] / 7
+    by_lane = np.where(np.arange(experts) % 32 == 5, 9.0, -ascending)
+    scores = jnp.asarray(np.concatenate([some, odd, np.zeros((1, experts)), ascending, by_lane]), jnp.float32)
+    np.testing.assert_array_equal(compiled_top_k_ids(scores, k), jax.lax.top_k(scores, k)[1])
 
 
 @emulates
