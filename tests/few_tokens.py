@@ -81,10 +81,16 @@ def projection_operands(rng, rows, k, experts, width, dtype="bfloat16", kernel_d
     return jnp.asarray(x, dtype), kernel, jnp.asarray(projection, dtype) if width else None
 
 
-def check_projections(x, kernel, projection):
-    """Logits as exact as float32 sums, and a projection that is rounded once; NaN in the rows that have one."""
+def check_projections(x, kernel, projection, again=0):
+    """Logits as exact as float32 sums, and a projection that is rounded once; NaN in the rows that have one.
+
+    It has the same bits when it runs so many times again.
+    """
     config = layer("relu2", 32, 8, 2, 32)
-    found = jax.jit(lambda *operands: projections(config, no_usual, *operands))(x, kernel, projection)
+    program = jax.jit(lambda *operands: projections(config, no_usual, *operands))
+    found = program(x, kernel, projection)
+    for _ in range(again):
+        jax.tree.map(np.testing.assert_array_equal, program(x, kernel, projection), found)
     exact = np.asarray(x.astype(jnp.float32), np.float64)
     kept = np.isfinite(exact).all(1)
     for product, weight, dtype in zip(found, (kernel, projection), (jnp.float32, x.dtype), strict=True):
@@ -97,4 +103,3 @@ def check_projections(x, kernel, projection):
         rounding = 0 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
         assert (np.abs(product[kept] - wanted) <= rounding * np.abs(wanted) + 2e-7 * size).all()
         assert np.isnan(product[~kept]).all()
-    return found
