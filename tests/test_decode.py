@@ -21,6 +21,7 @@ from jax_latent_moe import (
     latent_moe,
     native,
     presets,
+    projections,
     quantize,
 )
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
@@ -29,6 +30,7 @@ from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.grouped_matmul.registry import AUTO
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from jax_latent_moe.routing.router import route
+from jax_latent_moe.routing.top_k import compiled_top_k_ids
 from tests import emulated
 from tests.few_tokens import BACKEND, WEIGHINGS, expected, experts_of, layer, only
 from tests.kernels import A100, CPU, H100, H200
@@ -45,7 +47,7 @@ SUPER = dataclasses.replace(presets.NEMOTRON_3_SUPER, backend=BACKEND)
 def emulation(monkeypatch, install_library):
     """The kernels run on the CPU, as if it were a Hopper GPU with a library."""
     monkeypatch.setattr(native, "call", emulated.call)
-    for module in (decode, expert_plan):
+    for module in (decode, expert_plan, projections):
         monkeypatch.setattr(module, "current_device", lambda: SMALL)
 
 
@@ -149,7 +151,7 @@ def test_no_expert_adds_nothing_and_a_nan_stays_in_its_token(rng):
 def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     """As the portable backend computes it, dropped and masked tokens included."""
     router = RouterConfig(capacity_factor=0.5, norm_topk_prob=False)
-    config = layer("relu2", 32, 6, 3, 32, router=router, dtype="bfloat16", param_dtype="bfloat16")
+    config = layer("relu2", 32, 8, 3, 32, router=router, dtype="bfloat16", param_dtype="bfloat16")
     params = init_params(jax.random.key(0), config)
     params = params if format is None else quantize(params, config, format)
     x, mask = jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16), jnp.asarray([True, False, True])
@@ -160,6 +162,20 @@ def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     assert aux.dropped_per_expert.sum() == 2
     assert (y[1] == 0).all()
     assert_close(y.astype(jnp.float32), wanted.astype(jnp.float32), "bfloat16")
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (33, 5), (100, 22), (128, 32), (40, 33), (128, 128)])
+def test_the_choice_is_a_stable_sort_from_the_best(rng, experts, k):
+    """Equal scores, infinities, NaN and zeros of either sign as XLA orders them; all equal; the best in one lane."""
+    some = np.round(rng.normal(size=(6, experts)), 1)
+    some[rng.random(some.shape) < 0.2] = -np.inf
+    odd = rng.choice([np.nan, -np.nan, -0.0, 0.0, np.inf, 1e-40], size=(2, experts))
+    ascending = np.arange(experts)[None] / 7
+    by_lane = np.where(np.arange(experts) % 32 == 5, 9.0, -ascending)
+    scores = jnp.asarray(np.concatenate([some, odd, np.zeros((1, experts)), ascending, by_lane]), jnp.float32)
+    np.testing.assert_array_equal(compiled_top_k_ids(scores, k), jax.lax.top_k(scores, k)[1])
 
 
 @emulates

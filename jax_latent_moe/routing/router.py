@@ -74,9 +74,11 @@ def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: st
 
 
 def router_logits_and_projection(
-    x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str, projection: Float[Array, "d l"]
-) -> tuple[Float[Array, "t e"], Float[Array, "t l"]]:
-    """`router_logits`, and x @ projection in the projection's type."""
+    x: Float[Array, "t d"], kernel: Float[Array, "d e"], projection: Float[Array, "d l"] | None, *, dtype: str
+) -> tuple[Float[Array, "t e"], Float[Array, "t l"] | None]:
+    """`router_logits`, and x @ projection in the projection's type, None without a projection."""
+    if projection is None:
+        return router_logits(x, kernel, dtype), None
     if _splits(x, dtype) and projection.dtype == x.dtype:
         return split_matmul_beside(x, kernel, projection)
     return router_logits(x, kernel, dtype), x.astype(projection.dtype) @ projection
@@ -126,7 +128,8 @@ def route(
         plain = token_mask is None and expert_ids is None and scale is None
         if plain and _weighs_in_kernel(choice, logits, config, top_k, backend):
             factor = config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
-            return Routing(*_chosen(config, top_k, factor, choice, logits))
+            own_bias = bias if _adds_bias_in_kernel(bias, config) else None
+            return Routing(*_chosen(config, top_k, factor, choice, logits, own_bias))
         ids = checkpoint_name(top_k_ids(choice, top_k, backend), CHOICE)
     if expert_ids is not None:
         if config.selection != "given":
@@ -156,20 +159,31 @@ def _weighs_in_kernel(choice, logits, config, top_k, backend) -> bool:
     return normalised and fits and known and refusal(backend, choice.shape[0], top_k) is None
 
 
+def _adds_bias_in_kernel(bias, config) -> bool:
+    """Whether `choice_scores` are sigmoids of the logits, and `selection` is their sum with the bias."""
+    of_sigmoids = config.score_function == "sigmoid" and config.selection == "score" and config.num_groups == 1
+    return of_sigmoids and bias is not None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chosen(config, top_k, factor, choice, logits):
-    """The choice by the scores `choice`, and its weights, in one kernel if there is no gradient."""
+def _chosen(config, top_k, factor, choice, logits, bias):
+    """The choice by the scores `choice`, and its weights, in one kernel if there is no gradient.
+
+    With a bias, the kernel makes `choice` of the logits and the bias, and XLA drops the array.
+    """
     return compiled_top_k_and_weights(
-        choice,
+        choice if bias is None else logits,
         logits,
         top_k,
         sigmoid=config.score_function == "sigmoid",
         eps=config.norm_topk_eps if config.norm_topk_prob else 0.0,
         factor=factor,
+        bias=None if bias is None else bias.astype(jnp.float32),
     )
 
 
-def _chosen_fwd(config, top_k, factor, choice, logits):
+def _chosen_fwd(config, top_k, factor, choice, logits, bias):
+    del bias
     ids = checkpoint_name(compiled_top_k_ids(choice, top_k), CHOICE)
     weights, pullback = jax.vjp(lambda logits: _weights(logits, ids, None, config)[0] * factor, logits)
     return (ids, weights), pullback
@@ -177,7 +191,7 @@ def _chosen_fwd(config, top_k, factor, choice, logits):
 
 def _chosen_bwd(config, top_k, factor, pullback, cotangents):
     del config, top_k, factor
-    return None, *pullback(cotangents[1])
+    return None, *pullback(cotangents[1]), None
 
 
 _chosen.defvjp(_chosen_fwd, _chosen_bwd)
