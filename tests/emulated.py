@@ -171,7 +171,7 @@ class Weighing(ctypes.Structure):
 def _choose(results, attributes, scores, logits):
     scores, logits = map(aligned, (scores, logits))
     ids, weights = (aligned(np.zeros(result.shape, result.dtype)) for result in results)
-    assert scores.shape[1] <= 128
+    assert scores.shape[1] <= 512
     weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
     pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
     kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
