@@ -30,7 +30,9 @@ def one_of(name, value, allowed):
 
 def instance(name, value, cls):
     if not isinstance(value, cls):
-        raise ConfigError(f"{name}={value!r} must be a {cls.__name__}.")
+        article = "an" if cls.__name__[0] in "AEIO" else "a"
+        from_dict = f": {cls.__name__}(**fields) makes it of a dict" if isinstance(value, dict) else ""
+        raise ConfigError(f"{name}={value!r} must be {article} {cls.__name__}{from_dict}.")
 
 
 def boolean(name, value):

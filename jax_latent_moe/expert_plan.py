@@ -38,9 +38,9 @@ class ExpertPlan:
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
         b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
         b_out_grad: the gradient of b_out; None without biases.
-        weighted_dgrad: whether down_dgrad reads the rows of dcombined that down_wgrad gathered, which are times their
-            weights. They give the gradients of the weights' logarithms. The weights' own gradients need rows without
-            weights: they would be quotients by weights, which may be 0.
+        weighted_dgrad: whether down_dgrad reads the rows that down_wgrad gathered: those of dcombined times their
+            weights. Such rows give the gradients of the weights' logarithms. The weights' own gradients would be
+            quotients of those by the weights, which may be 0, so they take rows without weights.
         decode: how few tokens run where nothing is differentiated, in place of up_without_gradient and down; or the
             reason why they do not; or None if the rows are not those of whole tokens.
         encode_tokens: what encodes the tokens for the first product; None if it is not in codes. So for the others.
@@ -109,7 +109,7 @@ def plan_experts(
         w_in: format of w_in; None for an array of dtype.
         w_out: format of w_out; None for an array of dtype.
         device: the device that runs them; None is JAX's default device.
-        by_log: whether gradients may be those of the weights' logarithms.
+        by_log: whether the caller can use the gradients of the weights' logarithms in place of the weights' own.
         decode: the result of `plan_decode` for these weights; None if the rows are not those of whole tokens.
 
     Raises:

@@ -2,7 +2,8 @@
 
 One differentiation rule covers the whole block. It keeps the tokens, the routing and one residual of the activation.
 The backward pass gathers rows again. It does not need the experts' outputs, because the gradient of a combine weight is
-<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). `plan_experts` decides what runs each product and what
+<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). That of its logarithm is the same with dcombined times
+the weight. `plan_experts` decides what runs each product and what
 is kept. An activation that no kernel fuses is computed here.
 """
 
@@ -304,7 +305,7 @@ def down_gradient(plan: ExpertPlan, dout, w_out: Weight, group_sizes, kept, row_
         w_out: [E, m, l].
         group_sizes: [E].
         kept: the plan's residual. A kernel may overwrite it with the gradient.
-        row_weights: [R].
+        row_weights: [R], or ones if dout is times the rows' weights already.
 
     Returns:
         The `Outputs` of a dgrad with the gradient in its epilogue, with dout as a dense array in lhs, and with the

@@ -1,10 +1,10 @@
 """Checks of the arguments of `latent_moe`. Each raises an `InputError` with the name, the value and the rule."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jax_latent_moe.arrays import INT32, check_fits_int32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.routing.router import NO_EXPERT, ROUTER_DECIDES
 
@@ -52,16 +52,15 @@ def check_whole(config, global_counts, key):
         if not router.global_loss_coef:
             raise InputError("global_counts has no effect without router.global_loss_coef: set that, or leave it out.")
         _integers("global_counts", global_counts, (config.num_experts,))
+        check_fits_int32("global_counts", global_counts)
     if key is not None and not router.input_jitter:
         raise InputError("key has no effect without router.input_jitter: set that, or leave the key out.")
 
 
-def typed_key(key):
-    """The key as a typed JAX key; `jax.random.PRNGKey` makes an array of two numbers."""
-    if isinstance(key, jax.Array | np.ndarray):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-            return key
-        if key.dtype == jnp.uint32 and key.shape == (2,):
-            return jax.random.wrap_key_data(jnp.asarray(key))
-    what = f"shape {key.shape} and dtype {key.dtype}" if hasattr(key, "shape") else f"type {type(key).__name__}"
-    raise InputError(f"key of {what} must be a single key, as jax.random.key(seed) makes it.")
+def small_ids(segment_ids):
+    """Segment ids that are equal where the given ones are, and that JAX does not cut to 32 bits."""
+    if not isinstance(segment_ids, np.ndarray) or segment_ids.dtype.itemsize < 8 or not segment_ids.size:
+        return segment_ids
+    if INT32.min <= segment_ids.min() and segment_ids.max() <= INT32.max:
+        return segment_ids
+    return np.unique(segment_ids, return_inverse=True)[1].reshape(segment_ids.shape).astype(np.int32)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_latent_moe.arrays import as_numbers
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.grouped_matmul import BackendConfig, grouped_matmul
@@ -54,12 +55,17 @@ def ragged_dot(
         raise InputError(
             f"out_sharding={out_sharding} must be None: give the result to jax.lax.with_sharding_constraint."
         )
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    lhs, rhs = as_numbers("lhs", lhs), as_numbers("rhs", rhs)
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
         raise InputError(f"lhs of shape {lhs.shape} and rhs of shape {rhs.shape} must be [m, k] and [g, k, n].")
     if lhs.dtype != rhs.dtype:
         raise InputError(f"lhs of dtype {lhs.dtype} and rhs of dtype {rhs.dtype} must have the same: cast one first.")
-    out = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
+    try:
+        out = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
+    except TypeError:
+        raise InputError(
+            f"preferred_element_type={preferred_element_type!r} must be None or a floating dtype."
+        ) from None
     if not jnp.issubdtype(lhs.dtype, jnp.floating) or not jnp.issubdtype(out, jnp.floating):
         raise InputError(f"operands of dtype {lhs.dtype} and a result of dtype {out} must both be floating.")
     if jax.dtypes.canonicalize_dtype(out) != out:

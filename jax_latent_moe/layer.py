@@ -11,13 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_latent_moe.activations import activate
+from jax_latent_moe.arrays import typed_key
 from jax_latent_moe.codes import checked_codes
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.experts import encoded, flat, routed_experts
 from jax_latent_moe.formats import row_multiple_of
-from jax_latent_moe.inputs import check_inputs, check_whole, typed_key
+from jax_latent_moe.inputs import check_inputs, check_whole, small_ids
 from jax_latent_moe.limits import keep_rounded, keep_within_capacity, padded_experts, rows_to_compute
 from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
 from jax_latent_moe.parallel.copies import choose_copies
@@ -142,6 +143,7 @@ def latent_moe(
     if codes is not None:
         params = params | {CODES: checked_codes(codes, params, config)._asdict()}
     key = None if key is None else typed_key(key)
+    by_token = by_token._replace(segment_ids=small_ids(by_token.segment_ids))
     x, by_token, counts = jax.tree.map(jnp.asarray, (x, by_token, counts))
     if key is not None:
         by_token = by_token._replace(numbers=jnp.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-1]))

@@ -15,7 +15,7 @@ from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
-from jax_latent_moe.params import Params, check_params, init_param, param_axes
+from jax_latent_moe.params import Params, check_config, check_params, init_param, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
 
 with needs_extra("flax"):
@@ -98,6 +98,7 @@ class LatentMoE(nn.Module):
         Returns:
             [..., d] in config.dtype.
         """
+        check_config(self.config)
         counts, jitters = self._global_counts(), self.config.router.input_jitter and self.has_rng("jitter")
         y, aux = latent_moe(
             self._params(),
@@ -180,12 +181,24 @@ def _box(value, axes, axis_names, *, stacked=False):
     return jax.tree.map(lambda array, names: Boxed(array, tuple(names)), value, names)
 
 
+def _check_collections(name, given):
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"{name} of type {type(given).__name__} must be a mapping of collections, as the model's init and apply "
+            "return them."
+        )
+
+
 def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Converts linen variables to the functional parameter tree: without boxes, with biases and codes in their places.
 
     Args:
         variables: those of one layer give what `latent_moe` takes; those of a model give a subtree for each layer.
+
+    Raises:
+        InputError: they are no mapping of collections.
     """
+    _check_collections("variables", variables)
     collections = (flatten_dict(nn.unbox(variables.get(name, {}))) for name in ("params", CORRECTION_BIAS, CODES))
     leaves: dict[Any, Any] = {path: leaf for collection in collections for path, leaf in collection.items()}
     adapters: dict[Any, Any] = flatten_dict(nn.unbox(variables.get(ADAPTERS, {})))
@@ -269,6 +282,7 @@ def total_loss(sown: Mapping[str, Any]) -> Float[Array, ""]:
     Raises:
         InputError: `sown` has no collection "losses".
     """
+    _check_collections("sown", sown)
     if LOSSES not in sown:
         raise InputError(f"collections {sorted(sown)} lack '{LOSSES}': apply the model with mutable=['{LOSSES}', ...].")
     return sum(map(jnp.sum, jax.tree.leaves(nn.unbox(sown[LOSSES]))), start=jnp.zeros(()))
@@ -281,7 +295,11 @@ def loads(sown: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         sown: as for `total_loss`.
+
+    Raises:
+        InputError: `sown` is no mapping of collections.
     """
+    _check_collections("sown", sown)
     counts = {
         path: leaf
         for path, leaf in flatten_dict(sown.get("intermediates", {})).items()
@@ -316,6 +334,8 @@ def after_step(
     Raises:
         InputError: a layer with a bias has no counts in `sown`.
     """
+    _check_collections("variables", variables)
+    _check_collections("sown", sown)
     variables = dict(variables)
     if GLOBAL_COUNTS in variables:
         variables[GLOBAL_COUNTS] = jax.tree.map(jnp.zeros_like, variables[GLOBAL_COUNTS])

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from jax_latent_moe.arrays import typed_key
 from jax_latent_moe.checks import positive, positive_int
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
@@ -47,10 +48,10 @@ def adapt(
         targets: some of `TARGETS`; None takes all that the layer has.
 
     Raises:
-        InputError: params do not fit the config, a target is unknown, or it has an adapter already.
+        InputError: key is not one key, params do not fit the config, a target is unknown, or it has an adapter already.
         ConfigError: rank or alpha is not positive.
     """
-    rank, scale = positive_int("rank", rank), positive("alpha", alpha) / rank
+    key, rank, scale = typed_key(key), positive_int("rank", rank), positive("alpha", alpha) / rank
     params, shapes = check_params(params, config), param_shapes(config)
     present = [target for target in TARGETS if target.split("/")[0] in shapes]
     adapted: dict[str, dict[str, Any]] = {part: dict(leaves) for part, leaves in params.items()}

@@ -13,7 +13,7 @@ from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import latent_moe
 from jax_latent_moe.low_rank import LowRank, base_of
-from jax_latent_moe.params import Params, check_params, init_params, param_axes
+from jax_latent_moe.params import Params, check_config, check_params, init_params, param_axes
 from jax_latent_moe.training import move_bias, warn_if_differentiated
 
 with needs_extra("flax"):
@@ -78,7 +78,13 @@ class LatentMoE(nnx.Module):
             config: the layer.
             rngs: the stream "params" gives one key for the layer.
             axis_names: other names for some logical axes, as in `param_axes`. None leaves the variables without names.
+
+        Raises:
+            InputError: config, rngs or axis_names are of another type.
         """
+        check_config(config)
+        if not callable(getattr(rngs, "params", None)):
+            raise InputError(f"rngs of type {type(rngs).__name__} must be nnx.Rngs, such as nnx.Rngs(0).")
         self.config = config
         params = init_params(rngs.params(), config)
         for part, leaves in param_axes(config, axis_names).items():
@@ -140,10 +146,14 @@ class LatentMoE(nnx.Module):
     def _not_collected(self) -> str | None:
         """A sentence that says which results of this call a training step would miss."""
         router = self.config.router
-        if hasattr(self, "__captures__") or not (router.has_losses or router.moves_bias):
+        needed: dict[type, str] = {AuxiliaryLoss: "auxiliary losses"} if router.has_losses else {}
+        needed |= {nnx.Intermediate: "expert loads"} if router.moves_bias else {}
+        captured = {type(variable) for variable in getattr(self, "__captures__", ())}
+        lost = [what for kind, what in needed.items() if kind not in captured]
+        if not lost:
             return None
         return (
-            "The auxiliary losses and expert loads of a LatentMoE are not collected: call the model by "
+            f"The {' and '.join(lost)} of a LatentMoE are not collected: call the model by "
             "nnx.capture(model, AuxiliaryLoss, nnx.Intermediate), or set their coefficients and "
             "router.bias_update_rate to 0."
         )
@@ -167,11 +177,17 @@ def _variable(name, value, axes):
 
 
 def to_params(module: LatentMoE) -> Params:
-    """The functional parameter tree of a layer, as `latent_moe` takes it. Arrays are shared, not copied."""
+    """The functional parameter tree of a layer, as `latent_moe` takes it. Arrays are shared, not copied.
+
+    Raises:
+        InputError: module is no `LatentMoE`.
+    """
 
     def value(variable):
         return variable.get_value() if isinstance(variable, Codes) else variable[...]
 
+    if not isinstance(module, LatentMoE):
+        raise InputError(f"module of type {type(module).__name__} must be a LatentMoE: give one layer of the model.")
     params: Any = {
         part: {name: value(getattr(module, part)[name]) for name in leaves}
         for part, leaves in param_axes(module.config).items()
@@ -261,10 +277,22 @@ def loads(intermediates: nnx.State) -> nnx.State:
 
     Args:
         intermediates: the `nnx.Intermediate` state that `nnx.capture` returned.
+
+    Raises:
+        InputError: they are no state of nnx.
     """
+    _check_state(intermediates)
     return nnx.from_flat_state(
         (path, leaf) for path, leaf in nnx.to_flat_state(intermediates) if path[-1] in (_LOAD, _TARGET, _MICROBATCHES)
     )
+
+
+def _check_state(intermediates):
+    if not isinstance(intermediates, nnx.State):
+        raise InputError(
+            f"intermediates of type {type(intermediates).__name__} must be the nnx.State that "
+            "nnx.capture(model, nnx.Intermediate) returns with the output."
+        )
 
 
 def update_correction_bias(
@@ -292,6 +320,7 @@ def update_correction_bias(
     Raises:
         InputError: a layer with a bias has no counts in `intermediates`.
     """
+    _check_state(intermediates)
     counts = dict(nnx.to_flat_state(intermediates))
     for path, module in nnx.iter_modules(model):
         if not isinstance(module, LatentMoE):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from jax_latent_moe.arrays import typed_key
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
@@ -59,8 +60,14 @@ def renamed(axis: str, axis_names: Mapping[str, str | None] | None) -> str | Non
     """The name of a logical axis after `axis_names`.
 
     Raises:
-        InputError: axis_names renames an axis that no layer has.
+        InputError: axis_names renames an axis that no layer has, or is no mapping from names to names.
     """
+    if not isinstance(axis_names, Mapping | None) or not all(
+        isinstance(name, str | None) for name in (axis_names or {}).values()
+    ):
+        raise InputError(
+            f'axis_names={axis_names!r} must map names to names, such as {{"hidden": "embed"}}, or to None.'
+        )
     if unknown := sorted(map(str, (axis_names or {}).keys() - set(LOGICAL_AXES))):
         raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
     return (axis_names or {}).get(axis, axis)
@@ -72,7 +79,12 @@ def init_params(key: Key[Array, ""], config: LatentMoEConfig) -> Params:
     Args:
         key: a JAX random key.
         config: the layer.
+
+    Raises:
+        InputError: key is not one key, or config is of another type.
     """
+    check_config(config)
+    key = typed_key(key)
     return {
         part: {name: init_param(key, config, part, name) for name in leaves}
         for part, leaves in param_shapes(config).items()

@@ -12,6 +12,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_map_with_path
 from jaxtyping import Array, Float, Int, PyTree
 
+from jax_latent_moe.arrays import as_numbers, check_fits_int32, given_numbers
 from jax_latent_moe.errors import InputError, NotCollectedWarning
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.layer import LatentMoEAux
@@ -62,7 +63,11 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
-    """Puts together what `split_state` took apart. The result is what `latent_moe` takes."""
+    """Puts together what `split_state` took apart. The result is what `latent_moe` takes.
+
+    Raises:
+        InputError: the two trees do not come from one `split_state`.
+    """
     if isinstance(state, LowRank):
         return state if not isinstance(trainable, LowRank) else trainable.with_base(state.base)
     if isinstance(state, Mapping):
@@ -70,6 +75,11 @@ def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
             return trainable
         merged = {key: merge_state(value, state.get(key, {})) for key, value in trainable.items()}
         return merged | {key: value for key, value in state.items() if key not in trainable}
+    if not isinstance(state, list | tuple) or not isinstance(trainable, list | tuple) or len(state) != len(trainable):
+        raise InputError(
+            f"state of type {type(state).__name__} does not go with parameters of type {type(trainable).__name__}: "
+            "give both trees of one split_state."
+        )
     return type(trainable)(map(merge_state, trainable, state))
 
 
@@ -146,6 +156,9 @@ def _walk(state, aux, step, path):
     bias = state["router"]["bias"]
     loads = aux if isinstance(aux, list | tuple) and not isinstance(aux, LatentMoEAux) else [aux]
     counts = [load.tokens_per_expert if isinstance(load, LatentMoEAux) else load for load in loads]
+    if not counts:
+        where = "/".join(map(str, path)) or "the layer"
+        raise InputError(f"aux of {where} is empty: give its LatentMoEAux, or one for each microbatch.")
     for count in counts:
         if np.shape(count)[-bias.ndim :] != bias.shape:
             where = "/".join(map(str, path)) or "the layer"
@@ -188,11 +201,15 @@ def move_bias(
 
     Counts, targets and numbers of microbatches may have any axes before those of the bias.
     """
+    as_numbers("rate", rate)
     shape = jnp.shape(bias)
     if targets:
         total = sum(jnp.sum(jnp.reshape(target, (-1, *shape)), axis=0) for target in targets)
         number = sum(jnp.sum(jnp.reshape(count, (-1, *shape[:-1])), axis=0) for count in microbatches)
         return move_to_target(bias, total / jnp.maximum(number, 1)[..., None], rate, axis_name)
+    counts = [given_numbers("tokens_per_expert", count) for count in counts]
+    for count in counts:
+        check_fits_int32("tokens_per_expert", count)
     parts = [jnp.sum(jnp.reshape(count, (-1, *shape)), axis=0, dtype=jnp.asarray(count).dtype) for count in counts]
     return update_correction_bias(bias, sum(parts[1:], start=parts[0]), rate, recentre=recentre, axis_name=axis_name)
 

@@ -67,11 +67,25 @@ def test_a_problem_is_told_in_one_line():
         (("fwd", 8, (3, 4)), r"w_shape=\(3, 4\) must be three integers"),
         (("fwd", 8, (2, 3, 4.5)), r"w_shape=\(2, 3, 4.5\) must be three integers"),
         (("fwd", 8, (2, -3, 4)), r"w_shape=\(2, -3, 4\) must be three integers"),
+        (("fwd", -1, (2, 3, 4)), "num_rows=-1 must be an integer of at least 0"),
+        (("fwd", None, (2, 3, 4)), "num_rows=None must be an integer of at least 0"),
+        (("fwd", 8, (2, 3, 4), None), "dtype=None must be a floating dtype, such as 'bfloat16'"),
+        (("fwd", 8, (2, 3, 4), float), "dtype=<class 'float'> must be a floating dtype"),
+        (("fwd", 8, (2, 3, 4), "int32"), "dtype='int32' must be a floating dtype"),
+        (("fwd", 8, (2, 3, 4), "half a float"), "dtype='half a float' must be a floating dtype"),
     ],
 )
 def test_a_problem_that_is_none_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        problem(*arguments, "float32")
+        problem(*arguments, *["float32"][len(arguments) - 3 :])
+
+
+def test_what_is_no_problem_is_refused():
+    with pytest.raises(ConfigError, match="rhs='int8' must be an Operand"):
+        problem("fwd", 8, (2, 3, 4), "float32", rhs="int8")
+    for function in (explain, select):
+        with pytest.raises(ConfigError, match="problem='fwd' must be a Problem"):
+            function("fwd")
 
 
 def test_an_epilogue_belongs_to_fwd_or_dgrad():
@@ -249,7 +263,7 @@ def test_tables_have_gradients_where_rows_are_gathered_in_pairs(rng, monkeypatch
     ("rows", "reason"),
     [
         (GatheredRows(np.ones((6, 4), np.float32), np.zeros((2, 3), int)), r"row_ids of shape \(2, 3\)"),
-        (GatheredRows(np.ones((6, 4), np.float32), np.zeros(6)), "dtype float32 must be integers"),
+        (GatheredRows(np.ones((6, 4), np.float32), np.zeros(6)), "dtype float64 must be integers"),
         (
             GatheredRows(np.ones((6, 4), np.float32), np.zeros(6, int), np.ones(5)),
             r"weights of shape \(5,\) .* 6 row_ids",

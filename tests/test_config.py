@@ -44,7 +44,7 @@ BAD_LAYERS = [
     (dict(apply_routed_scale_to_output="no"), "apply_routed_scale_to_output='no' must be True or False"),
     (dict(activation="gelu", gelu_approximate="tanh"), "gelu_approximate='tanh' must be True or False"),
     (dict(router=None), "router=None must be a RouterConfig"),
-    (dict(init={}), "init={} must be a InitConfig"),
+    (dict(init={}), "init={} must be an InitConfig: InitConfig(**fields) makes it of a dict"),
     (dict(dtype="int8"), "dtype='int8' is not supported: use one of 'float32'"),
     (dict(dtype="nonsense"), "dtype='nonsense' is not supported"),
     (dict(dtype=None), "dtype=None is not supported: use one of 'float32', 'bfloat16', 'float16', 'float64'"),

@@ -9,6 +9,7 @@ import pytest
 
 from jax_latent_moe import InputError, RouterConfig, init_params, latent_moe
 from jax_latent_moe.config import SCORE_FUNCTIONS
+from jax_latent_moe.inputs import small_ids
 from jax_latent_moe.routing.losses import auxiliary_losses, document_numbers
 from tests import cases, layers
 from tests.cases import TOY
@@ -69,6 +70,24 @@ def test_documents_in_any_order_of_any_integer_type(rng, function, dtype):
     mask = (rng.random((2, 9)) < 0.8) & (ids != 2)
     router = dataclasses.replace(PACKED, score_function=function)
     check(layer(router), drawn_logits(rng, (2, 9)), mask, segment_ids=ids)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_ids_of_64_bits_are_read_whole(dtype):
+    """JAX would cut them to 32 bits, and documents whose ids differ by 2^32 would be one."""
+    small = np.array([[0, 1, 1, 0, 2, 2]] * 2, dtype)
+    wide = small << np.array(32, dtype)
+    np.testing.assert_array_equal(document_numbers(small_ids(wide)), document_numbers(small))
+    assert small_ids(small) is small
+    config, x = layer(PACKED), np.asarray(jax.random.normal(jax.random.key(1), (2, 6, 12)))
+    params = init_params(jax.random.key(0), config)
+
+    @jax.jit
+    def losses():
+        return [latent_moe(params, x, config, segment_ids=ids)[1].losses["sequence"] for ids in (small, wide)]
+
+    wanted, found = losses()
+    assert found == wanted
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -17,11 +17,14 @@ from jax_latent_moe import (
     init_params,
     latent_moe,
     lora,
+    merge_state,
     param_shapes,
     quantize,
+    ragged_dot,
     split_state,
+    update_correction_bias,
 )
-from jax_latent_moe.grouped_matmul import grouped_matmul, grouped_wgrad
+from jax_latent_moe.grouped_matmul import GatheredRows, grouped_matmul, grouped_wgrad
 from tests.cases import TOY
 
 X = np.ones((2, 5, TOY.hidden_size), np.float32)
@@ -191,3 +194,55 @@ def test_a_parameter_tree_of_another_config_names_the_difference():
     other = dataclasses.replace(TOY, expert_intermediate_size=4)
     message = refused(latent_moe, init_params(jax.random.key(0), other), X, TOY)
     assert "experts/w_in of shape (8, 6, 4) must be of shape (8, 6, 5)" in message
+
+
+@pytest.mark.parametrize("value", [None, "a", {}, [[1.0], [1.0, 2.0]], np.array([object()])], ids=str)
+def test_operands_that_are_no_arrays_are_refused_by_name(value):
+    ids = np.arange(6)
+    for name, call in {
+        "lhs": lambda: ragged_dot(value, W, SIZES),
+        "rhs": lambda: ragged_dot(ROWS, value, SIZES),
+        "rows": lambda: grouped_matmul(value, W, SIZES),
+        "w": lambda: grouped_matmul(ROWS, value, SIZES),
+        "group_sizes": lambda: grouped_matmul(ROWS, W, value),
+        "dout": lambda: grouped_wgrad(ROWS, value, SIZES),
+        "table": lambda: grouped_matmul(GatheredRows(value, ids, None), W, SIZES),
+        "row_ids": lambda: grouped_matmul(GatheredRows(ROWS, value, None), W, SIZES),
+        "bias": lambda: update_correction_bias(value, SIZES, 0.1),
+        "tokens_per_expert": lambda: update_correction_bias(np.zeros(3, np.float32), value, 0.1),
+        "rate": lambda: after_step(split_state(params())[1], np.arange(8), value),
+    }.items():
+        assert refused(call) == f"{name} of type {type(value).__name__} must be an array of numbers."
+
+
+def test_integers_that_int32_cannot_hold_are_refused_where_their_values_count():
+    """JAX would cut 2^32 + 1 to 1."""
+    wide = np.array([2**32 + 1, 2, 3])
+    assert "group_sizes add up to 4294967302, more than the 6 rows" in refused(grouped_matmul, ROWS, W, wide)
+    assert "add up to 18446744073709551616" in refused(grouped_matmul, ROWS, W, np.array([2**63, 2**63, 0], np.uint64))
+    assert "row_ids between 2 and" in refused(grouped_matmul, GatheredRows(ROWS, np.tile(wide, 2), None), W, SIZES)
+    assert "must fit into int32" in refused(update_correction_bias, np.zeros(3, np.float32), wide, 0.1)
+    state = split_state(params())[1]
+    assert "must fit into int32" in refused(after_step, state, [np.full(8, 2**32)], 0.1)
+    config = dataclasses.replace(TOY, router=RouterConfig(global_loss_coef=1.0))
+    message = refused(latent_moe, params(), X, config, global_counts=np.full(8, 2**32 + 1))
+    assert "global_counts between 4294967297 and 4294967297 must fit into int32" in message
+
+
+@pytest.mark.parametrize("key", [None, 0, "a", np.ones(2), jax.random.split(jax.random.key(0), 2)], ids=repr)
+def test_what_is_no_key_is_refused(key):
+    assert "must be a single key, as jax.random.key(seed) makes it" in refused(init_params, key, TOY)
+    assert "must be a single key" in refused(lora.adapt, key, params(), TOY, rank=2)
+
+
+def test_an_old_key_draws_what_a_typed_one_does():
+    old = init_params(jax.random.PRNGKey(0), TOY)
+    jax.tree.map(np.testing.assert_array_equal, old, params())
+
+
+def test_trees_of_two_models_are_not_merged():
+    trainable, state = split_state(params())
+    for other in (None, 3, [state]):
+        assert "give both trees of one split_state" in refused(merge_state, trainable, other)
+    assert "give both trees of one split_state" in refused(merge_state, params(), state)
+    assert "aux of the layer is empty" in refused(after_step, state, [], 0.1)

@@ -262,6 +262,9 @@ def test_plain_transforms_add_an_axis_without_a_name(rng, axis_names, transform)
 
 
 def test_an_axis_that_no_layer_has_cannot_be_renamed():
+    for wrong in ("hidden", ["hidden"], {"hidden": 3}):
+        with pytest.raises(InputError, match=r"axis_names=.* must map names to names"):
+            linen.from_params(init_params(jax.random.key(0), SMALL), SMALL, wrong)
     with pytest.raises(InputError, match="axis_names rename 'embed', which is none of 'hidden', 'latent'"):
         param_axes(SMALL, {"embed": "hidden"})
 
@@ -331,3 +334,13 @@ def test_variables_and_module_pickle(rng):
     variables = fill(rng, shapes(module, x))
     module_again, variables_again = pickle.loads(pickle.dumps((module, variables)))
     chex.assert_trees_all_equal(apply(module_again, variables_again, x), apply(module, variables, x))
+
+
+def test_what_is_no_collection_is_refused():
+    for call in (linen.total_loss, linen.loads, lambda sown: linen.after_step({}, sown, 0.1)):
+        with pytest.raises(InputError, match="sown of type NoneType must be a mapping of collections"):
+            call(None)
+    with pytest.raises(InputError, match="variables of type NoneType must be a mapping of collections"):
+        linen.to_params(None)
+    with pytest.raises(InputError, match="config of type NoneType must be a LatentMoEConfig"):
+        linen.LatentMoE(None).init(jax.random.key(0), np.ones((2, 4), np.float32))

@@ -326,3 +326,14 @@ def test_rules_of_other_names_split_what_they_name(axis_names):
     named = axis_names or {}
     spec = model.experts.w_out[...].sharding.spec if axis_names else ()
     assert tuple(spec)[:2] == (("x", "y") if named else ())
+
+
+def test_what_is_no_module_or_state_is_refused():
+    for rngs in (None, 0, jax.random.key(0)):
+        with pytest.raises(InputError, match=r"rngs of type .* must be nnx\.Rngs, such as nnx\.Rngs"):
+            moe.LatentMoE(SMALL, rngs=rngs)
+    with pytest.raises(InputError, match="module of type NoneType must be a LatentMoE"):
+        moe.to_params(None)
+    for call in (moe.loads, lambda given: moe.update_correction_bias(None, given)):
+        with pytest.raises(InputError, match=r"intermediates of type dict must be the nnx\.State"):
+            call({})

@@ -245,3 +245,23 @@ def test_collected_gradients_do_not_warn(rng):
         return jnp.sum(y) + jax_latent_moe.linen.total_loss(sown)
 
     jax.grad(loss)(jax_latent_moe.linen.from_params(params_of(CONFIG), CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("captured", "lost"),
+    [((nnx.Intermediate,), "auxiliary losses"), ((jax_latent_moe.nnx.AuxiliaryLoss,), "expert loads")],
+    ids=["losses lost", "loads lost"],
+)
+def test_what_nnx_captures_in_part_warns(rng, captured, lost):
+    """As in linen, each of the two is missed by itself."""
+    config = dataclasses.replace(CONFIG, router=RouterConfig(switch_loss_coef=0.1))
+    x, model = tokens(rng, 4), jax_latent_moe.nnx.from_params(params_of(config), config)
+    with pytest.warns(NotCollectedWarning, match=f"^The {lost} of a LatentMoE are not collected"):
+        nnx.grad(lambda model: jnp.sum(nnx.capture(model, *captured)(x)[0]))(model)
+
+
+def test_what_nnx_captures_whole_does_not_warn(rng):
+    config = dataclasses.replace(CONFIG, router=RouterConfig(switch_loss_coef=0.1))
+    x, model = tokens(rng, 4), jax_latent_moe.nnx.from_params(params_of(config), config)
+    both = jax_latent_moe.nnx.AuxiliaryLoss, nnx.Intermediate
+    nnx.grad(lambda model: jnp.sum(nnx.capture(model, *both)(x)[0]))(model)

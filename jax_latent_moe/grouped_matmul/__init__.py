@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jax_latent_moe.arrays import as_numbers, check_fits_int32, given_numbers
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray, ScaledRows
 from jax_latent_moe.grouped_matmul.backend import Backend
@@ -103,8 +104,8 @@ def grouped_matmul(
     if isinstance(rows, GatheredRows):
         rows = _check_gathered(rows)
     elif not isinstance(rows, ScaledRows):
-        rows = jnp.asarray(rows)
-    w = w if isinstance(w, ScaledArray) else jnp.asarray(w)
+        rows = as_numbers("rows", rows)
+    w = w if isinstance(w, ScaledArray) else as_numbers("w", w)
     table = rows.table if isinstance(rows, GatheredRows) else rows
     _check_rows("rows", table)
     if w.ndim != 3 or rows.shape[1] != w.shape[2 if transpose_w else 1]:
@@ -148,7 +149,7 @@ def grouped_wgrad(
     """
     if any(isinstance(array, ScaledRows | ScaledArray) for array in (rows, dout)):
         raise InputError("rows and dout must be arrays, not codes: `decode(dtype)` gives their values.")
-    rows, dout = jnp.asarray(rows), jnp.asarray(dout)
+    rows, dout = as_numbers("rows", rows), as_numbers("dout", dout)
     _check_rows("rows", rows)
     _check_rows("dout", dout)
     if rows.shape[0] != dout.shape[0]:
@@ -217,13 +218,13 @@ _wgrad.defvjp(_wgrad_fwd, _wgrad_bwd)
 
 
 def _check_gathered(rows):
-    table = rows.table if isinstance(rows.table, ScaledRows) else jnp.asarray(rows.table)
-    row_ids = jnp.asarray(rows.row_ids)
+    table = rows.table if isinstance(rows.table, ScaledRows) else as_numbers("table", rows.table)
+    row_ids = given_numbers("row_ids", rows.row_ids)
     if row_ids.ndim != 1 or not jnp.issubdtype(row_ids.dtype, jnp.integer):
         raise InputError(f"row_ids of shape {row_ids.shape} and dtype {row_ids.dtype} must be integers, [rows].")
     if row_ids.size and not table.shape[0]:
         raise InputError(f"table of shape {table.shape} has no rows, but there are {row_ids.size} row_ids.")
-    weights = None if rows.weights is None else jnp.asarray(rows.weights)
+    weights = None if rows.weights is None else as_numbers("weights", rows.weights)
     if weights is not None and isinstance(table, ScaledRows):
         raise InputError(f"a table in {table.format} has no weights: multiply the rows before they are encoded.")
     if weights is not None and (weights.shape != row_ids.shape or not jnp.issubdtype(weights.dtype, jnp.floating)):
@@ -231,7 +232,8 @@ def _check_gathered(rows):
             f"weights of shape {weights.shape} and dtype {weights.dtype} must be floating, with one for each of the "
             f"{row_ids.size} row_ids; weights=None does not scale the rows."
         )
-    return GatheredRows(table, row_ids.astype(jnp.int32), weights)
+    check_fits_int32("row_ids", row_ids)
+    return GatheredRows(table, jnp.asarray(row_ids).astype(jnp.int32), weights)
 
 
 def _check_rows(name, rows):
@@ -249,7 +251,7 @@ def _check_same_dtype(**arrays):
 
 
 def _check_group_sizes(group_sizes, num_experts, num_rows):
-    group_sizes = jnp.asarray(group_sizes)
+    group_sizes = given_numbers("group_sizes", group_sizes)
     if group_sizes.ndim != 1 or num_experts not in (None, group_sizes.shape[0]):
         expected = "[experts]" if num_experts is None else f"[{num_experts}], one for each expert of w"
         raise InputError(f"group_sizes of shape {group_sizes.shape} must be of shape {expected}.")
@@ -259,6 +261,6 @@ def _check_group_sizes(group_sizes, num_experts, num_rows):
         sizes = np.asarray(group_sizes)
         if (sizes < 0).any():
             raise InputError(f"group_sizes[{int(sizes.argmin())}]={sizes.min()} is negative: sizes are at least 0.")
-        if sizes.sum() > num_rows:
-            raise InputError(f"group_sizes add up to {sizes.sum()}, more than the {num_rows} rows given.")
-    return group_sizes.astype(jnp.int32)
+        if (sizes > num_rows).any() or sizes.sum() > num_rows:
+            raise InputError(f"group_sizes add up to {sum(sizes.tolist())}, more than the {num_rows} rows given.")
+    return jnp.asarray(group_sizes).astype(jnp.int32)

@@ -125,7 +125,8 @@ def problem(
         device: the device that runs it; None is JAX's default device.
 
     Raises:
-        ConfigError: the contraction is unknown, w_shape does not hold three sizes, or a wgrad has an epilogue.
+        ConfigError: the contraction is unknown, w_shape does not hold three sizes, num_rows is no size, dtype is not
+            floating, an operand is no `Operand`, or a wgrad has an epilogue.
     """
     checks.one_of("contraction", contraction, get_args(Contraction))
     if epilogue is not None and contraction == "wgrad":
@@ -137,7 +138,24 @@ def problem(
     if len(sizes) != 3 or any(size < 0 for size in sizes):
         raise ConfigError(f"w_shape={w_shape!r} must be three integers of at least 0: (experts, K, N).")
     num_experts, k, n = sizes
-    own = Operand(jnp.dtype(dtype).name)
+    if not is_symbolic_dim(num_rows):
+        num_rows = checks.integer("num_rows", num_rows)
+    for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if operand is not None:
+            checks.instance(name, operand, Operand)
+    own = Operand(_floating_name(dtype))
     return Problem(
         contraction, num_rows, num_experts, k, n, lhs or own, rhs or own, own, device or current_device(), epilogue
     )
+
+
+def _floating_name(dtype) -> str:
+    # NumPy reads None and Python's float as float64, which is rarely what the user means.
+    python = dtype is None or (isinstance(dtype, type) and dtype in (float, int, bool, complex))
+    try:
+        found = None if python else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ConfigError(f"dtype={dtype!r} must be a floating dtype, such as 'bfloat16'.")
+    return found.name

@@ -88,8 +88,9 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
 
     Raises:
         UnsupportedError: the named backend cannot run the problem.
-        ConfigError: the backend's name is unknown, or the user's table of tiles cannot be read.
+        ConfigError: `problem` is none, the backend's name is unknown, or the user's table of tiles cannot be read.
     """
+    _check_problem(problem)
     refusal = None
     for candidate in _candidates(problem, backend):
         reason = candidate.supports(problem)
@@ -145,8 +146,9 @@ def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:
     """Which backends are asked to run the problem, in order, what each says, and the decision.
 
     Raises:
-        ConfigError: the name is unknown, or the user's table of tiles cannot be read.
+        ConfigError: `problem` is none, the name is unknown, or the user's table of tiles cannot be read.
     """
+    _check_problem(problem)
     lines = [f"{problem} on {problem.device.platform} ({problem.device.kind}), backend={backend!r}:"]
     for candidate in _candidates(problem, backend):
         reason = candidate.supports(problem)
@@ -203,6 +205,11 @@ def register(name: str, config_type: type, backend_type: type[Backend]) -> None:
 def name_of(config: BackendConfig) -> str:
     """The name of a backend's settings."""
     return next(name for name, (config_type, _) in BACKENDS.items() if isinstance(config, config_type))
+
+
+def _check_problem(given):
+    if not isinstance(given, Problem):
+        raise ConfigError(f"problem={given!r} must be a Problem: grouped_matmul.problem(...) makes one.")
 
 
 def _candidates(problem, backend) -> list[Backend]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.errors import CheckpointError
+from jax_latent_moe.errors import CheckpointError, InputError
 from jax_latent_moe.hf.encodings import MXFP4_BLOCKS, PLAIN, Encoding, identify, problems
 from jax_latent_moe.hf.families import layer_configs
 from jax_latent_moe.hf.folder import TensorFolder
@@ -130,7 +130,10 @@ def plan_layer(checkpoint: Checkpoint, layer: Layer) -> LayerPlan:
 
     Raises:
         CheckpointError: tensors are missing or unexpected, or have a wrong shape or dtype; the error lists them all.
+        InputError: checkpoint is of another type.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        raise InputError(f"checkpoint of type {type(checkpoint).__name__} must be what open_checkpoint(path) returns.")
     folder = checkpoint.folder
     if layer not in checkpoint.layers:
         layers = ", ".join(map(str, checkpoint.layers))

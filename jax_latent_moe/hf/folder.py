@@ -26,8 +26,11 @@ class TensorFolder:
         """Reads the index, or the headers of all *.safetensors files if there is no index.
 
         Raises:
-            CheckpointError: the folder holds neither, or they are not valid.
+            CheckpointError: there is no such folder, it holds neither, or they are not valid.
         """
+        if not path.is_dir():
+            problem = "it is a file, not a folder." if path.exists() else "there is no such folder."
+            raise CheckpointError(path, [problem])
         self.path = path
         self._headers: dict[str, dict[str, TensorInfo]] = {}
         index = path / INDEX

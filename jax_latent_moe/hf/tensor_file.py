@@ -69,8 +69,11 @@ class TensorInfo(NamedTuple):
 
 
 def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The argument as a path; CheckpointError if no file can have that name."""
-    shown = repr(os.fspath(path))
+    """The argument as a path; CheckpointError if no file can have that name, or if it is no path."""
+    try:
+        shown = repr(os.fspath(path))
+    except TypeError:
+        raise CheckpointError(repr(path), ["it must be a path: a string or a pathlib.Path."]) from None
     try:
         if b"\0" in os.fsencode(path):
             raise CheckpointError(shown, ["it holds a NUL character, which no file name may contain: remove it."])

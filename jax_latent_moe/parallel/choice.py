@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
-from jax_latent_moe import cost
+from jax_latent_moe import checks, cost
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.device import current_device
 from jax_latent_moe.errors import ConfigError, UnsupportedError
+from jax_latent_moe.params import check_config
 
 LATENCY_MS = 0.07
 """The time of a collective that moves nothing."""
@@ -41,7 +42,9 @@ def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[s
 
     Raises:
         ConfigError: config.parallel is None.
+        InputError: config is of another type.
     """
+    check_config(config)
     if config.parallel is None:
         raise ConfigError("parallel=None has no dispatch: set parallel=ParallelConfig() in the layer's config.")
     moved = cost.exchange_bytes(config, devices, tokens, config.parallel.capacity_factor)
@@ -82,10 +85,14 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
         tokens: tokens of one device.
 
     Raises:
-        ConfigError: config.parallel is None.
+        ConfigError: config.parallel is None, devices or tokens is no number of them, or devices do not divide the
+            experts.
         UnsupportedError: ragged_all_to_all is named on a CPU.
     """
+    devices, tokens = checks.positive_int("devices", devices), checks.integer("tokens", tokens)
     costs = dispatch_costs(config, devices, tokens)
+    if config.num_physical_experts % devices:
+        raise ConfigError(f"devices={devices} must divide the {config.num_physical_experts} experts that they share.")
     if devices == 1:
         return "One device holds all experts: nothing travels."
     assert config.parallel is not None

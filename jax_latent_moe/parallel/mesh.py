@@ -16,7 +16,7 @@ from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
 from jax_latent_moe.formats.fp8 import BLOCK
 from jax_latent_moe.low_rank import LowRank, base_of, map_leaf_axes
-from jax_latent_moe.params import Params, param_axes, renamed
+from jax_latent_moe.params import Params, check_config, param_axes, renamed
 from jax_latent_moe.precision import Codes
 from jax_latent_moe.shards import ONE_DEVICE, Shards
 
@@ -52,7 +52,15 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """Devices along the data, fsdp, expert, tensor and sequence axes. It is 1 for an axis that the mesh lacks."""
+    """Devices along the data, fsdp, expert, tensor and sequence axes. It is 1 for an axis that the mesh lacks.
+
+    Raises:
+        InputError: an argument is of another type.
+    """
+    if not isinstance(parallel, ParallelConfig):
+        raise InputError(f"parallel of type {type(parallel).__name__} must be a ParallelConfig, as in config.parallel.")
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise InputError(f"mesh of type {type(mesh).__name__} must be a mesh, as jax.make_mesh makes it.")
     return {axis: mesh.shape.get(axis, 1) for axis in (*parallel.axes, parallel.sequence_axis)}
 
 
@@ -102,7 +110,9 @@ def param_specs(
 
     Raises:
         ConfigError: config.parallel is None, or an axis does not divide what it splits.
+        InputError: config or mesh is of another type.
     """
+    check_config(config)
     if config.parallel is None:
         raise ConfigError("parallel=None names no mesh axes: set parallel=ParallelConfig() in the layer's config.")
     _check_divides(config, mesh)

@@ -9,10 +9,11 @@ from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
 from jax_latent_moe.activations import Residual
-from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
+from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, ParallelConfig
 from jax_latent_moe.expert_plan import choose_residual
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
+from jax_latent_moe.grouped_matmul.problem import Contraction
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
 from jax_latent_moe.quantization import quantize
@@ -134,12 +135,20 @@ def _beside_kept_rows(config, narrow: int, kept: int) -> int:
 
 def kept_residual(config: LatentMoEConfig) -> Residual:
     """What the forward pass keeps for the activation's gradient, with the compiled kernels."""
-    activation = config.bound_activation
     return choose_residual(
-        activation,
-        lambda residual: fuses("fwd", activation, residual),
-        lambda residual: fuses("dgrad", activation, residual),
+        config.bound_activation,
+        lambda residual: fuses_activation(config, "fwd", residual),
+        lambda residual: fuses_activation(config, "dgrad", residual),
     )
+
+
+def fuses_activation(config: LatentMoEConfig, contraction: Contraction, residual: Residual) -> bool:
+    """Whether the compiled kernels compute the experts' activation, or its gradient: as `plan_experts` decides it."""
+    never = isinstance(config.backend, CutlassBackend) and config.backend.fuse == "never"
+    in_codes = config.precision is not None and getattr(config.precision, contraction) is not None
+    if never or in_codes or config.expert_bias:
+        return False
+    return fuses(contraction, config.bound_activation, residual)
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:

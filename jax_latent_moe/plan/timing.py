@@ -8,10 +8,15 @@ from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, kept_residual, parameters_per_device
+from jax_latent_moe.plan.memory import (
+    allocated_rows,
+    fuses_activation,
+    gathered_parameters,
+    kept_residual,
+    parameters_per_device,
+)
 
 OVERLAP = 0.3
 """The fraction of the shorter of arithmetic and memory time that adds to the longer; fitted to measured kernels."""
@@ -128,7 +133,7 @@ def _activation_passes(config, forward, training) -> int:
     more.
     """
     residual, parts = kept_residual(config), 2 if config.gated else 1
-    value, gradient = (fuses(contraction, config.bound_activation, residual) for contraction in ("fwd", "dgrad"))
+    value, gradient = (fuses_activation(config, contraction, residual) for contraction in ("fwd", "dgrad"))
     passes = 0 if value else forward * parts
     if not training:
         return passes if value else passes + forward

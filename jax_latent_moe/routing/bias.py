@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jax_latent_moe.arrays import as_numbers, check_fits_int32, given_numbers
 from jax_latent_moe.errors import InputError
 
 
@@ -33,9 +34,12 @@ def update_correction_bias(
         [..., E] float32.
 
     Raises:
-        InputError: the counts are not integers, or do not have the bias's shape.
+        InputError: the counts are not integers within int32, or do not have the bias's shape, or the rate is no number.
     """
-    bias, counts = jnp.asarray(bias), jnp.asarray(tokens_per_expert)
+    as_numbers("rate", rate)
+    bias, counts = as_numbers("bias", bias), given_numbers("tokens_per_expert", tokens_per_expert)
+    check_fits_int32("tokens_per_expert", counts)
+    counts = jnp.asarray(counts)
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         raise InputError(f"tokens_per_expert of dtype {counts.dtype} must be integers: counts, not means or shares.")
     if counts.shape != bias.shape:

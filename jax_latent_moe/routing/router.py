@@ -51,8 +51,8 @@ class Routing(NamedTuple):
         expert_ids: [T, k] int32, `NO_EXPERT` for an assignment without an expert.
         weights: [T, k] float32 (float64 in a float64 router), 0 for an assignment without an expert.
         log_weights: [T, k], an array that takes the gradients of the weights' logarithms: see `experts.routed_experts`.
-            Its values are those of weights. None with a learned factor, whose gradient those do not give, or if the
-            weights depend on more than the chosen logits.
+            Its values are those of weights. None if the router has a learned factor, which needs the weights' own
+            gradients, or if the weights depend on logits that were not chosen.
     """
 
     expert_ids: Int[Array, "t k"]

@@ -16,8 +16,8 @@ def split_matmul(x: Float[Array, "t d"], kernel: Float[Array, "d e"]) -> Float[A
     """The product x @ kernel in float32, for x in bfloat16 and a kernel in float32 or bfloat16.
 
     The kernel is split without loss. Sums are rounded as the matrix units round them: on an H200 the relative error at
-    d = 4096 is 4e-6, and that of XLA's float32 matmul is 1e-6. The gradient of a float32 kernel reads the product's gradient to
-    16 bits. The gradients of x and of a bfloat16 kernel read it in bfloat16, as in any bfloat16 matmul.
+    d = 4096 is 4e-6, and that of XLA's float32 matmul is 1e-6. The gradient of a float32 kernel reads the product's
+    gradient to 16 bits. The gradients of x and of a bfloat16 kernel read it in bfloat16, as in any bfloat16 matmul.
     """
     parts = _split(kernel, 3)
     return _sum_of_parts(_matmul(x, jnp.concatenate(parts, axis=1)), len(parts))

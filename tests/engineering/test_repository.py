@@ -4,6 +4,7 @@ import ast
 import graphlib
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -16,7 +17,7 @@ PACKAGE = ROOT / "jax_latent_moe"
 # A module may import from the lines above its own, and from its own folder.
 ORDER = (
     ("device", "dtypes", "errors", "native", "shards", "varying"),
-    ("activations", "checks", "derivatives", "formats"),
+    ("activations", "arrays", "checks", "derivatives", "formats"),
     ("low_rank",),
     ("grouped_matmul", "precision", "router_config"),
     ("config", "lax"),
@@ -168,3 +169,14 @@ def test_no_path_of_one_machine():
         for match in personal.findall(path.read_bytes())
     ]
     assert not found
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a source archive has no list of tracked files")
+def test_files_are_short():
+    """A reader takes in a file at once: the median is at most 150 lines, and only kernels have more than 450."""
+    code = [path for path in tracked() if path.suffix in {".py", ".cc", ".cu", ".h", ".cuh"} and path.is_file()]
+    lines = {path: path.read_text().count("\n") for path in code}
+    for folder in ("jax_latent_moe", "custom_calls", "examples", "benchmarks", "tests"):
+        assert statistics.median(n for path, n in lines.items() if path.is_relative_to(ROOT / folder)) <= 150, folder
+    long = {path.relative_to(ROOT).as_posix() for path, n in lines.items() if n > 450}
+    assert long <= {"custom_calls/src/sm90/grouped_kernel.cuh"}

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from jax_latent_moe import hf
+from jax_latent_moe import InputError, hf
 from tests.hf.checkpoints import BFLOAT16, MAPPINGS, NEMOTRON_H, make, nemotron, random_tensors, save
 
 MUTATIONS = 300
@@ -362,3 +362,16 @@ def test_mutated_checkpoints_end_in_the_documented_error(files, rng, tmp_path):
         assert caught.value.problems, broken
         assert str(tmp_path) in str(caught.value), "the error names the file or the folder"
         shutil.rmtree(broken)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path / "nowhere", "there is no such folder"),
+        (tmp_path / "file", "it is a file, not a folder"),
+        (None, r"None: 1 problem.*\n.*it must be a path"),
+    ):
+        with pytest.raises(hf.CheckpointError, match=message):
+            hf.open_checkpoint(path)
+    with pytest.raises(InputError, match="checkpoint of type str must be what open_checkpoint"):
+        hf.import_layer("folder", 0)

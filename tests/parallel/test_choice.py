@@ -8,9 +8,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_latent_moe import ConfigError, ParallelConfig, latent_moe, param_shapes, presets
+from jax_latent_moe import ConfigError, InputError, ParallelConfig, latent_moe, param_shapes, presets
 from jax_latent_moe.cost import exchange_bytes, exchange_capacity
-from jax_latent_moe.parallel import choose_dispatch, dispatch_costs, explain
+from jax_latent_moe.parallel import (
+    choose_dispatch,
+    dispatch_costs,
+    explain,
+    logical_axis_rules,
+    param_specs,
+    token_spec,
+)
 from tests.parallel.meshes import BASE, make_mesh
 
 SUPER = dataclasses.replace(presets.NEMOTRON_3_SUPER, parallel=ParallelConfig())
@@ -86,3 +93,30 @@ def test_bytes_are_those_of_the_program(capacity_factor):
         else:
             wire = operands * (devices - 1) // devices
         assert wire == sum(expected[dispatch])
+
+
+@pytest.mark.parametrize(
+    ("devices", "tokens", "message"),
+    [
+        (0, 8, "devices=0 must be an integer of at least 1"),
+        (8, -8, "tokens=-8 must be an integer of at least 0"),
+        (8, 8.5, r"tokens=8\.5 must be an integer"),
+        (3, 8, "devices=3 must divide the 512 experts"),
+    ],
+)
+def test_what_no_mesh_has_is_not_explained(devices, tokens, message):
+    with pytest.raises(ConfigError, match=message):
+        explain(SUPER, devices=devices, tokens=tokens)
+
+
+def test_arguments_of_other_types_are_refused():
+    mesh = jax.sharding.AbstractMesh((2,), ("expert",))
+    for call, message in (
+        (lambda: explain(None, devices=2, tokens=8), "config of type NoneType must be a LatentMoEConfig"),
+        (lambda: param_specs(None, mesh), "config of type NoneType must be a LatentMoEConfig"),
+        (lambda: param_specs(SUPER, None), "mesh of type NoneType must be a mesh"),
+        (lambda: token_spec(SUPER, mesh), "parallel of type LatentMoEConfig must be a ParallelConfig"),
+        (lambda: logical_axis_rules(None, mesh), "parallel of type NoneType must be a ParallelConfig"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

@@ -12,14 +12,28 @@ from jax.sharding import AbstractMesh, NamedSharding
 from benchmarks.parallel import SHAPES
 from benchmarks.problems import DECODE_KERNELS, DECODE_LAYERS, KERNELS, LAYERS
 from benchmarks.tables import load, problems
-from jax_latent_moe import ConfigError, LatentMoEConfig, ParallelConfig, cost, param_shapes, presets, quantize
+from jax_latent_moe import (
+    ConfigError,
+    CutlassBackend,
+    LatentMoEConfig,
+    ParallelConfig,
+    Precision,
+    cost,
+    param_shapes,
+    presets,
+    quantize,
+)
+from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.parallel import mesh_sizes, param_specs
 from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from jax_latent_moe.plan.__main__ import main
-from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
+from jax_latent_moe.plan.memory import fuses_activation, gathered_parameters, kept_residual, parameters_per_device
 from jax_latent_moe.plan.timing import grouped_matmuls
+from tests import kernels
+from tests.cases import TOY
 from tests.engineering.sandbox import ROOT
 from tests.parallel.meshes import BASE, make_mesh
+from tests.test_activations import VARIANTS
 
 H200 = GPUS["h200"]
 # By the GPU's name in the results.
@@ -210,3 +224,24 @@ def test_a_mesh_that_does_not_read_is_refused(mesh):
 def test_a_mesh_that_does_not_divide_ends_in_one_sentence():
     with pytest.raises(SystemExit, match=r"error: num_experts=512 must be a multiple of the mesh's expert=7"):
         main(["--mesh", "expert=7"])
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"expert_bias": True}, {"backend": CutlassBackend(fuse="never")}]
+    + [{"precision": Precision(*formats)} for formats in (("fp8_block",), (None, "fp8_block"), ("fp8_block",) * 2)],
+    ids=str,
+)
+def test_the_residual_is_the_one_that_the_layer_keeps(variant, fields):
+    """The plan of a GPU that is not here and the layer on that GPU decide alike."""
+    config = dataclasses.replace(TOY, dtype="bfloat16", **VARIANTS[variant], **fields)
+    shapes = (64, 256, 512 * (2 if config.gated else 1)), (64, 512, 256)
+    layer = plan_experts(config, 4096, *shapes, "bfloat16", device=kernels.H200)
+    assert kept_residual(config) == layer.residual
+    if config.precision is not None:
+        return  # in FP8 the Pallas kernel fuses relu2, and its time is not known here
+    for name, contraction in (("up", "fwd"), ("down_dgrad", "dgrad")):
+        fused = getattr(layer, name).problem.epilogue is not None
+        assert fuses_activation(config, contraction, layer.residual) == fused
