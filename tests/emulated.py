@@ -187,7 +187,7 @@ def _choose_alone(results, attributes, scores):
 
 
 def _run_choose(scores, ids, weighing):
-    assert scores.shape[1] <= 128
+    assert scores.shape[1] <= 512
     pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
     kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
 

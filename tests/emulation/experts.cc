@@ -69,7 +69,8 @@ extern "C" void choose(float const* scores, int32_t* ids, int rows, int columns,
   namespace routing = latent_moe::routing;
   gridDim = dim3((rows + routing::kWarps - 1) / routing::kWarps);
   blockIdx = {};
+  auto* kernel = columns <= 128 ? routing::choose<4> : routing::choose<16>;
   for (; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    emulation::run_block(32 * routing::kWarps, [&] { routing::choose<4>(scores, ids, rows, columns, k, *weighing); });
+    emulation::run_block(32 * routing::kWarps, [&] { kernel(scores, ids, rows, columns, k, *weighing); });
   }
 }
