@@ -196,7 +196,7 @@ class Projections(ctypes.Structure):
     _fields_ = (
         ("format", ctypes.c_int),
         ("x", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("rows", "k")),
+        ("k", ctypes.c_int),
         ("kernel", ctypes.c_void_p),
         ("is_kernel_float32", ctypes.c_bool),
         ("experts", ctypes.c_int),
@@ -213,7 +213,6 @@ def _project(results, attributes, x, kernel, projection):
     given = Projections(
         format=1 if x.dtype == np.float16 else 0,
         x=x.ctypes.data,
-        rows=x.shape[0],
         k=x.shape[1],
         kernel=kernel.ctypes.data,
         is_kernel_float32=kernel.dtype == np.float32,

@@ -1,4 +1,4 @@
-"""Experts and projections of few tokens, and their outputs in float64."""
+"""Experts of few tokens and projections of one, and their outputs in float64."""
 
 import dataclasses
 
@@ -74,15 +74,15 @@ def no_usual(*arguments):
     raise AssertionError("the kernel was refused")
 
 
-def projection_operands(rng, rows, k, experts, width, dtype="bfloat16", kernel_dtype="float32"):
+def projection_operands(rng, k, experts, width, dtype="bfloat16", kernel_dtype="float32"):
     """x, the router's kernel and a projection; None for a weight without columns."""
-    x, kernel, projection = (rng.normal(size=shape) for shape in ((rows, k), (k, experts), (k, width)))
+    x, kernel, projection = (rng.normal(size=shape) for shape in ((1, k), (k, experts), (k, width)))
     kernel = jnp.asarray(kernel, kernel_dtype) if experts else None
     return jnp.asarray(x, dtype), kernel, jnp.asarray(projection, dtype) if width else None
 
 
 def check_projections(x, kernel, projection, again=0):
-    """Logits as exact as float32 sums, and a projection that is rounded once; NaN in the rows that have one.
+    """Logits as exact as float32 sums, and a projection that is rounded once; NaN for a token that has one.
 
     It has the same bits when it runs so many times again.
     """

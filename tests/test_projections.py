@@ -1,4 +1,4 @@
-"""The kernel of the projections of few tokens: what it computes, emulated on the CPU, and where it is chosen."""
+"""The kernel of the projections of one token: what it computes, emulated on the CPU, and where it is chosen."""
 
 import dataclasses
 import functools
@@ -49,20 +49,12 @@ def emulation(monkeypatch, install_library):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
-@pytest.mark.parametrize("rows", range(1, 9))
-def test_numbers_of_rows(rng, rows):
-    check_projections(*projection_operands(rng, rows, 100, 36, 72))
-
-
-@emulates
-@pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("parts", projections.PARTS)
 def test_parts_of_the_contracted_axis(rng, monkeypatch, parts):
     """Several tiles of columns; more elements than are staged at once, and too few for every part."""
     monkeypatch.setattr(projections, "parts_of", lambda weights, num_sms: parts)
-    check_projections(*projection_operands(rng, 8, 700, 40, 72))
-    check_projections(*projection_operands(rng, 1, 2300, 4, 8))
-    check_projections(*projection_operands(rng, 2, 3, 8, 136))
+    for k, experts, width in ((700, 36, 72), (2300, 4, 8), (3, 8, 136)):
+        check_projections(*projection_operands(rng, k, experts, width))
 
 
 @emulates
@@ -71,15 +63,15 @@ def test_parts_of_the_contracted_axis(rng, monkeypatch, parts):
 def test_types_and_one_product_alone(rng, dtype):
     for kernel_dtype in ("float32", dtype):
         for experts, width in ((72, 0), (0, 72), (8, 8)):
-            check_projections(*projection_operands(rng, 3, 64, experts, width, dtype, kernel_dtype))
+            check_projections(*projection_operands(rng, 64, experts, width, dtype, kernel_dtype))
 
 
 @emulates
 @pytest.mark.usefixtures("emulation")
-def test_a_nan_stays_in_its_row(rng):
-    """Padding rows full of NaN; and an infinite weight, of elements that are 0 in the rows that are left out."""
-    x, kernel, projection = projection_operands(rng, 5, 64, 8, 8)
-    check_projections(x.at[1:].set(jnp.nan), kernel, projection)
+def test_what_is_not_finite(rng):
+    """A token of NaN gives NaN. An infinite weight stays in its column: no product of a row left out is 0 times infinity."""
+    x, kernel, projection = projection_operands(rng, 64, 8, 8)
+    check_projections(x * jnp.nan, kernel, projection)
     weight = jnp.asarray(projection).at[3, 2].set(jnp.inf)
     out = projections.projections(SUPER, no_usual, x, None, weight)[1]
     assert np.isfinite(np.delete(np.asarray(out, np.float32), 2, axis=1)).all()
@@ -88,11 +80,12 @@ def test_a_nan_stays_in_its_row(rng):
 @emulates
 @pytest.mark.usefixtures("emulation")
 def test_under_vmap(rng):
-    x, kernel, projection = projection_operands(rng, 6, 64, 8, 16)
+    x, kernel, projection = projection_operands(rng, 64, 8, 16)
+    tokens = jnp.stack([x, -x, 3 * x])
     program = functools.partial(projections.projections, SUPER, no_usual)
-    wanted = program(x, kernel, projection)
-    each = jax.vmap(program, (0, None, None))(x.reshape(3, 2, 64), kernel, projection)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.reshape(b.shape), b), each, wanted)
+    wanted = [program(token, kernel, projection) for token in tokens]
+    each = jax.vmap(program, (0, None, None))(tokens, kernel, projection)
+    jax.tree.map(lambda a, *b: np.testing.assert_array_equal(a, np.stack(b)), each, *wanted)
 
 
 @pytest.mark.usefixtures("install_library")
@@ -100,13 +93,14 @@ def test_under_vmap(rng):
 def test_in_a_users_shard_map(monkeypatch, split):
     """Each device calls it with its own part, and the results vary over the axis that splits an operand."""
     use(monkeypatch, H100)
-    shapes = ((4, 64), jnp.bfloat16), ((64, 8), jnp.float32), ((64, 16), jnp.bfloat16)
+    tokens = 2 if split == "rows" else 1
+    shapes = ((tokens, 64), jnp.bfloat16), ((64, 8), jnp.float32), ((64, 16), jnp.bfloat16)
     rows, columns = (P("i"), P()) if split == "rows" else (P(), P(None, "i"))
     mesh = jax.sharding.AbstractMesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def call(*operands):
         found = projections.projections(SUPER, no_usual, *operands)
-        assert [value.shape for value in found] == ([(2, 8), (2, 16)] if split == "rows" else [(4, 4), (4, 8)])
+        assert [value.shape for value in found] == ([(1, 8), (1, 16)] if split == "rows" else [(1, 4), (1, 8)])
         assert all(_varying_axes(value) == {"i"} for value in found)
         return found
 
@@ -120,7 +114,7 @@ def test_a_program_calls_it_without_a_gradient_alone(monkeypatch):
     use(monkeypatch, H100)
     config = layer("relu2", 32, 8, 3, 32, dtype="bfloat16", param_dtype="bfloat16", router=RouterConfig())
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
-    x = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
 
     def loss(params, x, config=config):
         return jnp.sum(latent_moe(params, x, config)[0].astype(jnp.float32))
@@ -147,7 +141,7 @@ REFUSALS = {
     "decode": (dict(config=dataclasses.replace(SUPER, backend=CutlassBackend(decode="never"))), "decode is 'never'"),
     "device": (dict(device=A100), "compiled for NVIDIA Hopper GPUs"),
     "mesh": (dict(config=dataclasses.replace(SUPER, parallel=ParallelConfig())), "config.parallel is set"),
-    "rows": (dict(rows=9), "9 tokens are more than the 8"),
+    "rows": (dict(rows=2), "its kernel multiplies one token, not 2"),
     "measured": (dict(config=dataclasses.replace(SUPER, backend="auto"), rows=2), "leaves 2 tokens"),
     "dtype": (dict(dtype="float32"), "tokens are in float32"),
     "router": (
@@ -168,7 +162,6 @@ REFUSALS = {
 @pytest.mark.usefixtures("install_library")
 def test_it_is_chosen():
     assert planned() is None
-    assert planned(rows=8) is None
     assert planned(kernel=None) is None
     assert planned(projection=None) is None
     assert planned(kernel=(512, "bfloat16")) is None

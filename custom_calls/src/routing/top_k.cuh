@@ -1,4 +1,4 @@
-// A warp finds the k largest scores of a row. XLA sorts whole rows if k is above 16.
+// A warp takes the k largest scores of a row one by one. XLA sorts whole rows if k is above 16.
 #pragma once
 
 #include "routing/top_k.h"
@@ -38,107 +38,66 @@ __device__ inline float weight_of(float logit, bool chosen, Weighing const& weig
   return part / sum * weighing.factor;
 }
 
+// Lane l has the columns l, l + 32, ... and the best of them in a register. Each round takes the best of all lanes. If a lane
+// has few columns, it keeps them in registers and finds its next best alone. Otherwise the whole warp finds it, in shared
+// memory.
 template <int Each>
-struct Scratch {
-  uint32_t keys[Each][kWarp + 1];  // one more, so that a lane's columns are in different banks
-  uint16_t columns[Each * kWarp];
-  int32_t chosen[kWarp];
-};
-
-// The choice of rank `lane`, for k <= 32. At least k keys are no less than the k-th largest of the lanes' best keys, so no
-// others are chosen. They are few: about 1.6 k of 512. Each counts the better ones among them.
-template <int Each>
-__device__ int choose_few(uint32_t const (&keys)[Each], uint32_t best, Scratch<Each>& scratch, int k) {
-  const int lane = threadIdx.x % kWarp;
-  int better = 0;
-#pragma unroll
-  for (int other = 0; other < kWarp; ++other) {
-    const uint32_t theirs = __shfl_sync(~0u, best, other);
-    better += other < lane ? theirs >= best : theirs > best;
-  }
-  const uint32_t least = __reduce_min_sync(~0u, better < k ? best : ~0u);
-  uint32_t* const kept = &scratch.keys[0][0];
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < Each; ++i) {
-    const uint32_t mask = __ballot_sync(~0u, keys[i] >= least);
-    if (keys[i] >= least) {
-      const int at = count + __popc(mask & ((1u << lane) - 1));
-      kept[at] = keys[i], scratch.columns[at] = i * kWarp + lane;
-    }
-    count += __popc(mask);
-  }
-  __syncwarp();
-  for (int at = lane; at < count; at += kWarp) {
-    const uint32_t key = kept[at];
-    int rank = 0;
-#pragma unroll 8
-    for (int other = 0; other < count; ++other) rank += other < at ? kept[other] >= key : kept[other] > key;
-    if (rank < k) scratch.chosen[rank] = scratch.columns[at];
-  }
-  __syncwarp();
-  return lane < k ? scratch.chosen[lane] : 0;
-}
-
-// Stores the choices of a row, for any k. Each round takes the best of all lanes. The whole warp then finds that lane's next
-// best in shared memory.
-template <int Each>
-__device__ void choose_in_turn(uint32_t const (&own)[Each], uint32_t best, Scratch<Each>& scratch, int k, int32_t* ids) {
-  const int lane = threadIdx.x % kWarp;
-  auto& keys = scratch.keys;
+__global__ void __launch_bounds__(kWarp* kWarps)
+    choose(float const* scores, int32_t* ids, int rows, int columns, int k, Weighing weighing) {
+  constexpr bool kFew = Each <= 4;
+  __shared__ uint32_t shared[kWarps][kFew ? 1 : Each][kWarp + 1];  // one more, so that a lane's columns are in different banks
+  const int row = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (row >= rows) return;
+  auto& keys = shared[threadIdx.x / kWarp];
+  uint32_t own[Each], best = kNone;
   int at = 0;
 #pragma unroll
-  for (int i = Each - 1; i >= 0; --i) {
-    keys[i][lane] = own[i];
-    if (own[i] == best) at = i;
+  for (int i = 0; i < Each; ++i) {
+    const int column = i * kWarp + lane;
+    own[i] = kNone;
+    if (column < columns) {
+      float score = scores[int64_t{row} * columns + column];
+      if (weighing.bias != nullptr) score = 1.0f / (1.0f + expf(-score)) + weighing.bias[column];
+      own[i] = ordered(score);
+    }
+    if constexpr (!kFew) keys[i][lane] = own[i];
+    if (own[i] > best) best = own[i], at = i;
   }
   __syncwarp();
   int chosen = 0;
   for (int rank = 0; rank < k; ++rank) {
-    const uint32_t most = __reduce_max_sync(~0u, best);
-    const int column = __reduce_min_sync(~0u, best == most ? unsigned(at * kWarp + lane) : ~0u);
-    const int owner = column % kWarp;
-    uint32_t key = kNone;
-    if (lane == column / kWarp) {
-      keys[lane][owner] = kNone;
-    } else if (lane < Each) {
-      key = keys[lane][owner];
+    const uint32_t most = __reduce_max_sync(~0u, best), lanes = __ballot_sync(~0u, best == most);
+    int column = __shfl_sync(~0u, at * kWarp + lane, __ffs(lanes) - 1);
+    if ((lanes & (lanes - 1)) != 0) {  // several lanes have it: the lowest column is taken
+      column = __reduce_min_sync(~0u, best == most ? unsigned(at * kWarp + lane) : ~0u);
     }
-    const uint32_t next = __reduce_max_sync(~0u, key);
-    const int next_at = __reduce_min_sync(~0u, key == next ? unsigned(lane) : ~0u);
-    if (lane == owner) best = next, at = next_at;
+    const int owner = column % kWarp;
+    if constexpr (kFew) {
+      if (lane == owner) {
+        best = kNone;
+#pragma unroll
+        for (int i = 0; i < Each; ++i) {
+          if (i == column / kWarp) own[i] = kNone;
+          if (own[i] > best) best = own[i], at = i;
+        }
+      }
+    } else {
+      uint32_t key = kNone;
+      if (lane == column / kWarp) {
+        keys[lane][owner] = kNone;
+      } else if (lane < Each) {
+        key = keys[lane][owner];
+      }
+      const uint32_t next = __reduce_max_sync(~0u, key);
+      const int next_at = __ffs(__ballot_sync(~0u, key == next)) - 1;
+      if (lane == owner) best = next, at = next_at;
+    }
     if (rank % kWarp == lane) chosen = column;
     if ((rank + 1) % kWarp == 0 || rank + 1 == k) {
       const int first = rank / kWarp * kWarp;
-      if (first + lane < k) ids[first + lane] = chosen;
+      if (first + lane < k) ids[int64_t{row} * k + first + lane] = chosen;
     }
   }
-}
-
-// A warp takes a row, and lane l the columns l, l + 32, ...
-template <int Each>
-__global__ void __launch_bounds__(kWarp* kWarps)
-    choose(float const* scores, int32_t* ids, int rows, int columns, int k, Weighing weighing) {
-  __shared__ Scratch<Each> shared[kWarps];
-  const int row = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (row >= rows) return;
-  uint32_t keys[Each], best = kNone;
-#pragma unroll
-  for (int i = 0; i < Each; ++i) {
-    const int column = i * kWarp + lane;
-    keys[i] = kNone;
-    if (column < columns) {
-      float score = scores[int64_t{row} * columns + column];
-      if (weighing.bias != nullptr) score = 1.0f / (1.0f + expf(-score)) + weighing.bias[column];
-      keys[i] = ordered(score);
-    }
-    best = max(best, keys[i]);
-  }
-  ids += int64_t{row} * k;
-  auto& scratch = shared[threadIdx.x / kWarp];
-  if (k > kWarp) return choose_in_turn(keys, best, scratch, k, ids);
-  const int chosen = choose_few(keys, best, scratch, k);
-  if (lane < k) ids[lane] = chosen;
   if (weighing.logits == nullptr) return;
   const float logit = lane < k ? weighing.logits[int64_t{row} * columns + chosen] : 0.0f;
   const float weight = weight_of(logit, lane < k, weighing);
