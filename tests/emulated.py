@@ -167,15 +167,13 @@ class Weighing(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("logits", "weights")),
         ("sigmoid", ctypes.c_bool),
         *((name, ctypes.c_float) for name in ("eps", "factor")),
-        ("bias", ctypes.c_void_p),
     )
 
 
-def _choose(results, attributes, scores, logits, bias):
-    scores, logits, bias = map(aligned, (scores, logits, bias))
+def _choose(results, attributes, scores, logits):
+    scores, logits = map(aligned, (scores, logits))
     ids, weights = (aligned(np.zeros(result.shape, result.dtype)) for result in results)
     weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
-    weighing.bias = bias.ctypes.data if bias.size else None
     _run_choose(scores, ids, weighing)
     return ids, weights
 

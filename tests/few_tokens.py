@@ -90,7 +90,8 @@ def check_projections(x, kernel, projection, again=0):
     program = jax.jit(lambda *operands: projections(config, no_usual, *operands))
     found = program(x, kernel, projection)
     for _ in range(again):
-        jax.tree.map(np.testing.assert_array_equal, program(x, kernel, projection), found)
+        for value, same in zip(jax.tree.leaves(program(x, kernel, projection)), jax.tree.leaves(found), strict=True):
+            np.testing.assert_array_equal(value.astype(jnp.float32), same.astype(jnp.float32))
     exact = np.asarray(x.astype(jnp.float32), np.float64)
     kept = np.isfinite(exact).all(1)
     for product, weight, dtype in zip(found, (kernel, projection), (jnp.float32, x.dtype), strict=True):

@@ -268,6 +268,15 @@ def planned(config, tokens=1, dtype="bfloat16", format=None, device=H100, scales
 
 
 @pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize(("format", "most"), [(None, 1), ("fp8_block", 8), ("mxfp4", 8)])
+def test_the_most_tokens_by_themselves(format, most):
+    config = dataclasses.replace(SUPER, backend="auto")
+    assert isinstance(planned(config, most, format=format), Decode)
+    refused = planned(config, most + 1, format=format)
+    assert f"'measured' leaves {most + 1} tokens to the grouped matmuls: 'always' takes them." in refused
+
+
+@pytest.mark.usefixtures("install_library")
 def test_the_plan_of_super():
     """One token of it has 528 blocks in the second product: four for each SM of an H100."""
     plan = planned(SUPER)

@@ -128,8 +128,7 @@ def route(
         plain = token_mask is None and expert_ids is None and scale is None
         if plain and _weighs_in_kernel(choice, logits, config, top_k, backend):
             factor = config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
-            own_bias = bias if _adds_bias_in_kernel(bias, config) else None
-            return Routing(*_chosen(config, top_k, factor, choice, logits, own_bias))
+            return Routing(*_chosen(config, top_k, factor, choice, logits))
         ids = checkpoint_name(top_k_ids(choice, top_k, backend), CHOICE)
     if expert_ids is not None:
         if config.selection != "given":
@@ -159,31 +158,20 @@ def _weighs_in_kernel(choice, logits, config, top_k, backend) -> bool:
     return normalised and fits and known and refusal(backend, choice.shape[0], top_k) is None
 
 
-def _adds_bias_in_kernel(bias, config) -> bool:
-    """Whether `choice_scores` are sigmoids of the logits, and `selection` is their sum with the bias."""
-    of_sigmoids = config.score_function == "sigmoid" and config.selection == "score" and config.num_groups == 1
-    return of_sigmoids and bias is not None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chosen(config, top_k, factor, choice, logits, bias):
-    """The choice by the scores `choice`, and its weights, in one kernel if there is no gradient.
-
-    With a bias, the kernel makes `choice` of the logits and the bias, and XLA drops the array.
-    """
+def _chosen(config, top_k, factor, choice, logits):
+    """The choice by the scores `choice`, and its weights, in one kernel if there is no gradient."""
     return compiled_top_k_and_weights(
-        choice if bias is None else logits,
+        choice,
         logits,
         top_k,
         sigmoid=config.score_function == "sigmoid",
         eps=config.norm_topk_eps if config.norm_topk_prob else 0.0,
         factor=factor,
-        bias=None if bias is None else bias.astype(jnp.float32),
     )
 
 
-def _chosen_fwd(config, top_k, factor, choice, logits, bias):
-    del bias
+def _chosen_fwd(config, top_k, factor, choice, logits):
     ids = checkpoint_name(compiled_top_k_ids(choice, top_k), CHOICE)
     weights, pullback = jax.vjp(lambda logits: _weights(logits, ids, None, config)[0] * factor, logits)
     return (ids, weights), pullback
@@ -191,7 +179,7 @@ def _chosen_fwd(config, top_k, factor, choice, logits, bias):
 
 def _chosen_bwd(config, top_k, factor, pullback, cotangents):
     del config, top_k, factor
-    return None, *pullback(cotangents[1]), None
+    return None, *pullback(cotangents[1])
 
 
 _chosen.defvjp(_chosen_fwd, _chosen_bwd)

@@ -42,14 +42,7 @@ MOST_WEIGHTS = 32
 
 
 def compiled_top_k_and_weights(
-    scores: Float[Array, "t e"],
-    logits: Float[Array, "t e"],
-    k: int,
-    *,
-    sigmoid: bool,
-    eps: float,
-    factor: float,
-    bias: Float[Array, " e"] | None = None,
+    scores: Float[Array, "t e"], logits: Float[Array, "t e"], k: int, *, sigmoid: bool, eps: float, factor: float
 ) -> tuple[Int[Array, "t k"], Float[Array, "t k"]]:
     """`compiled_top_k_ids`, and the weights of the choices, normalised over them, times a factor.
 
@@ -60,9 +53,7 @@ def compiled_top_k_and_weights(
         sigmoid: True for sigmoids of the logits, False for their exponentials.
         eps: added to the sum of the sigmoids; 0 for a sum of logarithms, which does not underflow.
         factor: multiplies the weights.
-        bias: [E] float32; if given, the choice is by sigmoid(scores) + bias.
     """
-    bias = jnp.zeros(0, jnp.float32) if bias is None else bias
     outs = [jax.ShapeDtypeStruct((scores.shape[0], k), dtype) for dtype in (jnp.int32, jnp.float32)]
-    ids, weights = native.call("top_k_weights", [scores, logits, bias], outs, sigmoid=sigmoid, eps=eps, factor=factor)
+    ids, weights = native.call("top_k_weights", [scores, logits], outs, sigmoid=sigmoid, eps=eps, factor=factor)
     return ids, weights

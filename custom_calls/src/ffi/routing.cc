@@ -13,7 +13,7 @@ namespace {
 
 // The choice, and its weights if there are logits.
 ffi::Error choose(cudaStream_t stream, ffi::AnyBuffer const& scores, ffi::AnyBuffer const& ids, routing::Weighing weighing,
-                  ffi::AnyBuffer const* logits, ffi::AnyBuffer const* weights, ffi::AnyBuffer const* bias) {
+                  ffi::AnyBuffer const* logits, ffi::AnyBuffer const* weights) {
   Check check;
   check.that(scores.dimensions().size() == 2, "scores of shape " + shape(scores) + " must have 2 axes");
   check.that(ids.dimensions().size() == 2, "expert_ids of shape " + shape(ids) + " must have 2 axes");
@@ -30,10 +30,6 @@ ffi::Error choose(cudaStream_t stream, ffi::AnyBuffer const& scores, ffi::AnyBuf
     check.buffer("weights", *weights, ffi::DataType::F32, {rows, k});
     check.that(k <= routing::kMostWeights,
                "k=" + std::to_string(k) + " weights a row are more than " + std::to_string(routing::kMostWeights));
-    if (bias->element_count() > 0) {
-      check.buffer("bias", *bias, ffi::DataType::F32, {columns});
-      weighing.bias = bias->typed_data<float>();
-    }
     weighing.logits = logits->typed_data<float>();
     weighing.weights = static_cast<float*>(weights->untyped_data());
   }
@@ -47,12 +43,12 @@ ffi::Error choose(cudaStream_t stream, ffi::AnyBuffer const& scores, ffi::AnyBuf
 }  // namespace
 
 ffi::Error top_k(TopKCall const& call) {
-  return choose(call.stream, call.scores, *call.expert_ids, {}, nullptr, nullptr, nullptr);
+  return choose(call.stream, call.scores, *call.expert_ids, {}, nullptr, nullptr);
 }
 
 ffi::Error top_k_weights(TopKWeightsCall const& call) {
-  routing::Weighing const weighing{nullptr, nullptr, call.sigmoid, call.eps, call.factor, nullptr};
-  return choose(call.stream, call.scores, *call.expert_ids, weighing, &call.logits, &*call.weights, &call.bias);
+  routing::Weighing const weighing{nullptr, nullptr, call.sigmoid, call.eps, call.factor};
+  return choose(call.stream, call.scores, *call.expert_ids, weighing, &call.logits, &*call.weights);
 }
 
 ffi::Error sort_by_expert(SortByExpertCall const& call) {

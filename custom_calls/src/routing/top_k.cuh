@@ -54,12 +54,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
 #pragma unroll
   for (int i = 0; i < Each; ++i) {
     const int column = i * kWarp + lane;
-    own[i] = kNone;
-    if (column < columns) {
-      float score = scores[int64_t{row} * columns + column];
-      if (weighing.bias != nullptr) score = 1.0f / (1.0f + expf(-score)) + weighing.bias[column];
-      own[i] = ordered(score);
-    }
+    own[i] = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
     if constexpr (!kFew) keys[i][lane] = own[i];
     if (own[i] > best) best = own[i], at = i;
   }

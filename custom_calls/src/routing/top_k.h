@@ -18,7 +18,6 @@ struct Weighing {
   float* weights;
   bool sigmoid;
   float eps, factor;
-  float const* bias;  // [columns] or null: a row is chosen by sigmoid(scores) + bias
 };
 
 // ids[row][0 ... k - 1] are the columns of the k largest scores, best first, the lower column first of equal scores.
