@@ -17,10 +17,11 @@ files() { # the files of a wheel, without its metadata
   "$python" -m zipfile -l "$1" | grep -o '^jax_latent_moe[^ ]*' | grep -v dist-info | sort
 }
 
-run() { # run Python code with wheels alone, outside of the checkout, which python would import instead
-  local code=$1
+run() { # CODE WHEEL ... [-- ARGUMENT ...]: with wheels alone, outside of the checkout, which python would import instead
+  local code=$1 wheels=()
   shift
-  (cd "$DIST" && "$uv" run --quiet --isolated --no-project --python "$python" "${@/#/--with=}" python -c "$code")
+  while (($#)) && [[ $1 != -- ]]; do wheels+=("--with=$1") && shift; done
+  (cd "$DIST" && "$uv" run --quiet --isolated --no-project --python "$python" "${wheels[@]}" python -c "$code" "${@:2}")
 }
 
 untracked() { # files in the source tree that a build may have left
@@ -57,6 +58,20 @@ assert y.shape == (3, 16) and aux.tokens_per_expert.sum() == 6
 from jax_latent_moe import native
 assert "jax-latent-moe[cuda13]" in native.library().missing, native.library()
 print("jax_latent_moe", lm.__version__, "runs from its wheel")' "$pure"
+# Each extra brings what its part needs. Those for GPUs are only resolved: they are gigabytes.
+run 'import jax_latent_moe.linen, jax_latent_moe.nnx' "jax-latent-moe[flax] @ file://$pure"
+run 'import flax, optax, orbax.checkpoint, tokenizers, tyro, rich, tensorboardX, matplotlib' "jax-latent-moe[train] @ file://$pure"
+run 'import pyarrow' "jax-latent-moe[data] @ file://$pure"
+for extra in cpu cuda12 cuda13; do
+  "$uv" pip install --quiet --dry-run --find-links "$DIST" --python "$python" --target "$BUILT/none" \
+    "jax-latent-moe[$extra] @ file://$pure"
+done
+run '
+import pathlib, re, sys
+fence = 3 * chr(96)
+for block in re.findall(f"^{fence}python\n(.*?)^{fence}", pathlib.Path(sys.argv[1]).read_text(), re.M | re.S):
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+print("the blocks of the README run from the wheel")' "jax-latent-moe[train] @ file://$pure" -- "$PWD/README.md"
 for kernels in "$DIST"/jax_latent_moe_cuda13-*.whl; do
   [[ -f $kernels ]] || continue
   run '
