@@ -13,7 +13,7 @@ from tests import drawn, seeds
 def test_each_value_occurs(monkeypatch, columns, number):
     monkeypatch.setattr(drawn, "WHOLE", False)
     grid, draws = list(itertools.product(*columns)), set()
-    for seed in range(20):
+    for seed in range(80):
         monkeypatch.setenv(seeds.VARIABLE, str(seed))
         rows = drawn.drawn(grid, number)
         assert rows == [row for row in grid if row in rows]
