@@ -8,6 +8,7 @@ several GPUs, the batch grows with their number (weak scaling), over each axis o
 """
 
 import dataclasses
+import itertools
 import pathlib
 import statistics
 import tempfile
@@ -111,7 +112,7 @@ def step_times(compiled: Compiled, rounds: int, steps: int = 6, *, kernels: bool
     rng, found = np.random.default_rng(0), [text.at(i) for i in range(BATCHES)]
     drawn = [data.Batch(rng.integers(0, 256, batch.tokens.shape, np.uint8)) for batch in found]
     placed = {
-        kind: [placing.from_whole(batch.tokens, mesh) for batch in batches]
+        kind: itertools.cycle([data.Batch(placing.from_whole(batch.tokens, mesh)) for batch in batches])
         for kind, batches in (("text", found), ("random", drawn))
     }
     with jax.set_mesh(mesh):
@@ -119,9 +120,14 @@ def step_times(compiled: Compiled, rounds: int, steps: int = 6, *, kernels: bool
     times = {kind: [] for kind in placed}
     for turn in range(rounds + 1):
         for kind, batches in placed.items():
+            # The timer starts when a step has ended and the next one is queued, as in a training loop. From an idle GPU
+            # on, the host's time to dispatch the first step would count too.
+            state, before = compiled.call(state, next(batches))
+            state, _ = compiled.call(state, next(batches))
+            jax.block_until_ready(before)
             start = time.perf_counter()
-            for i in range(steps):
-                state, _ = compiled.call(state, data.Batch(batches[(turn * steps + i) % BATCHES]))
+            for _ in range(steps - 1):
+                state, _ = compiled.call(state, next(batches))
             jax.block_until_ready(state.step)
             if turn:  # the first warms up
                 times[kind].append(1e3 * (time.perf_counter() - start) / steps)
@@ -129,8 +135,8 @@ def step_times(compiled: Compiled, rounds: int, steps: int = 6, *, kernels: bool
 
         def run():
             after = state
-            for tokens in placed["text"]:
-                after, _ = compiled.call(after, data.Batch(tokens))
+            for _ in range(BATCHES):
+                after, _ = compiled.call(after, next(placed["text"]))
             jax.block_until_ready(after.step)
 
         print(kernel_table.table(kernel_table.kernels_of(run, BATCHES)))

@@ -21,6 +21,10 @@ from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, Kerne
 
 MOST_ASSIGNMENTS = 256
 """The most assignments of a call (custom_calls/src/decode/experts.h, kThreads)."""
+MOST_TOKENS = 1
+"""The most tokens that decode="measured" takes if the experts' weights are dense."""
+MOST_TOKENS_OF_CODES = 8
+"""The same if both are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200."""
 TILE, DEPTH = 128, 128
 """A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
@@ -65,7 +69,9 @@ class Decode:
         )
 
 
-def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Device | None = None) -> str | None:
+def refusal(
+    backend: str | BackendConfig, tokens: Any, choices: int, device: Device | None = None, most_tokens: int = MOST_TOKENS
+) -> str | None:
     """None, or the reason why the kernels for few tokens do not run on a device, as a sentence.
 
     Args:
@@ -73,6 +79,7 @@ def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Dev
         tokens: T, an integer unless it is a symbolic size of `jax.export`.
         choices: k.
         device: the device that runs them; None is JAX's default device.
+        most_tokens: the most that decode="measured" takes.
     """
     device, asked = device or current_device(), as_backend(backend)
     backends = AUTO.get(device.platform, ()) if asked == "auto" else (asked,)
@@ -85,7 +92,7 @@ def refusal(backend: str | BackendConfig, tokens: Any, choices: int, device: Dev
         return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
     if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
         return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
-    if compiled[0].decode == "measured" and tokens > 1:
+    if compiled[0].decode == "measured" and tokens > most_tokens:
         return f"CutlassBackend.decode='measured' leaves {tokens} tokens to the grouped matmuls: 'always' takes them."
     return native.library().missing
 
@@ -112,7 +119,9 @@ def plan_decode(
         device: the device that runs them; None is JAX's default device.
     """
     device, dtype = device or current_device(), jnp.dtype(dtype).name
-    if (reason := refusal(config.backend, tokens, choices, device)) is not None:
+    in_codes = isinstance(w_in, ScaledArray) and isinstance(w_out, ScaledArray)
+    most_tokens = MOST_TOKENS_OF_CODES if in_codes else MOST_TOKENS
+    if (reason := refusal(config.backend, tokens, choices, device, most_tokens)) is not None:
         return reason
     if config.parallel is not None:
         return "config.parallel is set, and its kernels run on one device."

@@ -26,6 +26,7 @@ from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import CODES, in_auto_mode, over_mesh
 from jax_latent_moe.params import Params, as_array, check_config, check_params
 from jax_latent_moe.precision import Codes
+from jax_latent_moe.projections import projections
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered
 from jax_latent_moe.routing.losses import auxiliary_losses
@@ -178,13 +179,15 @@ def _layer(config, shards, params, x, by_token, whole):
         noisy = jittered(tokens, whole.key, config.router.input_jitter, by_token.numbers.reshape(-1))
         logits = router_logits(noisy, router["kernel"], router_dtype)
         latent = tokens.astype(config.dtype)
-        latent = latent if config.latent_size is None else _project(latent, params["down_proj"])
-    elif config.latent_size is None:
-        logits, latent = router_logits(tokens, router["kernel"], router_dtype), tokens.astype(config.dtype)
+        latent = latent if config.latent_size is None else _project(latent, params["down_proj"], config)
     else:
-        down = cast(params["down_proj"]["kernel"], config.dtype)
-        logits, latent = router_logits_and_projection(tokens, router["kernel"], router_dtype, base_of(down))
-        if isinstance(down, LowRank):
+        down = None if config.latent_size is None else cast(params["down_proj"]["kernel"], config.dtype)
+        base = None if down is None else base_of(down)
+        usual = partial(router_logits_and_projection, dtype=router_dtype)
+        logits, latent = projections(config, usual, tokens, router["kernel"], base)
+        if down is None:
+            latent = tokens.astype(config.dtype)
+        elif isinstance(down, LowRank):
             latent += projected(tokens.astype(config.dtype), down)
     if config.router.logit_bias:
         logits += router["logit_bias"].astype(logits.dtype)[None]
@@ -228,7 +231,7 @@ def _layer(config, shards, params, x, by_token, whole):
         combined = _rms_norm(combined, params["latent_norm"]["scale"], config.latent_norm_eps)
     if config.apply_routed_scale_to_output:
         combined *= config.router.routed_scaling_factor
-    y = combined if config.latent_size is None else _project(combined, params["up_proj"])
+    y = combined if config.latent_size is None else _project(combined, params["up_proj"], config)
     if "shared" in params:
         shared = _shared_expert(tokens, params["shared"], config)
         y = shards.sum_over_tensor(y + shared) if sum_in_y else y + shards.sum_over_tensor(shared)
@@ -316,9 +319,10 @@ def _route_through_experts(params, codes, latent, routing, config, shards):
     return combined, dropped + not_sent
 
 
-def _project(x: Float[Array, "t a"], params) -> Float[Array, "t b"]:
+def _project(x: Float[Array, "t a"], params, config) -> Float[Array, "t b"]:
     kernel = cast(params["kernel"], x.dtype)
-    return x @ kernel if not isinstance(kernel, LowRank) else x @ kernel.base + projected(x, kernel)
+    _, out = projections(config, lambda x, _, kernel: (None, x @ kernel), x, None, base_of(kernel))
+    return out + projected(x, kernel) if isinstance(kernel, LowRank) else out
 
 
 def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:

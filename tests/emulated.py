@@ -100,11 +100,13 @@ def compiled(name: str) -> ctypes.CDLL:
 
 def call(target, operands, results, **attributes):
     """In place of `native.call`."""
-    run = {"decode_experts": _run, "top_k_weights": _choose}[target]
+    targets = dict(decode_experts=_run, decode_projections=_project, top_k=_choose_alone, top_k_weights=_choose)
+    run = targets[target]
     native._check_buffers(target, "operands", operands)
     native._check_buffers(target, "results", results)
     assert attributes.keys() == native.INTERFACE[target]["attributes"].keys()
-    return list(jax.pure_callback(functools.partial(run, results, attributes), list(results), *operands))
+    program = functools.partial(run, results, attributes)
+    return list(jax.pure_callback(program, list(results), *operands, vmap_method="sequential"))
 
 
 def aligned(array) -> np.ndarray:
@@ -171,11 +173,56 @@ class Weighing(ctypes.Structure):
 def _choose(results, attributes, scores, logits):
     scores, logits = map(aligned, (scores, logits))
     ids, weights = (aligned(np.zeros(result.shape, result.dtype)) for result in results)
-    assert scores.shape[1] <= 128
     weighing = Weighing(logits.ctypes.data, weights.ctypes.data, **attributes)
+    _run_choose(scores, ids, weighing)
+    return ids, weights
+
+
+def _choose_alone(results, attributes, scores):
+    scores, ids = aligned(scores), aligned(np.zeros(results[0].shape, np.int32))
+    _run_choose(scores, ids, Weighing(**attributes))
+    return (ids,)
+
+
+def _run_choose(scores, ids, weighing):
+    assert scores.shape[1] <= 512
     pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
     kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
-    return ids, weights
+
+
+class Projections(ctypes.Structure):
+    _fields_ = (
+        ("format", ctypes.c_int),
+        ("x", ctypes.c_void_p),
+        ("k", ctypes.c_int),
+        ("kernel", ctypes.c_void_p),
+        ("is_kernel_float32", ctypes.c_bool),
+        ("experts", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("logits", "projection")),
+        ("width", ctypes.c_int),
+        ("out", ctypes.c_void_p),
+        ("parts", ctypes.c_int),
+    )
+
+
+def _project(results, attributes, x, kernel, projection):
+    x, kernel, projection = map(aligned, (x, kernel, projection))
+    logits, out = (aligned(np.full(result.shape, np.nan).astype(result.dtype)) for result in results)
+    given = Projections(
+        format=1 if x.dtype == np.float16 else 0,
+        x=x.ctypes.data,
+        k=x.shape[1],
+        kernel=kernel.ctypes.data,
+        is_kernel_float32=kernel.dtype == np.float32,
+        experts=kernel.shape[1],
+        logits=logits.ctypes.data,
+        projection=projection.ctypes.data,
+        width=projection.shape[1],
+        out=out.ctypes.data,
+        **attributes,
+    )
+    compiled("projections").multiply_projections(ctypes.byref(given))
+    return logits, out
 
 
 def widened(code: str, word: int, scale: int = 0, zero: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Experts of few tokens, and their outputs in float64."""
+"""Experts of few tokens and projections of one, and their outputs in float64."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from jax_latent_moe import CutlassBackend, LatentMoEConfig, RouterConfig
 from jax_latent_moe.formats import ScaledArray, decoded, encode
+from jax_latent_moe.projections import projections
 from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows
 
@@ -66,3 +67,40 @@ def only(weight, experts):
         for name, leaf in weight.scales.items()
     }
     return dataclasses.replace(weight, scales=scales)
+
+
+def no_usual(*arguments):
+    """In place of what runs without the kernel of projections."""
+    raise AssertionError("the kernel was refused")
+
+
+def projection_operands(rng, k, experts, width, dtype="bfloat16", kernel_dtype="float32"):
+    """x, the router's kernel and a projection; None for a weight without columns."""
+    x, kernel, projection = (rng.normal(size=shape) for shape in ((1, k), (k, experts), (k, width)))
+    kernel = jnp.asarray(kernel, kernel_dtype) if experts else None
+    return jnp.asarray(x, dtype), kernel, jnp.asarray(projection, dtype) if width else None
+
+
+def check_projections(x, kernel, projection, again=0):
+    """Logits as exact as float32 sums, and a projection that is rounded once; NaN for a token that has one.
+
+    It has the same bits when it runs so many times again.
+    """
+    config = layer("relu2", 32, 8, 2, 32)
+    program = jax.jit(lambda *operands: projections(config, no_usual, *operands))
+    found = program(x, kernel, projection)
+    for _ in range(again):
+        for value, same in zip(jax.tree.leaves(program(x, kernel, projection)), jax.tree.leaves(found), strict=True):
+            np.testing.assert_array_equal(value.astype(jnp.float32), same.astype(jnp.float32))
+    exact = np.asarray(x.astype(jnp.float32), np.float64)
+    kept = np.isfinite(exact).all(1)
+    for product, weight, dtype in zip(found, (kernel, projection), (jnp.float32, x.dtype), strict=True):
+        if weight is None:
+            assert product is None
+            continue
+        assert product.dtype == dtype
+        product, weight = (np.asarray(value.astype(jnp.float32), np.float64) for value in (product, weight))
+        wanted, size = exact[kept] @ weight, np.abs(exact[kept]) @ np.abs(weight)
+        rounding = 0 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+        assert (np.abs(product[kept] - wanted) <= rounding * np.abs(wanted) + 2e-7 * size).all()
+        assert np.isnan(product[~kept]).all()

@@ -21,6 +21,7 @@ from jax_latent_moe import (
     latent_moe,
     native,
     presets,
+    projections,
     quantize,
 )
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
@@ -29,6 +30,7 @@ from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.grouped_matmul.registry import AUTO
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from jax_latent_moe.routing.router import route
+from jax_latent_moe.routing.top_k import compiled_top_k_ids
 from tests import emulated
 from tests.few_tokens import BACKEND, WEIGHINGS, expected, experts_of, layer, only
 from tests.kernels import A100, CPU, H100, H200
@@ -45,13 +47,14 @@ SUPER = dataclasses.replace(presets.NEMOTRON_3_SUPER, backend=BACKEND)
 def emulation(monkeypatch, install_library):
     """The kernels run on the CPU, as if it were a Hopper GPU with a library."""
     monkeypatch.setattr(native, "call", emulated.call)
-    for module in (decode, expert_plan):
+    for module in (decode, expert_plan, projections):
         monkeypatch.setattr(module, "current_device", lambda: SMALL)
 
 
-def check(rng, config, format, tokens, dtype="bfloat16", ids=None, device=SMALL):
+def check(rng, config, format, tokens, dtype="bfloat16", ids=None, device=SMALL, change=lambda w_in: w_in):
     """Values; nothing of the experts that no token chose, which are NaN."""
     w_in, w_out = experts_of(rng, config, format, dtype)
+    w_in = change(w_in)
     experts, top_k = config.num_experts, config.top_k
     x = jnp.asarray(rng.normal(size=(tokens, config.latent_width)), dtype)
     weights = jnp.asarray(rng.normal(size=(tokens, top_k)), jnp.float32)
@@ -98,6 +101,27 @@ def test_one_expert_has_more_rows_than_a_block_multiplies_at_once(rng, format):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("format", ["int8", "int4_32_zero"])
+def test_more_inputs_than_shared_memory_holds_at_once(rng, format):
+    check(rng, layer("relu2", 2048 + 160, 3, 2, 32), format, 3)
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+def test_scales_that_take_two_factors(rng):
+    """Some of the scales of a matrix are above 2."""
+
+    def louder(w_in):
+        scales = w_in.scales["block"]
+        return dataclasses.replace(w_in, scales={"block": scales.at[:, :, ::3].add(20)})
+
+    config = layer("relu2", 256, 3, 2, 64)
+    assert louder(experts_of(rng, config, "mxfp4")[0]).scales["block"].max() > 129
+    check(rng, config, "mxfp4", 2, change=louder)
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
 def test_as_many_assignments_as_fit(rng):
     config = layer("relu2", 16, 3, 1, 16)
     check(rng, config, None, MOST_ASSIGNMENTS)
@@ -127,7 +151,7 @@ def test_no_expert_adds_nothing_and_a_nan_stays_in_its_token(rng):
 def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     """As the portable backend computes it, dropped and masked tokens included."""
     router = RouterConfig(capacity_factor=0.5, norm_topk_prob=False)
-    config = layer("relu2", 32, 6, 3, 32, router=router, dtype="bfloat16", param_dtype="bfloat16")
+    config = layer("relu2", 32, 8, 3, 32, router=router, dtype="bfloat16", param_dtype="bfloat16")
     params = init_params(jax.random.key(0), config)
     params = params if format is None else quantize(params, config, format)
     x, mask = jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16), jnp.asarray([True, False, True])
@@ -138,6 +162,20 @@ def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
     assert aux.dropped_per_expert.sum() == 2
     assert (y[1] == 0).all()
     assert_close(y.astype(jnp.float32), wanted.astype(jnp.float32), "bfloat16")
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (33, 5), (100, 22), (128, 32), (40, 33), (128, 128)])
+def test_the_choice_is_a_stable_sort_from_the_best(rng, experts, k):
+    """Equal scores, infinities, NaN and zeros of either sign as XLA orders them; all equal; the best in one lane."""
+    some = np.round(rng.normal(size=(6, experts)), 1)
+    some[rng.random(some.shape) < 0.2] = -np.inf
+    odd = rng.choice([np.nan, -np.nan, -0.0, 0.0, np.inf, 1e-40], size=(2, experts))
+    ascending = np.arange(experts)[None] / 7
+    by_lane = np.where(np.arange(experts) % 32 == 5, 9.0, -ascending)
+    scores = jnp.asarray(np.concatenate([some, odd, np.zeros((1, experts)), ascending, by_lane]), jnp.float32)
+    np.testing.assert_array_equal(compiled_top_k_ids(scores, k), jax.lax.top_k(scores, k)[1])
 
 
 @emulates
@@ -155,6 +193,22 @@ def test_the_choice_and_its_weights_are_one_kernel(rng, name):
     wanted = jax.jit(program)(logits)
     np.testing.assert_array_equal(routing.expert_ids, wanted.expert_ids)
     np.testing.assert_allclose(routing.weights, wanted.weights, rtol=2e-5)
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("experts", [5, 33, 70, 128, 300])
+def test_the_choice_is_a_stable_sort_from_the_best(rng, experts):
+    """Many equal scores of either sign, both infinities; as many choices as there are experts where the kernel can."""
+    logits = np.round(rng.normal(size=(3, experts)), 1).astype(np.float32) + np.float32(0)
+    logits[rng.random(logits.shape) < 0.1] = -np.inf
+    logits[0, : experts // 2] = np.inf
+    k = min(experts, 32)
+    config = RouterConfig(score_function="softmax_topk", norm_topk_eps=0)
+    program = functools.partial(route, config=config, top_k=k, backend=BACKEND)
+    assert "pure_callback" in str(jax.make_jaxpr(program)(jnp.asarray(logits))), "the emulated kernel chooses"
+    found = jax.jit(program)(jnp.asarray(logits))
+    np.testing.assert_array_equal(found.expert_ids, np.argsort(-logits, axis=1, kind="stable")[:, :k])
 
 
 @pytest.mark.usefixtures("install_library")
@@ -211,6 +265,15 @@ def planned(config, tokens=1, dtype="bfloat16", format=None, device=H100, scales
     if scales is not None:
         w_out = dataclasses.replace(w_out, scales=w_out.scales | scales)
     return plan_decode(config, tokens, config.top_k, dtype, w_in, w_out, device=device)
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize(("format", "most"), [(None, 1), ("fp8_block", 8), ("mxfp4", 8)])
+def test_the_most_tokens_by_themselves(format, most):
+    config = dataclasses.replace(SUPER, backend="auto")
+    assert isinstance(planned(config, most, format=format), Decode)
+    refused = planned(config, most + 1, format=format)
+    assert f"'measured' leaves {most + 1} tokens to the grouped matmuls: 'always' takes them." in refused
 
 
 @pytest.mark.usefixtures("install_library")

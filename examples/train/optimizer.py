@@ -1,6 +1,7 @@
 """The optimiser: adamw or muon, with warm-up, cosine decay and clipping."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +64,17 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def global_norm(tree: PyTree) -> Float[Array, ""]:
     """The root of the sum of all squares, in float32.
 
-    Leaves of one shape are summed along their last axis. These sums are added elementwise and then summed. A full sum
-    of each leaf would take one more kernel for each on a GPU.
+    On a GPU, the squares of a parameter are added elementwise over the blocks and then summed, because a sum of each
+    leaf would take one more kernel for each. A CPU sums the rows of each leaf first, on all its cores. Leaves of one
+    shape but other names may be sharded otherwise, and are not added.
     """
-    of_shape: dict[tuple[int, ...], list[Array]] = {}
-    for leaf in jax.tree.leaves(tree):
+    rows_first = jax.default_backend() == "cpu"
+    alike: dict[Any, list[Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         squares = jnp.square(leaf.astype(jnp.float32))
-        of_shape.setdefault(leaf.shape, []).append(jnp.sum(squares, axis=-1) if leaf.ndim > 1 else squares)
-    return jnp.sqrt(sum((jnp.sum(functools.reduce(jnp.add, parts)) for parts in of_shape.values()), jnp.zeros(())))
+        summed = jnp.sum(squares, axis=-1) if rows_first and leaf.ndim > 1 else squares
+        alike.setdefault((path[-2:], leaf.shape), []).append(summed)
+    return jnp.sqrt(sum((jnp.sum(functools.reduce(jnp.add, parts)) for parts in alike.values()), jnp.zeros(())))
 
 
 def is_matrix(params: PyTree) -> PyTree:

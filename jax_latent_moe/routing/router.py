@@ -74,9 +74,11 @@ def router_logits(x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: st
 
 
 def router_logits_and_projection(
-    x: Float[Array, "t d"], kernel: Float[Array, "d e"], dtype: str, projection: Float[Array, "d l"]
-) -> tuple[Float[Array, "t e"], Float[Array, "t l"]]:
-    """`router_logits`, and x @ projection in the projection's type."""
+    x: Float[Array, "t d"], kernel: Float[Array, "d e"], projection: Float[Array, "d l"] | None, *, dtype: str
+) -> tuple[Float[Array, "t e"], Float[Array, "t l"] | None]:
+    """`router_logits`, and x @ projection in the projection's type, None without a projection."""
+    if projection is None:
+        return router_logits(x, kernel, dtype), None
     if _splits(x, dtype) and projection.dtype == x.dtype:
         return split_matmul_beside(x, kernel, projection)
     return router_logits(x, kernel, dtype), x.astype(projection.dtype) @ projection

@@ -150,6 +150,7 @@ inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
 
 inline void __syncwarp() { emulation::wait_for(emulation::Wait::kWarp); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;

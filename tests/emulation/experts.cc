@@ -14,8 +14,9 @@ void store(uint32_t pair, float* first, float* second) { *first = bfloat16(pair,
 
 template <Code C>
 void widen_8_bits(uint32_t word, float* to) {
-  store(Widen<C>::template pair<0>(word), to, to + 1);
-  store(Widen<C>::template pair<1>(word), to + 2, to + 3);
+  const int apart = C == Code::kInt8 ? 2 : 1, next = 3 - apart;
+  store(Widen<C>::template pair<0>(word), to, to + apart);
+  store(Widen<C>::template pair<1>(word), to + next, to + next + apart);
 }
 
 template <Code C>
@@ -68,7 +69,8 @@ extern "C" void choose(float const* scores, int32_t* ids, int rows, int columns,
   namespace routing = latent_moe::routing;
   gridDim = dim3((rows + routing::kWarps - 1) / routing::kWarps);
   blockIdx = {};
+  auto* kernel = columns <= 128 ? routing::choose<4> : routing::choose<16>;
   for (; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    emulation::run_block(32 * routing::kWarps, [&] { routing::choose<4>(scores, ids, rows, columns, k, *weighing); });
+    emulation::run_block(32 * routing::kWarps, [&] { kernel(scores, ids, rows, columns, k, *weighing); });
   }
 }

@@ -22,7 +22,7 @@ ORDER = (
     ("grouped_matmul", "precision", "router_config"),
     ("config", "lax"),
     ("decode", "row_encoders"),
-    ("expert_plan", "params", "presets", "routing"),
+    ("expert_plan", "params", "presets", "projections", "routing"),
     ("cost", "experts", "lora", "quantization"),
     ("hf", "inputs", "limits", "parallel"),
     ("codes",),

@@ -64,14 +64,19 @@ def test_attention_is_causal_softmax_attention(rng):
 
 
 @pytest.mark.parametrize("largest", [1.0, 1e3])
-def test_clipping_is_that_of_the_norm_of_all_values(rng, largest):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_clipping_is_that_of_the_norm_of_all_values(rng, monkeypatch, platform, largest):
+    """By the sums of either platform."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     leaves = [rng.normal(size=shape).astype(np.float32) for shape in [(3, 5, 2), (7,), (3, 5, 2), (), (7,), (4, 0)]]
     norm = np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in leaves))
     assert 1 < norm < 1e3, "only one of the cases clips"
+    tree = {f"block_{i}": {"norm": {"scale": leaf}} for i, leaf in enumerate(leaves)}
+    assert_close(jax.jit(global_norm)(tree), norm, "float32")
     assert_close(jax.jit(global_norm)(leaves), norm, "float32")
     clip = clip_by_global_norm(largest)
-    clipped, _ = jax.jit(clip.update)(leaves, clip.init(leaves))
-    for leaf, found in zip(leaves, clipped, strict=True):
+    clipped, _ = jax.jit(clip.update)(tree, clip.init(tree))
+    for leaf, found in zip(leaves, jax.tree.leaves(clipped), strict=True):
         assert_close(found, leaf * min(1, largest / norm), "float32")
 
 

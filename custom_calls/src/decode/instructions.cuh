@@ -14,6 +14,22 @@ __device__ __forceinline__ uint4 load_once(void const* from) {
   return found;
 }
 
+// The same, where other lanes and later loads read the rest of the line of 128 bytes.
+__device__ __forceinline__ uint4 load_along(void const* from) {
+  uint4 found;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "l"(from));
+  return found;
+}
+
+// a & mask | bits. The compiler would have an instruction for each constant.
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(a), "r"(mask), "r"(bits));
+  return found;
+}
+
 // c += a b of a warp, with a [16][16] and b [16][8] in bfloat16 and c [16][8] in float32 (PTX: mma.m16n8k16).
 __device__ __forceinline__ void multiply_16x8x16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                  uint32_t b0, uint32_t b1) {

@@ -1,7 +1,10 @@
 // Codes as pairs of bfloat16, in registers. The results are those of jax_latent_moe/formats, rounded to bfloat16.
 //
-// A lane reads 16 bytes of codes of one output feature at a time, a chunk. `pair<i>` widens two codes of a 32-bit word: of
-// 8-bit codes the neighbours 2 i and 2 i + 1; of 4-bit codes i and i + 4, which one shift brings into place.
+// A lane reads 16 bytes of codes of one output feature at a time, a chunk. `pair<i>` widens two codes of a 32-bit word, and
+// `ordered` brings 8 elements of a row into the order of the pairs: of E4M3 the neighbours 2 i and 2 i + 1; of int8 i and i + 2,
+// and of 4-bit codes i and i + 4, which lie at the same place of both halves of the word.
+//
+// In a cycle an SM does half as many bitwise operations and shifts as additions and multiplications of floats.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,24 +14,29 @@
 #include <cstring>
 
 #include "decode/experts.h"
+#include "decode/instructions.cuh"
 
 namespace latent_moe::decode {
 
-__host__ __device__ inline uint32_t bits(__nv_bfloat162 pair) {
+__device__ inline uint32_t bits(__nv_bfloat162 pair) {
   uint32_t found;
   memcpy(&found, &pair, sizeof found);
   return found;
 }
 
-__host__ __device__ inline __nv_bfloat162 as_pair(uint32_t found) {
+__device__ inline __nv_bfloat162 as_pair(uint32_t found) {
   __nv_bfloat162 pair;
   memcpy(&pair, &found, sizeof pair);
   return pair;
 }
 
-__host__ __device__ inline uint32_t twice(uint32_t half) { return half | half << 16; }
+__device__ inline uint32_t twice(uint32_t half) { return half | half << 16; }
 
-__host__ __device__ inline uint32_t times(uint32_t a, uint32_t b) { return bits(__hmul2(as_pair(a), as_pair(b))); }
+__device__ inline uint32_t times(uint32_t a, uint32_t b) { return bits(__hmul2(as_pair(a), as_pair(b))); }
+
+// Halves of two words, the lower ones or the upper ones.
+__device__ inline uint32_t lower(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ inline uint32_t upper(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 template <Code C>
 struct Widen;
@@ -36,8 +44,10 @@ struct Widen;
 // 8-bit codes have float32 scales, which multiply sums.
 template <>
 struct Widen<Code::kE4m3> {
+  static __device__ uint4 ordered(uint4 x) { return x; }
+
   template <int I>
-  static __host__ __device__ uint32_t pair(uint32_t word) {
+  static __device__ uint32_t pair(uint32_t word) {
     auto const two = static_cast<__nv_fp8x2_storage_t>(word >> 16 * I);
     auto const halves = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
     const float2 values = __half22float2(__half2(halves));
@@ -47,73 +57,88 @@ struct Widen<Code::kE4m3> {
 
 template <>
 struct Widen<Code::kInt8> {
-  template <int I>
-  static __host__ __device__ uint32_t pair(uint32_t word) {
-    const uint32_t two = (word ^ 0x80808080u) >> 16 * I;
-    return bits(__floats2bfloat162_rn(value(two & 0xff), value(two >> 8 & 0xff)));
+  static __device__ uint4 ordered(uint4 x) {
+    return {lower(x.x, x.y), upper(x.x, x.y), lower(x.z, x.w), upper(x.z, x.w)};
   }
 
- private:
-  // 2^23 + u has u as its lowest bits.
-  static __host__ __device__ float value(uint32_t u) {
-    const uint32_t shifted = 0x4b000000u | u;
-    float found;
-    memcpy(&found, &shifted, sizeof found);
-    return found - 8388736.0f;  // 2^23 + 128
+  // 128 + u has u < 128 as its lowest bits. The sign bit makes 256 of the 128 that is subtracted.
+  template <int I>
+  static __device__ uint32_t pair(uint32_t word) {
+    const uint32_t two = word >> 8 * I;
+    return bits(__hsub2(as_pair(masked(two, 0x007f007f, 0x43004300)), as_pair(masked(two, 0x00800080, 0x43004300))));
   }
 };
 
-// The bits of E2M1 codes as those of bfloat16 are the values times 2^-126.
-__host__ __device__ inline uint32_t e2m1_pair(uint32_t word, int shift) {
-  const uint32_t two = word >> shift;
-  return (two << 12 & 0x80008000u) | (two << 6 & 0x01c001c0u);
+// The order of 4-bit codes.
+struct FourBits {
+  static __device__ uint4 ordered(uint4 x) {
+    return {lower(x.x, x.z), upper(x.x, x.z), lower(x.y, x.w), upper(x.y, x.w)};
+  }
+};
+
+// The bits of E2M1 codes as those of bfloat16 are the values times 2^-126. A product has the codes at both places, that of the
+// sign and that of the other bits.
+template <int I>
+__device__ inline uint32_t e2m1_pair(uint32_t word) {
+  const uint32_t two = I < 2 ? word : word >> 8;
+  return (I % 2 == 0 ? (two & 0x000f000f) * 0x1040 : (two & 0x00f000f0) * 0x104) & 0x81c081c0;
 }
 
 template <>
-struct Widen<Code::kMxfp4> {
+struct Widen<Code::kMxfp4> : FourBits {
   // The byte e is 2^(e - 127). With what undoes 2^-126, bfloat16 can hold the power up to e = 128.
-  using Scale = uint32_t;
+  static constexpr uint32_t kMost = 128;
+  struct Scale {
+    uint32_t factor, more;
+  };
 
-  static __host__ __device__ Scale scale(uint32_t e) { return e; }
+  static __device__ uint32_t factor(uint32_t e) { return twice((e + 126) << 7); }
+
+  static __device__ Scale scale(uint32_t e) {
+    return {factor(e < kMost ? e : kMost), twice(e == 255 ? 0x7fc0 : ((e > kMost ? e : kMost) - 1) << 7)};
+  }
 
   template <int I>
-  static __host__ __device__ uint32_t pair(uint32_t word, Scale e) {
-    uint32_t two = times(e2m1_pair(word, 4 * I), twice(((e < 128 ? e : 128) + 126) << 7));
-    if (e > 128) two = times(two, twice(e == 255 ? 0x7fc0 : (e - 1) << 7));
-    return two;
+  static __device__ uint32_t pair(uint32_t word, uint32_t factor) {
+    return times(e2m1_pair<I>(word), factor);
+  }
+
+  template <int I>
+  static __device__ uint32_t pair(uint32_t word, Scale scale) {
+    return times(pair<I>(word, scale.factor), scale.more);
   }
 };
 
 template <>
-struct Widen<Code::kNvfp4> {
+struct Widen<Code::kNvfp4> : FourBits {
   // The scale of 16 codes, times 2^116: sums are multiplied by 2^10 with the scale of the matrix.
   using Scale = uint32_t;
   static constexpr float kLeft = 1024.0f;
 
-  static __host__ __device__ Scale scale(uint32_t e4m3) {
+  static __device__ Scale scale(uint32_t e4m3) {
     auto const half = __nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(e4m3), __NV_E4M3);
     const float value = 0x1p116f * __half2float(__half(half));
     return bits(__floats2bfloat162_rn(value, value));
   }
 
   template <int I>
-  static __host__ __device__ uint32_t pair(uint32_t word, Scale scale) {
-    return times(e2m1_pair(word, 4 * I), scale);
+  static __device__ uint32_t pair(uint32_t word, Scale scale) {
+    return times(e2m1_pair<I>(word), scale);
   }
 };
 
 template <>
-struct Widen<Code::kInt4> {
+struct Widen<Code::kInt4> : FourBits {
   struct Scale {
     uint32_t scale, zero;  // 128 + the zero point
   };
 
-  static __host__ __device__ Scale scale(uint32_t scale, uint32_t zero) { return {twice(scale), twice(0x4300 | zero)}; }
+  static __device__ Scale scale(uint32_t scale, uint32_t zero) { return {twice(scale), twice(0x4300 | zero)}; }
 
   // 128 + u has u as its lowest bits.
   template <int I>
-  static __host__ __device__ uint32_t pair(uint32_t word, Scale scale) {
-    const uint32_t shifted = (word >> 4 * I & 0x000f000fu) | 0x43004300u;
+  static __device__ uint32_t pair(uint32_t word, Scale scale) {
+    const uint32_t shifted = masked(word >> 4 * I, 0x000f000f, 0x43004300);
     return times(bits(__hsub2(as_pair(shifted), as_pair(scale.zero))), scale.scale);
   }
 };

@@ -38,39 +38,55 @@ __device__ inline float weight_of(float logit, bool chosen, Weighing const& weig
   return part / sum * weighing.factor;
 }
 
-// Lane l has the columns l, l + 32, ... in shared memory, and the best of them in a register. Each round takes the best of
-// all lanes. The whole warp then finds that lane's next best.
+// Lane l has the columns l, l + 32, ... and the best of them in a register. Each round takes the best of all lanes. If a lane
+// has few columns, it keeps them in registers and finds its next best alone. Otherwise the whole warp finds it, in shared
+// memory.
 template <int Each>
 __global__ void __launch_bounds__(kWarp* kWarps)
     choose(float const* scores, int32_t* ids, int rows, int columns, int k, Weighing weighing) {
-  __shared__ uint32_t shared[kWarps][Each][kWarp + 1];  // one more, so that a lane's columns are in different banks
+  constexpr bool kFew = Each <= 4;
+  __shared__ uint32_t shared[kWarps][kFew ? 1 : Each][kWarp + 1];  // one more, so that a lane's columns are in different banks
   const int row = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (row >= rows) return;
   auto& keys = shared[threadIdx.x / kWarp];
-  uint32_t best = kNone;
+  uint32_t own[Each], best = kNone;
   int at = 0;
 #pragma unroll
   for (int i = 0; i < Each; ++i) {
     const int column = i * kWarp + lane;
-    const uint32_t key = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
-    keys[i][lane] = key;
-    if (key > best) best = key, at = i;
+    own[i] = column < columns ? ordered(scores[int64_t{row} * columns + column]) : kNone;
+    if constexpr (!kFew) keys[i][lane] = own[i];
+    if (own[i] > best) best = own[i], at = i;
   }
   __syncwarp();
   int chosen = 0;
   for (int rank = 0; rank < k; ++rank) {
-    const uint32_t most = __reduce_max_sync(~0u, best);
-    const int column = __reduce_min_sync(~0u, best == most ? unsigned(at * kWarp + lane) : ~0u);
-    const int owner = column % kWarp;
-    uint32_t key = kNone;
-    if (lane == column / kWarp) {
-      keys[lane][owner] = kNone;
-    } else if (lane < Each) {
-      key = keys[lane][owner];
+    const uint32_t most = __reduce_max_sync(~0u, best), lanes = __ballot_sync(~0u, best == most);
+    int column = __shfl_sync(~0u, at * kWarp + lane, __ffs(lanes) - 1);
+    if ((lanes & (lanes - 1)) != 0) {  // several lanes have it: the lowest column is taken
+      column = __reduce_min_sync(~0u, best == most ? unsigned(at * kWarp + lane) : ~0u);
     }
-    const uint32_t next = __reduce_max_sync(~0u, key);
-    const int next_at = __reduce_min_sync(~0u, key == next ? unsigned(lane) : ~0u);
-    if (lane == owner) best = next, at = next_at;
+    const int owner = column % kWarp;
+    if constexpr (kFew) {
+      if (lane == owner) {
+        best = kNone;
+#pragma unroll
+        for (int i = 0; i < Each; ++i) {
+          if (i == column / kWarp) own[i] = kNone;
+          if (own[i] > best) best = own[i], at = i;
+        }
+      }
+    } else {
+      uint32_t key = kNone;
+      if (lane == column / kWarp) {
+        keys[lane][owner] = kNone;
+      } else if (lane < Each) {
+        key = keys[lane][owner];
+      }
+      const uint32_t next = __reduce_max_sync(~0u, key);
+      const int next_at = __ffs(__ballot_sync(~0u, key == next)) - 1;
+      if (lane == owner) best = next, at = next_at;
+    }
     if (rank % kWarp == lane) chosen = column;
     if ((rank + 1) % kWarp == 0 || rank + 1 == k) {
       const int first = rank / kWarp * kWarp;

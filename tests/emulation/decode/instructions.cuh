@@ -12,6 +12,10 @@ inline uint4 load_once(void const* from) {
   return *static_cast<uint4 const*>(from);
 }
 
+inline uint4 load_along(void const* from) { return load_once(from); }
+
+inline uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) { return a & mask | bits; }
+
 inline float bfloat16(uint32_t pair, int half) { return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u); }
 
 // The fragments of mma.m16n8k16 by the PTX manual: lane 4 g + q has a0, a1, a2, a3 of the rows g, g + 8, g, g + 8 and of the

@@ -1,0 +1,32 @@
+// One row times one or two dense weights, in one launch: the router's logits and the latent projection of one token.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/kernel.h"
+
+namespace latent_moe::decode {
+
+constexpr int kMostParts = 8;      // blocks of a cluster
+constexpr int kTileBytes = 128;    // of a row of a weight, which are the columns of a cluster
+
+// logits = x kernel in float32, and out = x projection in the format of x. A weight without columns is left out.
+struct Projections {
+  Format format;
+  void const* x;  // [1][k]
+  int k;
+  void const* kernel;  // [k][experts], in float32 or in the format of x
+  bool is_kernel_float32;
+  int experts;
+  float* logits;           // [1][experts]
+  void const* projection;  // [k][width]
+  int width;
+  void* out;  // [1][width]
+  int parts;  // of the contracted axis, each of which a block of a cluster multiplies
+};
+
+cudaError_t multiply(Projections const& projections, cudaStream_t stream);
+
+}  // namespace latent_moe::decode

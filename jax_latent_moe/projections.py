@@ -1,0 +1,120 @@
+"""The router's logits and the latent projections of one token, by a compiled kernel.
+
+XLA multiplies one row by a weight in two kernels, and stores all the products in between. The compiled kernel
+(custom_calls/src/decode) reads a weight once. One launch has the logits and the down-projection of the same token,
+another the up-projection. It multiplies exactly and adds in float32, in a fixed order. It has no gradient: it runs
+where nothing is differentiated. For several tokens, XLA's matmuls are as fast.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_latent_moe import native
+from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.decode import refusal
+from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.grouped_matmul.sm90 import DTYPES
+from jax_latent_moe.varying import varying
+
+TILE_BYTES = 128
+"""What a cluster of blocks reads of each row of a weight (kTileBytes)."""
+PARTS = (1, 2, 4, 8)
+"""The sizes of a cluster. Each of its blocks multiplies a part of the contracted axis."""
+
+Kernel = Float[Array, "d e"] | None
+Projection = Float[Array, "d l"] | None
+Products = tuple[Any, Any]
+"""Logits [T, E] and a product [T, l]; None without the weight."""
+
+
+def projections(
+    config: LatentMoEConfig,
+    usual: Callable[..., Products],
+    x: Float[Array, "t d"],
+    kernel: Kernel,
+    projection: Projection,
+) -> Products:
+    """The logits x @ kernel in float32, and x @ projection in the dtype of x, in one compiled launch where it runs.
+
+    Args:
+        config: the layer.
+        usual: computes both from the last three, where it does not run and wherever something is differentiated.
+        x: [T, d].
+        kernel: [d, E], the router's; None for no logits.
+        projection: [d, l], None for no projection.
+    """
+    if refusal_of_projections(config, x, kernel, projection) is not None:
+        return usual(x, kernel, projection)
+    return _compiled(usual, x, kernel, projection)
+
+
+def refusal_of_projections(
+    config: LatentMoEConfig, x: Any, kernel: Any, projection: Any, *, device: Device | None = None
+) -> str | None:
+    """None, or the reason why the compiled kernel does not run on a device, as a sentence.
+
+    Args:
+        config: the layer.
+        x: [T, d], an array or its shape and dtype, as are the others. T may be a symbolic size of `jax.export`.
+        kernel: as for `projections`.
+        projection: as for `projections`.
+        device: the device that runs it; None is JAX's default device.
+    """
+    rows, dtype = x.shape[0], x.dtype.name
+    if (reason := refusal(config.backend, rows, config.top_k, device or current_device())) is not None:
+        return reason
+    if config.parallel is not None:
+        return "config.parallel is set, and its kernels run on one device."
+    if rows > 1:
+        return f"its kernel multiplies one token, not {rows}."
+    if dtype not in DTYPES:
+        return f"tokens are in {dtype}, not in {' or '.join(DTYPES)}."
+    if kernel is not None and config.router.dtype != "float32":
+        return f"router.dtype is {config.router.dtype!r}, not 'float32'."
+    for name, weight, dtypes in (("router", kernel, ("float32", dtype)), ("projection", projection, (dtype,))):
+        if weight is None:
+            continue
+        if weight.dtype.name not in dtypes:
+            return f"the {name}'s kernel is in {weight.dtype.name}, not in {' or '.join(dtypes)}."
+        multiple = 16 // weight.dtype.itemsize
+        if weight.shape[1] % multiple:
+            return f"the {weight.shape[1]} columns of the {name}'s kernel are not a multiple of {multiple}."
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _compiled(usual, x, kernel, projection):
+    del usual
+    nothing = jnp.zeros((x.shape[1], 0), x.dtype)
+    weights = [nothing if weight is None else weight for weight in (kernel, projection)]
+    results = [
+        jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), dtype)
+        for weight, dtype in zip(weights, (jnp.float32, x.dtype), strict=True)
+    ]
+    parts = parts_of(weights, current_device().num_sms)
+    logits, out = native.call("decode_projections", [x, *weights], results, parts=parts)
+    found = None if kernel is None else logits, None if projection is None else out
+    return varying(found, x, kernel, projection)
+
+
+def _forward(usual, x, kernel, projection):
+    return jax.vjp(usual, x, kernel, projection)
+
+
+def _backward(usual, pullback, gradients):
+    del usual
+    return pullback(gradients)
+
+
+_compiled.defvjp(_forward, _backward)
+
+
+def parts_of(weights, num_sms: int) -> int:
+    """The parts of the contracted axis that give each SM a block, or the most that a cluster has."""
+    tiles = sum(-(-weight.shape[1] * weight.dtype.itemsize // TILE_BYTES) for weight in weights)
+    return next((parts for parts in PARTS if tiles * parts >= num_sms), PARTS[-1])
