@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax_latent_moe.formats import FORMATS, encode
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from tests.cases import TOY
 from tests.conformance.test_new_rows import COLUMNS
+from tests.drawn import drawn
 from tests.fusing import FusingBackend
 from tests.oracle.experts import routed
 from tests.test_activations import VARIANTS
@@ -84,29 +86,35 @@ def test_gradients_of_one_token(rng, config):
     check(config, ids[:1], (tokens[:1], weights[:1], *experts), dout)
 
 
-def fused_passes():
-    """Each residual of each activation, kept or not by the forward pass, and read or not by the gradient."""
-    for variant, fields in VARIANTS.items():
-        config = dataclasses.replace(TOY, **fields)
-        for residual in config.bound_activation.definition.residuals:
-            for value, gradient in ((False, False), (True, False), (False, True), (True, True)):
-                names = "+".join(["fwd"] * value + ["dgrad"] * gradient) or "none"
-                backend = FusingBackend((residual,) * value, (residual,) * gradient, in_place=value)
-                yield pytest.param(dataclasses.replace(config, backend=backend), id=f"{variant}-{residual}-{names}")
+RESIDUALS = [
+    (variant, residual)
+    for variant, fields in VARIANTS.items()
+    for residual in dataclasses.replace(TOY, **fields).bound_activation.definition.residuals
+]
+PASSES = ["none", "fwd", "dgrad", "fwd+dgrad"]
 
 
-@pytest.mark.parametrize("config", list(fused_passes()))
-def test_gradients_where_either_pass_fuses_its_activation(rng, config):
+@pytest.mark.parametrize(("residual", "fused"), drawn(itertools.product(RESIDUALS, PASSES), len(RESIDUALS)), ids=str)
+def test_gradients_where_either_pass_fuses_its_activation(rng, residual, fused):
+    """Each residual of each activation, kept or not by the forward pass, or read or not by the gradient."""
+    variant, kept = residual
+    value, gradient = "fwd" in fused, "dgrad" in fused
+    backend = FusingBackend((kept,) * value, (kept,) * gradient, in_place=value)
+    config = dataclasses.replace(TOY, **VARIANTS[variant], backend=backend)
     ids, arrays = draw(rng, config)
     check(config, ids, arrays, rng.normal(size=(TOKENS, LATENT)).astype(np.float32))
 
 
-@pytest.mark.parametrize("frozen", ["w_in", "w_out", "both"])
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize(("activation", "residual"), [("relu2", "hidden"), ("swiglu", "gate_hidden"), ("gelu", "pre")])
-def test_gradients_beside_frozen_codes(rng, monkeypatch, activation, residual, fused, frozen):
+KEPT = {"relu2": "hidden", "swiglu": "gate_hidden", "gelu": "pre"}
+
+
+@pytest.mark.parametrize(
+    ("activation", "fused", "frozen"), drawn(itertools.product(KEPT, [True, False], ["w_in", "w_out", "both"]), 6)
+)
+def test_gradients_beside_frozen_codes(rng, monkeypatch, activation, fused, frozen):
     """Weights that are codes get no gradient, and what else there is gets the same as beside the decoded weights."""
     monkeypatch.setitem(FORMATS, COLUMNS.name, COLUMNS)
+    residual = KEPT[activation]
     backend = FusingBackend((residual,), (residual,), in_place=True) if fused else "xla"
     config = dataclasses.replace(TOY, activation=activation, backend=backend)
     ids, (tokens, weights, w_in, w_out) = draw(rng, config)

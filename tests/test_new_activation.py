@@ -4,6 +4,7 @@ Kernels that are told to fuse every activation refuse it by name.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS, kernel_activa
 from jax_latent_moe.plan import GPUS, make_cost_plan
 from tests import cases, layers
 from tests.cases import TOY
+from tests.drawn import drawn
 from tests.flax_layers import draw, inputs
 from tests.fusing import FusingBackend
 from tests.kernels import H200
@@ -105,8 +107,12 @@ def test_the_layer(rng, name, dtype):
         layers.check_against_oracle(cases.random_inputs(rng, config, (2, 7), masked=True))
 
 
-@every_one
-@pytest.mark.parametrize("backend", [XlaBackend(method="ragged_dot"), FusingBackend(("pre",), ("pre",))], ids=repr)
+BACKENDS = [XlaBackend(method="ragged_dot"), FusingBackend(("pre",), ("pre",))]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), drawn(itertools.product(["sharp_gelu", "reglu", "reglu_by_jax"], BACKENDS), 3), ids=str
+)
 def test_other_backends(rng, name, backend):
     """One of them fuses it, as it fuses what it is told to."""
     layers.check_against_oracle(cases.random_inputs(rng, config_of(name, backend=backend), (2, 7)))

@@ -1,6 +1,7 @@
 """The FP8 kernel without a GPU: interpreted against float64 with race detection, and lowered for CUDA."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasFp8Tile
 from jax_latent_moe.grouped_matmul.pallas_sm90.fp8 import matmul_fp8
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS, kernel_activation
+from tests.drawn import drawn
 from tests.kernels import H200, bound_activation, layer_of
 from tests.oracle.fused import activation_of_rows
 from tests.tolerances import assert_close
@@ -81,14 +83,16 @@ def test_gate_and_up_columns_side_by_side_and_scales_in_bytes(rng, interpreter):
     assert not np.asarray(out)[sum(UNEVEN) :].any()
 
 
-@pytest.mark.parametrize("large", [True, False], ids=["large", "decode"])
-@pytest.mark.parametrize("name", [None, *KERNEL_ACTIVATIONS])
-def test_lowers_for_cuda(name, large):
+LOWERED = itertools.product([None, *KERNEL_ACTIVATIONS], ["large", "decode"])
+
+
+@pytest.mark.parametrize(("name", "size"), drawn(LOWERED, 1 + len(KERNEL_ACTIVATIONS)), ids=str)
+def test_lowers_for_cuda(name, size):
     """Layouts and shared memory at the sizes of Nemotron-3 Super, gated of Qwen3-30B-A3B; the lowering needs no GPU."""
     activation = None if name is None else bound_activation(name)
     gated = activation is not None and activation.gated
     num_rows, experts, k, n = (131072, 128, 2048, 768) if gated else (180224, 512, 1024, 2688)
-    num_rows, parts = num_rows if large else 23, 2 if gated else 1
+    num_rows, parts = num_rows if size == "large" else 23, 2 if gated else 1
     epilogue = None if activation is None else Epilogue(activation, "pre")
     backend = Pallas(PallasBackend(fuse="always"))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation
 from jax_latent_moe.grouped_matmul.pallas_sm90.fused import matmul_activation_grad as kernel_grad
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS, kernel_activation
+from tests.drawn import drawn
 from tests.kernels import H200, bound_activation, layer_of
 from tests.oracle.fused import activation_of_rows, kept_of, matmul_activation_grad
 from tests.tolerances import assert_close
@@ -96,25 +98,28 @@ def check(rng, interpreter, name, sizes, tile, dtype="bfloat16", num_rows=ROWS, 
         assert not value[sum(sizes) :].any()
 
 
-@pytest.mark.parametrize(("name", "residual"), RESIDUALS)
-def test_every_activation_and_residual(rng, name, residual, interpreter):
-    gated = variant(name)[0].gated
+# Formulas are compared for every activation in test_values_and_slopes; interpretation is slow.
+@pytest.mark.parametrize(
+    ("name", "residual", "gated"), drawn(((*row, variant(row[0])[0].gated) for row in RESIDUALS), 4)
+)
+def test_activations_and_residuals(rng, name, residual, gated, interpreter):
     check(rng, interpreter, name, UNEVEN, (GATED_TILES if gated else PLAIN_TILES)[0], residual=residual)
 
 
-@pytest.mark.parametrize("tile", [1, 2], ids=["tall", "cluster"])
-@pytest.mark.parametrize(("name", "dtype"), [("relu2", "float16"), ("swiglu", "bfloat16")])
-def test_tiles(rng, name, dtype, tile, interpreter):
+@pytest.mark.parametrize(("name", "tile"), drawn(itertools.product(["relu2", "swiglu"], ["tall", "cluster"]), 2))
+def test_tiles(rng, name, tile, interpreter):
     """Columns that no tile divides, in bands and clusters."""
-    check(rng, interpreter, name, UNEVEN, (GATED_TILES if name == "swiglu" else PLAIN_TILES)[tile], dtype)
+    tiles, dtype = (GATED_TILES, "bfloat16") if name == "swiglu" else (PLAIN_TILES, "float16")
+    check(rng, interpreter, name, UNEVEN, tiles[["tall", "cluster"].index(tile) + 1], dtype)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "num_rows"), [([0] * 5, 20), ([0, 0, 1, 0, 0], 1), ([3, 0, 0, 70, 2], 75)], ids=["none", "one", "75"]
-)
-@pytest.mark.parametrize("name", ["relu2", "swiglu"])
-def test_groups(rng, name, sizes, num_rows, interpreter):
+GROUPS = {"none": ([0] * 5, 20), "one": ([0, 0, 1, 0, 0], 1), "75": ([3, 0, 0, 70, 2], 75)}
+
+
+@pytest.mark.parametrize(("name", "groups"), drawn(itertools.product(["relu2", "swiglu"], GROUPS), 3))
+def test_groups(rng, name, groups, interpreter):
     """No rows, one row, and rows that no block divides, all of them owned."""
+    sizes, num_rows = GROUPS[groups]
     check(rng, interpreter, name, sizes, (GATED_TILES if name == "swiglu" else PLAIN_TILES)[2], num_rows=num_rows)
 
 
@@ -140,14 +145,16 @@ def test_values_and_slopes(name):
             assert_close(np.concatenate(slopes_of_residual, axis=1), expected_slopes, "float32", residual)
 
 
-@pytest.mark.parametrize(("name", "residual"), RESIDUALS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("large", [True, False], ids=["large", "decode"])
-def test_lowers_for_cuda(name, residual, dtype, large):
+LOWERED = itertools.product(RESIDUALS, ["bfloat16", "float16"], ["large", "decode"])
+
+
+@pytest.mark.parametrize(("variant", "dtype", "size"), drawn(LOWERED, 8), ids=str)
+def test_lowers_for_cuda(variant, dtype, size):
     """Layouts and shared memory at the sizes of Nemotron-3 Super, gated of Qwen3-30B-A3B; the lowering needs no GPU."""
+    name, residual = variant
     activation = bound_activation(name)
     rows, experts, latent, hidden = (131072, 128, 2048, 768) if activation.gated else (180224, 512, 1024, 2688)
-    rows = rows if large else 23
+    rows = rows if size == "large" else 23
     width = hidden * (2 if activation.gated else 1)
 
     def product(contraction, kept, lhs, w, *more):

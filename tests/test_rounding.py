@@ -1,6 +1,7 @@
 """Tokens rounded to tiles: the choice by a loop, outputs by the oracle's parts, gradients by finite differences."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from jax_latent_moe import ConfigError, LatentMoEConfig, RouterConfig, latent_moe
 from tests import cases, layers
+from tests import drawn as grids
 from tests.oracle.layer import token_forward
 from tests.oracle.router import best, choose, scores, weigh
 from tests.parallel.meshes import BASE, make_mesh
@@ -164,8 +166,10 @@ def test_tiles(rng, tile):
         assert not np.asarray(dparams["experts"]["w_in"]).any()
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2)])
-@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
+MESHES = itertools.product([(2, 1, 4, 1), (1, 2, 2, 2)], ["all_gather", "all_to_all"])
+
+
+@pytest.mark.parametrize(("sizes", "dispatch"), grids.drawn(MESHES, 2), ids=str)
 def test_a_mesh_rounds_over_all_tokens(rng, sizes, dispatch):
     parallel = dataclasses.replace(BASE.parallel, dispatch=dispatch)
     config = cases.with_router(dataclasses.replace(BASE, parallel=parallel, top_k=5), round_to_tile=8)

@@ -1,6 +1,7 @@
 """Beside the layer in a training step: the bias kept from the optimiser, the total loss, the step of the biases."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,12 @@ LOSSES = RouterConfig(switch_loss_coef=0.1, sequence_loss_coef=0.2, z_loss_coef=
 CONFIG = dataclasses.replace(TOY, router=LOSSES)
 BIASLESS = dataclasses.replace(TOY, router=RouterConfig(correction_bias=False))
 RATE = 0.25
+jitted = jax.jit(latent_moe, static_argnums=2)
+initial = functools.cache(lambda config, seed: jax.jit(init_params, static_argnums=1)(jax.random.key(seed), config))
 
 
 def params_of(config, seed=0):
-    return init_params(jax.random.key(seed), config)
+    return jax.tree.map(lambda leaf: leaf, initial(config, seed))  # dictionaries of its own
 
 
 def tokens(rng, *leading):
@@ -79,11 +82,11 @@ def test_weight_decay_leaves_the_bias_alone(rng, way):
 
     if way == "split":
         trained, state = split_state(params)
-        updates, _ = optimiser.update(jax.grad(loss)(trained, state), optimiser.init(trained), trained)
+        updates, _ = optimiser.update(jax.jit(jax.grad(loss))(trained, state), optimiser.init(trained), trained)
         after = merge_state(optax.apply_updates(trained, updates), state)
     else:
         optimiser = optax.masked(optimiser, trainable_mask)
-        grads = jax.grad(loss)(params, {})
+        grads = jax.jit(jax.grad(loss))(params, {})
         if way == "haiku":
             params, grads = ({f"moe/{part}": leaves for part, leaves in tree.items()} for tree in (params, grads))
         updates, _ = optimiser.update(grads, optimiser.init(params), params)
@@ -104,7 +107,7 @@ def test_total_loss_is_one_number_for_every_config(rng):
     x = tokens(rng, 2, 3)
     for config in (CONFIG, BIASLESS, TOY):
         params = params_of(config)
-        _, aux = latent_moe(params, x, config)
+        _, aux = jitted(params, x, config)
         expected = float(sum(aux.losses.values()))
         assert float(total_loss(aux)) == pytest.approx(expected)
         assert float(total_loss({"a": aux, "b": [aux, aux]})) == pytest.approx(3 * expected)
@@ -122,8 +125,8 @@ def test_after_step_adds_up_microbatches_layers_and_devices(rng):
 
     def auxes(x):
         return {
-            "a": latent_moe(params["a"], x, config)[1],
-            "b": [latent_moe(params["b"][0], x, config)[1], latent_moe(params["b"][1], x, BIASLESS)[1]],
+            "a": jitted(params["a"], x, config)[1],
+            "b": [jitted(params["b"][0], x, config)[1], jitted(params["b"][1], x, BIASLESS)[1]],
         }
 
     whole = auxes(x)
@@ -168,7 +171,7 @@ def test_a_bias_moves_once_a_step_of_accumulated_gradients(rng):
     opt_state, pending = optimiser.init(trained), jnp.zeros(8, jnp.int32)
     biases, counts = [], []
     for i in range(6):
-        _, aux = latent_moe(merge_state(trained, state), x[i], CONFIG)
+        _, aux = jitted(merge_state(trained, state), x[i], CONFIG)
         _, opt_state = optimiser.update(trained, opt_state, trained)
         done = optimiser.has_updated(opt_state)
         pending += aux.tokens_per_expert
@@ -186,7 +189,7 @@ def test_linen_step(rng, config):
     x, layer = tokens(rng, 2, 3), jax_latent_moe.linen.LatentMoE(config)
     variables = jax_latent_moe.linen.from_params(params_of(config), config)
     _, sown = layer.apply(variables, x, mutable=["losses", "intermediates"])
-    _, aux = latent_moe(params_of(config), x, config)
+    _, aux = jitted(params_of(config), x, config)
     assert float(jax_latent_moe.linen.total_loss(sown)) == float(total_loss(aux))
     after = jax_latent_moe.linen.after_step(variables, sown, RATE)
     assert jax.tree.structure(after) == jax.tree.structure(variables)
@@ -206,7 +209,7 @@ def test_linen_step(rng, config):
 def test_nnx_step(rng, config):
     x, model = tokens(rng, 2, 3), jax_latent_moe.nnx.from_params(params_of(config), config)
     _, losses, sown = nnx.capture(model, jax_latent_moe.nnx.AuxiliaryLoss, nnx.Intermediate)(x)
-    _, aux = latent_moe(params_of(config), x, config)
+    _, aux = jitted(params_of(config), x, config)
     assert float(jax_latent_moe.nnx.total_loss(losses)) == float(total_loss(aux))
     jax_latent_moe.nnx.update_correction_bias(model, jax_latent_moe.nnx.loads(sown), RATE)
     if config.router.correction_bias:
@@ -215,9 +218,17 @@ def test_nnx_step(rng, config):
         jax_latent_moe.nnx.total_loss(nnx.State({}))
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "remat"])
+@pytest.mark.parametrize(
+    ("transform", "evaluate"),
+    [
+        (lambda f: f, lambda f, *arguments: f(*arguments)),
+        (jax.jit, jax.eval_shape),  # tracing warns
+        (jax.checkpoint, jax.eval_shape),
+    ],
+    ids=["plain", "jit", "remat"],
+)
 @pytest.mark.parametrize("flax", ["linen", "nnx"])
-def test_a_layer_that_trains_uncollected_warns(rng, flax, transform):
+def test_a_layer_that_trains_uncollected_warns(rng, flax, transform, evaluate):
     """Differentiated it warns; evaluated, or with nothing to collect, it does not."""
     x, params = tokens(rng, 4), params_of(CONFIG)
 
@@ -226,15 +237,15 @@ def test_a_layer_that_trains_uncollected_warns(rng, flax, transform):
             return jax_latent_moe.nnx.from_params(params, config)(x)
         return jax_latent_moe.linen.LatentMoE(config).apply(jax_latent_moe.linen.from_params(params, config), x)
 
-    def gradient(config, params):
-        return jax.grad(transform(lambda p: jnp.sum(run(config, p, x))))(params)
+    def gradient(config):
+        return jax.grad(transform(lambda p: jnp.sum(run(config, p, x))))
 
-    run(CONFIG, params, x)
+    evaluate(functools.partial(run, CONFIG), params, x)
     with pytest.warns(NotCollectedWarning, match="router.bias_update_rate to 0"):
-        gradient(CONFIG, params)
+        evaluate(gradient(CONFIG), params)
     still = dataclasses.replace(TOY, router=RouterConfig(bias_update_rate=0.0))
-    gradient(still, params)
-    gradient(BIASLESS, params_of(BIASLESS))
+    jax.eval_shape(gradient(still), params)
+    jax.eval_shape(gradient(BIASLESS), params_of(BIASLESS))
 
 
 def test_collected_gradients_do_not_warn(rng):
@@ -244,7 +255,7 @@ def test_collected_gradients_do_not_warn(rng):
         y, sown = layer.apply(variables, x, mutable=["losses", "intermediates"])
         return jnp.sum(y) + jax_latent_moe.linen.total_loss(sown)
 
-    jax.grad(loss)(jax_latent_moe.linen.from_params(params_of(CONFIG), CONFIG))
+    jax.eval_shape(jax.grad(loss), jax_latent_moe.linen.from_params(params_of(CONFIG), CONFIG))
 
 
 @pytest.mark.parametrize(
