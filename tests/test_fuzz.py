@@ -19,7 +19,7 @@ from tests.layers import dense
 from tests.random_configs import random_config, random_precision
 from tests.tolerances import RELATIVE, ROUNDOFF
 
-CASES = int(os.environ.get("JAX_LATENT_MOE_FUZZ", "6000"))
+CASES = int(os.environ.get("JAX_LATENT_MOE_FUZZ", "10000"))
 CASES_PER_LAYER = 1000
 """A program is compiled once per layer, which takes as long as about that many cases."""
 
