@@ -1,7 +1,6 @@
 """The layer against the float64 oracle: outputs, routing, losses and all gradients."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from jax_latent_moe.config import SCORE_FUNCTIONS
 from tests import cases, seeds
 from tests.cases import TOY
 from tests.conformance.rows import every_row
-from tests.drawn import drawn
 from tests.layers import cast, check_against_oracle, run
 from tests.parallel.meshes import WHOLE_MATRIX
 from tests.tolerances import assert_close
@@ -52,7 +50,7 @@ if not WHOLE_MATRIX:  # every family in one of the two, and each of the two in h
     NARROW = [NARROW[2 * i + at % 2] for i, at in enumerate(seeds.generator("narrow").permutation(len(FAMILIES)))]
 
 
-@pytest.mark.parametrize("index", range(24 if WHOLE_MATRIX else 10))
+@pytest.mark.parametrize("index", range(24 if WHOLE_MATRIX else 16))
 def test_random_layers(rng, index):
     check_against_oracle(cases.random_case(rng))
 
@@ -151,19 +149,15 @@ def test_masked_tokens_may_hold_anything(rng, poison):
     assert not np.asarray(dx)[~mask].any()
 
 
-HUGE = {"float32": 1e30, "bfloat16": 1e20, "float16": 3e3}
-
-
-@pytest.mark.parametrize(("function", "dtype"), drawn(itertools.product(SCORE_FUNCTIONS, HUGE), 4))
-def test_masked_tokens_may_hold_huge_numbers(rng, function, dtype):
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS)
+@pytest.mark.parametrize(("dtype", "huge"), [("float32", 1e30), ("bfloat16", 1e20), ("float16", 3e3)])
+def test_masked_tokens_may_hold_huge_numbers(rng, function, dtype, huge):
     """Finite ones, whose products and squares are not: the results are those of zeros in their place, bit for bit."""
     router = RouterConfig(score_function=function, switch_loss_coef=0.1, sequence_loss_coef=0.1, z_loss_coef=0.1)
     config = dataclasses.replace(TOY, router=router, latent_norm="pre", dtype=dtype)
     case = cases.random_inputs(rng, config, (2, 6), masked=True)
     mask = case.token_mask & (np.arange(6) != 2)
-    padded, zeroed = (
-        case._replace(x=np.where(mask[..., None], case.x, fill), token_mask=mask) for fill in (HUGE[dtype], 0.0)
-    )
+    padded, zeroed = (case._replace(x=np.where(mask[..., None], case.x, fill), token_mask=mask) for fill in (huge, 0.0))
     jax.tree.map(np.testing.assert_array_equal, run(padded), run(zeroed))
     if dtype == "float32":
         check_against_oracle(padded)
