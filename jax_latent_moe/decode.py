@@ -70,7 +70,11 @@ class Decode:
 
 
 def refusal(
-    backend: str | BackendConfig, tokens: Any, choices: int, device: Device | None = None, most_tokens: int = MOST_TOKENS
+    backend: str | BackendConfig,
+    tokens: Any,
+    choices: int,
+    device: Device | None = None,
+    most_tokens: int = MOST_TOKENS,
 ) -> str | None:
     """None, or the reason why the kernels for few tokens do not run on a device, as a sentence.
 

@@ -252,7 +252,8 @@ def hidden_rows(plan: ExpertPlan, kept: Float[Array, "r p"]) -> Float[Array, "r 
 def _bias_of_rows(bias: Float[Array, "e n"], group_sizes, num_rows: int) -> Float[Array, "r n"]:
     """The bias of each row's expert, 0 for rows of no expert."""
     expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right")
-    return bias.at[expert].get(mode="fill", fill_value=0)
+    exists = expert < bias.shape[0]
+    return jnp.where(exists[:, None], bias[jnp.where(exists, expert, 0)], 0)
 
 
 def _plus_bias(rows: Float[Array, "r n"], bias: Float[Array, "e n"] | None, group_sizes) -> Float[Array, "r n"]:

@@ -166,7 +166,9 @@ def test_the_layer_runs_them_where_nothing_is_differentiated(rng, format):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
-@pytest.mark.parametrize(("experts", "k"), [(1, 1), (33, 5), (100, 22), (128, 32), (40, 33), (128, 128)])
+@pytest.mark.parametrize(
+    ("experts", "k"), [(1, 1), (33, 5), (100, 22), (128, 32), (40, 33), (128, 128), (300, 22), (512, 64)]
+)
 def test_the_choice_is_a_stable_sort_from_the_best(rng, experts, k):
     """Equal scores, infinities, NaN and zeros of either sign as XLA orders them; all equal; the best in one lane."""
     some = np.round(rng.normal(size=(6, experts)), 1)
@@ -193,22 +195,6 @@ def test_the_choice_and_its_weights_are_one_kernel(rng, name):
     wanted = jax.jit(program)(logits)
     np.testing.assert_array_equal(routing.expert_ids, wanted.expert_ids)
     np.testing.assert_allclose(routing.weights, wanted.weights, rtol=2e-5)
-
-
-@emulates
-@pytest.mark.usefixtures("emulation")
-@pytest.mark.parametrize("experts", [5, 33, 70, 128, 300])
-def test_the_choice_is_a_stable_sort_from_the_best(rng, experts):
-    """Many equal scores of either sign, both infinities; as many choices as there are experts where the kernel can."""
-    logits = np.round(rng.normal(size=(3, experts)), 1).astype(np.float32) + np.float32(0)
-    logits[rng.random(logits.shape) < 0.1] = -np.inf
-    logits[0, : experts // 2] = np.inf
-    k = min(experts, 32)
-    config = RouterConfig(score_function="softmax_topk", norm_topk_eps=0)
-    program = functools.partial(route, config=config, top_k=k, backend=BACKEND)
-    assert "pure_callback" in str(jax.make_jaxpr(program)(jnp.asarray(logits))), "the emulated kernel chooses"
-    found = jax.jit(program)(jnp.asarray(logits))
-    np.testing.assert_array_equal(found.expert_ids, np.argsort(-logits, axis=1, kind="stable")[:, :k])
 
 
 @pytest.mark.usefixtures("install_library")

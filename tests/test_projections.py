@@ -69,7 +69,7 @@ def test_types_and_one_product_alone(rng, dtype):
 @emulates
 @pytest.mark.usefixtures("emulation")
 def test_what_is_not_finite(rng):
-    """A token of NaN gives NaN. An infinite weight stays in its column: no product of a row left out is 0 times infinity."""
+    """A token of NaN gives NaN. An infinite weight stays in its column: nothing multiplies it by 0."""
     x, kernel, projection = projection_operands(rng, 64, 8, 8)
     check_projections(x * jnp.nan, kernel, projection)
     weight = jnp.asarray(projection).at[3, 2].set(jnp.inf)

@@ -45,8 +45,9 @@ class CutlassBackend:
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all that were compiled and needs the least memory. "never" fuses none.
         decode: when the experts run in two kernels for few tokens, if nothing is differentiated. "measured" does so
-            for one token, and for up to 8 of experts in codes, where they were faster when they were measured. "always"
-            does so for up to 256 assignments, "never" for none. `jax_latent_moe.decode` says which layers and formats they take.
+            for one token, and for up to 8 of experts in codes, where they were faster when they were measured.
+            "always" does so for up to 256 assignments, "never" for none. `jax_latent_moe.decode` says which layers and
+            formats they take.
     """
 
     matmul_tile: CutlassTile | None = None
