@@ -61,9 +61,9 @@ def typed_key(key) -> jax.Array:
     Raises:
         InputError: it is not one key.
     """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
     if isinstance(key, jax.Array | np.ndarray):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-            return key
         if key.dtype == jnp.uint32 and key.ndim == 1:
             try:
                 return jax.random.wrap_key_data(jnp.asarray(key))

@@ -311,7 +311,8 @@ def test_cell(mode, family, method):
         try:  # blocks again, some of which end within the rows
             cell()
         except checkify.JaxRuntimeError as error:
-            assert "out-of-bounds indexing" in str(error)
+            if "out-of-bounds indexing" not in str(error):
+                raise
     elif mode == "shard_map" and config.activation in ("gelu", "geglu") and not erfc_has_types():
         with pytest.raises(ValueError, match="Primitive polynomial requires varying manual axes to match"):
             cell()

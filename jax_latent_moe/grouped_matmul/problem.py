@@ -138,14 +138,13 @@ def problem(
     if len(sizes) != 3 or any(size < 0 for size in sizes):
         raise ConfigError(f"w_shape={w_shape!r} must be three integers of at least 0: (experts, K, N).")
     num_experts, k, n = sizes
-    if not is_symbolic_dim(num_rows):
-        num_rows = checks.integer("num_rows", num_rows)
+    rows: Any = num_rows if is_symbolic_dim(num_rows) else checks.integer("num_rows", num_rows)
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if operand is not None:
             checks.instance(name, operand, Operand)
     own = Operand(_floating_name(dtype))
     return Problem(
-        contraction, num_rows, num_experts, k, n, lhs or own, rhs or own, own, device or current_device(), epilogue
+        contraction, rows, num_experts, k, n, lhs or own, rhs or own, own, device or current_device(), epilogue
     )
 
 
