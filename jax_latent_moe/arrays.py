@@ -1,6 +1,7 @@
 """Arguments that must be arrays of numbers. Each check raises an `InputError` with the name, the value and the rule."""
 
-from typing import Any
+from typing import contextlib
+import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +64,8 @@ def typed_key(key) -> jax.Array:
     """
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
-    if isinstance(key, jax.Array | np.ndarray):
-        if key.dtype == jnp.uint32 and key.ndim == 1:
-            try:
-                return jax.random.wrap_key_data(jnp.asarray(key))
-            except (TypeError, ValueError):
-                pass
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1:
+        with contextlib.suppress(TypeError, ValueError):  # of another length than a key's
+            return jax.random.wrap_key_data(jnp.asarray(key))
     what = f"shape {key.shape} and dtype {key.dtype}" if hasattr(key, "shape") else f"type {type(key).__name__}"
     raise InputError(f"key of {what} must be a single key, as jax.random.key(seed) makes it.")
