@@ -1,7 +1,7 @@
 """Arguments that must be arrays of numbers. Each check raises an `InputError` with the name, the value and the rule."""
 
-from typing import contextlib
-import Any
+import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
