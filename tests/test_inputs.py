@@ -196,7 +196,10 @@ def test_a_parameter_tree_of_another_config_names_the_difference():
     assert "experts/w_in of shape (8, 6, 4) must be of shape (8, 6, 5)" in message
 
 
-@pytest.mark.parametrize("value", [None, "a", {}, [[1.0], [1.0, 2.0]], np.array([object()])], ids=str)
+NO_ARRAYS = {"none": None, "text": "a", "dict": {}, "ragged": [[1.0], [1.0, 2.0]], "objects": np.array([object()])}
+
+
+@pytest.mark.parametrize("value", NO_ARRAYS.values(), ids=NO_ARRAYS)
 def test_operands_that_are_no_arrays_are_refused_by_name(value):
     ids = np.arange(6)
     for name, call in {
