@@ -12,9 +12,7 @@ TESTS=(
   tests/test_layer.py::test_initial_layer_of_the_toy_preset_matches_the_oracle
   tests/test_composition.py tests/test_linen.py tests/test_nnx.py
   tests/test_pallas.py tests/parallel/test_transforms.py
-  # Interpreted kernels are slow, so only a plain activation and a gated one run.
-  "tests/test_pallas_fused.py::test_every_activation_and_residual["{relu2-hidden,swiglu-pre}"]"
-  "tests/test_pallas_fused.py::test_lowers_for_cuda[large-bfloat16-"{relu2-hidden,swiglu-pre}"]"
+  tests/test_pallas_fused.py::test_{activations_and_residuals,lowers_for_cuda}
   tests/test_pallas_fp8.py::test_lowers_for_cuda tests/test_pallas_widen.py::test_lowers_for_cuda
 )
 
