@@ -3,7 +3,7 @@
 XLA multiplies one row by a weight in two kernels, and stores all the products in between. The compiled kernel
 (custom_calls/src/decode) reads a weight once. One launch has the logits and the down-projection of the same token,
 another the up-projection. It multiplies exactly and adds in float32, in a fixed order. It has no gradient: it runs
-where nothing is differentiated. For several tokens, XLA's matmuls are as fast.
+where nothing is differentiated. For eight tokens XLA's matmuls were faster.
 """
 
 import functools
