@@ -28,10 +28,10 @@ ORDER = (
     ("codes",),
     ("layer", "plan"),
     ("training",),
-    ("linen", "nnx"),
+    ("linen", "nnx", "qwix"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"native"}, "safetensors": set()}
+ONLY_IN = {"flax": {"linen", "nnx"}, "qwix": {"qwix"}, "ctypes": {"native"}, "safetensors": set()}
 
 
 def modules() -> dict[str, pathlib.Path]:
