@@ -21,7 +21,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.config import (
 )
 from jax_latent_moe.grouped_matmul.registry import BACKENDS, BackendConfig, as_backend, name_of
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
-from jax_latent_moe.precision import Precision
+from jax_latent_moe.precision import Precision, check_rows_format
 from jax_latent_moe.router_config import SCORE_FUNCTIONS, RouterConfig
 
 __all__ = [
@@ -94,6 +94,9 @@ class ParallelConfig:
         sequence_axis: mesh axis that splits the sequences of x (its second to last axis) into parts.
         physical_to_logical: the logical expert of each physical expert, from `parallel.replicate_experts`. The experts'
             parameters then come from `parallel.expand`. None is one copy of each.
+        dispatch_format: format of the rows that travel to the experts, "fp8_block" or "fp8_block_pow2": latents in the
+            forward pass, gradients of the sums in the backward pass. They take half the bytes of 16-bit rows. The sums
+            come back in config.dtype. None sends config.dtype both ways.
     """
 
     data_axis: str = "data"
@@ -104,6 +107,7 @@ class ParallelConfig:
     capacity_factor: float | None = None
     sequence_axis: str = "sequence"
     physical_to_logical: tuple[int, ...] | None = None
+    dispatch_format: str | None = None
 
     def __post_init__(self):
         axes = (*self.axes, self.sequence_axis)
@@ -118,6 +122,8 @@ class ParallelConfig:
             checks.keep(self, "parallel.", checks.positive, ("capacity_factor",))
         if self.physical_to_logical is not None:
             checks.keep(self, "parallel.", checks.integers, ("physical_to_logical",))
+        if self.dispatch_format is not None:
+            check_rows_format("parallel.dispatch_format", self.dispatch_format)
 
     @property
     def axes(self) -> tuple[str, str, str, str]:

@@ -34,12 +34,16 @@ class Precision:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name = getattr(self, field.name)
-            if name is None:
-                continue
-            try:
-                rows_format(name)
-            except ConfigError as error:
-                raise ConfigError(f"precision.{field.name}: {error}") from None
+            if name is not None:
+                check_rows_format(f"precision.{field.name}", name)
+
+
+def check_rows_format(field: str, name: str) -> None:
+    """Refuses, by the field's name, what is no format of rows."""
+    try:
+        rows_format(name)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}") from None
 
 
 class Codes(NamedTuple):

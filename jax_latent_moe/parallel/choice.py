@@ -99,6 +99,10 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
     chosen = choose_dispatch(config, devices, tokens)
     capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
     lines = [f"{tokens} tokens a device, {devices} devices share {config.num_experts} experts, {capacity} rows a pair:"]
+    if config.parallel.dispatch_format is not None:
+        lines.append(
+            f"  rows travel in {config.parallel.dispatch_format} to the experts, and sums in {config.dtype} back"
+        )
     for name, (out, back, ms) in costs.items():
         note = "  <- runs" if name == chosen else ""
         if name == "ragged_all_to_all" and config.parallel.dispatch == "auto":
