@@ -1,4 +1,4 @@
-"""A part of a long grid: another one in each run, and the same in every worker of xdist."""
+"""Draws a part of a long grid: a new part in each run, and the same part in every worker of xdist."""
 
 import collections
 import os

@@ -1,4 +1,4 @@
-"""A backend for the CPU that fuses what its settings say: products of the portable one, epilogues of its own."""
+"""A CPU backend that fuses what its settings say: the portable backend's products with epilogues of its own."""
 
 import dataclasses
 

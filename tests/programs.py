@@ -1,4 +1,4 @@
-"""What a traced program computes."""
+"""Finds the operations in a traced program."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Codes that a training step makes once: their bytes, who reads them, and codes of other weights."""
+"""Codes that a training step makes once: their bytes, the calls that read them, and codes of other weights."""
 
 import dataclasses
 from typing import Any

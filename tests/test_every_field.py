@@ -1,4 +1,4 @@
-"""Every field of every configuration is read: changing it changes a jaxpr, or is refused."""
+"""Every field of every configuration is read: a change of it changes a jaxpr, or is refused."""
 
 import dataclasses
 import functools

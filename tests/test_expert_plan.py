@@ -1,4 +1,4 @@
-"""What is decided about the experts' products before any runs: backends, epilogues, residual, gathering."""
+"""The decisions about the experts' products before any of them runs: backends, epilogues, residual, gathering."""
 
 import dataclasses
 

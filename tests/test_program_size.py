@@ -1,4 +1,4 @@
-"""The layer's program for a published preset does not grow when the library learns something that the preset lacks."""
+"""The layer's program for a published preset does not grow with features that the preset does not use."""
 
 import jax
 import jax.numpy as jnp

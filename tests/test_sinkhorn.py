@@ -1,4 +1,4 @@
-"""Sinkhorn routing against Megatron's iteration written out in NumPy, and what it does not go with."""
+"""Sinkhorn routing against Megatron's iteration in NumPy, and the options that it refuses."""
 
 import dataclasses
 

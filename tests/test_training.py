@@ -1,4 +1,4 @@
-"""Beside the layer in a training step: the bias kept from the optimiser, the total loss, the step of the biases."""
+"""The parts of a training step beside the layer: the split of the biases, the total loss, the biases' update."""
 
 import dataclasses
 import functools

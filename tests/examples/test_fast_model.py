@@ -1,4 +1,4 @@
-"""Options for speed do not change the results: tables, loss, attention, scan, recomputation, parts of a batch."""
+"""Speed options do not change results: tables, loss, attention, scan, recomputation, parts of a batch."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The launch recipes: their options parse, their meshes fit the devices that they ask for; what SLURM says is used."""
+"""The launch recipes: their options parse, their meshes fit the requested devices, and SLURM's settings are used."""
 
 import math
 import os

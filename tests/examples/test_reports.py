@@ -1,4 +1,4 @@
-"""What a run shows of its speed: operations, MFU, memory, trackers, a trace; and presets that fit the memory."""
+"""How a run reports its speed: operations, MFU, memory, trackers, a trace; and presets that fit the memory."""
 
 import dataclasses
 import importlib

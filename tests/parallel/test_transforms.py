@@ -1,4 +1,4 @@
-"""The layer on a mesh under jit, scan, remat and vmap; and what it refuses there."""
+"""The layer on a mesh under jit, scan, remat and vmap; and its refusals there."""
 
 import dataclasses
 import functools
