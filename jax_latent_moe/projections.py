@@ -22,7 +22,7 @@ from jax_latent_moe.grouped_matmul.sm90 import DTYPES
 from jax_latent_moe.varying import varying
 
 TILE_BYTES = 128
-"""What a cluster of blocks reads of each row of a weight (kTileBytes)."""
+"""Bytes of each row of a weight that a cluster of blocks reads (kTileBytes)."""
 PARTS = (1, 2, 4, 8)
 """The sizes of a cluster. Each of its blocks multiplies a part of the contracted axis."""
 

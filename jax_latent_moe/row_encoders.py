@@ -1,4 +1,4 @@
-"""What makes the FP8 codes of rows: a compiled kernel in one pass over memory, or XLA, which reads the rows twice.
+"""Encoders of rows in FP8: a compiled kernel in one pass over memory, or XLA, which reads the rows twice.
 
 A second kernel computes the gradient of relu2 and encodes it in the same pass (custom_calls/src/formats). Both give the
 codes of the formats' definition to the bit.

@@ -63,7 +63,7 @@ class Case(NamedTuple):
         )
 
     def optional(self) -> dict[str, Any]:
-        """The optional arguments of `latent_moe`, but those that are None."""
+        """The optional arguments of `latent_moe` that are not None."""
         key = None if self.seed is None else jax.random.key(self.seed)
         names = ("token_mask", "expert_ids", "segment_ids", "global_counts")
         given = {name: getattr(self, name) for name in names} | {"key": key}

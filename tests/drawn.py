@@ -13,7 +13,7 @@ WHOLE = "JAX_LATENT_MOE_WHOLE_MATRIX" in os.environ
 def drawn(grid: Iterable[tuple], number: int) -> list[tuple]:
     """So many rows of the grid, in its order. Each value of each column occurs where the number allows it.
 
-    The draw depends on the run's seed alone. Values are hashable.
+    The draw depends only on the run's seed. Values are hashable.
     """
     grid = list(grid)
     if WHOLE or number >= len(grid):

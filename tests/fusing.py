@@ -29,7 +29,7 @@ class FusingBackend:
 
 
 class Fusing(Backend):
-    """Computes epilogues in float32 from values alone: it knows no slope that an activation's row gives."""
+    """Computes epilogues in float32 only from values: it does not use the slope of an activation's row."""
 
     def supports(self, problem):
         if problem.epilogue is None:

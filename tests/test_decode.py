@@ -216,7 +216,7 @@ def test_other_weights_are_not_made_by_the_kernel(monkeypatch, changes, experts,
 
 @pytest.mark.usefixtures("install_library")
 def test_gradients_do_not_run_them(monkeypatch):
-    """A forward pass calls them, and one with a gradient the grouped matmuls alone."""
+    """A forward pass calls them; one with a gradient calls only the grouped matmuls."""
     for module in (decode, expert_plan):
         monkeypatch.setattr(module, "current_device", lambda: H100)
     config = layer(

@@ -166,7 +166,7 @@ def test_a_backend_that_cannot_run_says_so(backend):
 
 
 def test_equal_configs_give_one_program():
-    """What the other tests rest on: a jaxpr's text depends on the configuration alone."""
+    """The other tests rely on this: a jaxpr's text depends only on the configuration."""
     programs.cache_clear()
     first = programs(TOY)
     programs.cache_clear()

@@ -58,7 +58,7 @@ def test_codes_that_no_kernel_reads_are_refused_for_both_reasons():
 
 
 def test_what_no_kernel_would_read_is_not_kept():
-    """Where one pass alone has the gate and hidden rows side by side, the pre-activation is kept and composed."""
+    """If only one pass has the gate and hidden rows side by side, the pre-activation is kept and composed."""
     swiglu = dataclasses.replace(TOY, activation="swiglu")
     for value, gradient in ((("gate_hidden",), ()), ((), ("gate_hidden",)), (("gate_hidden",), ("pre",))):
         plan = plan_of(dataclasses.replace(swiglu, backend=FusingBackend(value, gradient)))

@@ -145,7 +145,7 @@ def test_gradients_beside_frozen_codes(rng, monkeypatch, activation, fused, froz
 
 @every_config
 def test_gradients_of_weights_hold_for_the_smallest(rng, config):
-    """The gradient of a weight is no quotient by it: it holds for tiny weights and for 0, with any residual."""
+    """The gradient of a weight is not a quotient by it: it holds for tiny weights and for 0, with any residual."""
     ids, arrays = draw(rng, config)
     ids = np.abs(ids)
     tokens, weights, w_in, w_out = arrays

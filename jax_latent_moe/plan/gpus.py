@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """One GPU and its links. If `measured`, rates are those that programs reach, not the datasheet's peak.
+    """One GPU and its links. If `measured`, rates are what programs reach, not the datasheet's peak.
 
     Attributes:
         memory: bytes of memory.

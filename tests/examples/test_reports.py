@@ -129,7 +129,7 @@ def test_learning_rates_are_those_of_the_schedule():
 
 
 class Tracker(SimpleNamespace):
-    """What wandb and trackio have in common."""
+    """The interface that wandb and trackio share."""
 
     def init(self, **options):
         self.options, self.logged, self.finished = options, [], False

@@ -257,7 +257,7 @@ struct GroupedKernel {
       }
     }
     // By now every stage of this tile has been full. Only now may the other warpgroup wait for the next round of the same
-    // stages, because barriers tell rounds apart by parity alone. Products keep the four warps together, and where there was
+    // stages, because barriers tell rounds apart only by parity. Products keep the four warps together, and where there was
     // none, a barrier does.
     if (work.steps == 0) sync_warpgroup(warpgroup);
     if (thread == 0) shared.turn[1 - warpgroup].arrive();
@@ -523,7 +523,7 @@ int max_experts() {
 
 }  // namespace latent_moe::sm90
 
-// Compiles one kernel: the arguments are those of Spec.
+// Compiles one kernel: the arguments are Spec's.
 #define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                  \
   namespace latent_moe::sm90 {                                                                                              \
   using Compiled = Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>; \
