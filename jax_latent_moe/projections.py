@@ -71,9 +71,9 @@ def refusal_of_projections(
     if (reason := refusal(config.backend, rows, config.top_k, device or current_device())) is not None:
         return reason
     if config.parallel is not None:
-        return "config.parallel is set, and its kernels run on one device."
+        return "config.parallel is set, and the kernel runs on one device."
     if rows > 1:
-        return f"its kernel multiplies one token, not {rows}."
+        return f"the compiled kernel multiplies one token, not {rows}."
     if dtype not in DTYPES:
         return f"tokens are in {dtype}, not in {' or '.join(DTYPES)}."
     if kernel is not None and config.router.dtype != "float32":

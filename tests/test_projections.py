@@ -141,7 +141,7 @@ REFUSALS = {
     "decode": (dict(config=dataclasses.replace(SUPER, backend=CutlassBackend(decode="never"))), "decode is 'never'"),
     "device": (dict(device=A100), "compiled for NVIDIA Hopper GPUs"),
     "mesh": (dict(config=dataclasses.replace(SUPER, parallel=ParallelConfig())), "config.parallel is set"),
-    "rows": (dict(rows=2), "its kernel multiplies one token, not 2"),
+    "rows": (dict(rows=2), "the compiled kernel multiplies one token, not 2"),
     "measured": (dict(config=dataclasses.replace(SUPER, backend="auto"), rows=2), "leaves 2 tokens"),
     "dtype": (dict(dtype="float32"), "tokens are in float32"),
     "router": (
