@@ -18,7 +18,7 @@ def parameters(config: LatentMoEConfig) -> int:
 
 
 def active_parameters(config: LatentMoEConfig) -> int:
-    """Parameters that one token uses: all but those of the experts it does not choose."""
+    """Parameters that one token uses: all but the parameters of experts that it does not choose."""
     experts = sum(math.prod(leaf.shape) for leaf in param_shapes(config)["experts"].values())
     return parameters(config) - experts + experts * config.top_k // config.num_physical_experts
 
