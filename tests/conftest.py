@@ -92,7 +92,7 @@ def rng(request) -> np.random.Generator:
 
 @pytest.fixture
 def compiled_in_a_hurry():
-    """Programs that one test alone runs compile in half the time without XLA's costly optimisations."""
+    """Programs for a single test compile in half the time without XLA's costly optimisations."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

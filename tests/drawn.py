@@ -11,7 +11,7 @@ WHOLE = "JAX_LATENT_MOE_WHOLE_MATRIX" in os.environ
 
 
 def drawn(grid: Iterable[tuple], number: int) -> list[tuple]:
-    """So many rows of the grid, in its order. Each value of each column occurs where the number allows it.
+    """The given number of rows of the grid, in its order. Each value of each column occurs if the number allows it.
 
     The draw depends only on the run's seed. Values are hashable.
     """
