@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Searches for garbage less often, and never among imported modules: a whole search of a worker's heap takes 0.5 s."""
+    """Searches for garbage less often, and never among imported modules: a search of a whole heap takes 0.5 s."""
     gc.freeze()
     gc.set_threshold(5_000, 10, 10)
 
