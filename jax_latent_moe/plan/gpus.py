@@ -16,7 +16,7 @@ class GPU:
         link: bytes per second sent to GPUs of the same host.
         network: bytes per second sent to other hosts. It was never measured.
         host: number of GPUs in a host.
-        measured: whether the rates but `network` were measured on this kind of GPU.
+        measured: whether all rates except `network` were measured on this kind of GPU.
     """
 
     memory: float
@@ -36,8 +36,9 @@ from a fit to 2026-11-27. The link was measured between two GPUs of one host. Th
 datasheet of the usual server."""
 
 H100 = GPU(80e9, 7.3e14, 7.0e14, 3.0e14, 3.0e12, 2.77e11, 5.0e10)
-"""H100 SXM. Rates of dense matmuls and memory were measured, that of grouped matmuls is a fit to 2026-11-27 (Super
-only). The others are the H200's."""
+"""H100 SXM. Rates of dense matmuls and memory were measured. The rate of grouped matmuls is a fit to 2026-11-27 (Super
+only). The others are the H200's.
+"""
 
 B200 = GPU(180e9, 1.6e15, 1.3e15, 6.6e14, 6.8e12, 5.5e11, 5.0e10, measured=False)
 """B200. Rates are the datasheet's, times the fraction that the H200 reached. No kernel of this library ran on it."""

@@ -28,7 +28,7 @@ def parameters_per_device(config: LatentMoEConfig, mesh: AbstractMesh, format: s
     Args:
         config: the layer.
         mesh: axes and sizes.
-        format: that of the experts' weights, which are then not counted; None for dense ones.
+        format: the format of the experts' weights, which are then not counted; None for dense weights.
     """
     return _stored(config, mesh, format)[0]
 
@@ -93,7 +93,7 @@ def memory(
         layers: MoE layers that the device holds.
         training: whether to count gradients, Adam's moments and the residuals for the backward pass.
         remat: whether the layers keep only their input and are computed twice.
-        format: that of the experts' weights, which are then frozen; None for dense ones.
+        format: the format of the experts' weights, which are then frozen; None for dense weights.
     """
     stored, param_bytes = layers * parameters_per_device(config, mesh, format), jnp.dtype(config.param_dtype).itemsize
     codes = code_bytes_per_device(config, mesh, format)
@@ -134,7 +134,7 @@ def _beside_kept_rows(config, narrow: int, kept: int) -> int:
 
 
 def kept_residual(config: LatentMoEConfig) -> Residual:
-    """What the forward pass keeps for the activation's gradient, with the compiled kernels."""
+    """Bytes that the forward pass keeps for the activation's gradient, with the compiled kernels."""
     return choose_residual(
         config.bound_activation,
         lambda residual: fuses_activation(config, "fwd", residual),

@@ -25,7 +25,7 @@ class CostPlan:
         gpu: the device.
         layers: number of MoE layers.
         training: whether the backward pass and the optimiser are counted.
-        format: that of the experts' weights; None for dense ones. Times are always those of dense ones.
+        format: the format of the experts' weights; None for dense weights. Times are always for dense weights.
         memory: bytes by use.
         parts: the parts of one layer, with their times.
     """
@@ -87,8 +87,8 @@ def make_cost_plan(
         layers: number of MoE layers. Memory counts all of them, times are those of one.
         training: whether to count gradients and Adam.
         remat: whether the layers keep only their input and are computed again.
-        format: the experts' weights are quantised in this format and frozen. It changes the memory alone: no kernel
-            that reads codes was measured yet, so times are those of dense weights.
+        format: the experts' weights are quantised in this format and frozen. It changes only the memory: times are for
+            dense weights.
 
     Raises:
         ConfigError: the size of an axis does not divide the dimension that it splits.

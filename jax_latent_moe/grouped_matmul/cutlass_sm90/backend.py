@@ -30,7 +30,7 @@ FASTER = {
     "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
 }
 
-# The residual that the compiled kernels keep of each activation and compute its gradient from.
+# By activation: the residual that the compiled kernels keep, and from which they compute the gradient.
 RESIDUALS = {
     "relu2": "hidden",
     "gelu": "pre",
