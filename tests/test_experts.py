@@ -20,6 +20,8 @@ from tests.oracle.experts import routed
 from tests.test_activations import VARIANTS
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS, K, EXPERTS, LATENT, INNER = 7, 9, 11, 6, 5
 WITHOUT_TOKENS = 4
 GATED = dataclasses.replace(TOY, activation="swiglu")

@@ -49,6 +49,15 @@ NARROW = [(family, dtype) for family in FAMILIES for dtype in ("bfloat16", "floa
 if not WHOLE_MATRIX:  # every family in one of the two, and each of the two in half of the families
     NARROW = [NARROW[2 * i + at % 2] for i, at in enumerate(seeds.generator("narrow").permutation(len(FAMILIES)))]
 
+OPTIMISED = ("test_random_layers", "test_low_precision")
+
+
+@pytest.fixture(autouse=True)
+def hurried(request):
+    """On a CPU the layers compile without costly optimisations, but for random ones and those of 16 bits."""
+    if jax.default_backend() == "cpu" and request.function.__name__ not in OPTIMISED:
+        request.getfixturevalue("compiled_in_a_hurry")
+
 
 @pytest.mark.parametrize("index", range(24 if WHOLE_MATRIX else 16))
 def test_random_layers(rng, index):
