@@ -14,6 +14,7 @@ from jax_latent_moe.grouped_matmul import Operand
 from jax_latent_moe.parallel import axis_sizes
 from jax_latent_moe.params import param_shapes
 from jax_latent_moe.plan.gpus import GPU
+from jax_latent_moe.projections import explain
 from jax_latent_moe.quantization import quantize
 from jax_latent_moe.routing.router import gives_log_weights, weighs_in_kernel
 
@@ -54,17 +55,20 @@ def experts_of(
         w_out=codes,
         device=gpu.device,
         by_log=by_log,
-        decode=_decode(config, tokens, gpu, format) if whole and config.router.round_to_tile is None else None,
+        **_few_tokens(config, tokens, gpu, format) if whole and config.router.round_to_tile is None else {},
     )
 
 
-def _decode(config, tokens, gpu, format):
+def _few_tokens(config, tokens, gpu, format):
     shapes: Any = param_shapes(config)
     if format is not None:
         shapes = jax.eval_shape(lambda params: quantize(params, config, format), shapes)
     w_in, w_out = shapes["experts"]["w_in"], shapes["experts"]["w_out"]
     if row_multiple_of(w_in, w_out) > 1:
-        return None
+        return {}
     if format is None:
         w_in = jax.ShapeDtypeStruct((*w_in.shape[:2], math.prod(w_in.shape[2:])), w_in.dtype)
-    return plan_decode(config, tokens, config.top_k, config.dtype, w_in, w_out, device=gpu.device)
+    return {
+        "decode": plan_decode(config, tokens, config.top_k, config.dtype, w_in, w_out, device=gpu.device),
+        "projections": explain(config, tokens, device=gpu.device),
+    }
