@@ -2,6 +2,9 @@
 PYTHON := .venv/bin/python
 WORKERS ?= auto
 ARGS ?=
+# Python keeps the bytecode of what it imports. Some images switch that off, and then each of the tests' many processes
+# compiles JAX anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup cuda wheels train plan test test-gpu sanitize bench lint lint-bazel format docs clean

@@ -1,7 +1,7 @@
 """Latent mixture-of-experts layers for JAX.
 
 The layer is a pure function, `latent_moe(params, x, config)`; Flax modules that hold its parameters are in
-`jax_latent_moe.linen` and `jax_latent_moe.nnx`, which are imported only when asked for.
+`jax_latent_moe.linen` and `jax_latent_moe.nnx`, which you import by name.
 """
 
 from jax_latent_moe import cost, lora, parallel, presets

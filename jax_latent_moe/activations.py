@@ -29,9 +29,9 @@ class Activation:
 
     Attributes:
         name: the name in `LatentMoEConfig.activation`.
-        value: makes the hidden rows of u, or of gate and up where gated. The parameters are keywords.
-        gradient: makes the gradients of the parts, a tuple, of the parts and the hidden rows' gradient. The parameters
-            are keywords. None has JAX differentiate value.
+        value: computes the hidden rows from u, or from gate and up if gated. The parameters are keywords.
+        gradient: computes the gradients of the parts, a tuple, from the parts and the hidden rows' gradient. The
+            parameters are keywords. None lets JAX differentiate value.
         gated: whether the experts have a gate besides the up kernel.
         parameters: fields of `LatentMoEConfig` that value and gradient take as keywords.
         slope_of_hidden: hidden -> slope, if the activation is not gated and its slope follows from the hidden rows.
@@ -49,9 +49,9 @@ class Activation:
 
     def __post_init__(self):
         if self.gated and self.slope_of_hidden is not None:
-            raise ConfigError(f"activation {self.name!r} is gated: a slope_of_hidden is for an activation of u alone.")
+            raise ConfigError(f"activation {self.name!r} is gated: slope_of_hidden needs gated=False.")
         if self.gate_times_up and not self.gated:
-            raise ConfigError(f"activation {self.name!r} has gate_times_up and is not gated: set gated=True.")
+            raise ConfigError(f"activation {self.name!r} has gate_times_up but is not gated: set gated=True.")
 
     @property
     def residuals(self) -> tuple[Residual, ...]:
@@ -120,7 +120,7 @@ def activate(pre: Float[Array, "*rows p"], activation: BoundActivation) -> Float
 def hidden_and_pullback(
     kept: Float[Array, "*rows p"], residual: Residual, activation: BoundActivation
 ) -> tuple[Float[Array, "*rows m"], Callable[[Float[Array, "*rows m"]], Float[Array, "*rows p"]]]:
-    """The hidden rows, and the function that maps their gradient to that of the pre-activation.
+    """The hidden rows, and the function that maps their gradient to the pre-activation's gradient.
 
     Args:
         kept: the residual from the forward pass.
@@ -165,7 +165,7 @@ def _swiglu(gate, up):
 
 
 def _clamped_swiglu(gate, up, *, swiglu_alpha, swiglu_limit, swiglu_shift):
-    # A value at the limit has a gradient, as torch.clamp gives it one.
+    # A value at the limit has a gradient, as in torch.clamp.
     gate = jnp.where(gate > swiglu_limit, swiglu_limit, gate)
     up = jnp.where(up > swiglu_limit, swiglu_limit, jnp.where(up < -swiglu_limit, -swiglu_limit, up))
     return gate * jax.nn.sigmoid(swiglu_alpha * gate) * (up + swiglu_shift)

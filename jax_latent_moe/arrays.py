@@ -13,7 +13,7 @@ INT32 = np.iinfo(np.int32)
 
 
 def given_numbers(name: str, value) -> Any:
-    """The value as an array of JAX, or of NumPy if it is not JAX's.
+    """The value as a JAX array, or as a NumPy array if it is not a JAX array.
 
     JAX cuts an integer of 64 bits to 32 bits unless jax_enable_x64 is set, so values are checked before that.
 
@@ -45,7 +45,7 @@ def as_numbers(name: str, value) -> jax.Array:
 
 
 def check_fits_int32(name: str, values) -> None:
-    """Refuses integers of NumPy that JAX would cut to 32 bits.
+    """Refuses NumPy integers that JAX would cut to 32 bits.
 
     Raises:
         InputError: int32 cannot hold one of them.
@@ -65,7 +65,7 @@ def typed_key(key) -> jax.Array:
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1:
-        with contextlib.suppress(TypeError, ValueError):  # of another length than a key's
+        with contextlib.suppress(TypeError, ValueError):  # its length differs from a key's
             return jax.random.wrap_key_data(jnp.asarray(key))
     what = f"shape {key.shape} and dtype {key.dtype}" if hasattr(key, "shape") else f"type {type(key).__name__}"
     raise InputError(f"key of {what} must be a single key, as jax.random.key(seed) makes it.")

@@ -31,7 +31,7 @@ def encode_experts(params: Params, config: LatentMoEConfig) -> Codes | None:
             If the fsdp axis would cut a block of 128 x 128, a device holds its experts' codes for the whole latent.
 
     Returns:
-        The codes, which take one byte a weight and layout. None if config.precision is None.
+        The codes, one byte per weight for each layout. None if config.precision is None.
 
     Raises:
         InputError: the experts do not fit the config, are quantised already, or have adapters.
@@ -54,7 +54,7 @@ def checked_codes(codes: Codes, params: Params, config: LatentMoEConfig) -> Code
     """The codes for one call, full of NaN if they were made from other weights.
 
     Raises:
-        InputError: they are not what `encode_experts` makes of such params.
+        InputError: `encode_experts` does not make such codes from these params.
     """
     if not isinstance(codes, Codes):
         raise InputError(f"codes of type {type(codes).__name__} must be what encode_experts(params, config) returns.")
@@ -104,7 +104,7 @@ def _first_row(weight, axis):
 
 
 def _checked(w_in, w_out, codes) -> Codes:
-    """The codes, with scales of NaN if the weights have other first rows than those that the codes were made from.
+    """The codes, with scales of NaN if the weights' first rows differ from the rows that were encoded.
 
     A step of an optimiser changes these rows, and reading them takes little time.
     """

@@ -21,7 +21,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.config import (
 )
 from jax_latent_moe.grouped_matmul.registry import BACKENDS, BackendConfig, as_backend, name_of
 from jax_latent_moe.grouped_matmul.xla.config import XlaBackend
-from jax_latent_moe.precision import Precision
+from jax_latent_moe.precision import Precision, check_rows_format
 from jax_latent_moe.router_config import SCORE_FUNCTIONS, RouterConfig
 
 __all__ = [
@@ -92,8 +92,11 @@ class ParallelConfig:
             n devices of expert_axis, rounded up to a multiple of 8. The rows of least weight beyond that are dropped
             and counted in `LatentMoEAux.dropped_per_expert`. None drops nothing, and buffers hold the worst case.
         sequence_axis: mesh axis that splits the sequences of x (its second to last axis) into parts.
-        physical_to_logical: the expert that each physical expert is a copy of, from `parallel.replicate_experts`. The
-            experts' parameters are then those of `parallel.expand`. None is one copy of each.
+        physical_to_logical: the logical expert of each physical expert, from `parallel.replicate_experts`. The experts'
+            parameters then come from `parallel.expand`. None is one copy of each.
+        dispatch_format: the format of what travels to the experts, "fp8_block" or "fp8_block_pow2": latents in the
+            forward pass and the gradients of the sums in the backward pass, half the bytes of 16-bit ones. The sums
+            come back in config.dtype. None sends config.dtype both ways.
     """
 
     data_axis: str = "data"
@@ -104,6 +107,7 @@ class ParallelConfig:
     capacity_factor: float | None = None
     sequence_axis: str = "sequence"
     physical_to_logical: tuple[int, ...] | None = None
+    dispatch_format: str | None = None
 
     def __post_init__(self):
         axes = (*self.axes, self.sequence_axis)
@@ -118,6 +122,8 @@ class ParallelConfig:
             checks.keep(self, "parallel.", checks.positive, ("capacity_factor",))
         if self.physical_to_logical is not None:
             checks.keep(self, "parallel.", checks.integers, ("physical_to_logical",))
+        if self.dispatch_format is not None:
+            check_rows_format("parallel.dispatch_format", self.dispatch_format)
 
     @property
     def axes(self) -> tuple[str, str, str, str]:
@@ -151,10 +157,10 @@ class LatentMoEConfig:
             computes the activation.
         latent_norm: RMSNorm over l: "pre" after down_proj (marin), "post" after the combine (Kimi K3), or "none".
         latent_norm_eps: epsilon of that norm, 1e-24 to 1e24.
-        apply_probs_on_input: multiply the expert's input by the weight, and not its output (Megatron). It needs
+        apply_probs_on_input: multiply the expert's input instead of its output by the weight (Megatron). It needs
             top_k = 1.
-        apply_routed_scale_to_output: multiply the routed output by routed_scaling_factor, after the latent norm and
-            before up_proj, and not the weights (vLLM). It changes values only with latent_norm="post".
+        apply_routed_scale_to_output: multiply the routed output instead of the weights by routed_scaling_factor, after
+            the latent norm and before up_proj (vLLM). It changes values only with latent_norm="post".
         router: how experts are chosen.
         init: how parameters are drawn.
         dtype: dtype of the computation and of y. Sums are in float32.
@@ -222,7 +228,7 @@ class LatentMoEConfig:
         if copies and set(copies) != set(range(self.num_experts)):
             raise ConfigError(
                 f"parallel.physical_to_logical names {len(set(copies))} experts from {min(copies)} to {max(copies)}: "
-                f"each of num_experts={self.num_experts} needs a copy, and no other."
+                f"name each of num_experts={self.num_experts} experts at least once, and no others."
             )
 
     def _check_activation(self):
@@ -250,13 +256,13 @@ class LatentMoEConfig:
             )
         if router.bias_update == "quantile" and k == experts:
             raise ConfigError(
-                f"router.bias_update='quantile' needs top_k={k} less than num_experts={experts}: all loads are "
-                "equal otherwise."
+                f"router.bias_update='quantile' needs top_k={k} to be less than num_experts={experts}: otherwise all "
+                "loads are equal."
             )
         if self.apply_probs_on_input and router.round_to_tile is not None:
             raise ConfigError(
                 "apply_probs_on_input=True multiplies a token by one weight, and router.round_to_tile="
-                f"{router.round_to_tile} may give it two experts: set one of them only."
+                f"{router.round_to_tile} may give it two experts: set only one of these fields."
             )
         if self.apply_probs_on_input and k != 1:
             raise ConfigError(f"apply_probs_on_input needs top_k=1, got top_k={k}: weights differ between experts.")

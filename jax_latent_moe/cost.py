@@ -2,10 +2,13 @@
 
 import math
 from fractions import Fraction
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.formats import encode_rows
 from jax_latent_moe.params import param_shapes
 
 
@@ -15,7 +18,7 @@ def parameters(config: LatentMoEConfig) -> int:
 
 
 def active_parameters(config: LatentMoEConfig) -> int:
-    """Parameters that one token uses: all but those of the experts it does not choose."""
+    """Parameters that one token uses: all but the parameters of experts that it does not choose."""
     experts = sum(math.prod(leaf.shape) for leaf in param_shapes(config)["experts"].values())
     return parameters(config) - experts + experts * config.top_k // config.num_physical_experts
 
@@ -68,20 +71,30 @@ def exchange_bytes(
 ) -> dict[str, tuple[int, int]]:
     """Bytes that one device sends to others in a forward pass, for each dispatch: (latents to experts, results back).
 
-    The gradients are as many bytes, in the opposite direction. The rows' ids and weights are counted, 4 bytes each.
+    A backward pass sends as many each way. The rows' ids and weights are counted, 4 bytes each.
 
     Args:
-        config: the layer. Rows are latent_width wide, in its dtype.
+        config: the layer. Rows are latent_width wide, in its dtype or, on the way to the experts, in
+            parallel.dispatch_format.
         devices: n, the number of devices that share the experts.
         tokens: T, tokens of one device.
         capacity_factor: as in `ParallelConfig`; it bounds "all_to_all". "ragged_all_to_all" is counted as if all
             experts got equally many rows.
     """
-    row, others = config.latent_width * jnp.dtype(config.dtype).itemsize, devices - 1
+    others, row = devices - 1, config.latent_width * jnp.dtype(config.dtype).itemsize
+    format = None if config.parallel is None else config.parallel.dispatch_format
+    sent = row if format is None else row_bytes(format, config.latent_width)
     capacity = exchange_capacity(config, devices, tokens, capacity_factor)
     routed = min(tokens * config.top_k // devices, capacity)
     return {
-        "all_gather": (others * tokens * (row + 8 * config.top_k), others * tokens * row),
-        "all_to_all": (others * capacity * (row + 8), others * capacity * row),
-        "ragged_all_to_all": (others * routed * (row + 8), others * routed * row),
+        "all_gather": (others * tokens * (sent + 8 * config.top_k), others * tokens * row),
+        "all_to_all": (others * capacity * (sent + 8), others * capacity * row),
+        "ragged_all_to_all": (others * routed * (sent + 8), others * routed * row),
     }
+
+
+def row_bytes(format: str, width: int) -> int:
+    """Bytes of one row's codes and scales."""
+    row = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    codes = jax.eval_shape(partial(encode_rows, name=format), row)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(codes))

@@ -1,8 +1,8 @@
 """The experts of few tokens in two kernels, without a separate sort, gather or combine.
 
-Reading the experts' weights bounds the time of one token. The compiled kernels (custom_calls/src/decode) find the rows
-of an expert in the choice itself, and read the weights of each chosen expert once, in the layer's dtype or in codes
-that they widen. They have no gradient: `routed_experts` runs them where nothing is differentiated.
+For one token, reading the experts' weights takes most of the time. The compiled kernels (custom_calls/src/decode) find
+the rows of an expert in the choice itself, and read the weights of each chosen expert once, in the layer's dtype or in
+codes that they widen. They have no gradient: `routed_experts` runs them where nothing is differentiated.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ MOST_ASSIGNMENTS = 256
 MOST_TOKENS = 1
 """The most tokens that decode="measured" takes if the experts' weights are dense."""
 MOST_TOKENS_OF_CODES = 8
-"""The same if both are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200."""
+"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200."""
 TILE, DEPTH = 128, 128
 """A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
@@ -51,8 +51,9 @@ class Decode:
         choices: k.
         activation: as the kernels take it.
         in_code: the kernels' name of the codes of w_in, or "dense".
-        out_code: that of w_out.
-        splits: parts of the inner width in the second product. A block multiplies one, and the last block adds them up.
+        out_code: the same for w_out.
+        splits: parts of the inner width in the second product. A block multiplies one part, and the last block adds
+            them up.
     """
 
     tokens: int
@@ -111,14 +112,14 @@ def plan_decode(
     *,
     device: Device | None = None,
 ) -> Decode | str:
-    """The decision, or the reason why the experts' products run as those of many tokens.
+    """The decision, or the reason why the experts run by grouped matmuls.
 
     Args:
         config: the layer.
         tokens: T, an integer unless it is a symbolic size of `jax.export`.
         choices: k.
-        dtype: that of the tokens.
-        w_in: [E, l, m], or [E, l, 2 m] if gated; an array, a `ScaledArray`, or either with the shapes alone.
+        dtype: dtype of the tokens.
+        w_in: [E, l, m], or [E, l, 2 m] if gated; an array, a `ScaledArray`, or only their shapes.
         w_out: [E, m, l], in the same way.
         device: the device that runs them; None is JAX's default device.
     """

@@ -1,6 +1,6 @@
 """The static plan of the experts' products: the decision for each product, and the residual of the activation.
 
-The forward and the backward pass read the same plan, so the residual that one keeps is the one that the other reads.
+Both passes read the same plan, so the backward pass reads the residual that the forward pass keeps.
 """
 
 import dataclasses
@@ -40,17 +40,18 @@ class ExpertPlan:
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
         b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
         b_out_grad: the gradient of b_out; None without biases.
-        unweighted: None if down_dgrad reads the rows that down_wgrad gathered: those of dcombined times their weights.
-            Such rows give the gradients of the weights' logarithms. Otherwise the reason why it reads rows without
-            weights, as a sentence.
-        decode: how few tokens run where nothing is differentiated, in place of up_without_gradient and down; or the
-            reason why they do not; or None if the rows are not those of whole tokens.
+        unweighted: None if down_dgrad reads the rows that down_wgrad gathered, which are rows of dcombined times their
+            weights. Such rows give the gradients of the weights' logarithms. Otherwise the reason why it reads rows
+            without weights, as a sentence.
+        decode: how few tokens run if nothing is differentiated, in place of up_without_gradient and down; or the reason
+            against it; or None if the rows do not belong to whole tokens.
         projections: what multiplies the router's logits and the projections of the tokens, as `projections.explain`
-            says it; None if the rows are not those of whole tokens.
-        encode_tokens: what encodes the tokens for the first product; None if it is not in codes. So for the others.
+            says it; None if the rows do not belong to whole tokens.
+        encode_tokens: what encodes the tokens for the first product; None if it is not in codes. The next ones are
+            alike.
         encode_hidden: what encodes the hidden rows for the second product.
         encode_dout: what encodes the gradient of the combined tokens for down_dgrad.
-        encode_dpre: what encodes the gradient of the pre-activation for up_dgrad, where gradient does not.
+        encode_dpre: what encodes the gradient of the pre-activation for up_dgrad, if `gradient` does not.
         gradient: whether a kernel computes that gradient and encodes it.
     """
 
@@ -133,7 +134,7 @@ def plan_experts(
         w_out: format of w_out; None for an array of dtype.
         device: the device that runs them; None is JAX's default device.
         by_log: whether the caller can use the gradients of the weights' logarithms in place of the weights' own.
-        decode: the result of `plan_decode` for these weights; None if the rows are not those of whole tokens.
+        decode: the result of `plan_decode` for these weights; None if the rows do not belong to whole tokens.
         projections: the result of `projections.explain` for these tokens; None in the same way.
 
     Raises:
@@ -145,7 +146,7 @@ def plan_experts(
     precision = config.precision or Precision()
     dense = problem("fwd", num_rows, w_in_shape, dtype, device=device).lhs
     table = dataclasses.replace(dense, layout="gathered")
-    # The kernels for few tokens read codes, which no other kernel of their backend does beside 16-bit rows.
+    # Beside 16-bit rows, only the kernels for few tokens read codes in this backend.
     serves = isinstance(decode, Decode)
     frozen_in, frozen_out = (w is not None and w != dense for w in (w_in, w_out))
 
@@ -209,7 +210,7 @@ def plan_experts(
         return row_encoder(format, config.backend, width, dtype, device)
 
     hidden = dataclasses.replace(dense, layout="columns") if residual == "gate_hidden" else dense
-    # A fused gradient gives the gathered rows back. Codes are not what a weight gradient reads.
+    # A fused gradient gives the gathered rows back. A weight gradient does not read codes.
     dout = dense if residual == "pre" and precision.dgrad is None else table
     return ExpertPlan(
         activation,

@@ -2,9 +2,9 @@
 
 One differentiation rule covers the whole block. It keeps the tokens, the routing and one residual of the activation.
 The backward pass gathers rows again. It does not need the experts' outputs, because the gradient of a combine weight is
-<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). That of its logarithm is the same with dcombined times
-the weight. `plan_experts` decides what runs each product and what
-is kept. An activation that no kernel fuses is computed here.
+<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). The gradient of its logarithm is the same with dcombined
+times the weight. `plan_experts` decides what runs each product and which residual is kept. An activation that no kernel
+fuses is computed here.
 """
 
 import functools
@@ -112,8 +112,8 @@ def flat(weight):
 def _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch):
     """The block with low-rank adapters, product by product: an adapter adds to the pre-activation.
 
-    The backend of the config runs the products with the frozen weights. Those of rank r, which kernels may refuse,
-    run on the first backend that has them.
+    The backend of the config runs the products with the frozen weights. Kernels may refuse products of rank r, so these
+    run on the first backend that takes them.
     """
     if config.precision is not None:
         raise InputError(
@@ -233,7 +233,7 @@ def _routed_bwd(plan, residuals, dcombined):
     dtokens = combine(drows, dispatch).astype(tokens.dtype)
     grads = dtokens, *((None, dweights) if plan.weighted_dgrad else (dweights, None)), dw_in, dw_out
     if plan.precision != Precision():
-        # Codes are integers, so a derivative of this would leave out all that goes through them.
+        # Codes are integers, so a derivative of this would miss everything that passes through them.
         grads = refused_if_differentiated(_ONCE.format(plan.precision), grads)
     return *grads, None, dbiases, None
 
@@ -309,7 +309,7 @@ def down_gradient(plan: ExpertPlan, dout, w_out: Weight, group_sizes, kept, row_
         w_out: [E, m, l].
         group_sizes: [E].
         kept: the plan's residual. A kernel may overwrite it with the gradient.
-        row_weights: [R], or ones if dout is times the rows' weights already.
+        row_weights: [R], or ones if dout is multiplied by the rows' weights already.
 
     Returns:
         The `Outputs` of a dgrad with the gradient in its epilogue, with dout as a dense array in lhs, and with the

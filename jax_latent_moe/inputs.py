@@ -46,7 +46,7 @@ def _integers(name, values, shape):
 
 
 def check_whole(config, global_counts, key):
-    """Refuses counts that do not fit, and what nothing would read."""
+    """Refuses counts that do not fit, and arguments that nothing would read."""
     router = config.router
     if global_counts is not None:
         if not router.global_loss_coef:

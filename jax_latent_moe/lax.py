@@ -33,9 +33,9 @@ def ragged_dot(
         lhs: [m, k].
         rhs: [g, k, n], in the dtype of lhs.
         group_sizes: [g], the number of rows of each group. A concrete size must not be negative, nor the sum above m.
-        precision: a `jax.lax.Precision` or its name, as in `jax.lax.dot`. It matters to float32 in XLA alone.
-        preferred_element_type: dtype of the result; None is that of lhs. With another one than that of lhs, operands
-            are multiplied in float32 (or float64), which the Hopper kernels do not do.
+        precision: a `jax.lax.Precision` or its name, as in `jax.lax.dot`. It affects only float32 products in XLA.
+        preferred_element_type: dtype of the result; None is the dtype of lhs. If it differs from lhs's, operands are
+            multiplied in float32 (or float64), which the Hopper kernels do not do.
         group_offset: None. JAX does not say what another value means, and refuses it on CPUs and GPUs too.
         out_sharding: None.
         backend: "auto", a name or a backend dataclass, as in `grouped_matmul`.
@@ -44,7 +44,7 @@ def ragged_dot(
         [m, n] in preferred_element_type, accumulated in float32 (float64 for float64).
 
     Raises:
-        InputError: shapes, dtypes or group sizes do not fit, or an argument is one of those not supported.
+        InputError: shapes, dtypes or group sizes do not fit, or an argument is not supported.
         UnsupportedError: the named backend cannot run this.
     """
     if group_offset is not None:

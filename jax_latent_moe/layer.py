@@ -73,7 +73,7 @@ class LatentMoEAux(NamedTuple):
 
 
 class _ByToken(NamedTuple):
-    """Optional arguments whose leading axes are those of x. The numbers are those of the tokens in x, for jitter."""
+    """Optional arguments whose leading axes are those of x. `numbers` counts the tokens of x, for jitter."""
 
     token_mask: Bool[Array, "*batch"] | None
     expert_ids: Int[Array, "*batch k"] | None
@@ -111,8 +111,8 @@ def latent_moe(
         x: [..., d], a floating array, or a value that NumPy turns into one. The router reads it in its own dtype, the
             rest of the layer in config.dtype. The axis before the last one is the sequence.
         config: the layer; static under jit.
-        token_mask: [...]. A token that is False enters nothing, and its output is zero. Its values, and the gradient of
-            its output, may be anything.
+        token_mask: [...]. A token that is False takes part in nothing, and its output is zero. Its values, and the
+            gradient of its output, may be anything.
         expert_ids: [..., k] integers, a choice to replay. Weights and gradients come from the scores at these ids. -1
             reaches no expert. The router routes a token that has -2 among its ids.
         segment_ids: [...] integers, for packed sequences. The tokens of a sequence with equal ids are a document, and
@@ -223,7 +223,7 @@ def _layer(config, shards, params, x, by_token, whole):
     combined, dropped = _route_through_experts(
         params["experts"], params.get(CODES), latent, assignments, config, shards
     )
-    # If the shared expert has parts too, and no norm comes before y, the parts of inner widths are added once, in y.
+    # Without a norm before y, the partial sums of the routed and the shared experts are added once, in y.
     sum_in_y = "shared" in params and config.latent_norm != "post"
     if not sum_in_y:
         combined = shards.sum_over_tensor(combined)

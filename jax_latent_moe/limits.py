@@ -45,7 +45,7 @@ def keep_rounded(expert_ids, weights, config, shards):
 
 
 def rows_to_compute(plan, config):
-    """The plan without rows that rounding leaves unused: of twice the choices, most are not added."""
+    """The plan without rows that rounding leaves unused. It has twice the choices, and most of them are not added."""
     tile, (tokens, choices) = config.router.round_to_tile, plan.row_of_assignment.shape
     if tile is None or not isinstance(tokens, int):
         return plan

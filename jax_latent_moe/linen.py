@@ -24,7 +24,7 @@ with needs_extra("flax"):
     from flax.traverse_util import flatten_dict, unflatten_dict
 
 CORRECTION_BIAS = "correction_bias"
-"""The collection of the correction bias, which stands at .../router/bias. It is state: no optimiser sees it."""
+"""The collection of the correction bias, at .../router/bias. It is state: no optimiser sees it."""
 
 LOSSES = "losses"
 """The collection into which the auxiliary losses are sown. Add them all to the objective."""
@@ -35,7 +35,7 @@ CODES = "codes"
 """The collection of quantised weights, at .../experts/w_in and .../experts/w_out: frozen, so no optimiser sees them."""
 
 ADAPTERS = "adapters"
-"""The collection of low-rank adapters. Differentiate with respect to it alone to leave all other weights alone."""
+"""The collection of low-rank adapters. Differentiate only with respect to it to freeze all other weights."""
 
 EXPERT_CODES = "expert_codes"
 """The collection of the codes of dense weights that `encode_experts` makes, at .../experts."""
@@ -134,7 +134,7 @@ class LatentMoE(nn.Module):
         return self.variable(GLOBAL_COUNTS, "router", jnp.zeros, (self.config.num_experts,), jnp.int32)
 
     def _not_collected(self) -> str | None:
-        """A sentence that says which results of this call a training step would miss."""
+        """A sentence that names the results of this call that a training step would miss."""
         router = self.config.router
         needed = {LOSSES: "auxiliary losses"} if router.has_losses else {}
         needed |= {"intermediates": "expert loads"} if router.moves_bias else {}
@@ -193,10 +193,11 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Converts linen variables to the functional parameter tree: without boxes, with biases and codes in their places.
 
     Args:
-        variables: those of one layer give what `latent_moe` takes; those of a model give a subtree for each layer.
+        variables: the variables of one layer give the tree that `latent_moe` takes, a model's give a subtree for each
+            layer.
 
     Raises:
-        InputError: they are no mapping of collections.
+        InputError: they are not a mapping of collections.
     """
     _check_collections("variables", variables)
     collections = (flatten_dict(nn.unbox(variables.get(name, {}))) for name in ("params", CORRECTION_BIAS, CODES))
@@ -244,13 +245,13 @@ def from_params(
 def encode_experts(variables: Mapping[str, Any], config: LatentMoEConfig) -> dict[str, Any]:
     """The variables with the codes of every layer's experts in the collection "expert_codes", for config.precision.
 
-    A training step calls it once, before its first microbatch, and applies the model to the result. Differentiate with
-    respect to "params" alone. See `jax_latent_moe.encode_experts`. nn.scan must list the collection among its
+    A training step calls it once, before its first microbatch, and applies the model to the result. Differentiate only
+    with respect to "params". See `jax_latent_moe.encode_experts`. nn.scan must list the collection among its
     variable_axes; a layer that does not see it encodes its weights itself.
 
     Args:
-        variables: those of a layer or of a model, boxed or not, stacked by nn.scan or not.
-        config: that of all layers of the model. With config.precision=None nothing is added.
+        variables: of a layer or of a model, boxed or not, stacked by nn.scan or not.
+        config: the config of all layers. With config.precision=None nothing is added.
 
     Raises:
         InputError: no layer has experts, or a layer's do not fit the config, are quantised, or have adapters.
@@ -297,7 +298,7 @@ def loads(sown: Mapping[str, Any]) -> dict[str, Any]:
         sown: as for `total_loss`.
 
     Raises:
-        InputError: `sown` is no mapping of collections.
+        InputError: `sown` is not a mapping of collections.
     """
     _check_collections("sown", sown)
     counts = {

@@ -37,7 +37,7 @@ def adapt(
     alpha: float = 16.0,
     targets: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The same tree with a `LowRank` in the place of each target. The layer computes what it did, because b is 0.
+    """The same tree with a `LowRank` in the place of each target. The layer's values stay the same, because b is 0.
 
     Args:
         key: a JAX random key, for a: normal with standard deviation 1 / sqrt(K).
@@ -61,7 +61,7 @@ def adapt(
         )
     for target in present if targets is None else targets:
         if target not in present:
-            raise InputError(f"targets name {target!r}, which is none of {', '.join(map(repr, present))}.")
+            raise InputError(f"targets name {target!r}, which is not one of {', '.join(map(repr, present))}.")
         part, name = target.split("/")
         if isinstance(adapted[part][name], LowRank):
             raise InputError(f"params {target} have an adapter already: lora.merge(params, config) first.")
@@ -106,7 +106,7 @@ def split(params: PyTree) -> tuple[PyTree, PyTree]:
     without an adapter.
 
     Args:
-        params: the parameters of a layer, or those of a model in nested dicts.
+        params: the parameters of a layer, or of a model in nested dicts.
     """
     if not isinstance(params, Mapping):
         return {}, params

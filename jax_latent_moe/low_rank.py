@@ -39,7 +39,7 @@ class LowRank:
 
     @property
     def frozen(self) -> "LowRank":
-        """The base alone."""
+        """Only the base."""
         return dataclasses.replace(self, a=None, b=None)
 
     def with_base(self, base: Any) -> "LowRank":
@@ -73,7 +73,7 @@ def map_leaf_axes(weight: Any, axes: Sequence[Any], make: Callable[..., Any], *,
         weight: an array, a `ScaledArray` or a `LowRank` of either.
         axes: one for each axis of the dense weight, such as the mesh axis that splits it.
         make: called with the axes of each array.
-        stacked: whether the first axis is that of the experts.
+        stacked: whether the first axis counts experts.
     """
     if isinstance(weight, ScaledArray):
         return map_axes(weight, axes, make)

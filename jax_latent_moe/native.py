@@ -49,7 +49,7 @@ class Library(NamedTuple):
 def library() -> Library:
     """Loads the library and registers its FFI targets, once per process.
 
-    It warns of a library that is there but cannot be used: `auto` would go on to slower kernels without a word.
+    If a library exists but cannot be used, it warns, because `auto` would silently take slower kernels.
     """
     path = library_path()
     if not path.is_file():
@@ -76,7 +76,7 @@ def library_path() -> pathlib.Path:
     """The file that `library` loads.
 
     It is $JAX_LATENT_MOE_CUDA_LIBRARY if that is set, or else the file that `make cuda` puts beside this module, or
-    else that of the wheel of kernels.
+    else the file of the kernels' wheel.
     """
     own = pathlib.Path(__file__).with_name(FILE)
     if named := os.environ.get(VARIABLE):
@@ -112,7 +112,7 @@ def call(
         target: a key of `INTERFACE`.
         operands: the operands, in the order of the interface.
         results: shapes and dtypes of the results, in the order of the interface.
-        input_output_aliases: maps the number of an operand to that of the result that reuses its memory.
+        input_output_aliases: maps an operand's number to the number of the result that reuses its memory.
         **attributes: the attributes, which are cast to their types in the interface.
 
     Raises:

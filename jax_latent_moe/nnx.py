@@ -30,7 +30,7 @@ class CorrectionBias(nnx.Variable):
 
 
 class Codes(nnx.Variable):
-    """The type of quantised weights: frozen, so `wrt=nnx.Param` keeps gradients and optimisers off them."""
+    """The type of quantised weights. They are frozen: with `wrt=nnx.Param` no gradient or optimiser sees them."""
 
 
 class ExpertCodes(nnx.Variable):
@@ -144,7 +144,7 @@ class LatentMoE(nnx.Module):
         return y
 
     def _not_collected(self) -> str | None:
-        """A sentence that says which results of this call a training step would miss."""
+        """A sentence that names the results of this call that a training step would miss."""
         router = self.config.router
         needed: dict[type, str] = {AuxiliaryLoss: "auxiliary losses"} if router.has_losses else {}
         needed |= {nnx.Intermediate: "expert loads"} if router.moves_bias else {}
@@ -180,7 +180,7 @@ def to_params(module: LatentMoE) -> Params:
     """The functional parameter tree of a layer, as `latent_moe` takes it. Arrays are shared, not copied.
 
     Raises:
-        InputError: module is no `LatentMoE`.
+        InputError: module is not a `LatentMoE`.
     """
 
     def value(variable):
@@ -266,7 +266,7 @@ def total_loss(losses: nnx.State) -> Float[Array, ""]:
     """
     leaves = jax.tree.leaves(losses)
     if not leaves:
-        raise InputError("losses hold no AuxiliaryLoss: call the model by nnx.capture(model, AuxiliaryLoss, ...).")
+        raise InputError("losses hold no AuxiliaryLoss: call the model through nnx.capture(model, AuxiliaryLoss, ...).")
     return sum(map(jnp.sum, leaves), start=jnp.zeros(()))
 
 
@@ -279,7 +279,7 @@ def loads(intermediates: nnx.State) -> nnx.State:
         intermediates: the `nnx.Intermediate` state that `nnx.capture` returned.
 
     Raises:
-        InputError: they are no state of nnx.
+        InputError: they are not an `nnx.State`.
     """
     _check_state(intermediates)
     return nnx.from_flat_state(
@@ -331,7 +331,7 @@ def update_correction_bias(
             continue
         if (*path, _LOAD) not in counts:
             names = "/".join(map(str, (*path, _LOAD)))
-            raise InputError(f"intermediates hold no {names}: call the model by nnx.capture(model, nnx.Intermediate).")
+            raise InputError(f"intermediates hold no {names}: call nnx.capture(model, nnx.Intermediate)(x).")
         bias, own_rate = module.router["bias"], module.config.router.bias_update_rate
         of_calls = counts[*path, _LOAD].get_value()
         own_rate = own_rate if rate is None else rate

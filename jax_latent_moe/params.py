@@ -40,7 +40,7 @@ def param_shapes(config: LatentMoEConfig) -> dict[str, dict[str, jax.ShapeDtypeS
 def param_axes(
     config: LatentMoEConfig, axis_names: Mapping[str, str | None] | None = None
 ) -> dict[str, dict[str, tuple[str | None, ...]]]:
-    """The parameter tree as logical axis names, one a dimension: what sharding rules map to mesh axes.
+    """The parameter tree as logical axis names, one for each dimension. Sharding rules map them to mesh axes.
 
     Args:
         config: the layer.
@@ -60,7 +60,7 @@ def renamed(axis: str, axis_names: Mapping[str, str | None] | None) -> str | Non
     """The name of a logical axis after `axis_names`.
 
     Raises:
-        InputError: axis_names renames an axis that no layer has, or is no mapping from names to names.
+        InputError: axis_names renames an axis that no layer has, or does not map names to names.
     """
     if not isinstance(axis_names, Mapping | None) or not all(
         isinstance(name, str | None) for name in (axis_names or {}).values()
@@ -69,7 +69,7 @@ def renamed(axis: str, axis_names: Mapping[str, str | None] | None) -> str | Non
             f'axis_names={axis_names!r} must map names to names, such as {{"hidden": "embed"}}, or to None.'
         )
     if unknown := sorted(map(str, (axis_names or {}).keys() - set(LOGICAL_AXES))):
-        raise InputError(f"axis_names rename {unknown[0]!r}, which is none of {', '.join(map(repr, LOGICAL_AXES))}.")
+        raise InputError(f"axis_names rename {unknown[0]!r}, which is not one of {', '.join(map(repr, LOGICAL_AXES))}.")
     return (axis_names or {}).get(axis, axis)
 
 
@@ -128,7 +128,7 @@ def as_array(name: str, value) -> Any:
 
 
 def check_config(config: LatentMoEConfig) -> None:
-    """Refuses what is no configuration, such as a dict of its fields.
+    """Refuses values that are not a `LatentMoEConfig`, such as a dict of its fields.
 
     Raises:
         InputError: the config is of another type.
@@ -141,7 +141,7 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
     """The tree with JAX's arrays as its leaves.
 
     Raises:
-        InputError: it has not exactly the parts, shapes and kinds of dtype that the config asks for.
+        InputError: its parts, shapes or kinds of dtype are not exactly those that the config asks for.
     """
     expected = param_shapes(config)
     if not isinstance(params, Mapping) or not all(isinstance(leaves, Mapping) for leaves in params.values()):
@@ -175,7 +175,7 @@ def check_params(params: Params, config: LatentMoEConfig) -> Params:
     bias = given.get(("router", "bias"))
     if bias is not None and bias.dtype not in (jnp.float32, jnp.float64):
         raise InputError(
-            f"params router/bias of dtype {bias.dtype} must be float32: a narrower one cannot hold "
+            f"params router/bias of dtype {bias.dtype} must be float32: a narrower type cannot hold "
             "the small differences that balance the experts."
         )
     return {part: {name: _on_device(given[part, name]) for name in leaves} for part, leaves in params.items()}
@@ -189,9 +189,9 @@ def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...
     """Raises InputError unless the leaf is w_in [E, l, m], w_in [E, l, 2 m] of two matrices if gated, or w_out."""
     name = f"params {'/'.join(path)} in format {leaf.format}"
     if path not in (("experts", "w_in"), ("experts", "w_out")):
-        raise InputError(f"{name} is refused: only the experts' weights can be quantised.")
+        raise InputError(f"{name} holds codes, but only the experts' weights can be quantised: give a dense array.")
     if leaf.format not in FORMATS:
-        raise InputError(f"{name} is refused: registered formats are {', '.join(FORMATS)}.")
+        raise InputError(f"{name} is unknown: registered formats are {', '.join(FORMATS)}.")
     packing = FORMATS[leaf.format].packing
     matrices = (shape[0], shape[2] if len(shape) == 4 else 1, shape[-1], shape[1])
     expected = (*matrices[:-1], matrices[-1] // packing)
@@ -206,7 +206,7 @@ def check_scaled(path: tuple[str, str], leaf: ScaledArray, shape: tuple[int, ...
         if not fits or scale.shape[:2] != expected[:2]:
             raise InputError(
                 f"{name} has codes of shape {leaf.codes.shape} and scales of shape {scale.shape}, which must be "
-                f"{(*expected[:2], along_n, along_k)}, or 1 on an axis along which they are equal."
+                f"{(*expected[:2], along_n, along_k)}, or have size 1 on axes along which they are equal."
             )
 
 
@@ -251,8 +251,9 @@ _DRAWN = (
     ("up_proj", "kernel"),
     ("shared", "gate"),
 )
-"""The leaves that are drawn. A leaf's position is folded into its key. Append new ones, so that the others keep their
-values. For the same reason two that are not drawn stay in the list."""
+"""The leaves that are drawn. A leaf's position is folded into its key. Append new leaves, so that the others keep their
+values. For the same reason two leaves that are not drawn stay in the list.
+"""
 
 
 def _layout(config) -> Layout:

@@ -21,7 +21,7 @@ from jax_latent_moe.formats.scaled_rows import rows_format
 class Precision:
     """The formats of both operands in the products of the routed experts.
 
-    A field that is None multiplies in the layer's dtype, and so do weight gradients always.
+    A field that is None multiplies in the layer's dtype. Weight gradients always do.
 
     Attributes:
         fwd: format of both forward products, "fp8_block" or "fp8_block_pow2".
@@ -34,12 +34,16 @@ class Precision:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name = getattr(self, field.name)
-            if name is None:
-                continue
-            try:
-                rows_format(name)
-            except ConfigError as error:
-                raise ConfigError(f"precision.{field.name}: {error}") from None
+            if name is not None:
+                check_rows_format(f"precision.{field.name}", name)
+
+
+def check_rows_format(field: str, name: str) -> None:
+    """Refuses, by the field's name, what is no format of rows."""
+    try:
+        rows_format(name)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}") from None
 
 
 class Codes(NamedTuple):
@@ -52,9 +56,9 @@ class Codes(NamedTuple):
         fwd_out: w_out [E, m, l].
         dgrad_in: w_in transposed, [E, m, l] or [E, 2 m, l].
         dgrad_out: w_out transposed, [E, l, m].
-        of_in: the first row of each expert's w_in (on a mesh, of each shard), by which codes of other weights are
-            recognised. None for codes that a call made for itself.
-        of_out: the same of w_out.
+        of_in: the first row of each expert's w_in (on a mesh, of each shard), which tells codes of other weights apart.
+            None for codes that a call made for itself.
+        of_out: the same for w_out.
     """
 
     fwd_in: ScaledArray | None = None
@@ -73,7 +77,7 @@ def encode_weights(precision: Precision, w_in, w_out, *, gated: bool, compiled: 
         w_in: [..., E, l, m], or [..., E, l, 2 m] if gated; an array or a `ScaledArray`.
         w_out: [..., E, m, l], in the same way.
         gated: whether w_in is two matrices side by side.
-        compiled: whether the compiled kernel encodes those that it can; see `kernel_encodes`.
+        compiled: whether the compiled kernel encodes the weights that it can; see `kernel_encodes`.
 
     Raises:
         InputError: a weight is in another format than precision.fwd, or in codes where precision.dgrad needs an array.
@@ -120,13 +124,13 @@ def _frozen(precision, name, weight: ScaledArray) -> ScaledArray | None:
 
 
 def _same_blocks(format: str, columns: int, parts: int) -> bool:
-    """Whether a weight and its transpose have the same blocks: square ones, none of them in both gate and up."""
+    """Whether a weight and its transpose have the same blocks: they are square, and none holds both gate and up."""
     size, other = FORMATS[format].block
     return size is not None and size == other and (parts == 1 or columns // parts % size == 0)
 
 
 def _transposed(weight: ScaledArray, parts: int) -> ScaledArray:
-    """The weight [..., K, P * N] of the transposed one [..., P * N, K], with its codes and scales."""
+    """The weight [..., K, P * N] from its transpose [..., P * N, K], with its codes and scales."""
 
     def transpose(leaf):
         split = leaf.reshape(*leaf.shape[:-3], leaf.shape[-2], parts, leaf.shape[-1] // parts)

@@ -1,9 +1,9 @@
 """The router's logits and the latent projections of one token, by a compiled kernel.
 
 XLA multiplies one row by a weight in two kernels, and stores all the products in between. The compiled kernel
-(custom_calls/src/decode) reads a weight once. One launch has the logits and the down-projection of the same token,
-another the up-projection. It multiplies exactly and adds in float32, in a fixed order. It has no gradient: it runs
-where nothing is differentiated. For eight tokens XLA's matmuls were faster.
+(custom_calls/src/decode) reads a weight once. One launch computes the logits and the down-projection of a token,
+another the up-projection. It multiplies exactly and adds in float32, in a fixed order. It has no gradient, so it runs
+only if nothing is differentiated. For eight tokens XLA's matmuls were faster.
 """
 
 import functools
@@ -39,11 +39,12 @@ def projections(
     kernel: Kernel,
     projection: Projection,
 ) -> Products:
-    """The logits x @ kernel in float32, and x @ projection in the dtype of x, in one compiled launch where it runs.
+    """The logits x @ kernel in float32, and x @ projection in the dtype of x; in one compiled launch, if it can run.
 
     Args:
         config: the layer.
-        usual: computes both from the last three, where it does not run and wherever something is differentiated.
+        usual: computes both from x, kernel and projection, if the compiled kernel does not run or something is
+            differentiated.
         x: [T, d].
         kernel: [d, E], the router's; None for no logits.
         projection: [d, l], None for no projection.
@@ -60,7 +61,8 @@ def refusal_of_projections(
 
     Args:
         config: the layer.
-        x: [T, d], an array or its shape and dtype, as are the others. T may be a symbolic size of `jax.export`.
+        x: [T, d], an array or its shape and dtype, like kernel and projection. T may be a symbolic size of
+            `jax.export`.
         kernel: as for `projections`.
         projection: as for `projections`.
         device: the device that runs it; None is JAX's default device.

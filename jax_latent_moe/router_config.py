@@ -30,7 +30,7 @@ class RouterConfig:
         norm_topk_eps: added to that sum (1e-20 in most systems, 0 in Qwen3, 1e-9 in marin). 0, or 1e-30 to 1e6.
         routed_scaling_factor: multiplies the weights, or the routed output: see
             `LatentMoEConfig.apply_routed_scale_to_output`.
-        correction_bias: add a float32 bias [E] to the scores for the choice alone (auxiliary-loss-free balancing).
+        correction_bias: add a float32 bias [E] to the scores, only for the choice (auxiliary-loss-free balancing).
         selection: choose by "score" plus bias, by "logit" plus bias as marin does, or by "sinkhorn", Megatron's
             balanced assignment of all tokens of the call. "sinkhorn" takes neither a bias nor groups. It makes a
             token's experts depend on the other tokens, so evaluate with another selection. With "given" the caller

@@ -69,7 +69,7 @@ class GradientEncoder:
     def __call__(
         self, dhidden: Float[Array, "r m"], hidden: Float[Array, "r m"], row_weights: Float[Array, " r"]
     ) -> tuple[Float[Array, "r m"], ScaledRows, Float[Array, " r"]]:
-        """The gradient, its codes, and that of the rows' weights.
+        """The gradient, its codes, and the gradient of the rows' weights.
 
         Args:
             dhidden: [R, m], the gradient of the hidden rows, in bfloat16 or float16. Its memory is reused.
@@ -104,7 +104,7 @@ def row_encoder(
         format: the format of the codes, or None.
         backend: the experts' backend.
         width: K.
-        dtype: that of the rows.
+        dtype: dtype of the rows.
         device: the device that runs it.
     """
     return None if format is None else RowEncoder(format, _refusal(format, backend, width, dtype, device))
@@ -126,7 +126,7 @@ def gradient_encoder(
         format: the format of the codes, or None.
         backend: the experts' backend.
         width: m.
-        dtype: that of the rows.
+        dtype: dtype of the rows.
         device: the device that runs it.
         activation: the experts' activation.
         residual: what the forward pass keeps.
@@ -159,7 +159,7 @@ def _refusal(format, backend, width, dtype, device) -> str | None:
 
 
 def _codes_of(rows):
-    """The shapes of the codes and the scales. Those of a block lie side by side, as products read them."""
+    """The shapes of the codes and the scales. The scales of one block lie side by side, as products read them."""
     num_rows, k = rows.shape
     scales = jax.ShapeDtypeStruct((-(-k // BLOCK), num_rows), jnp.float32)
     return [jax.ShapeDtypeStruct((num_rows, k), jnp.uint8), scales]

@@ -35,8 +35,8 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
             Every `ScaledArray` in a dict is frozen, and so is the base of every `LowRank`.
 
     Returns:
-        trainable: the parameters without the biases and what is frozen.
-        state: these alone, at their paths; {} if there are none.
+        trainable: the parameters without biases and frozen leaves.
+        state: only these leaves, at their paths; {} if there are none.
     """
     if isinstance(params, Mapping):
         trainable, state = {}, {}
@@ -63,7 +63,7 @@ def split_state(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
-    """Puts together what `split_state` took apart. The result is what `latent_moe` takes.
+    """Joins the two trees of `split_state` into the parameters that `latent_moe` takes.
 
     Raises:
         InputError: the two trees do not come from one `split_state`.
@@ -78,7 +78,7 @@ def merge_state(trainable: PyTree, state: PyTree) -> PyTree:
     if not isinstance(state, list | tuple) or not isinstance(trainable, list | tuple) or len(state) != len(trainable):
         raise InputError(
             f"state of type {type(state).__name__} does not go with parameters of type {type(trainable).__name__}: "
-            "give both trees of one split_state."
+            "give the two trees that split_state returned."
         )
     return type(trainable)(map(merge_state, trainable, state))
 
@@ -133,8 +133,8 @@ def after_step(
         aux: the `LatentMoEAux` of the layer; for a model, a dict or list of them with the structure of `state`. Each
             may be replaced by its `tokens_per_expert`, or by a list or tuple over microbatches. Counts may have leading
             axes that the bias does not have, such as the axis of a scan over microbatches. They are summed. A layer
-            with router.bias_update="quantile" needs the whole `LatentMoEAux`, whose targets are averaged. Counts alone
-            do not say how the layer balances, and would move its bias by `rate` as "sign" does.
+            with router.bias_update="quantile" needs the whole `LatentMoEAux`, whose targets are averaged. With only
+            counts, the bias would move by `rate` as with "sign".
         rate: `RouterConfig.bias_update_rate`, or the value of a schedule. Give 0 for a skipped step.
         recentre: subtract each bias's mean, as in `update_correction_bias`.
         axis_name: axes of your own `shard_map` or `vmap` over which the tokens are split. The counts are summed over

@@ -2,6 +2,7 @@
 # Sourced by the other scripts. Each runs from the repository's root, and ends with one sentence if it cannot go on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # with it, every process would compile JAX anew, for seconds
 
 die() {
   printf 'error: %s\n' "$*" >&2

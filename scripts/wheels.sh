@@ -61,6 +61,7 @@ print("jax_latent_moe", lm.__version__, "runs from its wheel")' "$pure"
 # Each extra brings what its part needs. Those for GPUs are only resolved: they are gigabytes.
 run 'import jax_latent_moe.linen, jax_latent_moe.nnx' "jax-latent-moe[flax] @ file://$pure"
 run 'import flax, optax, orbax.checkpoint, tokenizers, tyro, rich, tensorboardX, matplotlib' "jax-latent-moe[train] @ file://$pure"
+run 'import jax_latent_moe.qwix' "jax-latent-moe[qwix] @ file://$pure"
 run 'import pyarrow' "jax-latent-moe[data] @ file://$pure"
 for extra in cpu cuda12 cuda13; do
   "$uv" pip install --quiet --dry-run --find-links "$DIST" --python "$python" --target "$BUILT/none" \

@@ -171,7 +171,7 @@ def test_bad_arguments_of_grouped_matmul(arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((ROWS, ROWS[:5], SIZES), ["(6, 4)", "(5, 4)", "equally many rows"]),
+        ((ROWS, ROWS[:5], SIZES), ["(6, 4)", "(5, 4)", "equal numbers of rows"]),
         ((ROWS, ROWS[0], SIZES), ["dout of shape (4,)", "two axes"]),
         ((ROWS, ROWS.astype(np.float16), SIZES), ["float32", "float16"]),
         ((ROWS, ROWS, np.array([-5, 5, 1])), ["group_sizes[0]=-5", "negative"]),
@@ -246,6 +246,6 @@ def test_an_old_key_draws_what_a_typed_one_does():
 def test_trees_of_two_models_are_not_merged():
     trainable, state = split_state(params())
     for other in (None, 3, [state]):
-        assert "give both trees of one split_state" in refused(merge_state, trainable, other)
-    assert "give both trees of one split_state" in refused(merge_state, params(), state)
+        assert "give the two trees that split_state returned" in refused(merge_state, trainable, other)
+    assert "give the two trees that split_state returned" in refused(merge_state, params(), state)
     assert "aux of the layer is empty" in refused(after_step, state, [], 0.1)

@@ -265,7 +265,7 @@ def test_an_axis_that_no_layer_has_cannot_be_renamed():
     for wrong in ("hidden", ["hidden"], {"hidden": 3}):
         with pytest.raises(InputError, match=r"axis_names=.* must map names to names"):
             linen.from_params(init_params(jax.random.key(0), SMALL), SMALL, wrong)
-    with pytest.raises(InputError, match="axis_names rename 'embed', which is none of 'hidden', 'latent'"):
+    with pytest.raises(InputError, match="axis_names rename 'embed', which is not one of 'hidden', 'latent'"):
         param_axes(SMALL, {"embed": "hidden"})
 
 

@@ -111,7 +111,7 @@ def test_only_the_chosen_targets_and_refusals():
     some = lora.adapt(jax.random.key(0), params, PLAIN, rank=2, targets=["experts/w_out"])
     assert [isinstance(leaf, LowRank) for leaf in some["experts"].values()] == [False, True]
     assert some["up_proj"]["kernel"] is params["up_proj"]["kernel"]
-    with pytest.raises(InputError, match="targets name 'router/kernel', which is none of 'experts/w_in'"):
+    with pytest.raises(InputError, match="targets name 'router/kernel', which is not one of 'experts/w_in'"):
         lora.adapt(jax.random.key(0), params, PLAIN, rank=2, targets=["router/kernel"])
     with pytest.raises(InputError, match=r"experts/w_out have an adapter already: lora.merge\(params, config\) first"):
         lora.adapt(jax.random.key(0), some, PLAIN, rank=2)

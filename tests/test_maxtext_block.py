@@ -41,7 +41,7 @@ def test_rules_in_maxtexts_names():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"embed": "hidden"}, "axis_names rename 'embed', which is none of 'hidden'"),
+        ({"embed": "hidden"}, "axis_names rename 'embed', which is not one of 'hidden'"),
         (
             {"hidden": "mlp", "expert_intermediate": "mlp"},
             "give 'mlp' to .* split over tensor and to 'hidden'",

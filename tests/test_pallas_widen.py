@@ -273,7 +273,7 @@ def test_the_heuristics_tiles(name, small):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"contraction": "dgrad"}, "its kernel for bfloat16 x mxfp4 has fwd alone: XlaBackend"),
+        ({"contraction": "dgrad"}, "its kernel for bfloat16 x mxfp4 computes only fwd: XlaBackend"),
         ({"lhs": Operand("float16"), "out": Operand("float16")}, "widens codes to bfloat16.*cast the rows"),
         ({"k": 192}, "k=192 of a weight in codes is not a multiple of 128"),
         ({"n": 96}, "n=96 is not a positive multiple of 64"),

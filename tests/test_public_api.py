@@ -30,7 +30,7 @@ def test_import_is_quick_and_light():
     runs = [subprocess.run([sys.executable, "-c", TIMED_IMPORT], capture_output=True, check=True) for _ in range(3)]
     results = [json.loads(run.stdout) for run in runs]
     assert statistics.median(seconds for seconds, _ in results) < 1.0
-    heavy = {"flax", "optax", "orbax", "tokenizers", "tyro", "rich", "matplotlib", "safetensors", "beartype"}
+    heavy = {"flax", "optax", "orbax", "tokenizers", "tyro", "rich", "matplotlib", "safetensors", "beartype", "qwix"}
     assert not heavy & set(results[0][1])
 
 

@@ -136,5 +136,5 @@ def test_what_it_does_not_go_with_is_refused(fields, message):
 
 
 def test_all_experts_for_every_token_are_refused():
-    with pytest.raises(ConfigError, match=r"bias_update='quantile' needs top_k=8 less than num_experts=8"):
+    with pytest.raises(ConfigError, match=r"bias_update='quantile' needs top_k=8 to be less than num_experts=8"):
         dataclasses.replace(CONFIG, top_k=8)

@@ -1,4 +1,4 @@
-"""A compiled kernel that encodes a weight in two layouts: those of forward products and of input gradients."""
+"""A compiled kernel that encodes a weight in two layouts: for forward products and for input gradients."""
 
 import math
 
@@ -33,7 +33,7 @@ def encode_both(weight: Float[Array, "*e k n"], format: str, parts: int) -> tupl
         parts: P, the number of matrices whose columns lie side by side.
 
     Returns:
-        what `encode(weight, format, parts=parts)` and `encode(swapaxes(weight, -1, -2), format)` give.
+        The results of `encode(weight, format, parts=parts)` and `encode(swapaxes(weight, -1, -2), format)`.
     """
     *leading, k, n = weight.shape
     matrices, own = math.prod(leading), n // parts

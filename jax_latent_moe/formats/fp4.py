@@ -33,7 +33,7 @@ def unpack(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
 def to_e2m1(values: Float[Array, "*s"]) -> UInt8[Array, "*s"]:
     """The codes of the nearest E2M1 numbers; 0 for NaN."""
     size = jnp.minimum(jnp.where(jnp.isnan(values), 0, jnp.abs(values)), LARGEST)
-    # Steps are 0.5 below 2, 1 below 4 and 2 above. Each step is the next code, so ties to even are those of the codes.
+    # Steps are 0.5 below 2, 1 below 4 and 2 above. Each step is the next code, so ties go to even codes.
     code = jnp.where(
         size < 2, jnp.round(2 * size), jnp.where(size < 4, 2 + jnp.round(size), 4 + jnp.round(size / 2))
     ).astype(jnp.uint8)

@@ -1,7 +1,7 @@
 """FP8 weights: E4M3 codes with scales for blocks of 128 x 128, for a matrix, or for its output channels.
 
-E4M3 is that of OCP 8-bit Floating Point 1.0: no infinity, 448 is the largest number. A value is rounded to the nearest
-code, ties to even. Codes are stored as bytes, because JAX gives a leaf of a float8 dtype a gradient.
+E4M3 is defined by OCP 8-bit Floating Point 1.0: it has no infinity, and 448 is its largest number. A value is rounded
+to the nearest code, ties to even. Codes are stored as bytes, because JAX gives a leaf of a float8 dtype a gradient.
 
 A block with NaN or infinity decodes to NaN.
 """
@@ -52,7 +52,7 @@ def encode_blocks(
         values: [..., N, K] in float32; the last blocks may be partial.
         block: (K, N) elements that share a scale.
         power_of_two: round scales up to powers of two, as TransformerEngine does by default.
-        least: what amax is at least.
+        least: the least amax, used for smaller ones.
     """
     scales = divided(jnp.maximum(largest(values, block), least), LARGEST)
     scales = power_of_two_above(scales) if power_of_two else scales
@@ -68,7 +68,7 @@ def decode_blocks(codes, scales, dtype, block: Block = (BLOCK, BLOCK)) -> Float[
 
 
 def wide_scales(scales) -> Float[Array, "*e nb kb"]:
-    """The scales of blocks in float32: those of another floating type, or of E8M0 bytes.
+    """The scales of blocks in float32, from another floating type or from E8M0 bytes.
 
     The byte u is 2^(u - 127), and 255 is NaN.
     """
@@ -122,7 +122,7 @@ def _block_format(name, power_of_two):
 FORMATS = (
     _block_format("fp8_block", power_of_two=False),
     _block_format("fp8_block_pow2", power_of_two=True),
-    # A checkpoint's static scale of the inputs stands beside the scale as "input". No product uses it: inputs are
+    # A checkpoint's static scale of the inputs is kept beside the scale as "input". No product uses it: inputs are
     # scaled by their own values.
     _whole("fp8_tensor", (None, None), "tensor"),
     _whole("fp8_channel", (None, 1), "channel"),

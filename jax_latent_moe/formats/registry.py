@@ -30,7 +30,7 @@ class Format:
         partial_blocks: whether the last block along K or N may be smaller.
         row_multiple: an expert's rows must begin at a multiple of it, for formats whose blocks run along rows.
         encode_rows: the format of tokens' rows beside such weights: values [R, K] in float32 -> (codes [R, K], scales
-            [R, blocks along K]). None for a format of weights alone.
+            [R, blocks along K]). None for a format of weights only.
         decode_rows: (codes, scales, dtype) -> rows [R, K] in dtype.
     """
 
@@ -57,7 +57,7 @@ class Format:
         return (1 if k_block is None else -(-k // k_block)), (1 if n_block is None else -(-n // n_block))
 
     def multiples(self) -> tuple[int, int]:
-        """What K and N of a weight must be multiples of."""
+        """The numbers of which K and N of a weight must be multiples."""
         k, n = (1, 1) if self.partial_blocks else (block or 1 for block in self.block)
         return math.lcm(k, self.packing), n
 

@@ -79,7 +79,7 @@ def encode(values: Float[Array, "*e k n"], name: str, *, parts: int = 1) -> Scal
         InputError: the values are not floating, or parts does not divide the columns.
     """
     if isinstance(values, ScaledArray | ScaledRows):
-        raise InputError(f"values are in {values.format} already: decode them first.")
+        raise InputError(f"values are in {values.format} already: decode them with `values.decode(dtype)` first.")
     if not isinstance(name, str) or name not in FORMATS:
         known = ", ".join(FORMATS)
         raise ConfigError(f"format={name!r} is unknown: registered are {known}; `formats.register` adds one.")
@@ -122,12 +122,12 @@ def map_axes(array: ScaledArray, axes: Sequence[Any], make: Callable[..., Any]) 
 
 
 def format_of(array: Array | ScaledArray | ScaledRows) -> str:
-    """Name of an array's format: that of codes, or else the dtype's."""
+    """Name of an array's format: the format of its codes, or else its dtype."""
     return array.format if isinstance(array, ScaledArray | ScaledRows) else jnp.dtype(array.dtype).name
 
 
 def row_multiple_of(*arrays: Array | ScaledArray) -> int:
-    """The number that the first row of each expert must be a multiple of, for products with these weights."""
+    """For products with these weights, the first row of each expert must be a multiple of this number."""
     scaled = [array for array in arrays if isinstance(array, ScaledArray)]
     return math.lcm(*(FORMATS[array.format].row_multiple for array in scaled))
 

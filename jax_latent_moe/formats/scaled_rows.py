@@ -70,8 +70,8 @@ def encode_rows(rows: Float[Array, "r k"], name: str) -> ScaledRows:
     A row with NaN or infinity gives NaN in its own products, and in no other row's.
 
     Raises:
-        ConfigError: no format has that name, or it is one of weights alone.
-        InputError: the rows are not floating, or have another number of axes than two.
+        ConfigError: no format has that name, or it is for weights only.
+        InputError: the rows are not floating, or do not have two axes.
     """
     format = rows_format(name)
     if isinstance(rows, ScaledRows):
@@ -90,11 +90,11 @@ def rows_format(name: str) -> Any:
     """The registered format, which has rows.
 
     Raises:
-        ConfigError: no format has that name, or it is one of weights alone.
+        ConfigError: no format has that name, or it is for weights only.
     """
     having = ", ".join(format.name for format in FORMATS.values() if format.encode_rows is not None)
     if not isinstance(name, str) or name not in FORMATS:
         raise ConfigError(f"format={name!r} is unknown: rows can be in {having}.")
     if FORMATS[name].encode_rows is None:
-        raise ConfigError(f"format={name!r} is one of weights alone: rows can be in {having}.")
+        raise ConfigError(f"format={name!r} is for weights only: rows can be in {having}.")
     return FORMATS[name]

@@ -78,12 +78,12 @@ def grouped_matmul(
     Args:
         rows: [R, K] (or [R, N] with transpose_w), sorted by expert, as an array, as `ScaledRows`, which get no
             gradient, or as `GatheredRows`. A product of rows in codes is a constant to `jax.grad`.
-        w: [E, K, N] in the dtype of rows, or a `ScaledArray`, which gets no gradient. Beside `ScaledRows` it must be
-            one: then the product is one of codes.
+        w: [E, K, N] in the dtype of rows, or a `ScaledArray`, which gets no gradient. Rows that are `ScaledRows` need a
+            `ScaledArray`: the product then multiplies codes.
         group_sizes: [E] int32, the number of rows of each expert. The values are checked when they are known. Under
             jit, a negative size counts as 0, and groups are cut at the last row.
         transpose_w: contract the last axis of w instead of the second.
-        precision: of XLA's products of float32, here and in all derivatives; None takes `jax_default_matmul_precision`.
+        precision: for XLA's float32 products, here and in all derivatives; None takes `jax_default_matmul_precision`.
             Kernels multiply 16-bit operands exactly and have no lower precision.
         backend: "auto", a name or a backend dataclass.
 
@@ -153,7 +153,7 @@ def grouped_wgrad(
     _check_rows("rows", rows)
     _check_rows("dout", dout)
     if rows.shape[0] != dout.shape[0]:
-        raise InputError(f"rows of shape {rows.shape} and dout of shape {dout.shape} must have equally many rows.")
+        raise InputError(f"rows of shape {rows.shape} and dout of shape {dout.shape} must have equal numbers of rows.")
     _check_same_dtype(rows=rows, dout=dout)
     group_sizes = _check_group_sizes(group_sizes, None, rows.shape[0])
     rows, dout = varying((rows, dout), rows, dout, group_sizes)

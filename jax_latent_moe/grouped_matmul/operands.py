@@ -19,7 +19,7 @@ class GatheredRows(NamedTuple):
     Attributes:
         table: [T, K], an array or `ScaledRows`: a token is encoded once, however many experts it has.
         row_ids: [R] int32, the row of the table that each row is. An id outside [0, T) takes the nearest row.
-        weights: [R], or None, which it must be if the table is `ScaledRows`. Each row is multiplied by its weight in
+        weights: [R], or None. It must be None if the table is `ScaledRows`. Each row is multiplied by its weight in
             float32, then rounded to the table's dtype.
     """
 
@@ -92,7 +92,7 @@ class Outputs:
         row_weight_gradients: with a gradient in the epilogue, <dhidden, hidden> of each row, [R] float32.
         lhs: the left operand as a dense array or as `LastColumns`. A kernel that gathers rows returns them here.
         rhs: the right operand, in the same way.
-        codes: the gradient in out as codes, if what computed it encoded it too.
+        codes: the gradient in out as codes, if the same kernel encoded it.
     """
 
     out: Any
@@ -140,7 +140,7 @@ def gathered(rows: Float[Array, "r k"] | ScaledRows | GatheredRows | LastColumns
 
 
 def scattered(rows: GatheredRows, drows: Float[Array, "r k"]) -> GatheredRows:
-    """The gradients of table and weights, from that of the rows. Sums are in float32, or the rows' dtype if wider."""
+    """The gradients of table and weights, from the rows' gradient. Sums are in float32, or the rows' dtype if wider."""
     table, row_ids, weights = rows
     parts = drows.astype(_wide(drows)) if weights is None else _weigh(drows, weights)
     nearest = jnp.clip(row_ids, 0, table.shape[0] - 1)

@@ -42,8 +42,8 @@ class Epilogue:
     Attributes:
         activation: the activation.
         residual: what fwd keeps, and what dgrad computes the gradient from. None in a fwd without a backward pass.
-        bias: whether an expert's bias comes before the activation. No kernel adds one: it is asked for so that a
-            backend can insist.
+        bias: whether an expert's bias comes before the activation. No kernel adds one, so a backend that insists on
+            fusing refuses it.
     """
 
     activation: BoundActivation
@@ -125,8 +125,8 @@ def problem(
         device: the device that runs it; None is JAX's default device.
 
     Raises:
-        ConfigError: the contraction is unknown, w_shape does not hold three sizes, num_rows is no size, dtype is not
-            floating, an operand is no `Operand`, or a wgrad has an epilogue.
+        ConfigError: the contraction is unknown, w_shape does not hold three sizes, num_rows is not a size, dtype is not
+            floating, an operand is not an `Operand`, or a wgrad has an epilogue.
     """
     checks.one_of("contraction", contraction, get_args(Contraction))
     if epilogue is not None and contraction == "wgrad":

@@ -25,8 +25,8 @@ BACKENDS: dict[str, tuple[type, type[Backend]]] = {
     "cutlass": (CutlassBackend, Cutlass),
 }
 
-# The backends that "auto" tries, in order, by platform. The first that supports the problem runs it. The order is that
-# of the times in docs/performance.md.
+# The backends that "auto" tries, in order, by platform. The first that supports the problem runs it. The order follows
+# the times in docs/performance.md.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
     "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
@@ -80,7 +80,7 @@ class Bound:
 
 
 def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
-    """Decides a problem whole, before anything runs.
+    """Decides everything about a problem before it runs.
 
     Args:
         problem: the grouped matmul.
@@ -88,7 +88,8 @@ def select(problem: Problem, backend: str | BackendConfig = "auto") -> Bound:
 
     Raises:
         UnsupportedError: the named backend cannot run the problem.
-        ConfigError: `problem` is none, the backend's name is unknown, or the user's table of tiles cannot be read.
+        ConfigError: `problem` is not a `Problem`, the backend's name is unknown, or the user's table of tiles cannot be
+            read.
     """
     _check_problem(problem)
     refusal = None
@@ -138,7 +139,7 @@ def fused(bound: Bound, epilogue: Epilogue) -> Bound | None:
     if reason is None:
         return bind(bound.backend, asked)
     if bound.backend.insists(epilogue):
-        raise UnsupportedError(name_of(bound.backend.config), reason, "Use backend='auto' or XlaBackend() otherwise.")
+        raise UnsupportedError(name_of(bound.backend.config), reason, "Use backend='auto' or XlaBackend().")
     return None
 
 
@@ -146,7 +147,7 @@ def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:
     """Which backends are asked to run the problem, in order, what each says, and the decision.
 
     Raises:
-        ConfigError: `problem` is none, the name is unknown, or the user's table of tiles cannot be read.
+        ConfigError: `problem` is not a `Problem`, the name is unknown, or the user's table of tiles cannot be read.
     """
     _check_problem(problem)
     lines = [f"{problem} on {problem.device.platform} ({problem.device.kind}), backend={backend!r}:"]

@@ -1,4 +1,4 @@
-"""What the two backends with Hopper kernels share: their limits, and the activations in their epilogues."""
+"""The limits of both backends with Hopper kernels, and the activations in their epilogues."""
 
 import dataclasses
 from typing import Literal
@@ -92,7 +92,7 @@ def fp8_refusal(problem: Problem, dtypes: tuple[str, ...], k_multiple: int, n_mu
 
     Args:
         problem: the grouped matmul.
-        dtypes: those that the kernel stores.
+        dtypes: the dtypes that the kernel stores.
         k_multiple: the number that K must be a multiple of.
         n_multiple: the number that N must be a multiple of.
     """
@@ -100,8 +100,8 @@ def fp8_refusal(problem: Problem, dtypes: tuple[str, ...], k_multiple: int, n_mu
         return reason
     if problem.contraction != "fwd":
         return (
-            "its FP8 kernel has fwd alone: FP8 matrix units read both operands along the contracted axis. Encode the "
-            "transposed weight and ask for fwd."
+            "its FP8 kernel computes only fwd: FP8 matrix units read both operands along the contracted axis. Encode "
+            "the transposed weight and ask for fwd."
         )
     if problem.out.format not in dtypes:
         return f"its FP8 kernel stores {' or '.join(dtypes)}, not {problem.out.format}."

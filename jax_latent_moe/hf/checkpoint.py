@@ -137,7 +137,7 @@ def plan_layer(checkpoint: Checkpoint, layer: Layer) -> LayerPlan:
     folder = checkpoint.folder
     if layer not in checkpoint.layers:
         layers = ", ".join(map(str, checkpoint.layers))
-        raise CheckpointError(folder.path, [f"layer {layer} is not an MoE layer; these are: {layers}."])
+        raise CheckpointError(folder.path, [f"layer {layer} is not an MoE layer: the MoE layers are {layers}."])
     config = checkpoint.configs[layer]
     names, prefix = checkpoint.names, checkpoint.names.prefix(layer, folder.file_of)
     stacked = names.stacked(config.gated)

@@ -78,8 +78,8 @@ def write_layers(
 
     Raises:
         CheckpointError: path exists or cannot be written, a layer is not in configs, comes twice or is quantised,
-            `names` has no name for one of its parameters, its experts are those of a table of token ids, or config_json
-            cannot name the parameters' dtypes.
+            `names` has no name for one of its parameters, a table of token ids gives its experts, or config_json cannot
+            name the parameters' dtypes.
         InputError: parameters do not fit their layer.
     """
     with new_folder(path) as partial:
@@ -87,7 +87,7 @@ def write_layers(
         for layer, params in _each_once(path, layers):
             if layer not in tuple(configs):
                 known = ", ".join(map(str, configs))
-                raise CheckpointError(path, [f"layer {layer!r} has no configuration; these have one: {known}."])
+                raise CheckpointError(path, [f"layer {layer!r} has no configuration: the layers with one are {known}."])
             check_params(params, configs[layer])
             _check_dense(path, layer, params)
             if configs[layer].router.selection == "given":

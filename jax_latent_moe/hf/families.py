@@ -214,7 +214,7 @@ def _deepseek_v2(keys: Keys) -> Configs:
     keys.only("topk_method", "greedy", "group_limited_greedy")
     keys.only("norm_topk_prob", False)  # transformers ignores it; DeepSeek's code then drops the factor
     groups: dict[str, Any] = {}
-    if keys.get("topk_method") == "group_limited_greedy":  # a group's score is that of its best expert
+    if keys.get("topk_method") == "group_limited_greedy":  # a group's score is its best expert's
         groups = _groups(keys, "n_group", "topk_group", group_score_topk=1)
     return _deepseek(
         keys,
@@ -344,7 +344,7 @@ _V4_SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
 
 
 def _v4_layers(keys: Keys) -> list[str]:
-    """Whether a layer's experts are those of a table, or chosen by the router: listed, or the first ones by number."""
+    """Whether a table gives a layer's experts, or the router chooses them: listed, or the first ones by number."""
     layers = len(keys.layers())
     kinds = keys.get("mlp_layer_types")
     if kinds is None:
@@ -384,7 +384,7 @@ def layer_configs(values: dict[str, Any]) -> tuple[Configs, Names]:
     keys = Keys(values)
     model_type = keys["model_type"]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} is not known: these are: {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type={model_type!r} is unknown: known are {', '.join(FAMILIES)}")
     configs_of, naming = FAMILIES[model_type]
     configs = configs_of(keys)
     if not configs:

@@ -53,8 +53,8 @@ def import_layer(
             The correction bias is always float32.
         keep_quantized: whether experts that are stored quantised become `ScaledArray`s of the stored bytes. Otherwise
             they are decoded. Projections and shared experts are always decoded.
-        sharding: one for all parameters, or one per leaf of `param_shapes`. None places them on JAX's default device.
-            That of a quantised weight may be one for the dense weight, or a `ScaledArray` of shardings.
+        sharding: one for all parameters, or one per leaf of `param_shapes`. None places them on JAX's default device. A
+            quantised weight may have one for the dense weight, or a `ScaledArray` of shardings.
         report: called from time to time with the parameter's name, its bytes assembled so far, and all its bytes.
 
     Raises:
@@ -111,7 +111,7 @@ def import_token_experts(checkpoint: Checkpoint, layer: Layer) -> Int[Array, "vo
         [vocabulary, k] int32.
 
     Raises:
-        CheckpointError: the layer has no such table, or an id in it is no expert.
+        CheckpointError: the layer has no such table, or an id in it is not an expert.
     """
     plan = plan_layer(checkpoint, layer)
     info = plan.token_experts
@@ -302,7 +302,7 @@ def _pack_rows(matrix: np.ndarray) -> np.ndarray:
 
 
 def decode_stored(tensor: str, stored: Stored, files: Files, expert: int | None = None) -> np.ndarray:
-    """A quantised matrix [out, in] in float32: that of a tensor, or of one expert's part of it.
+    """A quantised matrix [out, in] in float32, from a tensor or from one expert's part of it.
 
     Raises:
         CheckpointError: it is not finite, or its file is truncated.

@@ -23,7 +23,7 @@ class Names:
 
     Attributes:
         roots: prefixes that may come before "layers.{i}.". The first that occurs in the checkpoint is used. The hub's
-            is listed first, and that of transformers' own modules last.
+            prefix is listed first, and the prefix of transformers' own modules last.
         blocks: prefixes that may come after it, in the same order.
         interleaved: whether the experts' tensors are [E, in, out], and gate and up columns alternate (gpt-oss).
         token_experts: the table [vocabulary, k] that gives the experts of each token id, in layers whose choice is
@@ -59,8 +59,8 @@ class Names:
                 name.format(e=0)
             except (AttributeError, LookupError, ValueError) as error:
                 raise ConfigError(
-                    f"Names.{field}={name!r} must be text in which {{e}} stands for the expert's number, and no other "
-                    "braces occur."
+                    f"Names.{field}={name!r} must be text with {{e}} in place of the expert's number, and no other "
+                    "braces."
                 ) from error
 
     def prefix(self, layer: Layer, present: Collection[str]) -> str:
@@ -199,7 +199,7 @@ class Block(NamedTuple):
         half: 0 for the gate and 1 for the up half of a gated w_in; None otherwise.
         stacked: whether the tensor holds all experts, [E, out, in] or [E, in, out].
         layout: "transposed" if the tensor's rows are the block's columns; "same" if they are its rows; "pairs" if they
-            are its rows and the last axis holds gate and up by turns, while the block has them on an axis of their own.
+            are its rows and gate and up alternate on the last axis, while the block has a separate axis for them.
     """
 
     tensor: str

@@ -1,4 +1,4 @@
-"""Experts that are held as they are stored: the bytes of codes and scales, from the files to a `ScaledArray` and back.
+"""Experts kept as they are stored: the bytes of codes and scales, from the files to a `ScaledArray` and back.
 
 Stored matrices are [out, in] and so are codes, so bytes are copied and nothing is transposed.
 """
@@ -82,7 +82,7 @@ def quantised_leaves(plan: LayerPlan, where: object) -> dict[Path, Leaf]:
         where: what the error names.
 
     Raises:
-        CheckpointError: a parameter's matrices are stored in several ways, or in one that no format holds.
+        CheckpointError: a parameter's matrices are stored in several ways, or in a way that no format holds.
     """
     leaves, found = {}, []
     for name in ("w_in", "w_out"):
@@ -118,7 +118,7 @@ def quantised_leaves(plan: LayerPlan, where: object) -> dict[Path, Leaf]:
 
 
 def can_keep(plan: LayerPlan) -> bool:
-    """Whether formats hold all experts of the layer as they are stored."""
+    """Whether the formats can hold all experts of the layer as they are stored."""
     try:
         quantised_leaves(plan, "")
     except CheckpointError:
@@ -127,7 +127,7 @@ def can_keep(plan: LayerPlan) -> bool:
 
 
 def _signature(stored: Stored) -> tuple:
-    """What all matrices of one parameter must share: their shapes are the same already."""
+    """The properties that all matrices of one parameter must share, besides their shapes."""
     parts = {suffix: (info.dtype, info.shape) for suffix, info in stored.parts.items()}
     return stored.encoding.name, tuple(sorted(parts.items()))
 
@@ -143,7 +143,7 @@ def tensor_of(block: Block, suffix: str) -> str:
 
 
 def _held(info: TensorInfo) -> np.dtype:
-    """Bytes for all that has 8 bits, so that JAX gives it no gradient; other scales keep their dtype."""
+    """Bytes for codes and scales of 8 bits, so that JAX gives them no gradient; other scales keep their dtype."""
     dtype = DTYPES[info.dtype]
     return np.dtype(np.uint8) if dtype.itemsize == 1 else dtype
 
@@ -202,7 +202,7 @@ def _read_checked(block: Block, stored: Stored, suffix: str, files: Mapping) -> 
 
 
 def _shardings(shapes: ScaledArray, sharding: Any) -> ScaledArray:
-    """A sharding for codes and scales; that of a dense parameter [E, in, (2,) out] is turned into theirs."""
+    """The shardings of codes and scales, also from the sharding of a dense parameter [E, in, (2,) out]."""
     if isinstance(sharding, ScaledArray):
         return sharding
     if not isinstance(sharding, NamedSharding):
@@ -213,7 +213,7 @@ def _shardings(shapes: ScaledArray, sharding: Any) -> ScaledArray:
 
 
 def stored_bytes(leaf: ScaledArray, block: Block, stored: Stored) -> Iterator[tuple[str, TensorInfo, int, np.ndarray]]:
-    """(suffix, place in the file, offset, bytes) of what one expert's matrix is in each tensor.
+    """(suffix, place in the file, offset, bytes) of one expert's matrix in each of its tensors.
 
     Raises:
         ValueError: the parameter is in another format, or its scales have another type, than what is stored.

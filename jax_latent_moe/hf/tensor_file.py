@@ -69,7 +69,7 @@ class TensorInfo(NamedTuple):
 
 
 def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The argument as a path; CheckpointError if no file can have that name, or if it is no path."""
+    """The argument as a path; CheckpointError if it is not a path, or no file can have that name."""
     try:
         shown = repr(os.fspath(path))
     except TypeError:
@@ -90,7 +90,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     with opened(path) as file:
         if os.fstat(file.fileno()).st_size > JSON_LIMIT:
-            raise CheckpointError(path, [f"it holds more than {JSON_LIMIT} bytes of JSON, which is the limit."])
+            raise CheckpointError(path, [f"it holds more than {JSON_LIMIT} bytes of JSON, the limit for such a file."])
         return parse_json(path, file.read())
 
 

@@ -12,7 +12,7 @@ LATENCY_MS = 0.07
 """The time of a collective that moves nothing."""
 
 GIGABYTES_PER_SECOND = {"all_gather": 277, "all_to_all": 298, "ragged_all_to_all": 2.6}
-"""What one device sends. Both constants are medians on two H200 of one host (NVLink, NCCL, jax 0.11.2).
+"""The rate at which one device sends. Both constants are medians on two H200 of one host (NVLink, NCCL, jax 0.11.2).
 
 No rate was measured between hosts. The choice depends only on the ratios. ragged_all_to_all ran a hundred times slower
 than all_to_all."""
@@ -77,7 +77,7 @@ def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
 
 
 def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
-    """What each dispatch would move and how long it would take, and which one runs; a line for each.
+    """A line for each dispatch: the bytes it would move, the time it would take, and whether it runs.
 
     Args:
         config: the layer, with `parallel` set.
@@ -85,7 +85,7 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
         tokens: tokens of one device.
 
     Raises:
-        ConfigError: config.parallel is None, devices or tokens is no number of them, or devices do not divide the
+        ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
             experts.
         UnsupportedError: ragged_all_to_all is named on a CPU.
     """
@@ -99,6 +99,10 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
     chosen = choose_dispatch(config, devices, tokens)
     capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
     lines = [f"{tokens} tokens a device, {devices} devices share {config.num_experts} experts, {capacity} rows a pair:"]
+    if config.parallel.dispatch_format is not None:
+        lines.append(
+            f"  rows travel in {config.parallel.dispatch_format} to the experts, and sums in {config.dtype} back"
+        )
     for name, (out, back, ms) in costs.items():
         note = "  <- runs" if name == chosen else ""
         if name == "ragged_all_to_all" and config.parallel.dispatch == "auto":

@@ -1,8 +1,8 @@
-"""Redundant experts: copies of busy experts on several devices, so that the devices' loads are even.
+"""Redundant experts: copies of busy experts on several devices, which make the devices' loads even.
 
-The algorithm is that of DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB, global policy; DeepSeek-V3,
-arXiv 2412.19437, section 3.4). A physical expert is one copy of a logical expert. The router, its losses and its counts
-know logical experts alone.
+The algorithm is that of DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB, global policy; DeepSeek-V3, arXiv
+2412.19437, section 3.4). A physical expert is one copy of a logical expert. The router, its losses and its counts see
+only logical experts.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ Map = tuple[int, ...]
 
 
 def replicate_experts(loads: Sequence[float] | np.ndarray, num_physical: int, num_devices: int) -> Map:
-    """The map of physical to logical experts that evens out the devices' loads.
+    """The map of physical to logical experts that makes the devices' loads even.
 
-    Each further copy goes to the expert with the most load for a copy. The copies are then packed by falling load, each
-    onto the device with the least load that still has a place. All devices hold equally many.
+    Each further copy goes to the expert with the most load per copy. The copies are then placed by falling load, each
+    on the least loaded device that still has a place. All devices hold the same number.
 
     Args:
         loads: [E], tokens of each logical expert, such as `LatentMoEAux.tokens_per_expert` of many batches added up.
@@ -75,7 +75,7 @@ def expand(params: Params, physical_to_logical: Map) -> Params:
         physical_to_logical: from `replicate_experts`.
 
     Raises:
-        InputError: the map does not name each expert of params and no other.
+        InputError: the map does not name exactly the experts of params.
     """
     _check_map(jax.tree.leaves(params["experts"])[0].shape[0], physical_to_logical)
     copies = partial(_copies, tuple(physical_to_logical))
@@ -83,21 +83,22 @@ def expand(params: Params, physical_to_logical: Map) -> Params:
 
 
 def collapse(params: Params, physical_to_logical: Map) -> Params:
-    """The parameters of logical experts, each from its first copy: what `expand` was given.
+    """The parameters of logical experts, each from its first copy. It undoes `expand`.
 
     Args:
         params: from `expand`.
-        physical_to_logical: the map that `expand` had.
+        physical_to_logical: the map that `expand` used.
 
     Raises:
-        InputError: the map does not name each expert and no other, or has another length than the experts of params.
+        InputError: the map does not name exactly the experts, or its length differs from the number of experts in
+            params.
     """
     _check_map(params["router"]["kernel"].shape[-1], physical_to_logical)
     for name, leaf in params["experts"].items():
         if leaf.shape[0] != len(physical_to_logical):
             raise InputError(
                 f"params experts/{name} hold {leaf.shape[0]} experts, but physical_to_logical has "
-                f"{len(physical_to_logical)}: give the map that expand had."
+                f"{len(physical_to_logical)}: give the map that `expand` used."
             )
     first = np.unique(physical_to_logical, return_index=True)[1]
     experts = {name: jax.tree.map(lambda leaf: leaf[first], leaf) for name, leaf in params["experts"].items()}
@@ -108,14 +109,14 @@ def _check_map(num_experts: int, physical_to_logical: Map):
     if sorted(set(physical_to_logical)) != list(range(num_experts)):
         raise InputError(
             f"physical_to_logical={tuple(physical_to_logical)} must name each of the {num_experts} experts, and no "
-            "other: replicate_experts makes such a map."
+            "others: replicate_experts makes such a map."
         )
 
 
 def choose_copies(
     expert_ids: Int[Array, "t k"], physical_to_logical: Map, offset: int | Int[Array, ""], backend="auto"
 ) -> Int[Array, "t k"]:
-    """The physical expert of each choice. The tokens of an expert take its copies by turns, in token order.
+    """The physical expert of each choice. The tokens of an expert take its copies in turn, in token order.
 
     Args:
         expert_ids: [T, k], logical experts; an id outside [0, E) is no expert.
@@ -133,7 +134,7 @@ def choose_copies(
 
 
 def _table(physical_to_logical: Map) -> tuple[np.ndarray, np.ndarray]:
-    """The copies of each expert [E, C], P where it has fewer, and how many they are [E]."""
+    """The copies of each expert [E, C], filled up with P, and their number [E]."""
     logical = np.asarray(physical_to_logical)
     counts = np.bincount(logical)
     table = np.full((len(counts), counts.max()), len(logical))

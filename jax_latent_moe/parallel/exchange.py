@@ -7,9 +7,7 @@ Each movement of rows is a gather whose gradient is another gather. There is no 
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
@@ -18,6 +16,7 @@ from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.parallel.choice import choose_dispatch
+from jax_latent_moe.parallel.round_trip import RoundTrip, to_experts, to_tokens
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import CHOICE, NO_EXPERT
@@ -66,9 +65,11 @@ def exchange(
         expert_ids, weights = jnp.where(kept, expert_ids, NO_EXPERT), jnp.where(kept, weights, 0)
     move = {"all_gather": _all_gather, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}
     strategy = choose_dispatch(config, devices, tokens)
+    format = config.parallel.dispatch_format
     plan_of = partial(make_dispatch_plan, backend=config.backend)
     experts_of = partial(_experts_of, experts, partial(plan_of, row_multiple=row_multiple))
-    return move[strategy](plan_of, axis, capacity, local_experts, experts_of, latent, expert_ids, weights), dropped
+    combined = move[strategy](plan_of, axis, capacity, local_experts, experts_of, format, latent, expert_ids, weights)
+    return combined, dropped
 
 
 def own_experts_of_all(
@@ -99,17 +100,22 @@ def _experts_of(experts, plan_of, rows, weights, expert_ids, num_experts, most_r
     return experts(rows, weights, plan)
 
 
-def _all_gather(_, axis, capacity, local_experts, experts, latent, expert_ids, weights):
+def _all_gather(_, axis, capacity, local_experts, experts, format, latent, expert_ids, weights):
     """Every device gets all latents and computes its experts' part of each sum. A reduce-scatter adds the parts."""
-    latent, expert_ids, weights = (lax.all_gather(part, axis, tiled=True) for part in (latent, expert_ids, weights))
+    gather, scatter = (
+        partial(lax.all_gather, axis_name=axis, tiled=True),
+        partial(lax.psum_scatter, axis_name=axis, tiled=True),
+    )
+    trip = RoundTrip(lambda leaf, _: gather(leaf), lambda rows, _: scatter(rows), format)
+    latent, expert_ids, weights = to_experts(trip, latent, None), gather(expert_ids), gather(weights)
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
     weights = jnp.where(mine, weights, 0)
     # If the capacity allows fewer rows than there are assignments, the plan has rows for this device's experts only.
     total = experts(latent, weights, expert_ids, local_experts, capacity * lax.axis_size(axis))
-    return lax.psum_scatter(total, axis, tiled=True)
+    return to_tokens(trip, total, None)
 
 
-def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
+def _all_to_all(plan_of, axis, capacity, local_experts, experts, format, latent, expert_ids, weights):
     """Each device sends a buffer of `capacity` rows to each other device, and gets the weighted results back."""
     devices, assignments = lax.axis_size(axis), expert_ids.size
     plan = plan_of(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
@@ -126,12 +132,17 @@ def _all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_
     ids = swap(_get(expert_ids.reshape(-1), assignment_of_place, NO_EXPERT))
     row_weights = swap(_get(weights.reshape(-1), assignment_of_place, 0))
     ids, mine = _own_experts(ids, axis, local_experts)
-    rows = swap(_spread(latent, assignment_of_place, place_of_assignment))
-    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts)
-    return _collect(swap(out), assignment_of_place, place_of_assignment)
+    trip = RoundTrip(
+        lambda leaf, places: swap(_spread(leaf, *places)), lambda rows, places: _collect(swap(rows), *places), format
+    )
+    places = assignment_of_place, place_of_assignment
+    out = experts(
+        to_experts(trip, latent, places), jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts
+    )
+    return to_tokens(trip, out, places)
 
 
-def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, expert_ids, weights):
+def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, format, latent, expert_ids, weights):
     """Each device sends to each other device only the rows of its experts, and gets the weighted results back."""
     devices, me, assignments = lax.axis_size(axis), lax.axis_index(axis), expert_ids.size
     plan = plan_of(expert_ids, local_experts * devices)
@@ -151,9 +162,14 @@ def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, latent, 
     ids = send(_get(expert_ids.reshape(-1), assignment_of_row, NO_EXPERT), received, NO_EXPERT, there)
     ids, mine = _own_experts(ids, axis, local_experts)
     row_weights = send(_get(weights.reshape(-1), assignment_of_row, 0), received, 0, there)
-    rows = send(_spread(latent, assignment_of_row, row_of_assignment), received, 0, there)
-    out = experts(rows, jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts)
-    return _collect(send(out, assignments, 0, back), assignment_of_row, row_of_assignment)
+    trip = RoundTrip(
+        lambda leaf, ways: send(_spread(leaf, *ways[0]), received, 0, ways[1]),
+        lambda rows, ways: _collect(send(rows, assignments, 0, ways[2]), *ways[0]),
+        format,
+    )
+    ways = (assignment_of_row, row_of_assignment), there, back
+    out = experts(to_experts(trip, latent, ways), jnp.where(mine, row_weights, 0)[:, None], ids[:, None], local_experts)
+    return to_tokens(trip, out, ways)
 
 
 def _used(plan, chosen) -> tuple[Int[Array, " r"], Int[Array, "t k"]]:
@@ -171,15 +187,11 @@ def _own_experts(expert_ids, axis, local_experts) -> tuple[Int[Array, "..."], Bo
     return jnp.where(mine, own, NO_EXPERT), mine
 
 
-@jax.custom_vjp
-def _spread(
-    tokens: Float[Array, "t l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
-) -> Float[Array, "r l"]:
+def _spread(tokens: Array, assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]) -> Array:
     """The token of each row, [T, l] -> [R, l]. Assignment T * k is no token and gives zeros."""
     return _get(tokens, assignment_of_row // row_of_assignment.shape[1], 0)
 
 
-@jax.custom_vjp
 def _collect(
     rows: Float[Array, "r l"], assignment_of_row: Int[Array, " r"], row_of_assignment: Int[Array, "t k"]
 ) -> Float[Array, "t l"]:
@@ -189,18 +201,6 @@ def _collect(
     for choice in range(row_of_assignment.shape[1]):
         total += _get(rows, row_of_assignment[:, choice], 0).astype(wide)
     return total.astype(rows.dtype)
-
-
-def _pair_fwd(function, values, assignment_of_row, row_of_assignment):
-    return function(values, assignment_of_row, row_of_assignment), (assignment_of_row, row_of_assignment)
-
-
-def _pair_bwd(transposed, indices, cotangent):
-    return transposed(cotangent, *indices), *(np.zeros(index.shape, jax.dtypes.float0) for index in indices)
-
-
-_spread.defvjp(partial(_pair_fwd, _spread), partial(_pair_bwd, _collect))
-_collect.defvjp(partial(_pair_fwd, _collect), partial(_pair_bwd, _spread))
 
 
 def _get(values, indices, fill):

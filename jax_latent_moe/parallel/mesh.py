@@ -60,7 +60,7 @@ def axis_sizes(parallel: ParallelConfig, mesh: Mesh | AbstractMesh) -> dict[str,
     if not isinstance(parallel, ParallelConfig):
         raise InputError(f"parallel of type {type(parallel).__name__} must be a ParallelConfig, as in config.parallel.")
     if not isinstance(mesh, Mesh | AbstractMesh):
-        raise InputError(f"mesh of type {type(mesh).__name__} must be a mesh, as jax.make_mesh makes it.")
+        raise InputError(f"mesh of type {type(mesh).__name__} must be a mesh, such as jax.make_mesh makes.")
     return {axis: mesh.shape.get(axis, 1) for axis in (*parallel.axes, parallel.sequence_axis)}
 
 
@@ -138,7 +138,7 @@ def code_specs(config: LatentMoEConfig, mesh: Mesh | AbstractMesh, leading: int 
     Args:
         config: the layer, with `parallel` set.
         mesh: the mesh.
-        leading: number of axes before that of the experts.
+        leading: number of axes before the experts' axis.
 
     Returns:
         one spec for all arrays of each `ScaledArray`, and for the weights' first rows.

@@ -18,7 +18,7 @@ def on_own_experts(run: Callable[..., Codes], config: LatentMoEConfig, leading: 
     Args:
         run: computes on one device.
         config: the layer. Without `parallel`, this is one plain call.
-        leading: number of axes before that of the experts.
+        leading: number of axes before the experts' axis.
         w_in: [..., E, l, m], or [..., E, l, 2, m] if gated.
         w_out: [..., E, m, l].
         codes: nothing, or the codes of these weights, if run reads them.

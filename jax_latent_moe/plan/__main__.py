@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of one device")
     parser.add_argument("--layers", type=int, default=1, help="number of MoE layers, for memory")
     parser.add_argument("--dispatch", choices=DISPATCHES, default="auto")
+    parser.add_argument("--dispatch-format", help="format of rows on their way to the experts, such as fp8_block")
     parser.add_argument("--capacity-factor", type=float, default=None, help="see ParallelConfig")
     parser.add_argument("--param-dtype", default="bfloat16", help="dtype of stored parameters and gradients")
     parser.add_argument("--format", choices=sorted(FORMATS), help="of the experts' weights, which are then frozen")
@@ -33,8 +34,14 @@ def main(arguments: Sequence[str] | None = None):
     try:
         sizes = mesh_sizes(options.mesh)
         # On a mesh, also of one device, a layer does not run the kernels for few tokens.
-        parallel = ParallelConfig(dispatch=options.dispatch, capacity_factor=options.capacity_factor) if sizes else None
-        config = dataclasses.replace(PRESETS[options.preset], parallel=parallel, param_dtype=options.param_dtype)
+        parallel = ParallelConfig(
+            dispatch=options.dispatch,
+            capacity_factor=options.capacity_factor,
+            dispatch_format=options.dispatch_format,
+        )
+        config = dataclasses.replace(
+            PRESETS[options.preset], parallel=parallel if sizes else None, param_dtype=options.param_dtype
+        )
         plan = make_cost_plan(
             config,
             sizes,

@@ -1,4 +1,4 @@
-"""The decisions that a layer makes on a GPU that need not be present: those of `plan_experts` and `plan_decode`."""
+"""The decisions that a layer makes on a GPU that need not be present, by `plan_experts` and `plan_decode`."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def experts_of(
         tokens: tokens of one device.
         rows: rows of the experts' products.
         gpu: the device, with its kernels.
-        format: that of the experts' weights, which are then frozen; None for dense ones.
+        format: the format of the experts' weights, which are then frozen; None for dense weights.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products on this GPU.

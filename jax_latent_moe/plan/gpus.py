@@ -21,7 +21,7 @@ class GPU:
         link: bytes per second sent to GPUs of the same host.
         network: bytes per second sent to other hosts. It was never measured.
         host: number of GPUs in a host.
-        measured: whether the rates but `network` were measured on this kind of GPU.
+        measured: whether all rates except `network` were measured on this kind of GPU.
         device: what backends, kernels and tiles are chosen by. Your own GPU has the kernels of an H200, unless you say
             otherwise.
     """
@@ -53,8 +53,9 @@ H100 = GPU(
     5.0e10,
     device=Device("gpu", "NVIDIA H100 80GB HBM3", kernels=KERNELS),
 )
-"""H100 SXM. Rates of dense matmuls and memory were measured, that of grouped matmuls is a fit to 2026-11-27 (Super
-only). The others are the H200's."""
+"""H100 SXM. Rates of dense matmuls and memory were measured. The rate of grouped matmuls is a fit to 2026-11-27 (Super
+only). The others are the H200's.
+"""
 
 B200 = GPU(
     180e9,

@@ -26,7 +26,7 @@ def parameters_per_device(config: LatentMoEConfig, mesh: AbstractMesh, format: s
     Args:
         config: the layer.
         mesh: axes and sizes.
-        format: that of the experts' weights, which are then not counted; None for dense ones.
+        format: the format of the experts' weights, which are then not counted; None for dense weights.
     """
     return _stored(config, mesh, format)[0]
 
@@ -93,7 +93,7 @@ def memory(
         experts: the decisions about the experts' products.
         training: whether to count gradients, Adam's moments and the residuals for the backward pass.
         remat: whether the layers keep only their input and are computed twice.
-        format: that of the experts' weights, which are then frozen; None for dense ones.
+        format: the format of the experts' weights, which are then frozen; None for dense weights.
     """
     stored, param_bytes = layers * parameters_per_device(config, mesh, format), jnp.dtype(config.param_dtype).itemsize
     codes = code_bytes_per_device(config, mesh, format)

@@ -27,8 +27,8 @@ class CostPlan:
         gpu: the device.
         layers: number of MoE layers.
         training: whether the backward pass and the optimiser are counted.
-        format: that of the experts' weights; None for dense ones. Times are always those of dense ones.
-        experts: what the layer decides about the experts' products, which `explain` of each also says.
+        format: the format of the experts' weights; None for dense weights. Times are always for dense weights.
+        experts: what the layer decides about the experts' products.
         memory: bytes by use.
         parts: the parts of one layer, with their times.
     """
@@ -92,7 +92,7 @@ def make_cost_plan(
         training: whether to count gradients and Adam.
         remat: whether the layers keep only their input and are computed again.
         format: the experts' weights are quantised in this format and frozen. It changes the memory and `experts`
-            alone: times are those of dense weights.
+            alone: times are for dense weights.
 
     Raises:
         ConfigError: the size of an axis does not divide the dimension that it splits.

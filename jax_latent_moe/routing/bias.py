@@ -34,7 +34,7 @@ def update_correction_bias(
         [..., E] float32.
 
     Raises:
-        InputError: the counts are not integers within int32, or do not have the bias's shape, or the rate is no number.
+        InputError: the counts are not integers within int32, or not of the bias's shape, or the rate is not a number.
     """
     as_numbers("rate", rate)
     bias, counts = as_numbers("bias", bias), given_numbers("tokens_per_expert", tokens_per_expert)

@@ -1,4 +1,4 @@
-"""Whether the compiled kernels beside the products run: choice of experts, sort by expert, encoder of weights."""
+"""Whether the compiled kernels other than products run: choice of experts, sort by expert, encoder of weights."""
 
 from jax_latent_moe import native
 from jax_latent_moe.config import CutlassBackend, as_backend

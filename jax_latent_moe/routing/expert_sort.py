@@ -64,7 +64,7 @@ def count_experts(
 ) -> Int[Array, " e"]:
     """The number of assignments to each expert, [E] int32; an id outside [0, num_experts) is no expert.
 
-    The compiled kernel sorts as well. XLA merges its call with that of the sort of the same assignments.
+    The compiled kernel sorts as well. XLA merges its call with the call that sorts the same assignments.
     """
     ids = int32_ids(expert_ids).reshape(-1)
     if compiled_runs(backend) and num_experts <= MOST_EXPERTS:

@@ -18,7 +18,7 @@ from jax_latent_moe.shards import ONE_DEVICE, Shards
 
 
 class Balance(NamedTuple):
-    """What the balance losses read: probabilities P, and the experts of each token's k largest P.
+    """The inputs of the balance losses: probabilities P, and the experts of each token's k largest P.
 
     Attributes:
         probabilities: [B, S, E], 0 for masked tokens.

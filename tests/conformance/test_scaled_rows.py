@@ -76,7 +76,7 @@ def test_errors_say_what_to_do(rng):
         grouped_matmul(codes, w, np.array([2, 0, 4]))
     with pytest.raises(InputError, match="has no weights: multiply the rows before they are encoded"):
         grouped_matmul(GatheredRows(codes, row_ids, np.ones(20, np.float32)), encode(w, "fp8_block"), sizes)
-    with pytest.raises(ConfigError, match="'mxfp4' is one of weights alone: rows can be in fp8_block, fp8_block_pow2"):
+    with pytest.raises(ConfigError, match="'mxfp4' is for weights only: rows can be in fp8_block, fp8_block_pow2"):
         encode_rows(table, "mxfp4")
     with pytest.raises(ConfigError, match="'fp9' is unknown: rows can be in fp8_block"):
         encode_rows(table, "fp9")
@@ -102,7 +102,7 @@ def test_errors_say_what_to_do(rng):
 @pytest.mark.parametrize(
     ("contraction", "shape", "dtype", "reason"),
     [
-        ("dgrad", (4, 128, 64), "bfloat16", "has fwd alone"),
+        ("dgrad", (4, 128, 64), "bfloat16", "computes only fwd"),
         ("fwd", (4, 128, 64), "float32", "stores bfloat16 or float16, not float32"),
         ("fwd", (4, 100, 64), "bfloat16", "k=100 of FP8 codes is not a positive multiple of 128"),
     ],

@@ -29,10 +29,10 @@ ORDER = (
     ("codes",),
     ("layer", "plan"),
     ("training",),
-    ("linen", "nnx"),
+    ("linen", "nnx", "qwix"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-ONLY_IN = {"flax": {"linen", "nnx"}, "ctypes": {"native"}, "safetensors": set()}
+ONLY_IN = {"flax": {"linen", "nnx"}, "qwix": {"qwix"}, "ctypes": {"native"}, "safetensors": set()}
 
 
 def modules() -> dict[str, pathlib.Path]:
@@ -119,16 +119,17 @@ def test_importing_the_library_imports_no_optional_package():
 def test_a_missing_package_names_the_extra_that_has_it():
     code = """
 import importlib, sys
-sys.modules["flax"] = None
-for module in ("jax_latent_moe.linen", "jax_latent_moe.nnx", "examples.train.__main__"):
+sys.modules["flax"] = sys.modules["qwix"] = None
+for module in ("jax_latent_moe.linen", "jax_latent_moe.nnx", "examples.train.__main__", "jax_latent_moe.qwix"):
     try:
         importlib.import_module(module)
     except ImportError as error:
         print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    message = "this needs flax, which is not installed: pip install 'jax-latent-moe[{}]'."
-    assert run.stdout.splitlines() == [message.format(extra) for extra in ("flax", "flax", "train")]
+    message = "this needs {}, which is not installed: pip install 'jax-latent-moe[{}]'."
+    wanted = (("flax", "flax"), ("flax", "flax"), ("flax", "train"), ("qwix", "qwix"))
+    assert run.stdout.splitlines() == [message.format(*names) for names in wanted]
 
 
 def test_the_version_is_written_once():

@@ -124,7 +124,7 @@ def test_what_every_expert_lacks_is_one_line(mapping, missing, lines, rng, tmp_p
 
 def test_a_layer_that_is_no_moe_layer(rng, tmp_path):
     make(tmp_path, rng, "nemotron")
-    with pytest.raises(hf.CheckpointError, match="layer 1 is not an MoE layer; these are: 0, 2"):
+    with pytest.raises(hf.CheckpointError, match="layer 1 is not an MoE layer: the MoE layers are 0, 2"):
         hf.import_layer(hf.open_checkpoint(tmp_path), 1)
 
 

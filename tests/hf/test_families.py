@@ -286,7 +286,7 @@ def test_routers(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (NEMOTRON_H | dict(model_type="llama"), "model_type='llama' is not known"),
+        (NEMOTRON_H | dict(model_type="llama"), "model_type='llama' is unknown"),
         (NEMOTRON_H | dict(mlp_bias=True), "mlp_bias=True is not supported"),
         (NEMOTRON_H | dict(mlp_hidden_act="silu"), "mlp_hidden_act='silu' is not supported"),
         (NEMOTRON_H | dict(num_experts_per_tok=9), "top_k=9 is more than num_experts=4"),
@@ -301,7 +301,7 @@ def test_routers(tmp_path):
         (DEEPSEEK_V4 | dict(norm_topk_prob=False), "norm_topk_prob=False is not supported"),
         (DEEPSEEK_V4 | dict(scoring_func="relu"), "scoring_func='relu' is not supported"),
         (DEEPSEEK_V4 | dict(mlp_layer_types=["dense"]), "mlp_layer_types=.*must be a list of 1 names"),
-        (NEMOTRON_H | dict(model_type=[]), r"model_type=\[\] is not known"),
+        (NEMOTRON_H | dict(model_type=[]), r"model_type=\[\] is unknown"),
         (DEEPSEEK_V2 | dict(norm_topk_prob=True), "norm_topk_prob=True is not supported"),
         (DEEPSEEK_V2 | dict(topk_method="noaux_tc"), "topk_method='noaux_tc' is not supported"),
         (GLM4_MOE | dict(scoring_func="softmax"), "scoring_func='softmax' is not supported"),

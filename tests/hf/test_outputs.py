@@ -227,7 +227,7 @@ def test_names_of_layers_that_no_system_has(checkpoint, tmp_path):
 @pytest.mark.parametrize("name", ["experts.{i}.w", "experts.{}.w", "experts.{e.w", "experts.{e.x}.w", 3])
 def test_names_that_cannot_tell_experts_apart(name, checkpoint):
     fields = {field: getattr(checkpoint.names, field) for field in checkpoint.names.__dataclass_fields__}
-    with pytest.raises(ConfigError, match=r"Names\.w_out=.* must be text in which \{e\}"):
+    with pytest.raises(ConfigError, match=r"Names\.w_out=.* must be text with \{e\}"):
         hf.Names(**fields | {"w_out": name})
 
 
@@ -236,7 +236,7 @@ def test_what_is_asked_for_and_is_not_there_is_named(checkpoint, tmp_path):
         checkpoint.folder.locate(["lm_head.bias", "lm_head.weight", "x"])
     assert len(caught.value.problems) == 2
     for layer in (1, "mtp.1", "", [0], None, 0.5):
-        with pytest.raises(hf.CheckpointError, match="is not an MoE layer; these are: 0, 2"):
+        with pytest.raises(hf.CheckpointError, match="is not an MoE layer: the MoE layers are 0, 2"):
             hf.import_layer(checkpoint, layer)
     with pytest.raises(hf.CheckpointError, match="naming='jax' is unknown: use one of hf, megatron"):
         hf.open_checkpoint(tmp_path / "in", naming="jax")

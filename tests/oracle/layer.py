@@ -193,7 +193,7 @@ def token_forward(params, x, config, ids, weights, keep, encoded=None, rounding=
     c, rows = np.zeros_like(z), []
     for j in np.nonzero(keep)[0]:
         e = ids[j]
-        row = z * weights[j] if config.apply_probs_on_input else z
+        row = rounding(z * weights[j] if config.apply_probs_on_input else z, sent_as(config))
         biases = (experts["b_in"][e], experts["b_out"][e]) if config.expert_bias else (0.0, 0.0)
         out, saved = mlp(config, row, w_in[e], w_out[e], *biases, rounding, fwd)
         c = c + (out if config.apply_probs_on_input else weights[j] * out)
@@ -210,6 +210,11 @@ def token_forward(params, x, config, ids, weights, keep, encoded=None, rounding=
         shared = (saved_mlp, out, gate)
         y = y + gate * out
     return y, (z, pre_norm, rows, post_norm, scaled, shared)
+
+
+def sent_as(config):
+    """The format in which rows travel to experts on other devices, which all of a test's are taken to be."""
+    return config.parallel and config.parallel.dispatch_format
 
 
 def backward(params, config, result, dy, dlosses=1.0):
@@ -265,6 +270,7 @@ def token_backward(params, x, config, saved, dy, grads, encoded, rounding):
     if config.latent_norm == "post":
         dc, dscale = rms_norm_backward(post_norm, params["latent_norm"]["scale"], dc)
         grads["latent_norm"]["scale"] += dscale
+    dc = rounding(dc, sent_as(config))
     dz = np.zeros_like(z)
     for j, e, weight, row_saved in rows:
         factor = 1.0 if config.apply_probs_on_input else weight

@@ -94,7 +94,7 @@ def test_what_cannot_be_balanced_is_refused(loads, num_physical, num_devices, me
 @pytest.mark.parametrize(
     ("copies", "message"),
     [
-        ((0, 1, 2), "each of num_experts=8 needs a copy"),
+        ((0, 1, 2), "name each of num_experts=8 experts at least once"),
         ((*range(8), 8), "from 0 to 8"),
         ((), "must be a sequence of integers"),
         ("01234567", "must be a sequence of integers"),

@@ -44,10 +44,10 @@ class CutlassBackend:
         wgrad_tile: tile of wgrad, chosen in the same way if it is None.
         fuse: which activations and gradients run inside of a product. "measured" fuses those that were faster when they
             were measured. "always" fuses all that were compiled and needs the least memory. "never" fuses none.
-        decode: when the experts run in two kernels for few tokens, if nothing is differentiated. "measured" does so
-            for one token, and for up to 8 of experts in codes, where they were faster when they were measured.
-            "always" does so for up to 256 assignments, "never" for none. `jax_latent_moe.decode` says which layers and
-            formats they take.
+        decode: when the two kernels for few tokens run the experts, if nothing is differentiated. "measured" uses them
+            for one token, and for up to 8 tokens if the experts are in codes, which was faster when measured. "always"
+            uses them for up to 256 assignments, "never" for none. `jax_latent_moe.decode` says which layers and formats
+            they take.
     """
 
     matmul_tile: CutlassTile | None = None

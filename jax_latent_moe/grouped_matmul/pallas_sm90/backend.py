@@ -136,11 +136,11 @@ def _widen_refusal(problem):
         return reason
     codes = f"{problem.lhs.format} x {problem.rhs.format}"
     if problem.contraction != "fwd":
-        return f"its kernel for {codes} has fwd alone: XlaBackend() decodes codes, a few experts at a time."
+        return f"its kernel for {codes} computes only fwd: XlaBackend() decodes codes, a few experts at a time."
     if problem.epilogue is not None:
         return "its kernel that widens codes has no epilogue: XLA computes the activation."
     if {problem.lhs.format, problem.out.format} != {"bfloat16"}:
-        return f"its kernel widens codes to bfloat16, and has none for {codes} to {problem.out.format}: cast the rows."
+        return f"its kernel widens codes to bfloat16, not {codes} to {problem.out.format}: cast the rows."
     if problem.k % CODES_MULTIPLE:
         return f"k={problem.k} of a weight in codes is not a multiple of {CODES_MULTIPLE}: pad it, or use XlaBackend()."
     if reason := size_refusal(problem, FEATURE_MULTIPLE):

@@ -145,7 +145,7 @@ class Activation:
 
 
 class ActivationGradient:
-    """Turns the gradient of hidden rows into that of the pre-activation, and into its inner product with hidden rows.
+    """Turns the hidden rows' gradient into the pre-activation's, and into its inner product with hidden rows.
 
     Blocks of the residual are loaded before the tile is multiplied, as many as the buffers can hold. The gradient
     overwrites them there and is stored from there.

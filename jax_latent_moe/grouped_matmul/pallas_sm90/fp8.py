@@ -33,7 +33,7 @@ BLOCK = 128
 
 
 class Blocks:
-    """A product [64, columns] as blocks of 64 columns, with what an epilogue uses of an array."""
+    """A product [64, columns] as blocks of 64 columns, with the array methods that an epilogue uses."""
 
     def __init__(self, blocks):
         self.blocks = blocks
@@ -43,7 +43,7 @@ class Blocks:
         return Blocks([block.astype(dtype) for block in self.blocks])
 
     def __getitem__(self, index):
-        """A block, by its rows, which are all, and its columns."""
+        """A block, indexed by its rows (always all) and its columns."""
         _, columns = index
         return self.blocks[columns.start // COLUMN_BLOCK]
 
@@ -59,7 +59,7 @@ def matmul_fp8(
     num_sms: int,
     interpret=None,
 ) -> Sequence[Array]:
-    """rows[R,K] x w[e] -> [R,N] in the dtype of rows, for the rows of each expert, or the activation of that.
+    """rows[R,K] x w[e] -> [R,N] in the dtype of rows, for the rows of each expert, or its activation.
 
     Args:
         rows: [R, K] in block FP8, sorted by expert. K is a multiple of 128, or of 64 in the interpreter. N is a

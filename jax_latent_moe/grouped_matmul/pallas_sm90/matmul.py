@@ -136,7 +136,7 @@ def multiply(
 
 
 def pad_rows(rows: Shaped[Array, "r ..."]) -> Shaped[Array, "padded ..."]:
-    """Pads rows to a multiple of 8, because TMA reads 8 rows at a time. There is no copy if they are one already."""
+    """Pads rows to a multiple of 8, because TMA reads 8 rows at a time. Rows that need no padding are not copied."""
     return jnp.pad(rows, ((0, -rows.shape[0] % ROW_ALIGNMENT), *((0, 0),) * (rows.ndim - 1)))
 
 

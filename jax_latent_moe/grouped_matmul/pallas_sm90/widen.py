@@ -245,7 +245,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
             return jnp.minimum(place.block(block), width - WGMMA_ROWS)
 
         def outer_factors(expert, place):
-            """What multiplies the sums of each block: None, a scalar, or a number for each output."""
+            """The factors of each block's sums: None, a scalar, or a number for each output."""
             if how.outer is None:
                 return [None] * own_blocks
             found = []

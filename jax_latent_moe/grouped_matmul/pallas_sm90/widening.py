@@ -79,7 +79,7 @@ _APART = {
     w.int4_pairs: w.int4_pairs_apart,
     w.e4m3_scales: w.e4m3_scales_apart,
 }
-"""What widens codes and scales for the order of `apart`, if that differs."""
+"""The functions that widen codes and scales in the order of `apart`, if they differ."""
 
 
 def widened(
@@ -143,7 +143,7 @@ def _scales(m, how, memories, k, step, row_half, is_apart):
 
 
 def _loaded(m, make, memory, size, group, row_bytes, step, row_half):
-    """What `make` makes of an output's scales in a step. The half beyond the end of K, if any, gets the last scales."""
+    """The results of `make` for an output's scales in a step. A half beyond the end of K gets the last scales."""
     row = m.row(row_half) * row_bytes
     if group > HALF:
         return make(m, m.load(memory, row + step * (size * w.STEP // group), size))[: w.STEP // group]

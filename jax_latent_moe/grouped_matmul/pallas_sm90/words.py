@@ -53,7 +53,7 @@ def e2m1_pairs(m, word):
 def e2m1_pairs_apart(m, word):
     """The values of eight E2M1 codes as four pairs of codes that are four apart: shifts alone bring them into place.
 
-    Exponent and mantissa, read as those of a bfloat16, are the value times 2^-126.
+    Exponent and mantissa, read as a bfloat16's, are the value times 2^-126.
     """
     pairs = []
     for i in range(4):
@@ -103,7 +103,7 @@ def e4m3_scales(m, word):
 
 
 def e4m3_scales_apart(m, word):
-    """The same for `e2m1_pairs_apart`: of two scales for 32 codes, a thread needs that of its own eight."""
+    """The same for `e2m1_pairs_apart`: of two scales for 32 codes, a thread needs the scale of its own eight."""
     return _twice_each(m, _e4m3_values(m, m.prmt(word, 0, m.of_lane_bit(1, 0x4240, 0x4341)) & 0x007F007F))
 
 

@@ -74,7 +74,7 @@ def _tune(options) -> int:
     for bound in bounds:
         name, contraction = name_of(bound.backend.config), bound.problem.contraction
         if not bound.backend.tiles(bound.problem):
-            raise UnsupportedError(name, f"it has no tiles to choose from for {contraction}.", remedy)
+            raise UnsupportedError(name, f"it has no choice of tiles for {contraction}.", remedy)
         times = time_tiles(bound)
         if not times:
             raise UnsupportedError(name, f"none of its tiles ran {contraction}.", "See the lines above.")

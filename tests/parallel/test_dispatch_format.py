@@ -1,0 +1,120 @@
+"""Latents and gradients that travel to the experts as codes, against the oracle that rounds them too."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jax_latent_moe import ConfigError, ParallelConfig, Precision, RouterConfig, latent_moe, presets
+from jax_latent_moe.cost import exchange_bytes
+from jax_latent_moe.device import Device
+from jax_latent_moe.parallel import choice, explain
+from tests import cases, layers
+from tests.parallel import ragged
+from tests.parallel.meshes import BASE, make_mesh
+from tests.parallel.test_values import with_dispatch
+
+
+def sent_in(config, format):
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dispatch_format=format))
+
+
+WIDE = dataclasses.replace(BASE, latent_size=160, top_k=3)  # two blocks of a row, one of them partial
+CASES = {
+    "all_gather": (with_dispatch(sent_in(BASE, "fp8_block"), "all_gather"), (1, 2, 2, 2)),
+    "all_gather, wide": (with_dispatch(sent_in(WIDE, "fp8_block_pow2"), "all_gather"), (1, 1, 4, 1)),
+    "all_to_all": (with_dispatch(sent_in(BASE, "fp8_block_pow2"), "all_to_all"), (1, 1, 4, 2)),
+    "all_to_all, wide": (with_dispatch(sent_in(WIDE, "fp8_block"), "all_to_all", 1.0), (1, 1, 4, 1)),
+    "after a norm": (
+        dataclasses.replace(sent_in(BASE, "fp8_block"), latent_norm="pre", latent_norm_eps=1e-2),
+        (2, 1, 4, 1),
+    ),
+    "weights on inputs": (
+        dataclasses.replace(
+            sent_in(BASE, "fp8_block"), top_k=1, apply_probs_on_input=True, router=RouterConfig(norm_topk_prob=False)
+        ),
+        (1, 1, 8, 1),
+    ),
+    "products in FP8 too": (
+        dataclasses.replace(sent_in(BASE, "fp8_block"), precision=Precision("fp8_block", "fp8_block")),
+        (1, 1, 2, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "sizes"), CASES.values(), ids=CASES)
+def test_values_and_gradients(rng, config, sizes):
+    case = cases.random_inputs(rng, config, (8, 3), masked=True)
+    with jax.set_mesh(make_mesh(*sizes)):
+        layers.check_against_oracle(case)
+
+
+def test_ragged(rng, monkeypatch):
+    monkeypatch.setattr(choice, "current_device", lambda: Device("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged.ragged_all_to_all)
+    case = cases.random_inputs(rng, with_dispatch(sent_in(BASE, "fp8_block"), "ragged_all_to_all"), (8, 3))
+    with jax.set_mesh(make_mesh(1, 1, 4, 1)):
+        layers.compiled.cache_clear()
+        layers.check_against_oracle(case)
+    layers.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
+def test_a_nan_stays_in_its_token(rng, dispatch):
+    config = with_dispatch(sent_in(BASE, "fp8_block"), dispatch)
+    case = cases.draw(rng, config, (8, 3))
+    x = np.float32(case.x)
+    x[3, 1, 2] = np.nan
+    params = layers.cast(case.params, "float32")
+    with jax.set_mesh(make_mesh(1, 1, 4, 1)):
+        y, _ = jax.jit(latent_moe, static_argnums=2)(params, x, config)
+    assert np.isnan(y[3, 1]).all()
+    assert np.isfinite(np.delete(y.reshape(24, -1), 10, axis=0)).all()
+
+
+def test_what_does_not_travel_is_not_rounded(rng):
+    """Experts on one device, and few tokens that every device has."""
+    case = cases.draw(rng, BASE, (3,))
+    params = layers.cast(case.params, "float32")
+    for sizes in ((2, 1, 1, 1), (1, 1, 2, 1)):
+        with jax.set_mesh(make_mesh(*sizes)):
+            run = jax.jit(lambda x, config: latent_moe(params, x, config)[0], static_argnums=1)
+            exact, coded = (run(np.float32(case.x), config) for config in (BASE, sent_in(BASE, "fp8_block")))
+        np.testing.assert_array_equal(coded, exact)
+
+
+def test_bytes():
+    """Super's latents are 1024 codes and eight scales instead of 2048 bytes; sums come back as they do without."""
+    config = dataclasses.replace(presets.NEMOTRON_3_SUPER, parallel=ParallelConfig())
+    plain, coded = (exchange_bytes(part, 8, 100) for part in (config, sent_in(config, "fp8_block")))
+    ids_and_weights = 7 * 100 * 8 * config.top_k
+    assert plain["all_gather"] == (7 * 100 * 2048 + ids_and_weights, 7 * 100 * 2048)
+    assert coded["all_gather"] == (7 * 100 * (1024 + 8 * 4) + ids_and_weights, 7 * 100 * 2048)
+    assert "fp8_block to the experts" in explain(sent_in(config, "fp8_block"), 8, 100)
+    assert "to the experts" not in explain(config, 8, 100)
+
+
+def test_formats_without_rows_are_refused():
+    with pytest.raises(ConfigError, match=r"parallel.dispatch_format: format='int8' is one of weights alone"):
+        ParallelConfig(dispatch_format="int8")
+    with pytest.raises(ConfigError, match=r"parallel.dispatch_format: format='e4m3' is unknown"):
+        ParallelConfig(dispatch_format="e4m3")
+
+
+def test_program_sends_bytes():
+    """Of latents only codes and scales are gathered, in the backward pass too."""
+    config = with_dispatch(sent_in(WIDE, "fp8_block"), "all_gather")
+    x = jax.ShapeDtypeStruct((64, BASE.hidden_size), jnp.float32)
+
+    def loss(params, x):
+        return jnp.sum(latent_moe(params, x, config)[0])
+
+    params = jax.eval_shape(lambda: layers.cast(cases.draw(np.random.default_rng(0), config, (1,)).params, "float32"))
+    with jax.set_mesh(make_mesh(1, 1, 4, 1)):
+        text = jax.jit(jax.grad(loss)).lower(params, x).as_text()
+    gathered = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
+    assert sum("x160xui8>" in line for line in gathered) == 2
+    assert not any("x160xf32>" in line for line in gathered)
