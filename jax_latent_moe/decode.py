@@ -17,7 +17,7 @@ from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul.registry import AUTO, BackendConfig
-from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation
+from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation, library
 
 MOST_ASSIGNMENTS = 256
 """The most assignments of a call (custom_calls/src/decode/experts.h, kThreads)."""
@@ -99,7 +99,7 @@ def refusal(
         return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
     if compiled[0].decode == "measured" and tokens > most_tokens:
         return f"CutlassBackend.decode='measured' leaves {tokens} tokens to the grouped matmuls: 'always' takes them."
-    return native.library().missing
+    return library(device).missing
 
 
 def plan_decode(

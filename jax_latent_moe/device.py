@@ -19,11 +19,14 @@ class Device:
         platform: "cpu", "gpu" or "tpu".
         kind: the device's name, such as "NVIDIA H100 80GB HBM3".
         num_sms: the SMs of a GPU. Other devices have the number of an H100, for kernels that are interpreted.
+        kernels: (name, most experts) of the compiled kernels on a device that is not present. None for those of the
+            library that is loaded here.
     """
 
     platform: str
     kind: str
     num_sms: int = HOPPER_SMS
+    kernels: tuple[tuple[str, int], ...] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def architecture(self) -> str:

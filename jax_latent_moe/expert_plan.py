@@ -6,6 +6,8 @@ Both passes read the same plan, so the backward pass reads the residual that the
 import dataclasses
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
 from jax_latent_moe.activations import BoundActivation, Residual
 from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
 from jax_latent_moe.decode import Decode
@@ -38,11 +40,13 @@ class ExpertPlan:
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
         b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
         b_out_grad: the gradient of b_out; None without biases.
-        weighted_dgrad: whether down_dgrad reads the rows that down_wgrad gathered, which are rows of dcombined times
-            their weights. Such rows give the gradients of the weights' logarithms. Dividing these by the weights, which
-            may be 0, would give the weights' own gradients, so those take rows without weights.
+        unweighted: None if down_dgrad reads the rows that down_wgrad gathered, which are rows of dcombined times their
+            weights. Such rows give the gradients of the weights' logarithms. Otherwise the reason why it reads rows
+            without weights, as a sentence.
         decode: how few tokens run if nothing is differentiated, in place of up_without_gradient and down; or the reason
             against it; or None if the rows do not belong to whole tokens.
+        projections: what multiplies the router's logits and the projections of the tokens, as `projections.explain`
+            says it; None if the rows do not belong to whole tokens.
         encode_tokens: what encodes the tokens for the first product; None if it is not in codes. The next ones are
             alike.
         encode_hidden: what encodes the hidden rows for the second product.
@@ -63,20 +67,38 @@ class ExpertPlan:
     up_wgrad: Bound | None
     b_in_grad: Bound | None = None
     b_out_grad: Bound | None = None
-    weighted_dgrad: bool = False
+    unweighted: str | None = None
     decode: Decode | str | None = None
+    projections: str | None = None
     encode_tokens: RowEncoder | None = None
     encode_hidden: RowEncoder | None = None
     encode_dout: RowEncoder | None = None
     encode_dpre: RowEncoder | None = None
     gradient: GradientEncoder | None = None
 
-    def __str__(self) -> str:
+    @property
+    def weighted_dgrad(self) -> bool:
+        """Whether down_dgrad reads rows times their weights, and gives the gradients of the weights' logarithms."""
+        return self.unweighted is None
+
+    def summary(self) -> list[str]:
+        """What is decided beside the products, in lines."""
         lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}"]
         if isinstance(self.decode, Decode):
             lines.append(f"without a gradient, two kernels for few tokens: {self.decode}")
         elif self.decode:
             lines.append(f"no kernels for few tokens: {self.decode}")
+        if self.projections:
+            lines.append(f"without a gradient, {self.projections}")
+        lines.append(
+            "down_dgrad reads rows times their weights, which down_wgrad gathered"
+            if self.weighted_dgrad
+            else f"down_dgrad reads rows without their weights: {self.unweighted}"
+        )
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.summary()
         for field in dataclasses.fields(self)[3:]:
             bound = getattr(self, field.name)
             if isinstance(bound, Bound):
@@ -98,6 +120,7 @@ def plan_experts(
     device: Device | None = None,
     by_log: bool = False,
     decode: Decode | str | None = None,
+    projections: str | None = None,
 ) -> ExpertPlan:
     """Decides all products of a layer's experts.
 
@@ -112,6 +135,7 @@ def plan_experts(
         device: the device that runs them; None is JAX's default device.
         by_log: whether the caller can use the gradients of the weights' logarithms in place of the weights' own.
         decode: the result of `plan_decode` for these weights; None if the rows do not belong to whole tokens.
+        projections: the result of `projections.explain` for these tokens; None in the same way.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products, or insists on fusing where experts have
@@ -177,8 +201,8 @@ def plan_experts(
         lambda residual: fuse(down_dgrad, Epilogue(activation, residual)) is not None,
     )
     kept = Epilogue(activation, residual)
-    weighted_dgrad = by_log and residual != "pre" and precision.dgrad is None and not frozen_out
-    if weighted_dgrad:
+    unweighted = _unweighted(by_log, residual, precision, frozen_out, dtype)
+    if unweighted is None:
         down_dgrad = input_gradient(w_out_shape, dense, w_out)
     latent, inner = w_in_shape[1], w_in_shape[2]
 
@@ -201,8 +225,9 @@ def plan_experts(
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
         b_in_grad=bias_gradient(w_in_shape[2]),
         b_out_grad=bias_gradient(w_out_shape[2]),
-        weighted_dgrad=weighted_dgrad,
+        unweighted=unweighted,
         decode=decode,
+        projections=projections,
         encode_tokens=encoder(precision.fwd, latent),
         encode_hidden=encoder(precision.fwd, w_out_shape[1]),
         encode_dout=encoder(precision.dgrad, latent),
@@ -211,6 +236,22 @@ def plan_experts(
             precision.dgrad, config.backend, inner, dtype, device, activation=activation, residual=residual
         ),
     )
+
+
+def _unweighted(by_log: bool, residual: Residual, precision: Precision, frozen_out: bool, dtype) -> str | None:
+    """`ExpertPlan.unweighted`."""
+    if not by_log:
+        # They would be quotients of the logarithms' gradients by the weights, which may be 0.
+        return "the gradients of the weights themselves are asked for, not those of their logarithms."
+    if residual == "pre":
+        return "down_wgrad follows it, for hidden rows that the pre-activation gives."
+    if precision.dgrad is not None:
+        return f"it reads codes in {precision.dgrad}, and codes have no weights."
+    if frozen_out:
+        return "w_out is frozen, so no down_wgrad gathers rows."
+    if jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp:
+        return f"small weights would lose their rows' bits in {jnp.dtype(dtype).name}, which has few exponents."
+    return None
 
 
 def choose_residual(

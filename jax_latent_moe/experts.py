@@ -26,6 +26,7 @@ from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs,
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.low_rank import LowRank, base_of
 from jax_latent_moe.precision import Codes, Precision, encode_weights
+from jax_latent_moe.projections import explain as explain_projections
 from jax_latent_moe.routing.compiled import compiled_runs
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
 
@@ -74,10 +75,11 @@ def routed_experts(
     w_in = flat(w_in)
     if codes is None:
         codes = encoded(config, w_in, w_out)
-    decode = None
+    decode = projections = None
     if dispatch.expert_ids is not None:
         count, choices = dispatch.expert_ids.shape
         decode = plan_decode(config, count, choices, tokens.dtype, w_in, w_out)
+        projections = explain_projections(config, count)
     plan = plan_experts(
         config,
         dispatch.assignment_of_row.shape[0],
@@ -88,6 +90,7 @@ def routed_experts(
         w_out=operand_of(w_out),
         by_log=log_weights is not None,
         decode=decode,
+        projections=projections,
     )
     if not isinstance(decode, Decode):
         dispatch = dispatch._replace(expert_ids=None)

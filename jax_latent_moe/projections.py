@@ -89,6 +89,40 @@ def refusal_of_projections(
     return None
 
 
+def explain(config: LatentMoEConfig, tokens: Any, *, device: Device | None = None) -> str:
+    """What multiplies the router's logits and the projections where nothing is differentiated, in a line.
+
+    It is about tokens in config.dtype and the parameters that `init_params` makes.
+
+    Args:
+        config: the layer.
+        tokens: T, an integer unless it is a symbolic size of `jax.export`.
+        device: the device that runs it; None is JAX's default device.
+    """
+
+    def described(rows, columns, dtype):
+        return jax.ShapeDtypeStruct((rows, columns), jnp.dtype(dtype))
+
+    d, latent, dtype = config.hidden_size, config.latent_size, config.dtype
+    kernel, x = described(d, config.num_experts, config.param_dtype), described(tokens, d, dtype)
+    if latent is None:
+        launches = {"the router's logits": (x, kernel, None)}
+    else:
+        launches = {
+            "the router's logits and the down-projection": (x, kernel, described(d, latent, dtype)),
+            "the up-projection": (described(tokens, latent, dtype), None, described(latent, d, dtype)),
+        }
+    refusals = {what: refusal_of_projections(config, *given, device=device) for what, given in launches.items()}
+    if len(set(refusals.values())) == 1:
+        refusals = {"the router's logits" + " and both projections" * (latent is not None): refusals.popitem()[1]}
+    return " ".join(
+        f"the compiled kernel for one token multiplies {what}."
+        if reason is None
+        else f"XLA multiplies {what}: {reason}"
+        for what, reason in refusals.items()
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _compiled(usual, x, kernel, projection):
     del usual

@@ -18,7 +18,7 @@ from jax_latent_moe.formats import ScaledRows, encode_rows
 from jax_latent_moe.formats.both_layouts import POWER_OF_TWO, WIDE
 from jax_latent_moe.formats.fp8 import BLOCK
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
-from jax_latent_moe.grouped_matmul.sm90 import DTYPES, FP8
+from jax_latent_moe.grouped_matmul.sm90 import DTYPES, FP8, library
 
 FEATURE_MULTIPLE = 8
 """A lane of the kernels has this many features."""
@@ -155,7 +155,7 @@ def _refusal(format, backend, width, dtype, device) -> str | None:
         return f"the compiled kernel encodes {', '.join(each.name for each in WIDE)}, not {jnp.dtype(dtype).name}."
     if width % FEATURE_MULTIPLE or not width:
         return f"the compiled kernel needs rows of a positive multiple of {FEATURE_MULTIPLE} features, not {width}."
-    return native.library().missing
+    return library(device).missing
 
 
 def _codes_of(rows):

@@ -16,12 +16,14 @@ from jax_latent_moe.grouped_matmul import (
     problem,
     select,
 )
-from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import FASTER, RESIDUALS, Cutlass, fuses
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import FASTER, Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import kernel_name
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS, fuse_refusal
+from jax_latent_moe.plan.kernels import KERNELS
 from tests import kernels
-from tests.kernels import A100, CPU, FUSED, H200, PLAIN, WHOLE, bound_activation, epilogue_of, library
+from tests.engineering.sandbox import ROOT
+from tests.kernels import A100, CPU, FUSED, H200, PLAIN, RESIDUAL, WHOLE, bound_activation, epilogue_of, library
 
 W_SHAPE = (64, 1024, 2688)
 PROBLEM = problem("fwd", 8192, W_SHAPE, "bfloat16", device=H200)
@@ -112,7 +114,7 @@ def test_tiles_are_those_that_were_compiled_and_names_are_theirs():
         for epilogue in (asked.epilogue, dataclasses.replace(asked.epilogue, residual=None)):
             same = dataclasses.replace(asked, epilogue=epilogue)
             (name,) = {kernel_name(same, tile) for tile in Cutlass(CutlassBackend()).tiles(same)}
-            assert name.startswith(f"sm90.fwd.bf16.{activation}:{RESIDUALS[activation]}.")
+            assert name.startswith(f"sm90.fwd.bf16.{activation}:{RESIDUAL[activation]}.")
 
 
 def test_a_kernel_that_takes_fewer_experts_is_no_choice(install_library):
@@ -162,18 +164,29 @@ def test_fuse_says_what_is_fused(install_library, contraction, compiled):
             found = fused(bound, epilogue_of(name))
             assert (found is not None) == expected
             assert found is None or found.backend == bound.backend
-        other = Epilogue(bound_activation(name), "pre" if RESIDUALS[name] != "pre" else "hidden")
+        other = Epilogue(bound_activation(name), "pre" if RESIDUAL[name] != "pre" else "hidden")
         assert fused(select(plain, CutlassBackend(fuse="always")), other) is None
 
 
-def test_a_plan_on_paper_fuses_what_a_whole_library_fuses(install_library):
-    for contraction in ("fwd", "dgrad"):
-        bound = select(dataclasses.replace(PROBLEM, contraction=contraction), CutlassBackend())
-        for name in KERNEL_ACTIVATIONS:
-            for residual in ("pre", "hidden", "gate_hidden"):
-                activation = bound_activation(name)
-                on_paper = fuses(contraction, activation, residual)
-                assert on_paper == (fused(bound, Epilogue(activation, residual)) is not None)
+def test_a_device_that_is_described_has_its_own_kernels(library_at, tmp_path):
+    """No library is here, and a backend decides for a machine that has one."""
+    library_at(tmp_path / native.FILE)
+    names = [name for name in (*PLAIN, *FUSED) if "swiglu" not in name]
+    described = dataclasses.replace(H200, kernels=tuple((name, 64) for name in names))
+    asked = dataclasses.replace(PROBLEM, device=described)
+    bound = select(asked)
+    assert isinstance(bound.backend, Cutlass)
+    assert fused(bound, epilogue_of("gelu")) is not None
+    assert fused(bound, epilogue_of("swiglu")) is None
+    with pytest.raises(UnsupportedError, match="no kernel was compiled for fwd of bfloat16 and 65 experts"):
+        select(dataclasses.replace(asked, num_experts=65), CutlassBackend())
+
+
+def test_the_kernels_of_a_plan_are_those_that_are_compiled():
+    """The list of the build has their names. A library that was built says how many experts each takes."""
+    lines = (ROOT / "custom_calls/src/sm90/kernels.txt").read_text().splitlines()
+    assert [name for name, _ in KERNELS] == [line.split()[0] for line in lines if not line.startswith("#")]
+    assert native.library().kernels.items() <= dict(KERNELS).items()
 
 
 def test_what_fuse_leaves_to_xla_is_said():
@@ -218,6 +231,7 @@ def test_small_tiles_gather_no_rows():
     assert bound.in_place == ()
 
 
-def test_the_kernels_by_hand_keep_what_the_package_expects():
-    assert kernels.RESIDUAL == RESIDUALS
+def test_the_kernels_by_hand_keep_what_those_that_are_compiled_keep():
+    of_16_bits = [name.split(".")[3].split(":") for name, _ in KERNELS if ":" in name and ".bf16." in name]
+    assert dict(of_16_bits) == RESIDUAL
     assert np.prod([len(KERNEL_ACTIVATIONS), 2]) == len(FUSED)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jax_latent_moe import CutlassBackend, PallasBackend, UnsupportedError, presets
+from jax_latent_moe import CutlassBackend, PallasBackend, Precision, UnsupportedError, presets
 from jax_latent_moe.expert_plan import choose_residual, plan_experts
 from jax_latent_moe.grouped_matmul import Operand
 from tests.cases import TOY
@@ -105,7 +105,8 @@ def test_a_plan_is_told_whole():
     )
     lines = str(plan).splitlines()
     assert lines[0] == "experts with relu2; the forward pass keeps 'hidden'"
-    assert [line for line in lines[1:] if not line.startswith("  ")] == [
+    assert lines[1] == f"down_dgrad reads rows without their weights: {plan.unweighted}"
+    assert [line for line in lines[2:] if not line.startswith("  ")] == [
         f"up: fwd with {relu2} hidden of gathered {b} and {b} to {b}, {sizes[0]}",
         f"up_without_gradient: fwd with {relu2} nothing of gathered {b} and {b} to {b}, {sizes[0]}",
         f"down: fwd of {b} and {b} to {b}, {sizes[1]}",
@@ -127,6 +128,36 @@ def test_a_plan_is_told_whole():
     assert up.count("  lhs: gathered in the kernel") == 2
     wgrad = lines[lines.index(f"up_wgrad: {plan.up_wgrad.problem}") + 1 :]
     assert wgrad[-1] == "  lhs: gathered in the kernel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({}, {}, None),
+        ({}, {"dtype": "bfloat16"}, None),
+        ({}, {"by_log": False}, "the gradients of the weights themselves are asked for"),
+        ({"activation": "gelu"}, {}, "down_wgrad follows it"),
+        ({"precision": Precision(dgrad="fp8_block")}, {}, "it reads codes in fp8_block"),
+        ({}, {"w_out": Operand("int4_32")}, "w_out is frozen"),
+        ({}, {"dtype": "float16"}, "small weights would lose their rows' bits in float16"),
+    ],
+    ids=str,
+)
+def test_rows_times_their_weights_are_read_or_a_line_says_why_not(changes, options, reason):
+    plan = plan_of(dataclasses.replace(TOY, **changes), **({"by_log": True} | options))
+    (line,) = (line for line in str(plan).splitlines() if "down_dgrad reads" in line)
+    assert plan.weighted_dgrad == (reason is None)
+    assert plan.down_dgrad.problem.lhs.layout == ("dense" if reason is None else "gathered")
+    if reason is None:
+        assert line == "down_dgrad reads rows times their weights, which down_wgrad gathered"
+    else:
+        assert line.startswith(f"down_dgrad reads rows without their weights: {reason}")
+
+
+def test_the_projections_of_these_tokens_are_told():
+    line = "XLA multiplies the router's logits: its kernel multiplies one token, not 2."
+    assert f"without a gradient, {line}" in str(plan_of(TOY, projections=line)).splitlines()
+    assert "router's logits" not in str(plan_of(TOY))
 
 
 def test_frozen_weights_have_no_wgrad():

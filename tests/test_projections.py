@@ -178,3 +178,22 @@ def test_the_parts_of_super():
     """192 blocks of 32 KiB or more for its router and down-projection, and 256 for its up-projection."""
     kernel, down, up = (np.zeros((1, size), np.float16) for size in (512, 1024, 4096))
     assert [parts_of(weights, 132) for weights in ([kernel, down], [up])] == [8, 4]
+
+
+@pytest.mark.usefixtures("install_library")
+def test_what_multiplies_is_said_in_a_line():
+    """A reason where XLA does, and once if it is the same for both launches."""
+
+    def told(tokens=1, device=H100, **changes):
+        return projections.explain(dataclasses.replace(SUPER, **changes), tokens, device=device)
+
+    kernel = "the compiled kernel for one token multiplies"
+    assert told() == f"{kernel} the router's logits and both projections."
+    assert told(latent_size=None) == f"{kernel} the router's logits."
+    both = "XLA multiplies the router's logits and both projections"
+    assert told(2) == f"{both}: its kernel multiplies one token, not 2."
+    assert told(device=A100).startswith(f"{both}: its kernels are compiled for NVIDIA Hopper GPUs")
+    assert told(param_dtype="float16") == (
+        "XLA multiplies the router's logits and the down-projection: the router's kernel is in float16, not in float32 "
+        f"or bfloat16. {kernel} the up-projection."
+    )

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Literal
 
+from jax_latent_moe import native
 from jax_latent_moe.activations import BoundActivation
+from jax_latent_moe.device import Device
 from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.grouped_matmul.problem import Problem
 
@@ -40,6 +42,11 @@ class KernelActivation:
     gated: bool
     beta: float = 0.0
     linear_beta: float = 0.0
+
+
+def library(device: Device) -> native.Library:
+    """The compiled kernels of a device: those that its description names, else those of the library loaded here."""
+    return native.library() if device.kernels is None else native.Library(dict(device.kernels), None)
 
 
 def kernel_activation(activation: BoundActivation) -> KernelActivation | None:

@@ -32,15 +32,19 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--remat", action="store_true", help="layers keep only their input and are computed again")
     options = parser.parse_args(arguments)
     try:
+        sizes = mesh_sizes(options.mesh)
+        # On a mesh, also of one device, a layer does not run the kernels for few tokens.
         parallel = ParallelConfig(
             dispatch=options.dispatch,
             capacity_factor=options.capacity_factor,
             dispatch_format=options.dispatch_format,
         )
-        config = dataclasses.replace(PRESETS[options.preset], parallel=parallel, param_dtype=options.param_dtype)
+        config = dataclasses.replace(
+            PRESETS[options.preset], parallel=parallel if sizes else None, param_dtype=options.param_dtype
+        )
         plan = make_cost_plan(
             config,
-            mesh_sizes(options.mesh),
+            sizes,
             options.tokens,
             GPUS[options.gpu],
             layers=options.layers,

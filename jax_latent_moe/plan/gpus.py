@@ -2,6 +2,11 @@
 
 import dataclasses
 
+from jax_latent_moe.device import Device
+from jax_latent_moe.plan.kernels import KERNELS
+
+H200_DEVICE = Device("gpu", "NVIDIA H200", kernels=KERNELS)
+
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
@@ -17,6 +22,8 @@ class GPU:
         network: bytes per second sent to other hosts. It was never measured.
         host: number of GPUs in a host.
         measured: whether all rates except `network` were measured on this kind of GPU.
+        device: what backends, kernels and tiles are chosen by. Your own GPU has the kernels of an H200, unless you say
+            otherwise.
     """
 
     memory: float
@@ -28,6 +35,7 @@ class GPU:
     network: float
     host: int = 8
     measured: bool = True
+    device: Device = H200_DEVICE
 
 
 H200 = GPU(141e9, 7.2e14, 6.6e14, 3.0e14, 4.2e12, 2.77e11, 5.0e10)
@@ -35,10 +43,30 @@ H200 = GPU(141e9, 7.2e14, 6.6e14, 3.0e14, 4.2e12, 2.77e11, 5.0e10)
 from a fit to 2026-11-27. The link was measured between two GPUs of one host. The network is 400 Gb/s per GPU, from the
 datasheet of the usual server."""
 
-H100 = GPU(80e9, 7.3e14, 7.0e14, 3.0e14, 3.0e12, 2.77e11, 5.0e10)
+H100 = GPU(
+    80e9,
+    7.3e14,
+    7.0e14,
+    3.0e14,
+    3.0e12,
+    2.77e11,
+    5.0e10,
+    device=Device("gpu", "NVIDIA H100 80GB HBM3", kernels=KERNELS),
+)
 """H100 SXM. Rates of dense matmuls and memory were measured. The rate of grouped matmuls is a fit to 2026-11-27 (Super
 only). The others are the H200's.
 """
 
-B200 = GPU(180e9, 1.6e15, 1.3e15, 6.6e14, 6.8e12, 5.5e11, 5.0e10, measured=False)
-"""B200. Rates are the datasheet's, times the fraction that the H200 reached. No kernel of this library ran on it."""
+B200 = GPU(
+    180e9,
+    1.6e15,
+    1.3e15,
+    6.6e14,
+    6.8e12,
+    5.5e11,
+    5.0e10,
+    measured=False,
+    device=Device("gpu", "NVIDIA B200", num_sms=148),
+)
+"""B200. Rates are the datasheet's, times the fraction that the H200 reached. No kernel of this library runs on it, so
+XLA multiplies the experts."""

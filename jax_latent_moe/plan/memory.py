@@ -8,12 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
-from jax_latent_moe.activations import Residual
-from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, ParallelConfig
-from jax_latent_moe.expert_plan import choose_residual
+from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
+from jax_latent_moe.decode import Decode
+from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.formats import ScaledArray
-from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import fuses
-from jax_latent_moe.grouped_matmul.problem import Contraction
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
 from jax_latent_moe.quantization import quantize
@@ -79,6 +77,7 @@ def memory(
     mesh: AbstractMesh,
     tokens: int,
     layers: int,
+    experts: ExpertPlan,
     *,
     training: bool,
     remat: bool,
@@ -91,6 +90,7 @@ def memory(
         mesh: axes and sizes.
         tokens: tokens of one device.
         layers: MoE layers that the device holds.
+        experts: the decisions about the experts' products.
         training: whether to count gradients, Adam's moments and the residuals for the backward pass.
         remat: whether the layers keep only their input and are computed twice.
         format: the format of the experts' weights, which are then frozen; None for dense weights.
@@ -107,7 +107,10 @@ def memory(
     widths = d if config.latent_size is None else d + latent
     per_token = tokens * d * item
     # `working` is the scratch memory of one layer. The kernels that fsdp gathers are added below.
-    working = _beside_kept_rows(config, narrow, kept_rows) + per_token if training else narrow + rows * inner * item
+    if training:
+        working = _beside_kept_rows(experts, narrow, kept_rows) + per_token
+    else:
+        working = _forward_rows(config, experts, narrow, kept_rows, rows * inner * item)
     working += _exchanged(config, mesh, tokens, rows)
     used = {"parameters": stored * param_bytes}
     if format is not None:
@@ -124,31 +127,30 @@ def memory(
     return used | {"working memory of a layer": working + cast * copies + (whole_codes if whole_codes > codes else 0)}
 
 
-def _beside_kept_rows(config, narrow: int, kept: int) -> int:
+def _forward_rows(config, experts: ExpertPlan, narrow: int, pre: int, hidden: int) -> int:
+    """Bytes of the rows of a forward pass: tokens gathered, pre-activations, hidden rows and outputs.
+
+    Gathered rows and outputs use the same memory at different times. A kernel for few tokens has no rows but the hidden
+    ones. XLA reuses the memory of a pre-activation for hidden rows of the same size. A gated pre-activation is beside
+    them, and XLA places the widest rows first.
+    """
+    if isinstance(experts.decode, Decode):
+        return hidden
+    if experts.up_without_gradient.problem.epilogue is not None or not config.gated:
+        return narrow + hidden
+    return narrow + pre + hidden if narrow >= pre else pre + max(narrow, hidden)
+
+
+def _beside_kept_rows(experts: ExpertPlan, narrow: int, kept: int) -> int:
     """Bytes of rows that a backward pass needs besides the kept ones: gathered rows and the experts' outputs.
 
     Gathered rows and outputs use the same memory at different times. If hidden rows are not kept, they and narrower
-    rows use the memory of results that are not written yet, such as a weight's gradient.
+    rows use the memory of results that are not written yet, such as a weight's gradient. A gradient that XLA computes
+    is beside the pre-activation, and if it reads hidden rows, the rows of both its products are there at once.
     """
-    return narrow if kept_residual(config) != "pre" or narrow >= kept else 0
-
-
-def kept_residual(config: LatentMoEConfig) -> Residual:
-    """Bytes that the forward pass keeps for the activation's gradient, with the compiled kernels."""
-    return choose_residual(
-        config.bound_activation,
-        lambda residual: fuses_activation(config, "fwd", residual),
-        lambda residual: fuses_activation(config, "dgrad", residual),
-    )
-
-
-def fuses_activation(config: LatentMoEConfig, contraction: Contraction, residual: Residual) -> bool:
-    """Whether the compiled kernels compute the experts' activation, or its gradient: as `plan_experts` decides it."""
-    never = isinstance(config.backend, CutlassBackend) and config.backend.fuse == "never"
-    in_codes = config.precision is not None and getattr(config.precision, contraction) is not None
-    if never or in_codes or config.expert_bias:
-        return False
-    return fuses(contraction, config.bound_activation, residual)
+    if experts.down_dgrad.problem.epilogue is None:
+        return max(narrow, kept) if experts.residual == "pre" else 2 * narrow
+    return narrow if experts.residual != "pre" or narrow >= kept else 0
 
 
 def _exchanged(config, mesh, tokens, rows) -> int:

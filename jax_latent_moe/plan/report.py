@@ -6,9 +6,11 @@ from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
+from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.parallel import explain
+from jax_latent_moe.plan.decisions import experts_of
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import memory
+from jax_latent_moe.plan.memory import allocated_rows, memory
 from jax_latent_moe.plan.timing import Part, layer_parts
 
 COMPUTE = ("arithmetic", "memory")
@@ -26,6 +28,7 @@ class CostPlan:
         layers: number of MoE layers.
         training: whether the backward pass and the optimiser are counted.
         format: the format of the experts' weights; None for dense weights. Times are always for dense weights.
+        experts: what the layer decides about the experts' products.
         memory: bytes by use.
         parts: the parts of one layer, with their times.
     """
@@ -37,6 +40,7 @@ class CostPlan:
     layers: int
     training: bool
     format: str | None
+    experts: ExpertPlan
     memory: dict[str, int]
     parts: tuple[Part, ...]
 
@@ -87,19 +91,23 @@ def make_cost_plan(
         layers: number of MoE layers. Memory counts all of them, times are for one.
         training: whether to count gradients and Adam.
         remat: whether the layers keep only their input and are computed again.
-        format: the experts' weights are quantised in this format and frozen. It changes only the memory: times are for
-            dense weights.
+        format: the experts' weights are quantised in this format and frozen. It changes the memory and `experts`
+            alone: times are for dense weights.
 
     Raises:
         ConfigError: the size of an axis does not divide the dimension that it splits.
-        UnsupportedError: the named dispatch does not run on this mesh.
+        UnsupportedError: the named dispatch does not run on this mesh, or the named backend not on this GPU.
     """
+    mesh, given = AbstractMesh(tuple(sizes.values()), tuple(sizes)), config
     if config.parallel is None:
         config = dataclasses.replace(config, parallel=ParallelConfig())
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    used = memory(config, mesh, tokens, layers, training=training, remat=remat, format=format)
-    parts = layer_parts(config, mesh, tokens, gpu, training=training, remat=remat)
-    return CostPlan(config, sizes, tokens, gpu, layers, training, format, used, tuple(parts))
+    # A layer without a mesh may run kernels that a layer with one does not.
+    given, rows = config if sizes else given, allocated_rows(config, mesh, tokens)
+    dense = experts_of(given, mesh, tokens, rows, gpu)
+    experts = dense if format is None else experts_of(given, mesh, tokens, rows, gpu, format)
+    used = memory(config, mesh, tokens, layers, experts, training=training, remat=remat, format=format)
+    parts = layer_parts(config, mesh, tokens, gpu, dense, training=training, remat=remat)
+    return CostPlan(config, sizes, tokens, gpu, layers, training, format, experts, used, tuple(parts))
 
 
 def render(plan: CostPlan) -> str:
@@ -115,6 +123,8 @@ def render(plan: CostPlan) -> str:
         "Memory of a device, GB",
         *(f"  {name:<32}{size / 1e9:9.2f}" for name, size in plan.memory.items()),
         f"  {'all, of ' + format(plan.gpu.memory / 1e9, '.0f'):<32}{plan.bytes / 1e9:9.2f}",
+        "Experts",
+        *(f"  {line}" for line in plan.experts.summary()),
         "Dispatch, forward",
         *(f"  {line}" for line in explain(config, _expert_devices(plan), plan.tokens).splitlines()),
         "Time of a layer, ms" if plan.format is None else "Time of a layer with dense experts, ms",

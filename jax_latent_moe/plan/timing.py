@@ -1,5 +1,6 @@
 """The time of each part of a layer at the rates of a GPU, and the resource that bounds it."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,22 +8,21 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
-from jax_latent_moe.config import LatentMoEConfig
+from jax_latent_moe.config import LatentMoEConfig, XlaBackend
+from jax_latent_moe.decode import Decode
+from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import (
-    allocated_rows,
-    fuses_activation,
-    gathered_parameters,
-    kept_residual,
-    parameters_per_device,
-)
+from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, parameters_per_device
 
 OVERLAP = 0.3
 """The fraction of the shorter of arithmetic and memory time that adds to the longer; fitted to measured kernels."""
 
 GROUPED_MS = 0.095
 """Time of a grouped matmul of very few rows. Between 0.066 and 0.120 were measured, most of it on the host."""
+
+XLA_FLOPS, XLA_BANDWIDTH = {"forward": 0.19, "dgrad": 0.19, "wgrad": 0.08}, 0.21
+"""The fractions of the kernels' rates that XLA's grouped matmuls reach; fitted to those of 2026-11-24 on an H200."""
 
 COLLECTIVE_MS = 0.07
 """Time of a collective that moves no data, measured on two GPUs."""
@@ -59,22 +59,60 @@ def collective(name: str, gpu: GPU, sent: float, span: int, calls: int = 1) -> P
     return Part(name, calls * COLLECTIVE_MS + 1e3 * sent / rate, bound, 0.0, sent)
 
 
-def grouped_matmuls(config: LatentMoEConfig, gpu: GPU, rows: int, experts: int, tensor: int) -> dict[str, Part]:
-    """The expert products of one device: "forward", "dgrad" and "wgrad" of "up" and of "down", by name ("up dgrad")."""
+def grouped_matmuls(
+    config: LatentMoEConfig, gpu: GPU, rows: int, experts: int, tensor: int, plan: ExpertPlan
+) -> dict[str, Part]:
+    """The expert products of one device: "forward", "dgrad" and "wgrad" of "up" and of "down", by name ("up dgrad").
+
+    Args:
+        config: the layer.
+        gpu: the device.
+        rows: rows that belong to experts.
+        experts: experts of the device.
+        tensor: devices that share an expert's inner width.
+        plan: says what runs each product, for dense weights.
+    """
     inner, width = config.expert_intermediate_size // tensor, config.latent_width
     item, gate = jnp.dtype(config.dtype).itemsize, 2 if config.gated else 1
+    runs = {
+        "up": {"forward": plan.up, "dgrad": plan.up_dgrad, "wgrad": plan.up_wgrad},
+        "down": {"forward": plan.down, "dgrad": plan.down_dgrad, "wgrad": plan.down_wgrad},
+    }
     found = {}
     for name, k, n in (("up", width, inner * gate), ("down", inner, width)):
         # Each contraction reads or writes rows of both widths, and the weight of every expert that has rows.
         moved = item * (rows * (k + n) + min(experts, max(rows, 1)) * k * n)
-        for contraction in ("forward", "dgrad", "wgrad"):
-            part = kernel(f"{name} {contraction}", gpu, 2.0 * rows * k * n, moved, gpu.grouped_flops)
+        for contraction, bound in runs[name].items():
+            assert bound is not None, "dense weights have gradients"
+            flops, bandwidth = gpu.grouped_flops, gpu.bandwidth
+            if isinstance(bound.backend.config, XlaBackend):
+                flops, bandwidth = flops * XLA_FLOPS[contraction], bandwidth * XLA_BANDWIDTH
+            at_rates = dataclasses.replace(gpu, bandwidth=bandwidth)
+            part = kernel(f"{name} {contraction}", at_rates, 2.0 * rows * k * n, moved, flops)
             found[part.name] = part._replace(ms=max(part.ms, GROUPED_MS))
     return found
 
 
+def few_token_products(config: LatentMoEConfig, gpu: GPU, rows: int) -> dict[str, Part]:
+    """The two products by the kernels for few tokens, which read the weights of each chosen expert once."""
+    gate, item = 2 if config.gated else 1, jnp.dtype(config.dtype).itemsize
+    elements = config.latent_width * config.expert_intermediate_size
+    found = {}
+    for name, size in (("up", gate * elements), ("down", elements)):
+        moved = item * min(config.num_physical_experts, rows) * size
+        found[f"{name} forward"] = kernel(f"{name} forward", gpu, 2.0 * rows * size, moved, gpu.grouped_flops)
+    return found
+
+
 def layer_parts(
-    config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, gpu: GPU, *, training: bool, remat: bool
+    config: LatentMoEConfig,
+    mesh: AbstractMesh,
+    tokens: int,
+    gpu: GPU,
+    experts: ExpertPlan,
+    *,
+    training: bool,
+    remat: bool,
 ) -> list[Part]:
     """The parts of one layer on one device, if all experts get equally many rows.
 
@@ -83,13 +121,17 @@ def layer_parts(
         mesh: axes and sizes.
         tokens: tokens of one device.
         gpu: the device.
+        experts: the decisions about the experts' products, for dense weights.
         training: whether to count the backward pass.
         remat: whether to count the forward pass twice.
     """
-    return [*_kernels(config, mesh, tokens, gpu, training, remat), *_collectives(config, mesh, tokens, gpu, training)]
+    return [
+        *_kernels(config, mesh, tokens, gpu, experts, training, remat),
+        *_collectives(config, mesh, tokens, gpu, training),
+    ]
 
 
-def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
+def _kernels(config, mesh, tokens, gpu, plan, training, remat) -> Iterator[Part]:
     sizes = axis_sizes(config.parallel, mesh)
     _, _, expert, tensor = (sizes[axis] for axis in config.parallel.axes)
     rows, allocated = tokens * config.top_k, allocated_rows(config, mesh, tokens)
@@ -108,7 +150,11 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
         flops = 2.0 * tokens * d * shared * (gate + 1)
         moved = item * (shared * (gate + 1) * (d + 2 * tokens) + 2 * tokens * d)
         yield kernel("shared expert", gpu, passes * flops, passes * moved, gpu.dense_flops)
-    products = grouped_matmuls(config, gpu, rows, config.num_physical_experts // expert, tensor)
+    few = isinstance(plan.decode, Decode) and not training
+    if few:
+        products = few_token_products(config, gpu, rows)
+    else:
+        products = grouped_matmuls(config, gpu, rows, config.num_physical_experts // expert, tensor, plan)
     counted = {"forward": forward, "dgrad": int(training), "wgrad": int(training)}
     parts = [(part, counted[name.split()[1]]) for name, part in products.items()]
     longest = max((part for part, _ in parts), key=lambda part: part.ms)
@@ -119,21 +165,24 @@ def _kernels(config, mesh, tokens, gpu, training, remat) -> Iterator[Part]:
         sum(part.flops * count for part, count in parts),
         sum(part.bytes * count for part, count in parts),
     )
-    hidden_passes = _activation_passes(config, forward, training)
+    if few:
+        return  # both kernels find their rows in the choice, and compute the activation and the weighted sums
+    hidden_passes = _activation_passes(config, plan, forward, training)
     yield kernel("activation", gpu, 0.0, item * allocated * inner * hidden_passes, gpu.dense_flops)
     # Forward writes and reads rows, and reads them for the sums. Backward has two gathers and a sum.
     gathers = 3 * forward + 5 * training
     yield kernel("gather and combine", gpu, 0.0, item * allocated * width * gathers, gpu.dense_flops)
 
 
-def _activation_passes(config, forward, training) -> int:
-    """Passes over hidden rows, beyond those of plain products, with the compiled kernels.
+def _activation_passes(config, plan, forward, training) -> int:
+    """Passes over hidden rows, beyond those of plain products.
 
     A gated pre-activation counts as two passes. If a kernel does not fuse the activation, XLA reads and writes once
     more.
     """
-    residual, parts = kept_residual(config), 2 if config.gated else 1
-    value, gradient = (fuses_activation(config, contraction, residual) for contraction in ("fwd", "dgrad"))
+    residual, parts = plan.residual, 2 if config.gated else 1
+    up = plan.up if training else plan.up_without_gradient
+    value, gradient = (product.problem.epilogue is not None for product in (up, plan.down_dgrad))
     passes = 0 if value else forward * parts
     if not training:
         return passes if value else passes + forward

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import RouterConfig
 from jax_latent_moe.decode import refusal
-from jax_latent_moe.device import current_device
+from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
 from jax_latent_moe.routing.expert_sort import int32_ids
@@ -126,7 +126,8 @@ def route(
     else:
         choice = selection(logits, bias, config, token_mask, all_tokens)
         plain = token_mask is None and expert_ids is None and scale is None
-        if plain and _weighs_in_kernel(choice, logits, config, top_k, backend):
+        float32 = choice.dtype == logits.dtype == jnp.float32
+        if plain and float32 and weighs_in_kernel(config, choice.shape[0], choice.shape[1], top_k, backend):
             factor = config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
             return Routing(*_chosen(config, top_k, factor, choice, logits))
         ids = checkpoint_name(top_k_ids(choice, top_k, backend), CHOICE)
@@ -144,18 +145,36 @@ def route(
         weights *= _where(chosen, scale.astype(weights.dtype)[safe_ids], 0)
     weights *= config.routed_scaling_factor if routed_scaling_factor is None else routed_scaling_factor
     logs = None
-    if scale is None and (config.score_function != "softmax" or _over_chosen(config)):
+    if scale is None and gives_log_weights(config):
         logs = _log_weights(config, weights, chosen_logits, chosen)
     return Routing(_where(chosen, ids, NO_EXPERT), weights, logs)
 
 
-def _weighs_in_kernel(choice, logits, config, top_k, backend) -> bool:
-    """Whether one compiled kernel makes the choice of few tokens and its weights."""
+def gives_log_weights(config: RouterConfig) -> bool:
+    """Whether `route` gives `Routing.log_weights`: the logarithms depend on the chosen logits alone."""
+    return not config.per_expert_scale and (config.score_function != "softmax" or _over_chosen(config))
+
+
+def weighs_in_kernel(
+    config: RouterConfig, tokens: Any, num_experts: int, top_k: int, backend, device: Device | None = None
+) -> bool:
+    """Whether one compiled kernel makes the choice of few tokens and its weights, if the logits are float32.
+
+    It does so for a call without mask, replayed choice and learned scale, and `route` then gives no `log_weights`.
+
+    Args:
+        config: the router.
+        tokens: T, an integer unless it is a symbolic size of `jax.export`.
+        num_experts: E.
+        top_k: k.
+        backend: the experts' backend.
+        device: the device that runs it; None is JAX's default device.
+    """
     normalised = config.norm_topk_prob or config.score_function == "softmax_topk"
-    fits = choice.shape[1] <= MOST_SCORES and top_k <= MOST_WEIGHTS and choice.dtype == logits.dtype == jnp.float32
     by_sum = config.norm_topk_prob and config.norm_topk_eps > 0
     known = config.score_function == "sigmoid" or (not by_sum and config.score_function != "sqrt_softplus")
-    return normalised and fits and known and refusal(backend, choice.shape[0], top_k) is None
+    fits = num_experts <= MOST_SCORES and top_k <= MOST_WEIGHTS
+    return normalised and fits and known and refusal(backend, tokens, top_k, device) is None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

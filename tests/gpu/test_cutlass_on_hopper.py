@@ -20,7 +20,7 @@ from jax_latent_moe.grouped_matmul import (
     reference,
 )
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import backend as cutlass
-from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import RESIDUALS, Cutlass
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import tiles as compiled_tiles
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
@@ -35,7 +35,7 @@ from tests.gpu.grouped import (
     product,
     same,
 )
-from tests.kernels import epilogue_of, layer_of
+from tests.kernels import RESIDUAL, epilogue_of, layer_of
 from tests.oracle.fused import activation_of_rows, matmul_activation_grad
 from tests.tolerances import assert_close
 
@@ -185,7 +185,7 @@ def test_many_calls_in_one_program(rng):
 
 @pytest.mark.parametrize("name", KERNEL_ACTIVATIONS)
 def test_fused_activations(rng, name):
-    fused = FUSING, rng, name, RESIDUALS[name], "bfloat16"
+    fused = FUSING, rng, name, RESIDUAL[name], "bfloat16"
     check_fused(*fused, np.asarray([0, 300, 1, 77, 200]), 700, 72, 200)
     check_fused(*fused, rng.multinomial(900, rng.dirichlet(np.full(16, 0.3))), 1517, 128, 704)
 

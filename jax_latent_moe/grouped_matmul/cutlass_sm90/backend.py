@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_latent_moe import native
-from jax_latent_moe.activations import BoundActivation, Residual
 from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, Outputs
-from jax_latent_moe.grouped_matmul.problem import Contraction
-from jax_latent_moe.grouped_matmul.sm90 import both_fp8, fp8_refusal, fuse_refusal, kernel_activation, refusal
+from jax_latent_moe.grouped_matmul.sm90 import both_fp8, fp8_refusal, fuse_refusal, kernel_activation, library, refusal
 
 FEATURE_MULTIPLE = 8
 """16-bit elements in 16 bytes, the unit in which rows are read."""
@@ -30,26 +28,6 @@ FASTER = {
     "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
 }
 
-# By activation: the residual that the compiled kernels keep, and from which they compute the gradient.
-RESIDUALS = {
-    "relu2": "hidden",
-    "gelu": "pre",
-    "gelu_tanh": "pre",
-    "swiglu": "gate_hidden",
-    "geglu": "gate_hidden",
-    "geglu_tanh": "gate_hidden",
-    "situ_glu": "pre",
-}
-
-
-def fuses(contraction: Contraction, activation: BoundActivation, residual: Residual) -> bool:
-    """Whether a library with all kernels fuses an activation that keeps this residual, for fuse="measured".
-
-    It is for the plan of a GPU that is not present.
-    """
-    kernel = kernel_activation(activation)
-    return kernel is not None and kernel.name in FASTER[contraction] and RESIDUALS[kernel.name] == residual
-
 
 class Cutlass(Backend):
     """The `cutlass` backend: see `CutlassBackend` for its settings."""
@@ -62,8 +40,8 @@ class Cutlass(Backend):
             return "num_experts=0 must be at least 1."
         if problem.num_rows >= MAX_ROWS:
             return f"num_rows={problem.num_rows} must be below {MAX_ROWS}: tiles count rows in 32 bits."
-        if native.library().missing:
-            return native.library().missing
+        if (reason := library(problem.device).missing) is not None:
+            return reason
         if problem.epilogue is not None and (reason := fuse_refusal(problem, self.config.fuse, FASTER)):
             return reason
         return cutlass_tiles.refusal(problem, self.given_tile(problem))

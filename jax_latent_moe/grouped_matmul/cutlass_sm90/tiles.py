@@ -2,10 +2,9 @@
 
 import re
 
-from jax_latent_moe import native
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.problem import Problem
-from jax_latent_moe.grouped_matmul.sm90 import FP8, kernel_activation
+from jax_latent_moe.grouped_matmul.sm90 import FP8, kernel_activation, library
 
 SMALL_GROUP = 64
 """A call with at most this many rows per expert, on average, is bound by reading weights."""
@@ -60,7 +59,7 @@ def _kernels(problem) -> list[tuple[str, tuple[int, int, int, int, int]]]:
         if problem.epilogue.residual is not None:
             prefix += f"{problem.epilogue.residual}."
     found = []
-    for name, max_experts in native.library().kernels.items():
+    for name, max_experts in library(problem.device).kernels.items():
         tile = _TILE.fullmatch(".".join(name.split(".")[-2:]))
         plain = name.count(".") == 4
         if name.startswith(prefix) and plain == (problem.epilogue is None) and problem.num_experts <= max_experts:
