@@ -25,7 +25,7 @@ def normal(*shape) -> jax.Array:
 
 
 def uneven_groups(num_experts: int) -> jax.Array:
-    """Group sizes that add up to ROWS, as uneven as those of a router early in training."""
+    """Group sizes that add up to ROWS, as uneven as a router's early in training."""
     shares = RNG.dirichlet(np.ones(num_experts))
     return jnp.asarray(RNG.multinomial(ROWS, shares), jnp.int32)
 

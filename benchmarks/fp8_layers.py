@@ -31,7 +31,7 @@ def in_fp8(config: LatentMoEConfig) -> LatentMoEConfig:
 
 
 def encode_both(config: LatentMoEConfig, params):
-    """The codes of both weights in both layouts. `params` may hold the experts alone."""
+    """The codes of both weights in both layouts. `params` may hold only the experts."""
     return encode_experts(params, in_fp8(config))
 
 

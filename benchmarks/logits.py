@@ -1,7 +1,7 @@
 """The router's logits from bfloat16 tokens and a float32 kernel: the suite "logits" of `benchmarks.gpu`.
 
 `split_matmul` beside the algorithms of `jax.lax.DotAlgorithmPreset` that are about as exact, and beside XLA's float32
-matmul. The error is that of the logits against float64. The backward pass is from a float32 gradient of the logits.
+matmul. The error is of the logits against float64. The backward pass is from a float32 gradient of the logits.
 """
 
 import dataclasses

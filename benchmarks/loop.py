@@ -1,6 +1,6 @@
 """A layer for few tokens in a compiled loop, as generation runs it: the suite "loop" of `benchmarks.gpu`.
 
-Each step has other tokens, which depend on the output of the last step. A row's time is that of one step. "decode" is
+Each step has other tokens, which depend on the output of the last step. A row's time is for one step. "decode" is
 `CutlassBackend(decode="always")`, "usual" the grouped matmuls, and "loop_alone" the same loop without the layer. The
 floor is the time to read the weights of the experts that the tokens choose, and all others, once.
 """

@@ -105,7 +105,7 @@ def best_tokamax_tile(shape: Grouped, pass_: str, quick: bool) -> tuple | None:
 
 
 def reference(pass_, x, w, dout, sizes) -> dict[int, np.ndarray]:
-    """The result in float32 for some experts: that of the largest group, an empty one, the first and the last."""
+    """The result in float32 for some experts: the largest group's, an empty one, the first and the last."""
     starts = np.cumsum(sizes) - sizes
     experts = {int(sizes.argmax()), int(sizes.argmin()), 0, len(sizes) - 1}
     formula = {"forward": lambda a, b, k: a @ k, "dgrad": lambda a, b, k: b @ k.T, "wgrad": lambda a, b, k: a.T @ b}

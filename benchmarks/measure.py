@@ -56,7 +56,7 @@ def time_interleaved(calls: dict[str, tuple[Callable, tuple]], repeats: int) -> 
     times = {name: [] for name in compiled}
     for _ in range(repeats):
         for name, (call, args) in compiled.items():
-            # Each timed call follows one of its own. Otherwise it would pay for the memory that the last call took.
+            # A call of the same kind comes first. Otherwise the timed one would pay for memory that another call took.
             jax.block_until_ready(call(*args))
             start = time.perf_counter()
             jax.block_until_ready(call(*args))

@@ -1,7 +1,7 @@
 """Puts the layer under a MaxText-style decoder block: `python examples/maxtext_block.py`.
 
-The block names its axes and constrains its activations as MaxText does, and nn.scan stacks the layers. The rules are
-those of MaxText's base.yml, cut to four mesh axes. On a CPU, eight virtual devices learn this file's bytes.
+The block names its axes and constrains its activations as MaxText does, and nn.scan stacks the layers. The rules come
+from MaxText's base.yml, cut to four mesh axes. On a CPU, eight virtual devices learn this file's bytes.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def train(steps: int, mesh: Mesh | None) -> list[float]:
         specs = nn.get_partition_spec(jax.eval_shape(init, *arguments))
         shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
     state = jax.jit(init, out_shardings=shardings)(*arguments)
-    # Without them XLA chooses shardings of its own for the new state, and the second step compiles again.
+    # Without them XLA chooses other shardings for the new state, and the second step compiles again.
     step = jax.jit(step, out_shardings=(*shardings, None), donate_argnums=(0, 1))
     experts = nn.unbox(state[0]["params"]["layers"]["mlp"]["experts"]["w_in"])
     print(f"experts/w_in {experts.shape}: {experts.sharding.shard_shape(experts.shape)} on each device")

@@ -16,7 +16,7 @@ from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import ConfigError
 
 Residual = Literal["pre", "hidden", "gate_hidden"]
-"""What a forward pass keeps for the activation's gradient, [R, m] or [R, 2 m].
+"""The array that a forward pass keeps for the activation's gradient, [R, m] or [R, 2 m].
 
 "pre" is the pre-activation. "hidden" is the hidden rows, for activations whose slope follows from them. "gate_hidden"
 is the gate and the hidden rows side by side, from which the up half follows; only fused kernels read it.

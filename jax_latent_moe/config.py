@@ -94,8 +94,8 @@ class ParallelConfig:
         sequence_axis: mesh axis that splits the sequences of x (its second to last axis) into parts.
         physical_to_logical: the logical expert of each physical expert, from `parallel.replicate_experts`. The experts'
             parameters then come from `parallel.expand`. None is one copy of each.
-        dispatch_format: the format of what travels to the experts, "fp8_block" or "fp8_block_pow2": latents in the
-            forward pass and the gradients of the sums in the backward pass, half the bytes of 16-bit ones. The sums
+        dispatch_format: format of the rows that travel to the experts, "fp8_block" or "fp8_block_pow2": latents in the
+            forward pass, gradients of the sums in the backward pass. They take half the bytes of 16-bit rows. The sums
             come back in config.dtype. None sends config.dtype both ways.
     """
 

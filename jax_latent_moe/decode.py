@@ -94,7 +94,7 @@ def refusal(
     if compiled[0].decode == "never":
         return "CutlassBackend.decode is 'never': set it to 'measured' or 'always'."
     if device.architecture != "sm90":
-        return f"its kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
+        return f"these kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
     if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
         return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
     if compiled[0].decode == "measured" and tokens > most_tokens:
@@ -129,14 +129,14 @@ def plan_decode(
     if (reason := refusal(config.backend, tokens, choices, device, most_tokens)) is not None:
         return reason
     if config.parallel is not None:
-        return "config.parallel is set, and its kernels run on one device."
+        return "config.parallel is set, and these kernels run on one device."
     if config.expert_bias:
-        return "config.expert_bias is True, and its kernels add no bias."
+        return "config.expert_bias is True, and these kernels add no bias."
     if config.precision is not None and config.precision.fwd is not None:
-        return f"its kernels do not round tokens to precision.fwd={config.precision.fwd!r}."
+        return f"these kernels do not round tokens to precision.fwd={config.precision.fwd!r}."
     activation = kernel_activation(config.bound_activation)
     if activation is None:
-        return f"its kernels have {', '.join(KERNEL_ACTIVATIONS)}, not {config.activation}."
+        return f"these kernels have {', '.join(KERNEL_ACTIVATIONS)}, not {config.activation}."
     if dtype not in DTYPES:
         return f"tokens are in {dtype}, not in {' or '.join(DTYPES)}."
     codes: list[str] = []
@@ -155,9 +155,9 @@ def _refusal(name, weight, parts, dtype) -> str | None:
     multiple = 8
     if isinstance(weight, ScaledArray):
         if weight.format not in _CODES:
-            return f"{name} is in {weight.format}: its kernels widen {', '.join(_CODES)}."
+            return f"{name} is in {weight.format}: these kernels widen {', '.join(_CODES)}."
         if dtype != "bfloat16":
-            return f"{name} is in {weight.format}, whose codes its kernels widen to bfloat16, not to {dtype}."
+            return f"{name} is in {weight.format}, whose codes these kernels widen to bfloat16, not to {dtype}."
         if weight.codes.shape[1] != parts:
             return f"the codes of {name} are {weight.codes.shape[1]} matrices side by side, not {parts}."
         for scale, wanted in _CODES[weight.format][1].items():

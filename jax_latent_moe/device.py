@@ -6,7 +6,7 @@ import re
 import jax
 
 HOPPER = re.compile(r"\bG?H(20|100|200|800)(?!\d)")
-"""What the kind of a Hopper GPU holds, in forms such as "NVIDIA H100 PCIe", "H100-PCIE-80GB" and "H100L-94C"."""
+"""Matches the kind of a Hopper GPU, in forms such as "NVIDIA H100 PCIe", "H100-PCIE-80GB" and "H100L-94C"."""
 HOPPER_SMS = 132
 """SMs of an H100 SXM and of an H200."""
 

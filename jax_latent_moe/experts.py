@@ -248,7 +248,7 @@ _routed.defvjp(_routed_fwd, _routed_bwd)
 
 
 def hidden_rows(plan: ExpertPlan, kept: Float[Array, "r p"]) -> Float[Array, "r m"] | LastColumns:
-    """The hidden rows in a residual that holds them, alone or after the gate."""
+    """The hidden rows in a residual that holds only them, or them after the gate."""
     return LastColumns(kept, kept.shape[1] // 2) if plan.residual == "gate_hidden" else kept
 
 

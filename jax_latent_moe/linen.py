@@ -219,7 +219,7 @@ def from_params(
     Args:
         params: the functional tree.
         config: the layer.
-        axis_names: those of the module.
+        axis_names: the module's.
 
     Raises:
         InputError: the parameters do not fit the config.

@@ -53,7 +53,7 @@ def base_of(weight: Any) -> Any:
 
 
 def projected(x: Float[Array, "t k"], weight: LowRank) -> Float[Array, "t n"]:
-    """What the adapter adds to x @ base, in the dtype of x."""
+    """The term that the adapter adds to x @ base, in the dtype of x."""
     return (x @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype) * jnp.asarray(weight.scale, x.dtype)
 
 

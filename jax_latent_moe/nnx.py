@@ -207,7 +207,7 @@ def from_params(
         params: the functional tree. `ScaledArray` leaves become `Codes`, and the adapters of `LowRank` leaves
             `Adapter`s, both without axis names: place them on a mesh by `param_specs(config, mesh, params)` beforehand.
         config: the layer.
-        axis_names: those of the module.
+        axis_names: the module's.
 
     Raises:
         InputError: the parameters do not fit the config.

@@ -39,7 +39,7 @@ class Precision:
 
 
 def check_rows_format(field: str, name: str) -> None:
-    """Refuses, by the field's name, what is no format of rows."""
+    """Refuses values that are not a format of rows, by the field's name."""
     try:
         rows_format(name)
     except ConfigError as error:

@@ -22,7 +22,7 @@ from jax_latent_moe.grouped_matmul.sm90 import DTYPES
 from jax_latent_moe.varying import varying
 
 TILE_BYTES = 128
-"""What a cluster of blocks reads of each row of a weight (kTileBytes)."""
+"""Bytes of each row of a weight that a cluster of blocks reads (kTileBytes)."""
 PARTS = (1, 2, 4, 8)
 """The sizes of a cluster. Each of its blocks multiplies a part of the contracted axis."""
 
@@ -71,9 +71,9 @@ def refusal_of_projections(
     if (reason := refusal(config.backend, rows, config.top_k, device or current_device())) is not None:
         return reason
     if config.parallel is not None:
-        return "config.parallel is set, and its kernels run on one device."
+        return "config.parallel is set, and the kernel runs on one device."
     if rows > 1:
-        return f"its kernel multiplies one token, not {rows}."
+        return f"the compiled kernel multiplies one token, not {rows}."
     if dtype not in DTYPES:
         return f"tokens are in {dtype}, not in {' or '.join(DTYPES)}."
     if kernel is not None and config.router.dtype != "float32":

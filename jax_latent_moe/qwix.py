@@ -44,8 +44,8 @@ def to_qarray(weight: ScaledArray) -> QArray:
     Scales of E8M0 become float32. A checkpoint's static scale of the inputs, which no product uses, is left out.
 
     Raises:
-        InputError: weight is no `ScaledArray`, or its format has more than one scale for a value, or a last block that
-            is partial.
+        InputError: weight is not a `ScaledArray`, its format has more than one scale for a value, or its last block is
+            partial.
     """
     if not isinstance(weight, ScaledArray):
         raise InputError(f"weight is of type {type(weight).__name__}, not ScaledArray: `quantize` makes one.")
@@ -64,7 +64,9 @@ def to_qarray(weight: ScaledArray) -> QArray:
         scales = wide_scales({"block": scales})
     if _blocks(weight.format, *codes.shape[-2:]) is None:
         n, k = codes.shape[-2:]
-        raise InputError(f"a QArray has no partial blocks, as the last ones of {k} x {n} in {weight.format} are.")
+        raise InputError(
+            f"a QArray has no partial blocks, but {k} x {n} in {weight.format} ends in some: pad the weight."
+        )
     zero = weight.scales.get("zero")
     codes = _signed(codes) if dtype == _INT4 else lax.bitcast_convert_type(codes, dtype)
     one = codes.shape[-3] == 1
@@ -80,15 +82,15 @@ def from_qarray(array: QArray, *, parts: int = 1) -> ScaledArray:
     """The QArray as a weight of the layer.
 
     The format is the one with the fewest scales whose blocks lie within the tiles of the QArray. The kernels read int4
-    with scales in bfloat16 alone, to which `array.astype(jnp.bfloat16)` rounds them.
+    only with bfloat16 scales, to which `array.astype(jnp.bfloat16)` rounds.
 
     Args:
-        array: [..., K, N], or [..., K, P, N] with parts=P: gated experts have their w_in so, with P = 2.
+        array: [..., K, N], or [..., K, P, N] with parts=P, such as w_in of gated experts with P = 2.
         parts: the number of matrices of that axis; 1 if there is none.
 
     Raises:
-        InputError: array is no QArray of codes, has another shape, or has tiles or zero points that no format has; or
-            scales of float4_e2m1fn are traced or no powers of two, which alone mxfp4 has.
+        InputError: array is not a QArray of codes, has another shape, or has tiles or zero points that no format has;
+            or scales of float4_e2m1fn are traced, or are not powers of two as mxfp4 needs.
     """
     if not isinstance(array, QArray):
         raise InputError(f"array is of type {type(array).__name__}, not QArray: `qwix.quantize` makes one.")

@@ -1,4 +1,4 @@
-"""What makes the FP8 codes of rows: a compiled kernel in one pass over memory, or XLA, which reads the rows twice.
+"""Encoders of rows in FP8: a compiled kernel in one pass over memory, or XLA, which reads the rows twice.
 
 A second kernel computes the gradient of relu2 and encodes it in the same pass (custom_calls/src/formats). Both give the
 codes of the formats' definition to the bit.
@@ -135,9 +135,9 @@ def gradient_encoder(
         return None
     asked, reason = as_backend(backend), _refusal(format, backend, width, dtype, device)
     if reason is None and (activation.name, residual) != ("relu2", "hidden"):
-        reason = f"its kernel has the gradient of relu2, not of {activation}."
+        reason = f"the compiled kernel has the gradient of relu2, not of {activation}."
     if reason is None and jnp.dtype(dtype).name not in DTYPES:
-        reason = f"its kernel needs {' or '.join(DTYPES)}, not {jnp.dtype(dtype).name}."
+        reason = f"the compiled kernel needs {' or '.join(DTYPES)}, not {jnp.dtype(dtype).name}."
     if reason is None and isinstance(asked, CutlassBackend) and asked.fuse == "never":
         reason = "fuse='never' leaves activations to XLA."
     return GradientEncoder(format, reason)
@@ -148,13 +148,13 @@ def _refusal(format, backend, width, dtype, device) -> str | None:
     if asked != "auto" and not isinstance(asked, CutlassBackend):
         return f"backend={asked!r} has no kernel that encodes rows."
     if device.architecture != "sm90":
-        return f"its kernel is compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
+        return f"the compiled kernel is for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
     if format not in FP8:
-        return f"its kernel encodes rows in {' or '.join(FP8)}, not {format}."
+        return f"the compiled kernel encodes rows in {' or '.join(FP8)}, not {format}."
     if jnp.dtype(dtype) not in WIDE:
-        return f"its kernel encodes {', '.join(each.name for each in WIDE)}, not {jnp.dtype(dtype).name}."
+        return f"the compiled kernel encodes {', '.join(each.name for each in WIDE)}, not {jnp.dtype(dtype).name}."
     if width % FEATURE_MULTIPLE or not width:
-        return f"its kernel needs rows of a positive multiple of {FEATURE_MULTIPLE} features, not {width}."
+        return f"the compiled kernel needs rows of a positive multiple of {FEATURE_MULTIPLE} features, not {width}."
     return library(device).missing
 
 

@@ -69,7 +69,7 @@ class Shards:
         return self.own_part(mine).reshape(-1, *values.shape[1:])
 
     def token_index(self) -> int | Array:
-        """The index of this device among those that hold other tokens."""
+        """The index of this device among the devices that hold other tokens."""
         return lax.axis_index(self.token_axes) if self.token_axes else 0
 
     def sum_over_tensor(self, values: Array) -> Array:

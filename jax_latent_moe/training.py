@@ -199,7 +199,7 @@ def move_bias(
 ) -> Float[Array, "*layers e"]:
     """`update_correction_bias` with the sum of several counts, or `move_to_target` with the mean of targets, if any.
 
-    Counts, targets and numbers of microbatches may have any axes before those of the bias.
+    Counts, targets and numbers of microbatches may have any axes before the bias's axes.
     """
     as_numbers("rate", rate)
     shape = jnp.shape(bias)

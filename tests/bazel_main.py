@@ -1,4 +1,4 @@
-"""Entry of the Bazel tests: pytest on the files given."""
+"""Entry point of the Bazel tests: runs pytest on the given files."""
 
 import sys
 

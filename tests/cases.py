@@ -63,7 +63,7 @@ class Case(NamedTuple):
         )
 
     def optional(self) -> dict[str, Any]:
-        """The optional arguments of `latent_moe`, but those that are None."""
+        """The optional arguments of `latent_moe` that are not None."""
         key = None if self.seed is None else jax.random.key(self.seed)
         names = ("token_mask", "expert_ids", "segment_ids", "global_counts")
         given = {name: getattr(self, name) for name in names} | {"key": key}
@@ -76,7 +76,7 @@ class Case(NamedTuple):
         return [result.y, result.weights, *map(np.asarray, result.losses.values()), dx, *gradients]
 
     def is_comparable(self, rng) -> bool:
-        """Whether another precision can be asked for the same choices and for values within its rounding."""
+        """Whether another precision must make the same choices and give values within its rounding."""
         result = self.oracle()
         if result.margin < MARGIN:
             return False
@@ -86,7 +86,7 @@ class Case(NamedTuple):
         return all(self._moved(rng, config, expected) <= AMPLIFICATION * PERTURBATION for _ in range(NUDGES))
 
     def _moved(self, rng, config, expected) -> float:
-        """How far the exact result is from the expected, relatively, with a random change of all inputs and codes."""
+        """The relative error of the exact result after a random change of all inputs and codes."""
 
         def nudge(values):
             return values * (1 + PERTURBATION * rng.uniform(-1, 1, size=values.shape))
@@ -109,7 +109,7 @@ def jitter(seed, shape, eps) -> np.ndarray:
 
 
 def nudge_sums(config, norm_sums) -> LatentMoEConfig:
-    """The layer with the sum that a norm's input is divided by off by a rounding.
+    """The layer if the divisor of a norm's input is off by one rounding.
 
     The gradient of whatever scales the input of a norm, such as the weight of the only expert that gives anything,
     cancels but for epsilon: rounding may be all that is left of it. The same goes for the weight of an expert that a

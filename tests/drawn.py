@@ -1,4 +1,4 @@
-"""A part of a long grid: another one in each run, and the same in every worker of xdist."""
+"""Draws a part of a long grid: a new part in each run, and the same part in every worker of xdist."""
 
 import collections
 import os
@@ -11,9 +11,9 @@ WHOLE = "JAX_LATENT_MOE_WHOLE_MATRIX" in os.environ
 
 
 def drawn(grid: Iterable[tuple], number: int) -> list[tuple]:
-    """So many rows of the grid, in its order. Each value of each column occurs where the number allows it.
+    """The given number of rows of the grid, in its order. Each value of each column occurs if the number allows it.
 
-    The draw depends on the run's seed alone. Values are hashable.
+    The draw depends only on the run's seed. Values are hashable.
     """
     grid = list(grid)
     if WHOLE or number >= len(grid):

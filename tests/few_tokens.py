@@ -1,4 +1,4 @@
-"""Experts of few tokens and projections of one, and their outputs in float64."""
+"""Experts of few tokens and projections of one token, and their outputs in float64."""
 
 import dataclasses
 

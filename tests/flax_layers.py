@@ -1,4 +1,4 @@
-"""What the tests of both Flax APIs share: layers with every kind of parameter, and inputs."""
+"""Layers with every kind of parameter, and inputs, for the tests of both Flax APIs."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A backend for the CPU that fuses what its settings say: products of the portable one, epilogues of its own."""
+"""A CPU backend that fuses what its settings say: the portable backend's products with epilogues of its own."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ class FusingBackend:
 
 
 class Fusing(Backend):
-    """Computes epilogues in float32 from values alone: it knows no slope that an activation's row gives."""
+    """Computes epilogues in float32 only from values: it does not use the slope of an activation's row."""
 
     def supports(self, problem):
         if problem.epilogue is None:

@@ -20,7 +20,7 @@ RESIDUAL = {
     "geglu_tanh": "gate_hidden",
     "situ_glu": "pre",
 }
-"""What the kernels of each activation keep, and make the gradient of."""
+"""The residual that the kernels of each activation keep, and compute the gradient from."""
 
 PLAIN = tuple(
     f"sm90.{contraction}.{format}.{tile}"

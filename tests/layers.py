@@ -13,7 +13,7 @@ from tests.tolerances import assert_close, assert_trees_close
 
 
 def cast(params, dtype: str) -> dict:
-    """A parameter tree in dtype, but for the correction bias, which is float32."""
+    """A parameter tree in dtype, except the correction bias, which is float32."""
     return {
         part: {name: jnp.asarray(leaf, DTYPES["float32" if name == "bias" else dtype]) for name, leaf in leaves.items()}
         for part, leaves in params.items()

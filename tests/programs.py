@@ -1,11 +1,11 @@
-"""What a traced program computes."""
+"""Finds the operations in a traced program."""
 
 import jax
 import jax.numpy as jnp
 
 
 def floating_arrays(program):
-    """The shape of every floating array that a jaxpr computes, those of its loops and calls included."""
+    """The shape of every floating array that a jaxpr computes, including those in its loops and calls."""
     for equation in _equations(program):
         for var in equation.outvars:
             if jnp.issubdtype(var.aval.dtype, jnp.floating):

@@ -14,5 +14,5 @@ def base_seed() -> int:
 
 
 def generator(*names) -> np.random.Generator:
-    """A generator of its own for each test: depends on the base seed and on names alone."""
+    """A separate generator for each test: it depends only on the base seed and on names."""
     return np.random.default_rng([base_seed(), *(zlib.crc32(str(name).encode()) for name in names)])

@@ -1,4 +1,4 @@
-"""The GPU benchmark at sizes of a CPU: what it counts as an error, whom it leaves out, what it records."""
+"""The GPU benchmark at sizes of a CPU: its errors, the libraries that it leaves out, and its records."""
 
 import dataclasses
 import json

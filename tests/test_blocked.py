@@ -1,4 +1,4 @@
-"""Blocked products with as many blocks a step as a GPU takes: a CPU takes few by itself."""
+"""Blocked products with as many blocks a step as on a GPU. By default, a CPU takes few."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Codes that a training step makes once: their bytes, who reads them, and codes of other weights."""
+"""Codes that a training step makes once: their bytes, the calls that read them, and codes of other weights."""
 
 import dataclasses
 from typing import Any
@@ -289,7 +289,7 @@ def test_a_step_encodes_each_weight_once():
 
 
 def test_an_optimiser_step_that_donates_trains(rng):
-    """Codes are not state: params and optimiser state are donated, and the next step encodes what it gets."""
+    """Codes are not state: params and optimiser state are donated, and the next step encodes its own params."""
     params, x = layer_of(SMALL), rng.normal(size=(20, 16)).astype(np.float32)
     optimiser = optax.adam(1e-2)
 

@@ -162,7 +162,7 @@ def test_one_trace_per_shape(rng, config):
 
 
 def test_forward_mode_is_refused_in_one_clear_error(rng):
-    """The routed block has a reverse-mode rule alone."""
+    """The routed block has only a reverse-mode rule."""
     params, x = one(stacked_params(rng, BASE), 0), inputs(rng)
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda x: latent_moe(params, x, BASE)[0], (x,), (x,))

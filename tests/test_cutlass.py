@@ -1,4 +1,4 @@
-"""The `cutlass` backend as far as it goes without a GPU: refusals and the choice of kernel."""
+"""The `cutlass` backend without a GPU: refusals and the choice of kernel."""
 
 import dataclasses
 

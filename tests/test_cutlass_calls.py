@@ -1,4 +1,4 @@
-"""What the `cutlass` backend hands to its compiled library: targets, attributes, shapes of results."""
+"""The calls of the `cutlass` backend to its compiled library: targets, attributes, shapes of results."""
 
 import ctypes
 import dataclasses

@@ -216,7 +216,7 @@ def test_other_weights_are_not_made_by_the_kernel(monkeypatch, changes, experts,
 
 @pytest.mark.usefixtures("install_library")
 def test_gradients_do_not_run_them(monkeypatch):
-    """A forward pass calls them, and one with a gradient the grouped matmuls alone."""
+    """A forward pass calls them; one with a gradient calls only the grouped matmuls."""
     for module in (decode, expert_plan):
         monkeypatch.setattr(module, "current_device", lambda: H100)
     config = layer(
@@ -290,8 +290,8 @@ CHANGES = {
     "not asked": (dict(backend=dataclasses.replace(BACKEND, decode="never")), {}, "CutlassBackend.decode is 'never'"),
     "device": ({}, dict(device=A100), "compiled for NVIDIA Hopper GPUs (H100, H200), not 'NVIDIA A100-SXM4-80GB'"),
     "cpu": ({}, dict(device=CPU), "compiled for NVIDIA Hopper GPUs"),
-    "mesh": (dict(parallel=ParallelConfig()), {}, "config.parallel is set, and its kernels run on one device"),
-    "bias": (dict(expert_bias=True), {}, "config.expert_bias is True, and its kernels add no bias"),
+    "mesh": (dict(parallel=ParallelConfig()), {}, "config.parallel is set, and these kernels run on one device"),
+    "bias": (dict(expert_bias=True), {}, "config.expert_bias is True, and these kernels add no bias"),
     "precision": (dict(precision=Precision(fwd="fp8_block")), {}, "do not round tokens to precision.fwd='fp8_block'"),
     "many": ({}, dict(tokens=12), "12 tokens with 22 choices each are not 1 to 256 assignments"),
     "none": ({}, dict(tokens=0), "0 tokens with 22 choices each are not 1 to 256 assignments"),

@@ -1,4 +1,4 @@
-"""What is drawn of a grid: the number, in the grid's order, with each value of each column."""
+"""The drawn part of a grid has the right number of cells, in the grid's order, with each value of each column."""
 
 import itertools
 

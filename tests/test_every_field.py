@@ -1,4 +1,4 @@
-"""Every field of every configuration is read: changing it changes a jaxpr, or is refused."""
+"""Every field of every configuration is read: a change of it changes a jaxpr, or is refused."""
 
 import dataclasses
 import functools
@@ -166,7 +166,7 @@ def test_a_backend_that_cannot_run_says_so(backend):
 
 
 def test_equal_configs_give_one_program():
-    """What the other tests rest on: a jaxpr's text depends on the configuration alone."""
+    """The other tests rely on this: a jaxpr's text depends only on the configuration."""
     programs.cache_clear()
     first = programs(TOY)
     programs.cache_clear()

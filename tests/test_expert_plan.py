@@ -1,4 +1,4 @@
-"""What is decided about the experts' products before any runs: backends, epilogues, residual, gathering."""
+"""The decisions about the experts' products before any of them runs: backends, epilogues, residual, gathering."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_codes_that_no_kernel_reads_are_refused_for_both_reasons():
 
 
 def test_what_no_kernel_would_read_is_not_kept():
-    """Where one pass alone has the gate and hidden rows side by side, the pre-activation is kept and composed."""
+    """If only one pass has the gate and hidden rows side by side, the pre-activation is kept and composed."""
     swiglu = dataclasses.replace(TOY, activation="swiglu")
     for value, gradient in ((("gate_hidden",), ()), ((), ("gate_hidden",)), (("gate_hidden",), ("pre",))):
         plan = plan_of(dataclasses.replace(swiglu, backend=FusingBackend(value, gradient)))
@@ -155,7 +155,7 @@ def test_rows_times_their_weights_are_read_or_a_line_says_why_not(changes, optio
 
 
 def test_the_projections_of_these_tokens_are_told():
-    line = "XLA multiplies the router's logits: its kernel multiplies one token, not 2."
+    line = "XLA multiplies the router's logits: the compiled kernel multiplies one token, not 2."
     assert f"without a gradient, {line}" in str(plan_of(TOY, projections=line)).splitlines()
     assert "router's logits" not in str(plan_of(TOY))
 

@@ -1,4 +1,4 @@
-"""Which sort of the experts' choices is taken, as far as it goes without a GPU; its result: test_permute.py."""
+"""Which sort of the experts' choices is taken, without a GPU. test_permute.py tests its result."""
 
 import jax
 import jax.numpy as jnp

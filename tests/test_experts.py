@@ -20,6 +20,8 @@ from tests.oracle.experts import routed
 from tests.test_activations import VARIANTS
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS, K, EXPERTS, LATENT, INNER = 7, 9, 11, 6, 5
 WITHOUT_TOKENS = 4
 GATED = dataclasses.replace(TOY, activation="swiglu")
@@ -145,7 +147,7 @@ def test_gradients_beside_frozen_codes(rng, monkeypatch, activation, fused, froz
 
 @every_config
 def test_gradients_of_weights_hold_for_the_smallest(rng, config):
-    """The gradient of a weight is no quotient by it: it holds for tiny weights and for 0, with any residual."""
+    """The gradient of a weight is not a quotient by it: it holds for tiny weights and for 0, with any residual."""
     ids, arrays = draw(rng, config)
     ids = np.abs(ids)
     tokens, weights, w_in, w_out = arrays

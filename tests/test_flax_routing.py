@@ -59,7 +59,7 @@ def test_linen(microbatches, expected):
 
 
 def test_linen_stacked_layers(microbatches):
-    """nn.scan over layers, each with counts of its own."""
+    """nn.scan over layers, each with its own counts."""
 
     class Block(nn.Module):
         @nn.compact

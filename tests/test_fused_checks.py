@@ -1,4 +1,4 @@
-"""The checks that fused kernels pass on a GPU, here on fake ones: they accept what is right, and nothing else."""
+"""The checks of fused kernels, here on fake kernels: they accept right results and nothing else."""
 
 import dataclasses
 

@@ -88,7 +88,7 @@ def draw(rng, config, leading, id_type, packed) -> cases.Case:
 
 
 def oracle_ids(case):
-    """Ids as the documentation reads them: what is outside of [0, E) and not -2 is no expert."""
+    """Ids as documented: a number outside of [0, E) other than -2 means no expert."""
     if case.expert_ids is None:
         return case
     ids = case.expert_ids.astype(np.int64)
@@ -96,7 +96,7 @@ def oracle_ids(case):
 
 
 def by_expert(routing):
-    """Weights in the order of their experts. The order of the choice is that of scores, some of which may be equal."""
+    """Weights in the order of their experts. The choice is in the order of scores, some of which may be equal."""
     return np.take_along_axis(
         np.asarray(routing.weights), np.argsort(routing.expert_ids, axis=-1, stable=True), axis=-1
     )
@@ -129,7 +129,7 @@ def check(case, outputs, rng):
     terms += sum(expected.losses.values())
     kernel, x = case.params["router"]["kernel"], np.where(masked[..., None], 0, case.x)
     slack = {"kernel": terms * np.linalg.norm(x), "scale": terms, "logit_bias": terms, "bias": 0.0}
-    # So is that of whatever scales the input of a norm: see `cases.nudge_sums`.
+    # The same holds for weights that scale the input of a norm: see `cases.nudge_sums`.
     scaling = terms * max(1, np.linalg.norm(x)) if case.config.latent_norm != "none" else 0
     pairs = [
         (y, expected.y, 0),

@@ -1,4 +1,4 @@
-"""Input jitter: the router alone reads it, its factors are documented, and training without a key is refused."""
+"""Input jitter: only the router reads it, its factors are documented, and training without a key is refused."""
 
 import dataclasses
 

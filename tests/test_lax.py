@@ -1,6 +1,6 @@
 """`jax_latent_moe.ragged_dot`: the cases of JAX's own tests of `jax.lax.ragged_dot`, against a float64 loop.
 
-The cases are those of jax-ml/jax, tests/lax_test.py (RaggedTest), tests/export_test.py and tests/shape_poly_test.py.
+The cases are from jax-ml/jax, tests/lax_test.py (RaggedTest), tests/export_test.py and tests/shape_poly_test.py.
 """
 
 import functools

@@ -49,6 +49,15 @@ NARROW = [(family, dtype) for family in FAMILIES for dtype in ("bfloat16", "floa
 if not WHOLE_MATRIX:  # every family in one of the two, and each of the two in half of the families
     NARROW = [NARROW[2 * i + at % 2] for i, at in enumerate(seeds.generator("narrow").permutation(len(FAMILIES)))]
 
+OPTIMISED = ("test_random_layers", "test_low_precision")
+
+
+@pytest.fixture(autouse=True)
+def hurried(request):
+    """On a CPU the layers compile without costly optimisations, but for random ones and those of 16 bits."""
+    if jax.default_backend() == "cpu" and request.function.__name__ not in OPTIMISED:
+        request.getfixturevalue("compiled_in_a_hurry")
+
 
 @pytest.mark.parametrize("index", range(24 if WHOLE_MATRIX else 16))
 def test_random_layers(rng, index):
@@ -132,7 +141,7 @@ def test_all_tokens_masked(rng):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_masked_tokens_may_hold_anything(rng, poison):
-    """Outputs, losses and gradients are those of zeros in their place; no gradient reaches them."""
+    """Outputs, losses and gradients equal those with zeros in their place; no gradient reaches them."""
     router = RouterConfig(switch_loss_coef=0.1, sequence_loss_coef=0.1, z_loss_coef=0.1)
     case = cases.random_inputs(rng, dataclasses.replace(TOY, router=router, latent_norm="post"), (2, 6), masked=True)
     mask = case.token_mask.copy()
@@ -152,7 +161,7 @@ def test_masked_tokens_may_hold_anything(rng, poison):
 @pytest.mark.parametrize("function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize(("dtype", "huge"), [("float32", 1e30), ("bfloat16", 1e20), ("float16", 3e3)])
 def test_masked_tokens_may_hold_huge_numbers(rng, function, dtype, huge):
-    """Finite ones, whose products and squares are not: the results are those of zeros in their place, bit for bit."""
+    """Finite numbers whose products and squares are not: the results are bit for bit as with zeros in their place."""
     router = RouterConfig(score_function=function, switch_loss_coef=0.1, sequence_loss_coef=0.1, z_loss_coef=0.1)
     config = dataclasses.replace(TOY, router=router, latent_norm="pre", dtype=dtype)
     case = cases.random_inputs(rng, config, (2, 6), masked=True)
@@ -197,7 +206,7 @@ def test_ids_of_every_integer_type_replay_alike(rng, dtype):
 
 @pytest.mark.parametrize("far", [2**32 + 3, -(2**32) + 3, 2**63 - 1, -(2**63)])
 def test_ids_of_64_bits_do_not_wrap(rng, far):
-    """What 32 bits would make of them is an expert."""
+    """Cut to 32 bits, they would be an expert."""
     with jax.enable_x64(True):
         ids = np.where(np.arange(3) == 1, far, [0, 5, 2]) * np.ones((6, 1), np.int64)
         case = cases.random_inputs(rng, TOY, (6,))

@@ -1,4 +1,4 @@
-"""Low-rank adapters: gradients by the chain rule of the oracle's, merged weights, and every place of a tree."""
+"""Low-rank adapters: gradients by the chain rule from the oracle's, merged weights, and every place of a tree."""
 
 import dataclasses
 import functools

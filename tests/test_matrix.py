@@ -64,7 +64,7 @@ PRECISIONS = {
 
 
 class Family(NamedTuple):
-    """What the layer of a cell is made of."""
+    """The parts of a cell's layer."""
 
     router: str
     score_function: str
@@ -133,7 +133,7 @@ def layer_with_gradients(config, params, x, optional, dy, transform=lambda funct
 
 
 def check(parts, found):
-    """What each part gave, against the oracle; `found` holds one result for each."""
+    """The results of each part, against the oracle; `found` holds one result for each."""
     for case, ((y, losses), (dparams, dx)) in zip(parts, found, strict=True):
         expected = case.oracle()
         wanted, wanted_x = oracle.backward(case.params, case.config, expected, case.dy)
@@ -248,7 +248,7 @@ def within(context, compiled=True):
 
 
 def traced(context):
-    """A mode that changes no program: what it refuses, it refuses while the layer is traced."""
+    """A mode that changes no program: it refuses operations while the layer is traced."""
 
     def run(f, parts):
         params, (part, *_) = arrays(parts)
@@ -334,7 +334,7 @@ def erfc_has_types() -> bool:
 
 
 def test_forward_mode_by_two_transpositions(rng):
-    """The routed block has a reverse-mode rule alone; the transpose of a transpose is the documented way around."""
+    """The routed block has only a reverse-mode rule; the transpose of a transpose is the documented way around."""
     (case, *_) = drawn(Family("grouped", "sigmoid", "none", "swiglu", "float32"), "blocked")
     params, ((x, optional, direction), *_) = arrays([case])
 

@@ -1,4 +1,4 @@
-"""The library of compiled kernels as Python sees it: what is loaded, what is refused, what a call hands over."""
+"""The library of compiled kernels seen from Python: which file is loaded or refused, and what a call passes."""
 
 import ctypes
 import importlib.util

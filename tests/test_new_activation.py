@@ -1,4 +1,4 @@
-"""An activation that only this file knows, its value and gradient alone, works wherever XLA computes it.
+"""An activation that only this file defines, by its value and gradient, works wherever XLA computes it.
 
 Kernels that are told to fuse every activation refuse it by name.
 """

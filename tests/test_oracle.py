@@ -61,7 +61,7 @@ def test_gradients_of_every_score_function_and_activation(rng, function, activat
 
 
 def test_one_expert_by_hand():
-    """Where d = l = E = k = 1, y = weight * w_out * relu(w_in * z)^2 * up, and a softmax of one logit is 1."""
+    """If d = l = E = k = 1, y = weight * w_out * relu(w_in * z)^2 * up, and a softmax of one logit is 1."""
     config = LatentMoEConfig(
         hidden_size=1, latent_size=1, num_experts=1, top_k=1, expert_intermediate_size=1,
         router=RouterConfig(

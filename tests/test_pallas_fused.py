@@ -135,7 +135,7 @@ def test_values_and_slopes(name):
     assert_close(value, expected, "float32")
     assert_close(np.concatenate(slopes, axis=1), expected_slopes, "float32")
     np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-6)
-    # Where situ_glu saturates, 1 - tanh^2 is right to some roundings of 1, which its bounds multiply.
+    # If situ_glu saturates, 1 - tanh^2 is off by some roundings of 1, which its bounds multiply.
     rounding = 2 * np.finfo(np.float32).eps * activation.beta * activation.linear_beta
     np.testing.assert_allclose(np.concatenate(slopes, axis=1), expected_slopes, rtol=1e-3, atol=max(1e-5, rounding))
     for residual, kept in (("pre", parts), ("hidden", [value])):

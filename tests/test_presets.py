@@ -60,7 +60,7 @@ def every_preset():
 
 @pytest.mark.parametrize("name", every_preset())
 def test_every_preset_traces_at_full_size(name):
-    """Shapes alone: nothing is allocated."""
+    """Only shapes: nothing is allocated."""
     config = every_preset()[name]
     x = jax.ShapeDtypeStruct((2, 8, config.hidden_size), config.dtype)
     y, aux = jax.eval_shape(lambda params, x: latent_moe(params, x, config), param_shapes(config), x)

@@ -1,4 +1,4 @@
-"""The layer's program for a published preset does not grow when the library learns something that the preset lacks."""
+"""The layer's program for a published preset does not grow with features that the preset does not use."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.extend import core
 from jax_latent_moe import latent_moe, param_shapes, presets, total_loss
 
 # preset: equations of the forward pass, and of the forward and backward passes together, inner jaxprs included.
-# The numbers are those of jax 0.12.0.1 on a CPU.
+# The numbers are from jax 0.12.0.1 on a CPU.
 EQUATIONS = {
     "DEEPSEEK_V3": (406, 1027),
     "KIMI_K3": (495, 1211),

@@ -117,7 +117,7 @@ def test_masked_tokens_are_as_if_absent(x):
 
 @hypothesis.given(tokens, tokens)
 def test_tokens_do_not_see_each_other(first, second):
-    """Another batch behind the same first half leaves that half's output alone."""
+    """Another batch behind the same first half does not change that half's output."""
     mixed = np.concatenate([first[: TOKENS // 2], second[TOKENS // 2 :]])
     (y, aux), (mixed_y, mixed_aux) = run(first), run(mixed)
     half = slice(TOKENS // 2)

@@ -105,7 +105,7 @@ def test_nothing_computes_the_gradient_of_codes():
 
 @pytest.mark.parametrize("name", formats.FORMATS)
 def test_shapes_bytes_and_the_way_back(name):
-    """By shapes alone: each format's tree, and dequantize to the parameters' shapes and dtypes."""
+    """Only by shapes: each format's tree, and dequantize to the parameters' shapes and dtypes."""
     config = dataclasses.replace(GATED, latent_size=128, expert_intermediate_size=256, param_dtype="bfloat16")
     shapes = jax_latent_moe.param_shapes(config)
     codes = jax.eval_shape(lambda params: quantize(params, config, name), shapes)

@@ -1,4 +1,4 @@
-"""The router alone: hand-made choices, replay, auxiliary losses, initial gradients."""
+"""Only the router: hand-made choices, replay, auxiliary losses, initial gradients."""
 
 import dataclasses
 

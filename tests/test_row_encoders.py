@@ -166,7 +166,7 @@ def test_a_plan_says_what_encodes_rows():
     assert "encode" not in str(plan_of(dataclasses.replace(SUPER, precision=None)))
     gated = plan_of(dataclasses.replace(SUPER, activation="swiglu"))
     assert gated.encode_dpre == RowEncoder("fp8_block_pow2", None)
-    assert "gradient: XLA computes the activation's gradient: its kernel has the gradient of relu2" in str(gated)
+    assert "XLA computes the activation's gradient: the compiled kernel has the gradient of relu2" in str(gated)
 
 
 @pytest.mark.usefixtures("install_library")
@@ -177,7 +177,7 @@ def test_a_plan_says_what_encodes_rows():
         ({"device": H100}, None),
         ({"backend": CutlassBackend()}, None),
         ({"format": "fp8_block_pow2"}, None),
-        ({"device": CPU}, "compiled for NVIDIA Hopper GPUs"),
+        ({"device": CPU}, "the compiled kernel is for NVIDIA Hopper GPUs"),
         ({"device": A100}, "not 'NVIDIA A100-SXM4-80GB'"),
         ({"backend": PallasBackend()}, "has no kernel that encodes rows"),
         ({"backend": "xla"}, "has no kernel that encodes rows"),

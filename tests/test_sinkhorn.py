@@ -1,4 +1,4 @@
-"""Sinkhorn routing against Megatron's iteration written out in NumPy, and what it does not go with."""
+"""Sinkhorn routing against Megatron's iteration in NumPy, and the options that it refuses."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ SINKHORN = RouterConfig(selection="sinkhorn", score_function="softmax", norm_top
 
 
 def megatron(cost, tolerance=1e-4):
-    """megatron/core/transformer/moe/moe_utils.py, sinkhorn: the formula alone, in float64."""
+    """megatron/core/transformer/moe/moe_utils.py, sinkhorn: only the formula, in float64."""
     cost = np.exp(np.float64(cost))
     d1, error = np.ones(cost.shape[1]), np.inf
     while error > tolerance:

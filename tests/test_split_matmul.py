@@ -51,7 +51,7 @@ def test_another_product_beside_it(rng):
 
 
 def test_no_part_is_lost_to_a_dropped_cast(rng):
-    """One bfloat16 part alone would be off by 2^-9, two by 2^-17."""
+    """One bfloat16 part would be off by 2^-9, two by 2^-17."""
     x = jnp.eye(16, dtype=jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)
     np.testing.assert_array_equal(jax.jit(split_matmul)(x, kernel), kernel)

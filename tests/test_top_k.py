@@ -1,4 +1,4 @@
-"""The choice of the best experts, as far as it goes without a GPU."""
+"""The choice of the best experts, as far as it is testable without a GPU."""
 
 import jax
 import jax.numpy as jnp

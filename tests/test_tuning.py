@@ -1,4 +1,4 @@
-"""Which tile runs and where it comes from; the user's tables, one for each device; those that are refused."""
+"""Which tile runs and where it comes from; the user's tables, one for each device; and tables that are refused."""
 
 import dataclasses
 import json

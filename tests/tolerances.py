@@ -1,4 +1,4 @@
-"""How close is close enough: one measure, one table."""
+"""The tolerances of comparisons: one measure, one table."""
 
 import math
 

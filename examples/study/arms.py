@@ -22,9 +22,9 @@ class Arm:
         words: the arm in a few words.
         family: arms of a family share a learning rate.
         compression: a, the hidden size over the latent size.
-        experts: the number of experts over that of the base.
-        top_k: the experts of a token over those of the base.
-        inner: the inner width of an expert over that of the base.
+        experts: the number of experts, relative to the base.
+        top_k: the experts of a token, relative to the base.
+        inner: the inner width of an expert, relative to the base.
         norm: place of the RMSNorm in the latent width.
         factor: fixed factor on the latent before the experts.
         balance: changes of the options that balance the experts.
@@ -47,8 +47,8 @@ class Arm:
         return "latent_moe" if self.family == "latent" else self.family
 
 
-# The half arms are those of marin's issue 6822: half the width in, twice the inner width, so that the experts keep
-# their cost. "efficient" and "accurate" are the two recipes of the LatentMoE paper (arXiv 2601.18089): a times as many
+# The half arms follow marin's issue 6822: half the width in, twice the inner width, so that the experts keep their
+# cost. "efficient" and "accurate" are the two recipes of the LatentMoE paper (arXiv 2601.18089): a times as many
 # experts with the same top_k, or with a times the top_k.
 ARMS = (
     Arm("dense", "dense", "dense"),
@@ -91,7 +91,7 @@ def model_of(arm: Arm, base: ModelConfig) -> ModelConfig:
     """The model of an arm.
 
     With `--mlp dense` and `--mlp moe` the trainer derives the feed-forward from a latent MoE. Its routed part is then
-    that of the base, and the trainer gives the operations of the projections back to the shared expert.
+    the base's, and the trainer gives the operations of the projections back to the shared expert.
 
     A fixed factor c on the latent is `routed_scaling_factor` c^2, because the experts are homogeneous of degree 2:
     w_out relu2(w_in c z) = c^2 w_out relu2(w_in z). Values and gradients are equal for equal parameters.

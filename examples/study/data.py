@@ -113,7 +113,7 @@ def _fetched(path: Path) -> Path:
 def split_sources(package: Path, folder: Path) -> Files:
     """Writes the texts of the package's files into train.txt and validation.txt, in the order of the package.
 
-    One file is in memory at a time. A file's path alone says whether it is held out.
+    One file is in memory at a time. Only a file's path decides whether it is held out.
     """
     files = Files(folder / "train.txt", folder / "validation.txt")
     partial = [file.with_name(f".{file.name}.part") for file in files]

@@ -15,7 +15,7 @@ FAMILIES: dict[Family, str] = {"dense": "dense", "moe": "moe", "latent": "half"}
 SWEEP_SEED = 0
 """The seed of the sweep. No other run has it, so a lucky seed of the sweep does not enter the comparison."""
 NORM = ("moe", "half", "half-pre")
-"""The arms that say what a norm in the latent is worth. They are run first."""
+"""The arms that measure the effect of a norm in the latent. They are run first."""
 MAIN = ("dense", *NORM)
 
 
@@ -31,7 +31,7 @@ class Study:
         blocks: arms and seeds. The runs of a block go seed by seed.
         text_sha256: the checksum of the text, from `runner.checksum`.
         validation_windows: the windows of each text that the validation at the end of a run reads. None reads all.
-        linux: whether the text is that of `data.py`, and not the trainer's small one.
+        linux: whether the text comes from `data.py` instead of the trainer's small text.
     """
 
     name: str

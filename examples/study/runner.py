@@ -1,6 +1,6 @@
-"""Runs what a study has no row for yet. A run that was stopped goes on from its newest checkpoint.
+"""Does the runs of a study that have no row yet. A run that was stopped goes on from its newest checkpoint.
 
-Several processes may work on one folder, each on a GPU of its own: a process holds the lock of the run that it does.
+Several processes may work on one folder, each on its own GPU: a process holds the lock of the run that it does.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def run_study(
     only: Sequence[str] = (),
     stop: StopRequest | None = None,
 ) -> bool:
-    """Does the missing runs in the order of the queue, but for those of other processes, and appends a row for each.
+    """Does the missing runs in the order of the queue, except runs of other processes, and appends a row for each.
 
     Args:
         study: the definition.
@@ -168,6 +168,6 @@ def costs(config: Config) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes a run."""
+    """The versions of the software that computes a run."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"jax_latent_moe": __version__, **found, "python": platform.python_version()}

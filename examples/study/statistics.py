@@ -44,5 +44,5 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def differences(values: Mapping[int, float], reference: Mapping[int, float]) -> list[float]:
-    """The values minus those of the reference with the same seed, for the seeds that both have."""
+    """The values minus the reference's values with the same seed, for the seeds that both have."""
     return [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]

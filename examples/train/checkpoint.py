@@ -81,7 +81,7 @@ class Checkpoints:
         """The newest complete checkpoint.
 
         Args:
-            like: a state with the shapes that the configuration gives, or these shapes alone.
+            like: a state with the shapes that the configuration gives, or only these shapes.
 
         Raises:
             TrainError: the checkpoint cannot be read, or has other shapes.

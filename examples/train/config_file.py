@@ -10,7 +10,7 @@ from examples.train.errors import TrainError
 
 
 def to_json(config: Config) -> str:
-    """The options as a JSON object, with those of the model and the optimiser as objects within it."""
+    """The options as a JSON object, in which the options of model and optimiser are objects."""
     return json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n"
 
 

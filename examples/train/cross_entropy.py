@@ -2,7 +2,7 @@
 
 The forward pass goes over the positions in chunks. It computes the logits of a chunk and their gradient, and drops
 both. It keeps the gradients of the head's input and kernel. The loss is one number, so the backward pass only scales
-these two. The method is that of Liger Kernel (Hsu et al., arXiv 2410.10989).
+these two. The method is from Liger Kernel (Hsu et al., arXiv 2410.10989).
 """
 
 import jax

@@ -36,7 +36,7 @@ class Batches:
     """The endless batches of one process. A batch depends only on its number.
 
     A window is `context` tokens of the text and the token that follows them. Each epoch shows every window once, in a
-    new order. In each step, several processes together read the windows that one process alone would read.
+    new order. In each step, several processes together read the windows that a single process would read.
     """
 
     def __init__(self, text: Text, context: int, batch_size: int, seed: int, process=0, processes=1, documents=False):
@@ -106,7 +106,7 @@ class Ahead:
         return self._coming.popleft().result()
 
     def get_state(self) -> dict[str, Any]:
-        """The same state as that of `Batches.get_state`."""
+        """The same state as `Batches.get_state` returns."""
         return {"batches": self._number}
 
     def close(self):

@@ -4,7 +4,7 @@
 class TrainError(Exception):
     """An option is wrong, data is missing, or a run has diverged or is damaged. The message says what to do.
 
-    It is not a ValueError, because tyro catches ValueErrors and prints them in a box of its own.
+    It is not a ValueError, because tyro catches ValueErrors and prints them in its own box.
     """
 
 

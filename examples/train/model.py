@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
     Attributes:
         norms: the implementation.
-        last: whether the caller reads the norm alone. The sum is then not kept apart.
+        last: whether the caller reads only the norm. The sum is then not returned.
     """
 
     norms: Norms
@@ -130,7 +130,7 @@ class SelfAttention(nn.Module):
             self.put_variable(CACHE, "values", v)
 
     def _appended(self, k, v, position):
-        """The keys and values of the cache with those of one position, which are also put into it."""
+        """The keys and values of the cache, after one position's have been put into it."""
         before = self.get_variable(CACHE, "keys"), self.get_variable(CACHE, "values")
         k, v = (
             jax.lax.dynamic_update_slice_in_dim(all_of_them, one, position, axis=1)
@@ -273,7 +273,7 @@ class LanguageModel(nn.Module):
         x = Embedding(self.vocabulary, config.hidden_size, dtype, name="embed")(tokens)
         positions = jnp.arange(tokens.shape[1]) if position is None else position[None]
         places = rotary_table(positions, config.hidden_size // config.heads, dtype), documents, position
-        # One token is too little work for a kernel of its own.
+        # One token is too little work for a separate kernel.
         norms = self.norms if position is None else "xla"
         # Recomputation keeps the input of a block: with the sum deferred, two arrays instead of one.
         how = self.attention, deterministic, norms, norms == "pallas" and self.remat == "none"

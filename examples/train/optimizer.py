@@ -64,9 +64,9 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def global_norm(tree: PyTree) -> Float[Array, ""]:
     """The root of the sum of all squares, in float32.
 
-    On a GPU, the squares of a parameter are added elementwise over the blocks and then summed, because a sum of each
-    leaf would take one more kernel for each. A CPU sums the rows of each leaf first, on all its cores. Leaves of one
-    shape but other names may be sharded otherwise, and are not added.
+    On a GPU, the squares of a parameter are added elementwise over the blocks and then summed, because one sum for each
+    leaf would take one kernel for each. A CPU sums the rows of each leaf first, on all its cores. Leaves of one shape
+    but other names may be sharded otherwise, and are not added.
     """
     rows_first = jax.default_backend() == "cpu"
     alike: dict[Any, list[Array]] = {}
@@ -85,8 +85,8 @@ def is_matrix(params: PyTree) -> PyTree:
 def muon_dimensions(params: PyTree) -> PyTree:
     """The input and output axes of each parameter that muon trains. None leaves a parameter to adamw.
 
-    Every other axis counts separate matrices, and muon orthogonalises each of them alone. These are the experts of w_in
-    and w_out, the gate and up kernels of a gated w_in, and the query, key and value kernels of attention.
+    Every other axis counts separate matrices, and muon orthogonalises each of them separately. These are the experts of
+    w_in and w_out, the gate and up kernels of a gated w_in, and the query, key and value kernels of attention.
     """
     return jax.tree_util.tree_map_with_path(_dimensions, params)
 

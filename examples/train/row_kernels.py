@@ -41,7 +41,7 @@ def add_norm(*arrays: Array, interpret=None) -> tuple[Array, ...]:
     """The sum of x and delta [..., d] in their dtype, and its RMSNorm times scale.
 
     Args:
-        arrays: x, delta and scale [d]. Without delta, the norm is that of x.
+        arrays: x, delta and scale [d]. Without delta, x is normalised.
         interpret: parameters of Pallas' GPU interpreter, to run on a CPU.
 
     Returns:
@@ -71,7 +71,7 @@ def add_norm(*arrays: Array, interpret=None) -> tuple[Array, ...]:
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def add_norm_grad(*arrays: Array, interpret=None) -> tuple[Float[Array, "*batch d"], Float[Array, "blocks d"]]:
-    """The gradients of `add_norm`: that of x, which is also delta's, and partial sums of the scale's.
+    """The gradients of `add_norm`: the gradient of x, which is also delta's, and partial sums of the scale's.
 
     Args:
         arrays: the sum [..., d], the norm's gradient, the gradient that reaches the sum by other ways, and scale [d].
@@ -155,7 +155,7 @@ def norm_rotate_grad(
     *,
     interpret=None,
 ) -> tuple[Float[Array, "batch time heads width"], Float[Array, "batch blocks groups width"]]:
-    """The gradients of `norm_rotate`: that of x, and partial sums of the scale's."""
+    """The gradients of `norm_rotate`: the gradient of x, and partial sums of the scale's."""
     (padded, gradient, cos, sin), rows, layout, grid = _positions(x, gradient, cos, sin)
     width, heads = x.shape[-1], x.shape[2] // grid["group"]
 
@@ -201,7 +201,7 @@ def _kernel(body, out_type, interpret, **grid):
 
 
 def _load(ref, layout):
-    """What a ref of the GPU's memory holds, as float32 in registers."""
+    """The values of a ref in GPU memory, as float32 in registers."""
     return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 

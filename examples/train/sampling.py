@@ -39,8 +39,9 @@ def decode(
 ) -> tuple[Float[Array, "batch vocabulary"], PyTree]:
     """The logits after the tokens at one position, and the cache with these tokens.
 
-    They are those of `predict` on the whole prefix. This needs layers in which the batch does not affect a token. Those
-    of the trainer are such layers: no expert has a capacity. The correction bias is read and stays as it is.
+    They equal the logits of `predict` on the whole prefix. This needs layers in which the batch does not affect a
+    token. The trainer's layers are such, because no expert has a capacity. The correction bias is read and stays as it
+    is.
     """
     variables = variables_of(state) | {CACHE: cache}
     logits, changed = cast(Any, model.apply(variables, tokens[:, None], position=position, mutable=[CACHE]))
@@ -91,7 +92,7 @@ def make_generate(
     """A function of (state, prompt, key) that continues a prompt by `length` bytes. The same key gives the same bytes.
 
     Each token is drawn from softmax(logits / temperature). The model sees the last `context` tokens of the prompt and
-    what it wrote since. When these exceed its context, it goes on with the newer half of them, and so on.
+    its own tokens since then. When these exceed its context, it goes on with the newer half of them.
     """
     context, sample = model.model.context, make_sample(model, length)
 

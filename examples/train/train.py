@@ -160,7 +160,7 @@ def read_base(config: Config, model: LanguageModel) -> TrainState | None:
     It is on the host and without the optimiser's state, so it takes no memory of the device.
 
     Raises:
-        TrainError: the base is no run with a checkpoint, or it does not fit the options.
+        TrainError: the base is not a run with a checkpoint, or it does not fit the options.
     """
     if config.base is None or has_checkpoint(config.folder / "checkpoints"):
         return None

@@ -20,7 +20,7 @@ from jax_latent_moe.formats.scaled_rows import ScaledRows
 class ScaledArray:
     """A weight [..., K, P * N] as codes and scales. It is a pytree, so it can be sharded and donated like an array.
 
-    The weight is P matrices with their columns side by side, each with scales of its own: 2 for gate and up, else 1.
+    The weight is P matrices with their columns side by side, each with its own scales: 2 for gate and up, else 1.
 
     Attributes:
         codes: [..., P, N, K / packing].
@@ -49,7 +49,7 @@ class ScaledArray:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def __getitem__(self, index) -> "ScaledArray":
-        """Indexes the leading axis of codes and scales, such as that of the experts."""
+        """Indexes the leading axis of codes and scales, such as the experts' axis."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
     def decode(self, dtype) -> Float[Array, "*e k n"]:

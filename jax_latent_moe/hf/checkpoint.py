@@ -225,7 +225,7 @@ def _match(folder, prefix, shapes, names) -> tuple[dict[str, Stored], list[str]]
 
 
 def _stacked_problems(name, shape, parts):
-    """What is wrong with the codes and scales of all experts, whose values would be [E, in, out]."""
+    """The faults in the codes and scales of all experts, whose values would be [E, in, out]."""
     experts, width, out = shape
     found = [
         f"{name}_{part}: shape {list(info.shape)}, expected one for each of {experts} experts."
@@ -256,7 +256,7 @@ def _names(tensor, parts):
 
 
 def _plain_problems(prefix, tensor, shape, parts):
-    """What is wrong with a tensor that is never quantised."""
+    """The faults in a tensor that is never quantised."""
     found = [f"not expected: {prefix}{name}." for name in _names(tensor, set(parts) - {"weight"})]
     if "weight" not in parts:
         return [*found, f"missing {prefix}{tensor}."]

@@ -195,7 +195,7 @@ def _changed(plan: LayerPlan, params: Params) -> list[str]:
 
 
 def _stored_pieces(plan: LayerPlan, params: Params) -> Iterator[tuple[str, TensorInfo, int, np.ndarray]]:
-    """The pieces of every tensor that these parameters are written to: plain ones, and those of kept experts."""
+    """The pieces of every tensor that these parameters are written to, also of experts kept as stored."""
     plain = {tensor: stored.parts["weight"] for tensor, stored in plan.tensors.items() if stored.encoding is PLAIN}
     yield from _chunks([block for block in plan.blocks if block.tensor in plain], params, plain)
     for block in plan.blocks:

@@ -101,7 +101,7 @@ def import_layer(
 def import_token_experts(checkpoint: Checkpoint, layer: Layer) -> Int[Array, "vocabulary k"]:
     """The table of a layer whose choice is given (DeepSeek-V4's hash layers): the experts of each token id.
 
-    The table is no parameter. Give the layer its rows: `latent_moe(params, x, config, expert_ids=table[token_ids])`.
+    The table is not a parameter. Give the layer its rows: `latent_moe(params, x, config, expert_ids=table[token_ids])`.
 
     Args:
         checkpoint: from `open_checkpoint`.

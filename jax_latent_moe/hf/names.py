@@ -27,7 +27,7 @@ class Names:
         blocks: prefixes that may come after it, in the same order.
         interleaved: whether the experts' tensors are [E, in, out], and gate and up columns alternate (gpt-oss).
         token_experts: the table [vocabulary, k] that gives the experts of each token id, in layers whose choice is
-            given (DeepSeek-V4). It is no parameter.
+            given (DeepSeek-V4). It is not a parameter.
         modules: the names of transformers' own modules, if they differ in more than the experts.
     """
 

@@ -19,7 +19,7 @@ than all_to_all."""
 
 
 class DispatchCost(NamedTuple):
-    """What a dispatch costs one device in a forward pass.
+    """The cost of a dispatch for one device in a forward pass.
 
     Attributes:
         bytes_out: bytes that it sends to the experts.

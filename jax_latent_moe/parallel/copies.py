@@ -1,6 +1,6 @@
 """Redundant experts: copies of busy experts on several devices, which make the devices' loads even.
 
-The algorithm is that of DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB, global policy; DeepSeek-V3, arXiv
+The algorithm is DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB, global policy; DeepSeek-V3, arXiv
 2412.19437, section 3.4). A physical expert is one copy of a logical expert. The router, its losses and its counts see
 only logical experts.
 """

@@ -197,7 +197,7 @@ def over_mesh(
 ) -> tuple[Any, Any]:
     """Runs body(shards, params, x, by_token, whole) on each device's part of the arguments.
 
-    The mesh is that of `jax.set_mesh`. Without a mesh, or on one device, this is one plain call of the body. If the
+    The mesh is the one of `jax.set_mesh`. Without a mesh, or on one device, this is one plain call of the body. If the
     devices do not divide the first axis of x, few tokens are replicated and many are padded.
 
     Args:

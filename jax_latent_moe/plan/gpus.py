@@ -10,7 +10,7 @@ H200_DEVICE = Device("gpu", "NVIDIA H200", kernels=KERNELS)
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """One GPU and its links. If `measured`, rates are those that programs reach, not the datasheet's peak.
+    """One GPU and its links. If `measured`, rates are what programs reach, not the datasheet's peak.
 
     Attributes:
         memory: bytes of memory.

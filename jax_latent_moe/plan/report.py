@@ -88,7 +88,7 @@ def make_cost_plan(
         sizes: devices along each mesh axis, such as {"data": 8, "expert": 8}.
         tokens: tokens of one device.
         gpu: one of `GPUS`, or your own.
-        layers: number of MoE layers. Memory counts all of them, times are those of one.
+        layers: number of MoE layers. Memory counts all of them, times are for one.
         training: whether to count gradients and Adam.
         remat: whether the layers keep only their input and are computed again.
         format: the experts' weights are quantised in this format and frozen. It changes the memory and `experts`

@@ -1,7 +1,7 @@
 """Quantile balancing: the bias at which every expert is chosen equally often (Megatron's quantile_balancing, marin).
 
-A token chooses expert e if its score plus the bias exceeds that of its best expert left out. With the other experts'
-biases as they are, the bias at which n tokens do so is a quantile over the tokens.
+A token chooses expert e if its score plus the bias exceeds the biased score of the best expert left out. With the other
+experts' biases as they are, the bias at which n tokens do so is a quantile over the tokens.
 """
 
 from collections.abc import Callable, Sequence

@@ -40,7 +40,7 @@ _save_choice = jax.checkpoint_policies.save_only_these_names(CHOICE)
 
 
 def pin_choice(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
-    """A policy of `jax.checkpoint` that saves the choices alone, so that recomputation routes like the forward pass."""
+    """A policy of `jax.checkpoint` that saves only the choices, so that recomputation routes like the forward pass."""
     return _save_choice(primitive, *arguments, **parameters)
 
 
@@ -101,7 +101,7 @@ def route(
     all_tokens: Callable[[Array], Array] = lambda values: values,
     backend: str | BackendConfig = "auto",
 ) -> Routing:
-    """Chooses top_k experts for each token and computes their weights. Gradients flow through the weights alone.
+    """Chooses top_k experts for each token and computes their weights. Gradients flow only through the weights.
 
     The configuration selects among the routers of DeepSeek-V3 (arXiv 2412.19437), Hugging Face's NemotronH, Megatron,
     Qwen3 and Mixtral.
@@ -225,7 +225,7 @@ def _over_chosen(config) -> bool:
 
 
 def _values(chosen_logits, chosen, config):
-    """The weights, before they are divided by their sum plus an epsilon, if they depend on the chosen logits alone."""
+    """The weights, before they are divided by their sum plus an epsilon, if they depend only on the chosen logits."""
     if _over_chosen(config):
         # Logarithms still give the ratio of scores that have underflowed.
         return _masked_softmax(log_scores(chosen_logits, config.score_function), chosen)
@@ -281,7 +281,7 @@ def selection(logits, bias, config, token_mask=None, all_tokens=lambda values: v
 
 
 def choice_scores(logits: Float[Array, "t e"], config: RouterConfig, biased: bool) -> Float[Array, "t e"]:
-    """The scores of the choice before the bias: those of the score function, or the logits."""
+    """The scores of the choice before the bias: the score function's values, or the logits."""
     # Without a bias, logits have the order of the scores, and they still differ where scores saturate.
     by_logit = config.selection == "logit" or (not biased and config.num_groups == 1)
     return logits if by_logit else scores(logits, config.score_function)

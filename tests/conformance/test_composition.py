@@ -1,4 +1,4 @@
-"""Every row under every transformation of JAX."""
+"""Every row of the conformance table under every transformation of JAX."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Group sizes of any int32."""
+"""Group sizes may be any int32 numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Products of codes with codes: they pass the suite, gather codes, and refuse what they cannot do."""
+"""Products of codes with codes pass the suite, gather codes, and refuse unsupported problems."""
 
 import jax
 import jax.numpy as jnp

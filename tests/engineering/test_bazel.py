@@ -1,4 +1,4 @@
-"""Bazel's versions are those that uv locks."""
+"""Bazel uses the versions that uv locks."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The set-up scripts on faked machines: the packages that they install, and the sentence that they fail with."""
+"""The set-up scripts on faked machines: which packages they install, and with which sentence they fail."""
 
 import pytest
 

@@ -40,7 +40,7 @@ def nvcc(monkeypatch):
 
 @pytest.fixture
 def hatchling(monkeypatch):
-    """Hatchling's two classes of hooks, which are in the environment of a build alone."""
+    """Hatchling's two classes of hooks, which exist only in the environment of a build."""
     for name, hook in (("metadata", "MetadataHookInterface"), ("builders.hooks", "BuildHookInterface")):
         fake = types.ModuleType(f"hatchling.{name}.plugin.interface")
         setattr(fake, hook, object)

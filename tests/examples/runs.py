@@ -94,7 +94,7 @@ def compilation_cache() -> dict[str, str]:
 
 
 def start(*arguments: object, devices: int = 1, cached: bool = True, before: str = "") -> subprocess.Popen:
-    """The trainer's command line in a process of its own, on virtual devices of the CPU.
+    """The trainer's command line in a separate process, on virtual devices of the CPU.
 
     Args:
         arguments: the command line.

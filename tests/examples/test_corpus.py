@@ -1,4 +1,4 @@
-"""Where the text comes from, and what is said when it cannot come."""
+"""Where the training text comes from, and the error if it cannot be read."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""The trainer's documents reach the layers: with --sequence-loss-coef each document has a loss of its own."""
+"""The trainer's documents reach the layers: with --sequence-loss-coef each document has its own loss."""
 
 import dataclasses
 

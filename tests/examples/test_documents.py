@@ -1,4 +1,4 @@
-"""Documents out of files of every kind, in memory and from the cache, and what is said of damaged ones."""
+"""Documents from files of every kind, in memory and from the cache, and the errors for damaged files."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Options for speed do not change the results: tables, loss, attention, scan, recomputation, parts of a batch."""
+"""Speed options do not change results: tables, loss, attention, scan, recomputation, parts of a batch."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_gradient_of_a_table_is_the_sum_of_each_row(rng, sums, kind, rows, shape
 
 @pytest.mark.parametrize("sums", [embedding.one_hot_sum, embedding.sorted_sum])
 def test_gradient_of_a_table_adds_bfloat16_in_float32(rng, sums):
-    """Ten thousand ones: bfloat16 alone would stop at 256."""
+    """Ten thousand ones: a sum in bfloat16 would stop at 256."""
     tokens = jnp.zeros((10, 1000), jnp.int32)
     total = jax.jit(sums, static_argnums=2)(tokens, jnp.ones((10, 1000, 4), jnp.bfloat16), 3000)
     np.testing.assert_array_equal(total[0], 10_000)
@@ -236,7 +236,7 @@ def unrolled(batch, first):
 
 
 def test_quantiles_move_the_bias_by_the_targets_of_all_parts(batch, first):
-    """The target is that of tests/test_quantile.py, from router scores in float64."""
+    """The target is from tests/test_quantile.py, from router scores in float64."""
     config = dataclasses.replace(
         TOY, switch_loss_coef=0.0, bias_update="quantile", bias_update_rate=0.5, accumulate=2, batch_size=4
     )

@@ -1,4 +1,4 @@
-"""Figures state their result; `compare` and `generate` say what to give; the report needs nothing but itself."""
+"""Figures state their result; `compare` and `generate` name missing arguments; the report needs no other file."""
 
 import html.parser
 import json

@@ -1,4 +1,4 @@
-"""The launch recipes: their options parse, their meshes fit the devices that they ask for; what SLURM says is used."""
+"""The launch recipes: their options parse, their meshes fit the requested devices, and SLURM's settings are used."""
 
 import math
 import os
@@ -20,7 +20,7 @@ DEVICES = 16
 
 
 def command_line(path) -> list[str]:
-    """What a recipe gives the trainer, with a number for each variable of the shell."""
+    """The options that a recipe gives the trainer, with a number for each variable of the shell."""
     text = re.sub(r"\\\n|\n +(?=--)", " ", path.read_text())
     line = re.search(r"-m examples\.train (.*)", text)[1]
     return shlex.split(re.sub(r'"\$@"|"\$\{?\w+(:-[^}]*)?\}?"', lambda found: "" if "@" in found[0] else "1", line))

@@ -1,4 +1,4 @@
-"""The command line in a process of its own: signals, kills, wrong options."""
+"""The command line in a separate process: signals, kills, wrong options."""
 
 import dataclasses
 import re

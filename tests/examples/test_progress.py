@@ -1,4 +1,4 @@
-"""What a run prints on a terminal and into a pipe, and times that leave compilation out."""
+"""The lines that a run prints on a terminal and into a pipe, and times without compilation."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""What a run shows of its speed: operations, MFU, memory, trackers, a trace; and presets that fit the memory."""
+"""How a run reports its speed: operations, MFU, memory, trackers, a trace; and presets that fit the memory."""
 
 import dataclasses
 import importlib
@@ -129,7 +129,7 @@ def test_learning_rates_are_those_of_the_schedule():
 
 
 class Tracker(SimpleNamespace):
-    """What wandb and trackio have in common."""
+    """The interface that wandb and trackio share."""
 
     def init(self, **options):
         self.options, self.logged, self.finished = options, [], False

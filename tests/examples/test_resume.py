@@ -17,7 +17,7 @@ STEPS, HALF = 8, 4
 
 
 def runs(folder, mesh):
-    """A run that is left alone, and the same one to be killed."""
+    """A run that is not disturbed, and the same run to be killed."""
     write_text(folder)
     killed = toy_config(folder, run=folder / "killed", mesh=mesh, steps=STEPS, log_every=1, checkpoint_every=2)
     killed = dataclasses.replace(killed, sample_bytes=4)

@@ -1,4 +1,4 @@
-"""The text of the study, from a package made by hand: what is kept, how it is split, and refusals."""
+"""The text of the study, from a hand-made package: which files are kept, how they are split, and refusals."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Rows and what is made of them: refusals, intervals by hand, and the same bytes from the same rows."""
+"""Rows and their tables: refusals, intervals calculated by hand, and the same bytes from the same rows."""
 
 import json
 import statistics

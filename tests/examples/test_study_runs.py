@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny study: what is missing runs, a stop loses nothing, and a run that diverges has a row."""
+"""The whole pipeline on a tiny study: missing runs are done, a stop loses nothing, a run that diverges has a row."""
 
 import contextlib
 import dataclasses

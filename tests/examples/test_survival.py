@@ -1,4 +1,4 @@
-"""What a run does when something breaks: bad steps, damaged checkpoints, a full disk."""
+"""How a run reacts to faults: bad steps, damaged checkpoints, a full disk."""
 
 import dataclasses
 import math

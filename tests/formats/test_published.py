@@ -78,7 +78,7 @@ def test_codes_scales_and_values_are_those_of_the_definition(name, rng):
 @every_format
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_a_block_with_nan_or_infinity_decodes_to_nan(name, poison, rng):
-    """The whole matrix if it has a scale of its own; other blocks keep their values."""
+    """The whole matrix if it has its own scale; other blocks keep their values."""
     matrix = rng.normal(size=(N, K)).astype(np.float32)
     clean = np.asarray(compiled(name)(matrix.T)[2])
     matrix[2, 5] = poison
@@ -119,7 +119,7 @@ def test_rows_of_tokens(power_of_two, rng):
 
 @every_format
 def test_strict_promotion(name):
-    """What these modes refuse, they refuse while the functions are traced."""
+    """These modes refuse operations while the functions are traced."""
     values = jax.ShapeDtypeStruct((2, K, N), "bfloat16")
     for mode in (jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")):
         with mode:
@@ -145,7 +145,7 @@ def test_every_code():
 
 @every_format
 def test_matrices_side_by_side(name, rng):
-    """Each has scales of its own, and another compute dtype is rounded once."""
+    """Each has its own scales, and another compute dtype is rounded once."""
     values = (rng.normal(size=(2, K, 2 * N)) * np.repeat([1, 7], N)).astype(np.float32)
 
     @jax.jit

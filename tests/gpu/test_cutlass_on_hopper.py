@@ -1,4 +1,4 @@
-"""The compiled kernels on a Hopper GPU: `CUDA_LAUNCH_BLOCKING=1` has an error point at the call that made it."""
+"""The compiled kernels on a Hopper GPU: with `CUDA_LAUNCH_BLOCKING=1` an error points at its call."""
 
 import ctypes
 import dataclasses
@@ -115,7 +115,7 @@ def test_weight_gradients_of_rows_that_the_kernel_gathers(rng, monkeypatch, owne
 
 
 def test_more_tiles_than_a_cluster_is_told_of_at_a_time(rng):
-    """A weight gradient of 28672 tiles, of a few steps, one or none: each warp works on the tile that is meant."""
+    """A weight gradient of 28672 tiles, of a few steps, one or none: each warp works on the right tile."""
     num_rows, experts, widths = 180224, 512, (1024, 2688)
     sizes = rng.multinomial(num_rows - 9, rng.dirichlet(np.full(experts, 2.0)))
     sizes[rng.integers(0, experts, 100)] = 0
@@ -193,7 +193,7 @@ def test_fused_activations(rng, name):
 @pytest.mark.parametrize("name", ["swiglu", "geglu", "geglu_tanh"])
 @pytest.mark.parametrize("gate", [0.0, 1e-30, -1e4, -30.0, 1e4])
 def test_gates_of_which_hidden_rows_tell_nothing(rng, name, gate):
-    """Hidden rows are next to 0 whatever the gate is multiplied with; the gradient of either half is still right."""
+    """Hidden rows are near 0 for every up half; the gradient of both halves is still right."""
     config = layer_of(name)
     fused = Epilogue(config.bound_activation, "gate_hidden")
     sizes, (num_rows, width, hidden_size) = np.asarray([70, 0, 30]), (100, 64, 72)
@@ -209,7 +209,7 @@ def test_gates_of_which_hidden_rows_tell_nothing(rng, name, gate):
     pre = reference.grouped_matmul(float64(rows), float64(w_in), sizes)
     expected, *_ = matmul_activation_grad(config, float64(dout), float64(w_out), sizes, pre, np.ones(num_rows), "pre")
     gradients = np.split(float64(dpre), 2, axis=1)
-    # Beside 1, since errors of what is next to 0 count by what else there could be.
+    # 1 is added, because the relative error of values near 0 means nothing.
     assert_close(1 + float64(hidden), 1 + activation_of_rows(config, pre)[0], "bfloat16", "hidden")
     for half, value, ref in zip(("gate", "other half"), gradients, np.split(expected, 2, axis=1), strict=True):
         assert_close(1 + value, 1 + ref, "bfloat16", f"gradient of the {half}")

@@ -28,7 +28,7 @@ def run(config, x, weights, ids, w_in, w_out):
 
 
 def check(rng, config, format, tokens, dtype="bfloat16", ids=None):
-    """Values; equal bits on each run; nothing of the experts that no token chose."""
+    """Right values, equal bits on each run, and no reads of experts that no token chose."""
     w_in, w_out = experts_of(rng, config, format, dtype)
     experts, top_k = config.num_experts, config.top_k
     x = jnp.asarray(rng.normal(size=(tokens, config.latent_width)), dtype)

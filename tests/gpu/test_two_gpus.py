@@ -1,4 +1,4 @@
-"""The layer over two GPUs by every dispatch, the one that CPUs do not have included, against the oracle."""
+"""The layer over two GPUs by every dispatch, including the one that CPUs lack, against the oracle."""
 
 import dataclasses
 

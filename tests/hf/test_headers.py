@@ -111,7 +111,7 @@ def read_by_the_package(path):
     """(dtype, shape) by name, or None if the safetensors package refuses the file."""
     try:
         with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is not a dictionary)
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, UnicodeError):
         return None
@@ -140,7 +140,7 @@ def test_a_header_is_read_as_the_safetensors_package_reads_it(tmp_path_factory, 
     ours = {name: (info.dtype, info.shape) for name, info in read.items()}
     metadata = header.get("__metadata__", {})
     strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if strings and "\ud800" not in header:  # the package refuses other metadata, and names that are no UTF-8
+    if strings and "\ud800" not in header:  # the package refuses other metadata, and names that are not UTF-8
         assert ours == theirs
     assert sum(info.nbytes for info in read.values()) == max(size, 0)
 

@@ -10,7 +10,7 @@ def routed(config, ids, tokens, weights, w_in, w_out, dout, b_in=None, b_out=Non
 
     Args:
         config: read for the activation.
-        ids: [T, k]; an id outside of the experts is no expert.
+        ids: [T, k]; an id outside of the experts means none.
         tokens: [T, l].
         weights: [T, k].
         w_in: [E, l, m], gated [E, l, 2, m].

@@ -1,4 +1,4 @@
-"""Weight formats by their published definitions, one block at a time in NumPy; casts are those of ml_dtypes.
+"""Weight formats by their published definitions, one block at a time in NumPy; casts are ml_dtypes'.
 
 A matrix is [N, K], as checkpoints hold it. Each encoder returns codes (bytes before packing), and scales by name.
 """

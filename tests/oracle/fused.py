@@ -15,7 +15,7 @@ def activation_of_rows(config, pre):
 
 
 def kept_of(config, pre, residual):
-    """What a forward pass keeps of pre-activations."""
+    """The residual that a forward pass keeps of pre-activations."""
     hidden, _ = activation_of_rows(config, pre)
     if residual == "gate_hidden":
         return np.concatenate([pre[:, : hidden.shape[1]], hidden], axis=1)
@@ -23,7 +23,7 @@ def kept_of(config, pre, residual):
 
 
 def matmul_activation_grad(config, dout, w, sizes, kept, row_weights, residual):
-    """The gradient of the pre-activation and hidden rows, both times row_weights; that of row_weights.
+    """The gradient of the pre-activation and hidden rows, both times row_weights; the gradient of row_weights.
 
     Hidden rows are None where they were kept, alone or behind the gate. Zeros beyond the sum.
     """

@@ -15,7 +15,7 @@ from tests.oracle.router import choose, choose_balanced, gap, next_choices, sink
 
 
 class Result(NamedTuple):
-    """What the layer returns, and what `backward` needs.
+    """The layer's results, and the values for `backward`.
 
     `margin` is the least distance of any discrete choice (experts, groups, drops) to another one: comparing ids with
     another precision only makes sense where it is well above that precision's rounding. `rounding.margin` is the same
@@ -178,7 +178,7 @@ def forward(
 
 
 def token_forward(params, x, config, ids, weights, keep, encoded=None, rounding=None):
-    """One token's output [d] and what its backward pass needs.
+    """One token's output [d], and the values for its backward pass.
 
     `encoded` is the experts' weights as products read them.
     """

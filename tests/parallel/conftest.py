@@ -1,6 +1,6 @@
-"""Programs over eight devices are large and each is for one test alone: compiled in a hurry, and dropped after it.
+"""Programs over eight devices are large, and each serves one test: they are compiled fast and then dropped.
 
-Without XLA's costly optimisations compilation takes half as long, and collectives are what they are.
+Without XLA's costly optimisations compilation takes half as long, and the collectives stay the same.
 """
 
 import jax

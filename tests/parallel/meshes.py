@@ -13,7 +13,7 @@ AXES = ParallelConfig().axes
 DEVICES = 8
 
 SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if 1 < math.prod(sizes) <= DEVICES]
-"""Every (data, fsdp, expert, tensor) whose product divides 8, but one device alone."""
+"""Every (data, fsdp, expert, tensor) whose product divides 8, except a single device."""
 
 WHOLE_MATRIX = "JAX_LATENT_MOE_ALL_MESHES" in os.environ
 """With this variable every strategy and norm runs on every mesh; without, some that are drawn. So do layers and their

@@ -76,7 +76,7 @@ def test_no_tokens(leading):
 
 
 def test_many_tokens_are_split():
-    """Every device computes its part of a padded batch alone."""
+    """Every device computes only its part of a padded batch."""
     x = jax.ShapeDtypeStruct((mesh.REPLICATED_TOKENS + 1, BASE.hidden_size), "float32")
     with jax.set_mesh(make_mesh(1, 1, 4, 1)):
         program = jax.jit(latent_moe, static_argnums=2).lower(param_shapes(BASE), x, BASE).as_text()

@@ -1,4 +1,4 @@
-"""Which dispatch "auto" takes, what each is said to move, and what the collectives of a program really move."""
+"""Which dispatch "auto" takes, and whether the predicted bytes are those that a program's collectives move."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Codes that a training step makes on a mesh: each device's, of its own part of the weights."""
+"""Codes that a training step makes on a mesh: each device encodes its own part of the weights."""
 
 import dataclasses
 import functools

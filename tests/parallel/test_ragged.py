@@ -1,4 +1,4 @@
-"""ragged_all_to_all, which no CPU has: its values over a stand-in of the collective, and its program for GPUs."""
+"""ragged_all_to_all, which CPUs lack: its values with a stand-in for the collective, and its program for GPUs."""
 
 import dataclasses
 

@@ -18,7 +18,7 @@ D, LATENT = BASE.hidden_size, BASE.latent_width
     [
         ("none", 8, [D]),  # once, with the shared expert's, after the up-projection
         ("pre", 8, [D]),
-        ("post", 8, [LATENT, D]),  # a norm of parts is no part of the norm
+        ("post", 8, [LATENT, D]),  # a norm of parts is not a part of the norm
         ("none", 0, [LATENT]),  # nothing to share a sum with: the narrower one
         ("post", 0, [LATENT]),
     ],

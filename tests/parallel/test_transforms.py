@@ -1,4 +1,4 @@
-"""The layer on a mesh under jit, scan, remat and vmap; and what it refuses there."""
+"""The layer on a mesh under jit, scan, remat and vmap; and its refusals there."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ ROUTERS = {
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "ragged_all_to_all"])
 def test_strict_promotion(monkeypatch, mode, router, dispatch):
-    """What these modes refuse, they refuse while the layer is traced."""
+    """These modes refuse operations while the layer is traced."""
     monkeypatch.setattr(choice, "current_device", lambda: Device("gpu", "NVIDIA H200"))
     parallel = dataclasses.replace(BASE.parallel, dispatch=dispatch, capacity_factor=1.5)
     config = dataclasses.replace(

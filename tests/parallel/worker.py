@@ -1,4 +1,4 @@
-"""One of several processes that run layers together and compare them with their own alone."""
+"""One of several processes that run layers together and compare the results with a run of one process."""
 
 import ast
 import dataclasses

@@ -31,7 +31,7 @@ constexpr int element_bytes(Format format) {
   return 0;
 }
 
-// The format of a kernel's product. E4M3 codes have scales beside them, and their product does not.
+// The format of a kernel's product. A product of E4M3 codes is in bfloat16.
 constexpr Format product_format(Format format) { return format == Format::kE4m3 ? Format::kBf16 : format; }
 
 constexpr int kScaleBlock = 128;  // elements of the contracted axis, and columns of a weight, that share a scale
@@ -47,12 +47,12 @@ struct Kernel {
   std::string_view name;
   Contraction contraction;
   Format format;
-  Activation activation;  // fwd: of the product; dgrad: its gradient is taken of the product
+  Activation activation;  // fwd: applied to the product; dgrad: its gradient is applied
   Residual residual;
   Tile tile;
   int step_depth;   // elements of the contracted axis that are multiplied at a time
-  int loaded_rows;  // of the boxes in which the rows of fwd and dgrad are loaded
-  int stored_rows;  // of the boxes in which the product of wgrad is stored
+  int loaded_rows;  // rows of the boxes in which fwd and dgrad load rows
+  int stored_rows;  // rows of the boxes in which wgrad stores its product
   bool gathers;     // whether it can gather rows
   int max_experts;
   cudaError_t (*launch)(Args const&, int num_sms, cudaStream_t);

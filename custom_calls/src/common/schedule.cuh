@@ -22,7 +22,7 @@ struct alignas(32) Work {
 // All tiles, in order. Rows beyond the sum of the groups (padding rows) are one more group, whose product is zero.
 //
 // Traits has the static constants
-//   bool kWgrad: whether each expert has a product of its own, contracted over its rows;
+//   bool kWgrad: whether each expert has a separate product, contracted over its rows;
 //   bool kEvenHeights: whether the tiles of an expert have equal heights, of a multiple of 8 rows, rather than kRows each;
 //   int kRows, kColumns: rows and columns of the product in a tile;
 //   int kClusterRows, kClusterColumns: tiles that a cluster takes at a time, stacked and side by side;
@@ -55,7 +55,7 @@ class Schedule {
 
   __device__ int count() const { return count_; }
 
-  // The tile of a cluster's first block. The search begins at `expert`, that of another tile or 0, and sets it.
+  // The tile of a cluster's first block. The search begins at `expert`, another tile's expert or 0, and sets it.
   __device__ __forceinline__ Work work(int id, int& expert) const {
     Work work = {};
     int local, row, column;
@@ -88,7 +88,7 @@ class Schedule {
     return work;
   }
 
-  // Turns the tile of a cluster's first block into that of the block `rank`.
+  // Turns the tile of a cluster's first block into the tile of block `rank`.
   static __device__ __forceinline__ void of_block(Work& work, int rank) {
     work.out_row += rank / kClusterColumns * kRows;
     work.column += rank % kClusterColumns * kColumns;

@@ -1,8 +1,9 @@
 // Rows times a tile of columns of a weight in codes, which lie along the contracted axis.
 //
-// Tensor cores multiply the widened codes. Most other instructions then widen, and up to 8 rows cost as much as one. A warp has
-// 16 features. A lane has chunks of 16 bytes of two of them, and the same elements of one row. Both operands need the same order
-// along the contracted axis, and any order will do: shared memory holds the rows in the order in which codes widen.
+// Tensor cores multiply the widened codes. Most other instructions then widen codes, and up to 8 rows cost as much as one row.
+// A warp has 16 features. A lane has chunks of 16 bytes of two of them, and the same elements of one row. Both operands need
+// the same order along the contracted axis, and any order will do: shared memory holds the rows in the order in which codes
+// widen.
 //
 // Each chunk's registers are loaded again as soon as it is multiplied, so that a warp always reads.
 #pragma once
@@ -14,9 +15,9 @@ namespace latent_moe::decode {
 
 template <Code C>
 struct Coded {
-  static constexpr int kRows = 8, kBlocks = 4;  // blocks of an SM
+  static constexpr int kRows = 8, kBlocks = 4;  // kBlocks: blocks of an SM
   static constexpr int kPacking = packing(C), kChunk = 16 * kPacking, kStep = 4 * kChunk, kAhead = 2;
-  static constexpr int kUnits = kChunk / 8;    // of 8 elements, in a lane's chunk
+  static constexpr int kUnits = kChunk / 8;    // groups of 8 elements in a lane's chunk
   static constexpr int kPanel = 8 * kThreads;  // elements of the rows in shared memory at a time
   static constexpr int kAtOnce = 4;            // rows that are loaded before they are stored
   static_assert(kPanel % (kAhead * kStep) == 0);
@@ -25,13 +26,13 @@ struct Coded {
     uint4 rows[kPanel / kStep][kUnits][kRows][4];  // by step, unit, row and lane
   };
 
-  // sums[r][column] of the rows list[0 ... rows - 1] and the elements first ... last - 1 of the contracted axis.
+  // sums[r][column] of the rows in list[0 ... rows - 1], over elements first ... last - 1 of the contracted axis.
   static __device__ void multiply(Product const& product, Shared& shared, int expert, int tile, int first, int last,
                                   uint8_t const* list, int rows, float (&sums)[kRows][kTile]) {
     Weight const& weight = product.weight;
     const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4, place = lane % 4;
     const int width = kTile / weight.parts, matrix = expert * weight.parts + column / width;
-    // The lane's two features and its row. Beyond the last one a lane reads the last one again, and its sums are not used.
+    // The lane's two features and its row. A lane beyond the last feature or row reads the last one again, unused.
     const int feature = tile * width + column % width, row = min(lane / 4, rows - 1);
     const int features[2] = {min(feature, weight.n - 1), min(feature + 8, weight.n - 1)};
     uint8_t const* codes[2];

@@ -9,9 +9,9 @@
 
 namespace latent_moe::decode {
 
-constexpr int kThreads = 256;  // of a block, and the most assignments
+constexpr int kThreads = 256;  // threads of a block, and the most assignments
 constexpr int kTile = 128;     // columns of a block; half gate and half up if the activation is gated
-constexpr int kDepth = 128;    // a part of the contracted axis holds a multiple of this
+constexpr int kDepth = 128;    // the length of a part of the contracted axis is a multiple of this
 constexpr int kWholeAxis = 31;
 
 enum class Code { kDense, kE4m3, kInt8, kMxfp4, kNvfp4, kInt4 };

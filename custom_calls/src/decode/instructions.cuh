@@ -14,7 +14,7 @@ __device__ __forceinline__ uint4 load_once(void const* from) {
   return found;
 }
 
-// The same, where other lanes and later loads read the rest of the line of 128 bytes.
+// The same, if other lanes or later loads read the rest of the line of 128 bytes.
 __device__ __forceinline__ uint4 load_along(void const* from) {
   uint4 found;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -23,7 +23,7 @@ __device__ __forceinline__ uint4 load_along(void const* from) {
   return found;
 }
 
-// a & mask | bits. The compiler would have an instruction for each constant.
+// a & mask | bits in one instruction; the compiler would use one for each constant.
 __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
   uint32_t found;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(a), "r"(mask), "r"(bits));

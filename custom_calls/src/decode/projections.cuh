@@ -1,5 +1,5 @@
-// Reading the weights bounds the time. A cluster has a tile of columns, and each of its blocks a part of the contracted axis.
-// The first block adds the sums of all, which the others store to its shared memory. All sums have a fixed order.
+// Reading the weights takes most of the time. A cluster computes a tile of columns, and each of its blocks a part of the
+// contracted axis. The other blocks store their sums to the first block's shared memory. It adds them in a fixed order.
 #pragma once
 
 #include "common/device.cuh"

@@ -10,7 +10,7 @@
 namespace latent_moe::decode {
 
 constexpr int kMostParts = 8;      // blocks of a cluster
-constexpr int kTileBytes = 128;    // of a row of a weight, which are the columns of a cluster
+constexpr int kTileBytes = 128;    // bytes of a weight's row, whose columns a cluster computes
 
 // logits = x kernel in float32, and out = x projection in the format of x. A weight without columns is left out.
 struct Projections {
@@ -24,7 +24,7 @@ struct Projections {
   void const* projection;  // [k][width]
   int width;
   void* out;  // [1][width]
-  int parts;  // of the contracted axis, each of which a block of a cluster multiplies
+  int parts;  // parts of the contracted axis; each block of a cluster multiplies one
 };
 
 cudaError_t multiply(Projections const& projections, cudaStream_t stream);

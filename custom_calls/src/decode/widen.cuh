@@ -1,4 +1,4 @@
-// Codes as pairs of bfloat16, in registers. The results are those of jax_latent_moe/formats, rounded to bfloat16.
+// Codes as pairs of bfloat16, in registers. The results are as in jax_latent_moe/formats, rounded to bfloat16.
 //
 // A lane reads 16 bytes of codes of one output feature at a time, a chunk. `pair<i>` widens two codes of a 32-bit word, and
 // `ordered` brings 8 elements of a row into the order of the pairs: of E4M3 the neighbours 2 i and 2 i + 1; of int8 i and i + 2,

@@ -11,10 +11,10 @@ namespace latent_moe {
 // The kernel of that name, or null.
 Kernel const* find_kernel(std::string_view name);
 
-// The error that there is no such kernel. It lists those of the same contraction, format and activation.
+// The error that there is no such kernel. It lists the kernels of the same contraction, format and activation.
 std::string not_compiled(std::string_view name);
 
-// A line for each kernel: its name, and how many experts it takes at most.
+// A line for each kernel: its name, and the most experts that it takes.
 std::string const& kernel_list();
 
 }  // namespace latent_moe

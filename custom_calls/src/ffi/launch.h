@@ -10,7 +10,7 @@
 
 namespace latent_moe {
 
-// Rows of a kernel must be fewer than this: it numbers them, and those of a last partial tile, in 32 bits.
+// A kernel's rows must be fewer than this: it numbers all rows of its tiles in 32 bits.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;
 
 // The kernel of that name. It must be for one of the contractions, and with or without an activation as asked. Null if a

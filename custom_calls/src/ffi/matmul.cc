@@ -58,7 +58,7 @@ class Product {
     args.problem.rows_first = rows_first;
   }
 
-  // Sets the output, of `width` columns (those of one half if the activation is gated).
+  // Sets the output, of `width` columns (of one half if the activation is gated).
   void write_to(ffi::AnyBuffer const& buffer, int64_t width) {
     args.out = buffer.untyped_data();
     args.problem.out_columns = width;

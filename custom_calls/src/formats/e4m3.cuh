@@ -1,4 +1,4 @@
-// The scale and the codes of a block. The rule is that of DeepGEMM (deep_gemm/utils/math.py): scale = max(amax, least) / 448,
+// The scale and the codes of a block. The rule is from DeepGEMM (deep_gemm/utils/math.py): scale = max(amax, least) / 448,
 // code = value * (1 / scale), as in jax_latent_moe/formats/fp8.py.
 #pragma once
 

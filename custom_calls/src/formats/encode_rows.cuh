@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kRowThreads) encode_row_blocks(T const* rows, 
   place.encode_rows(given);
 }
 
-// The operations and their order are those of jax_latent_moe/activations.py, so that the bits are those of its formula.
+// The operations and their order are as in jax_latent_moe/activations.py, so that the bits are the same.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
     relu2_gradient_blocks(T const* dhidden, T const* hidden, float const* row_weights, T* dpre, float* row_weight_sums,

@@ -12,7 +12,7 @@ namespace latent_moe::formats {
 // A tile has this many rows and one block of columns.
 constexpr int kTileRows = 64;
 
-// What both kernels write, for rows [rows][k]: codes [rows][k], and scales [ceil(k / 128)][rows].
+// The results of both kernels for rows [rows][k]: codes [rows][k], and scales [ceil(k / 128)][rows].
 // 8 divides k, and ceil(rows / kTileRows) * ceil(k / 128) is below 2^31. All arrays are aligned to 16 bytes.
 struct RowCodes {
   uint8_t* codes;
@@ -30,14 +30,14 @@ struct EncodeRows {
 
 cudaError_t encode_rows(EncodeRows const& call, cudaStream_t stream);
 
-// The gradient of the pre-activation from that of the hidden rows relu(u)^2, and its codes. It may overwrite dhidden.
+// The pre-activation's gradient from the gradient of the hidden rows relu(u)^2, and its codes. It may overwrite dhidden.
 struct Relu2Gradient {
   Source source;  // kBf16 or kF16
   void const *dhidden, *hidden;  // [rows][k]
   float const* row_weights;      // [rows]
   void* dpre;                    // [rows][k]: row weight * dhidden * 2 sqrt(hidden), rounded
   float* row_weight_sums;        // [ceil(k / 128)][rows]: dhidden * hidden, summed over each block of columns
-  RowCodes to;                   // of dpre as rounded
+  RowCodes to;                   // codes of the rounded dpre
 };
 
 cudaError_t relu2_gradient(Relu2Gradient const& call, cudaStream_t stream);

@@ -10,9 +10,9 @@ namespace latent_moe::routing {
 constexpr int kSortChunk = 512;     // assignments that a warp takes
 constexpr int kMostExperts = 2048;  // a warp's counters of experts are in shared memory
 
-// Sorts `count` assignments by expert. Those of one expert keep their order. An id outside [0, experts) is no expert, and
-// its assignments come last.
-//   sizes[e]: how many assignments expert e has;
+// Sorts `count` assignments by expert. Assignments to one expert keep their order. Assignments with an id outside
+// [0, experts) have no expert and come last.
+//   sizes[e]: the number of assignments to expert e;
 //   assignment_of_row[r]: the assignment in row r;
 //   row_of_assignment: the reverse;
 //   counts: workspace of (experts + 1) numbers for each chunk.

@@ -7,12 +7,12 @@
 
 namespace latent_moe::routing {
 
-constexpr int kMostScores = 1024;  // of a row; each lane of a warp takes a 32nd of them
+constexpr int kMostScores = 1024;  // scores of a row; each lane of a warp takes a 32nd of them
 
-constexpr int kMostWeights = 32;   // of a row, one for each lane of a warp
+constexpr int kMostWeights = 32;   // weights of a row, one for each lane of a warp
 
-// How the weights [rows][k] of the choices follow from the logits [rows][columns]. Without logits there are none. With eps,
-// they are sigmoids over (their sum + eps), else the softmax of the logits or of their log-sigmoids. All are times factor.
+// How the weights [rows][k] of the choices follow from the logits [rows][columns]. Without logits there are no weights. With
+// eps, they are sigmoids over (their sum + eps), else the softmax of the logits or of their log-sigmoids, all times factor.
 struct Weighing {
   float const* logits;
   float* weights;

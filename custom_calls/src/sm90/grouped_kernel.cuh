@@ -5,7 +5,7 @@
 // clips the boxes there (`Window`), because zeros need less power to multiply than rows of the next expert. Partial tiles
 // are stored row by row. Other warps may gather rows from a table meanwhile (gather.cuh).
 //
-// The warpgroups share a tile of E4M3 codes, 64 rows each. The matrix units add their products with some 14 bits. So each
+// The warpgroups share a tile of E4M3 codes, 64 rows each. The matrix units add such products with about 14 bits. So each
 // step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in float32, as DeepGEMM
 // does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the other one multiplies.
 #pragma once
@@ -25,7 +25,7 @@ using EpilogueOf = std::conditional_t<Spec::kWgrad, WgradEpilogue<Spec>,
                                       std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogue<Spec>>>;
 
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kSharedMemory = 227 * 1024;  // what one block may take of an SM's
+constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM may take
 
 template <class Spec>
 struct GroupedKernel {
@@ -47,7 +47,7 @@ struct GroupedKernel {
   static constexpr int kDepth = Spec::kStepDepth;
   static constexpr int kStages = kWgrad ? kTile.stages * kBlock / kDepth : kTile.stages;
   static constexpr int kBlockBytes = (kWgrad ? kDepth : kBlock) * kRowBytes;
-  static constexpr int kReaders = kScaled ? kConsumers * 4 : 1;  // that give back a stage: warps, or a warpgroup
+  static constexpr int kReaders = kScaled ? kConsumers * 4 : 1;  // warps, or a warpgroup, that free a stage
   static constexpr int kStageBytes = (kBlocksA + kBlocksB) * kBlockBytes;
   // The scales of a stage: of its rows, and of the weight's blocks that the columns of a tile may lie in. There are more of
   // these than needed, because the queue behind them begins at a multiple of 32 bytes.
@@ -89,7 +89,7 @@ struct GroupedKernel {
 
     __device__ char* a(int stage, int block) const { return stages + stage * kStageBytes + block * kBlockBytes; }
     __device__ char* b(int stage, int block) const { return a(stage, kBlocksA + block); }
-    // The scales of a stage of codes: those of its rows, and those of the weight by blocks of columns.
+    // The scales of a stage of codes: of its rows, and of the weight by blocks of columns.
     __device__ float* row_scales(int stage) const { return reinterpret_cast<float*>(scales + stage * kScaleBytes); }
     __device__ float* weight_scales(int stage) const { return row_scales(stage) + kTile.rows; }
   };
@@ -257,7 +257,7 @@ struct GroupedKernel {
       }
     }
     // By now every stage of this tile has been full. Only now may the other warpgroup wait for the next round of the same
-    // stages, because barriers tell rounds apart by parity alone. Products keep the four warps together, and where there was
+    // stages, because barriers tell rounds apart only by parity. Products keep the four warps together, and where there was
     // none, a barrier does.
     if (work.steps == 0) sync_warpgroup(warpgroup);
     if (thread == 0) shared.turn[1 - warpgroup].arrive();
@@ -523,7 +523,7 @@ int max_experts() {
 
 }  // namespace latent_moe::sm90
 
-// Compiles one kernel: the arguments are those of Spec.
+// Compiles one kernel: the arguments are Spec's.
 #define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                  \
   namespace latent_moe::sm90 {                                                                                              \
   using Compiled = Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>; \

@@ -56,7 +56,7 @@ class RowEpilogue {
     }
   }
 
-  // Stores one 64-row block of a tile, which is no gradient.
+  // Stores one 64-row block of a tile, which is not a gradient.
   __device__ __forceinline__ void store_block(Accumulator const& acc, Work const& work, int block) const {
     if constexpr (Spec::kActivates) {
       store_activation(acc, work, block);
@@ -131,7 +131,7 @@ class RowEpilogue {
     cute::cp_async_fence();
   }
 
-  // The accumulators hold the gradient of hidden rows. It becomes that of the pre-activation, which may overwrite the
+  // The accumulators hold the gradient of hidden rows. It becomes the pre-activation's gradient, which may overwrite the
   // residual. If kRemakes, weighted hidden rows are stored too. The gradient is multiplied by the rows' weights here, and the
   // weights' own gradient <dhidden, hidden> is stored as one partial sum per column tile (SonicMoE, arXiv 2512.14080).
   template <int Blocks>

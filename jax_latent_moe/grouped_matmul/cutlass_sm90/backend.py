@@ -116,7 +116,8 @@ def _codes(problem, operands, attributes) -> Outputs:
     rows, w, group_sizes = operands[:3]
     parts, n = w.codes.shape[1:3]
     if parts > 1 and n % FP8_BLOCK:
-        # A block of 128 columns would hold columns of gate and up with different scales, so each is multiplied alone.
+        # A block of 128 columns could hold columns of both gate and up, whose scales differ. So each is multiplied
+        # separately.
         products = [_matmul_codes(rows, _part(w, part), group_sizes, attributes) for part in range(parts)]
         return Outputs(jnp.concatenate(products, axis=1))
     out = _matmul_codes(rows, w, group_sizes, attributes)

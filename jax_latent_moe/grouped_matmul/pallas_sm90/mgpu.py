@@ -89,7 +89,7 @@ def next_stage(buffer, stages: int):
 def halves_smem(stages: int, dtype, *, native: bool):
     """Stages for 64 gate and 64 up columns. One load fills a stage, and wgmma reads it as 128 columns.
 
-    The memory layout is that of `swizzled` [64, 128], with the shape [64, 2, 64]. The interpreter cannot change a ref's
+    The memory layout is `swizzled` [64, 128]'s, with the shape [64, 2, 64]. The interpreter cannot change a ref's
     shape, so natively it has the shape [64, 128].
     """
     if native:

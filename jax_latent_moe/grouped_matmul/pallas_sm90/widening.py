@@ -67,7 +67,7 @@ WIDENINGS = {
 
 
 def apart(values):
-    """The order along K, [..., K], in which shifts alone widen 4-bit codes: the operands' columns of `widened`.
+    """The order along K, [..., K], in which only shifts widen 4-bit codes: the operands' columns of `widened`.
 
     A thread has eight neighbours of 32 in a word. Its pairs are codes that are four apart.
     """

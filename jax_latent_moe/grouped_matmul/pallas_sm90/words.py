@@ -5,7 +5,7 @@ operand of wgmma (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"): t
 The functions take a machine, which has the instructions: `ptx.Ptx` emits them, and tests run them in NumPy.
 
 The byte permutations between threads are those of Mosaic's layouts WGMMA_UPCAST_2X and 4X (jax.experimental.mosaic.gpu,
-fragmented_array.py). The embedding of integers in bfloat16 is that of CUTLASS (numeric_conversion.h).
+fragmented_array.py). Integers are embedded in bfloat16 as in CUTLASS (numeric_conversion.h).
 """
 
 import numpy as np
@@ -51,7 +51,7 @@ def e2m1_pairs(m, word):
 
 
 def e2m1_pairs_apart(m, word):
-    """The values of eight E2M1 codes as four pairs of codes that are four apart: shifts alone bring them into place.
+    """The values of eight E2M1 codes as four pairs of codes that are four apart: only shifts bring them into place.
 
     Exponent and mantissa, read as a bfloat16's, are the value times 2^-126.
     """

@@ -72,7 +72,7 @@ def prepare(candidates: dict[str, Candidate]) -> dict[str, Call]:
 def _attempt(name, step):
     try:
         return step()
-    except Exception as error:  # any failure leaves out this candidate alone
+    except Exception as error:  # any failure leaves out only this candidate
         first = next(iter(str(error).strip().splitlines()), "")
         print(f"{'left out':>10} {name}: {type(error).__name__}: {first[:300]}", flush=True)
         return None
