@@ -105,7 +105,7 @@ def test_formats_without_rows_are_refused():
 
 
 def test_program_sends_bytes():
-    """Of latents only codes and scales are gathered, in the backward pass too."""
+    """Only codes and scales of latents are gathered, also in the backward pass."""
     config = with_dispatch(sent_in(WIDE, "fp8_block"), "all_gather")
     x = jax.ShapeDtypeStruct((64, BASE.hidden_size), jnp.float32)
 
