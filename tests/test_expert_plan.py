@@ -155,7 +155,7 @@ def test_rows_times_their_weights_are_read_or_a_line_says_why_not(changes, optio
 
 
 def test_the_projections_of_these_tokens_are_told():
-    line = "XLA multiplies the router's logits: its kernel multiplies one token, not 2."
+    line = "XLA multiplies the router's logits: the compiled kernel multiplies one token, not 2."
     assert f"without a gradient, {line}" in str(plan_of(TOY, projections=line)).splitlines()
     assert "router's logits" not in str(plan_of(TOY))
 

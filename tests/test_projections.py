@@ -191,8 +191,8 @@ def test_what_multiplies_is_said_in_a_line():
     assert told() == f"{kernel} the router's logits and both projections."
     assert told(latent_size=None) == f"{kernel} the router's logits."
     both = "XLA multiplies the router's logits and both projections"
-    assert told(2) == f"{both}: its kernel multiplies one token, not 2."
-    assert told(device=A100).startswith(f"{both}: its kernels are compiled for NVIDIA Hopper GPUs")
+    assert told(2) == f"{both}: the compiled kernel multiplies one token, not 2."
+    assert told(device=A100).startswith(f"{both}: these kernels are compiled for NVIDIA Hopper GPUs")
     assert told(param_dtype="float16") == (
         "XLA multiplies the router's logits and the down-projection: the router's kernel is in float16, not in float32 "
         f"or bfloat16. {kernel} the up-projection."
