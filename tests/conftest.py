@@ -59,7 +59,14 @@ def few_memory_maps():
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
+def drops_programs():
+    """Drops a module's programs after it: jit would reuse those without optimisations where tests compare bits."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(drops_programs):
     """Compiles without XLA's costly optimisations, for tests that compile much and compute little."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
@@ -98,7 +105,7 @@ def rng(request) -> np.random.Generator:
 
 
 @pytest.fixture
-def compiled_in_a_hurry():
+def compiled_in_a_hurry(drops_programs):
     """Programs for a single test compile in half the time without XLA's costly optimisations."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)

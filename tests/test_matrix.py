@@ -282,7 +282,7 @@ MODES = {
 
 
 @pytest.fixture(autouse=True)
-def hurried():
+def hurried(drops_programs):
     """Each program runs once or twice, so it is compiled without costly optimisations."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)

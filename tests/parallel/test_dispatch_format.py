@@ -98,7 +98,7 @@ def test_bytes():
 
 
 def test_formats_without_rows_are_refused():
-    with pytest.raises(ConfigError, match=r"parallel.dispatch_format: format='int8' is one of weights alone"):
+    with pytest.raises(ConfigError, match=r"parallel.dispatch_format: format='int8' is for weights only"):
         ParallelConfig(dispatch_format="int8")
     with pytest.raises(ConfigError, match=r"parallel.dispatch_format: format='e4m3' is unknown"):
         ParallelConfig(dispatch_format="e4m3")
