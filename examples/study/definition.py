@@ -89,6 +89,7 @@ BASE = Config(
     ),
     optimizer=OptimizerConfig(warmup_steps=200, b2=0.95),
 )
+SHORT = dataclasses.replace(BASE, steps=1425, eval_every=285, checkpoint_every=475)
 WIDE = dataclasses.replace(
     BASE, model=dataclasses.replace(BASE.model, hidden_size=768, heads=12, expert_intermediate_size=384)
 )
@@ -110,10 +111,12 @@ LINUX = "00b399c37e5d60134038ea2100fa80011d35b74c37a8170493c36c77d5b211d5"
 PLAYS = "224942b2fc2c2d3466802e9bf0da2a23c1457d7ac7d7fc1ce4435b3469bb0255"
 FIRST, DENSE = (NORM, (1, 2, 3)), (("dense",), (1, 2, 3))
 OTHERS = tuple(arm.name for arm in ARMS if arm.name not in MAIN)
+ALL = (FIRST, DENSE, (OTHERS, (1, 2, 3)), (MAIN, (4, 5)))
 STUDIES = {
     study.name: study
     for study in (
-        Study("d512", BASE, RATES, 1500, (FIRST, DENSE, (OTHERS, (1, 2, 3)), (MAIN, (4, 5))), LINUX),
+        Study("d512", BASE, RATES, 1500, ALL, LINUX),
+        Study("d512-short", SHORT, RATES, 713, ALL, LINUX),
         Study("d768", WIDE, RATES, 1500, (FIRST, DENSE), LINUX),
         Study("toy", TOY, (2e-3, 8e-3), 16, ((MAIN, (1, 2)), (("quantile",), (1, 2))), PLAYS, 128, linux=False),
     )

@@ -61,7 +61,18 @@ def test_a_run_at_512_takes_what_the_study_promises():
     config = config_of(D512, Run("moe", 1e-3, 1))
     tokens = config.steps * config.batch_size * config.model.context
     assert tokens * counted_by_hand(config) == pytest.approx(5e16, rel=0.01)
-    assert tokens < 875_950_828 - 256 * 1024, "no run sees a byte twice"
+    assert tokens < 440_598_545 - 256 * 1024, "no run sees a byte twice"
+
+
+def test_the_short_study_is_a_quarter_of_the_long_one():
+    short = STUDIES["d512-short"]
+    assert short.blocks == D512.blocks
+    for run in (Run("moe", 1e-3, 1), Run("half-pre", 2e-3, 2)):
+        long, found = config_of(D512, run), config_of(short, run)
+        assert found.steps == long.steps // 4
+        assert dataclasses.replace(
+            found, steps=long.steps, eval_every=long.eval_every, checkpoint_every=long.checkpoint_every
+        ) == long
 
 
 @pytest.mark.parametrize(
