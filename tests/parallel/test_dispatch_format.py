@@ -15,6 +15,7 @@ from jax_latent_moe.parallel import choice, explain
 from jax_latent_moe.parallel.round_trip import RoundTrip, to_experts
 from tests import cases, layers, oracle
 from tests.cases import with_router
+from tests.oracle.rounding import LEAST_OF_ROWS, fp8
 from tests.parallel import ragged
 from tests.parallel.meshes import BASE, make_mesh
 from tests.parallel.test_values import with_dispatch, without_overflow
@@ -120,6 +121,16 @@ def test_the_largest_numbers_stay_finite(dtype, format, value):
     )
     assert arrived.dtype == dtype
     np.testing.assert_allclose(np.delete(np.float64(arrived), 3), np.delete(np.float64(row), 3), rtol=1 / 16)
+
+
+def test_second_derivatives(rng):
+    """Those of sum(rows^3): rounding has the gradient of the identity, and their own cotangents travel in codes too."""
+    trip = RoundTrip(lambda leaf, _: leaf, lambda rows, _: rows, "fp8_block")
+    x, v = np.float32(rng.normal(size=(2, 3, 130)))
+    gradient = jax.grad(lambda x: jnp.sum(to_experts(trip, x, None) ** 3))
+    second = jax.jit(jax.grad(lambda x: jnp.sum(gradient(x) * v)))(x)
+    rows, cotangents = (fp8(part, "fp8_block", n_block=1, least=LEAST_OF_ROWS) for part in (x, v))
+    assert_close(second, 6 * rows * cotangents, "float32")
 
 
 def test_what_does_not_travel_is_not_rounded(rng):
