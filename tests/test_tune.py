@@ -66,11 +66,19 @@ def test_it_refuses_where_it_cannot_measure(folder, capsys, backend, reason):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("arguments", [SIZES[:-2], [*SIZES, "--rows", "0"], [*SIZES, "--backend", "xla"]])
-def test_it_refuses_arguments(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (SIZES[:-2], "required: --out"),
+        ([*SIZES, "--rows", "0"], "--rows: 0 must be an integer of at least 1"),
+        ([*SIZES, "--rows", "many"], "--rows: many must be an integer of at least 1"),
+        ([*SIZES, "--backend", "xla"], "--backend: invalid choice: 'xla'"),
+    ],
+)
+def test_it_refuses_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         tune.main(arguments)
-    assert "error:" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @dataclasses.dataclass(frozen=True)

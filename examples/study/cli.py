@@ -57,12 +57,12 @@ def main(arguments: Sequence[str] | None = None):
         sys.exit(INTERRUPTED)
 
 
-def check_place(folder: Path):
-    """Refuses a folder that is a file or lies in one."""
+def check_place(option: str, folder: Path):
+    """Makes the folder that an option names. It refuses one that is a file or lies in one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainError(f"--folder {folder} cannot be made ({error}): name another folder.") from error
+        raise TrainError(f"{option} {folder} cannot be made ({error}): name another folder.") from error
 
 
 def run(options: Options, stop: StopRequest | None = None) -> bool:
@@ -88,8 +88,10 @@ def run(options: Options, stop: StopRequest | None = None) -> bool:
         jax.config.update("jax_disable_most_optimizations", True)  # most of a toy run is compilation
     if not options.report_only:
         text = data.open_text(options.text or data.default_folder()) if study.linux else None
-        check_place(folder)
-        if not run_study(study, folder, options.scratch or folder / "runs", text, options.only, stop):
+        scratch = options.scratch or folder / "runs"
+        check_place("--folder", folder)
+        check_place("--scratch", scratch)
+        if not run_study(study, folder, scratch, text, options.only, stop):
             print("Stopped. The same command goes on from here.")
             return False
     for path in write_report(study, folder):

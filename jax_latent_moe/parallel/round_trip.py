@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.formats import encode_rows
 
 
@@ -38,7 +40,9 @@ def to_experts(trip: RoundTrip, tokens: Float[Array, "t l"], indices: Any) -> Fl
     if trip.format is None:
         return trip.there(tokens, indices)
     codes = jax.tree.map(lambda leaf: trip.there(leaf, indices), encode_rows(tokens, trip.format))
-    return codes.decode(tokens.dtype)
+    # A value may be rounded up beyond the dtype's largest number: 65000 to 65536, which float16 does not have.
+    largest = float(jnp.finfo(tokens.dtype).max)
+    return jnp.clip(codes.decode(at_least_float32(tokens.dtype)), -largest, largest).astype(tokens.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

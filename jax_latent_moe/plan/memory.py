@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.decode import Decode
+from jax_latent_moe.device import Device
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
@@ -78,6 +79,7 @@ def memory(
     tokens: int,
     layers: int,
     experts: ExpertPlan,
+    device: Device,
     *,
     training: bool,
     remat: bool,
@@ -91,6 +93,7 @@ def memory(
         tokens: tokens of one device.
         layers: MoE layers that the device holds.
         experts: the decisions about the experts' products.
+        device: what it runs on.
         training: whether to count gradients, Adam's moments and the residuals for the backward pass.
         remat: whether the layers keep only their input and are computed twice.
         format: the format of the experts' weights, which are then frozen; None for dense weights.
@@ -111,7 +114,7 @@ def memory(
         working = _beside_kept_rows(experts, narrow, kept_rows) + per_token
     else:
         working = _forward_rows(config, experts, narrow, kept_rows, rows * inner * item)
-    working += _exchanged(config, mesh, tokens, rows)
+    working += _exchanged(config, mesh, tokens, rows, device)
     used = {"parameters": stored * param_bytes}
     if format is not None:
         used["codes and scales"] = layers * codes
@@ -153,12 +156,12 @@ def _beside_kept_rows(experts: ExpertPlan, narrow: int, kept: int) -> int:
     return narrow if experts.residual != "pre" or narrow >= kept else 0
 
 
-def _exchanged(config, mesh, tokens, rows) -> int:
+def _exchanged(config, mesh, tokens, rows, device) -> int:
     """Bytes that devices exchange: all latents and their sums in float32, or the rows that arrive."""
     devices, item = axis_sizes(_parallel(config), mesh)[_parallel(config).expert_axis], jnp.dtype(config.dtype).itemsize
     if devices == 1:
         return 0
-    if choose_dispatch(config, devices, tokens) != "all_gather":
+    if choose_dispatch(config, devices, tokens, device=device) != "all_gather":
         return rows * config.latent_width * item
     return devices * tokens * config.latent_width * (item + 4)
 

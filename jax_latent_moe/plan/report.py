@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.sharding import AbstractMesh
 
-from jax_latent_moe import cost
+from jax_latent_moe import checks, cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.parallel import explain
@@ -95,9 +95,10 @@ def make_cost_plan(
             alone: times are for dense weights.
 
     Raises:
-        ConfigError: the size of an axis does not divide the dimension that it splits.
-        UnsupportedError: the named dispatch does not run on this mesh, or the named backend not on this GPU.
+        ConfigError: tokens or layers is not a valid number, or the size of an axis does not divide what it splits.
+        UnsupportedError: the named dispatch or backend does not run on this device.
     """
+    tokens, layers = checks.integer("tokens", tokens), checks.positive_int("layers", layers)
     mesh, given = AbstractMesh(tuple(sizes.values()), tuple(sizes)), config
     if config.parallel is None:
         config = dataclasses.replace(config, parallel=ParallelConfig())
@@ -105,7 +106,7 @@ def make_cost_plan(
     given, rows = config if sizes else given, allocated_rows(config, mesh, tokens)
     dense = experts_of(given, mesh, tokens, rows, gpu)
     experts = dense if format is None else experts_of(given, mesh, tokens, rows, gpu, format)
-    used = memory(config, mesh, tokens, layers, experts, training=training, remat=remat, format=format)
+    used = memory(config, mesh, tokens, layers, experts, gpu.device, training=training, remat=remat, format=format)
     parts = layer_parts(config, mesh, tokens, gpu, dense, training=training, remat=remat)
     return CostPlan(config, sizes, tokens, gpu, layers, training, format, experts, used, tuple(parts))
 
@@ -126,7 +127,7 @@ def render(plan: CostPlan) -> str:
         "Experts",
         *(f"  {line}" for line in plan.experts.summary()),
         "Dispatch, forward",
-        *(f"  {line}" for line in explain(config, _expert_devices(plan), plan.tokens).splitlines()),
+        *(f"  {line}" for line in _dispatch(plan).splitlines()),
         "Time of a layer, ms" if plan.format is None else "Time of a layer with dense experts, ms",
         *(f"  {part.name:<32}{part.ms:9.2f}  {part.bound}" for part in plan.parts),
         f"  {'kernels + collectives':<32}{plan.compute_ms:9.2f} + {plan.communication_ms:.2f}",
@@ -135,5 +136,6 @@ def render(plan: CostPlan) -> str:
     return "\n".join(lines)
 
 
-def _expert_devices(plan) -> int:
-    return plan.sizes.get(plan.config.parallel.expert_axis, 1)
+def _dispatch(plan) -> str:
+    devices = plan.sizes.get(plan.config.parallel.expert_axis, 1)
+    return explain(plan.config, devices, plan.tokens, device=plan.gpu.device)

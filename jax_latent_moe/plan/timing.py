@@ -203,7 +203,7 @@ def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:
     passes, item = 1 + training, jnp.dtype(config.dtype).itemsize
     # Devices are assigned to hosts with tensor as the innermost axis, then expert, fsdp and data.
     if expert > 1:
-        dispatch = choose_dispatch(config, expert, tokens)
+        dispatch = choose_dispatch(config, expert, tokens, device=gpu.device)
         sent = sum(cost.exchange_bytes(config, expert, tokens, config.parallel.capacity_factor)[dispatch])
         yield collective(f"exchange by {dispatch}", gpu, passes * sent, expert * tensor, 2 * passes)
     if tensor > 1:

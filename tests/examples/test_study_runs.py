@@ -185,7 +185,14 @@ def test_a_stopped_study_makes_no_report_and_is_no_success(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as end:
         cli.main(["--folder", str(tmp_path)])
     assert end.value.code == 128 + signal.SIGINT
-    assert not any(tmp_path.iterdir())
+    assert not any(path.is_file() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--folder", "--scratch"])
+def test_a_file_in_place_of_a_folder_ends_in_one_sentence(option, tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(SystemExit, match=rf"^error: {option} .*notes cannot be made .*: name another folder"):
+        cli.main(["--folder", str(tmp_path), option, str(tmp_path / "notes")])
 
 
 def test_a_request_within_itself_lasts():

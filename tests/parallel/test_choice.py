@@ -71,17 +71,17 @@ def test_capacity(tokens, factor, expected):
 
 def collective_bytes(program: str, name: str) -> int:
     """Bytes of the operands of a collective in StableHLO, one device's."""
-    shapes = re.findall(rf'"stablehlo\.{name}".*?: \(tensor<([\dx]+)x[fi]32>', program, re.S)
-    return sum(4 * math.prod(map(int, shape.split("x"))) for shape in shapes)
+    operands = re.findall(rf'"stablehlo\.{name}".*?: \(tensor<([\dx]+)x[a-z]+(8|32)>', program, re.S)
+    return sum(int(bits) // 8 * math.prod(map(int, shape.split("x"))) for shape, bits in operands)
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 1.0])
-def test_bytes_are_those_of_the_program(capacity_factor):
+@pytest.mark.parametrize(("capacity_factor", "format"), [(None, None), (1.0, None), (1.0, "fp8_block")])
+def test_bytes_are_those_of_the_program(capacity_factor, format):
     devices, tokens = 4, 64
     x = jax.ShapeDtypeStruct((devices * tokens, BASE.hidden_size), jnp.float32)
-    expected = exchange_bytes(BASE, devices, tokens, capacity_factor)
+    expected = exchange_bytes(with_parallel(BASE, dispatch_format=format), devices, tokens, capacity_factor)
     for dispatch, collectives in (("all_gather", ("all_gather", "reduce_scatter")), ("all_to_all", ("all_to_all",))):
-        config = with_parallel(BASE, dispatch=dispatch, capacity_factor=capacity_factor)
+        config = with_parallel(BASE, dispatch=dispatch, capacity_factor=capacity_factor, dispatch_format=format)
         with jax.set_mesh(make_mesh(1, 1, devices, 1)):
             program = jax.jit(latent_moe, static_argnums=2).lower(param_shapes(BASE), x, config).as_text()
         operands = sum(collective_bytes(program, name) for name in collectives)

@@ -176,6 +176,7 @@ def test_wrong_fields_are_refused(fields, message):
         ("sequence_axis", "context", "context"),
         ("dispatch", "all_to_all", "expert"),
         ("capacity_factor", 0.5, "expert"),
+        ("dispatch_format", "fp8_block", "expert"),
     ],
 )
 def test_every_field_is_read(field, value, axis):

@@ -108,14 +108,14 @@ def test_no_token_at_all(rng):
     assert not any(np.any(leaf) for leaf in dparams["experts"].values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_overflow_is_counted_and_leaves_the_rest_as_it_is(rng, strategy):
-    """Against the oracle with the dropped choices taken out: of each pair of devices the largest weights stay."""
-    factor, tokens, devices, k = 0.5, 16, 4, BASE.top_k
-    config = with_router(with_dispatch(BASE, strategy, factor), norm_topk_prob=False)
-    case = cases.draw(rng, config, (devices, tokens))
+def without_overflow(case, devices):
+    """The case with the choices taken out that the dispatch drops, and their number for each expert.
+
+    x is [devices, tokens, d]. The largest weights between each pair of devices stay.
+    """
+    config, tokens = case.config, case.x.shape[1]
+    capacity = -(-int(np.ceil(config.parallel.capacity_factor * tokens * config.top_k / devices)) // 8) * 8
     whole = case.oracle()
-    capacity = -(-int(np.ceil(factor * tokens * k / devices)) // 8) * 8
     ids, holder = np.array(whole.expert_ids), np.array(whole.expert_ids) * devices // config.num_experts
     for sender, receiver in itertools.product(range(devices), repeat=2):
         chosen = np.argwhere(holder[sender] == receiver)
@@ -124,14 +124,21 @@ def test_overflow_is_counted_and_leaves_the_rest_as_it_is(rng, strategy):
             ids[sender][tuple(at)] = -1
     dropped = np.bincount(np.array(whole.expert_ids)[ids < 0], minlength=config.num_experts)
     assert dropped.sum(), "nothing overflowed: the test needs a smaller factor"
+    return case._replace(expert_ids=ids), dropped
 
-    kept = case._replace(expert_ids=ids)
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_overflow_is_counted_and_leaves_the_rest_as_it_is(rng, strategy):
+    """Against the oracle with the dropped choices taken out."""
+    config = with_router(with_dispatch(BASE, strategy, 0.5), norm_topk_prob=False)
+    case = cases.draw(rng, config, (4, 16))
+    kept, dropped = without_overflow(case, 4)
     wanted = kept.oracle()
     dparams_wanted, dx_wanted = oracle.backward(case.params, config, wanted, case.dy)
-    with jax.set_mesh(make_mesh(1, 1, devices, 1)):
+    with jax.set_mesh(make_mesh(1, 1, 4, 1)):
         (y, aux), dparams, dx = layers.run(case)
     np.testing.assert_array_equal(aux.dropped_per_expert, dropped)
-    np.testing.assert_array_equal(aux.tokens_per_expert, whole.tokens_per_expert)
+    np.testing.assert_array_equal(aux.tokens_per_expert, case.oracle().tokens_per_expert)
     assert_close(y, wanted.y, "float32")
     assert_trees_close(dparams["experts"], dparams_wanted["experts"], "float32")
     assert_close(dx, dx_wanted, "float32")
