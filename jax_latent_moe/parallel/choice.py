@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jax_latent_moe import checks, cost
 from jax_latent_moe.config import LatentMoEConfig
-from jax_latent_moe.device import current_device
+from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.errors import ConfigError, UnsupportedError
 from jax_latent_moe.params import check_config
 
@@ -54,7 +54,7 @@ def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[s
     }
 
 
-def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
+def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int, *, device: Device | None = None) -> str:
     """The dispatch that the config names. For "auto", the one of all_gather and all_to_all that should be faster.
 
     The decision is made before anything runs.
@@ -63,6 +63,7 @@ def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
         config: the layer, with `parallel` set.
         devices: devices along the expert axis.
         tokens: tokens of one device.
+        device: the kind of device that they are; None is JAX's default device.
 
     Raises:
         ConfigError: config.parallel is None.
@@ -71,18 +72,20 @@ def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int) -> str:
     costs = dispatch_costs(config, devices, tokens)
     assert config.parallel is not None
     named = config.parallel.dispatch
-    if named == "ragged_all_to_all" and current_device().platform == "cpu":
-        raise UnsupportedError(named, "XLA has no such collective on CPUs.", "Use dispatch='all_gather' or 'auto'.")
+    if named == "ragged_all_to_all" and (device or current_device()).platform == "cpu":
+        reason, remedy = "XLA has no such collective on CPUs.", "Use dispatch='all_gather' or 'auto'."
+        raise UnsupportedError(named, reason, remedy, kind="dispatch")
     return min(("all_gather", "all_to_all"), key=lambda name: costs[name].ms) if named == "auto" else named
 
 
-def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
+def explain(config: LatentMoEConfig, devices: int, tokens: int, *, device: Device | None = None) -> str:
     """A line for each dispatch: the bytes it would move, the time it would take, and whether it runs.
 
     Args:
         config: the layer, with `parallel` set.
         devices: devices along the expert axis.
         tokens: tokens of one device.
+        device: the kind of device that they are; None is JAX's default device.
 
     Raises:
         ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
@@ -96,7 +99,7 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int) -> str:
     if devices == 1:
         return "One device holds all experts: nothing travels."
     assert config.parallel is not None
-    chosen = choose_dispatch(config, devices, tokens)
+    chosen = choose_dispatch(config, devices, tokens, device=device)
     capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
     lines = [f"{tokens} tokens a device, {devices} devices share {config.num_experts} experts, {capacity} rows a pair:"]
     if config.parallel.dispatch_format is not None:
