@@ -199,8 +199,8 @@ def _exponents(scales: Array) -> Array:
     """The bytes of E8M0 for powers of two."""
     if isinstance(scales, Tracer):
         raise InputError(
-            "scales of float4_e2m1fn codes are checked to be powers of two, so they must not be traced: call from_qarray "
-            "outside of jit, vmap and eval_shape. It takes any leading axes."
+            "scales of float4_e2m1fn codes are checked to be powers of two, so they must not be traced: call "
+            "from_qarray outside of jit, vmap and eval_shape. It takes any leading axes."
         )
     bits = lax.bitcast_convert_type(scales.astype(jnp.float32), jnp.int32)
     smallest = bits == 1 << 22  # 2^-127 is subnormal

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax
+
 from jax_latent_moe import checks, cost
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.device import Device, current_device
@@ -41,12 +43,18 @@ def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[s
         tokens: tokens of one device.
 
     Raises:
-        ConfigError: config.parallel is None.
+        ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
+            experts.
         InputError: config is of another type.
     """
     check_config(config)
     if config.parallel is None:
         raise ConfigError("parallel=None has no dispatch: set parallel=ParallelConfig() in the layer's config.")
+    devices = checks.positive_int("devices", devices)
+    if not jax.export.is_symbolic_dim(tokens):
+        tokens = checks.integer("tokens", tokens)
+    if config.num_physical_experts % devices:
+        raise ConfigError(f"devices={devices} must divide the {config.num_physical_experts} experts that they share.")
     moved = cost.exchange_bytes(config, devices, tokens, config.parallel.capacity_factor)
     return {
         name: DispatchCost(out, back, 2 * LATENCY_MS + (out + back) / GIGABYTES_PER_SECOND[name] / 1e6)
@@ -66,7 +74,8 @@ def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int, *, devic
         device: the kind of device that they are; None is JAX's default device.
 
     Raises:
-        ConfigError: config.parallel is None.
+        ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
+            experts.
         UnsupportedError: ragged_all_to_all is named on a CPU.
     """
     costs = dispatch_costs(config, devices, tokens)
@@ -92,10 +101,7 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int, *, device: Devic
             experts.
         UnsupportedError: ragged_all_to_all is named on a CPU.
     """
-    devices, tokens = checks.positive_int("devices", devices), checks.integer("tokens", tokens)
     costs = dispatch_costs(config, devices, tokens)
-    if config.num_physical_experts % devices:
-        raise ConfigError(f"devices={devices} must divide the {config.num_physical_experts} experts that they share.")
     if devices == 1:
         return "One device holds all experts: nothing travels."
     assert config.parallel is not None

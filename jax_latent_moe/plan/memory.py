@@ -10,10 +10,12 @@ from jax.sharding import AbstractMesh
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.decode import Decode
+from jax_latent_moe.device import Device
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
+from jax_latent_moe.plan.rows import Rows
 from jax_latent_moe.quantization import quantize
 
 ADAM_BYTES = 8
@@ -63,20 +65,13 @@ def _without_fsdp(config, mesh) -> AbstractMesh:
     return AbstractMesh(tuple(1 if name == fsdp else size for name, size in mesh.shape.items()), tuple(mesh.shape))
 
 
-def allocated_rows(config: LatentMoEConfig, mesh: AbstractMesh, tokens: int) -> int:
-    """Rows for which one device's experts have memory: those of its own tokens, or all that it may be sent."""
-    parallel = _parallel(config)
-    devices = axis_sizes(parallel, mesh)[parallel.expert_axis]
-    if devices == 1:
-        return tokens * config.top_k
-    return devices * cost.exchange_capacity(config, devices, tokens, parallel.capacity_factor)
-
-
 def memory(
     config: LatentMoEConfig,
     mesh: AbstractMesh,
     tokens: int,
     layers: int,
+    rows: Rows,
+    device: Device,
     experts: ExpertPlan,
     *,
     training: bool,
@@ -90,6 +85,8 @@ def memory(
         mesh: axes and sizes.
         tokens: tokens of one device.
         layers: MoE layers that the device holds.
+        rows: rows of the experts' products.
+        device: the kind of device.
         experts: the decisions about the experts' products.
         training: whether to count gradients, Adam's moments and the residuals for the backward pass.
         remat: whether the layers keep only their input and are computed twice.
@@ -100,9 +97,8 @@ def memory(
     item, d, latent = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
     tensor = axis_sizes(_parallel(config), mesh)[_parallel(config).tensor_axis]
     inner = config.expert_intermediate_size // tensor
-    rows = allocated_rows(config, mesh, tokens)
-    kept_rows = rows * inner * (2 if config.gated else 1) * item
-    narrow = rows * latent * item
+    kept_rows = rows.allocated * inner * (2 if config.gated else 1) * item
+    narrow = rows.allocated * latent * item
     # Without a latent space, the tokens themselves go to the experts.
     widths = d if config.latent_size is None else d + latent
     per_token = tokens * d * item
@@ -110,8 +106,8 @@ def memory(
     if training:
         working = _beside_kept_rows(experts, narrow, kept_rows) + per_token
     else:
-        working = _forward_rows(config, experts, narrow, kept_rows, rows * inner * item)
-    working += _exchanged(config, mesh, tokens, rows)
+        working = _forward_rows(config, experts, narrow, kept_rows, rows.allocated * inner * item)
+    working += _exchanged(config, mesh, tokens, device)
     used = {"parameters": stored * param_bytes}
     if format is not None:
         used["codes and scales"] = layers * codes
@@ -153,13 +149,14 @@ def _beside_kept_rows(experts: ExpertPlan, narrow: int, kept: int) -> int:
     return narrow if experts.residual != "pre" or narrow >= kept else 0
 
 
-def _exchanged(config, mesh, tokens, rows) -> int:
+def _exchanged(config, mesh, tokens, device) -> int:
     """Bytes that devices exchange: all latents and their sums in float32, or the rows that arrive."""
     devices, item = axis_sizes(_parallel(config), mesh)[_parallel(config).expert_axis], jnp.dtype(config.dtype).itemsize
     if devices == 1:
         return 0
-    if choose_dispatch(config, devices, tokens) != "all_gather":
-        return rows * config.latent_width * item
+    if choose_dispatch(config, devices, tokens, device=device) != "all_gather":
+        received = devices * cost.exchange_capacity(config, devices, tokens, _parallel(config).capacity_factor)
+        return received * config.latent_width * item
     return devices * tokens * config.latent_width * (item + 4)
 
 
