@@ -1,5 +1,7 @@
 """Limits on an expert's rows: capacity, padding to it, and rounding to tiles."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,7 +27,7 @@ def padded_experts(experts, latent, expert_ids, weights, config, capacity, row_m
     return experts(latent, weights, plan)[:-1]
 
 
-def expert_capacity(config, assignments):
+def expert_capacity(config, assignments) -> Any:
     """The assignments that one expert keeps. The argument may be a symbolic size of `jax.export`."""
     capacity = cost.share_of_rows(config.router.capacity_factor, assignments, config.num_experts)
     if isinstance(capacity, int):

@@ -1,6 +1,6 @@
 """Which dispatch runs, and why: the time of each follows from the bytes it moves and a measured rate."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -34,13 +34,13 @@ class DispatchCost(NamedTuple):
     ms: float
 
 
-def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[str, DispatchCost]:
+def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: Any) -> dict[str, DispatchCost]:
     """The bytes and the expected time of each dispatch.
 
     Args:
         config: the layer, with `parallel` set.
         devices: devices along the expert axis.
-        tokens: tokens of one device.
+        tokens: tokens of one device, an integer unless it is a symbolic size of `jax.export`.
 
     Raises:
         ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
@@ -51,8 +51,9 @@ def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[s
     if config.parallel is None:
         raise ConfigError("parallel=None has no dispatch: set parallel=ParallelConfig() in the layer's config.")
     devices = checks.positive_int("devices", devices)
-    if not jax.export.is_symbolic_dim(tokens):
-        tokens = checks.integer("tokens", tokens)
+    symbolic: bool = jax.export.is_symbolic_dim(tokens)
+    if not symbolic:
+        checks.integer("tokens", tokens)
     if config.num_physical_experts % devices:
         raise ConfigError(f"devices={devices} must divide the {config.num_physical_experts} experts that they share.")
     moved = cost.exchange_bytes(config, devices, tokens, config.parallel.capacity_factor)

@@ -104,7 +104,7 @@ def memory(
     per_token = tokens * d * item
     # `working` is the scratch memory of one layer. The kernels that fsdp gathers are added below.
     if training:
-        working = _beside_kept_rows(experts, narrow, kept_rows) + per_token
+        working = _beside_kept_rows(experts, narrow, kept_rows, rows.allocated * inner * item) + per_token
     else:
         working = _forward_rows(config, experts, narrow, kept_rows, rows.allocated * inner * item)
     working += _exchanged(config, mesh, tokens, device)
@@ -137,16 +137,18 @@ def _forward_rows(config, experts: ExpertPlan, narrow: int, pre: int, hidden: in
     return narrow + pre + hidden if narrow >= pre else pre + max(narrow, hidden)
 
 
-def _beside_kept_rows(experts: ExpertPlan, narrow: int, kept: int) -> int:
+def _beside_kept_rows(experts: ExpertPlan, narrow: int, kept: int, hidden: int) -> int:
     """Bytes of rows that a backward pass needs besides the kept ones: gathered rows and the experts' outputs.
 
     Gathered rows and outputs use the same memory at different times. If hidden rows are not kept, they and narrower
     rows use the memory of results that are not written yet, such as a weight's gradient. A gradient that XLA computes
-    is beside the pre-activation, and if it reads hidden rows, the rows of both its products are there at once.
+    is beside the pre-activation, and if it reads hidden rows, the rows of both its products are there at once. Kept
+    hidden rows may be multiplied by weights, which makes a copy.
     """
+    copied = narrow + hidden if experts.weighted_hidden and experts.residual != "pre" else 0
     if experts.down_dgrad.problem.epilogue is None:
-        return max(narrow, kept) if experts.residual == "pre" else 2 * narrow
-    return narrow if experts.residual != "pre" or narrow >= kept else 0
+        return max(narrow, kept) if experts.residual == "pre" else max(2 * narrow, copied)
+    return max(narrow, copied) if experts.residual != "pre" or narrow >= kept else 0
 
 
 def _exchanged(config, mesh, tokens, device) -> int:
