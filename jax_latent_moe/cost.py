@@ -38,9 +38,13 @@ def matmul_flops_per_token(config: LatentMoEConfig) -> int:
     return total
 
 
-def exchange_capacity(
-    config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None, *, choices: int | None = None
-) -> int:
+def choices(config: LatentMoEConfig) -> int:
+    """Assignments of a token: its k experts and, with router.round_to_tile, as many more to which it may be added."""
+    k = config.top_k
+    return k if config.router.round_to_tile is None else k + min(k, config.num_experts - k)
+
+
+def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capacity_factor: float | None) -> int:
     """The most rows of latents that a device may send to each device that holds experts.
 
     Args:
@@ -48,13 +52,12 @@ def exchange_capacity(
         devices: n, the number of devices that share the experts.
         tokens: T, tokens of one device.
         capacity_factor: as in `ParallelConfig`.
-        choices: assignments of a token, if they are not config.top_k.
 
     Returns:
-        T * min(k, E / n), which is always enough; or ceil(capacity_factor * T * k / n), rounded up to a multiple of 8
-        for the kernels, if that is less.
+        T * min(`choices`, E / n), which is always enough; or ceil(capacity_factor * T * k / n), rounded up to a
+        multiple of 8 for the kernels, if that is less.
     """
-    enough = tokens * min(choices or config.top_k, config.num_physical_experts // devices)
+    enough = tokens * min(choices(config), config.num_physical_experts // devices)
     if capacity_factor is None:
         return enough
     return min(enough, -(-share_of_rows(capacity_factor, tokens * config.top_k, devices) // 8) * 8)
@@ -87,7 +90,7 @@ def exchange_bytes(
     capacity = exchange_capacity(config, devices, tokens, capacity_factor)
     routed = min(tokens * config.top_k // devices, capacity)
     return {
-        "all_gather": (others * tokens * (sent + 8 * config.top_k), others * tokens * row),
+        "all_gather": (others * tokens * (sent + 8 * choices(config)), others * tokens * row),
         "all_to_all": (others * capacity * (sent + 8), others * capacity * row),
         "ragged_all_to_all": (others * routed * (sent + 8), others * routed * row),
     }

@@ -33,17 +33,17 @@ class CheckpointError(LatentMoEError):
 
 
 class UnsupportedError(LatentMoEError):
-    """A named backend was asked for something it cannot do.
+    """A named backend or dispatch was asked for something it cannot do.
 
     Attributes:
-        backend: name of the backend.
+        backend: name of the backend or the dispatch.
         reason: why it cannot do it, as a sentence.
         remedy: what works instead, as a sentence.
     """
 
-    def __init__(self, backend: str, reason: str, remedy: str):
+    def __init__(self, backend: str, reason: str, remedy: str, *, kind: str = "backend"):
         self.backend, self.reason, self.remedy = backend, reason, remedy
-        super().__init__(f"backend '{backend}' cannot run this: {reason} {remedy}")
+        super().__init__(f"{kind} '{backend}' cannot run this: {reason} {remedy}")
 
 
 @contextlib.contextmanager

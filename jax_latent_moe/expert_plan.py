@@ -43,6 +43,8 @@ class ExpertPlan:
         unweighted: None if down_dgrad reads the rows that down_wgrad gathered, which are rows of dcombined times their
             weights. Such rows give the gradients of the weights' logarithms. Otherwise the reason why it reads rows
             without weights, as a sentence.
+        weighted_hidden: whether down_wgrad reads hidden rows times their weights, and rows of dcombined without.
+            Otherwise it reads hidden rows without, and rows of dcombined times their weights.
         decode: how few tokens run if nothing is differentiated, in place of up_without_gradient and down; or the reason
             against it; or None if the rows do not belong to whole tokens.
         projections: what multiplies the router's logits and the projections of the tokens, as `projections.explain`
@@ -68,6 +70,7 @@ class ExpertPlan:
     b_in_grad: Bound | None = None
     b_out_grad: Bound | None = None
     unweighted: str | None = None
+    weighted_hidden: bool = False
     decode: Decode | str | None = None
     projections: str | None = None
     encode_tokens: RowEncoder | None = None
@@ -210,6 +213,7 @@ def plan_experts(
         return row_encoder(format, config.backend, width, dtype, device)
 
     hidden = dataclasses.replace(dense, layout="columns") if residual == "gate_hidden" else dense
+    weighted_hidden = residual == "pre" or _few_exponents(dtype)
     # A fused gradient gives the gathered rows back. A weight gradient does not read codes.
     dout = dense if residual == "pre" and precision.dgrad is None else table
     return ExpertPlan(
@@ -220,12 +224,13 @@ def plan_experts(
         up_without_gradient=fuse(up, Epilogue(activation, None)) or up,
         down=forward(w_out_shape, dense if precision.fwd else hidden, w_out),
         down_dgrad=fuse(down_dgrad, kept) or down_dgrad,
-        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, hidden, dout),
+        down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, dense if weighted_hidden else hidden, dout),
         up_dgrad=input_gradient(w_in_shape, dense, w_in),
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
         b_in_grad=bias_gradient(w_in_shape[2]),
         b_out_grad=bias_gradient(w_out_shape[2]),
         unweighted=unweighted,
+        weighted_hidden=weighted_hidden,
         decode=decode,
         projections=projections,
         encode_tokens=encoder(precision.fwd, latent),
@@ -249,9 +254,14 @@ def _unweighted(by_log: bool, residual: Residual, precision: Precision, frozen_o
         return f"it reads codes in {precision.dgrad}, and codes have no weights."
     if frozen_out:
         return "w_out is frozen, so no down_wgrad gathers rows."
-    if jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp:
+    if _few_exponents(dtype):
         return f"small weights would lose their rows' bits in {jnp.dtype(dtype).name}, which has few exponents."
     return None
+
+
+def _few_exponents(dtype) -> bool:
+    """Whether gradients times weights leave the dtype's normal numbers. Hidden rows are larger than gradients."""
+    return jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
 
 
 def choose_residual(

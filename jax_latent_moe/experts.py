@@ -202,8 +202,10 @@ def _routed_bwd(plan, residuals, dcombined):
     dout = rows_of(_encoded(dcombined, plan.encode_dout), dispatch)
     dw_out = None
     if plan.residual != "pre" and plan.down_wgrad is not None:
-        weighted_dout = rows_of(dcombined, dispatch, weights)
-        made = plan.down_wgrad(Operands(hidden_rows(plan, kept), weighted_dout, sizes))
+        hidden, rows = hidden_rows(plan, kept), rows_of(dcombined, dispatch, weights)
+        if plan.weighted_hidden:
+            hidden, rows = _weighted(gathered(hidden), row_weights), rows_of(dcombined, dispatch)
+        made = plan.down_wgrad(Operands(hidden, rows, sizes))
         dw_out = made.out
         if plan.weighted_dgrad:
             dout, row_weights = made.rhs, jnp.ones_like(row_weights)
@@ -270,15 +272,19 @@ def _times_bias(rows: Float[Array, "r n"], bias: Float[Array, "e n"], group_size
 
 
 def _bias_gradients(plan, dpre, dout, row_weights, group_sizes) -> Biases:
-    """The sums over each expert's rows, as products with a column of ones: no scatter, and the same bits each time."""
-    ones = jnp.ones((dpre.shape[0], 1), dpre.dtype)
-    wide = at_least_float32(dout.dtype)
-    weighted = (row_weights[:, None].astype(wide) * dout.astype(wide)).astype(dout.dtype)
+    """The sums over each expert's rows, as products with a column: no scatter, and the same bits each time."""
+    ones, factors = jnp.ones((dpre.shape[0], 1), dpre.dtype), row_weights[:, None].astype(dout.dtype)
     db_in, db_out = (
-        product(Operands(ones, rows, group_sizes)).out[:, 0]
-        for product, rows in ((plan.b_in_grad, dpre), (plan.b_out_grad, weighted))
+        product(Operands(column, rows, group_sizes)).out[:, 0]
+        for product, column, rows in ((plan.b_in_grad, ones, dpre), (plan.b_out_grad, factors, dout))
     )
     return db_in, db_out
+
+
+def _weighted(rows: Float[Array, "r n"], row_weights: Float[Array, " r"]) -> Float[Array, "r n"]:
+    """The rows times their weights, rounded once."""
+    wide = at_least_float32(rows.dtype)
+    return (row_weights[:, None].astype(wide) * rows.astype(wide)).astype(rows.dtype)
 
 
 def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes, b_in=None) -> Outputs:

@@ -1,5 +1,7 @@
 """Limits on an expert's rows: capacity, padding to it, and rounding to tiles."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,14 +27,18 @@ def padded_experts(experts, latent, expert_ids, weights, config, capacity, row_m
     return experts(latent, weights, plan)[:-1]
 
 
+def expert_capacity(config, assignments) -> Any:
+    """The assignments that one expert keeps. The argument may be a symbolic size of `jax.export`."""
+    capacity = cost.share_of_rows(config.router.capacity_factor, assignments, config.num_experts)
+    if isinstance(capacity, int):
+        return min(max(capacity, config.router.min_capacity), assignments)
+    return jnp.maximum(capacity, config.router.min_capacity)
+
+
 def keep_within_capacity(expert_ids, weights, config, shards):
     """The assignments of these tokens that the experts keep [T, k], and the capacity, which is over all tokens."""
     expert_ids, weights = shards.gather_tokens(expert_ids), shards.gather_tokens(weights)
-    capacity = cost.share_of_rows(config.router.capacity_factor, expert_ids.size, config.num_experts)
-    if isinstance(capacity, int):
-        capacity = min(max(capacity, config.router.min_capacity), expert_ids.size)
-    else:  # a function of the symbolic sizes of jax.export
-        capacity = jnp.maximum(capacity, config.router.min_capacity)
+    capacity = expert_capacity(config, expert_ids.size)
     kept = within_capacity(expert_ids, weights, config.num_experts, capacity, config.router.drop_policy)
     return shards.own_tokens(kept), capacity
 
@@ -46,8 +52,13 @@ def keep_rounded(expert_ids, weights, config, shards):
 
 def rows_to_compute(plan, config):
     """The plan without rows that rounding leaves unused. It has twice the choices, and most of them are not added."""
-    tile, (tokens, choices) = config.router.round_to_tile, plan.row_of_assignment.shape
-    if tile is None or not isinstance(tokens, int):
+    tokens, choices = plan.row_of_assignment.shape
+    if config.router.round_to_tile is None or not isinstance(tokens, int):
         return plan
-    most = tokens * config.top_k + config.num_experts * (tile // 2)
+    most = most_rounded_rows(config, tokens)
     return first_rows(plan, most) if most < tokens * choices else plan
+
+
+def most_rounded_rows(config, tokens: int) -> int:
+    """The most assignments that the experts compute, of the chosen ones and those that rounding adds."""
+    return tokens * config.top_k + config.num_experts * ((config.router.round_to_tile or 0) // 2)

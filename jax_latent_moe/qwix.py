@@ -7,11 +7,13 @@ Example::
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
+from jax_latent_moe import checks
 from jax_latent_moe.errors import InputError, needs_extra
 from jax_latent_moe.formats import FORMATS, ScaledArray
 from jax_latent_moe.formats.fp4 import pack, unpack
@@ -44,11 +46,12 @@ def to_qarray(weight: ScaledArray) -> QArray:
     Scales of E8M0 become float32. A checkpoint's static scale of the inputs, which no product uses, is left out.
 
     Raises:
-        InputError: weight is not a `ScaledArray`, its format has more than one scale for a value, or its last block is
-            partial.
+        InputError: weight is not a `ScaledArray` of arrays, its format has more than one scale for a value, or its last
+            block is partial.
     """
     if not isinstance(weight, ScaledArray):
         raise InputError(f"weight is of type {type(weight).__name__}, not ScaledArray: `quantize` makes one.")
+    _check_leaves("to_qarray", "weight", weight)
     if weight.format not in _FORMATS:
         raise InputError(
             f"a QArray cannot hold {weight.format}: it has one scale for a value. Encode the decoded weight in one of "
@@ -89,13 +92,22 @@ def from_qarray(array: QArray, *, parts: int = 1) -> ScaledArray:
         parts: the number of matrices of that axis; 1 if there is none.
 
     Raises:
-        InputError: array is not a QArray of codes, has another shape, or has tiles or zero points that no format has;
+        InputError: array is not a QArray of arrays, has another shape, or has tiles or zero points that no format has;
             or scales of float4_e2m1fn are traced, or are not powers of two as mxfp4 needs.
+        ConfigError: parts is not a positive integer.
     """
     if not isinstance(array, QArray):
         raise InputError(f"array is of type {type(array).__name__}, not QArray: `qwix.quantize` makes one.")
+    _check_leaves("from_qarray", "array", array)
+    parts = checks.positive_int("parts", parts)
     leaves = [leaf for leaf in (array.qvalue, array.scale, array.zero_point) if leaf is not None]
-    if parts == 1:
+    shapes = [leaf.shape for leaf in leaves]
+    if len(set(map(len, shapes))) > 1:
+        raise InputError(
+            f"array has values of shape {shapes[0]} with scales or zero points of shape {shapes[1:]}: they need the "
+            "same number of axes, of size 1 where values share one."
+        )
+    if parts == 1 and array.ndim >= 2:
         leaves = [jnp.expand_dims(leaf, -2) for leaf in leaves]
     if array.ndim < 2 or leaves[0].ndim < 3 or leaves[0].shape[-2] != parts:
         raise InputError(
@@ -118,6 +130,15 @@ def from_qarray(array: QArray, *, parts: int = 1) -> ScaledArray:
     return ScaledArray(codes, scales, name)
 
 
+def _check_leaves(function: str, name: str, value: QArray | ScaledArray) -> None:
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise InputError(
+                f"{name} holds shapes without values, such as {leaf}: jax.eval_shape({function}, {name}) gives the "
+                "result's shapes."
+            )
+
+
 def _fitting(array: QArray, codes, scales) -> tuple[str, tuple[int, ...]]:
     """The format for codes of shape [..., P, N, K], and the shape of its scales, which those of the array divide."""
     fitting = []
@@ -126,8 +147,8 @@ def _fitting(array: QArray, codes, scales) -> tuple[str, tuple[int, ...]]:
         is_value = array.qvalue.dtype == dtype and array.qtype != "nf4"  # whose codes are places in a table
         if blocks is not None and is_value and len(scales) == 1 + name.endswith("_zero"):
             shape = (*codes[:-2], *blocks)
-            if all(size % given == 0 for of_leaf in scales for size, given in zip(shape, of_leaf, strict=True)):
-                fitting.append((math.prod(shape), name, shape))
+            if all(_divides(given, size) for of_leaf in scales for size, given in zip(shape, of_leaf, strict=True)):
+                fitting.append((math.prod(blocks), name, shape))
     if not fitting:
         codes_name = array.qtype if isinstance(array.qtype, str) else array.qvalue.dtype.name
         formats = ", ".join(f"{name} ({_described(name)})" for name in _FORMATS)
@@ -138,6 +159,10 @@ def _fitting(array: QArray, codes, scales) -> tuple[str, tuple[int, ...]]:
         )
     _, name, shape = min(fitting, key=lambda fit: fit[0])
     return name, shape
+
+
+def _divides(given: int, size: int) -> bool:
+    return size == given or (given > 0 and size % given == 0)
 
 
 def _described(name: str) -> str:
@@ -157,7 +182,8 @@ def _blocks(name: str, n: int, k: int) -> tuple[int, int] | None:
 
 def _repeated(leaf: Array, shape: tuple[int, ...]) -> Array:
     for axis, size in enumerate(shape):
-        leaf = jnp.repeat(leaf, size // leaf.shape[axis], axis)
+        if size != leaf.shape[axis]:
+            leaf = jnp.repeat(leaf, size // leaf.shape[axis], axis)
     return leaf
 
 
@@ -173,7 +199,8 @@ def _exponents(scales: Array) -> Array:
     """The bytes of E8M0 for powers of two."""
     if isinstance(scales, Tracer):
         raise InputError(
-            "scales of float4_e2m1fn codes are checked to be powers of two: call from_qarray outside of jit."
+            "scales of float4_e2m1fn codes are checked to be powers of two, so they must not be traced: call "
+            "from_qarray outside of jit, vmap and eval_shape. It takes any leading axes."
         )
     bits = lax.bitcast_convert_type(scales.astype(jnp.float32), jnp.int32)
     smallest = bits == 1 << 22  # 2^-127 is subnormal

@@ -188,3 +188,15 @@ def test_hidden_rows_behind_the_gate_are_read_where_they_stand(install_library):
         assert bound.problem.lhs == Operand("bfloat16", "columns")
         assert "lhs" in bound.in_place
     assert "lhs: cut out of wider rows in the kernel" in str(plan.down)
+
+
+def test_small_weights_multiply_hidden_rows_in_float16():
+    """Hidden rows times weights are rows of their own, so the kernel does not cut them out of the residual."""
+    config = dataclasses.replace(TOY, activation="swiglu", backend=FusingBackend(("gate_hidden",), ("gate_hidden",)))
+    apart, together = (plan_of(config, dtype=dtype, by_log=True) for dtype in ("float16", "bfloat16"))
+    assert (apart.weighted_hidden, together.weighted_hidden) == (True, False)
+    for plan, layout in ((apart, "dense"), (together, "columns")):
+        assert plan.residual == "gate_hidden"
+        assert plan.down.problem.lhs.layout == "columns"
+        assert plan.down_wgrad is not None
+        assert plan.down_wgrad.problem.lhs.layout == layout

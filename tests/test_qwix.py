@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import qwix
 
-from jax_latent_moe import InputError, init_params, latent_moe
+from jax_latent_moe import InputError, LatentMoEError, init_params, latent_moe
 from jax_latent_moe.formats import encode
 from jax_latent_moe.qwix import from_qarray, to_qarray
 from tests.cases import TOY
@@ -65,6 +65,7 @@ def test_what_qwix_quantises(dtype, settings, name, rng):
     np.testing.assert_array_equal(decoded(weight), qwix.dequantize(array))
 
 
+@pytest.mark.usefixtures("compiled_in_a_hurry")
 def test_a_layer_with_them(rng):
     config = dataclasses.replace(
         TOY, latent_size=128, expert_intermediate_size=64, activation="swiglu", top_k=3, expert_bias=False
@@ -76,6 +77,7 @@ def test_a_layer_with_them(rng):
         "w_out": qwix.quantize(params["experts"]["w_out"], jnp.float8_e4m3fn, channelwise_axes=[0]),
     }
 
+    @jax.jit
     def output(w_in, w_out):
         return latent_moe(params | {"experts": {"w_in": w_in, "w_out": w_out}}, x, config)[0]
 
@@ -100,6 +102,24 @@ def test_under_jit(rng):
         jax.jit(from_qarray)(to_qarray(encode(weights(rng), "mxfp4")))
 
 
+@pytest.mark.parametrize("name", ["fp8_block", "int8", "int4_32_zero", "int4_128", "mxfp4"])
+def test_a_weight_without_experts(name):
+    weight = encode(jnp.zeros((0, 256, 384)), name)
+    array = to_qarray(weight)
+    assert array.shape == (0, 256, 384)
+    back = from_qarray(array)
+    assert back.format == name
+    assert [leaf.shape for leaf in jax.tree.leaves(back)] == [leaf.shape for leaf in jax.tree.leaves(weight)]
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "int8", "int4_32_zero"])
+def test_shapes_alone(name, rng):
+    weight = encode(weights(rng), name)
+    shapes = jax.eval_shape(from_qarray, jax.eval_shape(to_qarray, weight))
+    assert shapes.format == name
+    assert jax.tree.leaves(shapes) == jax.tree.leaves(jax.eval_shape(lambda: weight))
+
+
 def test_the_smallest_and_no_scales_of_mxfp4():
     codes = jnp.zeros((1, 32, 3), jnp.float4_e2m1fn)
     scales = jnp.array([2.0**-127, 2.0**127, jnp.nan], jnp.float32).reshape(1, 1, 3)
@@ -122,8 +142,14 @@ def test_the_smallest_and_no_scales_of_mxfp4():
         (lambda w: from_qarray(qwix.quantize(w, jnp.float4_e2m1fn, tiled_axes={1: 32})), "no powers of two"),
         (lambda w: from_qarray(qwix.quantize(w, jnp.int8), parts=2), "parts=2: it must be"),
         (lambda w: from_qarray(qwix.quantize(w[0, 0], jnp.int8)), "it must be"),
+        (lambda w: from_qarray(qwix.QArray(jnp.int8(w), w[0, 0])), r"shape \(3, 256, 384\) with .* \[\(384,\)\]"),
+        (lambda w: from_qarray(qwix.QArray(jnp.int8(w), jnp.ones((3, 0, 384)))), "no format has int8"),
+        (lambda w: from_qarray(qwix.quantize(w, jnp.int8), parts=2.0), "parts=2.0 must be an integer"),
+        (lambda w: from_qarray(jax.eval_shape(lambda: qwix.quantize(w, jnp.int8))), r"jax.eval_shape\(from_qarray"),
+        (lambda w: to_qarray(jax.eval_shape(lambda: encode(w, "int8"))), r"jax.eval_shape\(to_qarray, weight\)"),
+        (lambda w: jax.vmap(from_qarray)(to_qarray(encode(w, "mxfp4"))), "outside of jit, vmap and eval_shape"),
     ],
 )
 def test_refusals(make, message, rng):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(LatentMoEError, match=message):
         make(weights(rng))

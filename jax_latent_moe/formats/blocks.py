@@ -12,17 +12,19 @@ Block = tuple[int | None, int | None]
 def in_blocks(values: Float[Array, "*e n k"], block: Block) -> Float[Array, "*e nb bn kb bk"]:
     """The values by blocks of (K, N) elements; None stands for the whole axis. A partial block is filled with 0."""
     *lead, n, k = values.shape
-    k_block, n_block = (size if block is None else block for size, block in zip((k, n), block, strict=True))
-    n_blocks, k_blocks = -(-n // max(n_block, 1)), -(-k // max(k_block, 1))
+    # A whole axis is one block, even without elements.
+    (k_block, k_blocks), (n_block, n_blocks) = (
+        (size, 1) if part is None else (part, -(-size // part)) for size, part in zip((k, n), block, strict=True)
+    )
     padding = [(0, 0)] * len(lead) + [(0, n_blocks * n_block - n), (0, k_blocks * k_block - k)]
     return jnp.pad(values, padding).reshape(*lead, n_blocks, n_block, k_blocks, k_block)
 
 
 def largest(values: Float[Array, "*e n k"], block: Block) -> Float[Array, "*e nb kb"]:
-    """The largest magnitude of each block, which is NaN or infinite if one of its values is."""
+    """The largest magnitude of each block, NaN or infinite if one of its values is, and 0 without values."""
     # Magnitudes are compared as integers: XLA's maximum over several axes of a CPU may lose a NaN.
     bits = lax.bitcast_convert_type(jnp.abs(in_blocks(values, block)), jnp.int32)
-    return lax.bitcast_convert_type(jnp.max(bits, axis=(-3, -1)), jnp.float32)
+    return lax.bitcast_convert_type(jnp.max(bits, axis=(-3, -1), initial=0), jnp.float32)
 
 
 def spread(scales: Array, block: Block, n: int, k: int) -> Array:

@@ -21,13 +21,13 @@ MX_BLOCK, NV_BLOCK = (32, 1), (16, 1)
 
 def pack(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
     """Codes of four bits, two in a byte."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def unpack(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
     """The codes of `pack`."""
-    return jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def to_e2m1(values: Float[Array, "*s"]) -> UInt8[Array, "*s"]:

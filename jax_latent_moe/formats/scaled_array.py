@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float
 
+from jax_latent_moe import checks
 from jax_latent_moe.errors import ConfigError, InputError
 from jax_latent_moe.formats.registry import FORMATS
 from jax_latent_moe.formats.scaled_rows import ScaledRows
@@ -75,17 +76,19 @@ def encode(values: Float[Array, "*e k n"], name: str, *, parts: int = 1) -> Scal
         parts: P, the number of matrices whose columns lie side by side: 2 for gate and up.
 
     Raises:
-        ConfigError: no format has that name, or its blocks do not divide the weight.
-        InputError: the values are not floating, or parts does not divide the columns.
+        ConfigError: no format has that name, its blocks do not divide the weight, or parts is not a positive integer.
+        InputError: the values are not floating or have no K and N, or parts does not divide the columns.
     """
     if isinstance(values, ScaledArray | ScaledRows):
         raise InputError(f"values are in {values.format} already: decode them with `values.decode(dtype)` first.")
     if not isinstance(name, str) or name not in FORMATS:
         known = ", ".join(FORMATS)
         raise ConfigError(f"format={name!r} is unknown: registered are {known}; `formats.register` adds one.")
-    values, format = jnp.asarray(values), FORMATS[name]
+    values, format, parts = jnp.asarray(values), FORMATS[name], checks.positive_int("parts", parts)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise InputError(f"values of dtype {values.dtype} must be floating: cast them first.")
+    if values.ndim < 2:
+        raise InputError(f"values of shape {values.shape} must be [..., K, parts * N]: reshape them to a matrix.")
     *leading, k, columns = values.shape
     if columns % parts:
         raise InputError(f"{columns} columns are not {parts} matrices side by side: parts must divide them.")

@@ -1,6 +1,8 @@
 """Which dispatch runs, and why: the time of each follows from the bytes it moves and a measured rate."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from jax_latent_moe import checks, cost
 from jax_latent_moe.config import LatentMoEConfig
@@ -32,21 +34,28 @@ class DispatchCost(NamedTuple):
     ms: float
 
 
-def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: int) -> dict[str, DispatchCost]:
+def dispatch_costs(config: LatentMoEConfig, devices: int, tokens: Any) -> dict[str, DispatchCost]:
     """The bytes and the expected time of each dispatch.
 
     Args:
         config: the layer, with `parallel` set.
         devices: devices along the expert axis.
-        tokens: tokens of one device.
+        tokens: tokens of one device, an integer unless it is a symbolic size of `jax.export`.
 
     Raises:
-        ConfigError: config.parallel is None.
+        ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
+            experts.
         InputError: config is of another type.
     """
     check_config(config)
     if config.parallel is None:
         raise ConfigError("parallel=None has no dispatch: set parallel=ParallelConfig() in the layer's config.")
+    devices = checks.positive_int("devices", devices)
+    symbolic: bool = jax.export.is_symbolic_dim(tokens)
+    if not symbolic:
+        checks.integer("tokens", tokens)
+    if config.num_physical_experts % devices:
+        raise ConfigError(f"devices={devices} must divide the {config.num_physical_experts} experts that they share.")
     moved = cost.exchange_bytes(config, devices, tokens, config.parallel.capacity_factor)
     return {
         name: DispatchCost(out, back, 2 * LATENCY_MS + (out + back) / GIGABYTES_PER_SECOND[name] / 1e6)
@@ -63,17 +72,19 @@ def choose_dispatch(config: LatentMoEConfig, devices: int, tokens: int, *, devic
         config: the layer, with `parallel` set.
         devices: devices along the expert axis.
         tokens: tokens of one device.
-        device: the device that runs it; None is JAX's default device.
+        device: the kind of device that they are; None is JAX's default device.
 
     Raises:
-        ConfigError: config.parallel is None.
+        ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
+            experts.
         UnsupportedError: ragged_all_to_all is named on a CPU.
     """
     costs = dispatch_costs(config, devices, tokens)
     assert config.parallel is not None
     named = config.parallel.dispatch
     if named == "ragged_all_to_all" and (device or current_device()).platform == "cpu":
-        raise UnsupportedError(named, "XLA has no such collective on CPUs.", "Use dispatch='all_gather' or 'auto'.")
+        reason, remedy = "XLA has no such collective on CPUs.", "Use dispatch='all_gather' or 'auto'."
+        raise UnsupportedError(named, reason, remedy, kind="dispatch")
     return min(("all_gather", "all_to_all"), key=lambda name: costs[name].ms) if named == "auto" else named
 
 
@@ -84,17 +95,14 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int, *, device: Devic
         config: the layer, with `parallel` set.
         devices: devices along the expert axis.
         tokens: tokens of one device.
-        device: the device that runs it; None is JAX's default device.
+        device: the kind of device that they are; None is JAX's default device.
 
     Raises:
         ConfigError: config.parallel is None, devices or tokens is not a valid number, or devices do not divide the
             experts.
         UnsupportedError: ragged_all_to_all is named on a CPU.
     """
-    devices, tokens = checks.positive_int("devices", devices), checks.integer("tokens", tokens)
     costs = dispatch_costs(config, devices, tokens)
-    if config.num_physical_experts % devices:
-        raise ConfigError(f"devices={devices} must divide the {config.num_physical_experts} experts that they share.")
     if devices == 1:
         return "One device holds all experts: nothing travels."
     assert config.parallel is not None

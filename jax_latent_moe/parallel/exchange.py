@@ -56,7 +56,7 @@ def exchange(
     assert config.parallel is not None
     devices, (tokens, k) = lax.axis_size(axis), expert_ids.shape
     local_experts = config.num_physical_experts // devices
-    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor, choices=k)
+    capacity = cost.exchange_capacity(config, devices, tokens, config.parallel.capacity_factor)
     dropped = jnp.zeros(config.num_physical_experts, jnp.int32)
     if capacity < tokens * min(k, local_experts):
         kept = within_capacity(expert_ids // local_experts, weights, devices, capacity, "probs")
@@ -88,13 +88,13 @@ def own_experts_of_all(
     """
     local_experts = config.num_physical_experts // lax.axis_size(axis)
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
-    plan = make_dispatch_plan(expert_ids, local_experts, config.backend, row_multiple)
+    plan = make_dispatch_plan(expert_ids, local_experts, config.backend, row_multiple)._replace(expert_ids=None)
     return sum_used_alike(axis, experts(latent, jnp.where(mine, weights, 0), plan))
 
 
 def _experts_of(experts, plan_of, rows, weights, expert_ids, num_experts, most_rows=None):
     """The weighted sums of this device's experts. Ids are indices of these experts. At most most_rows rows have one."""
-    plan = plan_of(expert_ids, num_experts)
+    plan = plan_of(expert_ids, num_experts)._replace(expert_ids=None)  # rows are not all those of a token
     if most_rows is not None and most_rows < expert_ids.size:
         plan = first_rows(plan, most_rows)
     return experts(rows, weights, plan)

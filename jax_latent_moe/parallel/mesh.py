@@ -115,7 +115,7 @@ def param_specs(
     check_config(config)
     if config.parallel is None:
         raise ConfigError("parallel=None names no mesh axes: set parallel=ParallelConfig() in the layer's config.")
-    _check_divides(config, mesh)
+    check_divides(config, mesh)
     rules = {None: None, **dict(logical_axis_rules(config.parallel, mesh))}
     specs: dict[str, dict[str, Any]] = {
         part: {name: PartitionSpec(*(rules[axis] for axis in axes)) for name, axes in leaves.items()}
@@ -299,7 +299,13 @@ def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:
     }
 
 
-def _check_divides(config, mesh):
+def check_divides(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a mesh that cannot split the layer into equal parts.
+
+    Raises:
+        ConfigError: an axis of the mesh does not divide what it splits.
+    """
+    assert config.parallel is not None
     _, fsdp, expert, tensor = config.parallel.axes
     sizes = axis_sizes(config.parallel, mesh)
     for name, width, axis in (

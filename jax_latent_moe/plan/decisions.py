@@ -6,21 +6,22 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
+from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.decode import plan_decode
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
-from jax_latent_moe.formats import row_multiple_of
 from jax_latent_moe.grouped_matmul import Operand
 from jax_latent_moe.parallel import axis_sizes
 from jax_latent_moe.params import param_shapes
 from jax_latent_moe.plan.gpus import GPU
+from jax_latent_moe.plan.rows import Rows
 from jax_latent_moe.projections import explain
 from jax_latent_moe.quantization import quantize
 from jax_latent_moe.routing.router import gives_log_weights, weighs_in_kernel
 
 
 def experts_of(
-    config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, rows: int, gpu: GPU, format: str | None = None
+    config: LatentMoEConfig, mesh: AbstractMesh, tokens: int, rows: Rows, gpu: GPU, format: str | None = None
 ) -> ExpertPlan:
     """What the layer decides about the experts' products of one device.
 
@@ -28,7 +29,7 @@ def experts_of(
         config: the layer, as it is given to `latent_moe`.
         mesh: axes and sizes.
         tokens: tokens of one device.
-        rows: rows of the experts' products.
+        rows: rows of the experts' products, for weights in this format.
         gpu: the device, with its kernels.
         format: the format of the experts' weights, which are then frozen; None for dense weights.
 
@@ -41,13 +42,14 @@ def experts_of(
     experts, tensor = config.num_physical_experts // sizes[parallel.expert_axis], sizes[parallel.tensor_axis]
     inner, latent = config.expert_intermediate_size // tensor, config.latent_width
     codes = None if format is None else Operand(format)
-    whole = sizes[parallel.expert_axis] == 1 and not config.router.pad_to_capacity
-    by_log = whole and not config.apply_probs_on_input and gives_log_weights(config.router)
-    if weighs_in_kernel(config.router, tokens, config.num_experts, config.top_k, config.backend, gpu.device):
-        by_log = by_log and config.router.selection == "given"
+    one_device, router = sizes[parallel.expert_axis] == 1, config.router
+    plain = one_device and not router.pad_to_capacity and router.round_to_tile is None
+    by_log = plain and not config.apply_probs_on_input and gives_log_weights(router)
+    if weighs_in_kernel(router, tokens, config.num_experts, config.top_k, config.backend, gpu.device):
+        by_log = by_log and router.selection == "given"
     return plan_experts(
         config,
-        rows,
+        rows.allocated,
         (experts, latent, inner * (2 if config.gated else 1)),
         (experts, inner, latent),
         config.dtype,
@@ -55,7 +57,7 @@ def experts_of(
         w_out=codes,
         device=gpu.device,
         by_log=by_log,
-        **_few_tokens(config, tokens, gpu, format) if whole and config.router.round_to_tile is None else {},
+        **_few_tokens(config, tokens, gpu, format) if rows.whole_tokens else {},
     )
 
 
@@ -64,11 +66,9 @@ def _few_tokens(config, tokens, gpu, format):
     if format is not None:
         shapes = jax.eval_shape(lambda params: quantize(params, config, format), shapes)
     w_in, w_out = shapes["experts"]["w_in"], shapes["experts"]["w_out"]
-    if row_multiple_of(w_in, w_out) > 1:
-        return {}
     if format is None:
         w_in = jax.ShapeDtypeStruct((*w_in.shape[:2], math.prod(w_in.shape[2:])), w_in.dtype)
     return {
-        "decode": plan_decode(config, tokens, config.top_k, config.dtype, w_in, w_out, device=gpu.device),
+        "decode": plan_decode(config, tokens, cost.choices(config), config.dtype, w_in, w_out, device=gpu.device),
         "projections": explain(config, tokens, device=gpu.device),
     }

@@ -15,6 +15,7 @@ from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch, param_specs
 from jax_latent_moe.params import param_shapes
+from jax_latent_moe.plan.rows import Rows
 from jax_latent_moe.quantization import quantize
 
 ADAM_BYTES = 8
@@ -64,22 +65,14 @@ def _without_fsdp(config, mesh) -> AbstractMesh:
     return AbstractMesh(tuple(1 if name == fsdp else size for name, size in mesh.shape.items()), tuple(mesh.shape))
 
 
-def allocated_rows(config: LatentMoEConfig, mesh: AbstractMesh, tokens: int) -> int:
-    """Rows for which one device's experts have memory: those of its own tokens, or all that it may be sent."""
-    parallel = _parallel(config)
-    devices = axis_sizes(parallel, mesh)[parallel.expert_axis]
-    if devices == 1:
-        return tokens * config.top_k
-    return devices * cost.exchange_capacity(config, devices, tokens, parallel.capacity_factor)
-
-
 def memory(
     config: LatentMoEConfig,
     mesh: AbstractMesh,
     tokens: int,
     layers: int,
-    experts: ExpertPlan,
+    rows: Rows,
     device: Device,
+    experts: ExpertPlan,
     *,
     training: bool,
     remat: bool,
@@ -92,8 +85,9 @@ def memory(
         mesh: axes and sizes.
         tokens: tokens of one device.
         layers: MoE layers that the device holds.
+        rows: rows of the experts' products.
+        device: the kind of device.
         experts: the decisions about the experts' products.
-        device: what it runs on.
         training: whether to count gradients, Adam's moments and the residuals for the backward pass.
         remat: whether the layers keep only their input and are computed twice.
         format: the format of the experts' weights, which are then frozen; None for dense weights.
@@ -103,18 +97,17 @@ def memory(
     item, d, latent = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
     tensor = axis_sizes(_parallel(config), mesh)[_parallel(config).tensor_axis]
     inner = config.expert_intermediate_size // tensor
-    rows = allocated_rows(config, mesh, tokens)
-    kept_rows = rows * inner * (2 if config.gated else 1) * item
-    narrow = rows * latent * item
+    kept_rows = rows.allocated * inner * (2 if config.gated else 1) * item
+    narrow = rows.allocated * latent * item
     # Without a latent space, the tokens themselves go to the experts.
     widths = d if config.latent_size is None else d + latent
     per_token = tokens * d * item
     # `working` is the scratch memory of one layer. The kernels that fsdp gathers are added below.
     if training:
-        working = _beside_kept_rows(experts, narrow, kept_rows) + per_token
+        working = _beside_kept_rows(experts, narrow, kept_rows, rows.allocated * inner * item) + per_token
     else:
-        working = _forward_rows(config, experts, narrow, kept_rows, rows * inner * item)
-    working += _exchanged(config, mesh, tokens, rows, device)
+        working = _forward_rows(config, experts, narrow, kept_rows, rows.allocated * inner * item)
+    working += _exchanged(config, mesh, tokens, device)
     used = {"parameters": stored * param_bytes}
     if format is not None:
         used["codes and scales"] = layers * codes
@@ -144,25 +137,28 @@ def _forward_rows(config, experts: ExpertPlan, narrow: int, pre: int, hidden: in
     return narrow + pre + hidden if narrow >= pre else pre + max(narrow, hidden)
 
 
-def _beside_kept_rows(experts: ExpertPlan, narrow: int, kept: int) -> int:
+def _beside_kept_rows(experts: ExpertPlan, narrow: int, kept: int, hidden: int) -> int:
     """Bytes of rows that a backward pass needs besides the kept ones: gathered rows and the experts' outputs.
 
     Gathered rows and outputs use the same memory at different times. If hidden rows are not kept, they and narrower
     rows use the memory of results that are not written yet, such as a weight's gradient. A gradient that XLA computes
-    is beside the pre-activation, and if it reads hidden rows, the rows of both its products are there at once.
+    is beside the pre-activation, and if it reads hidden rows, the rows of both its products are there at once. Kept
+    hidden rows may be multiplied by weights, which makes a copy.
     """
+    copied = narrow + hidden if experts.weighted_hidden and experts.residual != "pre" else 0
     if experts.down_dgrad.problem.epilogue is None:
-        return max(narrow, kept) if experts.residual == "pre" else 2 * narrow
-    return narrow if experts.residual != "pre" or narrow >= kept else 0
+        return max(narrow, kept) if experts.residual == "pre" else max(2 * narrow, copied)
+    return max(narrow, copied) if experts.residual != "pre" or narrow >= kept else 0
 
 
-def _exchanged(config, mesh, tokens, rows, device) -> int:
+def _exchanged(config, mesh, tokens, device) -> int:
     """Bytes that devices exchange: all latents and their sums in float32, or the rows that arrive."""
     devices, item = axis_sizes(_parallel(config), mesh)[_parallel(config).expert_axis], jnp.dtype(config.dtype).itemsize
     if devices == 1:
         return 0
     if choose_dispatch(config, devices, tokens, device=device) != "all_gather":
-        return rows * config.latent_width * item
+        received = devices * cost.exchange_capacity(config, devices, tokens, _parallel(config).capacity_factor)
+        return received * config.latent_width * item
     return devices * tokens * config.latent_width * (item + 4)
 
 

@@ -8,9 +8,12 @@ from jax_latent_moe import checks, cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.parallel import explain
+from jax_latent_moe.parallel.mesh import check_divides
+from jax_latent_moe.params import check_config
 from jax_latent_moe.plan.decisions import experts_of
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import allocated_rows, memory
+from jax_latent_moe.plan.memory import memory
+from jax_latent_moe.plan.rows import expert_rows
 from jax_latent_moe.plan.timing import Part, layer_parts
 
 COMPUTE = ("arithmetic", "memory")
@@ -21,7 +24,7 @@ class CostPlan:
     """The result of `make_cost_plan`, for one device.
 
     Attributes:
-        config: the layer, with `parallel` set.
+        config: the layer, with `parallel` set and without `pad_to_capacity`, whose rows are in `experts`.
         sizes: devices along each mesh axis.
         tokens: tokens of one device.
         gpu: the device.
@@ -95,19 +98,30 @@ def make_cost_plan(
             alone: times are for dense weights.
 
     Raises:
-        ConfigError: tokens or layers is not a valid number, or the size of an axis does not divide what it splits.
-        UnsupportedError: the named dispatch or backend does not run on this device.
+        ConfigError: a number is not a positive integer, or the size of an axis does not divide what it splits.
+        InputError: config is of another type.
+        UnsupportedError: the named dispatch does not run on this mesh, or the named backend not on this GPU.
     """
-    tokens, layers = checks.integer("tokens", tokens), checks.positive_int("layers", layers)
+    check_config(config)
+    tokens, layers = checks.positive_int("tokens", tokens), checks.positive_int("layers", layers)
+    sizes = {axis: checks.positive_int(f"sizes[{axis!r}]", size) for axis, size in sizes.items()}
     mesh, given = AbstractMesh(tuple(sizes.values()), tuple(sizes)), config
     if config.parallel is None:
-        config = dataclasses.replace(config, parallel=ParallelConfig())
+        # On one device a layer may pad to capacity, and `given` then says how many rows it has.
+        router = config.router if sizes else dataclasses.replace(config.router, pad_to_capacity=False)
+        config = dataclasses.replace(config, router=router, parallel=ParallelConfig())
+    check_divides(config, mesh)
     # A layer without a mesh may run kernels that a layer with one does not.
-    given, rows = config if sizes else given, allocated_rows(config, mesh, tokens)
-    dense = experts_of(given, mesh, tokens, rows, gpu)
-    experts = dense if format is None else experts_of(given, mesh, tokens, rows, gpu, format)
-    used = memory(config, mesh, tokens, layers, experts, gpu.device, training=training, remat=remat, format=format)
-    parts = layer_parts(config, mesh, tokens, gpu, dense, training=training, remat=remat)
+    given = config if sizes else given
+    dense_rows = rows = expert_rows(given, mesh, tokens, gpu.device)
+    dense = experts = experts_of(given, mesh, tokens, dense_rows, gpu)
+    if format is not None:
+        rows = expert_rows(given, mesh, tokens, gpu.device, format)
+        experts = experts_of(given, mesh, tokens, rows, gpu, format)
+    used = memory(
+        config, mesh, tokens, layers, rows, gpu.device, experts, training=training, remat=remat, format=format
+    )
+    parts = layer_parts(config, mesh, tokens, gpu, dense_rows, dense, training=training, remat=remat)
     return CostPlan(config, sizes, tokens, gpu, layers, training, format, experts, used, tuple(parts))
 
 
@@ -127,7 +141,7 @@ def render(plan: CostPlan) -> str:
         "Experts",
         *(f"  {line}" for line in plan.experts.summary()),
         "Dispatch, forward",
-        *(f"  {line}" for line in _dispatch(plan).splitlines()),
+        *(f"  {line}" for line in _dispatches(plan).splitlines()),
         "Time of a layer, ms" if plan.format is None else "Time of a layer with dense experts, ms",
         *(f"  {part.name:<32}{part.ms:9.2f}  {part.bound}" for part in plan.parts),
         f"  {'kernels + collectives':<32}{plan.compute_ms:9.2f} + {plan.communication_ms:.2f}",
@@ -136,6 +150,7 @@ def render(plan: CostPlan) -> str:
     return "\n".join(lines)
 
 
-def _dispatch(plan) -> str:
+def _dispatches(plan: CostPlan) -> str:
+    assert plan.config.parallel is not None
     devices = plan.sizes.get(plan.config.parallel.expert_axis, 1)
     return explain(plan.config, devices, plan.tokens, device=plan.gpu.device)

@@ -13,7 +13,8 @@ from jax_latent_moe.decode import Decode
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import allocated_rows, gathered_parameters, parameters_per_device
+from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
+from jax_latent_moe.plan.rows import Rows
 
 OVERLAP = 0.3
 """The fraction of the shorter of arithmetic and memory time that adds to the longer; fitted to measured kernels."""
@@ -109,6 +110,7 @@ def layer_parts(
     mesh: AbstractMesh,
     tokens: int,
     gpu: GPU,
+    rows: Rows,
     experts: ExpertPlan,
     *,
     training: bool,
@@ -121,20 +123,20 @@ def layer_parts(
         mesh: axes and sizes.
         tokens: tokens of one device.
         gpu: the device.
+        rows: rows of the experts' products, for dense weights.
         experts: the decisions about the experts' products, for dense weights.
         training: whether to count the backward pass.
         remat: whether to count the forward pass twice.
     """
     return [
-        *_kernels(config, mesh, tokens, gpu, experts, training, remat),
+        *_kernels(config, mesh, tokens, gpu, rows, experts, training, remat),
         *_collectives(config, mesh, tokens, gpu, training),
     ]
 
 
-def _kernels(config, mesh, tokens, gpu, plan, training, remat) -> Iterator[Part]:
+def _kernels(config, mesh, tokens, gpu, rows, plan, training, remat) -> Iterator[Part]:
     sizes = axis_sizes(config.parallel, mesh)
     _, _, expert, tensor = (sizes[axis] for axis in config.parallel.axes)
-    rows, allocated = tokens * config.top_k, allocated_rows(config, mesh, tokens)
     item, d, width = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
     inner, gate = config.expert_intermediate_size // tensor, 2 if config.gated else 1
     forward = 1 + (training and remat)
@@ -152,9 +154,9 @@ def _kernels(config, mesh, tokens, gpu, plan, training, remat) -> Iterator[Part]
         yield kernel("shared expert", gpu, passes * flops, passes * moved, gpu.dense_flops)
     few = isinstance(plan.decode, Decode) and not training
     if few:
-        products = few_token_products(config, gpu, rows)
+        products = few_token_products(config, gpu, rows.multiplied)
     else:
-        products = grouped_matmuls(config, gpu, rows, config.num_physical_experts // expert, tensor, plan)
+        products = grouped_matmuls(config, gpu, rows.multiplied, config.num_physical_experts // expert, tensor, plan)
     counted = {"forward": forward, "dgrad": int(training), "wgrad": int(training)}
     parts = [(part, counted[name.split()[1]]) for name, part in products.items()]
     longest = max((part for part, _ in parts), key=lambda part: part.ms)
@@ -168,10 +170,10 @@ def _kernels(config, mesh, tokens, gpu, plan, training, remat) -> Iterator[Part]
     if few:
         return  # both kernels find their rows in the choice, and compute the activation and the weighted sums
     hidden_passes = _activation_passes(config, plan, forward, training)
-    yield kernel("activation", gpu, 0.0, item * allocated * inner * hidden_passes, gpu.dense_flops)
+    yield kernel("activation", gpu, 0.0, item * rows.allocated * inner * hidden_passes, gpu.dense_flops)
     # Forward writes and reads rows, and reads them for the sums. Backward has two gathers and a sum.
     gathers = 3 * forward + 5 * training
-    yield kernel("gather and combine", gpu, 0.0, item * allocated * width * gathers, gpu.dense_flops)
+    yield kernel("gather and combine", gpu, 0.0, item * rows.allocated * width * gathers, gpu.dense_flops)
 
 
 def _activation_passes(config, plan, forward, training) -> int:

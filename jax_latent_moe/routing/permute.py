@@ -68,7 +68,7 @@ def _padded(plan: DispatchPlan, multiple: int) -> DispatchPlan:
     """The plan with padding rows that fill each expert up to a multiple."""
     sizes, (num_assignments,) = plan.group_sizes, plan.assignment_of_row.shape
     experts = sizes.shape[0]
-    num_rows = num_assignments + min(experts, num_assignments) * (multiple - 1)
+    num_rows = padded_rows(num_assignments, experts, multiple)
     padded = -(-sizes // multiple) * multiple
     ends, padded_ends = jnp.cumsum(sizes), jnp.cumsum(padded)
     row = jnp.arange(num_rows, dtype=jnp.int32)
@@ -88,17 +88,27 @@ def _padded(plan: DispatchPlan, multiple: int) -> DispatchPlan:
     )
 
 
+def padded_rows(assignments: int, experts: int, multiple: int) -> int:
+    """R of a plan whose experts' rows begin at a multiple: enough however the assignments are spread."""
+    return assignments + min(experts, assignments) * (multiple - 1)
+
+
 def first_rows(plan: DispatchPlan, num_rows: int) -> DispatchPlan:
     """The plan cut to num_rows rows, which hold all rows of experts, plus at least one row without an expert.
 
     An assignment to no expert reads the last row, which grouped matmuls leave zero.
     """
     sizes, assignment_of_row, row_of_assignment, padding, _ = plan
-    num_rows += assignment_of_row.size - row_of_assignment.size  # the padding rows
-    num_rows += ROW_MULTIPLE - num_rows % ROW_MULTIPLE
+    num_rows = kept_rows(num_rows, row_of_assignment.size, assignment_of_row.size)
     kept = assignment_of_row[:num_rows]
     padding = None if padding is None else padding[:num_rows]
     return DispatchPlan(sizes, kept, jnp.minimum(row_of_assignment, kept.size - 1), padding)
+
+
+def kept_rows(num_rows: int, assignments: int, allocated: int) -> int:
+    """R of `first_rows` for a plan of `allocated` rows, of which all but the assignments are padding rows."""
+    num_rows += allocated - assignments
+    return min(allocated, num_rows + ROW_MULTIPLE - num_rows % ROW_MULTIPLE)
 
 
 def filled_to_capacity(plan: DispatchPlan, capacity: int, spare: int) -> DispatchPlan:

@@ -11,7 +11,7 @@ import pytest
 from jax_latent_moe import native
 from jax_latent_moe.config import CutlassBackend, PallasBackend
 from jax_latent_moe.device import Device
-from jax_latent_moe.errors import ConfigError, UnsupportedError
+from jax_latent_moe.errors import ConfigError, InputError, UnsupportedError
 from jax_latent_moe.formats import FORMATS, encode
 from jax_latent_moe.grouped_matmul import Operand, explain, grouped_matmul, problem, select
 from tests.conformance import suite
@@ -93,6 +93,31 @@ def test_compiled_kernels_refuse_it_and_auto_takes_the_kernel_that_widens_it(row
     text = explain(asked, "auto")
     assert f"of bfloat16 and {row.name} to bfloat16" in text
     assert f"{PallasBackend()!r} runs it" in text
+
+
+@pytest.mark.parametrize("shape", [(0, 256, 128), (2, 0, 128), (2, 256, 0), (0, 0, 0), (256, 0)])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_without_elements(name, parts, shape):
+    """They have the blocks of the format, so meshes and checkpoints treat them as others."""
+    weight = encode(np.zeros(shape, np.float32), name, parts=parts)
+    assert weight.shape == weight.decode(jnp.float32).shape == shape
+    k_blocks, n_blocks = FORMATS[name].blocks(shape[-2], shape[-1] // parts)
+    assert (*shape[:-2], parts, n_blocks, k_blocks) in {scale.shape for scale in jax.tree.leaves(weight.scales)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "error", "message"),
+    [
+        ((8,), 1, InputError, r"values of shape \(8,\) must be \[..., K, parts \* N\]"),
+        ((8, 8), 0, ConfigError, "parts=0 must be an integer of at least 1"),
+        ((8, 8), 2.0, ConfigError, "parts=2.0 must be an integer"),
+        ((8, 9), 2, InputError, "9 columns are not 2 matrices"),
+    ],
+)
+def test_what_is_no_weight_is_refused(shape, parts, error, message):
+    with pytest.raises(error, match=message):
+        encode(np.zeros(shape, np.float32), "int8", parts=parts)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "jax_latent_moe"
 # A module may import from the lines above its own, and from its own folder.
 ORDER = (
     ("device", "dtypes", "errors", "native", "shards", "varying"),
-    ("activations", "arrays", "checks", "derivatives", "formats"),
+    ("checks",),
+    ("activations", "arrays", "derivatives", "formats"),
     ("low_rank",),
     ("grouped_matmul", "precision", "router_config"),
     ("config", "lax"),

@@ -231,6 +231,14 @@ def first():
 
 
 @pytest.fixture(scope="module")
+def first_scanned():
+    """The first state of the scanned model, which draws it by itself."""
+    config = dataclasses.replace(DEEP, scan_layers=True)
+    model, optimizer = language_model(config), make_optimizer(config.optimizer, config.steps)
+    return jax.device_get(step.init_state_on(model, optimizer, config.seed, make_mesh("", config.batch_size)))
+
+
+@pytest.fixture(scope="module")
 def unrolled(batch, first):
     return first_steps(DEEP, batch, start=first)
 
@@ -278,10 +286,11 @@ def test_options_for_speed_train_the_same(batch, first, unrolled, changes):
 @pytest.mark.parametrize(
     "changes", [{"remat": "cheap"}, {"remat": "layer"}, {"accumulate": 2, "mesh": "fsdp=2,expert=2"}]
 )
-def test_scanned_layers_train_as_unrolled_ones(batch, unrolled, changes):
+def test_scanned_layers_train_as_unrolled_ones(batch, unrolled, first_scanned, changes):
     wanted, wanted_metrics = unrolled
     config = dataclasses.replace(DEEP, scan_layers=True, **changes)
-    state, metrics = first_steps(config, batch, make_mesh(config.mesh, config.batch_size, config.accumulate))
+    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
+    state, metrics = first_steps(config, batch, mesh, start=first_scanned)
     assert_close(metrics.loss, wanted_metrics.loss, "float32")
     assert_close(metrics.grad_norm, wanted_metrics.grad_norm, "float32")
     np.testing.assert_array_equal(metrics.loads, wanted_metrics.loads)

@@ -75,17 +75,22 @@ def collective_bytes(program: str, name: str) -> int:
     return sum(int(bits) // 8 * math.prod(map(int, shape.split("x"))) for shape, bits in operands)
 
 
-@pytest.mark.parametrize(("capacity_factor", "format"), [(None, None), (1.0, None), (1.0, "fp8_block")])
-def test_bytes_are_those_of_the_program(capacity_factor, format):
+@pytest.mark.parametrize(
+    ("capacity_factor", "tile", "format"),
+    [(None, None, None), (1.0, None, None), (None, 4, None), (1.0, 4, None), (1.0, None, "fp8_block")],
+)
+def test_bytes_are_those_of_the_program(capacity_factor, tile, format):
     devices, tokens = 4, 64
+    base = dataclasses.replace(BASE, router=dataclasses.replace(BASE.router, round_to_tile=tile))
     x = jax.ShapeDtypeStruct((devices * tokens, BASE.hidden_size), jnp.float32)
-    expected = exchange_bytes(with_parallel(BASE, dispatch_format=format), devices, tokens, capacity_factor)
+    expected = exchange_bytes(with_parallel(base, dispatch_format=format), devices, tokens, capacity_factor)
     for dispatch, collectives in (("all_gather", ("all_gather", "reduce_scatter")), ("all_to_all", ("all_to_all",))):
-        config = with_parallel(BASE, dispatch=dispatch, capacity_factor=capacity_factor, dispatch_format=format)
+        config = with_parallel(base, dispatch=dispatch, capacity_factor=capacity_factor, dispatch_format=format)
         with jax.set_mesh(make_mesh(1, 1, devices, 1)):
             program = jax.jit(latent_moe, static_argnums=2).lower(param_shapes(BASE), x, config).as_text()
         operands = sum(collective_bytes(program, name) for name in collectives)
         router = 4 * (BASE.hidden_size + 1) * BASE.num_experts // devices  # gathered by every layer, whatever travels
+        router += 8 * tokens * 2 * BASE.top_k if tile else 0  # ids and weights, which rounding compares
         if dispatch == "all_gather":
             # A device gives its tokens to each other one, and gets its own part back from each.
             returned = 4 * devices * tokens * BASE.latent_width

@@ -47,6 +47,8 @@ def test_lowers_for_gpus_with_gradients(rng):
 
 def test_cpus_refuse_it(rng):
     case = cases.draw(rng, RAGGED, (8, 3))
-    message = r"'ragged_all_to_all' cannot run this: XLA has no such collective on CPUs. Use dispatch='all_gather'"
+    message = (
+        r"dispatch 'ragged_all_to_all' cannot run this: XLA has no such collective on CPUs. Use dispatch='all_gather'"
+    )
     with jax.set_mesh(make_mesh(1, 1, 8, 1)), pytest.raises(UnsupportedError, match=message):
         latent_moe(layers.cast(case.params, "float32"), case.x, RAGGED)

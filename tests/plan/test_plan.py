@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import jax
 import pytest
+from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from benchmarks.parallel import SHAPES
@@ -35,8 +36,9 @@ from jax_latent_moe import (
 )
 from jax_latent_moe.decode import Decode
 from jax_latent_moe.expert_plan import plan_experts
+from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.grouped_matmul.sm90 import kernel_activation
-from jax_latent_moe.parallel import mesh_sizes, param_specs
+from jax_latent_moe.parallel import choice, mesh_sizes, param_specs
 from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from jax_latent_moe.plan.__main__ import main
 from jax_latent_moe.plan.kernels import KERNELS as KERNELS_OF_THE_BUILD
@@ -45,8 +47,10 @@ from jax_latent_moe.plan.timing import grouped_matmuls
 from jax_latent_moe.routing import compiled
 from tests import kernels
 from tests.cases import TOY
+from tests.conformance.test_new_rows import COLUMNS
 from tests.drawn import drawn
 from tests.engineering.sandbox import ROOT
+from tests.parallel import ragged
 from tests.parallel.meshes import BASE, make_mesh
 from tests.test_activations import VARIANTS
 
@@ -288,11 +292,9 @@ def variant(name: str):
     return dataclasses.replace(TOY, **VARIANTS[name]).bound_activation
 
 
-@pytest.mark.usefixtures("install_library")
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 4096])
-def test_it_decides_as_the_layer_on_that_gpu_does(monkeypatch, fields, tokens):
-    """The plan that `routed_experts` makes while the layer is traced as if on an H200, and the one of no GPU at all."""
+@pytest.fixture
+def made_by_the_layer(monkeypatch, install_library):
+    """The plans that `routed_experts` makes while a layer is traced as if on an H200."""
     made = []
 
     def planned(*arguments, **options):
@@ -300,22 +302,141 @@ def test_it_decides_as_the_layer_on_that_gpu_does(monkeypatch, fields, tokens):
         return made[-1]
 
     monkeypatch.setattr(experts, "plan_experts", planned)
-    for module in (compiled, decode, expert_plan, projections):
+    for module in (choice, compiled, decode, expert_plan, projections):
         monkeypatch.setattr(module, "current_device", lambda: kernels.H200)
-    monkeypatch.setattr(native, "library", lambda: native.Library(dict(KERNELS_OF_THE_BUILD), None))
+    install_library(native.Library(dict(KERNELS_OF_THE_BUILD), None))
+    return made
+
+
+def traced(config, tokens, params=None):
+    """Traces the layer with its gradients, which changes no plan."""
+    x = jax.ShapeDtypeStruct((tokens, config.hidden_size), config.dtype)
+    jax.eval_shape(lambda params, x: latent_moe(params, x, config)[0], params or param_shapes(config), x)
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_it_decides_as_the_layer_on_that_gpu_does(made_by_the_layer, fields, tokens):
+    """The plan of the traced layer, and the one of no GPU at all."""
     sizes = dict(latent_size=256, expert_intermediate_size=512, num_experts=64, hidden_size=128)
     insists = getattr(fields.get("backend"), "fuse", None) == "always"
     in_kernels = [name for name in VARIANTS if not insists or kernel_activation(variant(name)) is not None]
     for name in drawn(in_kernels, 2):
         config = dataclasses.replace(TOY, **VARIANTS[name], **({"dtype": "bfloat16", **sizes} | fields))
-        jax.eval_shape(
-            lambda params, x, config=config: latent_moe(params, x, config)[0],
-            param_shapes(config),
-            jax.ShapeDtypeStruct((tokens, 128), config.dtype),
-        )
+        traced(config, tokens)
         on_paper = make_cost_plan(config, {}, tokens, H200).experts
-        assert str(on_paper) == str(made[-1])
-        assert isinstance(on_paper.decode, Decode) == isinstance(made[-1].decode, Decode)
+        assert str(on_paper) == str(made_by_the_layer[-1])
+        assert isinstance(on_paper.decode, Decode) == isinstance(made_by_the_layer[-1].decode, Decode)
+
+
+WIDE = dataclasses.replace(
+    TOY,
+    hidden_size=128,
+    latent_size=256,
+    expert_intermediate_size=512,
+    shared_expert_intermediate_size=0,
+    num_experts=16,
+    top_k=9,
+    dtype="bfloat16",
+)
+LIMITS = {
+    "plain": {},
+    "padded": dict(capacity_factor=1.25, pad_to_capacity=True),
+    "padded to the least": dict(capacity_factor=0.1, pad_to_capacity=True, min_capacity=24),
+    "padded to all": dict(capacity_factor=99.0, pad_to_capacity=True),
+    "rounded": dict(round_to_tile=16),
+    "rounded to few": dict(round_to_tile=1),
+}
+
+
+def limited(name: str, **fields) -> LatentMoEConfig:
+    router = dataclasses.replace(WIDE.router, **LIMITS[name])
+    return dataclasses.replace(WIDE, router=router, **fields)
+
+
+@pytest.mark.parametrize("format", [None, COLUMNS.name, "in eights"])
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_rows_are_those_of_the_layer(monkeypatch, made_by_the_layer, name, tokens, format):
+    """Every product has as many rows as the traced layer's, and what follows from them is decided alike."""
+    monkeypatch.setitem(FORMATS, COLUMNS.name, COLUMNS)
+    monkeypatch.setitem(FORMATS, "in eights", dataclasses.replace(COLUMNS, name="in eights", row_multiple=8))
+    config = limited(name)
+    params = param_shapes(config)
+    if format is not None:
+        params = jax.eval_shape(lambda params: quantize(params, config, format), params)
+    traced(config, tokens, params)
+    plan = make_cost_plan(config, {}, tokens, H200, format=format)
+    assert str(plan.experts) == str(made_by_the_layer[-1])
+    assert plan.experts.up.problem.num_rows == made_by_the_layer[-1].up.problem.num_rows
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "ragged_all_to_all"])
+@pytest.mark.parametrize("name", ["plain", "rounded"])
+@pytest.mark.parametrize(
+    ("factor", "format", "sizes"),
+    [
+        (None, None, (1, 1, 4, 1)),
+        (1.1, None, (1, 1, 4, 1)),
+        (1.1, "in eights", (2, 1, 4, 1)),
+        (0.5, None, (2, 1, 1, 2)),
+    ],
+)
+def test_rows_are_those_of_the_layer_on_a_mesh(monkeypatch, made_by_the_layer, dispatch, name, factor, format, sizes):
+    monkeypatch.setitem(FORMATS, "in eights", dataclasses.replace(COLUMNS, name="in eights", row_multiple=8))
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged.ragged_all_to_all)
+    config = limited(name, parallel=ParallelConfig(dispatch=dispatch, capacity_factor=factor))
+    params = param_shapes(config)
+    if format is not None:
+        params = jax.eval_shape(lambda params: quantize(params, config, format), params)
+    tokens, mesh = 7, make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        traced(config, tokens * math.prod(sizes[:3]), params)
+    plan = make_cost_plan(config, dict(mesh.shape), tokens, H200, format=format)
+    assert str(plan.experts) == str(made_by_the_layer[-1])
+    assert plan.experts.up.problem.num_rows == made_by_the_layer[-1].up.problem.num_rows
+
+
+def test_more_rows_take_more_memory_and_time():
+    plain, padded, rounded = (make_cost_plan(limited(name), {}, 4096, H200) for name in ("plain", "padded", "rounded"))
+    for name in ("kept for the backward pass", "working memory of a layer"):
+        assert plain.memory[name] < min(padded.memory[name], rounded.memory[name])
+    (own,), (full,) = ([part for part in plan.parts if part.name == "experts"] for plan in (plain, padded))
+    assert full.flops == pytest.approx(1.25 * own.flops, rel=0.01)
+    with pytest.raises(ConfigError, match="pad_to_capacity=True needs parallel=None"):
+        make_cost_plan(limited("padded"), {"expert": 2}, 64, H200)
+
+
+def test_a_plan_for_gpus_has_their_collectives(capsys):
+    """XLA has no ragged_all_to_all on the CPU that runs this test."""
+    main(["--mesh", "expert=8", "--dispatch", "ragged_all_to_all"])
+    assert re.search(r"ragged_all_to_all .*<- runs", capsys.readouterr().out)
+    config = dataclasses.replace(BASE, parallel=ParallelConfig(dispatch="ragged_all_to_all"))
+    cpu = dataclasses.replace(H200, device=kernels.CPU)
+    with pytest.raises(UnsupportedError, match="dispatch 'ragged_all_to_all' cannot run this"):
+        make_cost_plan(config, {"expert": 2}, 64, cpu)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "layers", "message"),
+    [
+        (-1, {}, 1, "tokens=-1 must be an integer of at least 1"),
+        (0, {}, 1, "tokens=0 must be an integer of at least 1"),
+        (2.0, {}, 1, r"tokens=2\.0 must be an integer"),
+        (8, {}, 0, "layers=0 must be an integer of at least 1"),
+        (8, {"expert": -2}, 1, r"sizes\['expert'\]=-2 must be an integer of at least 1"),
+    ],
+)
+def test_numbers_that_no_plan_has(tokens, sizes, layers, message):
+    with pytest.raises(ConfigError, match=message):
+        make_cost_plan(BASE, sizes, tokens, H200, layers=layers)
+
+
+@pytest.mark.parametrize("option", ["tokens", "layers"])
+@pytest.mark.parametrize("number", ["-1", "0"])
+def test_numbers_that_the_command_refuses(option, number):
+    with pytest.raises(SystemExit, match=f"error: {option}={number} must be an integer of at least 1"):
+        main([f"--{option}", number])
 
 
 def test_what_the_decisions_change():
