@@ -85,8 +85,9 @@ class Outputs:
     An epilogue is a value (the activation, in fwd) or a gradient (of the activation, in dgrad).
 
     Attributes:
-        out: the product: [R, N], [R, K] or [E, K, N]. With a value in the epilogue, the hidden rows. With a gradient in
-            the epilogue, the gradient of the pre-activation times row_weights.
+        out: the product: [R, N], [R, K] or [E, K, N]. With a value in the epilogue, the hidden rows, which are
+            `ScaledRows` if the epilogue encodes them. With a gradient in the epilogue, the gradient of the
+            pre-activation times row_weights.
         residual: with a value in the epilogue, the activation's residual.
         hidden: with a gradient in the epilogue that reads the pre-activation, hidden rows times row_weights.
         row_weight_gradients: with a gradient in the epilogue, <dhidden, hidden> of each row, [R] float32.
