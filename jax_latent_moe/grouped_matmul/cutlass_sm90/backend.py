@@ -55,7 +55,10 @@ class Cutlass(Backend):
         if (reason := library(problem.device).missing) is not None:
             return reason
         if problem.epilogue is not None:
-            faster = FASTER if problem.epilogue.encodes is None else FASTER_ENCODED
+            encodes = problem.epilogue.encodes is not None
+            if encodes and not both_fp8(problem):
+                return "only its FP8 kernels encode hidden rows."
+            faster = FASTER_ENCODED if encodes else FASTER
             if reason := fuse_refusal(problem, self.config.fuse, faster):
                 return reason
         return cutlass_tiles.refusal(problem, self.given_tile(problem))
