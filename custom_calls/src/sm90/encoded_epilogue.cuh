@@ -79,7 +79,7 @@ class EncodedEpilogue {
       }
     }
     // Odd lanes divide for the second row, because a division is long.
-    const uint32_t own = largest[0] * (1 - lane_ % 2) + largest[1] * (lane_ % 2);
+    const uint32_t own = lane_ % 2 == 0 ? largest[0] : largest[1];
     const uint32_t amax = max(own << 16, own & 0xffff0000u);  // the bits of a float32
     const float scale = formats::scale_of(amax, formats::kLeastOfRows, args_.power_of_two);
     const float inverse = __fdiv_rn(1.0f, scale);

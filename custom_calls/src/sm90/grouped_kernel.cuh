@@ -374,16 +374,17 @@ struct GroupedKernel {
         }
       }
     }
+    if constexpr (Spec::kEncodes) {
+      if (kHalves == 2 || args.codes != nullptr) {
+        const EncodedEpilogue<Spec> encoded(args, shared.epilogue, warpgroup, thread);
 #pragma unroll
-    for (int block = 0; block < Blocks; ++block) {
-      const int of_tile = warpgroup + block * kConsumers;
-      if constexpr (Spec::kEncodes) {
-        if (kHalves == 2 || args.codes != nullptr) {
-          EncodedEpilogue<Spec>(args, shared.epilogue, warpgroup, thread).store_block(sums[block], work, of_tile);
-          continue;
-        }
+        for (int block = 0; block < Blocks; ++block) encoded.store_block(sums[block], work, warpgroup + block * kConsumers);
+        return;
       }
-      if constexpr (kHalves == 1) epilogue.store_block(sums[block][0], work, of_tile);
+    }
+    if constexpr (kHalves == 1) {
+#pragma unroll
+      for (int block = 0; block < Blocks; ++block) epilogue.store_block(sums[block][0], work, warpgroup + block * kConsumers);
     }
   }
 
@@ -391,7 +392,7 @@ struct GroupedKernel {
   // last steps, or the first ones of the next tile. Loads that are late would bring them together again. With fewer steps the
   // first could be two tiles ahead, which the barrier does not count.
   static __device__ __forceinline__ bool leads(Work const& work) {
-    return work.steps >= kStages && active_blocks(work) > 1;
+    return work.steps > kStages && active_blocks(work) > 1;
   }
   static __device__ __forceinline__ void lead() { asm volatile("bar.arrive 3, %0;" ::"n"(kConsumers * kWarpgroup) : "memory"); }
   static __device__ __forceinline__ void follow() { asm volatile("bar.sync 3, %0;" ::"n"(kConsumers * kWarpgroup) : "memory"); }
