@@ -80,9 +80,9 @@ def test_measured_takes_what_was_faster(monkeypatch):
 def test_tiles_hold_whole_blocks_of_a_row(residual):
     same = asked(epilogue=epilogue(residual=residual))
     names = {kernel_name(same, tile) for tile in Cutlass(ALWAYS).tiles(same)}
-    assert names == {f"sm90.fwd.e4m3.relu2:hidden.{tile}.1x2" for tile in ("128x128x6", "256x128x4")}
+    assert names == {f"sm90.fwd.e4m3.relu2:hidden.{tile}.1x2" for tile in ("128x128x6", "192x128x4", "256x128x4")}
     plain = asked(epilogue=dataclasses.replace(same.epilogue, encodes=None))
-    assert len({kernel_name(plain, tile) for tile in Cutlass(ALWAYS).tiles(plain)}) == 3
+    assert len({kernel_name(plain, tile) for tile in Cutlass(ALWAYS).tiles(plain)}) == 4
     for name in GATED:
         gated = asked(epilogue=epilogue(name, residual and "pre"))
         (found,) = {kernel_name(gated, tile) for tile in Cutlass(ALWAYS).tiles(gated)}

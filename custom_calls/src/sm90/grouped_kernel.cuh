@@ -5,7 +5,7 @@
 // clips the boxes there (`Window`), because zeros need less power to multiply than rows of the next expert. Partial tiles
 // are stored row by row. Other warps may gather rows from a table meanwhile (gather.cuh).
 //
-// The warpgroups share a tile of E4M3 codes and take its 64-row blocks in turn. The matrix units add such products with about 14
+// Two or three warpgroups share a tile of E4M3 codes and take its 64-row blocks in turn. The matrix units add such products with about 14
 // bits. So each step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in float32,
 // as DeepGEMM does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the other one multiplies.
 #pragma once
@@ -25,12 +25,12 @@ template <class Spec>
 using EpilogueOf = std::conditional_t<Spec::kWgrad, WgradEpilogue<Spec>,
                                       std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogue<Spec>>>;
 
-constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM may take
 
 template <class Spec>
 struct GroupedKernel {
   static constexpr Tile kTile = Spec::kTile;
+  static constexpr int kConsumers = Spec::kConsumers, kThreads = (kConsumers + 1) * kWarpgroup;
   using T = Element<Spec::kFormat>;
   using Epilogue = EpilogueOf<Spec>;
   using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
@@ -62,6 +62,8 @@ struct GroupedKernel {
   static_assert(kScaled ? kTile.rows * kTile.columns <= 256 * 128
                         : kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
+  // Of a thread. A block has 504 times 128 of them, or 512 times with 512 threads.
+  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : kScaled ? 224 : 232;
   static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
@@ -388,14 +390,19 @@ struct GroupedKernel {
     }
   }
 
-  // The second warpgroup begins a tile of codes when the first is kLead steps ahead. So one stores while the other multiplies the
-  // last steps, or the first ones of the next tile. Loads that are late would bring them together again. With fewer steps the
-  // first could be two tiles ahead, which the barrier does not count.
+  // The second of two warpgroups begins a tile of codes when the first is kLead steps ahead. So one stores while the other
+  // multiplies the last steps, or the first ones of the next tile. Loads that are late would bring them together again. With
+  // fewer steps the first could be two tiles ahead, which the barrier does not count. Of three, two multiply in any case.
   static __device__ __forceinline__ bool leads(Work const& work) {
-    return work.steps > kStages && active_blocks(work) > 1;
+    return kConsumers == 2 && work.steps > kStages && active_blocks(work) > 1;
   }
-  static __device__ __forceinline__ void lead() { asm volatile("bar.arrive 3, %0;" ::"n"(kConsumers * kWarpgroup) : "memory"); }
-  static __device__ __forceinline__ void follow() { asm volatile("bar.sync 3, %0;" ::"n"(kConsumers * kWarpgroup) : "memory"); }
+  static constexpr int kLeadBarrier = kConsumers + 1;  // behind those of sync_warpgroup
+  static __device__ __forceinline__ void lead() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kLeadBarrier), "n"(kConsumers * kWarpgroup) : "memory");
+  }
+  static __device__ __forceinline__ void follow() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kLeadBarrier), "n"(kConsumers * kWarpgroup) : "memory");
+  }
 
   // Waits for the stages of a tile in which this warpgroup has no rows, and gives them back for all its warps. One warp does
   // it. Four could be rounds apart, because no product keeps them together, and barriers tell rounds apart by parity alone.
@@ -481,7 +488,7 @@ struct GroupedKernel {
 };
 
 template <class Spec>
-__global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
+__global__ void __launch_bounds__(GroupedKernel<Spec>::kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
   using K = GroupedKernel<Spec>;
   extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
   // If the compiler knows that an address is the same for the whole warp, it keeps it out of the lanes' registers.
@@ -496,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
       shared.full[stage].init(1 + K::kScaleLoaders);
       shared.empty[stage].init(K::kCluster * K::kReaders);
     }
-    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
+    for (int warpgroup = 0; warpgroup < K::kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
     typename K::Queue(shared.queue, schedule, rank).init();
     cutlass::arch::fence_barrier_init();
   }
@@ -506,8 +513,8 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
     cute::cluster_wait();
   }
 
-  if (warpgroup == kConsumers) {
-    cutlass::arch::warpgroup_reg_dealloc<K::kScaled ? 56 : 40>();
+  if (warpgroup == K::kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<K::kProducerRegisters>();
     const int warp = threadIdx.x / 32 % 4;
     // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
     if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
@@ -522,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
       }
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<K::kScaled ? 224 : 232>();
+    cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();
     K::consume(args, shared, schedule, rank, uniform(warpgroup));
   }
   // A block may end only when no other block of the cluster writes into its shared memory any more.
@@ -541,7 +548,7 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
     return error;
   }
   cudaLaunchConfig_t config = {};
-  config.blockDim = kThreads;
+  config.blockDim = K::kThreads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute cluster;

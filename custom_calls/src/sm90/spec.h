@@ -26,6 +26,8 @@ struct Spec {
   // both warpgroups work on one tile.
   static constexpr bool kScaled = F == Format::kE4m3;
   static constexpr int kColumns = C == Contraction::kFwd && is_gated(A) ? Columns / 2 : Columns;  // of the hidden rows in a tile
+  // Warpgroups that multiply: three share a tile of 192 rows of codes.
+  static constexpr int kConsumers = kScaled && Rows % 128 != 0 ? 3 : 2;
   static constexpr bool kActivates = C == Contraction::kFwd && A != Activation::kNone;
   static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;
   // Whether a tile of the product is half gate, half up.
@@ -63,7 +65,7 @@ struct Spec {
   static_assert(element_bytes(product_format(F)) == 2, "epilogues pack pairs of 16-bit elements");
   static_assert(!kScaled || C == Contraction::kFwd, "codes have fwd alone");
   static_assert(!kScaled || !is_gated(A) || kEncodes, "a gated epilogue of codes stores codes alone");
-  static_assert(!kScaled || Rows % 128 == 0, "two warpgroups multiply equal numbers of blocks of a tile of codes");
+  static_assert(!kScaled || Rows % (64 * kConsumers) == 0, "warpgroups multiply equal numbers of blocks of a tile of codes");
 };
 
 template <class Spec>
