@@ -44,7 +44,7 @@ def library(*names: str, max_experts: int = MAX_EXPERTS, **more: int) -> native.
 CODES = tuple(name for name, _ in KERNELS if ".e4m3." in name)
 """The kernels of codes that are compiled."""
 
-WHOLE = library(*PLAIN, *FUSED)
+WHOLE = library(*PLAIN, *FUSED, *CODES)
 """Kernels of every contraction, activation and size of tile."""
 
 

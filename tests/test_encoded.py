@@ -17,21 +17,17 @@ from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import kernel_name
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from jax_latent_moe.row_encoders import RowEncoder
-from tests.kernels import CODES, FUSED, H200, PLAIN, bound_activation, layer_of, library
+from tests.kernels import H200, bound_activation, layer_of
 from tests.oracle import formats as oracle
 from tests.oracle.fused import activation_of_rows
 from tests.test_precision import rounded_rows, rounded_weight
 from tests.tolerances import relative_error
 
+pytestmark = pytest.mark.usefixtures("install_library")
 GATED = ("swiglu", "geglu", "geglu_tanh", "situ_glu")
 ALWAYS = CutlassBackend(fuse="always")
 W_SHAPE = (64, 1024, 2688)
 FP8 = Operand("fp8_block")
-
-
-@pytest.fixture(autouse=True)
-def with_codes(install_library):
-    install_library(library(*PLAIN, *FUSED, *CODES))
 
 
 def epilogue(name="relu2", residual=None, encodes="fp8_block"):

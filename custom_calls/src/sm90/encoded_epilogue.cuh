@@ -31,8 +31,21 @@ class EncodedEpilogue {
 
   // Stores one 64-row block of a tile: the codes, and the residual if it is kept. A gated activation has two accumulators.
   __device__ __forceinline__ void store_block(Accumulator const* acc, Work const& work, int block) const {
-    const int first = block * kBlock + warp_ * kWarpRows, columns = args_.problem.out_columns - work.column;
+    const int first = block * kBlock + warp_ * kWarpRows, width = args_.problem.out_columns, columns = width - work.column;
     const int64_t row = work.row + first;
+    const auto strip = [&](void* matrix, int halves, int half) {
+      auto* start = static_cast<T*>(matrix) + row * halves * width + half * width + work.column;
+      return Strip<T>(start, int64_t{halves} * width, work.valid - first, columns, lane_);
+    };
+    if (Spec::kResidual == Residual::kPre && args_.keep_residual) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        uint32_t pre[kPairs];
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) pre[i] = pack<T>(acc[half][2 * i], acc[half][2 * i + 1]);
+        write(pre, strip(args_.out, kHalves, half));
+      }
+    }
     uint32_t hidden_pairs[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -40,21 +53,7 @@ class EncodedEpilogue {
       const uint32_t up = kHalves == 1 ? 0 : pack<T>(acc[kHalves - 1][2 * i], acc[kHalves - 1][2 * i + 1]);
       hidden_pairs[i] = hidden<T, kActivation>(gate, up, params_);
     }
-    if (args_.keep_residual) {
-      const int valid = work.valid - first, width = args_.problem.out_columns;
-      if constexpr (Spec::kResidual == Residual::kHidden) {
-        write(hidden_pairs, Strip<T>(static_cast<T*>(args_.hidden) + row * width + work.column, width, valid, columns, lane_));
-      } else {
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          uint32_t pre[kPairs];
-#pragma unroll
-          for (int i = 0; i < kPairs; ++i) pre[i] = pack<T>(acc[half][2 * i], acc[half][2 * i + 1]);
-          T* to = static_cast<T*>(args_.out) + row * kHalves * width + half * width + work.column;
-          write(pre, Strip<T>(to, int64_t{kHalves} * width, valid, columns, lane_));
-        }
-      }
-    }
+    if (Spec::kResidual == Residual::kHidden && args_.keep_residual) write(hidden_pairs, strip(args_.hidden, 1, 0));
     // Behind the last gate lies the up half, whose products the gates' columns beyond the last then hold.
     if (kHalves > 1 && columns < kScaleBlock) {
 #pragma unroll
