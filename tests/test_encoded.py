@@ -1,6 +1,7 @@
 """FP8 products that encode the hidden rows, without a GPU: the decision, the calls, and experts that read the codes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ W_SHAPE = (64, 1024, 2688)
 FP8 = Operand("fp8_block")
 
 
-def epilogue(name="relu2", residual=None, encodes="fp8_block"):
+def epilogue(name="relu2", residual: Any = None, encodes: str | None = "fp8_block") -> Epilogue:
     return Epilogue(bound_activation(name), residual, encodes=encodes)
 
 
@@ -74,10 +75,11 @@ def test_measured_takes_what_was_faster(monkeypatch):
 
 @pytest.mark.parametrize("residual", [None, "hidden"])
 def test_tiles_hold_whole_blocks_of_a_row(residual):
-    same = asked(epilogue=epilogue(residual=residual))
+    encoded = epilogue(residual=residual)
+    same = asked(epilogue=encoded)
     names = {kernel_name(same, tile) for tile in Cutlass(ALWAYS).tiles(same)}
     assert names == {f"sm90.fwd.e4m3.relu2:hidden.{tile}.1x2" for tile in ("128x128x6", "192x128x4", "256x128x4")}
-    plain = asked(epilogue=dataclasses.replace(same.epilogue, encodes=None))
+    plain = asked(epilogue=dataclasses.replace(encoded, encodes=None))
     assert len({kernel_name(plain, tile) for tile in Cutlass(ALWAYS).tiles(plain)}) == 4
     for name in GATED:
         gated = asked(epilogue=epilogue(name, residual and "pre"))
@@ -210,10 +212,11 @@ def test_experts_multiply_the_codes_of_the_first_product(rng, monkeypatch, name,
     monkeypatch.setattr(native, "call", call)
     monkeypatch.setattr(expert_plan, "current_device", lambda: H200)
     dispatch = make_dispatch_plan(jnp.asarray(ids, jnp.int32), experts)
-    y = jax.jit(lambda *arrays: routed_experts(config, *arrays, dispatch))(x, weights, w_in, w_out)
+    run = jax.jit(lambda x, weights, w_in, w_out: routed_experts(config, x, weights, w_in, w_out, dispatch))
+    y = run(x, weights, w_in, w_out)
     assert called == ["encode_rows", "matmul_encoded", "matmul_codes"]
 
-    rows = rounded_rows(x, format)
+    rows = np.asarray(rounded_rows(x, format))
     up = [rounded_weight(np.float64(w), format, parts) for w in w_in]
     down = [rounded_weight(np.float64(w), format) for w in w_out]
     expected = np.zeros((tokens, latent))

@@ -28,11 +28,11 @@ FORMATS = ("fp8_block", "fp8_block_pow2")
 NUM_ROWS = 1384
 # Rows of each expert: ragged; all on one expert; one row; none; tiles whose second warpgroup has fewer blocks, or none.
 GROUPS = {
-    "ragged": [0, 1, 130, 0, 257, 64, 300, 63],
-    "one expert": [0, 0, 0, NUM_ROWS, 0, 0, 0, 0],
-    "one row": [0, 0, 0, 0, 0, 0, 0, 1],
-    "none": [0] * 8,
-    "blocks": [64, 128, 192, 256, 320, 65, 129, 193],
+    "ragged": np.array([0, 1, 130, 0, 257, 64, 300, 63]),
+    "one expert": np.array([0, 0, 0, NUM_ROWS, 0, 0, 0, 0]),
+    "one row": np.array([0, 0, 0, 0, 0, 0, 0, 1]),
+    "none": np.zeros(8, int),
+    "blocks": np.array([64, 128, 192, 256, 320, 65, 129, 193]),
 }
 # K and N that 128 does not divide, or divides; K of one step, of fewer steps than stages, and of more.
 FEATURES = [(1024, 384), (208, 272), (64, 16), (2688, 1024), (528, 144)]
@@ -63,8 +63,8 @@ def compiled(bound):
 
 def runs(rows, w, sizes, epilogue=None, *, both_orders=False):
     """(tile, out, residual) of each compiled tile, run twice with equal bits."""
-    stored = {"lhs": operand_of(rows), "rhs": operand_of(w)}
-    asked = problem("fwd", rows.shape[0], w.shape, "bfloat16", **stored, epilogue=epilogue)
+    lhs, rhs = operand_of(rows), operand_of(w)
+    asked = problem("fwd", rows.shape[0], w.shape, "bfloat16", lhs=lhs, rhs=rhs, epilogue=epilogue)
     assert BACKEND.supports(asked) is None
     sizes = jnp.asarray(sizes, jnp.int32)
     for tile in BACKEND.tiles(asked):
@@ -124,7 +124,7 @@ def test_codes_of_gated_activations(rng, name, features):
     for format in FORMATS:
         epilogue = Epilogue(config.bound_activation, "pre", encodes=format)
         for groups, sizes in GROUPS.items():
-            rows, w, values = drawn(rng, sizes, *features, 2)
+            rows, w, values = drawn(rng, sizes, *features, parts=2)
             without = runs(rows, w, sizes, dataclasses.replace(epilogue, residual=None))
             for (tile, out, pre), (_, alone, _) in zip(runs(rows, w, sizes, epilogue), without, strict=True):
                 same(alone, out)
@@ -163,7 +163,7 @@ def test_a_row_with_nan_or_infinity_stays_alone(rng):
 
 def test_many_tiles_of_many_experts(rng):
     """More tiles than SMs, in both orders; every row is stored."""
-    sizes = rng.multinomial(40_000, rng.dirichlet(np.full(96, 2.0))).tolist()
+    sizes = rng.multinomial(40_000, rng.dirichlet(np.full(96, 2.0)))
     rows, w, values = drawn(rng, sizes, 1024, 640, num_rows=40_000)
     pre = np.asarray(reference.grouped_matmul(*values, sizes), jnp.bfloat16)
     hidden = activation_of_rows(layer_of("relu2"), np.float64(pre))[0]

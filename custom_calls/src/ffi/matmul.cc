@@ -1,5 +1,5 @@
-// The handlers of fwd and dgrad, without and with an activation, and of fwd of codes, to rows or to codes. They check their arguments, make the
-// tensor maps for TMA and launch a compiled kernel.
+// The handlers of fwd and dgrad, without and with an activation, and of fwd of codes, to rows or to codes. They check their
+// arguments, make the tensor maps for TMA and launch a compiled kernel.
 #include <cstdint>
 #include <string>
 

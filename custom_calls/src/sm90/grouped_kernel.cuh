@@ -5,9 +5,9 @@
 // clips the boxes there (`Window`), because zeros need less power to multiply than rows of the next expert. Partial tiles
 // are stored row by row. Other warps may gather rows from a table meanwhile (gather.cuh).
 //
-// Two or three warpgroups share a tile of E4M3 codes and take its 64-row blocks in turn. The matrix units add such products with about 14
-// bits. So each step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in float32,
-// as DeepGEMM does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the other one multiplies.
+// Two or three warpgroups share a tile of E4M3 codes and take its 64-row blocks in turn. The matrix units add such products with
+// about 14 bits. So each step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in
+// float32, as DeepGEMM does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the others multiply.
 #pragma once
 
 #include "common/gather.cuh"
