@@ -128,10 +128,16 @@ def gathered(rows: Float[Array, "r k"] | ScaledRows | GatheredRows | LastColumns
     if not isinstance(rows, GatheredRows):
         return rows
     table, row_ids, weights = rows
-    if isinstance(table, ScaledRows):
-        return table.take(row_ids)
     platform = (device or current_device()).platform
     # XLA's gather on a GPU moves one element per thread: two bfloat16 in one 32-bit number take half the time.
+    if isinstance(table, ScaledRows):
+        width = table.shape[1]
+        if platform != "gpu" or table.codes.dtype != jnp.uint8 or width % 4:
+            return table.take(row_ids)
+        words = lax.bitcast_convert_type(table.codes.reshape(-1, width // 4, 4), jnp.uint32)
+        taken = dataclasses.replace(table, codes=words).take(row_ids)
+        codes = lax.bitcast_convert_type(taken.codes, jnp.uint8).reshape(-1, width)
+        return dataclasses.replace(taken, codes=codes)
     if platform == "gpu" and table.dtype == jnp.bfloat16 and table.shape[1] % 2 == 0:
         pairs = _take(lax.bitcast_convert_type(table.reshape(table.shape[0], -1, 2), jnp.uint32), row_ids)
         pairs = pairs if weights is None else _times(pairs, weights[:, None])
