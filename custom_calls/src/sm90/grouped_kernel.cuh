@@ -62,7 +62,7 @@ struct GroupedKernel {
   static_assert(kScaled ? kTile.rows * kTile.columns <= 256 * 128
                         : kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
-  // Of a thread. A block has 504 times 128 of them, or 512 times with 512 threads.
+  // Registers of a thread. All warpgroups' together are at most 504, or 512 with three consumers.
   static constexpr int kProducerRegisters = kScaled ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : kScaled ? 224 : 232;
   static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
@@ -392,7 +392,8 @@ struct GroupedKernel {
 
   // The second of two warpgroups begins a tile of codes when the first is kLead steps ahead. So one stores while the other
   // multiplies the last steps, or the first ones of the next tile. Loads that are late would bring them together again. With
-  // fewer steps the first could be two tiles ahead, which the barrier does not count. Of three, two multiply in any case.
+  // fewer steps the first could be two tiles ahead, which the barrier does not count. Three warpgroups need no order: two of
+  // them multiply in any case.
   static __device__ __forceinline__ bool leads(Work const& work) {
     return kConsumers == 2 && work.steps > kStages && active_blocks(work) > 1;
   }
