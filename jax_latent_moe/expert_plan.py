@@ -51,7 +51,8 @@ class ExpertPlan:
             says it; None if the rows do not belong to whole tokens.
         encode_tokens: what encodes the tokens for the first product; None if it is not in codes. The next ones are
             alike.
-        encode_hidden: what encodes the hidden rows for the second product.
+        encode_hidden: what encodes the hidden rows for the second product; None if the first product does, as its
+            epilogue says.
         encode_dout: what encodes the gradient of the combined tokens for down_dgrad.
         encode_dpre: what encodes the gradient of the pre-activation for up_dgrad, if `gradient` does not.
         gradient: whether a kernel computes that gradient and encodes it.
@@ -192,6 +193,12 @@ def plan_experts(
             )
         return None
 
+    def value(residual: Residual | None) -> Bound | None:
+        """The first product with the activation, and with the encoder of hidden rows if the kernel has that too."""
+        plain = Epilogue(activation, residual)
+        encoded = None if precision.fwd is None else fuse(up, dataclasses.replace(plain, encodes=precision.fwd))
+        return encoded or fuse(up, plain)
+
     def bias_gradient(width: int) -> Bound | None:
         if not config.expert_bias:
             return None
@@ -200,10 +207,10 @@ def plan_experts(
     up, down_dgrad = forward(w_in_shape, table, w_in), input_gradient(w_out_shape, table, w_out)
     residual = choose_residual(
         activation,
-        lambda residual: fuse(up, Epilogue(activation, residual)) is not None,
+        lambda residual: value(residual) is not None,
         lambda residual: fuse(down_dgrad, Epilogue(activation, residual)) is not None,
     )
-    kept = Epilogue(activation, residual)
+    kept, up_with_gradient, up_alone = Epilogue(activation, residual), value(residual) or up, value(None) or up
     unweighted = _unweighted(by_log, residual, precision, frozen_out, dtype)
     if unweighted is None:
         down_dgrad = input_gradient(w_out_shape, dense, w_out)
@@ -220,8 +227,8 @@ def plan_experts(
         activation,
         residual,
         precision,
-        up=fuse(up, kept) or up,
-        up_without_gradient=fuse(up, Epilogue(activation, None)) or up,
+        up=up_with_gradient,
+        up_without_gradient=up_alone,
         down=forward(w_out_shape, dense if precision.fwd else hidden, w_out),
         down_dgrad=fuse(down_dgrad, kept) or down_dgrad,
         down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, dense if weighted_hidden else hidden, dout),
@@ -234,13 +241,19 @@ def plan_experts(
         decode=decode,
         projections=projections,
         encode_tokens=encoder(precision.fwd, latent),
-        encode_hidden=encoder(precision.fwd, w_out_shape[1]),
+        encode_hidden=None
+        if _encodes(up_with_gradient) and _encodes(up_alone)
+        else encoder(precision.fwd, w_out_shape[1]),
         encode_dout=encoder(precision.dgrad, latent),
         encode_dpre=encoder(precision.dgrad, inner),
         gradient=gradient_encoder(
             precision.dgrad, config.backend, inner, dtype, device, activation=activation, residual=residual
         ),
     )
+
+
+def _encodes(product: Bound) -> bool:
+    return product.problem.epilogue is not None and product.problem.epilogue.encodes is not None
 
 
 def _unweighted(by_log: bool, residual: Residual, precision: Precision, frozen_out: bool, dtype) -> str | None:

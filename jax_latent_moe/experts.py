@@ -21,7 +21,7 @@ from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
-from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.formats import ScaledArray, ScaledRows
 from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, grouped_matmul, operand_of
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.low_rank import LowRank, base_of
@@ -169,7 +169,8 @@ def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, 
     b_in, b_out = biases or (None, None)
     made = _up(plan, plan.up, tokens, w_in, codes, b_in, dispatch)
     kept = checkpoint_name(made.residual, RESIDUAL)
-    hidden = made.out if plan.residual == "pre" else hidden_rows(plan, kept)
+    made_whole = plan.residual == "pre" or isinstance(made.out, ScaledRows)
+    hidden = made.out if made_whole else hidden_rows(plan, kept)
     out = _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
     # The backward pass reads either the transposed weights' codes or the weights.
     codes = codes._replace(fwd_in=None, fwd_out=None)
@@ -191,7 +192,7 @@ def _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch):
 
 
 def _encoded(rows, encoder):
-    return rows if encoder is None else encoder(rows)
+    return rows if encoder is None or isinstance(rows, ScaledRows) else encoder(rows)
 
 
 def _routed_bwd(plan, residuals, dcombined):
@@ -289,6 +290,8 @@ def _weighted(rows: Float[Array, "r n"], row_weights: Float[Array, " r"]) -> Flo
 
 def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes, b_in=None) -> Outputs:
     """The hidden rows [R, m] and the plan's residual. The pre-activation is rounded to the dtype of the rows.
+
+    The hidden rows are `ScaledRows` if the product encodes them.
 
     Args:
         plan: the experts' plan.

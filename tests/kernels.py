@@ -4,6 +4,7 @@ from jax_latent_moe import LatentMoEConfig, native
 from jax_latent_moe.activations import BoundActivation
 from jax_latent_moe.device import Device
 from jax_latent_moe.grouped_matmul import Epilogue
+from jax_latent_moe.plan.kernels import KERNELS
 
 H200, H100 = Device("gpu", "NVIDIA H200"), Device("gpu", "NVIDIA H100 80GB HBM3")
 A100, CPU = Device("gpu", "NVIDIA A100-SXM4-80GB"), Device("cpu", "cpu")
@@ -40,7 +41,10 @@ def library(*names: str, max_experts: int = MAX_EXPERTS, **more: int) -> native.
     return native.Library(dict.fromkeys(names, max_experts) | more, None)
 
 
-WHOLE = library(*PLAIN, *FUSED)
+CODES = tuple(name for name, _ in KERNELS if ".e4m3." in name)
+"""The kernels of codes that are compiled."""
+
+WHOLE = library(*PLAIN, *FUSED, *CODES)
 """Kernels of every contraction, activation and size of tile."""
 
 

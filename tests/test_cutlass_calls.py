@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_latent_moe import CutlassBackend, native
+from jax_latent_moe.formats import encode, encode_rows
 from jax_latent_moe.formats.both_layouts import encode_both
 from jax_latent_moe.grouped_matmul import GatheredRows, LastColumns, Operands, operand_of, problem
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import backend as cutlass
@@ -47,7 +48,7 @@ def run(contraction, lhs, rhs, *more, epilogue=None, config=None):
         w_shape,
         lhs.dtype,
         lhs=operand_of(lhs),
-        rhs=operand_of(rhs) if contraction == "wgrad" else None,
+        rhs=operand_of(rhs),
         epilogue=epilogue,
         device=H200,
     )
@@ -66,6 +67,8 @@ def calls():
     weighted, columns = many._replace(weights=jnp.ones(256)), LastColumns(jnp.zeros((16, 96), jnp.bfloat16), 64)
     relu2, swiglu, two = epilogue_of("relu2"), epilogue_of("swiglu"), jnp.zeros((16, 128), jnp.bfloat16)
     alone = dataclasses.replace(relu2, residual=None)
+    situ_glu = dataclasses.replace(epilogue_of("situ_glu"), residual=None)
+    codes, of_w, of_wide = encode_rows(rows, "fp8_block"), encode(w, "fp8_block"), encode(wide, "fp8_block", parts=2)
     fwd, dgrad, grad = "matmul", "matmul", "matmul_activation_grad"
     return {
         "fwd": (fwd, lambda: run("fwd", rows, w), "gathered = false"),
@@ -115,6 +118,22 @@ def calls():
             grad,
             lambda: run("dgrad", rows, w, two, weights, epilogue=swiglu),
             "sm90.dgrad.bf16.swiglu:gate_hidden.",
+        ),
+        "codes": ("matmul_codes", lambda: run("fwd", codes, of_w), "sm90.fwd.e4m3."),
+        "codes through relu2": (
+            "matmul_codes",
+            lambda: run("fwd", codes, of_w, epilogue=relu2),
+            "sm90.fwd.e4m3.relu2:hidden.",
+        ),
+        "relu2, encoded": (
+            "matmul_encoded",
+            lambda: run("fwd", codes, of_w, epilogue=dataclasses.replace(relu2, encodes="fp8_block")),
+            "keep_residual = true",
+        ),
+        "situ_glu, encoded": (
+            "matmul_encoded",
+            lambda: run("fwd", codes, of_wide, epilogue=dataclasses.replace(situ_glu, encodes="fp8_block_pow2")),
+            "linear_beta = 2.500000e+01 : f32",
         ),
         "top_k": ("top_k", lambda: compiled_top_k_ids(jnp.zeros((5, 40)), 3), ""),
         "encode": (

@@ -85,8 +85,9 @@ class Outputs:
     An epilogue is a value (the activation, in fwd) or a gradient (of the activation, in dgrad).
 
     Attributes:
-        out: the product: [R, N], [R, K] or [E, K, N]. With a value in the epilogue, the hidden rows. With a gradient in
-            the epilogue, the gradient of the pre-activation times row_weights.
+        out: the product: [R, N], [R, K] or [E, K, N]. With a value in the epilogue, the hidden rows, which are
+            `ScaledRows` if the epilogue encodes them. With a gradient in the epilogue, the gradient of the
+            pre-activation times row_weights.
         residual: with a value in the epilogue, the activation's residual.
         hidden: with a gradient in the epilogue that reads the pre-activation, hidden rows times row_weights.
         row_weight_gradients: with a gradient in the epilogue, <dhidden, hidden> of each row, [R] float32.
@@ -127,10 +128,16 @@ def gathered(rows: Float[Array, "r k"] | ScaledRows | GatheredRows | LastColumns
     if not isinstance(rows, GatheredRows):
         return rows
     table, row_ids, weights = rows
-    if isinstance(table, ScaledRows):
-        return table.take(row_ids)
     platform = (device or current_device()).platform
     # XLA's gather on a GPU moves one element per thread: two bfloat16 in one 32-bit number take half the time.
+    if isinstance(table, ScaledRows):
+        width = table.shape[1]
+        if platform != "gpu" or table.codes.dtype != jnp.uint8 or width % 4:
+            return table.take(row_ids)
+        words = lax.bitcast_convert_type(table.codes.reshape(-1, width // 4, 4), jnp.uint32)
+        taken = dataclasses.replace(table, codes=words).take(row_ids)
+        codes = lax.bitcast_convert_type(taken.codes, jnp.uint8).reshape(-1, width)
+        return dataclasses.replace(taken, codes=codes)
     if platform == "gpu" and table.dtype == jnp.bfloat16 and table.shape[1] % 2 == 0:
         pairs = _take(lax.bitcast_convert_type(table.reshape(table.shape[0], -1, 2), jnp.uint32), row_ids)
         pairs = pairs if weights is None else _times(pairs, weights[:, None])

@@ -44,15 +44,18 @@ class Epilogue:
         residual: what fwd keeps, and what dgrad computes the gradient from. None in a fwd without a backward pass.
         bias: whether an expert's bias comes before the activation. No kernel adds one, so a backend that insists on
             fusing refuses it.
+        encodes: the format in which a fwd stores the hidden rows, as `ScaledRows`; None for the product's dtype.
     """
 
     activation: BoundActivation
     residual: Residual | None
     bias: bool = False
+    encodes: str | None = None
 
     def __str__(self) -> str:
         biased = " of a biased product" if self.bias else ""
-        return f"{self.activation}{biased} keeping {self.residual or 'nothing'}"
+        encoded = f", encoded in {self.encodes}" if self.encodes else ""
+        return f"{self.activation}{biased}{encoded} keeping {self.residual or 'nothing'}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,4 +152,7 @@ def fuse_refusal(problem: Problem, fuse: Fuse, faster: dict[str, tuple[str, ...]
         )
     if fuse == "always" or (fuse == "measured" and kernel.name in faster[problem.contraction]):
         return None
-    return f"fuse={fuse!r} leaves {kernel.name} of {problem.contraction} to XLA: fuse='always' fuses it."
+    encodes = problem.epilogue.encodes
+    what = kernel.name if encodes is None else f"{kernel.name}, encoded in {encodes},"
+    others = "XLA" if encodes is None else "other kernels"
+    return f"fuse={fuse!r} leaves {what} of {problem.contraction} to {others}: fuse='always' fuses it."

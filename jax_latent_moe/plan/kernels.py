@@ -38,5 +38,13 @@ KERNELS = (
     ("sm90.fwd.e4m3.128x128x6.1x2", 1984),
     ("sm90.fwd.e4m3.relu2:hidden.128x192x5.1x2", 1030),
     ("sm90.fwd.e4m3.relu2:hidden.128x128x6.1x2", 1984),
+    ("sm90.fwd.e4m3.256x128x4.1x2", 1868),
+    ("sm90.fwd.e4m3.relu2:hidden.256x128x4.1x2", 1868),
+    ("sm90.fwd.e4m3.swiglu:pre.128x256x4.1x2", 2124),
+    ("sm90.fwd.e4m3.geglu:pre.128x256x4.1x2", 2124),
+    ("sm90.fwd.e4m3.geglu_tanh:pre.128x256x4.1x2", 2124),
+    ("sm90.fwd.e4m3.situ_glu:pre.128x256x4.1x2", 2124),
+    ("sm90.fwd.e4m3.192x128x4.1x2", 5067),
+    ("sm90.fwd.e4m3.relu2:hidden.192x128x4.1x2", 5067),
 )
 """(name, the most experts that it takes), in the library's order: `Device.kernels` of a GPU that is not present."""

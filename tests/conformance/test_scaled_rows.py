@@ -17,11 +17,12 @@ from jax_latent_moe.grouped_matmul import (
     problem,
     select,
 )
+from jax_latent_moe.grouped_matmul.operands import gathered
 from tests.conformance import suite
 from tests.conformance.oracle import oracle_matmul, random_group_sizes
 from tests.conformance.rows import KERNELS_OF_CODES, SCALED_ROWS, param
 from tests.conformance.suite import CHECKS
-from tests.kernels import H200
+from tests.kernels import CPU, H200
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
@@ -55,6 +56,17 @@ def test_codes_are_gathered(rng):
     assert out.dtype == jnp.bfloat16
     assert operand_of(GatheredRows(codes, jnp.asarray(row_ids))).format == "fp8_block"
     assert operand_of(table).format == "bfloat16"  # JAX's arrays have a `format` of their own
+
+
+@pytest.mark.parametrize("width", [132, 130])
+def test_words_of_codes_are_gathered_on_a_gpu(rng, width):
+    codes = encode_rows(jnp.asarray(rng.normal(size=(6, width)), jnp.bfloat16), "fp8_block")
+    row_ids = jnp.asarray([-3, 9, 4, 4, 0], jnp.int32)
+    expected = gathered(GatheredRows(codes, row_ids), CPU)
+    found = jax.jit(lambda rows: gathered(rows, H200))(GatheredRows(codes, row_ids))
+    np.testing.assert_array_equal(expected.codes, np.asarray(codes.codes)[[0, 5, 4, 4, 0]])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
 
 
 def test_codes_get_no_gradient(rng):

@@ -13,8 +13,8 @@ namespace latent_moe {
 // A kernel's rows must be fewer than this: it numbers all rows of its tiles in 32 bits.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 256;
 
-// The kernel of that name. It must be for one of the contractions, and with or without an activation as asked. Null if a
-// check fails.
+// The kernel of that name, for 16-bit operands. It must be for one of the contractions, and with or without an activation as
+// asked. Null if a check fails.
 Kernel const* named_kernel(Check& check, std::string_view name, std::initializer_list<Contraction> contractions,
                            bool with_activation);
 

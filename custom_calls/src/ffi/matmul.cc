@@ -1,5 +1,5 @@
-// The handlers of fwd and dgrad, without and with an activation, and of fwd of codes. They check their arguments, make the
-// tensor maps for TMA and launch a compiled kernel.
+// The handlers of fwd and dgrad, without and with an activation, and of fwd of codes, to rows or to codes. They check their
+// arguments, make the tensor maps for TMA and launch a compiled kernel.
 #include <cstdint>
 #include <string>
 
@@ -48,7 +48,7 @@ class Product {
       int const box_blocks = kernel.tile.columns / (halves * block);
       check(blocks_map(&args.b, format, w.untyped_data(), experts, k, n, kernel.step_depth, box_blocks));
     } else {
-      int const box_rows = transposes ? kernel.tile.columns : kernel.step_depth;
+      int const box_rows = transposes ? kernel.tile.columns / halves : kernel.step_depth;
       check(dense_map(&args.b, format, w.untyped_data(), experts, k, n, box_rows));
     }
     args.problem.group_sizes = group_sizes.typed_data<int32_t>();
@@ -152,25 +152,66 @@ ffi::Error matmul_activation_grad(MatmulActivationGradCall const& call) {
   return product.launch(*call.counters, call.stream);
 }
 
+namespace {
+
+int64_t scale_blocks(int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; }
+
+// The scales of both operands of a product of codes, of `halves` matrices side by side.
+void set_scales(Product& product, ffi::AnyBuffer const& of_rows, ffi::AnyBuffer const& of_w, int64_t experts, int halves) {
+  int64_t const steps = scale_blocks(product.in);
+  product.check.buffer("row_scales", of_rows, ffi::DataType::F32, {steps, product.num_rows});
+  product.check.buffer("w_scales", of_w, ffi::DataType::F32,
+                       {experts, halves * scale_blocks(product.out / halves), steps});
+  product.args.row_scales = static_cast<float const*>(of_rows.untyped_data());
+  product.args.weight_scales = static_cast<float const*>(of_w.untyped_data());
+}
+
+}  // namespace
+
 ffi::Error matmul_codes(MatmulCodesCall const& call) {
   Check named;
   Kernel const* kernel = find_kernel(call.kernel);
   named.that(kernel != nullptr, not_compiled(call.kernel));
   if (named.ok()) named.that(kernel->format == Format::kE4m3, "kernel=" + std::string(call.kernel) + " is not for codes");
+  if (named.ok()) named.that(!is_gated(kernel->activation), "kernel=" + std::string(call.kernel) + " stores only codes");
   if (!named.ok()) return refuse(named.error());
   Rows const rows{"rows", call.rows, kernel->format};
   Product product(*kernel, rows, call.w, call.group_sizes, call.rows_first);
   Check& check = product.check;
   if (check.ok()) {
-    auto const blocks = [](int64_t size) { return (size + kScaleBlock - 1) / kScaleBlock; };
-    int64_t const experts = call.w.dimensions()[0];
-    check.buffer("row_scales", call.row_scales, ffi::DataType::F32, {blocks(product.in), product.num_rows});
-    check.buffer("w_scales", call.w_scales, ffi::DataType::F32, {experts, blocks(product.out), blocks(product.in)});
+    set_scales(product, call.row_scales, call.w_scales, call.w.dimensions()[0], 1);
     check.buffer("out", *call.out, data_type(product_format(kernel->format)), {product.num_rows, product.out});
     product.write_to(*call.out, product.out);
     product.args.hidden = call.out->untyped_data();  // of a kernel with an activation
-    product.args.row_scales = static_cast<float const*>(call.row_scales.untyped_data());
-    product.args.weight_scales = static_cast<float const*>(call.w_scales.untyped_data());
+  }
+  return product.launch(*call.counters, call.stream);
+}
+
+ffi::Error matmul_encoded(MatmulEncodedCall const& call) {
+  Check named;
+  Kernel const* kernel = find_kernel(call.kernel);
+  named.that(kernel != nullptr, not_compiled(call.kernel));
+  if (named.ok()) named.that(kernel->encodes, "kernel=" + std::string(call.kernel) + " stores no codes");
+  if (!named.ok()) return refuse(named.error());
+  Rows const rows{"rows", call.rows, kernel->format};
+  Product product(*kernel, rows, call.w, call.group_sizes, call.rows_first);
+  Check& check = product.check;
+  if (check.ok()) {
+    int const halves = is_gated(kernel->activation) ? 2 : 1;
+    int64_t const width = product.out / halves, num_rows = product.num_rows;
+    ffi::DataType const type = data_type(product_format(kernel->format));
+    set_scales(product, call.row_scales, call.w_scales, call.w.dimensions()[0], halves);
+    check.features("the width of hidden rows", width, kernel->format);
+    check.buffer("residual", *call.residual, type, {call.keep_residual ? num_rows : 0, product.out});
+    check.buffer("codes", *call.codes, data_type(kernel->format), {num_rows, width});
+    check.buffer("scales", *call.scales, ffi::DataType::F32, {scale_blocks(width), num_rows});
+    product.write_to(*call.residual, width);
+    product.activate(call.beta, call.linear_beta);
+    product.args.hidden = call.residual->untyped_data();  // of a kernel whose residual is its hidden rows
+    product.args.keep_residual = call.keep_residual;
+    product.args.codes = static_cast<uint8_t*>(call.codes->untyped_data());
+    product.args.code_scales = static_cast<float*>(call.scales->untyped_data());
+    product.args.power_of_two = call.power_of_two;
   }
   return product.launch(*call.counters, call.stream);
 }

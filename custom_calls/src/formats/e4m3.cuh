@@ -9,6 +9,7 @@
 namespace latent_moe::formats {
 
 constexpr float kLargest = 448;
+constexpr float kLeastOfRows = 1e-30f;  // the least amax of a block of a row
 
 // The bits of magnitudes have the order of the magnitudes, with NaN above infinity.
 __device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffff; }
@@ -21,11 +22,13 @@ __device__ __forceinline__ float scale_of(uint32_t largest, float least, bool po
   return __uint_as_float(min((bits >> 23) + ((bits & 0x7fffff) != 0), 254u) << 23);
 }
 
+__device__ __forceinline__ uint16_t encode(float2 values, float inverse) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(values.x * inverse, values.y * inverse), __NV_SATFINITE, __NV_E4M3);
+}
+
 __device__ __forceinline__ uint32_t encode(float4 values, float inverse) {
-  const float2 low = make_float2(values.x * inverse, values.y * inverse);
-  const float2 high = make_float2(values.z * inverse, values.w * inverse);
-  return __nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3) |
-         uint32_t{__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)} << 16;
+  return encode(make_float2(values.x, values.y), inverse) |
+         uint32_t{encode(make_float2(values.z, values.w), inverse)} << 16;
 }
 
 }  // namespace latent_moe::formats

@@ -14,7 +14,6 @@ namespace latent_moe::formats {
 
 constexpr int kLanes = 16, kColumns = kBlock / kLanes;                  // of a block, and of a lane
 constexpr int kRowThreads = 256, kRowsOfLane = kTileRows * kLanes / kRowThreads;
-constexpr float kLeastOfRows = 1e-30f;
 
 // Eight neighbouring elements of a row as they are in memory.
 template <class T>

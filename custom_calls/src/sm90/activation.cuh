@@ -68,7 +68,8 @@ __device__ __forceinline__ Value gelu_tanh(float x) {
 template <Activation A>
 __device__ __forceinline__ Value gate_value(float x, ActivationParams const& params) {
   if constexpr (A == Activation::kRelu2) {
-    float r = x < 0.0f ? 0.0f : x;  // fmaxf would lose a NaN
+    float r;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(r) : "f"(x));  // fmaxf would lose a NaN
     return {r * r, 2.0f * r};
   } else if constexpr (A == Activation::kGelu || A == Activation::kGeglu) {
     return gelu_exact(x);

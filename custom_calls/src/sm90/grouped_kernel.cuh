@@ -5,14 +5,15 @@
 // clips the boxes there (`Window`), because zeros need less power to multiply than rows of the next expert. Partial tiles
 // are stored row by row. Other warps may gather rows from a table meanwhile (gather.cuh).
 //
-// The warpgroups share a tile of E4M3 codes, 64 rows each. The matrix units add such products with about 14 bits. So each
-// step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in float32, as DeepGEMM
-// does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the other one multiplies.
+// Two or three warpgroups share a tile of E4M3 codes and take its 64-row blocks in turn. The matrix units add such products with
+// about 14 bits. So each step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in
+// float32, as DeepGEMM does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the others multiply.
 #pragma once
 
 #include "common/gather.cuh"
 #include "common/queue.cuh"
 #include "common/schedule.cuh"
+#include "sm90/encoded_epilogue.cuh"
 #include "sm90/row_epilogue.cuh"
 #include "sm90/spec.h"
 #include "sm90/swap_ab_epilogue.cuh"
@@ -24,12 +25,12 @@ template <class Spec>
 using EpilogueOf = std::conditional_t<Spec::kWgrad, WgradEpilogue<Spec>,
                                       std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogue<Spec>>>;
 
-constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM may take
 
 template <class Spec>
 struct GroupedKernel {
   static constexpr Tile kTile = Spec::kTile;
+  static constexpr int kConsumers = Spec::kConsumers, kThreads = (kConsumers + 1) * kWarpgroup;
   using T = Element<Spec::kFormat>;
   using Epilogue = EpilogueOf<Spec>;
   using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
@@ -52,11 +53,17 @@ struct GroupedKernel {
   // The scales of a stage: of its rows, and of the weight's blocks that the columns of a tile may lie in. There are more of
   // these than needed, because the queue behind them begins at a multiple of 32 bytes.
   static constexpr int kWeightScales = 8;
+  static constexpr int kHalves = Spec::kHalves ? 2 : 1;
   static constexpr int kScaleBytes = kScaled ? (kTile.rows + kWeightScales) * sizeof(float) : 0;
   static constexpr int kScaleLoaders = kScaled ? 32 : 0;  // threads
+  static constexpr int kLead = 2;                         // steps, of tiles of codes
+  static_assert(kLead < kStages);
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
-  static_assert(kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
+  static_assert(kScaled ? kTile.rows * kTile.columns <= 256 * 128
+                        : kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
+  // Registers of a thread. All warpgroups' together are at most 504, or 512 with three consumers.
+  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : kScaled ? 224 : 232;
   static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
@@ -151,6 +158,10 @@ struct GroupedKernel {
           }
           if constexpr (kMajorB == Major::K) {
             load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
+            if constexpr (Spec::kHalves) {
+              load_box<1>(args.b, full, shared.b(place.stage, kBlocksB / 2), 0, at, work.column + args.problem.out_columns,
+                          work.expert);
+            }
           } else {
             load_halves(args, full, shared.b(place.stage, 0), work, at);
           }
@@ -172,8 +183,10 @@ struct GroupedKernel {
     Place place;
     Work work;
     while (queue.template take<false>(work)) {
-      const int column_block = min(work.column / kScaleBlock + lane, column_blocks - 1);
-      float const* of_weight = args.weight_scales + (int64_t{work.expert} * column_blocks + column_block) * work.steps;
+      // The tile of a gated activation has a block of gates and one of the up half.
+      const int column_block = min(work.column / kScaleBlock + lane / kHalves, column_blocks - 1);
+      const int64_t half = int64_t{work.expert} * kHalves + lane % kHalves;
+      float const* of_weight = args.weight_scales + (half * column_blocks + column_block) * work.steps;
       for (int step = 0; step < work.steps; ++step, place.next()) {
         float const* of_rows = args.row_scales + int64_t{step} * num_rows;
         shared.empty[place.stage].wait(place.phase ^ 1);
@@ -208,7 +221,6 @@ struct GroupedKernel {
   // Loads columns of w, as [64][64] blocks side by side. The tile of a gated activation is half gate, half up.
   static __device__ __forceinline__ void load_halves(Args const& args, Barrier& full, char* smem, Work const& work,
                                                      int row) {
-    constexpr int kHalves = Spec::kHalves ? 2 : 1;
     constexpr int kBlocks = kBlocksB / kHalves;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -310,49 +322,87 @@ struct GroupedKernel {
     epilogue.finish(acc, work);
   }
 
-  // Multiplies and stores the 64-row block of a tile of codes that is this warpgroup's.
-  static __device__ __forceinline__ void scaled_tile(Shared const& shared, Epilogue const& epilogue, Work const& work,
-                                                     Place& place, int warpgroup, int thread) {
-    constexpr int kElements = kTile.columns / 2;  // of a thread
+  // Multiplies and stores this warpgroup's 64-row blocks of a tile of codes, `Blocks` in number. A step multiplies them one by
+  // one, because two products and the sums would not fit the registers. So do the two halves of a gated tile.
+  template <int Blocks>
+  static __device__ __forceinline__ void scaled_tile(Args const& args, Shared const& shared, Epilogue const& epilogue,
+                                                     Work const& work, Place& place, int warpgroup, int thread) {
+    constexpr int kElements = Spec::kColumns / 2;  // of a thread, in a product
+    // Columns that share a scale, wherever the tile begins.
+    constexpr int kScaleColumns = Spec::kColumns % kScaleBlock == 0 ? kScaleBlock : kBlock;
+    constexpr int kScales = Spec::kColumns / kScaleColumns, kProducts = Blocks * kHalves;
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.stages), kBlockBytes);
     const int row = warpgroup * kBlock + thread / 32 * kWarpRows + thread % 32 / 4;
-    const int column = work.column % kScaleBlock;
-    float sums[kElements] = {};
+    const int column = kScaleColumns == kScaleBlock ? 0 : work.column % kScaleBlock;
+    float sums[Blocks][kHalves][kElements] = {};
+    const bool in_step = leads(work);
+    if (in_step && warpgroup == 1) follow();
 #pragma unroll 1
     for (int step = 0; step < work.steps; ++step, place.next()) {
+      if (in_step && warpgroup == 0 && step == kLead) lead();
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
-      float product[kElements];
-      shared.full[place.stage].wait(place.phase);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int bytes = 0; bytes < kRowBytes; bytes += 32) {
-        codes_wgmma<kTile.columns>(descriptor(stage, warpgroup * kBlockBytes + bytes),
-                                   descriptor(stage, kBlocksA * kBlockBytes + bytes), product, bytes > 0);
-      }
-      cute::warpgroup_commit_batch();
       const float* row_scales = shared.row_scales(place.stage) + row;
       const float* weight_scales = shared.weight_scales(place.stage);
-      float of_rows[2], of_blocks[kBlocksB];
+      float of_rows[Blocks][2], of_columns[kHalves * kScales];
+      shared.full[place.stage].wait(place.phase);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) of_rows[half] = row_scales[8 * half];
+      for (int i = 0; i < kProducts; ++i) {
+        const int block = i / kHalves, half = i % kHalves;
+        float product[kElements];
+        cute::warpgroup_arrive();
 #pragma unroll
-      for (int block = 0; block < kBlocksB; ++block) {
-        of_blocks[block] = weight_scales[(column + block * kBlock) / kScaleBlock];
-      }
-      cute::warpgroup_wait<0>();
-      release_codes(shared, place.stage, thread, of_rows, of_blocks);
+        for (int bytes = 0; bytes < kRowBytes; bytes += 32) {
+          codes_wgmma<Spec::kColumns>(
+              descriptor(stage, (warpgroup + block * kConsumers) * kBlockBytes + bytes),
+              descriptor(stage, (kBlocksA + half * kBlocksB / kHalves) * kBlockBytes + bytes), product, bytes > 0);
+        }
+        cute::warpgroup_commit_batch();
+        if (i == 0) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) cute::warpgroup_fence_operand(product[i]);
+          for (int j = 0; j < 2 * Blocks; ++j) of_rows[j / 2][j % 2] = row_scales[j / 2 * kConsumers * kBlock + j % 2 * 8];
 #pragma unroll
-      for (int block = 0; block < kBlocksB; ++block) {
-        const float scales[2] = {of_rows[0] * of_blocks[block], of_rows[1] * of_blocks[block]};
+          for (int j = 0; j < kHalves * kScales; ++j) {
+            of_columns[j] = weight_scales[kHalves == 2 ? j : (column + j * kScaleColumns) / kScaleBlock];
+          }
+        }
+        cute::warpgroup_wait<0>();
+        if (i == kProducts - 1) release_codes(shared, place.stage, thread, of_rows, of_columns);
 #pragma unroll
-        for (int i = 0; i < kBlock / 2; ++i) {
-          sums[block * kBlock / 2 + i] += product[block * kBlock / 2 + i] * scales[i / 2 % 2];
+        for (int j = 0; j < kElements; ++j) cute::warpgroup_fence_operand(product[j]);
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) {
+          const float of_column = of_columns[half * kScales + j / (kScaleColumns / 2)];
+          sums[block][half][j] += product[j] * (of_rows[block][j / 2 % 2] * of_column);
         }
       }
     }
-    epilogue.store_block(sums, work, warpgroup);
+    if constexpr (Spec::kEncodes) {
+      if (kHalves == 2 || args.codes != nullptr) {
+        const EncodedEpilogue<Spec> encoded(args, shared.epilogue, warpgroup, thread);
+#pragma unroll
+        for (int block = 0; block < Blocks; ++block) encoded.store_block(sums[block], work, warpgroup + block * kConsumers);
+        return;
+      }
+    }
+    if constexpr (kHalves == 1) {
+#pragma unroll
+      for (int block = 0; block < Blocks; ++block) epilogue.store_block(sums[block][0], work, warpgroup + block * kConsumers);
+    }
+  }
+
+  // The second of two warpgroups begins a tile of codes when the first is kLead steps ahead. So one stores while the other
+  // multiplies the last steps, or the first ones of the next tile. Loads that are late would bring them together again. With
+  // fewer steps the first could be two tiles ahead, which the barrier does not count. Three warpgroups need no order: two of
+  // them multiply in any case.
+  static __device__ __forceinline__ bool leads(Work const& work) {
+    return kConsumers == 2 && work.steps > kStages && active_blocks(work) > 1;
+  }
+  static constexpr int kLeadBarrier = kConsumers + 1;  // behind those of sync_warpgroup
+  static __device__ __forceinline__ void lead() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kLeadBarrier), "n"(kConsumers * kWarpgroup) : "memory");
+  }
+  static __device__ __forceinline__ void follow() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kLeadBarrier), "n"(kConsumers * kWarpgroup) : "memory");
   }
 
   // Waits for the stages of a tile in which this warpgroup has no rows, and gives them back for all its warps. One warp does
@@ -373,11 +423,15 @@ struct GroupedKernel {
 
   // Tells every producer of the cluster that this warp has read the stage and its scales. The scales must have arrived by
   // then, and no barrier waits for that (queue.cuh). So the number of the block depends on them: the shift is always 0.
-  static __device__ __forceinline__ void release_codes(Shared const& shared, int stage, int thread, float const (&of_rows)[2],
-                                                       float const (&of_blocks)[kBlocksB]) {
-    uint32_t bits = __float_as_uint(of_rows[0]) | __float_as_uint(of_rows[1]);
+  template <int Blocks, int Columns>
+  static __device__ __forceinline__ void release_codes(Shared const& shared, int stage, int thread,
+                                                       float const (&of_rows)[Blocks][2],
+                                                       float const (&of_columns)[Columns]) {
+    uint32_t bits = 0;
 #pragma unroll
-    for (int block = 0; block < kBlocksB; ++block) bits |= __float_as_uint(of_blocks[block]);
+    for (int i = 0; i < 2 * Blocks; ++i) bits |= __float_as_uint(of_rows[i / 2][i % 2]);
+#pragma unroll
+    for (int i = 0; i < Columns; ++i) bits |= __float_as_uint(of_columns[i]);
     const uint32_t lane = thread % 32, zero = bits & thread >> 10;
     if (lane < kCluster) shared.empty[stage].arrive(lane + zero);
   }
@@ -404,11 +458,14 @@ struct GroupedKernel {
       work.steps = uniform(work.steps);
       work.valid = uniform(work.valid);
       if constexpr (kScaled) {
-        // Blocks of codes are multiplied by the warpgroup of their number. There are no turns: they made it slower.
-        if (warpgroup < active_blocks(work)) {
-          scaled_tile(shared, epilogue, work, place, warpgroup, thread);
-        } else {
+        // There are no turns within a tile: they made it slower.
+        const int blocks = (active_blocks(work) + kConsumers - 1 - warpgroup) / kConsumers;
+        if (blocks == 0) {
           skip_tile(shared, work, place, warpgroup, thread);
+        } else if (constexpr int kMost = kBlocksA / kConsumers; kMost == 1 || blocks == kMost) {
+          scaled_tile<kMost>(args, shared, epilogue, work, place, warpgroup, thread);
+        } else {
+          scaled_tile<1>(args, shared, epilogue, work, place, warpgroup, thread);
         }
       } else if ((turn ^= 1) != warpgroup) {
         place.skip(work.steps);
@@ -432,7 +489,7 @@ struct GroupedKernel {
 };
 
 template <class Spec>
-__global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
+__global__ void __launch_bounds__(GroupedKernel<Spec>::kThreads, 1) grouped_kernel(__grid_constant__ const Args args) {
   using K = GroupedKernel<Spec>;
   extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
   // If the compiler knows that an address is the same for the whole warp, it keeps it out of the lanes' registers.
@@ -447,7 +504,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
       shared.full[stage].init(1 + K::kScaleLoaders);
       shared.empty[stage].init(K::kCluster * K::kReaders);
     }
-    for (int warpgroup = 0; warpgroup < kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
+    for (int warpgroup = 0; warpgroup < K::kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
     typename K::Queue(shared.queue, schedule, rank).init();
     cutlass::arch::fence_barrier_init();
   }
@@ -457,8 +514,8 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
     cute::cluster_wait();
   }
 
-  if (warpgroup == kConsumers) {
-    cutlass::arch::warpgroup_reg_dealloc<K::kScaled ? 56 : 40>();
+  if (warpgroup == K::kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<K::kProducerRegisters>();
     const int warp = threadIdx.x / 32 % 4;
     // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
     if (warp == 0 && cute::elect_one_sync()) K::produce(args, shared, schedule, rank);
@@ -473,7 +530,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_kernel(__grid_constant__ 
       }
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<K::kScaled ? 224 : 232>();
+    cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();
     K::consume(args, shared, schedule, rank, uniform(warpgroup));
   }
   // A block may end only when no other block of the cluster writes into its shared memory any more.
@@ -492,7 +549,7 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
     return error;
   }
   cudaLaunchConfig_t config = {};
-  config.blockDim = kThreads;
+  config.blockDim = K::kThreads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute cluster;

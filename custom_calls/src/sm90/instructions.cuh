@@ -22,7 +22,6 @@ using cute::SM90::GMMA::Major;
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;   // warpgroups
 constexpr int kRowBytes = 128;  // of a swizzled row in shared memory
 constexpr int kBlock = 64;      // 16-bit elements of such a row, and rows of one wgmma
 

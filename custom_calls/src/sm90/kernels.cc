@@ -9,7 +9,7 @@ template <class Spec>
 Kernel kernel(std::string_view name) {
   return {
       name,        Spec::kContraction, Spec::kFormat, Spec::kActivation,   Spec::kResidual, Spec::kTile, Spec::kStepDepth,
-      kLoadedRows, kStoredRows,        Spec::kCounts && !Spec::kScaled, max_experts<Spec>(), &launch<Spec>};
+      kLoadedRows, kStoredRows,        Spec::kCounts && !Spec::kScaled, Spec::kEncodes,      max_experts<Spec>(), &launch<Spec>};
 }
 
 }  // namespace

@@ -11,32 +11,34 @@ constexpr int kWarpRows = 16;
 static_assert(kStoredRows == kWarpRows);
 constexpr int kPieceBytes = kWarpRows * kRowBytes;  // a warp's part of a [64][64] block
 
-// Sixteen rows of a matrix of 16-bit elements in memory. A lane moves 16 bytes of every fourth row. Elements beyond `rows`
-// and `columns` are not touched.
+// Sixteen rows of a matrix of 8-bit or 16-bit elements in memory. A lane moves 16 bytes of every fourth row. Elements beyond
+// `rows` and `columns` are not touched.
 template <class T>
 struct Strip {
+  static constexpr int kUnit = 16 / sizeof(T), kColumns = kRowBytes / sizeof(T);  // elements of 16 and of 128 bytes
   T* start;  // of this lane
   int64_t four_rows;
   int rows, columns;  // from there on
 
   __device__ __forceinline__ Strip(T* first, int64_t pitch, int rows, int columns, int lane)
-      : start(first + lane / 8 * pitch + lane % 8 * 8),
+      : start(first + lane / 8 * pitch + lane % 8 * kUnit),
         four_rows(4 * pitch),
         rows(rows - lane / 8),
-        columns(columns - lane % 8 * 8) {}
+        columns(columns - lane % 8 * kUnit) {}
 
-  // The lane's i-th row, in the block of 64 columns c.
-  __device__ __forceinline__ T* at(int i, int c) const { return start + i * four_rows + c * kBlock; }
-  __device__ __forceinline__ bool holds(int i, int c) const { return i * 4 < rows && c * kBlock < columns; }
+  // The lane's i-th row, in the block of kColumns columns c.
+  __device__ __forceinline__ T* at(int i, int c) const { return start + i * four_rows + c * kColumns; }
+  __device__ __forceinline__ bool holds(int i, int c) const { return i * 4 < rows && c * kColumns < columns; }
 };
 
-// A warp's [16][64] elements in shared memory, swizzled so that no access by quarter or by row has bank conflicts.
+// A warp's [16][64] elements of 16 bits, or [16][128] codes, in shared memory, swizzled so that no access has bank conflicts.
 template <class T>
 class Piece {
  public:
   __device__ Piece(uint32_t base, int lane)
       : by_quarter_(base + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)),
-        by_row_(base + lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4)) {}
+        by_row_(base + lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4)),
+        by_pair_(base + lane / 4 * 128 + (lane / 4 << 4) + lane % 4 * 2) {}
 
   // The layout of a thread's elements after a product: in pairs, 16 columns (a quarter) at a time. Pair i is in row
   // 8 (i % 2) + lane / 4, at column 16 quarter + 8 (i / 2) + 2 (lane % 4).
@@ -45,6 +47,12 @@ class Piece {
   }
   __device__ __forceinline__ void get(uint32_t (&p)[4], int quarter) const {
     cute::SM75_U32x4_LDSM_N::copy(*flipped(by_quarter_, quarter << 5), p[0], p[1], p[2], p[3]);
+  }
+
+  // Two codes of a thread after a product of 128 columns, in row 8 half + lane / 4, at column 8 eight + 2 (lane % 4).
+  __device__ __forceinline__ void put_codes(uint16_t codes, int half, int eight) const {
+    const uint32_t to = (by_pair_ ^ eight / 2 << 4) + eight % 2 * 8 + half * 8 * kRowBytes;
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(codes) : "memory");
   }
 
   // Writes to memory the elements that the whole warp has put.
@@ -77,7 +85,7 @@ class Piece {
     return static_cast<cute::uint128_t*>(__cvta_shared_to_generic(place ^ bits));
   }
 
-  uint32_t by_quarter_, by_row_;  // addresses in shared memory
+  uint32_t by_quarter_, by_row_, by_pair_;  // addresses in shared memory
 };
 
 // Columns 64 c + 16 quarter ... of a thread's accumulators, rounded, as `Piece` puts them.

@@ -28,7 +28,7 @@ class RowEpilogue {
 
  public:
   static constexpr int kPiecesOfWarp = kGradient ? kAhead * kHalves + kRemakes : 1;
-  static constexpr int kSharedBytes = kConsumers * 4 * kPiecesOfWarp * kPieceBytes;
+  static constexpr int kSharedBytes = Spec::kConsumers * 4 * kPiecesOfWarp * kPieceBytes;
 
   __device__ RowEpilogue(Args const& args, char* shared, int warpgroup, int thread)
       : args_(args),

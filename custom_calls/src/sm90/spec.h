@@ -25,10 +25,15 @@ struct Spec {
   // Whether the operands are codes with scales. Each step's product is then multiplied by the scales and added in float32, and
   // both warpgroups work on one tile.
   static constexpr bool kScaled = F == Format::kE4m3;
+  static constexpr int kColumns = C == Contraction::kFwd && is_gated(A) ? Columns / 2 : Columns;  // of the hidden rows in a tile
+  // Warpgroups that multiply: three share a tile of 192 rows of codes.
+  static constexpr int kConsumers = kScaled && Rows % 128 != 0 ? 3 : 2;
   static constexpr bool kActivates = C == Contraction::kFwd && A != Activation::kNone;
   static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;
   // Whether a tile of the product is half gate, half up.
   static constexpr bool kHalves = kActivates && is_gated(A);
+  // Whether hidden rows can be stored as codes. A scale is of 128 columns of a row, which must be in one warpgroup.
+  static constexpr bool kEncodes = kScaled && kActivates && kColumns == kScaleBlock;
 
   // Whether wgmma's operands are swapped: rows lie along its N axis, of any multiple of 8, rather than along its M axis
   // of 64. The tiles of an expert then have equal heights, and multiply few padding rows. Tiles of three column blocks gain
@@ -47,7 +52,7 @@ struct Spec {
   // The constants that Schedule needs (common/schedule.cuh).
   struct Tiles {
     static constexpr bool kWgrad = Spec::kWgrad, kEvenHeights = Spec::kSwapAb;
-    static constexpr int kRows = Rows, kColumns = kHalves ? Columns / 2 : Columns;
+    static constexpr int kRows = Rows, kColumns = Spec::kColumns;
     static constexpr int kClusterRows = ClusterRows, kClusterColumns = ClusterColumns;
     static constexpr int kStepDepth = Spec::kStepDepth;
   };
@@ -58,8 +63,9 @@ struct Spec {
   static_assert(R != Residual::kGateHidden || (is_gated(A) && A != Activation::kSituGlu),
                 "gate and hidden rows determine the up half where hidden rows are a function of the gate times the up half");
   static_assert(element_bytes(product_format(F)) == 2, "epilogues pack pairs of 16-bit elements");
-  static_assert(!kScaled || (C == Contraction::kFwd && !is_gated(A)), "codes have fwd alone, and no gated epilogue");
-  static_assert(!kScaled || Rows == 128, "each of two warpgroups multiplies 64 rows of a tile of codes");
+  static_assert(!kScaled || C == Contraction::kFwd, "codes have fwd alone");
+  static_assert(!kScaled || !is_gated(A) || kEncodes, "a gated epilogue of codes stores codes alone");
+  static_assert(!kScaled || Rows % (64 * kConsumers) == 0, "warpgroups multiply equal numbers of blocks of a tile of codes");
 };
 
 template <class Spec>

@@ -27,7 +27,7 @@ class SwapAbEpilogue {
   using Accumulator = float[kTile.rows / 2];
 
  public:
-  static constexpr int kSharedBytes = kConsumers * kRows * kPitch;
+  static constexpr int kSharedBytes = Spec::kConsumers * kRows * kPitch;
 
   __device__ SwapAbEpilogue(Args const& args, char* shared, int warpgroup, int thread)
       : args_(args),

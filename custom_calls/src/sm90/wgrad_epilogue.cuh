@@ -23,7 +23,7 @@ class WgradEpilogue {
   using Accumulator = float[kTile.columns / 2];
 
  public:
-  static constexpr int kSharedBytes = kConsumers * 4 * kPieces * kPieceBytes;
+  static constexpr int kSharedBytes = Spec::kConsumers * 4 * kPieces * kPieceBytes;
 
   __device__ WgradEpilogue(Args const& args, char* shared, int warpgroup, int thread)
       : args_(args),

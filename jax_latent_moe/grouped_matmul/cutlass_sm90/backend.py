@@ -4,12 +4,22 @@ import jax
 import jax.numpy as jnp
 
 from jax_latent_moe import native
+from jax_latent_moe.formats import ScaledRows
+from jax_latent_moe.formats.both_layouts import POWER_OF_TWO
 from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, Outputs
-from jax_latent_moe.grouped_matmul.sm90 import both_fp8, fp8_refusal, fuse_refusal, kernel_activation, library, refusal
+from jax_latent_moe.grouped_matmul.sm90 import (
+    FP8,
+    both_fp8,
+    fp8_refusal,
+    fuse_refusal,
+    kernel_activation,
+    library,
+    refusal,
+)
 
 FEATURE_MULTIPLE = 8
 """16-bit elements in 16 bytes, the unit in which rows are read."""
@@ -27,6 +37,8 @@ FASTER = {
     "fwd": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh", "situ_glu"),
     "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
 }
+# Those with which an FP8 product that also encodes the hidden rows was faster than a product and an encoder.
+FASTER_ENCODED = {"fwd": ()}
 
 
 class Cutlass(Backend):
@@ -42,8 +54,13 @@ class Cutlass(Backend):
             return f"num_rows={problem.num_rows} must be below {MAX_ROWS}: tiles count rows in 32 bits."
         if (reason := library(problem.device).missing) is not None:
             return reason
-        if problem.epilogue is not None and (reason := fuse_refusal(problem, self.config.fuse, FASTER)):
-            return reason
+        if problem.epilogue is not None:
+            encodes = problem.epilogue.encodes is not None
+            if encodes and not both_fp8(problem):
+                return "only its FP8 kernels encode hidden rows."
+            faster = FASTER_ENCODED if encodes else FASTER
+            if reason := fuse_refusal(problem, self.config.fuse, faster):
+                return reason
         return cutlass_tiles.refusal(problem, self.given_tile(problem))
 
     def tiles(self, problem):
@@ -86,7 +103,9 @@ class Cutlass(Backend):
         """See `Backend.run`."""
         attributes = {"kernel": cutlass_tiles.kernel_name(problem, tile)}
         if both_fp8(problem):
-            return _codes(problem, operands, attributes | {"rows_first": tile.rows_first})
+            attributes |= {"rows_first": tile.rows_first}
+            encodes = problem.epilogue is not None and problem.epilogue.encodes is not None
+            return _encoded(problem, operands, attributes) if encodes else _codes(problem, operands, attributes)
         if problem.contraction == "wgrad":
             return _wgrad(problem, operands, attributes)
         attributes |= {"gathered": isinstance(operands.lhs, GatheredRows), "rows_first": tile.rows_first}
@@ -106,8 +125,15 @@ class Cutlass(Backend):
 def _fp8_refusal(problem):
     if reason := fp8_refusal(problem, ("bfloat16",), FP8_MULTIPLE, FP8_MULTIPLE):
         return reason
-    if problem.epilogue is not None and problem.epilogue.activation.gated:
-        return "its FP8 kernel has no gated activation: XLA computes it."
+    if problem.epilogue is None:
+        return None
+    gated, encodes = problem.epilogue.activation.gated, problem.epilogue.encodes
+    if encodes is None:
+        return "its FP8 kernels have gated activations only where they encode the hidden rows." if gated else None
+    if encodes not in FP8:
+        return f"its FP8 kernels encode hidden rows in {' or '.join(FP8)}, not {encodes}."
+    if gated and problem.n // 2 % FP8_MULTIPLE:
+        return f"half of n={problem.n} of FP8 codes is not a multiple of {FP8_MULTIPLE}: pad it, or use XlaBackend()."
     return None
 
 
@@ -129,12 +155,38 @@ def _part(w, part):
 
 
 def _matmul_codes(rows, w, group_sizes, attributes):
+    outs = [jax.ShapeDtypeStruct((rows.shape[0], w.shape[2]), rows.dtype), _COUNTERS]
+    return native.call("matmul_codes", _arrays(rows, w, group_sizes), outs, **attributes)[0]
+
+
+def _encoded(problem, operands, attributes) -> Outputs:
+    """The hidden rows as codes, and the residual."""
+    rows, epilogue = operands.lhs, problem.epilogue
+    activation, keeps = kernel_activation(epilogue.activation), epilogue.residual is not None
+    assert activation is not None, "supports refuses an activation that the epilogues do not have"
+    width = problem.n // (2 if activation.gated else 1)
+    outs = [
+        jax.ShapeDtypeStruct((problem.num_rows if keeps else 0, problem.n), rows.dtype),
+        jax.ShapeDtypeStruct((problem.num_rows, width), jnp.uint8),
+        jax.ShapeDtypeStruct((-(-width // FP8_BLOCK), problem.num_rows), jnp.float32),
+        _COUNTERS,
+    ]
+    attributes |= {"beta": activation.beta, "linear_beta": activation.linear_beta, "keep_residual": keeps}
+    attributes |= {"power_of_two": POWER_OF_TWO[epilogue.encodes]}
+    residual, codes, scales, _ = native.call("matmul_encoded", _arrays(*operands[:3]), outs, **attributes)
+    hidden = ScaledRows(codes, {"block": scales.T}, epilogue.encodes, rows.dtype)
+    return Outputs(hidden, residual=residual if keeps else None)
+
+
+_COUNTERS = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+
+def _arrays(rows, w, group_sizes):
+    """The operands of a product of codes. Gate and up are matrices side by side."""
     experts, parts, n, k = w.codes.shape
     w_scales = wide_scales(w.scales)
     w_scales = w_scales.reshape(experts, -1, w_scales.shape[-1])
-    given = rows.codes, wide_scales(rows.scales).T, w.codes.reshape(experts, parts * n, k), w_scales, group_sizes
-    outs = [jax.ShapeDtypeStruct((rows.shape[0], parts * n), rows.dtype), jax.ShapeDtypeStruct((2,), jnp.int32)]
-    return native.call("matmul_codes", given, outs, **attributes)[0]
+    return rows.codes, wide_scales(rows.scales).T, w.codes.reshape(experts, parts * n, k), w_scales, group_sizes
 
 
 def _activation(problem, tile, operands, attributes) -> Outputs:

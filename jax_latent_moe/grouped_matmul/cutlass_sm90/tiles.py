@@ -2,6 +2,7 @@
 
 import re
 
+from jax_latent_moe.formats.fp8 import BLOCK
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.problem import Problem
 from jax_latent_moe.grouped_matmul.sm90 import FP8, kernel_activation, library
@@ -65,8 +66,16 @@ def _kernels(problem) -> list[tuple[str, tuple[int, int, int, int, int]]]:
         if name.startswith(prefix) and plain == (problem.epilogue is None) and problem.num_experts <= max_experts:
             assert tile is not None, f"{name} does not end in TILE.CLUSTER"
             rows, columns, stages, cluster_rows, cluster_columns = map(int, tile.groups())
-            found.append((name, (rows, columns, stages, cluster_rows, cluster_columns)))
+            if _encoded_columns(problem) in (None, columns):
+                found.append((name, (rows, columns, stages, cluster_rows, cluster_columns)))
     return found
+
+
+def _encoded_columns(problem) -> int | None:
+    """The columns of a tile that encodes hidden rows: a block that shares a scale, or its gates and its up half."""
+    if problem.epilogue is None or problem.epilogue.encodes is None:
+        return None
+    return BLOCK * (2 if problem.epilogue.activation.gated else 1)
 
 
 def _shape(tile) -> tuple[int, ...]:

@@ -58,6 +58,8 @@ class Pallas(Backend):
             return None
         if problem.epilogue.residual == "gate_hidden":
             return "its epilogues keep pre-activations or hidden rows, not gate and hidden rows side by side."
+        if problem.epilogue.encodes is not None:
+            return f"its epilogues do not encode hidden rows in {problem.epilogue.encodes}."
         return fuse_refusal(problem, self.config.fuse, FASTER)
 
     def tiles(self, problem):

@@ -1,0 +1,173 @@
+"""FP8 products on a Hopper GPU: plain, and with an activation whose hidden rows are encoded in the same kernel."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_latent_moe.config import CutlassBackend
+from jax_latent_moe.formats import ScaledRows, encode, encode_rows
+from jax_latent_moe.grouped_matmul import Epilogue, Operands, operand_of, problem, reference
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
+from jax_latent_moe.grouped_matmul.registry import bind
+from jax_latent_moe.native import library
+from jax_latent_moe.row_encoders import RowEncoder
+from tests.gpu.grouped import float64, needs_hopper, same
+from tests.kernels import layer_of
+from tests.oracle.fused import activation_of_rows
+from tests.tolerances import ROUNDOFF, assert_close
+
+pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
+
+BACKEND = Cutlass(CutlassBackend(fuse="always"))
+GATED = ("swiglu", "geglu", "geglu_tanh", "situ_glu")
+FORMATS = ("fp8_block", "fp8_block_pow2")
+NUM_ROWS = 1384
+# Rows of each expert: ragged; all on one expert; one row; none; tiles whose second warpgroup has fewer blocks, or none.
+GROUPS = {
+    "ragged": np.array([0, 1, 130, 0, 257, 64, 300, 63]),
+    "one expert": np.array([0, 0, 0, NUM_ROWS, 0, 0, 0, 0]),
+    "one row": np.array([0, 0, 0, 0, 0, 0, 0, 1]),
+    "none": np.zeros(8, int),
+    "blocks": np.array([64, 128, 192, 256, 320, 65, 129, 193]),
+}
+# K and N that 128 does not divide, or divides; K of one step, of fewer steps than stages, and of more.
+FEATURES = [(1024, 384), (208, 272), (64, 16), (2688, 1024), (528, 144)]
+of_all_features = pytest.mark.parametrize("features", FEATURES, ids=str)
+
+
+def drawn(rng, sizes, k, n, parts=1, num_rows=NUM_ROWS):
+    """Operands in codes, with NaN in padding rows, and their values in float64."""
+    rows, w = rng.normal(size=(num_rows, k)), rng.normal(size=(len(sizes), k, parts * n)) / np.sqrt(k)
+    rows *= rng.uniform(0.01, 3, size=(num_rows, 1))
+    rows[sum(sizes) :] = np.nan
+    rows, w = (
+        encode_rows(jnp.asarray(rows, jnp.bfloat16), "fp8_block"),
+        encode(jnp.asarray(w), "fp8_block", parts=parts),
+    )
+    return rows, w, (float64(rows.decode("float32")), float64(w.decode("float32")))
+
+
+@functools.cache
+def compiled(bound):
+    @jax.jit
+    def run(rows, w, sizes):
+        outputs = bound(Operands(rows, w, sizes))
+        return outputs.out, outputs.residual
+
+    return run
+
+
+def runs(rows, w, sizes, epilogue=None, *, both_orders=False):
+    """(tile, out, residual) of each compiled tile, run twice with equal bits."""
+    lhs, rhs = operand_of(rows), operand_of(w)
+    asked = problem("fwd", rows.shape[0], w.shape, "bfloat16", lhs=lhs, rhs=rhs, epilogue=epilogue)
+    assert BACKEND.supports(asked) is None
+    sizes = jnp.asarray(sizes, jnp.int32)
+    for tile in BACKEND.tiles(asked):
+        if both_orders or not tile.rows_first:
+            run = compiled(dataclasses.replace(bind(BACKEND, asked), tile=tile))
+            found = run(rows, w, sizes)
+            same(found, run(rows, w, sizes))
+            yield tile, *found
+
+
+def same_codes(found, rows, label):
+    """To the bit, those of the compiled encoder of rows."""
+    expected = jax.jit(RowEncoder(found.format, None))(rows)
+    np.testing.assert_array_equal(found.codes, expected.codes, err_msg=label)
+    np.testing.assert_array_equal(found.scales["block"], expected.scales["block"], err_msg=label)
+
+
+@of_all_features
+def test_every_tile_of_plain_products(rng, features):
+    for groups, sizes in GROUPS.items():
+        rows, w, values = drawn(rng, sizes, *features)
+        expected = reference.grouped_matmul(*values, sizes)
+        for tile, out, _ in runs(rows, w, sizes):
+            assert_close(float64(out), expected, "bfloat16", f"{groups} {tile}")
+            assert not out[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@of_all_features
+def test_codes_of_relu2_are_those_of_an_encoder_behind_it(rng, features, format):
+    """Padding rows too. The hidden rows are those of the product without an encoder."""
+    config = layer_of("relu2")
+    plain = Epilogue(config.bound_activation, "hidden")
+    keeps, alone = (dataclasses.replace(plain, residual=residual, encodes=format) for residual in ("hidden", None))
+    for groups, sizes in GROUPS.items():
+        rows, w, values = drawn(rng, sizes, *features)
+        pre = np.asarray(reference.grouped_matmul(*values, sizes), jnp.bfloat16)
+        expected = activation_of_rows(config, np.float64(pre))[0]
+        hidden = [hidden for _, hidden, _ in runs(rows, w, sizes, plain)]
+        for other in hidden:
+            assert_close(float64(other), expected, "bfloat16", groups)
+            same(other, hidden[0])
+        for tile, out, kept in runs(rows, w, sizes, keeps):
+            assert isinstance(out, ScaledRows)
+            same(kept, hidden[0])
+            same_codes(out, hidden[0], f"{groups} {tile}")
+        for tile, out, kept in runs(rows, w, sizes, alone):
+            assert kept is None
+            same_codes(out, hidden[0], f"{groups} {tile}")
+
+
+@pytest.mark.parametrize("name", GATED)
+@of_all_features
+def test_codes_of_gated_activations(rng, name, features):
+    """Hidden rows of the pre-activation that is kept, within the roundings to bfloat16 and to a code."""
+    config = layer_of(name)
+    for format in FORMATS:
+        epilogue = Epilogue(config.bound_activation, "pre", encodes=format)
+        for groups, sizes in GROUPS.items():
+            rows, w, values = drawn(rng, sizes, *features, parts=2)
+            without = runs(rows, w, sizes, dataclasses.replace(epilogue, residual=None))
+            for (tile, out, pre), (_, alone, _) in zip(runs(rows, w, sizes, epilogue), without, strict=True):
+                same(alone, out)
+                assert_close(float64(pre), reference.grouped_matmul(*values, sizes), "bfloat16", f"{groups} {tile}")
+                hidden = activation_of_rows(config, float64(pre))[0]
+                scales = np.repeat(np.float64(out.scales["block"]), 128, axis=1)[:, : hidden.shape[1]]
+                # A code has 3 bits behind its first one, and the least step is 2^-9.
+                half_step = np.abs(hidden) * (2.0**-4 + 4 * ROUNDOFF["bfloat16"]) + scales * 2.0**-10
+                assert (np.abs(float64(out.decode("float32")) - hidden) <= half_step).all(), f"{groups} {tile}"
+                for block in range(0, hidden.shape[1], 128):
+                    largest = np.maximum(np.abs(hidden[:, block : block + 128]).max(axis=1), 1e-30) / 448
+                    quotient = scales[:, block] / largest
+                    assert (quotient > 1 - 2.0**-6).all()
+                    assert (quotient < (2 if format == "fp8_block_pow2" else 1) * (1 + 2.0**-6)).all()
+                assert not out.codes[sum(sizes) :].any()
+                assert not pre[sum(sizes) :].any()
+
+
+def test_a_row_with_nan_or_infinity_stays_alone(rng):
+    sizes = GROUPS["ragged"]
+    rows, w, _ = drawn(rng, sizes, 1024, 384)
+    pure = np.array(rows.decode("float32"))
+    dirty = pure.copy()
+    dirty[3, 5], dirty[140, 900] = np.nan, np.inf
+    epilogue = Epilogue(layer_of("relu2").bound_activation, None, encodes="fp8_block")
+    dirty, pure = (
+        [out for _, out, _ in runs(encode_rows(jnp.asarray(values, jnp.bfloat16), "fp8_block"), w, sizes, epilogue)]
+        for values in (dirty, pure)
+    )
+    for found, expected in zip(dirty, pure, strict=True):
+        decoded, others = (np.array(out.decode("float32")) for out in (found, expected))
+        assert np.isnan(decoded[[3, 140]]).all()
+        decoded[[3, 140]] = others[[3, 140]] = 0
+        np.testing.assert_array_equal(decoded, others)
+
+
+def test_many_tiles_of_many_experts(rng):
+    """More tiles than SMs, in both orders; every row is stored."""
+    sizes = rng.multinomial(40_000, rng.dirichlet(np.full(96, 2.0)))
+    rows, w, values = drawn(rng, sizes, 1024, 640, num_rows=40_000)
+    pre = np.asarray(reference.grouped_matmul(*values, sizes), jnp.bfloat16)
+    hidden = activation_of_rows(layer_of("relu2"), np.float64(pre))[0]
+    epilogue = Epilogue(layer_of("relu2").bound_activation, "hidden", encodes="fp8_block")
+    for tile, out, kept in runs(rows, w, sizes, epilogue, both_orders=True):
+        assert_close(float64(kept), hidden, "bfloat16", str(tile))
+        same_codes(out, kept, str(tile))
