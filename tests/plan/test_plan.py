@@ -261,20 +261,6 @@ def test_a_mesh_that_does_not_divide_ends_in_one_sentence():
         main(["--mesh", "expert=7"])
 
 
-@pytest.mark.parametrize(("option", "value"), [("tokens", -5), ("layers", 0), ("layers", -1)])
-def test_numbers_that_no_layer_has_are_refused(option, value):
-    with pytest.raises(SystemExit, match=rf"^error: {option}={value} must be an integer of at least"):
-        main([f"--{option}", str(value)])
-
-
-def test_a_dispatch_that_only_gpus_run(capsys):
-    """The plan is for a GPU, also on a machine without one."""
-    main(["--mesh", "expert=8", "--dispatch", "ragged_all_to_all"])
-    text = capsys.readouterr().out
-    assert re.search(r"ragged_all_to_all .*<- runs", text)
-    assert "exchange by ragged_all_to_all" in text
-
-
 FIELDS = (
     {},
     {"expert_bias": True},
