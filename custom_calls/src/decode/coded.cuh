@@ -59,6 +59,7 @@ struct Coded {
     };
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) load(step, 0, first);
+    cudaGridDependencySynchronize();  // the kernel before has stored the rows
     float totals[4] = {};
     for (int panel = first; panel < last; panel += kPanel) {
       if (panel != first) __syncthreads();

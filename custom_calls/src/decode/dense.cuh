@@ -43,6 +43,7 @@ struct Dense {
         uint4 loaded[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; ++i) loaded[i] = load_once(w + (k + i) * width);
+        if (k < first + kRuns * kEach) cudaGridDependencySynchronize();  // the kernel before has stored the rows
         uint4 elements[Rows];
 #pragma unroll
         for (int r = 0; r < Rows; ++r) elements[r] = *reinterpret_cast<uint4 const*>(x[r] + k);
