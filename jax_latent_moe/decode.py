@@ -202,7 +202,7 @@ def decoded_experts(
     results = [
         jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
         jax.ShapeDtypeStruct((assignments, inner), tokens.dtype),
-        jax.ShapeDtypeStruct((plan.splits, assignments, width), jnp.float32),
+        jax.ShapeDtypeStruct((assignments, plan.splits, width), jnp.float32),
         jax.ShapeDtypeStruct((count * -(-width // TILE),), jnp.int32),
     ]
     operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out)]

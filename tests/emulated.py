@@ -157,7 +157,7 @@ def _run(results, attributes, *operands):
     product.weight = _weight(attributes["out_code"], *stored[3:], 1, inner, width)
     product.rows, product.row_divisor = hidden.ctypes.data, 1
     product.choice_weights, product.partial = weights.ctypes.data, partial.ctypes.data
-    product.splits, product.out = partial.shape[0], out.ctypes.data
+    product.splits, product.out = partial.shape[1], out.ctypes.data
     kernels().multiply_experts(ctypes.byref(product))
     return out, hidden, partial, counters
 

@@ -3,7 +3,8 @@
 //
 // Sums have a fixed order: weighted parts of the second product are stored, and the last block of a token's tile adds them up.
 //
-// The second product is launched before the first one ends. What it reads and writes before it waits must not depend on the first.
+// The second product is launched when all blocks of the first have begun. Until it waits for their end, it may only read what
+// neither product writes.
 #pragma once
 
 #include "decode/activation.cuh"
@@ -50,10 +51,10 @@ __device__ void store_hidden(Product const& product, int tile, uint8_t const* li
 __device__ inline void store_partial(Product const& product, int tile, uint8_t const* list, float const* weights, int rows,
                                      float const (*sums)[kTile]) {
   const int n = product.weight.n;
-  float* partial = product.partial + int64_t{blockIdx.z} * product.assignments * n;
   for (int i = threadIdx.x; i < rows * kTile; i += kThreads) {
     const int row = i / kTile, feature = tile * kTile + i % kTile;
-    if (feature < n) partial[int64_t{list[row]} * n + feature] = weights[row] * sums[row][i % kTile];
+    const int64_t part = int64_t{list[row]} * product.splits + blockIdx.z;
+    if (feature < n) product.partial[part * n + feature] = weights[row] * sums[row][i % kTile];
   }
 }
 
@@ -63,15 +64,15 @@ __device__ void combine(Product const& product, int tile, int token) {
   constexpr int kAtOnce = 8;  // parts that are loaded before they are added
   __shared__ float sums[kWarps][kTile];
   const int n = product.weight.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int feature = tile * kTile + lane * 4, parts = product.splits * product.choices;
+  const int feature = tile * kTile + lane * 4, parts = product.choices * product.splits;
+  float const* from = product.partial + int64_t{token} * parts * n + feature;
   float total[4] = {};
   for (int first = feature < n ? warp : parts; first < parts; first += kAtOnce * kWarps) {
     float4 loaded[kAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int part = first + i * kWarps, split = part / product.choices, choice = part % product.choices;
-      const int64_t row = int64_t{split} * product.assignments + token * product.choices + choice;
-      if (part < parts) loaded[i] = __ldcg(reinterpret_cast<float4 const*>(product.partial + row * n + feature));
+      const int part = first + i * kWarps;
+      if (part < parts) loaded[i] = __ldcg(reinterpret_cast<float4 const*>(from + int64_t{part} * n));
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -108,6 +109,8 @@ __global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(P
   if (exists) {
     const int depths = ceil_div(product.weight.k, kDepth), depth = ceil_div(depths, gridDim.z) * kDepth;
     const int from = blockIdx.z * depth, to = min(from + depth, product.weight.k);
+    Weights::prefetch_start(product.weight, id, tile, from, to);
+    cudaGridDependencySynchronize();  // the rows of the second product are there
     for (int done = 0; done < count; done += Weights::kRows) {
       const int rows = min(count - done, Weights::kRows);
       Weights::multiply(product, shared, id, tile, from, to, list + done, rows, sums);

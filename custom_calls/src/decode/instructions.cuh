@@ -23,6 +23,11 @@ __device__ __forceinline__ uint4 load_along(void const* from) {
   return found;
 }
 
+// Asks for memory to be in the L2 cache soon. The address and the size are multiples of 16 bytes.
+__device__ __forceinline__ void prefetch(void const* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // a & mask | bits in one instruction; the compiler would use one for each constant.
 __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
   uint32_t found;

@@ -98,7 +98,7 @@ ffi::Error decode_experts(DecodeExpertsCall const& call) {
   if (!check.ok()) return refuse(check.error());
   int64_t const tokens = call.tokens.dimensions()[0], width = call.tokens.dimensions()[1];
   int64_t const choices = call.expert_ids.dimensions()[1], inner = call.hidden->dimensions()[1];
-  int64_t const experts = call.w_out.dimensions()[0], splits = call.partial->dimensions()[0], assignments = tokens * choices;
+  int64_t const experts = call.w_out.dimensions()[0], splits = call.partial->dimensions()[1], assignments = tokens * choices;
   auto const activation = Activation(place(check, "activation", call.activation, kActivations));
   auto const type = call.tokens.element_type();
   check.that(type == ffi::DataType::BF16 || type == ffi::DataType::F16, "tokens must be bfloat16 or float16");
@@ -115,7 +115,7 @@ ffi::Error decode_experts(DecodeExpertsCall const& call) {
   check.buffer("weights", call.weights, ffi::DataType::F32, {tokens, choices});
   check.buffer("out", *call.out, type, {tokens, width});
   check.buffer("hidden", *call.hidden, type, {assignments, inner});
-  check.buffer("partial", *call.partial, ffi::DataType::F32, {splits, assignments, width});
+  check.buffer("partial", *call.partial, ffi::DataType::F32, {assignments, splits, width});
   check.buffer("counters", *call.counters, ffi::DataType::S32, {tokens * tiles});
 
   decode::Product product = {};
