@@ -3,7 +3,7 @@
 //
 // Sums have a fixed order: weighted parts of the second product are stored, and the last block of a token's tile adds them up.
 //
-// The second product is launched when all blocks of the first have begun. Until it waits for their end, it may only read what
+// The second product is launched when all blocks of the first have begun, and an up-projection when those of the second have. Until it waits for their end, it may only read what
 // neither product writes.
 #pragma once
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(P
   __shared__ bool last_of[kThreads];
   const int tile = blockIdx.x, assignment = blockIdx.y, id = product.ids[assignment];
   const bool first_product = product.choice_weights == nullptr;
-  if (first_product) cudaTriggerProgrammaticLaunchCompletion();
+  cudaTriggerProgrammaticLaunchCompletion();
   if (first_product && blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = threadIdx.x; i < product.num_counters; i += kThreads) product.counters[i] = 0;
   }
