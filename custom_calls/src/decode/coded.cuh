@@ -31,7 +31,8 @@ struct Coded {
     const int width = kTile / weight.parts, column = threadIdx.x, feature = tile * width + column % width;
     if (column >= kTile || feature >= weight.n || first >= last) return;
     const int64_t row = int64_t{expert * weight.parts + column / width} * weight.n + feature;
-    prefetch(static_cast<uint8_t const*>(weight.data) + (row * weight.k + first) / kPacking, min((last - first) / kPacking, kStart));
+    auto const* codes = static_cast<uint8_t const*>(weight.data) + (row * weight.k + first) / kPacking;
+    prefetch(codes, min((last - first) / kPacking, kStart));
   }
 
   // sums[r][column] of the rows in list[0 ... rows - 1], over elements first ... last - 1 of the contracted axis.

@@ -3,8 +3,8 @@
 //
 // Sums have a fixed order: weighted parts of the second product are stored, and the last block of a token's tile adds them up.
 //
-// The second product is launched when all blocks of the first have begun, and an up-projection when those of the second have. Until it waits for their end, it may only read what
-// neither product writes.
+// The second product is launched when all blocks of the first have begun, and an up-projection when those of the second have.
+// Until such a kernel waits for the end of the one before, it may only read what no kernel of the call writes.
 #pragma once
 
 #include "decode/activation.cuh"
