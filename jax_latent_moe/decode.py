@@ -184,7 +184,9 @@ def decoded_experts(
     expert_ids: Int[Array, "t k"],
     w_in: Any,
     w_out: Any,
-) -> Float[Array, "t l"]:
+    up_proj: Float[Array, "l d"] | None = None,
+    parts: int = 1,
+) -> Float[Array, "t l"] | Float[Array, "t d"]:
     """sum_j weights[t, j] * expert_j(tokens[t]), in the dtype of tokens. Sums are in float32, in a fixed order.
 
     An id outside [0, E) is no expert: it adds exactly 0, and reads nothing. Pre-activations are not rounded.
@@ -196,17 +198,22 @@ def decoded_experts(
         expert_ids: [T, k] int32.
         w_in: as for `plan_decode`.
         w_out: as for `plan_decode`.
+        up_proj: [l, d] in the dtype of tokens, which multiplies the rounded sum of one token. Its kernel starts while
+            the experts' kernels end. None gives the sum.
+        parts: the parts of l, as for the kernel of `jax_latent_moe.projections`.
     """
     (count, width), (_, inner, _) = tokens.shape, w_out.shape
     assignments = plan.tokens * plan.choices
     results = [
         jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
         jax.ShapeDtypeStruct((assignments, inner), tokens.dtype),
-        jax.ShapeDtypeStruct((plan.splits, assignments, width), jnp.float32),
+        jax.ShapeDtypeStruct((assignments, plan.splits, width), jnp.float32),
         jax.ShapeDtypeStruct((count * -(-width // TILE),), jnp.int32),
     ]
-    operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out)]
-    return native.call(
+    up = jnp.zeros((width, 0), tokens.dtype) if up_proj is None else up_proj
+    results.append(jax.ShapeDtypeStruct((count, up.shape[1]), tokens.dtype))
+    operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out), up]
+    out, *_, projected = native.call(
         "decode_experts",
         operands,
         results,
@@ -215,7 +222,9 @@ def decoded_experts(
         activation=plan.activation.name,
         beta=plan.activation.beta,
         linear_beta=plan.activation.linear_beta,
-    )[0]
+        parts=parts,
+    )
+    return out if up_proj is None else projected
 
 
 def _stored(weight):

@@ -26,6 +26,7 @@ from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs,
 from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.low_rank import LowRank, base_of
 from jax_latent_moe.precision import Codes, Precision, encode_weights
+from jax_latent_moe.projections import cluster_parts, projection, refusal_of_projections
 from jax_latent_moe.projections import explain as explain_projections
 from jax_latent_moe.routing.compiled import compiled_runs
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
@@ -46,7 +47,8 @@ def routed_experts(
     biases: Biases | None = None,
     codes: Codes | None = None,
     log_weights: Float[Array, "t k"] | None = None,
-) -> Float[Array, "t l"]:
+    up_proj: Float[Array, "l d"] | None = None,
+) -> Float[Array, "t l"] | Float[Array, "t d"]:
     """sum_j weights[t, j] * expert_j(tokens[t]) -> [T, l] in the dtype of tokens, summed in float32.
 
     Args:
@@ -63,6 +65,7 @@ def routed_experts(
         log_weights: if given, it may take the gradients of the weights' logarithms, and weights then get none. Its
             values are not read. Such a gradient is <weights[t, j] dcombined, expert_j>, so the products of the backward
             pass all read the same rows. `ExpertPlan.weighted_dgrad` says whether they do.
+        up_proj: [l, d] in the dtype of tokens, multiplies the sum. None returns the sum.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.
@@ -71,7 +74,8 @@ def routed_experts(
     if biases is not None:
         biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
     if isinstance(w_in, LowRank) or isinstance(w_out, LowRank):
-        return _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
+        out = _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
+        return out if up_proj is None else projection(config, out, up_proj)
     w_in = flat(w_in)
     if codes is None:
         codes = encoded(config, w_in, w_out)
@@ -95,7 +99,12 @@ def routed_experts(
     if not isinstance(decode, Decode):
         dispatch = dispatch._replace(expert_ids=None)
     log_weights = log_weights if plan.weighted_dgrad else None
-    return _routed(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch)
+    arrays = tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch
+    if up_proj is None:
+        return _routed(plan, *arrays)
+    if not isinstance(decode, Decode) or refusal_of_projections(config, tokens, None, up_proj) is not None:
+        return projection(config, _routed(plan, *arrays), up_proj)
+    return _routed_and_projected(plan, cluster_parts(up_proj), up_proj, *arrays)
 
 
 def encoded(config: LatentMoEConfig, w_in, w_out: Weight) -> Codes:
@@ -162,6 +171,25 @@ def _routed(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, disp
     b_in, b_out = biases or (None, None)
     hidden = _up(plan, plan.up_without_gradient, tokens, w_in, codes, b_in, dispatch).out
     return _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _routed_and_projected(plan, parts, up_proj, *arrays):
+    tokens, weights, _, w_in, w_out, _, _, dispatch = arrays
+    return decoded_experts(plan.decode, tokens, weights, dispatch.expert_ids, w_in, w_out, up_proj, parts)
+
+
+def _routed_and_projected_fwd(plan, parts, up_proj, *arrays):
+    del parts
+    return jax.vjp(lambda up_proj, *arrays: _routed(plan, *arrays) @ up_proj, up_proj, *arrays)
+
+
+def _routed_and_projected_bwd(plan, parts, pullback, dout):
+    del plan, parts
+    return pullback(dout)
+
+
+_routed_and_projected.defvjp(_routed_and_projected_fwd, _routed_and_projected_bwd)
 
 
 def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch):

@@ -26,7 +26,7 @@ from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import CODES, in_auto_mode, over_mesh
 from jax_latent_moe.params import Params, as_array, check_config, check_params
 from jax_latent_moe.precision import Codes
-from jax_latent_moe.projections import projections
+from jax_latent_moe.projections import projection, projections
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.jitter import jittered
 from jax_latent_moe.routing.losses import auxiliary_losses
@@ -220,8 +220,9 @@ def _layer(config, shards, params, x, by_token, whole):
             factor=factor,
             backend=config.backend,
         )
+    up_proj = _next_projection(params, config)
     combined, dropped = _route_through_experts(
-        params["experts"], params.get(CODES), latent, assignments, config, shards
+        params["experts"], params.get(CODES), latent, assignments, config, shards, up_proj
     )
     # Without a norm before y, the partial sums of the routed and the shared experts are added once, in y.
     sum_in_y = "shared" in params and config.latent_norm != "post"
@@ -231,7 +232,8 @@ def _layer(config, shards, params, x, by_token, whole):
         combined = _rms_norm(combined, params["latent_norm"]["scale"], config.latent_norm_eps)
     if config.apply_routed_scale_to_output:
         combined *= config.router.routed_scaling_factor
-    y = combined if config.latent_size is None else _project(combined, params["up_proj"], config)
+    at_full_width = config.latent_size is None or up_proj is not None
+    y = combined if at_full_width else _project(combined, params["up_proj"], config)
     if "shared" in params:
         shared = _shared_expert(tokens, params["shared"], config)
         y = shards.sum_over_tensor(y + shared) if sum_in_y else y + shards.sum_over_tensor(shared)
@@ -258,8 +260,20 @@ def _layer(config, shards, params, x, by_token, whole):
     return outputs, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses, counts, target)
 
 
-def _route_through_experts(params, codes, latent, routing, config, shards):
-    """The weighted sum of the experts' outputs [T, l], and how many of these tokens' assignments were dropped [E]."""
+def _next_projection(params, config):
+    """The up-projection [l, d] if it directly follows the experts, so that their kernels may run it. None otherwise."""
+    between = config.latent_norm == "post" or config.apply_routed_scale_to_output or config.router.pad_to_capacity
+    if config.latent_size is None or config.parallel is not None or between:
+        return None
+    kernel = cast(params["up_proj"]["kernel"], config.dtype)
+    return None if isinstance(kernel, LowRank) else kernel
+
+
+def _route_through_experts(params, codes, latent, routing, config, shards, up_proj):
+    """The weighted sum of the experts' outputs [T, l], and how many of these tokens' assignments were dropped [E].
+
+    With up_proj, its product with the sum [T, d] instead.
+    """
     expert_ids, weights, log_weights = routing
     capacity = None
     dropped = jnp.zeros(config.num_experts, jnp.int32)
@@ -297,7 +311,7 @@ def _route_through_experts(params, codes, latent, routing, config, shards):
     row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
     def experts(latent, weights, plan, log_weights=None):
-        arrays = latent, weights, w_in, w_out, biases, codes, log_weights
+        arrays = latent, weights, w_in, w_out, biases, codes, log_weights, up_proj
         latent, weights, own_w_in, own_w_out, *others = varying(arrays, *arrays)
         return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, *others)
 
@@ -321,7 +335,7 @@ def _route_through_experts(params, codes, latent, routing, config, shards):
 
 def _project(x: Float[Array, "t a"], params, config) -> Float[Array, "t b"]:
     kernel = cast(params["kernel"], x.dtype)
-    _, out = projections(config, lambda x, _, kernel: (None, x @ kernel), x, None, base_of(kernel))
+    out = projection(config, x, base_of(kernel))
     return out + projected(x, kernel) if isinstance(kernel, LowRank) else out
 
 

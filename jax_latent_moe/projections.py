@@ -54,6 +54,12 @@ def projections(
     return _compiled(usual, x, kernel, projection)
 
 
+def projection(config: LatentMoEConfig, x: Float[Array, "t l"], kernel: Float[Array, "l d"]) -> Float[Array, "t d"]:
+    """The product x @ kernel in the dtype of both; by the compiled kernel, if it can run."""
+    _, out = projections(config, lambda x, _, kernel: (None, x @ kernel), x, None, kernel)
+    return out
+
+
 def refusal_of_projections(
     config: LatentMoEConfig, x: Any, kernel: Any, projection: Any, *, device: Device | None = None
 ) -> str | None:
@@ -132,7 +138,7 @@ def _compiled(usual, x, kernel, projection):
         jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), dtype)
         for weight, dtype in zip(weights, (jnp.float32, x.dtype), strict=True)
     ]
-    parts = parts_of(weights, current_device().num_sms)
+    parts = cluster_parts(*weights)
     logits, out = native.call("decode_projections", [x, *weights], results, parts=parts)
     found = None if kernel is None else logits, None if projection is None else out
     return varying(found, x, kernel, projection)
@@ -148,6 +154,11 @@ def _backward(usual, pullback, gradients):
 
 
 _compiled.defvjp(_forward, _backward)
+
+
+def cluster_parts(*weights: Float[Array, "k n"]) -> int:
+    """The parts of the contracted axis for one launch with these weights, on the current device."""
+    return parts_of(weights, current_device().num_sms)
 
 
 def parts_of(weights, num_sms: int) -> int:

@@ -132,9 +132,9 @@ def _weight(code, data, scales, more, parts, k, n):
 
 
 def _run(results, attributes, *operands):
-    tokens, ids, weights, *stored = map(aligned, operands)
+    tokens, ids, weights, *stored, up_proj = map(aligned, operands)
     garbage = [np.full(result.shape, 77, np.uint8).astype(result.dtype) for result in results]
-    out, hidden, partial, counters = map(aligned, garbage)
+    out, hidden, partial, counters, projected = map(aligned, garbage)
     parts = 2 if ACTIVATIONS.index(attributes["activation"]) >= ACTIVATIONS.index("swiglu") else 1
     (width,), inner = tokens.shape[1:], hidden.shape[1]
     product = Product(
@@ -157,9 +157,11 @@ def _run(results, attributes, *operands):
     product.weight = _weight(attributes["out_code"], *stored[3:], 1, inner, width)
     product.rows, product.row_divisor = hidden.ctypes.data, 1
     product.choice_weights, product.partial = weights.ctypes.data, partial.ctypes.data
-    product.splits, product.out = partial.shape[0], out.ctypes.data
+    product.splits, product.out = partial.shape[1], out.ctypes.data
     kernels().multiply_experts(ctypes.byref(product))
-    return out, hidden, partial, counters
+    if up_proj.shape[1]:
+        _multiply_projections(out, None, up_proj, None, projected, attributes["parts"])
+    return out, hidden, partial, counters, projected
 
 
 class Weighing(ctypes.Structure):
@@ -208,21 +210,25 @@ class Projections(ctypes.Structure):
 def _project(results, attributes, x, kernel, projection):
     x, kernel, projection = map(aligned, (x, kernel, projection))
     logits, out = (aligned(np.full(result.shape, np.nan).astype(result.dtype)) for result in results)
+    _multiply_projections(x, kernel, projection, logits, out, **attributes)
+    return logits, out
+
+
+def _multiply_projections(x, kernel, projection, logits, out, parts):
     given = Projections(
         format=1 if x.dtype == np.float16 else 0,
         x=x.ctypes.data,
         k=x.shape[1],
-        kernel=kernel.ctypes.data,
-        is_kernel_float32=kernel.dtype == np.float32,
-        experts=kernel.shape[1],
-        logits=logits.ctypes.data,
+        kernel=None if kernel is None else kernel.ctypes.data,
+        is_kernel_float32=kernel is not None and kernel.dtype == np.float32,
+        experts=0 if kernel is None else kernel.shape[1],
+        logits=None if logits is None else logits.ctypes.data,
         projection=projection.ctypes.data,
         width=projection.shape[1],
         out=out.ctypes.data,
-        **attributes,
+        parts=parts,
     )
     compiled("projections").multiply_projections(ctypes.byref(given))
-    return logits, out
 
 
 def widened(code: str, word: int, scale: int = 0, zero: int = 0) -> np.ndarray:

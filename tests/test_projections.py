@@ -119,7 +119,9 @@ def test_a_program_calls_it_without_a_gradient_alone(monkeypatch):
     def loss(params, x, config=config):
         return jnp.sum(latent_moe(params, x, config)[0].astype(jnp.float32))
 
-    assert str(jax.make_jaxpr(loss)(params, x)).count(TARGET) == 2
+    assert str(jax.make_jaxpr(loss)(params, x)).count(TARGET) == 1  # the experts' call has the up-projection
+    after_scaling = functools.partial(loss, config=dataclasses.replace(config, apply_routed_scale_to_output=True))
+    assert str(jax.make_jaxpr(after_scaling)(params, x)).count(TARGET) == 2
     assert TARGET not in str(jax.make_jaxpr(jax.grad(loss))(params, x))
     full_width = dataclasses.replace(config, latent_size=None)
     wide = jax.eval_shape(lambda: init_params(jax.random.key(0), full_width))

@@ -122,6 +122,10 @@ inline dim3 gridDim;
 inline void __syncthreads() { emulation::wait_for(emulation::Wait::kBlock); }
 inline void __threadfence() {}
 
+// One kernel ends before the next one starts.
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() {}
+
 inline uint32_t __ballot_sync(uint32_t, bool mine) {
   uint32_t mask = 0;
   const auto all = emulation::of_warp<int>(mine);

@@ -12,6 +12,7 @@ from jax_latent_moe import XlaBackend, decode, init_params, latent_moe
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from jax_latent_moe.native import library
+from jax_latent_moe.projections import cluster_parts, projection
 from jax_latent_moe.routing.router import route
 from tests.few_tokens import BACKEND, WEIGHINGS, expected, experts_of, layer, only
 from tests.gpu.grouped import float64, needs_hopper
@@ -103,11 +104,31 @@ def test_weights_beyond_two_to_the_31_elements(rng):
     assert_close(float64(out), wanted, "bfloat16")
 
 
-def test_a_layer_in_a_compiled_loop(rng):
+@pytest.mark.parametrize("format", [None, "fp8_block", "mxfp4"])
+def test_the_up_projection_in_the_same_call(rng, format):
+    """The bits of a call of its own, on each run."""
+    config = layer("relu2", 1024, 40, 22, 2688)
+    w_in, w_out = experts_of(rng, config, format)
+    x, weights, up_proj = (rng.normal(size=shape) for shape in ((1, 1024), (1, 22), (1024, 4096)))
+    x, up_proj = jnp.asarray(x, jnp.bfloat16), jnp.asarray(up_proj / 32, jnp.bfloat16)
+    weights, ids = jnp.asarray(weights, jnp.float32), jnp.asarray(rng.permutation(40)[None, :22], jnp.int32)
+    combined = run(config, x, weights, ids, w_in, w_out)
+    wanted = float64(jax.jit(functools.partial(projection, config))(combined, up_proj))
+    assert_close(wanted, float64(combined) @ float64(up_proj), "bfloat16")
+    plan = plan_decode(config, 1, 22, "bfloat16", w_in, w_out)
+    assert isinstance(plan, Decode), plan
+    program = jax.jit(functools.partial(decoded_experts, plan, parts=cluster_parts(up_proj)))
+    for _ in range(10):
+        y = program(x, weights, ids, w_in, w_out, up_proj)
+        np.testing.assert_array_equal(float64(y), wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_layer_in_a_compiled_loop(rng, tokens):
     """Each step has the tokens of the last one: as the portable backend computes it, step by step."""
     config = layer("relu2", 128, 32, 6, 256, dtype="bfloat16", param_dtype="bfloat16")
     params = init_params(jax.random.key(0), config)
-    x = jnp.asarray(rng.normal(size=(2, 64)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(tokens, 64)), jnp.bfloat16)
 
     def step(config, x):
         y = latent_moe(params, x, config)[0]

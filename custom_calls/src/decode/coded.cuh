@@ -26,6 +26,15 @@ struct Coded {
     uint4 rows[kPanel / kStep][kUnits][kRows][4];  // by step, unit, row and lane
   };
 
+  // Asks for the first codes of each column.
+  static __device__ void prefetch_start(Weight const& weight, int expert, int tile, int first, int last) {
+    const int width = kTile / weight.parts, column = threadIdx.x, feature = tile * width + column % width;
+    if (column >= kTile || feature >= weight.n || first >= last) return;
+    const int64_t row = int64_t{expert * weight.parts + column / width} * weight.n + feature;
+    auto const* codes = static_cast<uint8_t const*>(weight.data) + (row * weight.k + first) / kPacking;
+    prefetch(codes, min((last - first) / kPacking, kStart));
+  }
+
   // sums[r][column] of the rows in list[0 ... rows - 1], over elements first ... last - 1 of the contracted axis.
   static __device__ void multiply(Product const& product, Shared& shared, int expert, int tile, int first, int last,
                                   uint8_t const* list, int rows, float (&sums)[kRows][kTile]) {

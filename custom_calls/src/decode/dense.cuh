@@ -23,6 +23,16 @@ struct Dense {
     float parts[kRuns][Rows][kTile];
   };
 
+  // Asks for the tile's first rows.
+  static __device__ void prefetch_start(Weight const& weight, int expert, int tile, int first, int last) {
+    static_assert(kStart == kTile * sizeof(T));
+    const int width = kTile / weight.parts, k = first + int(threadIdx.x) / weight.parts, part = threadIdx.x % weight.parts;
+    const int columns = min(width, weight.n - tile * width);
+    if (int(threadIdx.x) >= kTile * weight.parts || k >= last) return;
+    const int64_t row = int64_t{expert} * weight.k + k;
+    prefetch(static_cast<T const*>(weight.data) + (row * weight.parts + part) * weight.n + tile * width, columns * sizeof(T));
+  }
+
   // sums[r][column] of the rows list[0 ... rows - 1] and the elements first ... last - 1 of the contracted axis.
   static __device__ void multiply(Product const& product, Shared& shared, int expert, int tile, int first, int last,
                                   uint8_t const* list, int rows, float (&sums)[Rows][kTile]) {

@@ -13,6 +13,7 @@ constexpr int kThreads = 256;  // threads of a block, and the most assignments
 constexpr int kTile = 128;     // columns of a block; half gate and half up if the activation is gated
 constexpr int kDepth = 128;    // the length of a part of the contracted axis is a multiple of this
 constexpr int kWholeAxis = 31;
+constexpr int kStart = 256;    // bytes; a block asks for 128 pieces of its weights before it needs them
 
 enum class Code { kDense, kE4m3, kInt8, kMxfp4, kNvfp4, kInt4 };
 
@@ -47,7 +48,7 @@ struct Product {
   float beta, linear_beta;
   int num_counters;
 
-  // The second gives out [tokens][n], the weighted sum of a token's choices. `partial` [splits][assignments][n] is workspace.
+  // The second gives out [tokens][n], the weighted sum of a token's choices. `partial` [assignments][splits][n] is workspace.
   float const* choice_weights;  // [assignments]; null in the first product
   float* partial;
   int splits;

@@ -61,6 +61,7 @@ __device__ void project(Projections const& given, ProjectionShared& shared, int 
     const int staged = (from - first) % kDepth;
     if (staged == 0) {
       const int count = min(ceil_div(last - from, kStep) * kStep, kDepth);
+      cudaGridDependencySynchronize();  // x is there; the weights above are read before
       __syncthreads();
       for (int i = threadIdx.x; i < count; i += kProjectionThreads) {
         shared.x[i] = from + i < last ? float(static_cast<T const*>(given.x)[from + i]) : 0.0f;

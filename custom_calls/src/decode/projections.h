@@ -12,6 +12,8 @@ namespace latent_moe::decode {
 constexpr int kMostParts = 8;      // blocks of a cluster
 constexpr int kTileBytes = 128;    // bytes of a weight's row, whose columns a cluster computes
 
+constexpr bool is_parts(int parts) { return parts == 1 || parts == 2 || parts == 4 || parts == kMostParts; }
+
 // logits = x kernel in float32, and out = x projection in the format of x. A weight without columns is left out.
 struct Projections {
   Format format;
@@ -27,6 +29,8 @@ struct Projections {
   int parts;  // parts of the contracted axis; each block of a cluster multiplies one
 };
 
-cudaError_t multiply(Projections const& projections, cudaStream_t stream);
+// An early launch begins before the kernel that stores x has ended, and waits for its end. The first kernel of a call of the
+// library is not early.
+cudaError_t multiply(Projections const& projections, bool is_early, cudaStream_t stream);
 
 }  // namespace latent_moe::decode

@@ -1,9 +1,10 @@
-// The handler of the experts of few tokens: it checks its arguments and launches both products.
+// The handler of the experts of few tokens: it checks its arguments and launches both products, and an up-projection.
 #include <cstdint>
 #include <string>
 
 #include "common/check.h"
 #include "decode/experts.h"
+#include "decode/projections.h"
 #include "interface.h"
 
 namespace latent_moe {
@@ -86,6 +87,25 @@ decode::Weight weight(Check& check, Stored const& stored, ffi::DataType dense, i
   return found;
 }
 
+// The up-projection of one token. It has no columns if there is none.
+decode::Projections projection(Check& check, DecodeExpertsCall const& call, ffi::DataType type, int64_t tokens, int64_t width) {
+  check.that(call.up_proj.dimensions().size() == 2, "up_proj of shape " + shape(call.up_proj) + " must have 2 axes");
+  if (!check.ok()) return {};
+  int64_t const columns = call.up_proj.dimensions()[1];
+  check.that(columns == 0 || tokens == 1, "up_proj is for one token, not " + std::to_string(tokens));
+  check.that(columns % 8 == 0 && columns < int64_t{1} << 21,
+             "the " + std::to_string(columns) + " columns of up_proj are not a multiple of 8, or too many");
+  check.that(decode::is_parts(call.parts), "parts=" + std::to_string(call.parts) + " must be 1, 2, 4 or 8");
+  check.buffer("up_proj", call.up_proj, type, {width, columns});
+  check.buffer("projected", *call.projected, type, {tokens, columns});
+  decode::Projections found = {};
+  found.format = type == ffi::DataType::F16 ? Format::kF16 : Format::kBf16;
+  found.x = call.out->untyped_data(), found.k = width;
+  found.projection = call.up_proj.untyped_data(), found.width = columns, found.out = call.projected->untyped_data();
+  found.parts = call.parts;
+  return found;
+}
+
 }  // namespace
 
 ffi::Error decode_experts(DecodeExpertsCall const& call) {
@@ -98,7 +118,7 @@ ffi::Error decode_experts(DecodeExpertsCall const& call) {
   if (!check.ok()) return refuse(check.error());
   int64_t const tokens = call.tokens.dimensions()[0], width = call.tokens.dimensions()[1];
   int64_t const choices = call.expert_ids.dimensions()[1], inner = call.hidden->dimensions()[1];
-  int64_t const experts = call.w_out.dimensions()[0], splits = call.partial->dimensions()[0], assignments = tokens * choices;
+  int64_t const experts = call.w_out.dimensions()[0], splits = call.partial->dimensions()[1], assignments = tokens * choices;
   auto const activation = Activation(place(check, "activation", call.activation, kActivations));
   auto const type = call.tokens.element_type();
   check.that(type == ffi::DataType::BF16 || type == ffi::DataType::F16, "tokens must be bfloat16 or float16");
@@ -115,7 +135,7 @@ ffi::Error decode_experts(DecodeExpertsCall const& call) {
   check.buffer("weights", call.weights, ffi::DataType::F32, {tokens, choices});
   check.buffer("out", *call.out, type, {tokens, width});
   check.buffer("hidden", *call.hidden, type, {assignments, inner});
-  check.buffer("partial", *call.partial, ffi::DataType::F32, {splits, assignments, width});
+  check.buffer("partial", *call.partial, ffi::DataType::F32, {assignments, splits, width});
   check.buffer("counters", *call.counters, ffi::DataType::S32, {tokens * tiles});
 
   decode::Product product = {};
@@ -136,9 +156,11 @@ ffi::Error decode_experts(DecodeExpertsCall const& call) {
   second.choice_weights = call.weights.typed_data<float>();
   second.partial = static_cast<float*>(call.partial->untyped_data());
   second.splits = splits, second.out = call.out->untyped_data();
+  decode::Projections const up = projection(check, call, type, tokens, width);
   if (!check.ok()) return refuse(check.error());
   auto error = decode::multiply(product, call.stream);
   if (error == cudaSuccess) error = decode::multiply(second, call.stream);
+  if (error == cudaSuccess && up.width > 0) error = decode::multiply(up, true, call.stream);
   if (error == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("jax_latent_moe: ") + cudaGetErrorString(error) + " in decode");
 }

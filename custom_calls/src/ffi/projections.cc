@@ -25,7 +25,7 @@ ffi::Error decode_projections(DecodeProjectionsCall const& call) {
   check.that(width % 8 == 0,
              "the " + std::to_string(width) + " columns of projection are not a multiple of 8");
   check.that(experts + width > 0 && experts + width < int64_t{1} << 21, "there are no columns, or too many");
-  check.that(call.parts == 1 || call.parts == 2 || call.parts == 4 || call.parts == decode::kMostParts,
+  check.that(decode::is_parts(call.parts),
              "parts=" + std::to_string(call.parts) + " must be 1, 2, 4 or 8");
   check.buffer("x", call.x, type, {1, k});
   check.buffer("kernel", call.kernel, is_float32 ? kernel : type, {k, experts});
@@ -41,7 +41,7 @@ ffi::Error decode_projections(DecodeProjectionsCall const& call) {
   given.logits = static_cast<float*>(call.logits->untyped_data());
   given.projection = call.projection.untyped_data(), given.width = width, given.out = call.out->untyped_data();
   given.parts = call.parts;
-  auto const error = decode::multiply(given, call.stream);
+  auto const error = decode::multiply(given, false, call.stream);
   if (error == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("jax_latent_moe: ") + cudaGetErrorString(error) + " in projections");
 }

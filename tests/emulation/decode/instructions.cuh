@@ -14,6 +14,12 @@ inline uint4 load_once(void const* from) {
 
 inline uint4 load_along(void const* from) { return load_once(from); }
 
+inline void prefetch(void const* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes <= 0 || bytes % 16 != 0) {
+    std::fprintf(stderr, "a prefetch is not aligned\n"), std::abort();
+  }
+}
+
 inline uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) { return a & mask | bits; }
 
 inline float bfloat16(uint32_t pair, int half) { return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u); }
