@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(P
   if (exists) {
     const int depths = ceil_div(product.weight.k, kDepth), depth = ceil_div(depths, gridDim.z) * kDepth;
     const int from = blockIdx.z * depth, to = min(from + depth, product.weight.k);
-    Weights::prefetch_start(product.weight, id, tile, from, to);
+    // With more tokens, loads keep the memory busy, and asking ahead makes them slower.
+    if (product.assignments == product.choices) Weights::prefetch_start(product.weight, id, tile, from, to);
     cudaGridDependencySynchronize();  // the rows of the second product are there
     for (int done = 0; done < count; done += Weights::kRows) {
       const int rows = min(count - done, Weights::kRows);

@@ -14,10 +14,10 @@ __device__ __forceinline__ uint4 load_once(void const* from) {
   return found;
 }
 
-// The same, if other lanes or later loads read the 256 bytes around them.
+// The same, if other lanes or later loads read the rest of the line of 128 bytes.
 __device__ __forceinline__ uint4 load_along(void const* from) {
   uint4 found;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
                : "l"(from));
   return found;

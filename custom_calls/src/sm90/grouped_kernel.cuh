@@ -56,8 +56,6 @@ struct GroupedKernel {
   static constexpr int kHalves = Spec::kHalves ? 2 : 1;
   static constexpr int kScaleBytes = kScaled ? (kTile.rows + kWeightScales) * sizeof(float) : 0;
   static constexpr int kScaleLoaders = kScaled ? 32 : 0;  // threads
-  static constexpr int kLead = 2;                         // steps, of tiles of codes
-  static_assert(kLead < kStages);
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
   static_assert(kScaled ? kTile.rows * kTile.columns <= 256 * 128
                         : kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
@@ -335,11 +333,8 @@ struct GroupedKernel {
     const int row = warpgroup * kBlock + thread / 32 * kWarpRows + thread % 32 / 4;
     const int column = kScaleColumns == kScaleBlock ? 0 : work.column % kScaleBlock;
     float sums[Blocks][kHalves][kElements] = {};
-    const bool in_step = leads(work);
-    if (in_step && warpgroup == 1) follow();
 #pragma unroll 1
     for (int step = 0; step < work.steps; ++step, place.next()) {
-      if (in_step && warpgroup == 0 && step == kLead) lead();
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       const float* row_scales = shared.row_scales(place.stage) + row;
       const float* weight_scales = shared.weight_scales(place.stage);
@@ -388,21 +383,6 @@ struct GroupedKernel {
 #pragma unroll
       for (int block = 0; block < Blocks; ++block) epilogue.store_block(sums[block][0], work, warpgroup + block * kConsumers);
     }
-  }
-
-  // The second of two warpgroups begins a tile of codes when the first is kLead steps ahead. So one stores while the other
-  // multiplies the last steps, or the first ones of the next tile. Loads that are late would bring them together again. With
-  // fewer steps the first could be two tiles ahead, which the barrier does not count. Three warpgroups need no order: two of
-  // them multiply in any case.
-  static __device__ __forceinline__ bool leads(Work const& work) {
-    return kConsumers == 2 && work.steps > kStages && active_blocks(work) > 1;
-  }
-  static constexpr int kLeadBarrier = kConsumers + 1;  // behind those of sync_warpgroup
-  static __device__ __forceinline__ void lead() {
-    asm volatile("bar.arrive %0, %1;" ::"n"(kLeadBarrier), "n"(kConsumers * kWarpgroup) : "memory");
-  }
-  static __device__ __forceinline__ void follow() {
-    asm volatile("bar.sync %0, %1;" ::"n"(kLeadBarrier), "n"(kConsumers * kWarpgroup) : "memory");
   }
 
   // Waits for the stages of a tile in which this warpgroup has no rows, and gives them back for all its warps. One warp does
