@@ -12,7 +12,6 @@ from jax_latent_moe import CutlassBackend, PallasBackend, Precision, Unsupported
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import ScaledRows, encode, encode_rows
 from jax_latent_moe.grouped_matmul import Epilogue, Operand, Operands, problem, select
-from jax_latent_moe.grouped_matmul.cutlass_sm90 import backend as cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import kernel_name
 from jax_latent_moe.grouped_matmul.registry import bind
@@ -52,7 +51,12 @@ def asked(**changes):
         (ALWAYS, {"epilogue": epilogue("gelu", "pre")}, "no kernel was compiled for fwd of fp8_block"),
         (ALWAYS, {"epilogue": epilogue(encodes="int8")}, "in fp8_block or fp8_block_pow2, not int8"),
         (ALWAYS, {"lhs": Operand("bfloat16"), "rhs": Operand("bfloat16")}, "only its FP8 kernels encode hidden rows"),
-        (CutlassBackend(), {}, "fuse='measured' leaves relu2, encoded in fp8_block, of fwd to other kernels"),
+        (CutlassBackend(), {}, None),
+        (
+            CutlassBackend(),
+            {"epilogue": epilogue("swiglu", "pre")},
+            "leaves swiglu, encoded in fp8_block, of fwd",
+        ),
         (CutlassBackend(fuse="never"), {}, "fuse='never' leaves"),
     ],
 )
@@ -65,12 +69,6 @@ def test_other_backends_refuse():
     for config in (PallasBackend(fuse="always"), "xla"):
         with pytest.raises(UnsupportedError, match="epilogues"):
             select(asked(), config)
-
-
-def test_measured_takes_what_was_faster(monkeypatch):
-    monkeypatch.setattr(cutlass, "FASTER_ENCODED", {"fwd": ("relu2",)})
-    assert Cutlass(CutlassBackend()).supports(asked()) is None
-    assert Cutlass(CutlassBackend()).supports(asked(epilogue=epilogue("swiglu"))) is not None
 
 
 @pytest.mark.parametrize("residual", [None, "hidden"])
@@ -100,11 +98,12 @@ def test_a_plan_says_what_encodes_the_hidden_rows():
     assert "encode_hidden" not in str(plan)
     assert "up: fwd with relu2, encoded in fp8_block keeping hidden of gathered fp8_block" in str(plan)
     assert "up_without_gradient: fwd with relu2, encoded in fp8_block keeping nothing" in str(plan)
+    assert plan_of(dataclasses.replace(config, backend="auto")).encode_hidden is None
     gated = plan_of(dataclasses.replace(config, activation="swiglu"))
     assert (gated.residual, gated.encode_hidden) == ("pre", None)
     assert "up: fwd with swiglu, encoded in fp8_block keeping pre" in str(gated)
     for other in (
-        dataclasses.replace(config, backend="auto"),
+        dataclasses.replace(config, activation="swiglu", backend="auto"),
         dataclasses.replace(config, backend=CutlassBackend(fuse="never")),
         dataclasses.replace(config, activation="gelu"),
         dataclasses.replace(config, expert_bias=True, backend="auto"),

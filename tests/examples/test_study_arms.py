@@ -70,9 +70,12 @@ def test_the_short_study_is_a_quarter_of_the_long_one():
     for run in (Run("moe", 1e-3, 1), Run("half-pre", 2e-3, 2)):
         long, found = config_of(D512, run), config_of(short, run)
         assert found.steps == long.steps // 4
-        assert dataclasses.replace(
-            found, steps=long.steps, eval_every=long.eval_every, checkpoint_every=long.checkpoint_every
-        ) == long
+        assert (
+            dataclasses.replace(
+                found, steps=long.steps, eval_every=long.eval_every, checkpoint_every=long.checkpoint_every
+            )
+            == long
+        )
 
 
 @pytest.mark.parametrize(
