@@ -39,7 +39,7 @@ class ExpertPlan:
         up_dgrad: the gradient of the rows.
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
         b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
-        b_out_grad: the gradient of b_out; None without biases.
+        b_out_grad: the gradient of b_out, a wgrad with the column of the rows' weights; None without biases.
         unweighted: None if down_dgrad reads the rows that down_wgrad gathered, which are rows of dcombined times their
             weights. Such rows give the gradients of the weights' logarithms. Otherwise the reason why it reads rows
             without weights, as a sentence.

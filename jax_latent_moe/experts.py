@@ -65,7 +65,7 @@ def routed_experts(
         log_weights: if given, it may take the gradients of the weights' logarithms, and weights then get none. Its
             values are not read. Such a gradient is <weights[t, j] dcombined, expert_j>, so the products of the backward
             pass all read the same rows. `ExpertPlan.weighted_dgrad` says whether they do.
-        up_proj: [l, d] in the dtype of tokens, multiplies the sum. None returns the sum.
+        up_proj: [l, d] in the dtype of tokens, multiplies the sum, so the result is [T, d]. None returns the sum.
 
     Raises:
         UnsupportedError: the named backend cannot run one of the products.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jax_latent_moe import (
     RouterConfig,
@@ -132,3 +133,20 @@ def test_how_many_calls_multiply_projections_alone(name, monkeypatch):
     program = str(jax.make_jaxpr(lambda params, x: latent_moe(params, x, config)[0])(params, x))
     assert program.count(TARGET) == calls
     assert program.count("latent_moe_decode_experts") == 1
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("changes", [{}, dict(latent_norm="post"), dict(latent_size=None)])
+def test_a_scan_in_a_shard_map(changes, monkeypatch):
+    """The carry keeps its type, which says over which axes of the mesh it varies."""
+    use_small(monkeypatch)
+    config = small_layer(**changes)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def steps(params, x):
+        return jax.lax.scan(lambda x, _: (latent_moe(params, x, config)[0], None), x, None, length=2)[0]
+
+    mapped = jax.shard_map(steps, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch"))
+    program = str(jax.make_jaxpr(mapped)(params, jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)))
+    assert "latent_moe_decode_experts" in program
