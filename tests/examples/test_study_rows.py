@@ -179,7 +179,7 @@ def test_rows_that_come_twice_and_bytes_that_are_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arms", "huge"], "error: There is no study 'huge': use --arms d512, d768, toy."),
+        (["--arms", "huge"], "error: There is no study 'huge': use --arms d512, d512-short, d768, toy."),
         (["--only", "sparse"], "error: There is no arm 'sparse': use some of dense"),
         (["--only", "accurate-8"], "error: --only accurate-8 is not in the study toy: use some of dense, moe"),
         (["--arms", "d512", "--text", "nowhere"], "error: The text of the study is not in nowhere: python -m"),
