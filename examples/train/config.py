@@ -154,7 +154,7 @@ class Config:
     Compilation then takes the same time at any depth."""
     remat: Literal["none", "cheap", "layer"] = "none"
     """What the backward pass recomputes to save memory.
-    none is nothing, cheap is norms and activations, layer is whole blocks."""
+    none is nothing, cheap is norms, activations and gathers of rows, layer is whole blocks."""
     seed: int = 0
     """Seed of the parameters, the order of the data, dropout and the sample."""
     switch_loss_coef: float = 0.01
