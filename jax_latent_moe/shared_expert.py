@@ -26,8 +26,8 @@ from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.grouped_matmul.registry import name_of
 from jax_latent_moe.varying import varying
 
-LEAST_ROWS = 2048
-"""With fewer rows, the activation's own pass over them costs little beside the launches."""
+LEAST_ROWS = 8192
+"""The fewest rows at which the kernels were timed beside XLA (benchmarks/results/profiles/h200-2026-11-29.md)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The shared expert by a backend that fuses its activation, against a float64 loop, and what decides that it runs."""
+"""The shared expert by a backend that fuses its activation, against float64, and what decides that it runs."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from tests import cases
 from tests.cases import TOY
 from tests.fusing import FusingBackend
 from tests.layers import cast
-from tests.oracle.activations import mlp, mlp_backward, sigmoid
+from tests.oracle.shared import shared
 from tests.parallel.meshes import make_mesh
 from tests.tolerances import assert_close, assert_trees_close
 
@@ -41,30 +41,11 @@ def draw(rng, config):
     return params, *(rng.normal(size=(ROWS, D)).astype(np.float32) for _ in range(2))
 
 
-def loop(config, params, x, dout):
-    """The output, and the gradients of the parameters and of x, token by token in float64."""
-    params = {name: np.float64(leaf) for name, leaf in params.items()}
-    gate = params.get("gate", np.zeros((D, 1)))
-    out, dx = np.zeros((2, ROWS, D))
-    grads = jax.tree.map(np.zeros_like, params)
-    for t in range(ROWS):
-        token, given = np.float64(x[t]), np.float64(dout[t])
-        value, saved = mlp(config, token, params["w_in"], params["w_out"])
-        open_ = sigmoid(token @ gate[:, 0]) if config.shared_expert_gate else 1.0
-        out[t] = open_ * value
-        dx[t], dw_in, dw_out, *_ = mlp_backward(saved, params["w_in"], params["w_out"], open_ * given)
-        grads["w_in"] += dw_in
-        grads["w_out"] += dw_out
-        if config.shared_expert_gate:
-            dlogit = given @ value * open_ * (1 - open_)
-            grads["gate"][:, 0] += dlogit * token
-            dx[t] += dlogit * gate[:, 0]
-    return out, grads, dx
-
-
 def with_gradients(config, params, x, dout):
+    """What `shared` returns."""
     out, pullback = jax.vjp(lambda params, x: shared_expert(x, params, config), params, x)
-    return out, *pullback(dout)
+    grads, dx = pullback(dout)
+    return {"out": out, "x": dx} | grads
 
 
 def planned(config, rows=ROWS):
@@ -79,10 +60,10 @@ def test_values_and_gradients(rng, activation, gate):
     assert isinstance(plan, SharedPlan)
     assert plan.residual == RESIDUALS[activation]
     params, x, dout = draw(rng, config)
-    names, expected = ("out", "params", "x"), loop(config, params, x, dout)
+    expected = shared(config, x=x, dout=dout, **params)
     found = jax.jit(with_gradients, static_argnums=0)(config, params, x, dout)
-    assert_trees_close(*(dict(zip(names, values, strict=True)) for values in (found, expected)), "float32", "fused")
-    assert_close(shared_expert(jnp.asarray(x), params, config), expected[0], "float32", "without a gradient")
+    assert_trees_close(found, expected, "float32", "fused")
+    assert_close(shared_expert(jnp.asarray(x), params, config), expected["out"], "float32", "without a gradient")
 
 
 def test_padding_tokens_reach_nothing(rng):
@@ -123,10 +104,8 @@ def test_inside_of_a_users_shard_map(rng):
     mesh = make_mesh(2, names=("data",))
     split = jax.shard_map(summed, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P(), P("data")))
     value, grads, dx = jax.jit(split)(params, x, dout)
-    halves = [loop(config, params, *(part[i * ROWS :][:ROWS] for part in (x, dout))) for i in range(2)]
-    whole = jax.tree.map(np.add, halves[0][1], halves[1][1])
-    assert_trees_close(grads, whole, "float32", "gradients")
-    assert_close(dx, np.concatenate([half[2] for half in halves]), "float32", "gradient of x")
+    expected = shared(config, x=x, dout=dout, **params)
+    assert_trees_close({"x": dx} | grads, {name: expected[name] for name in ("x", *grads)}, "float32", "gradient")
     assert np.isfinite(value)
 
 
