@@ -17,7 +17,7 @@ PACKAGE = ROOT / "jax_latent_moe"
 # A module may import from the lines above its own, and from its own folder.
 ORDER = (
     ("varying",),
-    ("device", "dtypes", "errors", "native", "shards"),
+    ("device", "dtypes", "errors", "native", "piped", "shards"),
     ("checks",),
     ("activations", "arrays", "derivatives", "formats"),
     ("low_rank",),
