@@ -23,6 +23,7 @@ import numpy as np
 from jax_latent_moe import hf, presets
 from jax_latent_moe.hf.names import NEMOTRON_H, layer_blocks, tensor_shapes
 from jax_latent_moe.hf.tensor_file import create, write_bytes
+from jax_latent_moe.piped import piped
 
 BUFFER = 8 << 20
 FILES = 4
@@ -142,4 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

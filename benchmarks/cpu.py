@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.measure import Row, record, time_interleaved
 from jax_latent_moe import LatentMoEConfig, XlaBackend, init_params, latent_moe
 from jax_latent_moe.grouped_matmul import grouped_matmul, reference
+from jax_latent_moe.piped import piped
 
 ROWS, IN, OUT = 4096, 256, 512
 RNG = np.random.default_rng()
@@ -140,4 +141,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -22,6 +22,7 @@ from examples.train.step import TrainState, make_bits_per_byte
 from examples.train.train import VALIDATION_WINDOWS
 from jax_latent_moe import ConfigError, LatentMoEConfig, dequantize, init_params, latent_moe, quantize
 from jax_latent_moe.formats import FORMATS, encode
+from jax_latent_moe.piped import piped
 
 TOKENS = 256
 LAYERS = {
@@ -103,4 +104,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

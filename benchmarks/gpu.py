@@ -31,6 +31,7 @@ from benchmarks import (
 )
 from benchmarks.measure import RESULTS, Run, Session
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
+from jax_latent_moe.piped import piped
 
 SUITES = (
     "compile",
@@ -132,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from jax_latent_moe.piped import piped
+
 MOST = 40
 
 
@@ -107,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

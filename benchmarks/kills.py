@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.measure import RESULTS
 from examples.train.generate import load
+from jax_latent_moe.piped import piped
 
 START_UP_SECONDS = (0.0, 4.0)
 TRAINING_SECONDS = (0.0, 4.0)
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -19,6 +19,7 @@ from jax_latent_moe import LatentMoEConfig, ParallelConfig, init_params, latent_
 from jax_latent_moe.cost import exchange_bytes, matmul_flops_per_token
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
 from jax_latent_moe.parallel import choose_dispatch, explain, param_specs, token_spec
+from jax_latent_moe.piped import piped
 from jax_latent_moe.plan import GPUS, make_cost_plan
 
 SHAPES = {
@@ -136,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

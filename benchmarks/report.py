@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from benchmarks import figure, tables
 from benchmarks.train_table import train_table
+from jax_latent_moe.piped import piped
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
@@ -70,4 +71,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_latent_moe import presets
+from jax_latent_moe.piped import piped
 from jax_latent_moe.routing.rounding import round_to_tile, with_next_choices
 from jax_latent_moe.routing.router import route
 
@@ -66,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 from types import SimpleNamespace
@@ -190,7 +191,11 @@ def _measure_loop(session, suite, name, config):
 
 
 def loop_ms(config: Config, steps: int = LOOP_STEPS) -> tuple[float, model.LanguageModel]:
-    """Milliseconds of a step in the trainer's loop, lines of metrics included, past its first line; and the model."""
+    """Milliseconds of a step in the trainer's loop, lines of metrics included, past its first line; and the model.
+
+    Raises:
+        SystemExit: SIGINT or SIGTERM stopped the loop. The status is that of `StopRequest`.
+    """
     from examples.train import metrics, signals, tokenizer, train  # which need packages that the step does not
 
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +204,10 @@ def loop_ms(config: Config, steps: int = LOOP_STEPS) -> tuple[float, model.Langu
         network, _, mesh = parts(config)
         saves_nothing = SimpleNamespace(newest=None, save=lambda snapshot: None)
         with signals.StopRequest() as stop, jax.set_mesh(mesh):
-            train.run_steps(config, network, text, tokenizer.Bytes(), cast(Any, saves_nothing), stop, mesh)
+            last = train.run_steps(config, network, text, tokenizer.Bytes(), cast(Any, saves_nothing), stop, mesh)
+        if stop.name is not None:
+            print(f"{stop.name} stopped the loop at step {last.state.step} of {steps}: it was not timed.", flush=True)
+            sys.exit(stop.status)
         records = [record for record in metrics.read_records(config.folder) if "loss" in record]
     speed = statistics.median(record["tokens_per_second"] for record in records[1:])
     return 1e3 * config.batch_size * config.model.context / speed, network

@@ -18,6 +18,7 @@ import optax
 
 from examples.import_hf import WIDTH, make_checkpoint
 from jax_latent_moe import LatentMoEConfig, hf, latent_moe, lora, merge_state, quantize
+from jax_latent_moe.piped import piped
 
 FORMAT, RANK = "mxfp4", 4
 STEPS, LEARNING_RATE, TOKENS = 150, 5e-3, 256
@@ -82,4 +83,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -23,6 +23,7 @@ import numpy as np
 
 from jax_latent_moe import hf, latent_moe, update_correction_bias
 from jax_latent_moe.hf.tensor_file import DTYPES, create, write_bytes
+from jax_latent_moe.piped import piped
 
 VOCABULARY, WIDTH, LAYERS, EXPERTS = 64, 32, 2, 8
 STEPS, RATE, TOKENS = 40, 0.01, 512
@@ -128,4 +129,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -18,7 +18,6 @@ from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul.registry import AUTO, BackendConfig
 from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation, library
-from jax_latent_moe.varying import varying
 
 MOST_ASSIGNMENTS = 256
 """The most assignments of a call (custom_calls/src/decode/experts.h, kThreads)."""
@@ -225,7 +224,7 @@ def decoded_experts(
         linear_beta=plan.activation.linear_beta,
         parts=parts,
     )
-    return varying(out if up_proj is None else projected, operands)
+    return out if up_proj is None else projected
 
 
 def _stored(weight):

@@ -30,6 +30,7 @@ from jax_latent_moe.projections import cluster_parts, projection, refusal_of_pro
 from jax_latent_moe.projections import explain as explain_projections
 from jax_latent_moe.routing.compiled import compiled_runs
 from jax_latent_moe.routing.permute import DispatchPlan, combine, rows_of
+from jax_latent_moe.varying import varying
 
 RESIDUAL = "latent_moe_residual"
 Weight = Float[Array, "e a b"] | ScaledArray
@@ -71,6 +72,8 @@ def routed_experts(
         UnsupportedError: the named backend cannot run one of the products.
         InputError: config.precision does not go with the format of the weights, or with adapters.
     """
+    arrays = tokens, weights, w_in, w_out, dispatch, biases, codes, log_weights, up_proj
+    tokens, weights, w_in, w_out, dispatch, biases, codes, log_weights, up_proj = varying(arrays, arrays)
     if biases is not None:
         biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
     if isinstance(w_in, LowRank) or isinstance(w_out, LowRank):

@@ -42,7 +42,6 @@ from jax_latent_moe.routing.router import (
 )
 from jax_latent_moe.shards import ONE_DEVICE
 from jax_latent_moe.shared_expert import shared_expert
-from jax_latent_moe.varying import varying
 
 LATENT = "latent_moe_latent"
 
@@ -311,9 +310,7 @@ def _route_through_experts(params, codes, latent, routing, config, shards, up_pr
     row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
     def experts(latent, weights, plan, log_weights=None):
-        arrays = latent, weights, w_in, w_out, biases, codes, log_weights, up_proj
-        latent, weights, own_w_in, own_w_out, *others = varying(arrays, *arrays)
-        return routed_experts(config, latent, weights, own_w_in, own_w_out, plan, *others)
+        return routed_experts(config, latent, weights, w_in, w_out, plan, biases, codes, log_weights, up_proj)
 
     if config.router.pad_to_capacity:
         return padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped

@@ -20,6 +20,8 @@ import jax
 import jax.export
 import numpy as np
 
+from jax_latent_moe.varying import varying
+
 VARIABLE = "JAX_LATENT_MOE_CUDA_LIBRARY"
 FILE = "libjax_latent_moe_cuda.so"
 WHEEL = "jax_latent_moe_cuda13"
@@ -106,7 +108,7 @@ def call(
     input_output_aliases: Mapping[int, int] | None = None,
     **attributes,
 ) -> list[jax.Array]:
-    """Calls a target and returns its results.
+    """Calls a target and returns its results, which vary over the mapped axes that any operand varies over.
 
     Args:
         target: a key of `INTERFACE`.
@@ -133,7 +135,7 @@ def call(
         vmap_method="sequential",
         input_output_aliases=None if input_output_aliases is None else dict(input_output_aliases),
     )
-    return list(function(*operands, **cast))
+    return varying(list(function(*operands, **cast)), operands)  # JAX types them as equal on all devices
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

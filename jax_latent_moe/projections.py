@@ -19,7 +19,6 @@ from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.decode import refusal
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.grouped_matmul.sm90 import DTYPES
-from jax_latent_moe.varying import varying
 
 TILE_BYTES = 128
 """Bytes of each row of a weight that a cluster of blocks reads (kTileBytes)."""
@@ -140,8 +139,7 @@ def _compiled(usual, x, kernel, projection):
     ]
     parts = cluster_parts(*weights)
     logits, out = native.call("decode_projections", [x, *weights], results, parts=parts)
-    found = None if kernel is None else logits, None if projection is None else out
-    return varying(found, x, kernel, projection)
+    return None if kernel is None else logits, None if projection is None else out
 
 
 def _forward(usual, x, kernel, projection):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jax_latent_moe import native
-from tests.emulated import aligned, compiled
+from tests.emulated import aligned, compiled, in_turn
 
 SOURCES = ("float32", "bfloat16", "float16")
 
@@ -40,7 +40,7 @@ def call(target, operands, results, *, input_output_aliases=None, **attributes):
     native._check_buffers(target, "operands", operands)
     native._check_buffers(target, "results", results)
     assert attributes.keys() == native.INTERFACE[target]["attributes"].keys()
-    return list(jax.pure_callback(functools.partial(run, results, attributes), list(results), *operands))
+    return list(jax.pure_callback(functools.partial(in_turn, run, results, attributes), list(results), *operands))
 
 
 def _garbage(results):

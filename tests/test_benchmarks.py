@@ -1,7 +1,9 @@
 """The GPU benchmark at sizes of a CPU: its errors, the libraries that it leaves out, and its records."""
 
+import contextlib
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
 from benchmarks.problems import DECODE_KERNELS, KERNELS, LAYERS, SUPER, Grouped
 from examples.train import corpus, flops, presets
+from examples.train import train as trainer
 from examples.train.model import language_model
 from examples.train.text import Corpus, Text
 from jax_latent_moe import init_params, latent_moe, ragged_dot, shared_expert
@@ -338,6 +341,24 @@ def test_training_is_measured_and_stands_in_the_table(run, session, monkeypatch,
     ms = {row["impl"]: row["ms"] for row in rows if row["pass"] == "text"}
     assert f"x {ms['latent_moe'] / ms['dense']:.2f} |" in table
     assert f"{8 * 32 / ms['dense']:,.0f} k" in table
+
+
+def test_a_loop_that_a_signal_stops_ends_the_benchmark(run, session, monkeypatch, capsys):
+    """The signal comes while the first step is compiled, before the first line of metrics."""
+
+    def interrupted(what):
+        if what.startswith("Compiling"):
+            signal.raise_signal(signal.SIGTERM)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(trainer, "busy", interrupted)
+    text = Text.of(bytes(np.random.default_rng(0).integers(0, 256, 9000, np.uint8)))
+    monkeypatch.setattr(corpus, "load_corpus", lambda name: Corpus(text, text))
+    with pytest.raises(SystemExit) as ended:
+        training._measure_loop(session, "train", "toy", presets.TOY)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM stopped the loop at step 1 of 120: it was not timed." in capsys.readouterr().out
+    assert not run.path.exists()
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch):

@@ -18,6 +18,7 @@ import tyro
 
 from examples.train.corpus import cache_folder
 from examples.train.errors import TrainError
+from jax_latent_moe.piped import piped
 
 PACKAGE = "linux-source-6.1_6.1.176-1_all.deb"
 PACKAGE_SHA256 = "9305d1a151b8e83dcb88aa11361e7b9513f0c252bdf7f5647e4542762d99c094"  # from Debian's signed index
@@ -185,7 +186,8 @@ def _seek_data(package: IO[bytes]):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(make_text, prog="python -m examples.study.data")
-    except TrainError as error:
-        sys.exit(f"error: {error}")
+    with piped():
+        try:
+            tyro.cli(make_text, prog="python -m examples.study.data")
+        except TrainError as error:
+            sys.exit(f"error: {error}")

@@ -6,8 +6,10 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
 from jax_latent_moe.errors import needs_extra
+from jax_latent_moe.piped import piped
 
 with needs_extra("train"):
     from examples.train.train import main
 
-main()
+with piped():
+    main()

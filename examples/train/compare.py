@@ -9,6 +9,7 @@ from examples.train.errors import TrainError
 from examples.train.metrics import VALIDATION, read_records
 from examples.train.plots import DPI, comparison, comparison_figure
 from examples.train.run_folder import runs_here
+from jax_latent_moe.piped import piped
 
 
 def compare(runs: tyro.conf.Positional[tuple[Path, ...]] = (), output: Path = Path("compare.png")):
@@ -42,7 +43,8 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]] = (), output: Path = Pa
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(compare, prog="python -m examples.train.compare")
-    except TrainError as error:
-        sys.exit(f"error: {error}")
+    with piped():
+        try:
+            tyro.cli(compare, prog="python -m examples.train.compare")
+        except TrainError as error:
+            sys.exit(f"error: {error}")

@@ -21,6 +21,7 @@ from examples.train.sampling import make_generate
 from examples.train.step import TrainState, init_state
 from examples.train.tokenizer import Bytes, Tokenizer, load_tokenizer
 from jax_latent_moe.errors import LatentMoEError
+from jax_latent_moe.piped import piped
 
 
 def load(folder: Path) -> tuple[LanguageModel, TrainState, Tokenizer]:
@@ -86,7 +87,8 @@ def generate(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(generate, prog="python -m examples.train.generate")
-    except (TrainError, LatentMoEError) as error:
-        sys.exit(f"error: {error}")
+    with piped():
+        try:
+            tyro.cli(generate, prog="python -m examples.train.generate")
+        except (TrainError, LatentMoEError) as error:
+            sys.exit(f"error: {error}")

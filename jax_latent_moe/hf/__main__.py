@@ -19,6 +19,7 @@ from jax_latent_moe.hf.outputs import check_new
 from jax_latent_moe.hf.quantised import can_keep
 from jax_latent_moe.hf.tensor_file import read_json
 from jax_latent_moe.params import Params
+from jax_latent_moe.piped import piped
 
 TO = "names to write: the model's own on the hub, Megatron's, or transformers 5's (all experts in one tensor)"
 
@@ -130,4 +131,5 @@ def _convert(checkpoint: Checkpoint, options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with piped():
+        sys.exit(main())

@@ -37,10 +37,12 @@ def mesh_sizes(text: str) -> dict[str, int]:
     """The sizes in a text such as "data=2,expert=4", with the default axis names of `ParallelConfig`.
 
     Raises:
-        ConfigError: the text has another form, an unknown axis, or the same axis twice.
+        ConfigError: the text has another form, an empty part, an unknown axis, or the same axis twice.
     """
     known, sizes = ParallelConfig().axes, {}
-    for entry in filter(None, text.split(",")):
+    for entry in text.split(",") if text else ():
+        if not entry:
+            raise ConfigError(f"--mesh {text!r} has an empty part: leave out a comma, so that each part is AXIS=SIZE.")
         axis, _, size = entry.partition("=")
         if axis not in known or axis in sizes or not re.fullmatch("[1-9][0-9]{0,8}", size):
             raise ConfigError(

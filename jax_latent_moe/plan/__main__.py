@@ -10,6 +10,7 @@ from jax_latent_moe.config import DISPATCHES, LatentMoEConfig, ParallelConfig
 from jax_latent_moe.errors import LatentMoEError
 from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.parallel import mesh_sizes
+from jax_latent_moe.piped import piped
 from jax_latent_moe.plan import GPUS, make_cost_plan, render
 
 PRESETS = {name.lower(): value for name, value in vars(presets).items() if isinstance(value, LatentMoEConfig)}
@@ -58,4 +59,5 @@ def main(arguments: Sequence[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    with piped():
+        main()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe.config import PallasBackend, Precision
+from jax_latent_moe.config import CutlassBackend, CutlassTile, PallasBackend, Precision
 from jax_latent_moe.errors import ConfigError, InputError, UnsupportedError
 from jax_latent_moe.formats import ScaledRows, encode, encode_rows
 from jax_latent_moe.grouped_matmul import (
@@ -115,7 +115,7 @@ def test_errors_say_what_to_do(rng):
     ("contraction", "shape", "dtype", "reason"),
     [
         ("dgrad", (4, 128, 64), "bfloat16", "computes only fwd"),
-        ("fwd", (4, 128, 64), "float32", "stores bfloat16 or float16, not float32"),
+        ("fwd", (4, 128, 64), "float32", 'stores bfloat16 or float16, not float32: set dtype="bfloat16"'),
         ("fwd", (4, 100, 64), "bfloat16", "k=100 of FP8 codes is not a positive multiple of 128"),
     ],
 )
@@ -125,6 +125,18 @@ def test_the_kernel_refuses(contraction, shape, dtype, reason):
     with pytest.raises(UnsupportedError, match=reason):
         select(asked, PallasBackend())
     assert "XlaBackend" in explain(asked)
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_compiled_kernel_stores_bfloat16(dtype):
+    """The sentence says how a layer in another dtype gets its FP8 products."""
+    operand = operand_of(ScaledRows(None, None, "fp8_block", jnp.dtype(dtype)))
+    asked = problem("fwd", 100, (4, 128, 64), dtype, lhs=operand, rhs=operand, device=H200)
+    with pytest.raises(UnsupportedError, match=f'stores bfloat16, not {dtype}: set dtype="bfloat16"'):
+        select(asked, CutlassBackend())
+    right = problem("fwd", 100, (4, 128, 64), "bfloat16", lhs=operand, rhs=operand, device=H200)
+    assert isinstance(select(right, CutlassBackend()).tile, CutlassTile)
 
 
 def test_the_kernel_runs_what_it_has():

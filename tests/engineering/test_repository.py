@@ -16,7 +16,8 @@ from tests.engineering.sandbox import ROOT
 PACKAGE = ROOT / "jax_latent_moe"
 # A module may import from the lines above its own, and from its own folder.
 ORDER = (
-    ("device", "dtypes", "errors", "native", "shards", "varying"),
+    ("varying",),
+    ("device", "dtypes", "errors", "native", "piped", "shards"),
     ("checks",),
     ("activations", "arrays", "derivatives", "formats"),
     ("low_rank",),

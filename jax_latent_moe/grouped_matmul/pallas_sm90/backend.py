@@ -24,6 +24,7 @@ from jax_latent_moe.grouped_matmul.sm90 import (
     refusal,
     size_refusal,
 )
+from jax_latent_moe.varying import varying
 
 FEATURE_MULTIPLE = 64
 """Columns of one swizzled block."""
@@ -164,5 +165,8 @@ def _fp8(problem, rows, w, group_sizes, settings):
 
 
 def _call(function, *arrays, **settings):
-    """Runs a kernel. Under vmap, calls run in turn, because Pallas would add an axis that the kernels do not expect."""
-    return custom_batching.sequential_vmap(functools.partial(function, **settings))(*arrays)
+    """Runs a kernel. Under vmap, calls run in turn, because Pallas would add an axis that the kernels do not expect.
+
+    The results vary over the mapped axes that any array varies over. Pallas types them as equal on all devices.
+    """
+    return varying(custom_batching.sequential_vmap(functools.partial(function, **settings))(*arrays), arrays)
