@@ -106,7 +106,8 @@ def compiled_step(config: Config) -> Compiled:
     tokens = jax.ShapeDtypeStruct(
         (config.batch_size, config.model.context + 1), np.uint8, sharding=placing.batch_sharding(mesh)
     )
-    train_step = cast(jax.stages.Wrapped, step.make_train_step(network, optimiser, mesh, accumulate=config.accumulate))
+    policy = {"accumulate": config.accumulate, "reduce_dtype": config.reduce_dtype}
+    train_step = cast(jax.stages.Wrapped, step.make_train_step(network, optimiser, mesh, **policy))
     with jax.set_mesh(mesh):
         compiled = train_step.lower(state, data.Batch(cast(Any, tokens))).compile()
     return Compiled(config, network, compiled, time.perf_counter() - start)

@@ -20,6 +20,7 @@ from examples.train.initialising import draw, shapes
 from examples.train.model import LanguageModel
 from examples.train.optimizer import global_norm
 from examples.train.placing import from_whole, optimizer_shardings, variable_shardings
+from examples.train.reducing import ReduceDtype, shared_in
 from jax_latent_moe.linen import ADAPTERS, EXPERT_CODES, encode_experts, update_correction_bias
 from jax_latent_moe.linen import loads as loads_of
 
@@ -167,6 +168,7 @@ def make_train_step(
     skip_bad: bool = False,
     spike_factor: float = 0.0,
     accumulate: int = 1,
+    reduce_dtype: ReduceDtype = "float32",
     adapters: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step. It computes gradients, applies the optimiser and moves the correction bias by the loads.
@@ -179,6 +181,8 @@ def make_train_step(
         spike_factor: see `is_bad`.
         accumulate: the number of parts of a batch, which are computed one after the other. Their gradients and loads
             are added up.
+        reduce_dtype: the dtype in which devices add up the gradients of kernels. bfloat16 needs a model that computes
+            in it and encodes no weights.
         adapters: whether the state holds adapters and frozen weights. It then lies on one device.
     """
     whole = NamedSharding(mesh, PartitionSpec())
@@ -187,7 +191,7 @@ def make_train_step(
     def objective(params, state, codes, part, key, scored):
         tokens, targets, weights, documents = part
         output = model.apply(
-            variables_of(state._replace(params=params)) | codes,
+            variables_of(state._replace(params=shared_in(params, reduce_dtype))) | codes,
             tokens,
             deterministic=False,
             targets=targets,
