@@ -49,7 +49,7 @@ class ExpertPlan:
             against it; or None if the rows do not belong to whole tokens.
         projections: what multiplies the router's logits and the projections of the tokens, as `projections.explain`
             says it; None if the rows do not belong to whole tokens.
-        keeps_rows: whether the forward pass keeps the rows that it gathered for up_wgrad, which else gathers them again.
+        keeps_rows: whether the forward pass keeps its gathered rows for up_wgrad, which else gathers them again.
         encode_tokens: what encodes the tokens for the first product; None if it is not in codes. The next ones are
             alike.
         encode_hidden: what encodes the hidden rows for the second product; None if the first product does, as its

@@ -1,10 +1,10 @@
 """The routed experts on latent rows: gather, two grouped matmuls around an activation, weighted combine.
 
 One differentiation rule covers the whole block. It keeps the tokens, the routing and one residual of the activation.
-The backward pass gathers rows again, unless config.keep_gathered_rows keeps them. It does not need the experts' outputs, because the gradient of a combine weight is
-<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). The gradient of its logarithm is the same with dcombined
-times the weight. `plan_experts` decides what runs each product and which residual is kept. An activation that no kernel
-fuses is computed here.
+The backward pass gathers rows again, unless config.keep_gathered_rows keeps them. It does not need the experts'
+outputs, because the gradient of a combine weight is <dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). The
+gradient of its logarithm is the same with dcombined times the weight. `plan_experts` decides what runs each product and
+which residual is kept. An activation that no kernel fuses is computed here.
 """
 
 import functools

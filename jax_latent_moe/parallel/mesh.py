@@ -304,7 +304,7 @@ def _gather(params: Params, specs, config: LatentMoEConfig) -> Params:
             partial(whole, kept=kept, dtype=config.dtype if narrow else None), leaf, specs[part][name]
         )
 
-    return {part: {name: gathered(part, name, leaf) for name, leaf in leaves.items()} for part, leaves in params.items()}
+    return {part: {name: gathered(part, name, leaf) for name, leaf in own.items()} for part, own in params.items()}
 
 
 def _read_narrow(config, part, leaf) -> bool:
