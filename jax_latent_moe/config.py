@@ -221,8 +221,8 @@ class LatentMoEConfig:
             checks.instance("precision", self.precision, Precision)
             if self.keep_gathered_rows and self.precision.fwd is not None:
                 raise ConfigError(
-                    f"keep_gathered_rows=True needs precision.fwd=None, got {self.precision.fwd!r}: that product gathers "
-                    "codes, and the backward pass reads rows in dtype."
+                    f"keep_gathered_rows=True needs precision.fwd=None, got {self.precision.fwd!r}: it gathers codes, "
+                    "and the backward pass reads rows in dtype."
                 )
         if self.parallel is not None:
             checks.instance("parallel", self.parallel, ParallelConfig)
