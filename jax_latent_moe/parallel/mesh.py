@@ -300,9 +300,7 @@ def _gather(params: Params, specs, config: LatentMoEConfig) -> Params:
     def gathered(part, name, leaf):
         kept = () if part == "router" else split_work
         narrow = isinstance(leaf, jax.Array) and _read_narrow(config, part, leaf)
-        return jax.tree.map(
-            partial(whole, kept=kept, dtype=config.dtype if narrow else None), leaf, specs[part][name]
-        )
+        return jax.tree.map(partial(whole, kept=kept, dtype=config.dtype if narrow else None), leaf, specs[part][name])
 
     return {part: {name: gathered(part, name, leaf) for name, leaf in own.items()} for part, own in params.items()}
 
