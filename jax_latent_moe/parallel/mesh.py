@@ -291,18 +291,23 @@ def _gather(params: Params, specs, config: LatentMoEConfig) -> Params:
     assert parallel is not None
     split_work = (parallel.expert_axis, parallel.tensor_axis)
 
-    def whole(leaf, spec, kept, dtype):
+    def whole(leaf, spec, gather, kept):
         for dimension, axis in enumerate(spec):
             if axis is not None and axis not in kept:
-                leaf = _gather_in(dtype or leaf.dtype, leaf.dtype, axis, dimension, leaf)
+                leaf = gather(axis, dimension, leaf)
         return leaf
 
     def gathered(part, name, leaf):
-        kept = () if part == "router" else split_work
         narrow = isinstance(leaf, jax.Array) and _read_narrow(config, part, leaf)
-        return jax.tree.map(partial(whole, kept=kept, dtype=config.dtype if narrow else None), leaf, specs[part][name])
+        gather = partial(_gather_in, config.dtype, leaf.dtype) if narrow else _gather_along
+        kept = () if part == "router" else split_work
+        return jax.tree.map(partial(whole, gather=gather, kept=kept), leaf, specs[part][name])
 
-    return {part: {name: gathered(part, name, leaf) for name, leaf in own.items()} for part, own in params.items()}
+    return {part: {name: gathered(part, name, leaf) for name, leaf in params[part].items()} for part in params}
+
+
+def _gather_along(axis, dimension, leaf):
+    return jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
 
 
 def _read_narrow(config, part, leaf) -> bool:
@@ -318,7 +323,7 @@ def _read_narrow(config, part, leaf) -> bool:
 def _gather_in(narrow, wide, axis, dimension, leaf):
     """An all-gather in one dtype whose gradient is a reduce-scatter in another, that of the leaf."""
     del wide
-    return jax.lax.all_gather(leaf.astype(narrow), axis, axis=dimension, tiled=True)
+    return _gather_along(axis, dimension, leaf.astype(narrow))
 
 
 def _gather_in_fwd(narrow, wide, axis, dimension, leaf):
