@@ -104,7 +104,7 @@ def fp8_refusal(problem: Problem, dtypes: tuple[str, ...], k_multiple: int, n_mu
             "the transposed weight and ask for fwd."
         )
     if problem.out.format not in dtypes:
-        return f"its FP8 kernel stores {' or '.join(dtypes)}, not {problem.out.format}: set dtype=\"bfloat16\"."
+        return f'its FP8 kernel stores {" or ".join(dtypes)}, not {problem.out.format}: set dtype="bfloat16".'
     for name, multiple in (("k", k_multiple), ("n", n_multiple)):
         if (size := getattr(problem, name)) % multiple or not size:
             return f"{name}={size} of FP8 codes is not a positive multiple of {multiple}: pad it, or use XlaBackend()."
