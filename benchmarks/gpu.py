@@ -22,6 +22,7 @@ from benchmarks import (
     loop,
     matmuls,
     problems,
+    shared,
     steps,
     survey,
     swapped,
@@ -40,6 +41,7 @@ SUITES = (
     "widen",
     "fused",
     "layer",
+    "shared",
     "ragged_dot",
     "decode",
     "logits",
@@ -84,6 +86,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         "widen": [(widen.measure, only(widen.SHAPES, widen.QUICK_SHAPES))],
         "fused": [(fusing.measure, problems.FUSED)],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
+        "shared": [(shared.measure, only(shared.SHAPES, shared.QUICK_SHAPES))],
         "ragged_dot": [(swapped.measure, swapped.SHAPES)],
         "decode": [
             (matmuls.measure, problems.DECODE_KERNELS),

@@ -38,7 +38,24 @@ MIDDLE = dataclasses.replace(
         dropout=0.0,
     ),
 )
-SIZES = {"gpu": presets.GPU, "middle": MIDDLE, "large": presets.GPU_80GB}
+SUPER = dataclasses.replace(
+    presets.GPU_80GB,
+    batch_size=16,
+    accumulate=2,
+    model=dataclasses.replace(
+        presets.GPU_80GB.model,
+        layers=3,
+        hidden_size=4096,
+        heads=32,
+        latent_size=1024,
+        num_experts=512,
+        top_k=22,
+        expert_intermediate_size=2688,
+        shared_expert_intermediate_size=5376,
+    ),
+)
+"""Two layers of Nemotron-3 Super's sizes after a dense block: 6.2 G parameters, which fill an H200."""
+SIZES = {"gpu": presets.GPU, "middle": MIDDLE, "large": presets.GPU_80GB, "super": SUPER}
 AXES = ("data", "fsdp", "expert")
 BATCHES, LOOP_STEPS = 8, 120
 
@@ -89,7 +106,8 @@ def compiled_step(config: Config) -> Compiled:
     tokens = jax.ShapeDtypeStruct(
         (config.batch_size, config.model.context + 1), np.uint8, sharding=placing.batch_sharding(mesh)
     )
-    train_step = cast(jax.stages.Wrapped, step.make_train_step(network, optimiser, mesh, accumulate=config.accumulate))
+    policy = {"accumulate": config.accumulate, "reduce_dtype": config.reduce_dtype}
+    train_step = cast(jax.stages.Wrapped, step.make_train_step(network, optimiser, mesh, **policy))
     with jax.set_mesh(mesh):
         compiled = train_step.lower(state, data.Batch(cast(Any, tokens))).compile()
     return Compiled(config, network, compiled, time.perf_counter() - start)

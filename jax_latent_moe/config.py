@@ -167,6 +167,8 @@ class LatentMoEConfig:
         param_dtype: dtype of the stored parameters. The correction bias is always float32.
         backend: "auto", a backend's name ("xla", "pallas", "cutlass") or its dataclass.
         precision: the formats in which the experts' products multiply, such as FP8. None is dtype for all.
+        keep_gathered_rows: keep the experts' input rows [T k, l] for the backward pass, in dtype. Otherwise it gathers
+            them again, which takes time and no memory.
         parallel: how the layer is spread over a mesh. None leaves that to XLA's own partitioning.
     """
 
@@ -195,6 +197,7 @@ class LatentMoEConfig:
     param_dtype: str = "float32"
     backend: str | BackendConfig = "auto"
     precision: Precision | None = None
+    keep_gathered_rows: bool = False
     parallel: ParallelConfig | None = None
 
     def __post_init__(self):
@@ -205,6 +208,7 @@ class LatentMoEConfig:
         checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
         checks.one_of("latent_norm", self.latent_norm, LATENT_NORMS)
         checks.keep(self, "", checks.boolean, ("shared_expert_gate", "gelu_approximate", "expert_bias"))
+        checks.keep(self, "", checks.boolean, ("keep_gathered_rows",))
         checks.keep(self, "", checks.boolean, ("apply_probs_on_input", "apply_routed_scale_to_output"))
         checks.keep(self, "", checks.positive, ("situ_beta", "latent_norm_eps", "swiglu_alpha", "swiglu_limit"))
         checks.keep(self, "", checks.finite, ("swiglu_shift",))
@@ -215,6 +219,11 @@ class LatentMoEConfig:
         checks.instance("init", self.init, InitConfig)
         if self.precision is not None:
             checks.instance("precision", self.precision, Precision)
+            if self.keep_gathered_rows and self.precision.fwd is not None:
+                raise ConfigError(
+                    f"keep_gathered_rows=True needs precision.fwd=None, got {self.precision.fwd!r}: it gathers codes, "
+                    "and the backward pass reads rows in dtype."
+                )
         if self.parallel is not None:
             checks.instance("parallel", self.parallel, ParallelConfig)
         checks.keep(self, "", checks.dtype_name, ("dtype", "param_dtype"), COMPUTE_DTYPES)

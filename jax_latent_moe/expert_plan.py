@@ -51,6 +51,7 @@ class ExpertPlan:
             against it; or None if the rows do not belong to whole tokens.
         projections: what multiplies the router's logits and the projections of the tokens, as `projections.explain`
             says it; None if the rows do not belong to whole tokens.
+        keeps_rows: whether the forward pass keeps its gathered rows for up_wgrad, which else gathers them again.
         encode_tokens: what encodes the tokens for the first product; None if it is not in codes. The next ones are
             alike.
         encode_hidden: what encodes the hidden rows for the second product; None if the first product does, as its
@@ -77,6 +78,7 @@ class ExpertPlan:
     weighted_tokens: bool = False
     decode: Decode | str | None = None
     projections: str | None = None
+    keeps_rows: bool = False
     encode_tokens: RowEncoder | None = None
     encode_hidden: RowEncoder | None = None
     encode_dout: RowEncoder | None = None
@@ -90,7 +92,8 @@ class ExpertPlan:
 
     def summary(self) -> list[str]:
         """What is decided beside the products, in lines."""
-        lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}"]
+        rows = " and the gathered rows" if self.keeps_rows else ""
+        lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}{rows}"]
         if isinstance(self.decode, Decode):
             lines.append(f"without a gradient, two kernels for few tokens: {self.decode}")
         elif self.decode:
@@ -236,7 +239,7 @@ def plan_experts(
         down_dgrad=fuse(down_dgrad, kept) or down_dgrad,
         down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, dense if weighted_hidden else hidden, dout),
         up_dgrad=input_gradient(w_in_shape, dense, w_in),
-        up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, table),
+        up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, dense if config.keep_gathered_rows else table),
         b_in_grad=bias_gradient(w_in_shape[2]),
         b_out_grad=bias_gradient(w_out_shape[2]),
         unweighted=unweighted,
@@ -244,6 +247,7 @@ def plan_experts(
         weighted_tokens=_few_exponents(dtype),
         decode=decode,
         projections=projections,
+        keeps_rows=config.keep_gathered_rows and not frozen_in,
         encode_tokens=encoder(precision.fwd, latent),
         encode_hidden=None
         if _encodes(up_with_gradient) and _encodes(up_alone)

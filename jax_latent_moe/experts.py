@@ -1,10 +1,10 @@
 """The routed experts on latent rows: gather, two grouped matmuls around an activation, weighted combine.
 
 One differentiation rule covers the whole block. It keeps the tokens, the routing and one residual of the activation.
-The backward pass gathers rows again. It does not need the experts' outputs, because the gradient of a combine weight is
-<dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). The gradient of its logarithm is the same with dcombined
-times the weight. `plan_experts` decides what runs each product and which residual is kept. An activation that no kernel
-fuses is computed here.
+The backward pass gathers rows again, unless config.keep_gathered_rows keeps them. It does not need the experts'
+outputs, because the gradient of a combine weight is <dcombined w_out^T, hidden>, as in SonicMoE (arXiv 2512.14080). The
+gradient of its logarithm is the same with dcombined times the weight. `plan_experts` decides what runs each product and
+which residual is kept. An activation that no kernel fuses is computed here.
 """
 
 import functools
@@ -200,6 +200,7 @@ def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, 
     b_in, b_out = biases or (None, None)
     made = _up(plan, plan.up, tokens, w_in, codes, b_in, dispatch)
     kept = checkpoint_name(made.residual, RESIDUAL)
+    read = checkpoint_name(made.lhs, RESIDUAL) if plan.keeps_rows else tokens
     made_whole = plan.residual == "pre" or isinstance(made.out, ScaledRows)
     hidden = made.out if made_whole else hidden_rows(plan, kept)
     out = _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch)
@@ -207,7 +208,7 @@ def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, 
     codes = codes._replace(fwd_in=None, fwd_out=None)
     w_in, w_out = (w if of_w is None else None for w, of_w in ((w_in, codes.dgrad_in), (w_out, codes.dgrad_out)))
     dispatch = dispatch._replace(expert_ids=None)
-    return out, (tokens, weights, w_in, w_out, codes, b_out, dispatch, kept)
+    return out, (read, weights, w_in, w_out, codes, b_out, dispatch, kept)
 
 
 def _up(plan, product, tokens, w_in, codes, b_in, dispatch):
@@ -227,7 +228,7 @@ def _encoded(rows, encoder):
 
 
 def _routed_bwd(plan, residuals, dcombined):
-    tokens, weights, w_in, w_out, codes, b_out, dispatch, kept = residuals
+    read, weights, w_in, w_out, codes, b_out, dispatch, kept = residuals
     sizes, format = dispatch.group_sizes, plan.precision.dgrad
     row_weights = dispatch.weights_of_rows(weights)
 
@@ -261,13 +262,16 @@ def _routed_bwd(plan, residuals, dcombined):
     # The barrier makes XLA sum before it gathers. Without it, XLA gathers all terms of each sum.
     drow_weights = jax.lax.optimization_barrier(drow_weights)
     dweights = drow_weights[dispatch.row_of_assignment].astype(weights.dtype)
-    # The barrier keeps XLA from gathering the tokens' rows earlier than they are read.
-    dpre, tokens = jax.lax.optimization_barrier((dpre, tokens))
-    late = weights if plan.weighted_tokens else None
-    dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(rows_of(tokens, dispatch, late), dpre, sizes)).out
+    if not plan.keeps_rows:
+        # The barrier keeps XLA from gathering the tokens' rows earlier than they are read.
+        dpre, tokens = jax.lax.optimization_barrier((dpre, read))
+        read = rows_of(tokens, dispatch, weights if plan.weighted_tokens else None)
+    elif plan.weighted_tokens:
+        read = _weighted(read, row_weights)
+    dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(read, dpre, sizes)).out
     rows = _encoded(dpre, plan.encode_dpre) if outputs.codes is None else outputs.codes
     drows = plan.up_dgrad(Operands(rows, w_in if format is None else codes.dgrad_in, sizes)).out
-    dtokens = combine(drows, dispatch, late).astype(tokens.dtype)
+    dtokens = combine(drows, dispatch, weights if plan.weighted_tokens else None).astype(drows.dtype)
     grads = dtokens, *((None, dweights) if plan.weighted_dgrad else (dweights, None)), dw_in, dw_out
     if plan.precision != Precision():
         # Codes are integers, so a derivative of this would miss everything that passes through them.
@@ -326,7 +330,7 @@ def _weighted(rows: Float[Array, "r n"], row_weights: Float[Array, " r"]) -> Flo
 def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes, b_in=None) -> Outputs:
     """The hidden rows [R, m] and the plan's residual. The pre-activation is rounded to the dtype of the rows.
 
-    The hidden rows are `ScaledRows` if the product encodes them.
+    The hidden rows are `ScaledRows` if the product encodes them. lhs has the rows as a dense array.
 
     Args:
         plan: the experts' plan.
@@ -341,7 +345,7 @@ def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes, b_in=N
         return outputs
     pre = _plus_bias(outputs.out, b_in, group_sizes)
     hidden = activate(pre, plan.activation).astype(pre.dtype)
-    return Outputs(hidden, residual=pre if plan.residual == "pre" else hidden)
+    return Outputs(hidden, residual=pre if plan.residual == "pre" else hidden, lhs=outputs.lhs)
 
 
 def down_gradient(plan: ExpertPlan, dout, w_out: Weight, group_sizes, kept, row_weights) -> Outputs:

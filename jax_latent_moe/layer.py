@@ -10,7 +10,6 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jax_latent_moe.activations import activate
 from jax_latent_moe.arrays import typed_key
 from jax_latent_moe.codes import checked_codes
 from jax_latent_moe.config import LatentMoEConfig
@@ -42,6 +41,7 @@ from jax_latent_moe.routing.router import (
     router_logits_and_projection,
 )
 from jax_latent_moe.shards import ONE_DEVICE
+from jax_latent_moe.shared_expert import shared_expert
 
 LATENT = "latent_moe_latent"
 
@@ -234,7 +234,7 @@ def _layer(config, shards, params, x, by_token, whole):
     at_full_width = config.latent_size is None or up_proj is not None
     y = combined if at_full_width else _project(combined, params["up_proj"], config)
     if "shared" in params:
-        shared = _shared_expert(tokens, params["shared"], config)
+        shared = shared_expert(tokens, params["shared"], config)
         y = shards.sum_over_tensor(y + shared) if sum_in_y else y + shards.sum_over_tensor(shared)
     if mask is not None:  # y is zero there already; this stops the gradient of padding
         y = jnp.where(mask[:, None], y, 0)
@@ -334,16 +334,6 @@ def _project(x: Float[Array, "t a"], params, config) -> Float[Array, "t b"]:
     kernel = cast(params["kernel"], x.dtype)
     out = projection(config, x, base_of(kernel))
     return out + projected(x, kernel) if isinstance(kernel, LowRank) else out
-
-
-def _shared_expert(x: Float[Array, "t d"], params, config) -> Float[Array, "t d"]:
-    w_in, w_out = (params[name].astype(x.dtype) for name in ("w_in", "w_out"))
-    out = activate(x @ w_in.reshape(w_in.shape[0], -1), config.bound_activation).astype(x.dtype) @ w_out
-    if "gate" not in params:
-        return out
-    wide = at_least_float32(x.dtype)
-    gate = jnp.matmul(x, params["gate"].astype(x.dtype), preferred_element_type=wide)
-    return (out.astype(wide) * jax.nn.sigmoid(gate)).astype(x.dtype)
 
 
 def _rms_norm(x: Float[Array, "t l"], scale: Float[Array, " l"], eps: float) -> Float[Array, "t l"]:

@@ -31,6 +31,8 @@ class FusingBackend:
 class Fusing(Backend):
     """Computes epilogues in float32 only from values: it does not use the slope of an activation's row."""
 
+    fuses_one_group = True
+
     def supports(self, problem):
         if problem.epilogue is None:
             return None

@@ -79,6 +79,7 @@ def random_config(rng, **fixed) -> LatentMoEConfig:
     )
     fields["shared_expert_gate"] = bool(fields["shared_expert_intermediate_size"]) and rng.random() < 0.5
     fields["expert_bias"] = rng.random() < 0.3
+    fields["keep_gathered_rows"] = fixed.get("precision") is None and rng.random() < 0.3
     if activation == "clamped_swiglu":
         fields |= dict(swiglu_alpha=1.3, swiglu_limit=rng.choice([0.5, 2.0]), swiglu_shift=rng.choice([0.0, 1.0]))
     if activation in ("gelu", "geglu"):

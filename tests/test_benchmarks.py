@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import fp8, fp8_layers, fusing, gpu, layers, logits, matmuls, steps, swapped, train_table, widen
+from benchmarks import fp8, fp8_layers, fusing, gpu, layers, logits, matmuls, shared, steps, swapped, train_table, widen
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -20,7 +20,7 @@ from examples.train import corpus, flops, presets
 from examples.train import train as trainer
 from examples.train.model import language_model
 from examples.train.text import Corpus, Text
-from jax_latent_moe import init_params, latent_moe, ragged_dot
+from jax_latent_moe import init_params, latent_moe, ragged_dot, shared_expert
 from jax_latent_moe.grouped_matmul import reference
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
 from tests.fusing import FusingBackend
@@ -224,6 +224,21 @@ def test_activations_are_measured_and_recorded(run, session, monkeypatch, activa
     forward, both = rows[0], rows[2]
     products = 1.5 if activation == "swiglu" else 2  # the whole block's, in up-projections
     assert both["floor_ms"] == pytest.approx(3 * products * forward["floor_ms"])
+
+
+def test_shared_experts_are_measured_and_recorded(run, session, monkeypatch):
+    """A fake kernel stands in, which must run from few tokens on."""
+    monkeypatch.setattr(shared_expert, "LEAST_ROWS", 1)
+    monkeypatch.setattr(shared, "WAYS", {"xla": FusingBackend(), "fused": FusingBackend(("hidden",), ("hidden",))})
+    shared.measure(
+        session, "shared", {"small": (30, dataclasses.replace(SMALL_LAYER, shared_expert_intermediate_size=8))}
+    )
+    rows = rows_of(run)
+    assert [(row["pass"], row["impl"]) for row in rows] == [
+        (pass_, impl) for pass_ in layers.PASSES_OF_LAYERS for impl in ("xla", "fused")
+    ]
+    assert all(row["max_error"] < 0.02 for row in rows)
+    assert rows[2]["floor_ms"] == pytest.approx(3 * rows[0]["floor_ms"])
 
 
 def test_without_a_backend_that_fuses_nothing_is_recorded(run, session, capsys):

@@ -15,6 +15,7 @@ from jax_latent_moe import (
     PallasBackend,
     PallasWgradTile,
     ParallelConfig,
+    Precision,
     RouterConfig,
     XlaBackend,
 )
@@ -37,6 +38,11 @@ BAD_LAYERS = [
     (dict(activation=None), "activation=None is unknown"),
     (dict(latent_norm="both"), "latent_norm='both' is unknown: use one of 'none', 'pre', 'post'"),
     (dict(latent_norm="pre", latent_norm_eps=0.0), "latent_norm_eps=0.0 must be more than 0"),
+    (dict(keep_gathered_rows=1), "keep_gathered_rows=1 must be"),
+    (
+        dict(keep_gathered_rows=True, precision=Precision("fp8_block")),
+        "keep_gathered_rows=True needs precision.fwd=None, got 'fp8_block'",
+    ),
     (dict(activation="situ_glu", situ_beta=-1.0), "situ_beta=-1.0 must be more than 0"),
     (dict(activation="situ_glu", situ_linear_beta=float("nan")), "situ_linear_beta=nan must be a finite number"),
     (dict(apply_probs_on_input=True), "apply_probs_on_input needs top_k=1, got top_k=3"),

@@ -59,6 +59,7 @@ LAYER = {
     "param_dtype": (TOY, "bfloat16"),
     "backend": (TOY, XlaBackend(method="ragged_dot")),
     "precision": (TOY, Precision(fwd="fp8_block")),
+    "keep_gathered_rows": (TOY, True),
     "parallel": (TOY, ParallelConfig()),
 }
 ROUTER = {

@@ -26,7 +26,16 @@ TOKENS, K, EXPERTS, LATENT, INNER = 7, 9, 11, 6, 5
 WITHOUT_TOKENS = 4
 GATED = dataclasses.replace(TOY, activation="swiglu")
 GATE_KEPT = dataclasses.replace(GATED, backend=FusingBackend(("gate_hidden",), ("gate_hidden",)))
-CONFIGS = {"plain": TOY, "gated": GATED, "gate kept": GATE_KEPT}
+ROWS_KEPT = dataclasses.replace(TOY, keep_gathered_rows=True)
+CONFIGS = {
+    "plain": TOY,
+    "gated": GATED,
+    "gate kept": GATE_KEPT,
+    "rows kept": ROWS_KEPT,
+    "rows kept of a kernel": dataclasses.replace(
+        ROWS_KEPT, backend=FusingBackend(("hidden",), ("hidden",), in_place=True)
+    ),
+}
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -303,16 +312,20 @@ def test_small_weights_keep_the_gradients_of_what_comes_before_the_activation(rn
 
 @every_config
 def test_residuals_are_tokens_weights_routing_and_one_array_of_rows(rng, config):
-    """No gathered copy of the tokens, not both pre-activations and hidden rows, no expert outputs."""
+    """Gathered rows in place of tokens where asked, not both pre-activations and hidden rows, no expert outputs."""
     ids, arrays = draw(rng, config)
     arrays = tuple(map(jnp.asarray, arrays))
     plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
     _, pullback = jax.vjp(lambda *arrays: routed_experts(config, *arrays, plan), *arrays)
     rows, gate = TOKENS * K, 2 if config.gated else 1
     kept = {leaf.shape for leaf in jax.tree.leaves(pullback) if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    allowed = {(TOKENS, LATENT), (TOKENS, K), (rows, gate * INNER), (EXPERTS, LATENT, gate * INNER), arrays[3].shape}
+    read = rows if config.keep_gathered_rows else TOKENS
+    allowed = {(read, LATENT), (TOKENS, K), (rows, gate * INNER), (EXPERTS, LATENT, gate * INNER), arrays[3].shape}
     assert kept <= allowed
-    assert sum(leaf.shape[:1] == (rows,) and leaf.ndim == 2 for leaf in jax.tree.leaves(pullback)) == 1
+    assert (
+        sum(leaf.shape[:1] == (rows,) and leaf.ndim == 2 for leaf in jax.tree.leaves(pullback))
+        == 1 + config.keep_gathered_rows
+    )
 
 
 def test_no_expert_at_all_gives_zeros(rng):

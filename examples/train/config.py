@@ -154,7 +154,7 @@ class Config:
     Compilation then takes the same time at any depth."""
     remat: Literal["none", "cheap", "layer"] = "none"
     """What the backward pass recomputes to save memory.
-    none is nothing, cheap is norms and activations, layer is whole blocks."""
+    none is nothing, cheap is norms, activations and gathers of rows, layer is whole blocks."""
     seed: int = 0
     """Seed of the parameters, the order of the data, dropout and the sample."""
     switch_loss_coef: float = 0.01
@@ -182,6 +182,9 @@ class Config:
     mesh: str = ""
     """Number of devices along the axes data, fsdp, expert and tensor, such as data=2,expert=4. Empty takes one device.
     With several processes it takes all devices along data."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which devices add up the gradients of kernels. bfloat16 sends half of the bytes and rounds the sums.
+    It needs a mesh, model.dtype bfloat16 and products in it."""
     coordinator: str = ""
     """HOST:PORT of process 0, if several processes train together. auto reads it from SLURM, Kubernetes or Open MPI."""
     processes: int = 1
@@ -218,6 +221,7 @@ class Config:
         ranges.check_unused(self, "", ("precision",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("latent_norm",), latent, "--mlp latent_moe")
         self._check_adapters()
+        self._check_reduction()
         if self.spike_factor and not self.spike_factor > 1:
             raise TrainError(f"spike_factor={self.spike_factor} must be more than 1, or 0 to switch the check off.")
         if self.tokenizer != "bytes" and self.bpe_tokens is None:
@@ -245,6 +249,21 @@ class Config:
             raise TrainError(f"--lora {self.lora} trains on one device: leave out --mesh and --coordinator.")
         if self.precision != "dtype":
             raise TrainError(f"--lora {self.lora} multiplies in model.dtype: leave out --precision {self.precision}.")
+
+    def _check_reduction(self):
+        ranges.check_unused(self, "", ("reduce_dtype",), bool(self.mesh or self.coordinator), "--mesh or --coordinator")
+        if self.reduce_dtype == "float32":
+            return
+        if self.model.dtype != "bfloat16":
+            raise TrainError(
+                f"--reduce-dtype {self.reduce_dtype} needs --model.dtype bfloat16, because gradients computed in "
+                f"{self.model.dtype} would lose digits: give that, or leave out --reduce-dtype."
+            )
+        if self.precision != "dtype":
+            raise TrainError(
+                f"--reduce-dtype {self.reduce_dtype} needs --precision dtype, because {self.precision} encodes the "
+                "weights from float32: leave out one of the two."
+            )
 
     @property
     def validation_paths(self) -> dict[str, Path]:

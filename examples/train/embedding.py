@@ -33,15 +33,15 @@ def _forward(table, tokens, dtype):
 def _backward(dtype, residuals, gradient):
     del dtype
     tokens, rows = residuals
-    if rows <= ONE_HOT_ROWS:
-        return one_hot_sum(tokens, gradient, rows), None
+    add = one_hot_sum if rows <= ONE_HOT_ROWS else sorted_sum
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return sorted_sum(tokens, gradient, rows), None
+        return add(tokens, gradient, rows), None
     spec = token_spec(PARALLEL, mesh)
 
     def of_device(tokens, gradient):
-        return jax.lax.psum(sorted_sum(tokens, gradient, rows), spec[0] if spec else ())
+        # With fsdp, XLA by itself gathers all tokens' gradients instead of adding up tables.
+        return jax.lax.psum(add(tokens, gradient, rows), spec[0] if spec else ())
 
     return jax.shard_map(of_device, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)(tokens, gradient), None
 

@@ -61,6 +61,7 @@ def moe_config(config: Config) -> LatentMoEConfig | None:
         dtype=model.dtype,
         backend=as_backend(model.backend),
         precision=Precision("fp8_block", "fp8_block") if config.precision == "fp8" else None,
+        keep_gathered_rows=config.remat == "none" and config.precision != "fp8",
         parallel=ParallelConfig(),
     )
 

@@ -120,7 +120,8 @@ def parts_that_fit(config: Config, memory: int) -> int:
     size, width = 2 * d * dense_width(model), 2 * dense_width(model)
     if moe:
         size, width = parameters(moe), 2 * moe.shared_expert_intermediate_size + moe.num_experts
-        width += moe.latent_width + moe.top_k * moe.expert_intermediate_size
+        kept_rows = moe.expert_intermediate_size + moe.latent_width * moe.keep_gathered_rows
+        width += moe.latent_width + moe.top_k * kept_rows
     state = PARAMETER_BYTES * (model.layers * (4 * d * d + size) + 2 * BYTES * d)
     kept = tokens * model.layers * (11 * d + width) * jnp.dtype(model.dtype).itemsize
     divisors = [parts for parts in range(1, config.batch_size + 1) if config.batch_size % parts == 0]

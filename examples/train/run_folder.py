@@ -20,7 +20,7 @@ WRITTEN = (
 FREE = {
     *("config", "preset", "run", "validation", "steps", "log_every", "eval_every", "checkpoint_every", "sample_bytes"),
     *("restore", "bad_step", "spike_factor", "mesh", "coordinator", "processes", "process"),
-    *("accumulate", "attention", "norms", "precision", "remat", "profile", "wandb", "trackio"),
+    *("accumulate", "reduce_dtype", "attention", "norms", "precision", "remat", "profile", "wandb", "trackio"),
     *("model.backend", "optimizer.learning_rate", "optimizer.final_fraction", "optimizer.warmup_steps"),
 }
 """Options that may change when a run is resumed, because state and data carry over."""

@@ -226,7 +226,7 @@ def run_steps(
     report.say(description(config, model, state, mesh))
 
     policy = {"skip_bad": config.bad_step == "skip", "spike_factor": config.spike_factor}
-    parts = {"accumulate": config.accumulate, "adapters": config.lora > 0}
+    parts = {"accumulate": config.accumulate, "reduce_dtype": config.reduce_dtype, "adapters": config.lora > 0}
     train_step = make_train_step(model, optimizer, mesh, **policy, **parts)
     bits_per_byte = make_bits_per_byte(model, config.batch_size, mesh)
     windows = {

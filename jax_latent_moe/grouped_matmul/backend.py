@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jax_latent_moe.grouped_matmul.operands import Operands, Outputs
 from jax_latent_moe.grouped_matmul.problem import Epilogue, Problem
@@ -18,9 +18,12 @@ class Backend(abc.ABC):
 
     Attributes:
         config: the backend's settings, a frozen dataclass.
+        fuses_one_group: whether its fused kernels run the shared expert, which is one group of all tokens. XLA does
+            otherwise.
     """
 
     config: Any
+    fuses_one_group: ClassVar[bool] = False
 
     @abc.abstractmethod
     def supports(self, problem: Problem) -> str | None:

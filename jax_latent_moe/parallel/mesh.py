@@ -246,7 +246,7 @@ def over_mesh(
         }
 
     def local(params, x, by_token, whole):
-        return body(shards, _gather(params, specs, parallel), x, by_token, whole)
+        return body(shards, _gather(params, specs, config), x, by_token, whole)
 
     everywhere = PartitionSpec()
     tokens = token_spec(parallel, mesh, x.ndim) if split else everywhere
@@ -285,20 +285,57 @@ def _token_axes(parallel, mesh, ndim) -> dict[int, tuple[str, ...]]:
     return {axis: names for axis, names in split.items() if names}
 
 
-def _gather(params: Params, specs, parallel: ParallelConfig) -> Params:
+def _gather(params: Params, specs, config: LatentMoEConfig) -> Params:
     """Gathers the kernels along all axes except those that split the work, which are the experts and inner widths."""
+    parallel = config.parallel
+    assert parallel is not None
     split_work = (parallel.expert_axis, parallel.tensor_axis)
 
-    def whole(leaf, spec, kept):
+    def whole(leaf, spec, gather, kept):
         for dimension, axis in enumerate(spec):
             if axis is not None and axis not in kept:
-                leaf = jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
+                leaf = gather(axis, dimension, leaf)
         return leaf
 
-    return {
-        part: jax.tree.map(partial(whole, kept=() if part == "router" else split_work), leaves, specs[part])
-        for part, leaves in params.items()
-    }
+    def gathered(part, name, leaf):
+        narrow = isinstance(leaf, jax.Array) and _read_narrow(config, part, leaf)
+        gather = partial(_gather_in, config.dtype, leaf.dtype) if narrow else _gather_along
+        kept = () if part == "router" else split_work
+        return jax.tree.map(partial(whole, gather=gather, kept=kept), leaf, specs[part][name])
+
+    return {part: {name: gathered(part, name, leaf) for name, leaf in params[part].items()} for part in params}
+
+
+def _gather_along(axis, dimension, leaf):
+    return jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
+
+
+def _read_narrow(config, part, leaf) -> bool:
+    """Whether the layer reads this array only in config.dtype, which has fewer bytes.
+
+    FP8 codes are rounded once, from the dtype of the parameters, so `precision` reads whole experts.
+    """
+    reads = part in ("down_proj", "up_proj", "shared") or (part == "experts" and config.precision is None)
+    return reads and jnp.dtype(config.dtype).itemsize < leaf.dtype.itemsize
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _gather_in(narrow, wide, axis, dimension, leaf):
+    """An all-gather in one dtype whose gradient is a reduce-scatter in another, that of the leaf."""
+    del wide
+    return _gather_along(axis, dimension, leaf.astype(narrow))
+
+
+def _gather_in_fwd(narrow, wide, axis, dimension, leaf):
+    return _gather_in(narrow, wide, axis, dimension, leaf), None
+
+
+def _gather_in_bwd(narrow, wide, axis, dimension, _, cotangent):
+    del narrow
+    return (jax.lax.psum_scatter(cotangent.astype(wide), axis, scatter_dimension=dimension, tiled=True),)
+
+
+_gather_in.defvjp(_gather_in_fwd, _gather_in_bwd)
 
 
 def check_divides(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> None:

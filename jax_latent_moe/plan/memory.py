@@ -60,6 +60,15 @@ def gathered_parameters(config: LatentMoEConfig, mesh: AbstractMesh, format: str
     return parameters_per_device(config, _without_fsdp(config, mesh), format)
 
 
+def gathered_dtype(config: LatentMoEConfig) -> jnp.dtype:
+    """The dtype in which fsdp gathers the kernels: the narrower one of computation and parameters.
+
+    A router's kernel, and experts that FP8 encodes, are gathered in the dtype of the parameters. The former is small.
+    """
+    stored, read = jnp.dtype(config.param_dtype), jnp.dtype(config.dtype)
+    return read if config.precision is None and read.itemsize < stored.itemsize else stored
+
+
 def _without_fsdp(config, mesh) -> AbstractMesh:
     fsdp = _parallel(config).fsdp_axis
     return AbstractMesh(tuple(1 if name == fsdp else size for name, size in mesh.shape.items()), tuple(mesh.shape))
@@ -118,7 +127,8 @@ def memory(
         used |= {"kept for the backward pass": kept * layers + (kept_rows if remat else 0)}
     cast = gathered_parameters(config, mesh, format)
     gathered = cast > parameters_per_device(config, mesh, format)
-    copies = param_bytes * gathered + item * (config.param_dtype != config.dtype)
+    found = gathered_dtype(config) if gathered else jnp.dtype(config.param_dtype)
+    copies = found.itemsize * gathered + item * (found != jnp.dtype(config.dtype))
     whole_codes = code_bytes_per_device(config, _without_fsdp(config, mesh), format)
     return used | {"working memory of a layer": working + cast * copies + (whole_codes if whole_codes > codes else 0)}
 

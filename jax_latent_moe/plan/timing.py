@@ -13,7 +13,7 @@ from jax_latent_moe.decode import Decode
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.parallel import axis_sizes, choose_dispatch
 from jax_latent_moe.plan.gpus import GPU
-from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
+from jax_latent_moe.plan.memory import gathered_dtype, gathered_parameters, parameters_per_device
 from jax_latent_moe.plan.rows import Rows
 
 OVERLAP = 0.3
@@ -213,10 +213,11 @@ def _collectives(config, mesh, tokens, gpu, training) -> Iterator[Part]:
         width = config.hidden_size if late else config.latent_width
         sent = 2 * tokens * width * item * (tensor - 1) / tensor
         yield collective("sum over tensor", gpu, passes * sent, tensor, passes)
-    stored = parameters_per_device(config, mesh) * jnp.dtype(config.param_dtype).itemsize
-    whole = gathered_parameters(config, mesh) * jnp.dtype(config.param_dtype).itemsize
+    stored, param_item = parameters_per_device(config, mesh), jnp.dtype(config.param_dtype).itemsize
     if fsdp > 1:
-        yield collective("fsdp gather and scatter", gpu, passes * (whole - stored), fsdp * expert * tensor, 6 * passes)
+        bytes_each = gathered_dtype(config).itemsize + training * param_item
+        sent = (gathered_parameters(config, mesh) - stored) * bytes_each
+        yield collective("fsdp gather and scatter", gpu, sent, fsdp * expert * tensor, 6 * passes)
     if training and data > 1:
         span = data * fsdp * expert * tensor
-        yield collective("gradients over data", gpu, 2 * stored * (data - 1) / data, span)
+        yield collective("gradients over data", gpu, 2 * stored * param_item * (data - 1) / data, span)

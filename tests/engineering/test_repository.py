@@ -27,7 +27,7 @@ ORDER = (
     ("expert_plan", "params", "presets", "routing"),
     ("projections",),
     ("cost", "experts", "lora", "quantization"),
-    ("hf", "inputs", "limits", "parallel"),
+    ("hf", "inputs", "limits", "parallel", "shared_expert"),
     ("codes",),
     ("layer", "plan"),
     ("training",),

@@ -103,6 +103,16 @@ def test_the_ends_of_a_range(cls, field):
         (["--profile", "1:" + "9" * 5000], r"must be FIRST:LAST"),
         (["--profile", "²:3"], r"--profile ²:3 must be FIRST:LAST"),
         (["--data-column", os.fsdecode(b"\xff")], r"--data-column '\\udcff' must be UTF-8"),
+        (["--reduce-dtype", "bfloat16"], r"reduce_dtype='bfloat16' has no effect without --mesh or --coordinator"),
+        (
+            ["--reduce-dtype", "bfloat16", "--mesh", "data=2"],
+            r"--reduce-dtype bfloat16 needs --model\.dtype bfloat16, because gradients computed in float32",
+        ),
+        (
+            ["--reduce-dtype", "bfloat16", "--mesh", "data=2", "--model.dtype", "bfloat16", "--precision", "fp8"],
+            r"--reduce-dtype bfloat16 needs --precision dtype, because fp8 encodes the weights from float32",
+        ),
+        (["--reduce-dtype", "bfloat16", "--mesh", "data=2", "--model.dtype", "bfloat16"], None),
         (["--process", "5"], r"--process 5 needs --coordinator"),
         (["--processes", "2"], r"--processes 2 needs --coordinator"),
         (["--process", "1", "--coordinator", "auto"], r"--process 1 has no effect with --coordinator auto"),

@@ -44,6 +44,8 @@ FASTER_ENCODED = {"fwd": ("relu2",)}
 class Cutlass(Backend):
     """The `cutlass` backend: see `CutlassBackend` for its settings."""
 
+    fuses_one_group = True
+
     def supports(self, problem):
         """None, or the reason why the kernels cannot run the problem."""
         if reason := _fp8_refusal(problem) if both_fp8(problem) else refusal(problem, FEATURE_MULTIPLE):
