@@ -38,13 +38,15 @@ class ExpertPlan:
         down_wgrad: the gradient of w_out; None if w_out is a `ScaledArray`, which is frozen.
         up_dgrad: the gradient of the rows.
         up_wgrad: the gradient of w_in; None if w_in is a `ScaledArray`.
-        b_in_grad: the gradient of b_in, a wgrad with one column of ones; None without biases.
+        b_in_grad: the gradient of b_in, a wgrad with one column, of ones or of the rows' weights; None without biases.
         b_out_grad: the gradient of b_out, a wgrad with the column of the rows' weights; None without biases.
         unweighted: None if down_dgrad reads the rows that down_wgrad gathered, which are rows of dcombined times their
             weights. Such rows give the gradients of the weights' logarithms. Otherwise the reason why it reads rows
             without weights, as a sentence.
         weighted_hidden: whether down_wgrad reads hidden rows times their weights, and rows of dcombined without.
             Otherwise it reads hidden rows without, and rows of dcombined times their weights.
+        weighted_tokens: whether up_wgrad reads tokens times their weights, and the sums of the tokens' gradients
+            multiply by weights. The gradient of the pre-activation is then without them.
         decode: how few tokens run if nothing is differentiated, in place of up_without_gradient and down; or the reason
             against it; or None if the rows do not belong to whole tokens.
         projections: what multiplies the router's logits and the projections of the tokens, as `projections.explain`
@@ -73,6 +75,7 @@ class ExpertPlan:
     b_out_grad: Bound | None = None
     unweighted: str | None = None
     weighted_hidden: bool = False
+    weighted_tokens: bool = False
     decode: Decode | str | None = None
     projections: str | None = None
     keeps_rows: bool = False
@@ -241,6 +244,7 @@ def plan_experts(
         b_out_grad=bias_gradient(w_out_shape[2]),
         unweighted=unweighted,
         weighted_hidden=weighted_hidden,
+        weighted_tokens=_few_exponents(dtype),
         decode=decode,
         projections=projections,
         keeps_rows=config.keep_gathered_rows and not frozen_in,
@@ -277,7 +281,7 @@ def _unweighted(by_log: bool, residual: Residual, precision: Precision, frozen_o
 
 
 def _few_exponents(dtype) -> bool:
-    """Whether gradients times weights leave the dtype's normal numbers. Hidden rows are larger than gradients."""
+    """Whether gradients times weights leave the dtype's normal numbers. Tokens and hidden rows are larger."""
     return jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
 
 

@@ -245,11 +245,13 @@ def _routed_bwd(plan, residuals, dcombined):
         if plan.down_dgrad.problem.epilogue is not None:
             # The kernel may overwrite the residual with the gradient, so wgrad must read the residual first.
             kept, dw_out = jax.lax.optimization_barrier((kept, dw_out))
-    outputs = down_gradient(plan, dout, w_out if format is None else codes.dgrad_out, sizes, kept, row_weights)
+    factors = jnp.ones_like(row_weights) if plan.weighted_tokens else row_weights
+    outputs = down_gradient(plan, dout, w_out if format is None else codes.dgrad_out, sizes, kept, factors)
     # A weight's or a bias's gradient reads the rows that a kernel gathered, unless they are codes.
     dout = outputs.lhs if format is None else rows_of(dcombined, dispatch)
     if plan.residual == "pre" and plan.down_wgrad is not None:
-        dw_out = plan.down_wgrad(Operands(outputs.hidden, dout, sizes)).out
+        hidden = _weighted(outputs.hidden, row_weights) if plan.weighted_tokens else outputs.hidden
+        dw_out = plan.down_wgrad(Operands(hidden, dout, sizes)).out
     dpre, drow_weights = outputs.out, outputs.row_weight_gradients
     assert drow_weights is not None
     dbiases = None
@@ -263,11 +265,13 @@ def _routed_bwd(plan, residuals, dcombined):
     if not plan.keeps_rows:
         # The barrier keeps XLA from gathering the tokens' rows earlier than they are read.
         dpre, tokens = jax.lax.optimization_barrier((dpre, read))
-        read = rows_of(tokens, dispatch)
+        read = rows_of(tokens, dispatch, weights if plan.weighted_tokens else None)
+    elif plan.weighted_tokens:
+        read = _weighted(read, row_weights)
     dw_in = None if plan.up_wgrad is None else plan.up_wgrad(Operands(read, dpre, sizes)).out
     rows = _encoded(dpre, plan.encode_dpre) if outputs.codes is None else outputs.codes
     drows = plan.up_dgrad(Operands(rows, w_in if format is None else codes.dgrad_in, sizes)).out
-    dtokens = combine(drows, dispatch).astype(drows.dtype)
+    dtokens = combine(drows, dispatch, weights if plan.weighted_tokens else None).astype(drows.dtype)
     grads = dtokens, *((None, dweights) if plan.weighted_dgrad else (dweights, None)), dw_in, dw_out
     if plan.precision != Precision():
         # Codes are integers, so a derivative of this would miss everything that passes through them.
@@ -308,10 +312,11 @@ def _times_bias(rows: Float[Array, "r n"], bias: Float[Array, "e n"], group_size
 
 def _bias_gradients(plan, dpre, dout, row_weights, group_sizes) -> Biases:
     """The sums over each expert's rows, as products with a column: no scatter, and the same bits each time."""
-    ones, factors = jnp.ones((dpre.shape[0], 1), dpre.dtype), row_weights[:, None].astype(dout.dtype)
+    factors = row_weights[:, None].astype(dout.dtype)
+    of_dpre = factors if plan.weighted_tokens else jnp.ones_like(factors)
     db_in, db_out = (
         product(Operands(column, rows, group_sizes)).out[:, 0]
-        for product, column, rows in ((plan.b_in_grad, ones, dpre), (plan.b_out_grad, factors, dout))
+        for product, column, rows in ((plan.b_in_grad, of_dpre, dpre), (plan.b_out_grad, factors, dout))
     )
     return db_in, db_out
 
@@ -352,7 +357,7 @@ def down_gradient(plan: ExpertPlan, dout, w_out: Weight, group_sizes, kept, row_
         w_out: [E, m, l].
         group_sizes: [E].
         kept: the plan's residual. A kernel may overwrite it with the gradient.
-        row_weights: [R], or ones if dout is multiplied by the rows' weights already.
+        row_weights: [R], or ones if dout is multiplied by the rows' weights already, or if what follows is.
 
     Returns:
         The `Outputs` of a dgrad with the gradient in its epilogue, with dout as a dense array in lhs, and with the

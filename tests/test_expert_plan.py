@@ -190,11 +190,12 @@ def test_hidden_rows_behind_the_gate_are_read_where_they_stand(install_library):
     assert "lhs: cut out of wider rows in the kernel" in str(plan.down)
 
 
-def test_small_weights_multiply_hidden_rows_in_float16():
+def test_small_weights_multiply_tokens_and_hidden_rows_in_float16():
     """Hidden rows times weights are rows of their own, so the kernel does not cut them out of the residual."""
     config = dataclasses.replace(TOY, activation="swiglu", backend=FusingBackend(("gate_hidden",), ("gate_hidden",)))
     apart, together = (plan_of(config, dtype=dtype, by_log=True) for dtype in ("float16", "bfloat16"))
     assert (apart.weighted_hidden, together.weighted_hidden) == (True, False)
+    assert (apart.weighted_tokens, together.weighted_tokens) == (True, False)
     for plan, layout in ((apart, "dense"), (together, "columns")):
         assert plan.residual == "gate_hidden"
         assert plan.down.problem.lhs.layout == "columns"

@@ -68,7 +68,8 @@ def rounded_weight(w, format, parts=1):
 def loop(config, x, weights, w_in, w_out, biases, ids, dy, rounding=np.float64):
     """The output y and the gradients of x, weights, w_in, w_out and biases, one assignment at a time.
 
-    Pre-activations, hidden rows and their gradients are rounded to `rounding`.
+    Pre-activations, hidden rows and their gradients are rounded to `rounding`. In float16 the weight multiplies what
+    the gradient of the pre-activation is multiplied by, and otherwise that gradient itself.
     """
     fwd, dgrad = config.precision.fwd, config.precision.dgrad
     parts = 2 if config.gated else 1
@@ -90,11 +91,12 @@ def loop(config, x, weights, w_in, w_out, biases, ids, dy, rounding=np.float64):
         y[t] += weight * ((rounded_rows(hidden, fwd) @ down_fwd[e])[0] + b_out[e])
         dhidden = np.float64((dy_codes[t] @ down_dgrad[e]).astype(rounding))
         dweights[t, j] = dhidden @ hidden[0] + np.float64(dy[t]) @ b_out[e]
-        dpre = np.float64((np.tile(weight * dhidden, parts)[None] * slopes).astype(rounding))
-        dx[t] += (rounded_rows(dpre, dgrad) @ up_dgrad[e])[0]
-        dw_in[e] += np.outer(x[t], dpre)
+        before, after = (1, weight) if rounding == np.float16 else (weight, 1)
+        dpre = np.float64((np.tile(before * dhidden, parts)[None] * slopes).astype(rounding))
+        dx[t] += after * (rounded_rows(dpre, dgrad) @ up_dgrad[e])[0]
+        dw_in[e] += np.outer(after * x[t], dpre)
         dw_out[e] += np.outer(hidden[0], weight * dy[t])
-        db_in[e], db_out[e] = db_in[e] + dpre[0], db_out[e] + weight * dy[t]
+        db_in[e], db_out[e] = db_in[e] + after * dpre[0], db_out[e] + weight * dy[t]
     return y, dx, dweights, dw_in, dw_out, db_in, db_out
 
 
