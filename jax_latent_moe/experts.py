@@ -250,7 +250,10 @@ def _routed_bwd(plan, residuals, dcombined):
     # A weight's or a bias's gradient reads the rows that a kernel gathered, unless they are codes.
     dout = outputs.lhs if format is None else rows_of(dcombined, dispatch)
     if plan.residual == "pre" and plan.down_wgrad is not None:
-        hidden = _weighted(outputs.hidden, row_weights) if plan.weighted_tokens else outputs.hidden
+        hidden = outputs.hidden
+        if plan.weighted_tokens:
+            assert hidden is not None
+            hidden = _weighted(hidden, row_weights)
         dw_out = plan.down_wgrad(Operands(hidden, dout, sizes)).out
     dpre, drow_weights = outputs.out, outputs.row_weight_gradients
     assert drow_weights is not None
