@@ -106,16 +106,17 @@ def memory(
     item, d, latent = jnp.dtype(config.dtype).itemsize, config.hidden_size, config.latent_width
     tensor = axis_sizes(_parallel(config), mesh)[_parallel(config).tensor_axis]
     inner = config.expert_intermediate_size // tensor
-    kept_rows = rows.allocated * inner * (2 if config.gated else 1) * item
+    pre = rows.allocated * inner * (2 if config.gated else 1) * item
     narrow = rows.allocated * latent * item
+    kept_rows = pre + narrow * experts.keeps_rows
     # Without a latent space, the tokens themselves go to the experts.
     widths = d if config.latent_size is None else d + latent
     per_token = tokens * d * item
     # `working` is the scratch memory of one layer. The kernels that fsdp gathers are added below.
     if training:
-        working = _beside_kept_rows(experts, narrow, kept_rows, rows.allocated * inner * item) + per_token
+        working = _beside_kept_rows(experts, narrow, pre, rows.allocated * inner * item) + per_token
     else:
-        working = _forward_rows(config, experts, narrow, kept_rows, rows.allocated * inner * item)
+        working = _forward_rows(config, experts, narrow, pre, rows.allocated * inner * item)
     working += _exchanged(config, mesh, tokens, device)
     used = {"parameters": stored * param_bytes}
     if format is not None:

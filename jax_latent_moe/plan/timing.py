@@ -171,8 +171,8 @@ def _kernels(config, mesh, tokens, gpu, rows, plan, training, remat) -> Iterator
         return  # both kernels find their rows in the choice, and compute the activation and the weighted sums
     hidden_passes = _activation_passes(config, plan, forward, training)
     yield kernel("activation", gpu, 0.0, item * rows.allocated * inner * hidden_passes, gpu.dense_flops)
-    # Forward writes and reads rows, and reads them for the sums. Backward has two gathers and a sum.
-    gathers = 3 * forward + 5 * training
+    # Forward writes and reads rows, and reads them for the sums. Backward has a sum and two gathers, or one.
+    gathers = 3 * forward + (3 if plan.keeps_rows else 5) * training
     yield kernel("gather and combine", gpu, 0.0, item * rows.allocated * width * gathers, gpu.dense_flops)
 
 
