@@ -393,19 +393,6 @@ def test_more_rows_take_more_memory_and_time():
         make_cost_plan(limited("padded"), {"expert": 2}, 64, H200)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_gathered_rows_that_are_kept_take_memory_and_save_time(remat):
-    """Rows [T k, l] in bfloat16: of each layer, or of the one that is recomputed. Serving keeps none."""
-    kept, again = (dataclasses.replace(WIDE, keep_gathered_rows=keep) for keep in (True, False))
-    of_kept, of_again = (make_cost_plan(config, {}, 4096, H200, layers=3, remat=remat) for config in (kept, again))
-    rows = 4096 * WIDE.top_k * WIDE.latent_width * 2
-    more = {name: of_kept.memory[name] - of_again.memory[name] for name in of_again.memory}
-    assert more == dict.fromkeys(more, 0) | {"kept for the backward pass": rows * (1 if remat else 3)}
-    assert of_kept.compute_ms < of_again.compute_ms
-    served = (make_cost_plan(config, {}, 4096, H200, training=False) for config in (kept, again))
-    assert len({(plan.compute_ms, plan.bytes) for plan in served}) == 1
-
-
 def test_a_plan_for_gpus_has_their_collectives(capsys):
     """XLA has no ragged_all_to_all on the CPU that runs this test."""
     main(["--mesh", "expert=8", "--dispatch", "ragged_all_to_all"])
