@@ -54,7 +54,7 @@ SUPER = dataclasses.replace(
         shared_expert_intermediate_size=5376,
     ),
 )
-"""Two layers of Nemotron-3 Super's sizes after a dense block: 6.2 G parameters, which fill an H200."""
+"""Two layers of Nemotron-3 Super's sizes after a dense block: 6.1 G parameters, whose step takes 113 GB."""
 SIZES = {"gpu": presets.GPU, "middle": MIDDLE, "large": presets.GPU_80GB, "super": SUPER}
 AXES = ("data", "fsdp", "expert")
 BATCHES, LOOP_STEPS = 8, 120
