@@ -168,7 +168,7 @@ class LatentMoEConfig:
         backend: "auto", a backend's name ("xla", "pallas", "cutlass") or its dataclass.
         precision: the formats in which the experts' products multiply, such as FP8. None is dtype for all.
         keep_gathered_rows: keep the experts' input rows [T k, l] for the backward pass, in dtype. Otherwise it gathers
-            them again, which takes more time and less memory.
+            them again, which takes more time and less memory. Adapters always keep them, and a frozen w_in needs none.
         parallel: how the layer is spread over a mesh. None leaves that to XLA's own partitioning.
     """
 

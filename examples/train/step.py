@@ -272,7 +272,7 @@ def _microbatches(x, count):
 def _in_turn(total, others):
     """Both arguments. What reads `others` starts after the backward pass of `total`, so their activations share memory.
 
-    The small gradients, which the first block's norm is one of, end with that pass. A barrier on the large ones would
+    The last of the small gradients, that of the first block's norm, ends that pass. A barrier on the large ones would
     make XLA write them in float32, where kernels give bfloat16.
     """
     leaves, tree = jax.tree.flatten(total)
