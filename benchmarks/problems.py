@@ -99,10 +99,21 @@ def _routed_part(config: LatentMoEConfig, **changes) -> LatentMoEConfig:
 
 
 SUPER = _routed_part(presets.NEMOTRON_3_SUPER)
+MIDDLE = LatentMoEConfig(
+    hidden_size=1024,
+    latent_size=256,
+    num_experts=64,
+    top_k=8,
+    expert_intermediate_size=512,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+)
+"""The layer of the size "middle" in the suite "train"."""
 LAYERS = {
     "super_t8192": (8192, SUPER),
     "super_swiglu_m1792_t8192": (8192, _routed_part(SUPER, activation="swiglu", expert_intermediate_size=1792)),
     "qwen3_t16384": (16384, _routed_part(presets.QWEN3_30B_A3B)),
+    "middle_t8192": (8192, MIDDLE),
 }
 QUICK_LAYERS = ("super_t8192",)
 FUSED = {name: LAYERS[name] for name in ("super_t8192", "super_swiglu_m1792_t8192")}

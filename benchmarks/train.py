@@ -2,11 +2,13 @@
 
 Each size is trained as latent_moe, and as dense and moe of equal active FLOPs, in one run. A step is timed on
 Shakespeare and on uniformly random bytes. The loop is timed on Shakespeare, without evaluations and checkpoints. With
-several GPUs, the batch grows with their number (weak scaling), over each axis of the mesh in turn. The passes are:
+several GPUs, the batch grows with their number (weak scaling), over each axis of the mesh in turn, with gradients added
+up in each dtype. The passes are:
 
     compile: tracing and compiling the step; text, random: a compiled step on such bytes; loop: a step of the loop.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import pathlib
@@ -24,6 +26,7 @@ from benchmarks import kernel_table
 from benchmarks.measure import Row, Session
 from examples.train import corpus, data, flops, model, optimizer, placing, presets, step
 from examples.train.config import MLP, Config
+from examples.train.reducing import ReduceDtype
 
 MIDDLE = dataclasses.replace(
     presets.GPU,
@@ -90,10 +93,8 @@ def measure(session: Session, suite: str, sizes: dict[str, Config]) -> None:
                 continue
             _measure_step(session, suite, name, mlp, dataclasses.replace(config, mlp=mlp, mesh=""))
         _measure_loop(session, suite, name, config)
-        devices = jax.device_count()
-        for axis in AXES if devices > 1 else ():
-            meshed = dataclasses.replace(config, batch_size=config.batch_size * devices, mesh=f"{axis}={devices}")
-            _measure_step(session, suite, name, f"latent_moe {meshed.mesh}", meshed)
+        if jax.device_count() > 1:
+            _measure_meshes(session, suite, name, config)
 
 
 def compiled_step(config: Config) -> Compiled:
@@ -162,17 +163,30 @@ def step_times(compiled: Compiled, rounds: int, steps: int = 6, *, kernels: bool
     return {kind: statistics.median(samples) for kind, samples in times.items()}
 
 
-def _measure_step(session, suite, name, impl, config):
+def _measure_step(session, suite, name, impl, config, compiled_before=None):
     try:
-        compiled = compiled_step(config)
+        compiled = compiled_before() if compiled_before else compiled_step(config)
         times = step_times(compiled, session.rounds, kernels=session.kernels)
     except Exception as error:  # such as too little memory: the others are to be measured
         print(f"{'left out':>10} {name} {impl}: {str(error).strip().splitlines()[0][:300]}", flush=True)
         return
-    session.record(Row(suite, name, "compile", impl, 1e3 * compiled.seconds, 0.0, 0.0, None, None))
+    if compiled_before is None:
+        session.record(Row(suite, name, "compile", impl, 1e3 * compiled.seconds, 0.0, 0.0, None, None))
     memory = compiled.call.memory_analysis().temp_size_in_bytes
     for kind, ms in times.items():
         _record(session, Row(suite, name, kind, impl, ms, 0.0, 0.0, None, memory), compiled.flops, config)
+
+
+def _measure_meshes(session, suite, name, config):
+    """Steps on every axis of all devices. They are compiled at the same time, so no row has the time of that."""
+    devices, meshed = jax.device_count(), {}
+    for axis, dtype in itertools.product(AXES, get_args(ReduceDtype)):
+        mesh = {"batch_size": config.batch_size * devices, "mesh": f"{axis}={devices}"}
+        meshed[f"latent_moe {axis}={devices} {dtype}"] = dataclasses.replace(config, **mesh, reduce_dtype=dtype)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        compiling = {impl: threads.submit(compiled_step, found) for impl, found in meshed.items()}
+    for impl, found in meshed.items():
+        _measure_step(session, suite, name, impl, found, compiling[impl].result)
 
 
 def _record(session, row, operations, config):

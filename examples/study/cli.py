@@ -65,6 +65,15 @@ def check_place(option: str, folder: Path):
         raise TrainError(f"{option} {folder} cannot be made ({error}): name another folder.") from error
 
 
+def share_compiled_steps(folder: Path):
+    """Lets runs of an arm with other seeds, in any process, read the step that the first run compiled.
+
+    A cache that the user has chosen with `JAX_COMPILATION_CACHE_DIR` stays.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def run(options: Options, stop: StopRequest | None = None) -> bool:
     """Does what the options say.
 
@@ -91,6 +100,7 @@ def run(options: Options, stop: StopRequest | None = None) -> bool:
         scratch = options.scratch or folder / "runs"
         check_place("--folder", folder)
         check_place("--scratch", scratch)
+        share_compiled_steps(scratch / "compiled")
         if not run_study(study, folder, scratch, text, options.only, stop):
             print("Stopped. The same command goes on from here.")
             return False
