@@ -180,7 +180,8 @@ def _measure_step(session, suite, name, impl, config, compiled_before=None):
 def _measure_meshes(session, suite, name, config):
     """Steps on every axis of all devices. They are compiled at the same time, so no row has the time of that."""
     devices, meshed = jax.device_count(), {}
-    for axis, dtype in itertools.product(AXES, get_args(ReduceDtype)):
+    dtypes = [dtype for dtype in get_args(ReduceDtype) if dtype in ("float32", config.model.dtype)]
+    for axis, dtype in itertools.product(AXES, dtypes):
         mesh = {"batch_size": config.batch_size * devices, "mesh": f"{axis}={devices}"}
         meshed[f"latent_moe {axis}={devices} {dtype}"] = dataclasses.replace(config, **mesh, reduce_dtype=dtype)
     with concurrent.futures.ThreadPoolExecutor() as threads:

@@ -51,8 +51,8 @@ def train_table(rows: Rows, device: str) -> str:
 
 
 def _growth(impl: str) -> int:
-    """How many times the batch of one GPU it trains on: `latent_moe data=4` on 4."""
-    return int(impl.rpartition("=")[2]) if "=" in impl else 1
+    """How many times the batch of one GPU it trains on: `latent_moe data=4 float32` on 4."""
+    return int(impl.partition("=")[2].split()[0]) if "=" in impl else 1
 
 
 def _ratio(row: dict | None, other: dict | None) -> str:

@@ -323,21 +323,23 @@ def test_training_is_measured_and_stands_in_the_table(run, session, monkeypatch,
     monkeypatch.setattr(training.kernel_table, "read_trace", lambda folder: gpu_trace)
     session = dataclasses.replace(session, kernels=True)
     monkeypatch.setattr(training, "AXES", ("expert",))  # each is a compilation
-    monkeypatch.setattr(train_table, "SIZES", {"toy": presets.TOY})
+    toy = dataclasses.replace(presets.TOY, model=dataclasses.replace(presets.TOY.model, dtype="bfloat16"))
+    monkeypatch.setattr(train_table, "SIZES", {"toy": toy})
     text = Text.of(bytes(np.random.default_rng(0).integers(0, 256, 9000, np.uint8)))
     monkeypatch.setattr(corpus, "load_corpus", lambda name: Corpus(text, text))
-    training.measure(session, "train", {"toy": presets.TOY})
-    assert capsys.readouterr().out.count("all kernels") == 4, "one table a step"
+    training.measure(session, "train", {"toy": toy})
+    assert capsys.readouterr().out.count("all kernels") == 5, "one table a step"
     rows = rows_of(run)
     passes = [(name, mlp) for mlp in ("dense", "moe", "latent_moe") for name in ("compile", "text", "random")]
     assert [(row["pass"], row["impl"]) for row in rows if "=" not in row["impl"]] == [*passes, ("loop", "latent_moe")]
-    assert {row["impl"] for row in rows if "=" in row["impl"]} == {f"latent_moe {axis}=8" for axis in training.AXES}
-    by_hand = flops.flops_per_token(language_model(presets.TOY)) * 8 * 32
+    meshed = {f"latent_moe expert=8 {dtype}" for dtype in ("float32", "bfloat16")}
+    assert {row["impl"] for row in rows if "=" in row["impl"]} == meshed
+    by_hand = flops.flops_per_token(language_model(toy)) * 8 * 32
     for row in rows:
         if row["pass"] != "compile":  # over several devices the batch grows as they do
             np.testing.assert_allclose(row["tflops"] * row["ms"] * 1e9, by_hand)
     table = train_table.train_table(rows, rows[0]["device"])
-    assert table.count("`toy`") == 4
+    assert table.count("`toy`") == 5
     ms = {row["impl"]: row["ms"] for row in rows if row["pass"] == "text"}
     assert f"x {ms['latent_moe'] / ms['dense']:.2f} |" in table
     assert f"{8 * 32 / ms['dense']:,.0f} k" in table

@@ -26,8 +26,8 @@ class Options:
     """
 
     arms: str = "toy"
-    """Name of the study, which is a set of arms: d512, d768, d512-short with a quarter of the steps, or toy, which
-    takes minutes on a CPU."""
+    """Name of the study, which is a set of arms: d512, d768, either with -short for a quarter of the steps, or toy,
+    which takes minutes on a CPU."""
     only: tuple[str, ...] = ()
     """The arms to run after the sweep of learning rates. Empty runs all arms of the study."""
     folder: Path | None = None

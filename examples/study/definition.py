@@ -69,6 +69,11 @@ class Run(NamedTuple):
         return f"{self.arm.replace('/', 'over')}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
+def shortened(base: Config) -> Config:
+    """The options of a run with a quarter of the steps."""
+    return dataclasses.replace(base, steps=1425, eval_every=285, checkpoint_every=475)
+
+
 BASE = Config(
     data="linux",
     mlp="latent_moe",
@@ -89,7 +94,6 @@ BASE = Config(
     ),
     optimizer=OptimizerConfig(warmup_steps=200, b2=0.95),
 )
-SHORT = dataclasses.replace(BASE, steps=1425, eval_every=285, checkpoint_every=475)
 WIDE = dataclasses.replace(
     BASE, model=dataclasses.replace(BASE.model, hidden_size=768, heads=12, expert_intermediate_size=384)
 )
@@ -116,8 +120,9 @@ STUDIES = {
     study.name: study
     for study in (
         Study("d512", BASE, RATES, 1500, ALL, LINUX),
-        Study("d512-short", SHORT, RATES, 713, ALL, LINUX),
+        Study("d512-short", shortened(BASE), RATES, 713, ALL, LINUX),
         Study("d768", WIDE, RATES, 1500, (FIRST, DENSE), LINUX),
+        Study("d768-short", shortened(WIDE), RATES, 713, (FIRST, DENSE), LINUX),
         Study("toy", TOY, (2e-3, 8e-3), 16, ((MAIN, (1, 2)), (("quantile",), (1, 2))), PLAYS, 128, linux=False),
     )
 }
@@ -168,6 +173,19 @@ def queue(study: Study, bits: Mapping[Run, float | None]) -> list[Run]:
         return runs
     for names, seeds in study.blocks:
         runs += [Run(name, rates[arm_named(name).family], seed) for seed in seeds for name in names]
+    return runs
+
+
+def measurable(study: Study, bits: Mapping[Run, float | None]) -> set[Run]:
+    """The runs that may have a row: the sweep, and the arms at the rates that are chosen or can still be chosen.
+
+    So a rate can be added to the sweep of a study that has rows. `chosen_rates` has the arguments.
+    """
+    rates, runs = chosen_rates(study, bits), set(sweep_of(study))
+    for names, seeds in study.blocks:
+        for arm in map(arm_named, names):
+            chosen = (rates[arm.family],) if arm.family in rates else study.rates
+            runs |= {Run(arm.name, rate, seed) for rate in chosen for seed in seeds}
     return runs
 
 

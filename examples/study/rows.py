@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.study.definition import Run, Study, config_of, queue
+from examples.study.definition import Run, Study, config_of, measurable
 from examples.study.locks import locked
 from examples.train.config import Config
 from examples.train.config_file import to_json
@@ -64,7 +64,7 @@ def read_rows(path: Path, study: Study) -> dict[Run, Row]:
         if run in rows:
             raise TrainError(f"{where} is the second row of {run.name}: delete one of them.")
         rows[run] = row
-    places = queue(study, bits_of(rows))
+    places = measurable(study, bits_of(rows))
     extra = [run.name for run in rows if run not in places]
     if extra:
         raise TrainError(

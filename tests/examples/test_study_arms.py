@@ -64,11 +64,12 @@ def test_a_run_at_512_takes_what_the_study_promises():
     assert tokens < 440_598_545 - 256 * 1024, "no run sees a byte twice"
 
 
-def test_the_short_study_is_a_quarter_of_the_long_one():
-    short = STUDIES["d512-short"]
-    assert short.blocks == D512.blocks
+@pytest.mark.parametrize("name", ["d512", "d768"])
+def test_a_short_study_is_a_quarter_of_the_long_one(name):
+    short = STUDIES[f"{name}-short"]
+    assert short.blocks == STUDIES[name].blocks
     for run in (Run("moe", 1e-3, 1), Run("half-pre", 2e-3, 2)):
-        long, found = config_of(D512, run), config_of(short, run)
+        long, found = config_of(STUDIES[name], run), config_of(short, run)
         assert found.steps == long.steps // 4
         assert (
             dataclasses.replace(

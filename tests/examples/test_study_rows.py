@@ -1,5 +1,6 @@
 """Rows and their tables: refusals, intervals calculated by hand, and the same bytes from the same rows."""
 
+import dataclasses
 import json
 import statistics
 
@@ -167,6 +168,20 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, line, message):
         read_rows(tmp_path / "rows.jsonl", STUDY)
 
 
+def test_a_rate_is_added_to_the_sweep_of_a_study_with_rows(tmp_path):
+    """The rows stay until the sweep chooses another rate than theirs, and are refused then."""
+    path = write(tmp_path, all_rows()) / "rows.jsonl"
+    longer = dataclasses.replace(STUDY, rates=(1e-3, *STUDY.rates))
+    assert len(read_rows(path, longer)) == 16
+    added = [run for run in sweep_of(longer) if run not in sweep_of(STUDY)]
+    for run in added[:-1]:
+        append_row(path, made_up(run, validation_bits_per_byte=9.0))
+    assert len(read_rows(path, longer)) == 18
+    append_row(path, made_up(added[-1], validation_bits_per_byte=0.1))
+    with pytest.raises(TrainError, match=r"a row of half-lr0\.002-seed1, which is not in the queue of toy: delete"):
+        read_rows(path, longer)
+
+
 def test_rows_that_come_twice_and_bytes_that_are_no_text(tmp_path):
     path = write(tmp_path, [made_up(FIRST)] * 2) / "rows.jsonl"
     with pytest.raises(TrainError, match=r"line 2 is the second row of dense-lr0\.002-seed0: delete one"):
@@ -179,7 +194,7 @@ def test_rows_that_come_twice_and_bytes_that_are_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arms", "huge"], "error: There is no study 'huge': use --arms d512, d512-short, d768, toy."),
+        (["--arms", "huge"], "error: There is no study 'huge': use --arms d512, d512-short, d768, d768-short, toy."),
         (["--only", "sparse"], "error: There is no arm 'sparse': use some of dense"),
         (["--only", "accurate-8"], "error: --only accurate-8 is not in the study toy: use some of dense, moe"),
         (["--arms", "d512", "--text", "nowhere"], "error: The text of the study is not in nowhere: python -m"),
