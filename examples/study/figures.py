@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.study.definition import SWEEP_SEED, Run
+from examples.study.definition import MAIN, SWEEP_SEED, Run
 from examples.study.latent_scale import FIELD
 from examples.study.results import Results
 from examples.study.statistics import differences, interval
@@ -25,8 +25,7 @@ def figures(results: Results) -> dict[str, Figure]:
 
 def _curves(results) -> Figure | None:
     """Validation over tokens, seconds and operations. Bands are 95 % intervals over the seeds."""
-    first = results.study.blocks[0][0]
-    arms = [arm for arm in results.measured if arm.name in first]
+    arms = [arm for arm in results.measured if arm.name in MAIN]
     if not arms:
         return None
     base = results.study.base
@@ -116,6 +115,8 @@ def _over_steps(curves: dict[str, np.ndarray], label: str) -> Figure | None:
     axes = figure.subplots()
     for name, curve in there.items():
         _line(axes, curve[0, :, 0], *_mean_and_band(curve[:, :, 2]), f"{name}, {len(curve)} seed(s)")
-    axes.set(xlabel="step", ylabel=label, yscale="log")
+    # An interval of two seeds is wider than the figure.
+    values = np.concatenate([curve[..., 2].ravel() for curve in there.values()])
+    axes.set(xlabel="step", ylabel=label, yscale="log", ylim=(values.min() / 1.2, values.max() * 1.2))
     axes.legend(fontsize="small")
     return figure

@@ -146,9 +146,12 @@ def _balancing(results):
         curve, bits = results.curves(name, "busiest_expert"), results.bits(name)
         if curve.size:
             loads = [f"{_at(curve, share):.2f}" for share in (0.0, 0.1, 0.5, 1.0)]
-            lines.append([name, f"{len(bits)}", _with_interval(interval([*bits.values()])), *loads])
-    at = ["busiest expert at first", "at 10 % of the steps", "at 50 %", "at the end"]
-    return _table(["arm", "seeds", "bits / byte", *at], lines)
+            ends = f"{curve[:, -1, 2].min():.2f} to {curve[:, -1, 2].max():.2f}"
+            above = [NATS * value for value in differences(bits, results.bits(BALANCING[0]))]
+            paired = _with_interval(interval(above)) if above and name != BALANCING[0] else ""
+            lines.append([name, f"{len(bits)}", _with_interval(interval([*bits.values()])), paired, *loads, ends])
+    at = ["busiest expert at first", "at 10 % of the steps", "at 50 %", "at the end", "at the end, by seed"]
+    return _table(["arm", "seeds", "bits / byte", f"nats a byte above {BALANCING[0]}", *at], lines)
 
 
 def _latents(results):

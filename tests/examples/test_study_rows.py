@@ -17,7 +17,9 @@ from examples.study.results import Results
 from examples.study.rows import append_row, definition_of, read_rows
 from examples.study.runner import check_text
 from examples.study.statistics import differences, interval, resolved
+from examples.study.tables import tables
 from examples.train.errors import TrainError
+from tests.engineering.sandbox import ROOT
 from tests.examples.runs import write_text
 
 STUDY = STUDIES["toy"]
@@ -226,3 +228,20 @@ def test_an_interval_that_a_stop_cut_is_put_together():
     assert whole_intervals(cut, 4) == whole_intervals(whole, 4) == whole
     cut = [{"step": step, "loss": 0.0, "loads": load} for step, load in zip((1, 4, 6), loads, strict=True)]
     assert whole_intervals(cut, 4)[0]["loads"] == [[0.25 / 4 + 3 * 0.5 / 4, 0.75 / 4 + 3 * 0.5 / 4]]
+
+
+MEASURED = sorted((ROOT / "benchmarks" / "results" / "study").iterdir())
+
+
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
+def test_the_recorded_rows_give_the_recorded_tables(folder):
+    study = STUDIES[folder.name]
+    assert tables(Results(study, read_rows(folder / "rows.jsonl", study))) == (folder / "tables.md").read_text()
+
+
+def test_the_page_states_differences_as_the_recorded_tables_do():
+    of_tables = {line for folder in MEASURED for line in (folder / "tables.md").read_text().splitlines()}
+    page = (ROOT / "docs" / "study.md").read_text().splitlines()
+    stated = [line for line in page if line.startswith("| ") and " - " in line.split("|")[1]]
+    assert len(stated) == 12
+    assert set(stated) <= of_tables
