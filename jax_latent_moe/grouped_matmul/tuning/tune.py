@@ -2,7 +2,8 @@
 
     python -m jax_latent_moe.grouped_matmul.tuning --rows 180224 --experts 512 --in 1024 --out 2688
 
-All three contractions of one weight [E, K, N] are tuned, on random rows in uneven groups.
+All three contractions of one weight [E, K, N] are tuned, on random rows in uneven groups. The times are those of the
+kernels on the GPU, without the host's time to dispatch them.
 """
 
 import argparse
@@ -20,10 +21,11 @@ from jax_latent_moe.grouped_matmul.operands import Operands
 from jax_latent_moe.grouped_matmul.problem import Contraction, Problem, problem
 from jax_latent_moe.grouped_matmul.registry import BACKENDS, Bound, name_of, select
 from jax_latent_moe.grouped_matmul.tuning.table import Entry, add_to_table, entry_of, file_of, user_folder
-from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import device_ms, jax_candidate, prepare, time_in_turn
 
 # Calls per batch. A batch of one would mislead: at its power limit, a GPU runs a tile faster after one of lower power.
-BATCH, ROUNDS = 12, 3
+# A batch of many divides the error of the clock, which is some microseconds a batch.
+BATCH, ROUNDS = 24, 3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,13 +88,13 @@ def _tune(options) -> int:
 
 
 def time_tiles(bound: Bound) -> dict[object, float]:
-    """Median milliseconds of each tile that compiles and runs. Prints a line for each that fails."""
+    """Median milliseconds on the device of each tile that compiles and runs. Prints a line for each that fails."""
     operands = _operands(bound.problem)
     tiles = {repr(tile): tile for tile in bound.backend.tiles(bound.problem)}
     calls = {
         name: jax_candidate(_call(dataclasses.replace(bound, tile=tile)), *operands) for name, tile in tiles.items()
     }
-    return {tiles[name]: ms for name, ms in time_in_turn(prepare(calls), BATCH, ROUNDS).items()}
+    return {tiles[name]: ms for name, ms in time_in_turn(prepare(calls), BATCH, ROUNDS, device_ms).items()}
 
 
 def _operands(asked):
