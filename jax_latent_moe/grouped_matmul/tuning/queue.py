@@ -28,7 +28,7 @@ class Queue:
 
 
 @functools.cache
-def jax_queue(device: jax.Device) -> Queue:
+def jax_queue(device: Any) -> Queue:
     """The stream on which JAX computes on a device. It keeps a matrix of `SIZE` x `SIZE` bfloat16 there.
 
     The matrix is zero, so that the matmuls draw little power and leave the clocks as they are.
