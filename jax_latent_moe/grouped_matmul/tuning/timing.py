@@ -23,9 +23,9 @@ from jax_latent_moe.grouped_matmul.tuning.queue import Queue, jax_queue
 
 LONG_BATCH_MS = 200
 """A batch that would take longer than this is made smaller."""
-MOST_BLOCKS = 8
-"""The most blocks of other work before a batch."""
-MOST_CALLS = 32 - MOST_BLOCKS
+BLOCKS = (1, 2, 4, 8, 8, 8)
+"""Blocks of other work before a batch: of the first attempt, and of those after the host was late."""
+MOST_CALLS = 32 - max(BLOCKS)
 """The most calls of a batch behind them. XLA lets the host queue 32 calls, and then makes it wait."""
 
 
@@ -119,16 +119,16 @@ def device_ms(call: Call, batch: int) -> float:
     """Milliseconds of each call of a batch on the device, without the host's time to dispatch it.
 
     The batch is queued behind other work, and the clock starts when that work is done. If it is done before the last
-    call is queued, the host was not ahead, and the batch is repeated behind twice as much work. A call without a queue
-    is timed by `host_ms`.
+    call is queued, the host was not ahead, and the batch is repeated behind more work. A call without a queue is timed
+    by `host_ms`.
 
     Raises:
         RuntimeError: the host was never ahead.
     """
     if call.queue is None:
         return host_ms(call, batch)
-    queue, blocks = call.queue(), 1
-    while blocks <= MOST_BLOCKS:
+    queue = call.queue()
+    for blocks in BLOCKS:
         mark, out = [queue.block() for _ in range(blocks)][-1], None
         for _ in range(batch):
             out = call.run()
@@ -138,9 +138,8 @@ def device_ms(call: Call, batch: int) -> float:
         call.wait(out)
         if ahead:
             return 1e3 * (time.perf_counter() - start) / batch
-        blocks *= 2
     raise RuntimeError(
-        f"a batch of {batch} was not queued before the device had done {MOST_BLOCKS} blocks of other work, so its time "
+        f"a batch of {batch} was not queued before the device had done {BLOCKS[-1]} blocks of other work, so its time "
         f"would be the host's: queue at most {MOST_CALLS} calls, none of which waits for the device, or use `host_ms`."
     )
 
