@@ -26,12 +26,13 @@ class Row:
 
     Attributes:
         suite: "compile", "kernel", "fp8", "fp8_layer", "widen", "layer", "ragged_dot", "decode", "logits", "loop",
-            "step", "train" or "parallel".
+            "step", "survey", "train" or "parallel".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py,
             benchmarks/fp8.py, benchmarks/fp8_layers.py and benchmarks/loop.py have their own.
         impl: name of the implementation.
-        ms: median time of one call, or of one compilation, in milliseconds.
+        ms: median time of one call, or of one compilation, in milliseconds. In the suite "survey" it is the device's
+            time of a call, without the host's to dispatch it.
         tflops: 1e12 floating-point operations per second, counting the operations that the maths needs.
         floor_ms: the least time at this device's measured matmul rate and bandwidth.
         max_error: ||out - ref|| / ||ref|| against a float32 or float64 reference; None if another row has it.

@@ -1,9 +1,11 @@
 """torch's grouped matmul (CUTLASS) on the memory of JAX's arrays."""
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from jax_latent_moe.grouped_matmul.tuning.queue import SIZE, Queue
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, Candidate
 
 
@@ -71,4 +73,22 @@ def torch_call(run: Callable) -> Call:
     results = out if isinstance(out, tuple) else (out,)
     kept = sum(tensor.numel() * tensor.element_size() for tensor in results if tensor is not None)
     temp = max(0, torch.cuda.max_memory_allocated() - before - kept)
-    return Call(run, lambda _: torch.cuda.synchronize(), temp)
+    return Call(run, lambda _: torch.cuda.synchronize(), temp, torch_queue)
+
+
+@functools.cache
+def torch_queue() -> Queue:
+    """The stream on which torch computes, which is another one than JAX's. Its blocks are the same matmul as there."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    zeros = torch.zeros(SIZE, SIZE, dtype=torch.bfloat16, device="cuda")
+    product = zeros @ zeros
+    torch.cuda.synchronize()
+
+    def block():
+        torch.mm(zeros, zeros, out=product)
+        end = torch.cuda.Event()
+        end.record()
+        return end
+
+    return Queue(block, lambda end: end.query(), lambda end: end.synchronize())

@@ -3,20 +3,30 @@
 A candidate is a function that lowers something. It returns a function that compiles it and returns a `Call`. If any
 step fails, the candidate is left out and the first line of its error is printed: one tile that a compiler refuses must
 not end a run.
+
+There are two clocks, `host_ms` and `device_ms`. Kernels of microseconds need the second: the host takes 70 us or more
+to dispatch a jitted call, and by the first clock all such kernels take as long.
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 
+from jax_latent_moe.grouped_matmul.tuning.queue import Queue, jax_queue
+
 LONG_BATCH_MS = 200
 """A batch that would take longer than this is made smaller."""
+BLOCKS = (1, 2, 4, 8, 8, 8)
+"""Blocks of other work before a batch: of the first attempt, and of those after the host was late."""
+MOST_CALLS = 32 - max(BLOCKS)
+"""The most calls of a batch behind them. XLA lets the host queue 32 calls, and then makes it wait."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +37,13 @@ class Call:
         run: enqueues the work and returns its result.
         wait: blocks until the result is ready.
         temp_bytes: peak memory besides arguments and results; None if it is not known.
+        queue: returns the stream that runs the work; None where there is none, or more than one.
     """
 
     run: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
     temp_bytes: int | None = None
+    queue: Callable[[], Queue] | None = None
 
 
 Candidate = Callable[[], Callable[[], Call]]
@@ -47,25 +59,41 @@ def jax_candidate(function: Callable, *args) -> Candidate:
             compiled = lowered.compile()
             analysis = compiled.memory_analysis()
             assert analysis is not None, "XLA plans memory on CPUs and GPUs"
-            return Call(lambda: compiled(*args), temp_bytes=analysis.temp_size_in_bytes)
+            return Call(lambda: compiled(*args), temp_bytes=analysis.temp_size_in_bytes, queue=_queue(args))
 
         return compile_
 
     return lower
 
 
+def _queue(args):
+    """The stream of the one GPU that holds the arguments. Other devices have no queue, and several have several."""
+    arrays = (leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
+    devices = {device for array in arrays for device in array.devices()}
+    if len(devices) == 1 and (device := devices.pop()).platform == "gpu":
+        return functools.partial(jax_queue, device)
+    return None
+
+
 def prepare(candidates: dict[str, Candidate]) -> dict[str, Call]:
     """The calls of the candidates that lower, compile and run. Prints a line for each that fails."""
+    with ThreadPoolExecutor() as pool:
+        return run_once(start_compiling(candidates, pool))
+
+
+def start_compiling(candidates: dict[str, Candidate], pool: Executor) -> dict[str, Future]:
+    """Lowers the candidates one by one, and lets the pool compile them. Prints a line for each that fails."""
+    lowered = {name: _attempt(name, lower) for name, lower in candidates.items()}
+    return {name: pool.submit(_attempt, name, compile_) for name, compile_ in lowered.items() if compile_ is not None}
+
+
+def run_once(compiling: dict[str, Future]) -> dict[str, Call]:
+    """Waits for each compilation and runs the call once. Prints a line for each that fails."""
     calls = {}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = {name: _attempt(name, lower) for name, lower in candidates.items()}
-        compiling = {
-            name: pool.submit(_attempt, name, compile_) for name, compile_ in lowered.items() if compile_ is not None
-        }
-        for name, future in compiling.items():
-            call = future.result()
-            if call is not None and _attempt(name, lambda call=call: (call.wait(call.run()),)):
-                calls[name] = call
+    for name, future in compiling.items():
+        call = future.result()
+        if call is not None and _attempt(name, lambda call=call: (call.wait(call.run()),)):
+            calls[name] = call
     return calls
 
 
@@ -78,8 +106,52 @@ def _attempt(name, step):
         return None
 
 
-def time_in_turn(calls: dict[str, Call], batch: int, rounds: int = 7) -> dict[str, float]:
-    """Median milliseconds of each call, in batches enqueued back to back. The calls take turns, so a drift hits all.
+def host_ms(call: Call, batch: int) -> float:
+    """Milliseconds of each call of a batch that is enqueued back to back: the host's time, if it is the longer one."""
+    start, out = time.perf_counter(), None
+    for _ in range(batch):
+        out = call.run()
+    call.wait(out)
+    return 1e3 * (time.perf_counter() - start) / batch
+
+
+def device_ms(call: Call, batch: int) -> float:
+    """Milliseconds of each call of a batch on the device, without the host's time to dispatch it.
+
+    The batch is queued behind other work, and the clock starts when that work is done. If it is done before the last
+    call is queued, the host was not ahead, and the batch is repeated behind more work. A call without a queue is timed
+    by `host_ms`.
+
+    Raises:
+        RuntimeError: the host was never ahead.
+    """
+    if call.queue is None:
+        return host_ms(call, batch)
+    queue = call.queue()
+    for blocks in BLOCKS:
+        mark, out = [queue.block() for _ in range(blocks)][-1], None
+        for _ in range(batch):
+            out = call.run()
+        ahead = not queue.is_done(mark)
+        queue.wait(mark)
+        start = time.perf_counter()
+        call.wait(out)
+        if ahead:
+            return 1e3 * (time.perf_counter() - start) / batch
+    raise RuntimeError(
+        f"a batch of {batch} was not queued before the device had done {BLOCKS[-1]} blocks of other work, so its time "
+        f"would be the host's: queue at most {MOST_CALLS} calls, none of which waits for the device, or use `host_ms`."
+    )
+
+
+def time_in_turn(
+    calls: dict[str, Call],
+    batch: int,
+    rounds: int = 7,
+    clock: Callable[[Call, int], float] = host_ms,
+    long_batch_ms: float = LONG_BATCH_MS,
+) -> dict[str, float]:
+    """Median milliseconds of each call, in batches of up to `batch`. The calls take turns, so a drift hits all.
 
     A slow call gets a smaller batch, because the gap between two calls does not matter to it. A call that fails, for
     example because memory has run out, is left out, and a line is printed.
@@ -88,22 +160,14 @@ def time_in_turn(calls: dict[str, Call], batch: int, rounds: int = 7) -> dict[st
     times = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name in tuple(times):
-            ms = _attempt(name, lambda name=name: _time(calls[name], batches[name]))
+            ms = _attempt(name, lambda name=name: clock(calls[name], batches[name]))
             if ms is None:
                 del times[name]
             elif turn == 0:
-                batches[name] = max(1, min(batch, math.floor(LONG_BATCH_MS / max(ms, 1e-3))))
+                batches[name] = max(1, min(batch, math.floor(long_batch_ms / max(ms, 1e-3))))
             else:
                 times[name].append(ms)
     return {name: statistics.median(samples) for name, samples in times.items()}
-
-
-def _time(call, batch):
-    start, out = time.perf_counter(), None
-    for _ in range(batch):
-        out = call.run()
-    call.wait(out)
-    return 1e3 * (time.perf_counter() - start) / batch
 
 
 def fastest(calls: dict[str, Call], batch: int = 2, rounds: int = 3) -> str | None:
