@@ -179,7 +179,8 @@ def queue(study: Study, bits: Mapping[Run, float | None]) -> list[Run]:
 def measurable(study: Study, bits: Mapping[Run, float | None]) -> set[Run]:
     """The runs that may have a row: the sweep, and the arms at the rates that are chosen or can still be chosen.
 
-    So a rate can be added to the sweep of a study that has rows. `chosen_rates` has the arguments.
+    So a rate can be added to the sweep of a study that has rows. If the sweep then chooses another rate for a family,
+    the family's other rows are refused until they are deleted. `chosen_rates` has the arguments.
     """
     rates, runs = chosen_rates(study, bits), set(sweep_of(study))
     for names, seeds in study.blocks:

@@ -37,5 +37,7 @@ def write_report(study: Study, folder: Path) -> list[Path]:
         for path, content in written.items():
             write_whole(path, content)
     except OSError as error:
-        raise TrainError(f"The report cannot be written to {folder} ({error}): free space there.") from error
+        raise TrainError(
+            f"The report cannot be written to {folder} ({error}): free space or move what is in the way."
+        ) from error
     return [*written]

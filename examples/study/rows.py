@@ -99,6 +99,8 @@ def _whole_lines(path):
         return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     except UnicodeDecodeError as error:
         raise TrainError(f"{path} does not hold text ({error}): restore it from a copy.") from error
+    except OSError as error:
+        raise TrainError(f"{path} cannot be read ({error}): it must be a file that you may read.") from error
 
 
 def _parsed(line, where) -> Row:

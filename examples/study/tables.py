@@ -61,6 +61,7 @@ def _validation(results):
                 f"{row['learning_rate']:g}",
                 seeds,
                 _with_interval(interval([*bits.values()])) if bits else "diverged",
+                _ends(results.curves(arm.name, "busiest_expert")),
                 f"{np.median(speeds):,.0f}" if speeds else "",
             ]
         )
@@ -72,6 +73,7 @@ def _validation(results):
         "learning rate",
         "seeds",
         "bits / byte",
+        "busiest expert at the end",
         "tokens / s",
     ]
     return _table(head, lines)
@@ -140,16 +142,22 @@ def _at(curve: np.ndarray, share: float) -> float:
     return float(curve[:, point, 2].mean())
 
 
+def _ends(curve: np.ndarray) -> str:
+    """The smallest and the largest last value of the seeds. curve: [seeds, points, 3]."""
+    return f"{curve[:, -1, 2].min():.2f} to {curve[:, -1, 2].max():.2f}" if curve.size else ""
+
+
 def _balancing(results):
     lines = []
     for name in BALANCING:
         curve, bits = results.curves(name, "busiest_expert"), results.bits(name)
         if curve.size:
             loads = [f"{_at(curve, share):.2f}" for share in (0.0, 0.1, 0.5, 1.0)]
-            ends = f"{curve[:, -1, 2].min():.2f} to {curve[:, -1, 2].max():.2f}"
             above = [NATS * value for value in differences(bits, results.bits(BALANCING[0]))]
             paired = _with_interval(interval(above)) if above and name != BALANCING[0] else ""
-            lines.append([name, f"{len(bits)}", _with_interval(interval([*bits.values()])), paired, *loads, ends])
+            lines.append(
+                [name, f"{len(bits)}", _with_interval(interval([*bits.values()])), paired, *loads, _ends(curve)]
+            )
     at = ["busiest expert at first", "at 10 % of the steps", "at 50 %", "at the end", "at the end, by seed"]
     return _table(["arm", "seeds", "bits / byte", f"nats a byte above {BALANCING[0]}", *at], lines)
 

@@ -191,6 +191,10 @@ def test_rows_that_come_twice_and_bytes_that_are_no_text(tmp_path):
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(TrainError, match="does not hold text"):
         read_rows(path, STUDY)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TrainError, match=r"rows\.jsonl cannot be read .*: it must be a file"):
+        read_rows(path, STUDY)
 
 
 @pytest.mark.parametrize(
