@@ -111,6 +111,8 @@ TOY = dataclasses.replace(
     optimizer=OptimizerConfig(warmup_steps=4),
 )
 RATES = (1e-3, 2e-3, 4e-3)
+MORE_RATES = (*RATES, 8e-3)
+"""4e-3 was the best rate of `dense` in d512-short, and the highest."""
 LINUX = "00b399c37e5d60134038ea2100fa80011d35b74c37a8170493c36c77d5b211d5"
 PLAYS = "224942b2fc2c2d3466802e9bf0da2a23c1457d7ac7d7fc1ce4435b3469bb0255"
 FIRST, DENSE = (NORM, (1, 2, 3)), (("dense",), (1, 2, 3))
@@ -120,7 +122,7 @@ STUDIES = {
     study.name: study
     for study in (
         Study("d512", BASE, RATES, 1500, ALL, LINUX),
-        Study("d512-short", shortened(BASE), RATES, 713, ALL, LINUX),
+        Study("d512-short", shortened(BASE), MORE_RATES, 713, ALL, LINUX),
         Study("d768", WIDE, RATES, 1500, (FIRST, DENSE), LINUX),
         Study("d768-short", shortened(WIDE), RATES, 713, (FIRST, DENSE), LINUX),
         Study("toy", TOY, (2e-3, 8e-3), 16, ((MAIN, (1, 2)), (("quantile",), (1, 2))), PLAYS, 128, linux=False),
