@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jax_latent_moe import native
 from jax_latent_moe.grouped_matmul.tuning import queue, timing, tune
 from jax_latent_moe.grouped_matmul.tuning.queue import Queue, jax_queue
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, device_ms, host_ms, jax_candidate, prepare, time_in_turn
@@ -25,6 +27,7 @@ class Machine:
         now: the host's clock.
         ends: when the GPU is done with each call and block.
         hiccups: seconds by which the next dispatches take longer.
+        late: seconds after which the host learns that the GPU has reached what it waits for.
     """
 
     block: float = 1e-3
@@ -32,6 +35,7 @@ class Machine:
     now: float = 0.0
     ends: list[float] = dataclasses.field(default_factory=lambda: [0.0])
     hiccups: list[float] = dataclasses.field(default_factory=list)
+    late: float = 0.0
 
     def launch(self, seconds: float) -> float:
         """Queues work; returns when it ends."""
@@ -42,12 +46,25 @@ class Machine:
         return self.ends[-1]
 
     def wait(self, end: float) -> None:
-        self.now = max(self.now, end)
+        self.now = max(self.now, end + self.late)
+
+    def ms_between(self, first: float, second: float) -> float:
+        self.wait(second)
+        return 1e3 * (second - first)
 
     def call(self, seconds: float, **changes: Any) -> Call:
         """A call whose kernel takes so long."""
-        stream = Queue(lambda: self.launch(self.block), lambda end: self.now >= end, self.wait)
+        mark, is_done = lambda: self.launch(0.0), lambda end: self.now >= end
+        stream = Queue(lambda: self.launch(self.block), mark, is_done, self.ms_between)
         return dataclasses.replace(Call(lambda: self.launch(seconds), self.wait, queue=lambda: stream), **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A device of JAX, as far as `timing` looks at it."""
+
+    number: int
+    platform: str = "gpu"
 
 
 @pytest.fixture
@@ -66,6 +83,13 @@ def test_the_device_clock_finds_the_kernel_whatever_the_host_takes(machine, bloc
     assert host_ms(machine.call(kernel), 20) >= 1e3 * max(kernel, DISPATCH)
 
 
+@pytest.mark.parametrize("kernel", [1e-6, 79e-6])
+def test_the_device_clock_does_not_depend_on_when_the_host_wakes(machine, kernel):
+    """A host that learns late of the first mark would find a batch that is nearly over."""
+    machine.late = 5e-3
+    assert device_ms(machine.call(kernel), 20) == pytest.approx(1e3 * kernel, rel=1e-9)
+
+
 def test_tiles_that_the_host_hides_are_told_apart(machine):
     kernels = {"slow": 30e-6, "fast": 10e-6, "middle": 20e-6, "long": 5e-3}
     calls = {name: machine.call(seconds) for name, seconds in kernels.items()}
@@ -81,7 +105,8 @@ def test_a_batch_that_the_host_was_late_for_is_repeated(machine):
     machine.hiccups = [0, 0, 2e-3]
     before = len(machine.ends)
     assert device_ms(call, 4) == pytest.approx(0.01, rel=1e-9)
-    assert len(machine.ends) - before == (1 + 4) + (2 + 4)
+    marks = 2
+    assert len(machine.ends) - before == (1 + marks + 4) + (2 + marks + 4)
 
 
 def test_calls_that_wait_for_the_device_are_left_out_and_said(machine, capsys):
@@ -126,13 +151,8 @@ def test_without_a_queue_both_clocks_are_one(machine):
 
 def test_a_call_has_the_queue_of_the_one_gpu_that_holds_its_arguments(monkeypatch):
     """Arguments on the CPU, on several devices, or in NumPy have none."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Gpu:
-        number: int
-        platform: str = "gpu"
-
     ones = jnp.ones((4, 4))
+    monkeypatch.setattr(native, "library", lambda: native.Library({"a kernel": 1}, None))
     monkeypatch.setattr(timing, "jax_queue", lambda device: device)
     assert prepare({"cpu": jax_candidate(jnp.dot, ones, ones)})["cpu"].queue is None
     assert timing._queue([]) is None
@@ -142,15 +162,23 @@ def test_a_call_has_the_queue_of_the_one_gpu_that_holds_its_arguments(monkeypatc
         assert (None if made is None else made()) == found
 
 
-def test_the_queue_of_a_device_runs_its_blocks(monkeypatch):
+def test_the_queue_of_a_device_runs_its_blocks_and_reads_the_stamps(monkeypatch):
     monkeypatch.setattr(queue, "SIZE", 16)
+    monkeypatch.setattr(queue, "_device_clock", lambda: jnp.asarray([2**32 - 1, 7], jnp.uint32))
     jax_queue.cache_clear()
     stream = jax_queue(jax.devices()[0])
     assert jax_queue(jax.devices()[0]) is stream
-    mark = stream.block()
-    stream.wait(mark)
-    assert stream.is_done(mark) is True
-    assert mark.shape == (16, 16)
-    call = Call(lambda: jnp.ones(4) + 1, queue=lambda: Queue(stream.block, lambda mark: False, stream.wait))
-    assert device_ms(call, 3) > 0
+    assert stream.block().shape == (16, 16)
+    first, second = stream.mark(), jnp.asarray([1_999_999, 8], jnp.uint32)
+    assert queue.nanoseconds(first) == 8 * 2**32 - 1
+    assert stream.ms_between(first, second) == 2
+    assert stream.is_done(first) is True
     jax_queue.cache_clear()
+
+
+def test_without_the_compiled_library_there_is_no_queue(monkeypatch):
+    ones = jnp.ones(4)
+    monkeypatch.setattr(native, "library", lambda: native.Library({}, "not there"))
+    monkeypatch.setattr(type(ones), "devices", lambda array: {Gpu(0)})
+    assert prepare({"call": jax_candidate(jnp.negative, np.ones(4))})["call"].queue is None
+    assert timing._queue([ones]) is None

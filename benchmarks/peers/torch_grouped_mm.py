@@ -85,10 +85,13 @@ def torch_queue() -> Queue:
     product = zeros @ zeros
     torch.cuda.synchronize()
 
-    def block():
-        torch.mm(zeros, zeros, out=product)
-        end = torch.cuda.Event()
-        end.record()
-        return end
+    def mark():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    return Queue(block, lambda end: end.query(), lambda end: end.synchronize())
+    def ms_between(first, second):
+        second.synchronize()
+        return first.elapsed_time(second)
+
+    return Queue(lambda: torch.mm(zeros, zeros, out=product), mark, lambda event: event.query(), ms_between)

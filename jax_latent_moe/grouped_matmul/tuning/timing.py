@@ -5,7 +5,7 @@ step fails, the candidate is left out and the first line of its error is printed
 not end a run.
 
 There are two clocks, `host_ms` and `device_ms`. Kernels of microseconds need the second: the host takes 70 us or more
-to dispatch a jitted call, and by the first clock all such kernels take as long.
+to dispatch a jitted call, and by the first clock all such kernels take as long. The second needs the compiled library.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ from typing import Any
 
 import jax
 
+from jax_latent_moe import native
 from jax_latent_moe.grouped_matmul.tuning.queue import Queue, jax_queue
 
 LONG_BATCH_MS = 200
 """A batch that would take longer than this is made smaller."""
 BLOCKS = (1, 2, 4, 8, 8, 8)
 """Blocks of other work before a batch: of the first attempt, and of those after the host was late."""
-MOST_CALLS = 32 - max(BLOCKS)
-"""The most calls of a batch behind them. XLA lets the host queue 32 calls, and then makes it wait."""
+MOST_CALLS = 32 - max(BLOCKS) - 2
+"""The most calls of a batch behind them, between two marks. XLA lets the host queue 32 calls before it must wait."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,12 @@ def jax_candidate(function: Callable, *args) -> Candidate:
 
 
 def _queue(args):
-    """The stream of the one GPU that holds the arguments. Other devices have no queue, and several have several."""
+    """The stream of the one GPU that holds the arguments. Other devices have no queue, and several have several.
+
+    None without the compiled library, whose kernel reads the device's clock.
+    """
+    if native.library().missing is not None:
+        return None
     arrays = (leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
     devices = {device for array in arrays for device in array.devices()}
     if len(devices) == 1 and (device := devices.pop()).platform == "gpu":
@@ -118,9 +124,9 @@ def host_ms(call: Call, batch: int) -> float:
 def device_ms(call: Call, batch: int) -> float:
     """Milliseconds of each call of a batch on the device, without the host's time to dispatch it.
 
-    The batch is queued behind other work, and the clock starts when that work is done. If it is done before the last
-    call is queued, the host was not ahead, and the batch is repeated behind more work. A call without a queue is timed
-    by `host_ms`.
+    The batch is queued behind other work, between two marks, which the device stamps with its time. If the device
+    reaches the first mark before the second is queued, the host was not ahead, and the batch is repeated behind more
+    work. A call without a queue is timed by `host_ms`.
 
     Raises:
         RuntimeError: the host was never ahead.
@@ -129,15 +135,16 @@ def device_ms(call: Call, batch: int) -> float:
         return host_ms(call, batch)
     queue = call.queue()
     for blocks in BLOCKS:
-        mark, out = [queue.block() for _ in range(blocks)][-1], None
+        for _ in range(blocks):
+            queue.block()
+        start = queue.mark()
         for _ in range(batch):
-            out = call.run()
-        ahead = not queue.is_done(mark)
-        queue.wait(mark)
-        start = time.perf_counter()
-        call.wait(out)
+            call.run()
+        end = queue.mark()
+        ahead = not queue.is_done(start)
+        ms = queue.ms_between(start, end)
         if ahead:
-            return 1e3 * (time.perf_counter() - start) / batch
+            return ms / batch
     raise RuntimeError(
         f"a batch of {batch} was not queued before the device had done {BLOCKS[-1]} blocks of other work, so its time "
         f"would be the host's: queue at most {MOST_CALLS} calls, none of which waits for the device, or use `host_ms`."

@@ -20,10 +20,10 @@ from jax_latent_moe.grouped_matmul.operands import Operands
 from jax_latent_moe.grouped_matmul.problem import Contraction, Problem, problem
 from jax_latent_moe.grouped_matmul.registry import BACKENDS, Bound, name_of, select
 from jax_latent_moe.grouped_matmul.tuning.table import Entry, add_to_table, entry_of, file_of, user_folder
-from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import device_ms, jax_candidate, prepare, time_in_turn
 
 # Calls per batch. A batch of one would mislead: at its power limit, a GPU runs a tile faster after one of lower power.
-BATCH, ROUNDS = 12, 3
+BATCH, ROUNDS = 20, 3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +92,7 @@ def time_tiles(bound: Bound) -> dict[object, float]:
     calls = {
         name: jax_candidate(_call(dataclasses.replace(bound, tile=tile)), *operands) for name, tile in tiles.items()
     }
-    return {tiles[name]: ms for name, ms in time_in_turn(prepare(calls), BATCH, ROUNDS).items()}
+    return {tiles[name]: ms for name, ms in time_in_turn(prepare(calls), BATCH, ROUNDS, device_ms).items()}
 
 
 def _operands(asked):
