@@ -51,7 +51,7 @@ class Arm:
 # cost. "efficient" and "accurate" are the two recipes of the LatentMoE paper (arXiv 2601.18089): a times as many
 # experts with the same top_k, or with a times the top_k.
 ARMS = (
-    Arm("dense", "dense", "dense"),
+    Arm("dense", "dense", "dense", balance=(("switch_loss_coef", 0.0),)),
     Arm("moe", "plain MoE", "moe"),
     Arm("half", "half width, no norm", inner=2),
     Arm("half-pre", "half width, norm before the experts", inner=2, norm="pre"),

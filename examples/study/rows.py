@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.study.definition import Run, Study, config_of, measurable
 from examples.study.locks import locked
-from examples.train.config import Config
+from examples.train.config import BALANCING, Config
 from examples.train.config_file import to_json
 from examples.train.errors import TrainError
 from examples.train.run_folder import flat
@@ -36,7 +36,14 @@ def run_of(row: Row) -> Run:
 def definition_of(study: Study, run: Run) -> dict[str, Any]:
     """The options of a run as a row keeps them: by name, without the places of files."""
     options = flat(json.loads(to_json(config_of(study, run))))
-    return {name: value for name, value in options.items() if name not in ("run", "config", "validation", "preset")}
+    return _with_effect(
+        {name: options[name] for name in options if name not in ("run", "config", "validation", "preset")}
+    )
+
+
+def _with_effect(options):
+    """The options without those that a dense model does not read."""
+    return {name: options[name] for name in options if options["mlp"] != "dense" or name not in BALANCING}
 
 
 def read_rows(path: Path, study: Study) -> dict[Run, Row]:
@@ -125,7 +132,7 @@ def _check_definition(study, run, before, where):
     except TrainError as error:
         raise TrainError(f"{where} has no place in the study {study.name}. {error}") from error
     defaults = flat(json.loads(to_json(Config())))
-    old = {name: before.get(name, defaults.get(name)) for name in now} | before
+    old = _with_effect({name: before.get(name, defaults.get(name)) for name in now} | before)
     changed = [f"{name}={old[name]}, now {now.get(name)}" for name in old if old[name] != now.get(name)]
     if changed:
         raise TrainError(

@@ -95,6 +95,10 @@ class OptimizerConfig:
         ranges.check_unused(self, "optimizer.", ("momentum",), self.name == "muon", "--optimizer.name muon")
 
 
+BALANCING = ("switch_loss_coef", "sequence_loss_coef", "bias_update")
+"""Options that have no effect on a dense model, and must have their defaults there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Trains a language model on text and ends with its validation bits per byte.
@@ -157,8 +161,8 @@ class Config:
     none is nothing, cheap is norms, activations and gathers of rows, layer is whole blocks."""
     seed: int = 0
     """Seed of the parameters, the order of the data, dropout and the sample."""
-    switch_loss_coef: float = 0.01
-    """Coefficient of the Switch load-balancing loss. It acts beside the correction bias."""
+    switch_loss_coef: float = 0.0
+    """Coefficient of the Switch load-balancing loss. Beside a correction bias that moves fast, it balances worse."""
     sequence_loss_coef: float = 0.0
     """Coefficient of the same loss within each window; with --documents, within each document."""
     bias_update: Literal["sign", "quantile"] = "sign"
@@ -215,8 +219,7 @@ class Config:
         ranges.check_mesh(self.mesh)
         ranges.check_processes(self.coordinator, self.processes, self.process)
         routed, latent = self.mlp != "dense", self.mlp == "latent_moe"
-        balancing = ("switch_loss_coef", "sequence_loss_coef", "bias_update")
-        ranges.check_unused(self, "", balancing, routed, "--mlp moe or latent_moe")
+        ranges.check_unused(self, "", BALANCING, routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("routed_scaling_factor",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self, "", ("precision",), routed, "--mlp moe or latent_moe")
         ranges.check_unused(self.model, "model.", ("latent_norm",), latent, "--mlp latent_moe")

@@ -135,7 +135,7 @@ def test_a_new_option_of_the_trainer_leaves_old_rows_valid(tmp_path):
     """If it has its default. The row lacks it, as rows of an older version do."""
     run = sweep_of(STUDY)[0]
     config = definition_of(STUDY, run)
-    del config["sequence_loss_coef"]
+    del config["spike_factor"]
     assert list(read_rows(write(tmp_path, [made_up(run, config=config)]) / "rows.jsonl", STUDY)) == [run]
 
 
