@@ -92,7 +92,8 @@ def measure(session: Session, suite: str, sizes: dict[str, Config]) -> None:
             if mlp in session.without:
                 continue
             _measure_step(session, suite, name, mlp, dataclasses.replace(config, mlp=mlp, mesh=""))
-        _measure_loop(session, suite, name, config)
+        if "loop" not in session.without:
+            _measure_loop(session, suite, name, config)
         if jax.device_count() > 1:
             _measure_meshes(session, suite, name, config)
 
@@ -184,6 +185,7 @@ def _measure_meshes(session, suite, name, config):
     for axis, dtype in itertools.product(AXES, dtypes):
         mesh = {"batch_size": config.batch_size * devices, "mesh": f"{axis}={devices}"}
         meshed[f"latent_moe {axis}={devices} {dtype}"] = dataclasses.replace(config, **mesh, reduce_dtype=dtype)
+    meshed = session.wanted(meshed)
     with concurrent.futures.ThreadPoolExecutor() as threads:
         compiling = {impl: threads.submit(compiled_step, found) for impl, found in meshed.items()}
     for impl, found in meshed.items():
