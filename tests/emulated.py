@@ -55,6 +55,7 @@ class Listed(ctypes.Structure):
         ("product", Product),
         *((name, ctypes.c_void_p) for name in ("starts", "list")),
         *((name, ctypes.c_int) for name in ("pass", "num_sms")),
+        *((name, ctypes.c_int64) for name in ("codes_apart", "scales_apart")),
     )
 
 

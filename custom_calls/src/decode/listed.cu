@@ -16,9 +16,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int bytes, bool is_
 }
 
 cudaError_t multiply(Listed const& listed, cudaStream_t stream) {
-  return launch_listed(listed, [&](auto* kernel, dim3 grid, int bytes) {
+  return launch_listed(listed, [&](auto* kernel, dim3 grid, int bytes, Listed const& given) {
     auto const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    return error == cudaSuccess ? launch(kernel, grid, bytes, true, stream, listed) : error;
+    return error == cudaSuccess ? launch(kernel, grid, bytes, true, stream, given) : error;
   });
 }
 

@@ -29,7 +29,7 @@ struct Stream {
 
   struct Shared {
     float sums[kThreads / 32][Pass][kColumns];
-    int assignments[Pass];
+    int assignments[Pass], sources[Pass];  // sources: where the rows come from
     float weights[Pass];
     Unit units[kThreads / 32][2];  // of each warp, the present one and the next one
   };
@@ -55,8 +55,9 @@ struct Stream {
 
   __device__ bool is_first() const { return product.choice_weights == nullptr; }
 
-  // The codes of a lane's two features from the next element on, and their scales.
-  uint8_t const *codes[2], *scales[2];
+  // The codes of a lane's first feature from the next element on, and their scales. Those of its second feature are further
+  // by the same distance in all units.
+  uint8_t const *codes, *scales;
   int left;  // elements from there to the end; 0 if there is nothing to load
   uint4 loaded[kAhead][2];
   uint32_t found[kAhead][2];
@@ -70,37 +71,37 @@ struct Stream {
     const int feature = first_feature(unit.tile) + lane / 4;
     left = feature < weight.n ? weight.k : 0;
     if (left == 0) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int part = weight.parts == 2 ? i : 0, mine = weight.parts == 2 ? feature : feature + 8 * i;
-      const int64_t matrix = int64_t{unit.expert} * weight.parts + part;
-      codes[i] = static_cast<uint8_t const*>(weight.data) + ((matrix * weight.n + mine) * weight.k + place * Lane::kSize) / Lane::kPacking;
-      scales[i] = scales_of<C>(weight, matrix, mine);
-      // A scale of the sums applies to all elements of the step, including those of other lanes.
-      if constexpr (Lane::kPacking == 2) scales[i] += (place * Lane::kSize >> weight.k_shift) * kScaleBytes<C>;
-    }
+    const int64_t matrix = int64_t{unit.expert} * weight.parts;
+    codes = static_cast<uint8_t const*>(weight.data) + ((matrix * weight.n + feature) * weight.k + place * Lane::kSize) / Lane::kPacking;
+    scales = scales_of<C>(weight, matrix, feature);
+    // A scale of the sums applies to all elements of the step, including those of other lanes.
+    if constexpr (Lane::kPacking == 2) scales += (place * Lane::kSize >> weight.k_shift) * kScaleBytes<C>;
   }
 
-  // Loads a step of the next round. Beyond the end, codes and their scales are 0, as the rows are.
+  // Loads a step of the next round, all of which exists if it is whole. Beyond the end, codes and their scales are 0, as the
+  // rows are.
+  template <bool Whole>
   __device__ void load(int step) {
-    if (step * Lane::kStep >= left) return;
-    const bool inside = (step + 1) * Lane::kStep <= left || step * Lane::kStep + place * Lane::kSize < left;
+    const int begin = step * Lane::kStep;
+    if (!Whole && begin >= left) return;
+    const bool inside = Whole || begin + place * Lane::kSize < left;
+    auto const* from = codes + begin / Lane::kPacking;
+    auto const* scale = scales + scales_of_elements(begin);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      loaded[step][i] = inside ? load_along(codes[i] + step * Lane::kStep / Lane::kPacking) : uint4{};
-      const bool has_scale = inside || Lane::kPacking == 1;
-      auto const* at = scales[i] + (step * Lane::kStep >> weight.k_shift) * kScaleBytes<C>;
-      found[step][i] = has_scale ? Lane::scale(weight, at) : 0;
+      found[step][i] = inside || Lane::kPacking == 1 ? Lane::scale(weight, scale + i * listed.scales_apart) : 0;
+      loaded[step][i] = inside ? load_along(from + i * listed.codes_apart) : uint4{};
     }
   }
 
   __device__ void next_round() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      codes[i] += kRound / Lane::kPacking;
-      scales[i] += (kRound >> weight.k_shift) * kScaleBytes<C>;
-    }
+    codes += kRound / Lane::kPacking, scales += scales_of_elements(kRound);
     left -= kRound;
+  }
+
+  // Bytes of a lane's scales of so many elements.
+  __device__ int scales_of_elements(int count) const {
+    return (count >> (C == Code::kMxfp4 ? 5 : C == Code::kNvfp4 ? 4 : weight.k_shift)) * kScaleBytes<C>;
   }
 
   // Stores the rows' elements from `panel` on, in the order of the codes, and zeros up to the end of the last step.
@@ -111,22 +112,24 @@ struct Stream {
     if (mine < count) {
       const int assignment = listed.list[unit.row + mine];
       shared.assignments[mine] = assignment;
+      shared.sources[mine] = is_first() ? assignment / product.choices : unit.row + mine;
       shared.weights[mine] = is_first() ? 0.0f : product.choice_weights[assignment];
     }
+    __syncthreads();
     auto const* from = static_cast<__nv_bfloat16 const*>(product.rows);
     const int end = min(weight.k - panel, kPanel);
+#pragma unroll 1
     for (int at = mine; at < ceil_div(end, Lane::kStep) * (Lane::kStep / 8); at += kThreads) {
       // Neighbouring threads have other lanes' units, as they lie side by side in shared memory.
       const int lanes = at % 4, piece = at / 4 % Lane::kUnits, step = at / (4 * Lane::kUnits);
       const int k = step * Lane::kStep + lanes * Lane::kSize + piece * 8;
+#pragma unroll 1
       for (int some = 0; some < count; some += kAtOnce) {
         uint4 elements[kAtOnce] = {};
 #pragma unroll
         for (int r = 0; r < kAtOnce; ++r) {
-          if (some + r >= count || k >= end) continue;
-          const int row = unit.row + some + r;
-          const int64_t source = is_first() ? listed.list[row] / product.choices : row;
-          elements[r] = __ldcg(reinterpret_cast<uint4 const*>(from + source * weight.k + panel + k));
+          const int64_t row = int64_t{shared.sources[min(some + r, count - 1)]} * weight.k + panel + k;
+          if (k < end) elements[r] = __ldcg(reinterpret_cast<uint4 const*>(from + row));
         }
 #pragma unroll
         for (int r = 0; r < kAtOnce; ++r) {
@@ -167,17 +170,18 @@ struct Stream {
     __syncwarp();
   }
 
-  // Multiplies the elements of a unit from `start` on, of which so many are in the rows, and loads the next ones.
+  // Multiplies a round, which has so many elements, and loads the next one. Both have all elements if they are whole.
+  template <bool Whole>
   __device__ void multiply_round(float (&totals)[kGroups][4], uint4 const* const (&elements)[kGroups], int count) {
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) {
       uint4 const* mine[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) mine[g] = elements[g] + step * Lane::kUnits * Lane::kApart;
-      if (step * Lane::kStep < count) Lane::add(totals, loaded[step], found[step], mine);
-      load(step);
+      if (Whole || step * Lane::kStep < count) Lane::add(totals, loaded[step], found[step], mine);
+      load<Whole>(step);
     }
-    if (left > 0) next_round();
+    if (Whole || left > 0) next_round();
   }
 
   __device__ void run() {
@@ -189,7 +193,7 @@ struct Stream {
     unit(more) = begin;
     point_at(begin);
 #pragma unroll
-    for (int step = 0; step < kAhead; ++step) load(step);
+    for (int step = 0; step < kAhead; ++step) load<false>(step);
     if (left > 0) next_round();
     if (!is_first()) cudaGridDependencySynchronize();  // the hidden rows are there
     for (bool has_other_rows = true; more >= 0; --more) {
@@ -197,7 +201,7 @@ struct Stream {
       float totals[kGroups][4] = {};
       uint4 const* elements[kGroups];
       for (int start = 0; start < weight.k; start += kRound) {
-        if (start % kPanel == 0) {
+        if (start == 0 || (weight.k > kPanel && start % kPanel == 0)) {
           if (has_other_rows || weight.k > kPanel) store_rows(unit(more), start);
           // A lane beyond the last row reads the last one again, unused.
           const int last = min(unit(more).end - unit(more).row, Pass) - 1;
@@ -208,7 +212,12 @@ struct Stream {
           left = 0;
           if (more > 0) has_other_rows = go_on(more);
         }
-        multiply_round(totals, elements, is_busy ? weight.k - start : 0);
+        const int count = is_busy ? weight.k - start : 0;
+        if (min(count, left) >= kRound) {
+          multiply_round<true>(totals, elements, count);
+        } else {
+          multiply_round<false>(totals, elements, count);
+        }
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) elements[g] += kAhead * Lane::kUnits * Lane::kApart;
       }
@@ -233,12 +242,19 @@ __global__ void __launch_bounds__(kThreads, (Stream<C, Pass>::kBlocks)) multiply
 }
 
 template <Code C, int Pass, class Launch>
-cudaError_t launch_pass(Listed const& listed, Launch launch) {
+cudaError_t launch_pass(Listed listed, Launch launch) {
   using Kernel = Stream<C, Pass>;
-  return launch(multiply_listed_rows<C, Pass>, dim3(listed.num_sms * Kernel::kBlocks), Kernel::rows_bytes(listed.product.weight.k));
+  Weight const& weight = listed.product.weight;
+  // A lane has the features f of both parts, or f and f + 8.
+  auto const blocks = [](int size, int shift) { return ((size - 1) >> shift) + 1; };
+  const int64_t rows = weight.parts == 2 ? weight.n : 8;
+  const int64_t scales = weight.parts == 2 ? blocks(weight.n, weight.n_shift) : weight.n_shift == 0 ? 8 : 0;
+  listed.codes_apart = rows * weight.k / Kernel::Lane::kPacking;
+  listed.scales_apart = scales * blocks(weight.k, weight.k_shift) * kScaleBytes<C>;
+  return launch(multiply_listed_rows<C, Pass>, dim3(listed.num_sms * Kernel::kBlocks), Kernel::rows_bytes(weight.k), listed);
 }
 
-// Calls launch(kernel, grid, bytes of dynamic shared memory) with the kernel of a product.
+// Calls launch(kernel, grid, bytes of dynamic shared memory, argument) with the kernel of a product.
 template <class Launch>
 cudaError_t launch_listed(Listed const& listed, Launch launch) {
   auto const of_code = [&](auto code) {

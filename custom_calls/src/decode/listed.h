@@ -17,6 +17,7 @@ struct Listed {
   int32_t* list;    // [assignments], sorted by expert; the sort is stable
   int pass;         // rows at once
   int num_sms;
+  int64_t codes_apart, scales_apart;  // bytes between a lane's two features, set by the launch
 };
 
 // Starts and list, both products, and the sum of each token's choices. `second` differs in its product alone.

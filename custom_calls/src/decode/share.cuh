@@ -36,6 +36,7 @@ __device__ inline int first_unit(Unit& unit, Listed const& listed, int tiles, in
   // Each thread counts the passes of some experts, and of those before them.
   const int each = ceil_div(experts, kThreads), first = min(int(threadIdx.x) * each, experts), last = min(first + each, experts);
   int passes = 0;
+#pragma unroll 1
   for (int e = first; e < last; ++e) passes += ceil_div(listed.starts[e + 1] - listed.starts[e], pass);
   int before = passes;
   for (int lanes = 1; lanes < 32; lanes *= 2) {
