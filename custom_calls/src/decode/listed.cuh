@@ -172,7 +172,7 @@ struct Stream {
 
   // Multiplies a round, which has so many elements, and loads the next one. Both have all elements if they are whole.
   template <bool Whole>
-  __device__ void multiply_round(float (&totals)[kGroups][4], uint4 const* const (&elements)[kGroups], int count) {
+  __device__ void multiply_round(float (&totals)[kGroups][4], uint4 const* (&elements)[kGroups], int count) {
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) {
       uint4 const* mine[kGroups];
@@ -182,6 +182,8 @@ struct Stream {
       load<Whole>(step);
     }
     if (Whole || left > 0) next_round();
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) elements[g] += kAhead * Lane::kUnits * Lane::kApart;
   }
 
   __device__ void run() {
@@ -208,18 +210,14 @@ struct Stream {
 #pragma unroll
           for (int g = 0; g < kGroups; ++g) elements[g] = rows + min(8 * g + lane / 4, last) * 4 + place;
         }
+        const int end = min(weight.k, start - start % kPanel + kPanel) - kRound;
+        for (; left >= kRound && start < end; start += kRound) multiply_round<true>(totals, elements, 0);
+        // The last round of a unit, or one behind which there is no whole one, or other rows.
         if (start + kRound >= weight.k) {
           left = 0;
           if (more > 0) has_other_rows = go_on(more);
         }
-        const int count = is_busy ? weight.k - start : 0;
-        if (min(count, left) >= kRound) {
-          multiply_round<true>(totals, elements, count);
-        } else {
-          multiply_round<false>(totals, elements, count);
-        }
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) elements[g] += kAhead * Lane::kUnits * Lane::kApart;
+        multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);
       }
       if (is_busy) store(totals, unit(more));
     }
