@@ -23,16 +23,18 @@ from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, Kerne
 
 MOST_ASSIGNMENTS = 256
 """The most assignments of a call without lists (custom_calls/src/decode/experts.h, kThreads)."""
-MOST_LISTED = 8192
-"""The most assignments of a call with lists. Weighted parts of the output take 4 bytes an element of a row."""
-MOST_LISTED_OF_AN_EXPERT = 16
-"""The same, for each expert on average. These rows are multiplied by codes that are read and widened once. With more rows,
-codes are widened again, and grouped matmuls cost less."""
 MOST_TOKENS = 1
 """The most tokens that decode="measured" takes if the experts' weights are dense."""
 MOST_TOKENS_OF_CODES = 8
-"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200.
-Above `MOST_ASSIGNMENTS`, it would include the kernels with lists, which have not been timed yet."""
+"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200. The
+kernels with lists take more tokens, but have not been timed, so only decode="always" uses them."""
+MOST_TOKENS_UNLISTED = 8
+"""The most tokens without lists if both weights are codes."""
+MOST_LISTED = 8192
+"""The most assignments of a call with lists. Weighted parts of the output take 4 bytes an element of each."""
+MOST_LISTED_OF_AN_EXPERT = 16
+"""The same for each expert, on average. So many rows are multiplied by codes that are read and widened once. For more
+rows the kernels widen codes again, and instructions already take some three quarters of the time to read 4-bit codes."""
 TILE, DEPTH = 128, 128
 """A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
@@ -163,7 +165,7 @@ def plan_decode(
     _, inner, width = w_out.shape
     in_code, out_code = codes
     assignments = tokens * choices
-    if assignments > MOST_ASSIGNMENTS:
+    if in_codes and (tokens > MOST_TOKENS_UNLISTED or assignments > MOST_ASSIGNMENTS):
         # Most experts have no more rows than a pass if it has twice the average.
         rows = 8 if 2 * assignments <= 8 * w_in.shape[0] else 16
         return Decode(tokens, choices, activation, in_code, out_code, 1, rows, device.num_sms)

@@ -26,7 +26,7 @@ emulates = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated
 def emulation(monkeypatch, install_library):
     """The kernels run on the CPU, as if it were a Hopper GPU with a library. Every call lists its rows."""
     monkeypatch.setattr(native, "call", emulated.call)
-    monkeypatch.setattr(decode, "MOST_ASSIGNMENTS", 0)
+    monkeypatch.setattr(decode, "MOST_TOKENS_UNLISTED", 0)
     monkeypatch.setattr(decode, "MOST_LISTED_OF_AN_EXPERT", 1 << 20)
     for module in (decode, expert_plan, projections):
         monkeypatch.setattr(module, "current_device", lambda: SMALL)
@@ -173,8 +173,8 @@ def planned(config, tokens, format="mxfp4", experts=512):
 
 @pytest.mark.usefixtures("install_library")
 def test_the_plan_of_super():
-    """Lists begin above 256 assignments, and are asked for by "always"."""
-    for tokens, rows in ((11, 0), (12, 8), (64, 8), (93, 8), (94, 16), (256, 16), (372, 16)):
+    """Lists begin behind 8 tokens, and "always" asks for them."""
+    for tokens, rows in ((8, 0), (9, 8), (64, 8), (93, 8), (94, 16), (256, 16), (372, 16)):
         plan = planned(SUPER, tokens)
         assert isinstance(plan, Decode), plan
         assert (plan.rows, plan.splits, plan.num_sms) == (rows, 1, H200.num_sms if rows else 0)
@@ -185,13 +185,11 @@ def test_the_plan_of_super():
 @pytest.mark.usefixtures("install_library")
 @pytest.mark.parametrize(
     ("tokens", "format", "experts", "most"),
-    [(64, None, 512, 256), (373, "mxfp4", 512, 8192), (64, "mxfp4", 64, 1024), (12, "mxfp4", 16, 256)],
+    [(64, None, 512, 256), (373, "mxfp4", 512, 8192), (64, "mxfp4", 64, 1024), (64, "mxfp4", 22, 352)],
 )
 def test_more_assignments_are_left_to_grouped_matmuls(tokens, format, experts, most):
-    told = f"{tokens} tokens with {22 if experts > 22 else 8} choices each are not 1 to {most} assignments."
-    config = SUPER if experts > 22 else dataclasses.replace(SUPER, top_k=8)
-    found = planned(config, tokens if experts > 22 else 64, format, experts)
-    assert (told if experts > 22 else f"are not 1 to {most} assignments") in str(found)
+    told = f"{tokens} tokens with 22 choices each are not 1 to {most} assignments."
+    assert planned(SUPER, tokens, format, experts) == told
 
 
 @pytest.mark.usefixtures("install_library")
