@@ -33,8 +33,8 @@ MOST_TOKENS_UNLISTED = 8
 MOST_LISTED = 8192
 """The most assignments of a call with lists. Weighted parts of the output take 4 bytes an element of each."""
 MOST_LISTED_OF_AN_EXPERT = 16
-"""The same for each expert, on average. So many rows are multiplied by codes that are read and widened once. For more
-rows the kernels widen codes again, and instructions already take some three quarters of the time to read 4-bit codes."""
+"""The same for each expert, on average. So many rows are multiplied by codes that are read and widened once. More rows
+are multiplied by codes that are widened again, and that takes some three quarters of the time to read 4-bit codes."""
 TILE, DEPTH = 128, 128
 """A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4

@@ -79,7 +79,7 @@ def test_an_expert_of_many_rows(rng, format):
 @pytest.mark.parametrize(("tokens", "experts"), [(16, 90), (64, 512), (100, 150), (256, 512)])
 def test_listed_rows(rng, format, tokens, experts):
     """Passes of 8 rows and of 16, and experts without rows."""
-    config = layer("relu2", 256, experts, 22, 384)
+    config = layer("relu2", 128, experts, 22, 256)
     ids = np.stack([rng.permutation(experts)[:22] for _ in range(tokens)])
     ids[::7, ::5] = -1
     check(rng, config, format, tokens, ids=ids)

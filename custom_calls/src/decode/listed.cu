@@ -5,7 +5,8 @@ namespace {
 
 // An early launch starts when the blocks of the kernel before have begun.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int bytes, bool is_early, cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int bytes, bool is_early, cudaStream_t stream,
+                   Arguments... arguments) {
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -1,7 +1,7 @@
 // The kernel of both products of listed rows.
 //
-// Blocks are persistent. A warp has 16 columns of each tile, or 8 of the gate and the same 8 of the up half. It reads codes as a
-// stream: the next unit's codes are asked for while the last ones of a unit are multiplied. No warp waits for another one while
+// Blocks are persistent. A warp has 16 columns of each tile, or 8 of the gate and the same 8 of the up half. It reads codes as
+// a stream: the next unit's codes are asked for while the last ones of a unit are multiplied. No warp waits for another one while
 // the rows stay the same. Rows are in shared memory, and stay there for all tiles of a pass if they fit.
 //
 // Each kernel is launched when the blocks of the one before have begun. It reads the weights' codes before it waits.
@@ -72,7 +72,8 @@ struct Stream {
     left = feature < weight.n ? weight.k : 0;
     if (left == 0) return;
     const int64_t matrix = int64_t{unit.expert} * weight.parts;
-    codes = static_cast<uint8_t const*>(weight.data) + ((matrix * weight.n + feature) * weight.k + place * Lane::kSize) / Lane::kPacking;
+    const int64_t before = (matrix * weight.n + feature) * weight.k + place * Lane::kSize;
+    codes = static_cast<uint8_t const*>(weight.data) + before / Lane::kPacking;
     scales = scales_of<C>(weight, matrix, feature);
     // A scale of the sums applies to all elements of the step, including those of other lanes.
     if constexpr (Lane::kPacking == 2) scales += (place * Lane::kSize >> weight.k_shift) * kScaleBytes<C>;
@@ -133,7 +134,8 @@ struct Stream {
         }
 #pragma unroll
         for (int r = 0; r < kAtOnce; ++r) {
-          if (some + r < count) rows[((step * Lane::kUnits + piece) * Pass + some + r) * 4 + lanes] = Widen<C>::ordered(elements[r]);
+          const int row = (step * Lane::kUnits + piece) * Pass + some + r;
+          if (some + r < count) rows[row * 4 + lanes] = Widen<C>::ordered(elements[r]);
         }
       }
     }
