@@ -121,6 +121,7 @@ def test_nan_stays_where_it_is(rng, format):
     w_in, w_out = experts_of(rng, config, format)
     if format != "int8":
         # The last codes of the contracted axis, behind which a step ends early, and a neighbour's scale.
+        assert isinstance(w_in, ScaledArray)
         codes, scales = w_in.codes, w_in.scales
         codes = codes.at[1, :, :, -1].set(0x7F) if format == "fp8_block" else codes
         scales = scales if format == "fp8_block" else {"block": scales["block"].at[1, :, :, -1].set(255)}
@@ -199,12 +200,10 @@ def test_a_lane_reads_16_bytes():
     assert isinstance(planned(config, 64, "int8"), Decode)
 
 
-def test_lists_do_not_go_with_an_up_projection(rng):
-    plan = dataclasses.replace(_some_plan(), rows=8)
+def test_lists_do_not_go_with_an_up_projection():
+    activation = decode.kernel_activation(layer("relu2", 32, 4, 2, 32).bound_activation)
+    assert activation is not None
+    plan = Decode(1, 2, activation, "int8", "int8", 1, rows=8)
+    one = jnp.zeros((1, 1))
     with pytest.raises(InputError, match="up_proj goes with one token without lists"):
-        decoded_experts(plan, *[jnp.zeros((1, 1))] * 6)
-
-
-def _some_plan():
-    config = layer("relu2", 32, 4, 2, 32)
-    return Decode(1, 2, decode.kernel_activation(config.bound_activation), "int8", "int8", 1)
+        decoded_experts(plan, one, one, one, one, one, up_proj=one)
