@@ -18,7 +18,8 @@ from benchmarks.measure import Row, Session
 from benchmarks.problems import SUPER
 from jax_latent_moe import CutlassBackend, LatentMoEConfig, PallasBackend, init_params, latent_moe, quantize
 from jax_latent_moe.cost import matmul_flops_per_token
-from jax_latent_moe.decode import MOST_ASSIGNMENTS
+from jax_latent_moe.decode import Decode, plan_decode
+from jax_latent_moe.experts import flat
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 
@@ -75,8 +76,10 @@ def _measure(session, suite, name, params, inputs):
     is_coded = isinstance(params["experts"]["w_in"], ScaledArray)
     usual = dataclasses.replace(SUPER, backend=PallasBackend() if is_coded else CutlassBackend(decode="never"))
     configs: dict[str, LatentMoEConfig | None] = {"usual": usual, "loop_alone": None}
-    if tokens * SUPER.top_k <= MOST_ASSIGNMENTS:
-        configs["decode"] = dataclasses.replace(SUPER, backend=CutlassBackend(decode="always"))
+    always = dataclasses.replace(SUPER, backend=CutlassBackend(decode="always"))
+    experts = (flat(params["experts"][name]) for name in ("w_in", "w_out"))
+    if isinstance(plan_decode(always, tokens, SUPER.top_k, inputs.dtype, *experts), Decode):
+        configs["decode"] = always
     found = {
         impl: jax_candidate(functools.partial(layer_loop, config), params, inputs) for impl, config in configs.items()
     }

@@ -1,8 +1,9 @@
 """The experts of few tokens in two kernels, without a separate sort, gather or combine.
 
-For one token, reading the experts' weights takes most of the time. The compiled kernels (custom_calls/src/decode) find
+For few tokens, reading the experts' weights takes most of the time. The compiled kernels (custom_calls/src/decode) find
 the rows of an expert in the choice itself, and read the weights of each chosen expert once, in the layer's dtype or in
-codes that they widen. They have no gradient: `routed_experts` runs them where nothing is differentiated.
+codes that they widen. With more assignments and weights in codes, a kernel lists the rows of each expert, and another
+one combines. They have no gradient: `routed_experts` runs them where nothing is differentiated.
 """
 
 import dataclasses
@@ -15,16 +16,25 @@ from jaxtyping import Array, Float, Int
 from jax_latent_moe import native
 from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
 from jax_latent_moe.device import Device, current_device
+from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul.registry import AUTO, BackendConfig
 from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation, library
 
 MOST_ASSIGNMENTS = 256
-"""The most assignments of a call (custom_calls/src/decode/experts.h, kThreads)."""
+"""The most assignments of a call without lists (custom_calls/src/decode/experts.h, kThreads)."""
 MOST_TOKENS = 1
 """The most tokens that decode="measured" takes if the experts' weights are dense."""
 MOST_TOKENS_OF_CODES = 8
-"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200."""
+"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200. The
+kernels with lists take more tokens, but have not been timed, so only decode="always" uses them."""
+MOST_TOKENS_UNLISTED = 8
+"""The most tokens without lists if both weights are codes."""
+MOST_LISTED = 8192
+"""The most assignments of a call with lists. Weighted parts of the output take 4 bytes an element of each."""
+MOST_LISTED_OF_AN_EXPERT = 16
+"""The same for each expert, on average. So many rows are multiplied by codes that are read and widened once. More rows
+are multiplied by codes that are widened again, and that takes some three quarters of the time to read 4-bit codes."""
 TILE, DEPTH = 128, 128
 """A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
@@ -54,6 +64,8 @@ class Decode:
         out_code: the same for w_out.
         splits: parts of the inner width in the second product. A block multiplies one part, and the last block adds
             them up.
+        rows: if a kernel lists the rows of each expert, how many of them are multiplied at once; 0 without lists.
+        num_sms: the device's SMs, which share the listed rows.
     """
 
     tokens: int
@@ -62,11 +74,13 @@ class Decode:
     in_code: str
     out_code: str
     splits: int
+    rows: int = 0
+    num_sms: int = 0
 
     def __str__(self) -> str:
+        work = f"{self.rows} listed rows at once" if self.rows else f"the inner width in {self.splits} parts"
         return (
-            f"{self.tokens} tokens with {self.choices} choices each, w_in {self.in_code}, w_out {self.out_code}, the "
-            f"inner width in {self.splits} parts"
+            f"{self.tokens} tokens with {self.choices} choices each, w_in {self.in_code}, w_out {self.out_code}, {work}"
         )
 
 
@@ -76,6 +90,7 @@ def refusal(
     choices: int,
     device: Device | None = None,
     most_tokens: int = MOST_TOKENS,
+    most_assignments: int = MOST_ASSIGNMENTS,
 ) -> str | None:
     """None, or the reason why the kernels for few tokens do not run on a device, as a sentence.
 
@@ -85,6 +100,7 @@ def refusal(
         choices: k.
         device: the device that runs them; None is JAX's default device.
         most_tokens: the most that decode="measured" takes.
+        most_assignments: the most that any of these kernels takes.
     """
     device, asked = device or current_device(), as_backend(backend)
     backends = AUTO.get(device.platform, ()) if asked == "auto" else (asked,)
@@ -95,8 +111,8 @@ def refusal(
         return "CutlassBackend.decode is 'never': set it to 'measured' or 'always'."
     if device.architecture != "sm90":
         return f"these kernels are compiled for NVIDIA Hopper GPUs (H100, H200), not {device.kind!r}."
-    if not isinstance(tokens, int) or not 0 < tokens * choices <= MOST_ASSIGNMENTS:
-        return f"{tokens} tokens with {choices} choices each are not 1 to {MOST_ASSIGNMENTS} assignments."
+    if not isinstance(tokens, int) or not 0 < tokens * choices <= most_assignments:
+        return f"{tokens} tokens with {choices} choices each are not 1 to {most_assignments} assignments."
     if compiled[0].decode == "measured" and tokens > most_tokens:
         return f"CutlassBackend.decode='measured' leaves {tokens} tokens to the grouped matmuls: 'always' takes them."
     return library(device).missing
@@ -126,7 +142,8 @@ def plan_decode(
     device, dtype = device or current_device(), jnp.dtype(dtype).name
     in_codes = isinstance(w_in, ScaledArray) and isinstance(w_out, ScaledArray)
     most_tokens = MOST_TOKENS_OF_CODES if in_codes else MOST_TOKENS
-    if (reason := refusal(config.backend, tokens, choices, device, most_tokens)) is not None:
+    most_assignments = _most_listed(w_in.shape[0]) if in_codes else MOST_ASSIGNMENTS
+    if (reason := refusal(config.backend, tokens, choices, device, most_tokens, most_assignments)) is not None:
         return reason
     if config.parallel is not None:
         return "config.parallel is set, and these kernels run on one device."
@@ -147,12 +164,21 @@ def plan_decode(
         codes.append(_CODES[weight.format][0] if isinstance(weight, ScaledArray) else "dense")
     _, inner, width = w_out.shape
     in_code, out_code = codes
-    return Decode(tokens, choices, activation, in_code, out_code, _splits(tokens * choices, inner, width, device))
+    assignments = tokens * choices
+    if in_codes and (tokens > MOST_TOKENS_UNLISTED or assignments > MOST_ASSIGNMENTS):
+        # Most experts have no more rows than a pass if it has twice the average.
+        rows = 8 if 2 * assignments <= 8 * w_in.shape[0] else 16
+        return Decode(tokens, choices, activation, in_code, out_code, 1, rows, device.num_sms)
+    return Decode(tokens, choices, activation, in_code, out_code, _splits(assignments, inner, width, device))
+
+
+def _most_listed(experts) -> int:
+    return max(MOST_ASSIGNMENTS, min(MOST_LISTED, MOST_LISTED_OF_AN_EXPERT * experts))
 
 
 def _refusal(name, weight, parts, dtype) -> str | None:
     _, k, n = weight.shape
-    multiple = 8
+    multiples = 8, 8
     if isinstance(weight, ScaledArray):
         if weight.format not in _CODES:
             return f"{name} is in {weight.format}: these kernels widen {', '.join(_CODES)}."
@@ -163,8 +189,8 @@ def _refusal(name, weight, parts, dtype) -> str | None:
         for scale, wanted in _CODES[weight.format][1].items():
             if weight.scales[scale].dtype != wanted:
                 return f"the scales {scale!r} of {name} are {weight.scales[scale].dtype}, not {wanted}."
-        multiple = 16
-    for what, size in (("inputs", k), ("outputs", n // parts)):
+        multiples = 16 * k // weight.codes.shape[-1], 16  # a lane reads 16 bytes
+    for what, size, multiple in (("inputs", k, multiples[0]), ("outputs", n // parts, multiples[1])):
         if size % multiple or not size:
             return f"the {size} {what} of {name} are not a positive multiple of {multiple}."
     return None
@@ -202,6 +228,10 @@ def decoded_experts(
             the experts' kernels end. None gives the sum.
         parts: the parts of l, as for the kernel of `jax_latent_moe.projections`.
     """
+    if plan.rows:
+        if up_proj is not None:
+            raise InputError(f"up_proj goes with one token without lists, not with {plan}: multiply the sum by it.")
+        return _listed_experts(plan, tokens, weights, expert_ids, w_in, w_out)
     (count, width), (_, inner, _) = tokens.shape, w_out.shape
     assignments = plan.tokens * plan.choices
     results = [
@@ -213,18 +243,34 @@ def decoded_experts(
     up = jnp.zeros((width, 0), tokens.dtype) if up_proj is None else up_proj
     results.append(jax.ShapeDtypeStruct((count, up.shape[1]), tokens.dtype))
     operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out), up]
-    out, *_, projected = native.call(
-        "decode_experts",
-        operands,
-        results,
+    out, *_, projected = native.call("decode_experts", operands, results, parts=parts, **_attributes(plan))
+    return out if up_proj is None else projected
+
+
+def _listed_experts(plan, tokens, weights, expert_ids, w_in, w_out):
+    """`decoded_experts` with the rows of each expert listed."""
+    (_, width), (experts, inner, _) = tokens.shape, w_out.shape
+    assignments = plan.tokens * plan.choices
+    results = [
+        jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
+        jax.ShapeDtypeStruct((assignments, inner), tokens.dtype),
+        jax.ShapeDtypeStruct((assignments, width), jnp.float32),
+        jax.ShapeDtypeStruct((experts + 1 + assignments,), jnp.int32),
+    ]
+    operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out)]
+    attributes = dict(rows=plan.rows, sms=plan.num_sms, **_attributes(plan))
+    return native.call("decode_listed_experts", operands, results, **attributes)[0]
+
+
+def _attributes(plan: Decode) -> dict[str, Any]:
+    """The attributes that both custom calls have."""
+    return dict(
         in_code=plan.in_code,
         out_code=plan.out_code,
         activation=plan.activation.name,
         beta=plan.activation.beta,
         linear_beta=plan.activation.linear_beta,
-        parts=parts,
     )
-    return out if up_proj is None else projected
 
 
 def _stored(weight):

@@ -105,7 +105,8 @@ def routed_experts(
     arrays = tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch
     if up_proj is None:
         return _routed(plan, *arrays)
-    if not isinstance(decode, Decode) or refusal_of_projections(config, tokens, None, up_proj) is not None:
+    joins = isinstance(decode, Decode) and not decode.rows
+    if not joins or refusal_of_projections(config, tokens, None, up_proj) is not None:
         return projection(config, _routed(plan, *arrays), up_proj)
     return _routed_and_projected(plan, cluster_parts(up_proj), up_proj, *arrays)
 

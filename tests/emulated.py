@@ -50,6 +50,15 @@ class Product(ctypes.Structure):
     )
 
 
+class Listed(ctypes.Structure):
+    _fields_ = (
+        ("product", Product),
+        *((name, ctypes.c_void_p) for name in ("starts", "list")),
+        *((name, ctypes.c_int) for name in ("pass", "num_sms")),
+        *((name, ctypes.c_int64) for name in ("codes_apart", "scales_apart")),
+    )
+
+
 def cuda_headers() -> pathlib.Path | None:
     """The folder of CUDA's headers, of the machine or of the compiler that scripts/build-cuda.sh fetched."""
     compilers = [ROOT / ".tools/cuda/nvcc/nvidia/cu13/bin/nvcc"]
@@ -104,7 +113,13 @@ def compiled(name: str) -> ctypes.CDLL:
 
 def call(target, operands, results, **attributes):
     """In place of `native.call`."""
-    targets = dict(decode_experts=_run, decode_projections=_project, top_k=_choose_alone, top_k_weights=_choose)
+    targets = dict(
+        decode_experts=_run,
+        decode_listed_experts=_run_listed,
+        decode_projections=_project,
+        top_k=_choose_alone,
+        top_k_weights=_choose,
+    )
     run = targets[target]
     native._check_buffers(target, "operands", operands)
     native._check_buffers(target, "results", results)
@@ -174,6 +189,35 @@ def _run(results, attributes, *operands):
     if up_proj.shape[1]:
         _multiply_projections(out, None, up_proj, None, projected, attributes["parts"])
     return out, hidden, partial, counters, projected
+
+
+def _run_listed(results, attributes, *operands):
+    tokens, ids, weights, *stored = map(aligned, operands)
+    garbage = [np.full(result.shape, 77, np.uint8).astype(result.dtype) for result in results]
+    out, hidden, partial, lists = map(aligned, garbage)
+    hidden[:], partial[:] = np.nan, np.nan  # a row of no expert is not written, and must not be read
+    parts = 2 if ACTIVATIONS.index(attributes["activation"]) >= ACTIVATIONS.index("swiglu") else 1
+    (width,), inner, experts = tokens.shape[1:], hidden.shape[1], stored[3].shape[0]
+    product = Product(
+        rows=tokens.ctypes.data,
+        ids=ids.ctypes.data,
+        assignments=ids.size,
+        choices=ids.shape[1],
+        experts=experts,
+        hidden=hidden.ctypes.data,
+        activation=ACTIVATIONS.index(attributes["activation"]),
+        beta=attributes["beta"],
+        linear_beta=attributes["linear_beta"],
+        weight=_weight(attributes["in_code"], *stored[:3], parts, width, inner),
+    )
+    starts = lists.ctypes.data
+    memory = starts, starts + 4 * (experts + 1), attributes["rows"], attributes["sms"]
+    first = Listed(product, *memory)
+    product.weight = _weight(attributes["out_code"], *stored[3:], 1, inner, width)
+    product.rows, product.choice_weights = hidden.ctypes.data, weights.ctypes.data
+    product.partial, product.out = partial.ctypes.data, out.ctypes.data
+    compiled("listed").multiply_listed(ctypes.byref(first), ctypes.byref(Listed(product, *memory)))
+    return out, hidden, partial, lists
 
 
 class Weighing(ctypes.Structure):

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_latent_moe import CutlassBackend, LatentMoEConfig, RouterConfig
+from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
+from jax_latent_moe.device import Device
 from jax_latent_moe.formats import ScaledArray, decoded, encode
 from jax_latent_moe.projections import projections
 from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows
+from tests.tolerances import assert_close
 
 BACKEND = CutlassBackend(decode="always")
+SMALL = Device("gpu", "NVIDIA H100", num_sms=2)
 WEIGHINGS = {
     "sigmoid over the sum": RouterConfig(routed_scaling_factor=2.5),
     "sigmoid": RouterConfig(norm_topk_eps=0.0, correction_bias=False),
@@ -67,6 +71,24 @@ def only(weight, experts):
         for name, leaf in weight.scales.items()
     }
     return dataclasses.replace(weight, scales=scales)
+
+
+def check(rng, config, format, tokens, dtype="bfloat16", ids=None, device=SMALL, change=lambda w_in: w_in):
+    """Values of the emulated kernels; nothing of the experts that no token chose, which are NaN."""
+    w_in, w_out = experts_of(rng, config, format, dtype)
+    w_in = change(w_in)
+    experts, top_k = config.num_experts, config.top_k
+    x = jnp.asarray(rng.normal(size=(tokens, config.latent_width)), dtype)
+    weights = jnp.asarray(rng.normal(size=(tokens, top_k)), jnp.float32)
+    ids = np.asarray(rng.integers(-1, experts + 1, (tokens, top_k)) if ids is None else ids, np.int32)
+    plan = plan_decode(config, tokens, top_k, dtype, w_in, w_out, device=device)
+    assert isinstance(plan, Decode), plan
+    w_in, w_out = only(w_in, ids), only(w_out, ids)
+    out = decoded_experts(plan, x, weights, jnp.asarray(ids), w_in, w_out)
+    assert out.dtype == dtype
+    with np.errstate(invalid="ignore"):
+        assert_close(np.asarray(out, np.float64), expected(config, x, weights, ids, w_in, w_out), dtype)
+    return plan
 
 
 def no_usual(*arguments):

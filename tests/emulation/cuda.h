@@ -142,6 +142,12 @@ T __shfl_xor_sync(uint32_t, T value, int mask) {
   return emulation::of_warp<T>(value)[threadIdx.x % 32 ^ mask];
 }
 
+template <class T>
+T __shfl_up_sync(uint32_t, T value, int lanes) {
+  const int lane = threadIdx.x % 32;
+  return emulation::of_warp<T>(value)[lane >= lanes ? lane - lanes : lane];
+}
+
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   const auto all = emulation::of_warp<uint32_t>(value);
   return *std::max_element(all.begin(), all.end());
@@ -182,7 +188,11 @@ inline uint4 __ldcs(uint4 const* from) {
   return *from;
 }
 
-inline float4 __ldcg(float4 const* from) { return *from; }
+template <class T>
+T __ldcg(T const* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  return *from;
+}
 
 inline int atomicAdd(int* at, int value) {
   const int before = *at;

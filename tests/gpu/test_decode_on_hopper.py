@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import XlaBackend, decode, init_params, latent_moe
+from jax_latent_moe import XlaBackend, decode, init_params, latent_moe, quantize
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from jax_latent_moe.native import library
@@ -72,7 +72,54 @@ def test_an_expert_of_many_rows(rng, format):
     config = layer("swiglu", 96, 4, 3, 32)
     check(rng, config, format, 7, ids=np.full((7, 3), 2))
     check(rng, config, format, 1, ids=[[1, 1, 1]])
-    check(rng, dataclasses.replace(config, top_k=1), format, MOST_ASSIGNMENTS)
+    check(rng, dataclasses.replace(config, top_k=1), format, MOST_ASSIGNMENTS if format is None else 64)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "experts"), [(16, 90), (64, 512), (100, 150), (256, 512)])
+def test_listed_rows(rng, format, tokens, experts):
+    """Passes of 8 rows and of 16, and experts without rows."""
+    config = layer("relu2", 128, experts, 22, 256)
+    ids = np.stack([rng.permutation(experts)[:22] for _ in range(tokens)])
+    ids[::7, ::5] = -1
+    check(rng, config, format, tokens, ids=ids)
+
+
+@pytest.mark.parametrize("name", KERNEL_ACTIVATIONS)
+def test_activations_of_listed_rows(rng, name):
+    for format, tokens in (("mxfp4", 20), ("fp8_block", 70)):
+        check(rng, layer(name, 256, 40, 4, 384), format, tokens)
+
+
+@pytest.mark.parametrize(
+    ("format", "latent", "inner"), [("fp8_block", 208, 176), ("mxfp4", 96, 160), ("int8", 3232, 48)]
+)
+def test_listed_rows_of_sizes_that_no_tile_divides(rng, format, latent, inner):
+    for name in ("relu2", "swiglu"):
+        check(rng, layer(name, latent, 30, 5, inner), format, 19)
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp4"])
+@pytest.mark.parametrize(("latent", "inner"), [(1024, 2688), (3232, 3232)])
+def test_listed_rows_of_one_expert(rng, format, latent, inner):
+    """The inputs fit into shared memory, or do not."""
+    config = layer("relu2", latent, 20, 4, inner)
+    check(rng, config, format, 64, ids=np.full((64, 4), 19))
+    check(rng, config, format, 40)
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp4", "nvfp4"])
+def test_padding_rows_of_nan_leak_nowhere(rng, format):
+    config = layer("relu2", 256, 60, 4, 384)
+    w_in, w_out = experts_of(rng, config, format)
+    x = jnp.asarray(rng.normal(size=(70, 256)), jnp.bfloat16).at[40:].set(jnp.nan)
+    weights = jnp.asarray(rng.normal(size=(70, 4)), jnp.float32).at[40:].set(jnp.nan)
+    ids = rng.integers(0, 60, (70, 4)).astype(np.int32)
+    ids[40:] = rng.choice([-1, 60, 1 << 30], (30, 4))
+    out = float64(run(config, x, weights, ids, w_in, w_out))
+    assert (out[40:] == 0).all()
+    wanted = expected(config, x[:40], weights[:40], ids[:40], w_in, w_out)
+    assert_close(out[:40], wanted, "bfloat16")
 
 
 @pytest.mark.parametrize("format", [None, "int8", "nvfp4"])
@@ -123,11 +170,12 @@ def test_the_up_projection_in_the_same_call(rng, format):
         np.testing.assert_array_equal(float64(y), wanted)
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_a_layer_in_a_compiled_loop(rng, tokens):
+@pytest.mark.parametrize(("tokens", "format"), [(1, None), (2, None), (64, "mxfp4"), (64, "fp8_block")])
+def test_a_layer_in_a_compiled_loop(rng, tokens, format):
     """Each step has the tokens of the last one: as the portable backend computes it, step by step."""
     config = layer("relu2", 128, 32, 6, 256, dtype="bfloat16", param_dtype="bfloat16")
     params = init_params(jax.random.key(0), config)
+    params = params if format is None else quantize(params, config, format)
     x = jnp.asarray(rng.normal(size=(tokens, 64)), jnp.bfloat16)
 
     def step(config, x):
@@ -135,7 +183,8 @@ def test_a_layer_in_a_compiled_loop(rng, tokens):
         return (x + y / jnp.sqrt(jnp.mean(jnp.square(y.astype(jnp.float32)), -1, keepdims=True))).astype(x.dtype)
 
     loop = jax.jit(lambda x: jax.lax.scan(lambda x, _: (step(config, x), x), x, length=20))
-    assert "latent_moe_decode_experts" in loop.lower(x).as_text()
+    target = "latent_moe_decode_experts" if format is None else "latent_moe_decode_listed_experts"
+    assert target in loop.lower(x).as_text()
     portable = jax.jit(functools.partial(step, dataclasses.replace(config, backend=XlaBackend())))
     last, steps = loop(x)
     for before, after in zip(steps, [*steps[1:], last], strict=True):

@@ -28,6 +28,12 @@ __device__ __forceinline__ void prefetch(void const* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
+// The shared memory whose size the launch gives.
+__device__ __forceinline__ uint4* dynamic_shared() {
+  extern __shared__ uint4 memory[];
+  return memory;
+}
+
 // a & mask | bits in one instruction; the compiler would use one for each constant.
 __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
   uint32_t found;

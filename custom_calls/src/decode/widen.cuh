@@ -92,7 +92,7 @@ struct Widen<Code::kMxfp4> : FourBits {
     uint32_t factor, more;
   };
 
-  static __device__ uint32_t factor(uint32_t e) { return twice((e + 126) << 7); }
+  static __device__ uint32_t factor(uint32_t e) { return e * 0x00800080u + 126 * 0x00800080u; }
 
   static __device__ Scale scale(uint32_t e) {
     return {factor(e < kMost ? e : kMost), twice(e == 255 ? 0x7fc0 : ((e > kMost ? e : kMost) - 1) << 7)};

@@ -20,6 +20,12 @@ inline void prefetch(void const* from, int bytes) {
   }
 }
 
+// As much as a block of an SM can have. tests/emulation/listed.cc fills it with NaN.
+inline uint4* dynamic_shared() {
+  alignas(16) static uint4 memory[227 * 1024 / 16];
+  return memory;
+}
+
 inline uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) { return a & mask | bits; }
 
 inline float bfloat16(uint32_t pair, int half) { return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u); }

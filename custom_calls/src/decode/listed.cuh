@@ -1,0 +1,281 @@
+// The kernel of both products of listed rows.
+//
+// Blocks are persistent. A warp has 16 columns of each tile, or 8 of the gate and the same 8 of the up half. It reads codes as
+// a stream: the next unit's codes are asked for while the last ones of a unit are multiplied. No warp waits for another one while
+// the rows stay the same. Rows are in shared memory, and stay there for all tiles of a pass if they fit.
+//
+// Each kernel is launched when the blocks of the one before have begun. It reads the weights' codes before it waits.
+#pragma once
+
+#include "decode/activation.cuh"
+#include "decode/chunk.cuh"
+#include "decode/lists.cuh"
+#include "decode/share.cuh"
+
+namespace latent_moe::decode {
+
+// Pass: the rows of a pass, 8 or 16.
+template <Code C, int Pass>
+struct Stream {
+  static constexpr int kGroups = Pass / 8, kAhead = Pass == 8 ? 2 : 4, kBlocks = Pass == 8 ? 4 : 2;  // kBlocks: of an SM
+  using Lane = Chunk<C, kGroups>;
+  static constexpr int kRound = kAhead * Lane::kStep;  // elements that a warp asks for ahead
+  static constexpr int kPanel = 3072;                  // the most elements of the rows in shared memory at a time
+  static_assert(kPanel % kRound == 0);
+  static constexpr int kColumns = 20;  // from a row of the sums to the next one, so that lanes use other banks
+
+  // Bytes of rows in shared memory for k elements.
+  static constexpr int rows_bytes(int k) { return ceil_div(min(k, kPanel), Lane::kStep) * Lane::kStep * Pass * 2; }
+
+  struct Shared {
+    float sums[kThreads / 32][Pass][kColumns];
+    int assignments[Pass], sources[Pass];  // sources: where the rows come from
+    float weights[Pass];
+    Unit units[kThreads / 32][2];  // of each warp, the present one and the next one
+  };
+
+  Listed const& listed;
+  Product const& product;
+  Weight const& weight;
+  Shared& shared;
+  uint4* rows;  // [step][unit of 8 elements][row][lane]
+  int lane, warp, place, width, tiles;
+
+  __device__ Stream(Listed const& given, Shared& memory)
+      : listed(given),
+        product(given.product),
+        weight(given.product.weight),
+        shared(memory),
+        rows(dynamic_shared()),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        place(lane % 4),
+        width(16 / weight.parts),
+        tiles(ceil_div(weight.n * weight.parts, kTile)) {}
+
+  __device__ bool is_first() const { return product.choice_weights == nullptr; }
+
+  // The codes of a lane's first feature from the next element on, and their scales. Those of its second feature are further
+  // by the same distance in all units.
+  uint8_t const *codes, *scales;
+  int left;  // elements from there to the end; 0 if there is nothing to load
+  uint4 loaded[kAhead][2];
+  uint32_t found[kAhead][2];
+
+  // The unit behind which there are so many more. Registers are for codes, so units are in shared memory.
+  __device__ Unit& unit(int more) const { return shared.units[warp][more % 2]; }
+
+  __device__ int first_feature(int tile) const { return (tile * (kThreads / 32) + warp) * width; }
+
+  __device__ void point_at(Unit const& unit) {
+    const int feature = first_feature(unit.tile) + lane / 4;
+    left = feature < weight.n ? weight.k : 0;
+    if (left == 0) return;
+    const int64_t matrix = int64_t{unit.expert} * weight.parts;
+    const int64_t before = (matrix * weight.n + feature) * weight.k + place * Lane::kSize;
+    codes = static_cast<uint8_t const*>(weight.data) + before / Lane::kPacking;
+    scales = scales_of<C>(weight, matrix, feature);
+    // A scale of the sums applies to all elements of the step, including those of other lanes.
+    if constexpr (Lane::kPacking == 2) scales += (place * Lane::kSize >> weight.k_shift) * kScaleBytes<C>;
+  }
+
+  // Loads a step of the next round, all of which exists if it is whole. Beyond the end, codes and their scales are 0, as the
+  // rows are.
+  template <bool Whole>
+  __device__ void load(int step) {
+    const int begin = step * Lane::kStep;
+    if (!Whole && begin >= left) return;
+    const bool inside = Whole || begin + place * Lane::kSize < left;
+    auto const* from = codes + begin / Lane::kPacking;
+    auto const* scale = scales + scales_of_elements(begin);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      found[step][i] = inside || Lane::kPacking == 1 ? Lane::scale(weight, scale + i * listed.scales_apart) : 0;
+      loaded[step][i] = inside ? load_along(from + i * listed.codes_apart) : uint4{};
+    }
+  }
+
+  __device__ void next_round() {
+    codes += kRound / Lane::kPacking, scales += scales_of_elements(kRound);
+    left -= kRound;
+  }
+
+  // Bytes of a lane's scales of so many elements.
+  __device__ int scales_of_elements(int count) const {
+    return (count >> (C == Code::kMxfp4 ? 5 : C == Code::kNvfp4 ? 4 : weight.k_shift)) * kScaleBytes<C>;
+  }
+
+  // Stores the rows' elements from `panel` on, in the order of the codes, and zeros up to the end of the last step.
+  __device__ void store_rows(Unit const& unit, int panel) {
+    constexpr int kAtOnce = 4;  // rows that are loaded before they are stored
+    const int count = min(unit.end - unit.row, Pass), mine = threadIdx.x;
+    __syncthreads();
+    if (mine < count) {
+      const int assignment = listed.list[unit.row + mine];
+      shared.assignments[mine] = assignment;
+      shared.sources[mine] = is_first() ? assignment / product.choices : unit.row + mine;
+      shared.weights[mine] = is_first() ? 0.0f : product.choice_weights[assignment];
+    }
+    __syncthreads();
+    auto const* from = static_cast<__nv_bfloat16 const*>(product.rows);
+    const int end = min(weight.k - panel, kPanel);
+#pragma unroll 1
+    for (int at = mine; at < ceil_div(end, Lane::kStep) * (Lane::kStep / 8); at += kThreads) {
+      // Neighbouring threads have other lanes' units, as they lie side by side in shared memory.
+      const int lanes = at % 4, piece = at / 4 % Lane::kUnits, step = at / (4 * Lane::kUnits);
+      const int k = step * Lane::kStep + lanes * Lane::kSize + piece * 8;
+#pragma unroll 1
+      for (int some = 0; some < count; some += kAtOnce) {
+        uint4 elements[kAtOnce] = {};
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+          const int64_t row = int64_t{shared.sources[min(some + r, count - 1)]} * weight.k + panel + k;
+          if (k < end) elements[r] = __ldcg(reinterpret_cast<uint4 const*>(from + row));
+        }
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+          const int row = (step * Lane::kUnits + piece) * Pass + some + r;
+          if (some + r < count) rows[row * 4 + lanes] = Widen<C>::ordered(elements[r]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // Stores the sums of a unit: hidden elements, or weighted parts.
+  __device__ void store(float (&totals)[kGroups][4], Unit const& unit) {
+    const int feature = first_feature(unit.tile), count = min(unit.end - unit.row, Pass);
+    float(&sums)[Pass][kColumns] = shared.sums[warp];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float scale = Lane::left(weight, int64_t{unit.expert} * weight.parts + (weight.parts == 2 ? i : 0));
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        sums[8 * g + 2 * place][lane / 4 + 8 * i] = scale * totals[g][2 * i];
+        sums[8 * g + 2 * place + 1][lane / 4 + 8 * i] = scale * totals[g][2 * i + 1];
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < count * width; i += 32) {
+      const int row = i / width, column = i % width;
+      if (is_first()) {
+        float value = of_gate(product.activation, sums[row][column], product.beta);
+        if (weight.parts == 2) value *= of_up(product.activation, sums[row][column + 8], product.linear_beta);
+        const int64_t at = int64_t{unit.row + row} * weight.n + feature + column;
+        static_cast<__nv_bfloat16*>(product.hidden)[at] = static_cast<__nv_bfloat16>(value);
+      } else {
+        const int64_t at = int64_t{shared.assignments[row]} * weight.n + feature + column;
+        product.partial[at] = shared.weights[row] * sums[row][column];
+      }
+    }
+    __syncwarp();
+  }
+
+  // Multiplies a round, which has so many elements, and loads the next one. Both have all elements if they are whole.
+  template <bool Whole>
+  __device__ void multiply_round(float (&totals)[kGroups][4], uint4 const* (&elements)[kGroups], int count) {
+#pragma unroll
+    for (int step = 0; step < kAhead; ++step) {
+      uint4 const* mine[kGroups];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) mine[g] = elements[g] + step * Lane::kUnits * Lane::kApart;
+      if (Whole || step * Lane::kStep < count) Lane::add(totals, loaded[step], found[step], mine);
+      load<Whole>(step);
+    }
+    if (Whole || left > 0) next_round();
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) elements[g] += kAhead * Lane::kUnits * Lane::kApart;
+  }
+
+  __device__ void run() {
+    if (is_first()) cudaGridDependencySynchronize();  // the lists are there
+    cudaTriggerProgrammaticLaunchCompletion();
+    Unit begin;
+    int more = first_unit(begin, listed, tiles, Pass) - 1;
+    if (more < 0) return;
+    unit(more) = begin;
+    point_at(begin);
+#pragma unroll
+    for (int step = 0; step < kAhead; ++step) load<false>(step);
+    if (left > 0) next_round();
+    if (!is_first()) cudaGridDependencySynchronize();  // the hidden rows are there
+    for (bool has_other_rows = true; more >= 0; --more) {
+      const bool is_busy = first_feature(unit(more).tile) < weight.n;
+      float totals[kGroups][4] = {};
+      uint4 const* elements[kGroups];
+      for (int start = 0; start < weight.k; start += kRound) {
+        if (start == 0 || (weight.k > kPanel && start % kPanel == 0)) {
+          if (has_other_rows || weight.k > kPanel) store_rows(unit(more), start);
+          // A lane beyond the last row reads the last one again, unused.
+          const int last = min(unit(more).end - unit(more).row, Pass) - 1;
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g) elements[g] = rows + min(8 * g + lane / 4, last) * 4 + place;
+        }
+        const int end = min(weight.k, start - start % kPanel + kPanel) - kRound;
+        for (; left >= kRound && start < end; start += kRound) multiply_round<true>(totals, elements, 0);
+        // The last round of a unit, or one behind which there is no whole one, or other rows.
+        if (start + kRound >= weight.k) {
+          left = 0;
+          if (more > 0) has_other_rows = go_on(more);
+        }
+        multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);
+      }
+      if (is_busy) store(totals, unit(more));
+    }
+  }
+
+  // Points at the unit behind this one. Returns whether it has other rows.
+  __device__ bool go_on(int more) {
+    Unit next = unit(more);
+    const bool has_other_rows = advance(next, listed, tiles, Pass);
+    unit(more - 1) = next;
+    point_at(next);
+    return has_other_rows;
+  }
+};
+
+template <Code C, int Pass>
+__global__ void __launch_bounds__(kThreads, (Stream<C, Pass>::kBlocks)) multiply_listed_rows(Listed listed) {
+  __shared__ typename Stream<C, Pass>::Shared shared;
+  Stream<C, Pass>(listed, shared).run();
+}
+
+template <Code C, int Pass, class Launch>
+cudaError_t launch_pass(Listed listed, Launch launch) {
+  using Kernel = Stream<C, Pass>;
+  Weight const& weight = listed.product.weight;
+  // A lane has the features f of both parts, or f and f + 8.
+  auto const blocks = [](int size, int shift) { return ((size - 1) >> shift) + 1; };
+  const int64_t rows = weight.parts == 2 ? weight.n : 8;
+  const int64_t scales = weight.parts == 2 ? blocks(weight.n, weight.n_shift) : weight.n_shift == 0 ? 8 : 0;
+  listed.codes_apart = rows * weight.k / Kernel::Lane::kPacking;
+  listed.scales_apart = scales * blocks(weight.k, weight.k_shift) * kScaleBytes<C>;
+  return launch(multiply_listed_rows<C, Pass>, dim3(listed.num_sms * Kernel::kBlocks), Kernel::rows_bytes(weight.k), listed);
+}
+
+// Calls launch(kernel, grid, bytes of dynamic shared memory, argument) with the kernel of a product.
+template <class Launch>
+cudaError_t launch_listed(Listed const& listed, Launch launch) {
+  auto const of_code = [&](auto code) {
+    constexpr Code kCode = decltype(code)::value;
+    return listed.pass == 8 ? launch_pass<kCode, 8>(listed, launch) : launch_pass<kCode, 16>(listed, launch);
+  };
+  switch (listed.product.weight.code) {
+    case Code::kDense:
+      break;
+    case Code::kE4m3:
+      return of_code(std::integral_constant<Code, Code::kE4m3>());
+    case Code::kInt8:
+      return of_code(std::integral_constant<Code, Code::kInt8>());
+    case Code::kMxfp4:
+      return of_code(std::integral_constant<Code, Code::kMxfp4>());
+    case Code::kNvfp4:
+      return of_code(std::integral_constant<Code, Code::kNvfp4>());
+    case Code::kInt4:
+      return of_code(std::integral_constant<Code, Code::kInt4>());
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace latent_moe::decode

@@ -1,0 +1,69 @@
+// What is before and behind the products of listed rows: the lists, and the sums of tokens.
+#pragma once
+
+#include "common/device.cuh"
+#include "decode/listed.h"
+
+namespace latent_moe::decode {
+
+// Each warp lists the assignments of an expert. It finds their place in the list by counting those of lower experts, so it waits
+// for no other warp. One more warp counts all.
+__global__ void __launch_bounds__(kThreads) list_assignments(Listed listed) {
+  constexpr int kAtOnce = 4;  // loads
+  Product const& product = listed.product;
+  const int lane = threadIdx.x % 32, expert = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  cudaTriggerProgrammaticLaunchCompletion();
+  if (expert > product.experts) return;
+  // As an unsigned number, an id that is no expert is above all experts.
+  auto const id_of = [&](int assignment) {
+    return assignment < product.assignments ? static_cast<uint32_t>(product.ids[assignment]) : ~0u;
+  };
+  int lower = 0, own = 0;
+#pragma unroll kAtOnce
+  for (int first = 0; first < product.assignments; first += 32) {
+    const uint32_t id = id_of(first + lane);
+    lower += id < uint32_t(expert), own += id == uint32_t(expert);
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    lower += __shfl_xor_sync(~0u, lower, lanes), own += __shfl_xor_sync(~0u, own, lanes);
+  }
+  if (lane == 0) listed.starts[expert] = lower;
+  if (expert == product.experts) return;
+  int place = lower;
+#pragma unroll kAtOnce
+  for (int first = 0; first < product.assignments; first += 32) {
+    if (place == lower + own) break;
+    const bool has = id_of(first + lane) == uint32_t(expert);
+    const uint32_t mask = __ballot_sync(~0u, has);
+    if (has) listed.list[place + __popc(mask & ((1u << lane) - 1))] = first + lane;
+    place += __popc(mask);
+  }
+}
+
+// A block adds a tile of a token's weighted parts. Each warp adds every eighth choice, and the sums of warps are added in
+// order. A choice that is no expert adds nothing.
+__global__ void __launch_bounds__(kThreads) combine_choices(Product product) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ float sums[kWarps][kTile];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = product.weight.n;
+  const int64_t token = blockIdx.y, first = token * product.choices;
+  const int feature = blockIdx.x * kTile + lane * 4;
+  cudaGridDependencySynchronize();
+  float total[4] = {};
+#pragma unroll 4
+  for (int choice = warp; choice < product.choices; choice += kWarps) {
+    const bool exists = static_cast<uint32_t>(product.ids[first + choice]) < uint32_t(product.experts);
+    if (!exists || feature >= n) continue;
+    const float4 part = __ldcg(reinterpret_cast<float4 const*>(product.partial + (first + choice) * n + feature));
+    total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+  }
+  for (int i = 0; i < 4; ++i) sums[warp][lane * 4 + i] = total[i];
+  __syncthreads();
+  const int column = threadIdx.x, at = blockIdx.x * kTile + column;
+  if (column >= kTile || at >= n) return;
+  float sum = 0.0f;
+  for (int w = 0; w < kWarps; ++w) sum += sums[w][column];
+  static_cast<__nv_bfloat16*>(product.out)[token * n + at] = static_cast<__nv_bfloat16>(sum);
+}
+
+}  // namespace latent_moe::decode

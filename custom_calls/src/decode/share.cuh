@@ -1,0 +1,73 @@
+// The share of a persistent block in the work of a product of listed rows.
+//
+// An expert's rows make passes of at most `pass` rows. A pass has a unit for each tile of columns. The units of all passes lie
+// in a row, and each block has a part of them, so that all parts are equally long.
+#pragma once
+
+#include "common/device.cuh"
+#include "decode/listed.h"
+
+namespace latent_moe::decode {
+
+// A unit: a tile of an expert, times the rows of the list from `row` on; the expert's rows end at `end`.
+struct Unit {
+  int expert, row, end, tile;
+};
+
+// Goes on to the next unit. There must be one. Returns whether it has other rows.
+__device__ __forceinline__ bool advance(Unit& unit, Listed const& listed, int tiles, int pass) {
+  if (++unit.tile < tiles) return false;
+  unit.tile = 0, unit.row += pass;
+  if (unit.row >= unit.end) {
+    unit.row = unit.end;
+    do {
+      unit.end = listed.starts[++unit.expert + 1];
+    } while (unit.end == unit.row);
+  }
+  return true;
+}
+
+// Finds the first unit of the block, and returns their number. Every thread calls it.
+__device__ inline int first_unit(Unit& unit, Listed const& listed, int tiles, int pass) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ int sums[kWarps];
+  __shared__ Unit found;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, experts = listed.product.experts;
+  // Each thread counts the passes of some experts, and of those before them.
+  const int each = ceil_div(experts, kThreads), first = min(int(threadIdx.x) * each, experts), last = min(first + each, experts);
+  int passes = 0;
+#pragma unroll 1
+  for (int e = first; e < last; ++e) passes += ceil_div(listed.starts[e + 1] - listed.starts[e], pass);
+  int before = passes;
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int lower = __shfl_up_sync(~0u, before, lanes);
+    if (lane >= lanes) before += lower;
+  }
+  if (lane == 31) sums[warp] = before;
+  before -= passes;
+  __syncthreads();
+  int total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? sums[w] : 0;
+    total += sums[w];
+  }
+  // Blocks that share an SM have neighbouring parts, so that each SM has equally much.
+  const int layers = gridDim.x / listed.num_sms, index = blockIdx.x % listed.num_sms * layers + blockIdx.x / listed.num_sms;
+  const int64_t units = int64_t{total} * tiles;
+  const int from = units * index / gridDim.x, to = units * (index + 1) / gridDim.x;
+  int skipped = from / tiles - before;  // passes
+  if (from < to && skipped >= 0 && skipped < passes) {
+    int expert = first;
+    for (;; ++expert) {
+      const int own = ceil_div(listed.starts[expert + 1] - listed.starts[expert], pass);
+      if (skipped < own) break;
+      skipped -= own;
+    }
+    found = {expert, listed.starts[expert] + skipped * pass, listed.starts[expert + 1], from % tiles};
+  }
+  __syncthreads();
+  unit = found;
+  return to - from;
+}
+
+}  // namespace latent_moe::decode
