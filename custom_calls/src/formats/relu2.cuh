@@ -1,5 +1,5 @@
-// The gradient of relu2, from the hidden rows relu(u)^2. The kernel of relu2's gradient and the epilogue of FP8 products share it,
-// so their bits are equal.
+// The gradient of relu2, from the hidden rows relu(u)^2. The kernel of relu2's gradient and the epilogue of FP8 products
+// share it, so their bits are equal.
 #pragma once
 
 #include "formats/eight.cuh"
@@ -17,9 +17,9 @@ __device__ __forceinline__ float inverse_root(float x) {
 #endif
 }
 
-// Twice the root of a number of at least 0 and below 2^63. It is a step of Newton's method, on a number that is large enough for an
-// exact residual. For every number of 16 bits it is correctly rounded, even if the first root is off by three units in the last
-// place.
+// Twice the root of a number of at least 0 and below 2^63. It is a step of Newton's method, on a number that is large enough
+// for an exact residual. For every number of 16 bits it is correctly rounded, even if the first root is off by three units in
+// the last place.
 __device__ __forceinline__ float twice_root(float x) {
   const float scaled = x * 0x1p64f, inverse = inverse_root(fmaxf(scaled, 0x1p-80f)), near = scaled * inverse;
   return fmaf(fmaf(-near, near, scaled), inverse, near + near) * 0x1p-32f;

@@ -1,9 +1,9 @@
-// Turns the product of a dgrad of codes, the gradient of hidden rows, into the gradient of relu2's pre-activation, and stores it
-// twice: rounded, and as codes with a scale for each 128 columns of a row.
+// Turns the product of a dgrad of codes, the gradient of hidden rows, into the gradient of relu2's pre-activation. It is
+// stored twice: rounded, and as codes with a scale for each 128 columns of a row.
 //
 // All values, also the sums for the rows' weights, are those of the kernel of relu2's gradient behind the plain product
-// (formats/encode_rows.h), to the bit. The product passes through shared memory, so that a lane has eight neighbouring columns,
-// as in that kernel. Hidden rows come by the same way: they are loaded while the tile is multiplied.
+// (formats/encode_rows.h), to the bit. The product passes through shared memory, so that a lane has eight neighbouring
+// columns, as in that kernel. Hidden rows take the same way: they are loaded while the tile is multiplied.
 #pragma once
 
 #include "common/schedule.cuh"
@@ -32,8 +32,8 @@ class EncodedGradientEpilogue {
         warp_(thread / 32),
         lane_(thread % 32) {}
 
-  // Called before the products of a 64-row block of a tile: starts to load the hidden rows. Returns the weight of this lane's own
-  // row. Padding rows may hold anything, so they and their weights are not read.
+  // Called before the products of a 64-row block of a tile: starts to load the hidden rows. Returns the weight of this lane's
+  // own row. Padding rows may hold anything, so they and their weights are not read.
   __device__ __forceinline__ float begin(Work const& work, int block) const {
     Strip<T> hidden = strip(const_cast<void*>(args_.residual), work, block);
     if (work.steps == 0) hidden.rows = 0;
@@ -121,8 +121,8 @@ class EncodedGradientEpilogue {
     return {start, width, work.valid - first, width - work.column, lane_};
   }
 
-  // Combines the values of eight lanes for each of a lane's four rows. Lanes 2 i and 2 i + 1 get the i-th row's. Pairs of lanes are
-  // combined in the order of a butterfly, which gives the same bits, but each lane sends rows that it does not keep.
+  // Combines the values of eight lanes for each of a lane's four rows. Lanes 2 i and 2 i + 1 get the i-th row's. Lanes are
+  // paired as in a butterfly, which gives the same bits, but each lane sends only the rows that it does not keep.
   template <class V, class Combine>
   __device__ __forceinline__ V over_rows(V const (&rows)[kRows], Combine const& combine) const {
     const bool last = lane_ & 4, odd = lane_ & 2;

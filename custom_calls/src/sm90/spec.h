@@ -32,8 +32,8 @@ struct Spec {
   static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;
   // Whether a tile of the product is half gate, half up.
   static constexpr bool kHalves = kActivates && is_gated(A);
-  // Whether hidden rows can be stored as codes, or the gradient of the pre-activation is. A scale is of 128 columns of a row, which
-  // must be in one warpgroup.
+  // Whether hidden rows can be stored as codes, or the gradient of the pre-activation is. A scale is of 128 columns of a row,
+  // which must be in one warpgroup.
   static constexpr bool kEncodes = kScaled && (kActivates || kDifferentiates) && kColumns == kScaleBlock;
 
   // Whether wgmma's operands are swapped: rows lie along its N axis, of any multiple of 8, rather than along its M axis
