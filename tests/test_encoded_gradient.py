@@ -213,10 +213,11 @@ def emulated_call(target, operands, results, *, input_output_aliases=None, **att
 def _gradient(results, attributes, codes, row_scales, w, w_scales, sizes, hidden, row_weights):
     del results
     values, rows, start = decoded(w, w_scales), decoded(codes, row_scales.T), 0
-    product = np.full((len(codes), w.shape[1]), np.nan, np.float32)
+    product = np.full((len(codes), w.shape[1]), np.nan)
     for expert, size in enumerate(sizes):
         product[start : start + size] = rows[start : start + size] @ values[expert].T
         start += size
+    product = product.astype(jnp.bfloat16).astype(np.float32)  # rounded once, as that of the plain product
     tile_rows = int(attributes["kernel"].split(".")[-2].split("x")[0])
     options = {name: attributes[name] for name in ("power_of_two", "rows_first")}
     found = emulated_gradient.gradient(product, hidden, row_weights, sizes, tile_rows=tile_rows, **options)
