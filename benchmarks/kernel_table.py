@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from jax_latent_moe.grouped_matmul.tuning.timing import Call
 from jax_latent_moe.piped import piped
 
 MOST = 40
@@ -98,7 +99,10 @@ def waits(data: Any, steps: int = 1) -> list[Wait]:
                 count[_name(last), _name(event)] += 1
             last = event if last is None or event.end_ns > last.end_ns else last
     share = steps * len(found)
-    return [Wait(*pair, count[pair] / share, ns / share / 1e3) for pair, ns in time.most_common()]
+    return [
+        Wait(before, after, count[before, after] / share, ns / share / 1e3)
+        for (before, after), ns in time.most_common()
+    ]
 
 
 def _events(data) -> list[list]:
@@ -119,6 +123,18 @@ def trace_of(run: Callable[[], object]) -> Any:
         with jax.profiler.trace(folder):
             run()
         return read_trace(pathlib.Path(folder))
+
+
+def trace_of_calls(call: Call, count: int) -> Any:
+    """The trace of so many calls, each queued behind the one before. A single one would run at other clocks."""
+
+    def run():
+        out = None
+        for _ in range(count):
+            out = call.run()
+        call.wait(out)
+
+    return trace_of(run)
 
 
 def kernels_of(run: Callable[[], object], steps: int = 1) -> list[Kernel]:
