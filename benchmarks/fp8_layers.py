@@ -1,8 +1,11 @@
 """Layers whose experts multiply in FP8, and what their encoders cost: the suite "fp8_layer" of `benchmarks.gpu`.
 
 "forward" and "forward_backward" are those of the suite "layer", with the floor of bfloat16. "fp8" encodes the weights
-in the call, and "fp8_codes" reads codes that were made beforehand. "encode_weights" makes the codes of both float32
-weights in both layouts. "encode_rows" makes those of the hidden rows.
+in the call, and "fp8_codes" reads codes that were made beforehand. "fp8_codes_fused" also has all activations and
+gradients in its products. "forward_backward_device" is the device's time, without the host's to dispatch a call. The
+kernels of each implementation and the times between them follow, of the same calls in a trace. "gradient" is the
+gradient of the pre-activations with its codes, by the kernels' times in a trace (benchmarks/fp8_gradient.py).
+"encode_weights" makes the codes of both float32 weights in both layouts. "encode_rows" makes those of the hidden rows.
 """
 
 import dataclasses
@@ -10,19 +13,36 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from benchmarks import layers
+from benchmarks import fp8_gradient, kernel_table, layers
 from benchmarks.measure import Row, Session
 from benchmarks.problems import SUPER
-from jax_latent_moe import LatentMoEConfig, Precision, XlaBackend, encode_experts, init_params, latent_moe
+from jax_latent_moe import (
+    CutlassBackend,
+    LatentMoEConfig,
+    Precision,
+    XlaBackend,
+    encode_experts,
+    init_params,
+    latent_moe,
+)
 from jax_latent_moe.device import current_device
 from jax_latent_moe.formats import encode_rows
-from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import (
+    Call,
+    Candidate,
+    device_ms,
+    jax_candidate,
+    prepare,
+    time_in_turn,
+)
 from jax_latent_moe.routing.compiled import compiled_runs
 from jax_latent_moe.row_encoders import row_encoder
 
 FORMAT = "fp8_block"
 SHAPES = {"super_t8192": (8192, SUPER), "super_t2048": (2048, SUPER)}
 QUICK_SHAPES = ("super_t8192",)
+TRACED = 4
+"""Calls in a batch of the device's clock, and in a trace."""
 
 
 def in_fp8(config: LatentMoEConfig) -> LatentMoEConfig:
@@ -36,7 +56,7 @@ def encode_both(config: LatentMoEConfig, params):
 
 
 def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: Session) -> dict[str, Candidate]:
-    """The layer in bfloat16 and in FP8, without and with codes made beforehand."""
+    """The layer in bfloat16 and in FP8, without and with codes made beforehand, and with all in the products."""
     del session
     codes = jax.jit(encode_both, static_argnums=0)(config, params)
     forward = pass_ == "forward"
@@ -50,17 +70,35 @@ def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: S
 
         return jax_candidate(layer, params, x, codes) if forward else jax_candidate(both, params, x, dy, codes)
 
-    return {
+    found = {
         "bfloat16": candidate(config, None),
         "fp8": candidate(in_fp8(config), None),
         "fp8_codes": candidate(in_fp8(config), codes),
     }
+    if not forward and compiled_runs(config.backend):
+        fused = dataclasses.replace(in_fp8(config), backend=CutlassBackend(fuse="always"))
+        found["fp8_codes_fused"] = candidate(fused, codes)
+    return found
+
+
+def on_the_device(session: Session, suite: str, shape: str, pass_: str, calls: dict[str, Call]) -> None:
+    """The device's time of forward and backward, and on a GPU the kernels and the times between them."""
+    if pass_ != "forward_backward":
+        return
+    for impl, ms in time_in_turn(calls, TRACED, session.rounds, device_ms).items():
+        session.record(Row(suite, shape, f"{pass_}_device", impl, ms, 0.0, 0.0, None, calls[impl].temp_bytes))
+    for impl, call in calls.items():
+        if call.queue is not None:
+            data = kernel_table.trace_of_calls(call, TRACED)
+            print(f"{'kernels':>10} of {pass_}, {impl}\n{kernel_table.table(kernel_table.kernels(data, TRACED), 16)}")
+            print(kernel_table.table_of_waits(kernel_table.waits(data, TRACED), 6), flush=True)
 
 
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoEConfig]]) -> None:
     """One row per layer, pass and implementation. An encoder that does not run here is left out."""
-    layers.measure(session, suite, shapes, candidates)
+    layers.measure(session, suite, shapes, candidates, on_the_device)
     for name, (tokens, config) in shapes.items():
+        fp8_gradient.measure(session, suite, name, tokens, config)
         masters = dataclasses.replace(config, param_dtype="float32")
         experts = jax.jit(lambda c=masters: init_params(jax.random.key(0), c)["experts"])()
         by_name = {"xla": dataclasses.replace(config, backend=XlaBackend())}

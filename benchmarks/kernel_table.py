@@ -1,12 +1,14 @@
 """The kernels in a trace of a GPU, by time: `python -m benchmarks.kernel_table FOLDER [--steps N]`.
 
 FOLDER holds a trace of `jax.profiler`, such as the folder `profile` that the trainer's --profile writes into the run's.
+A second table has the times between kernels, when the GPU was idle.
 `python -m benchmarks.gpu train --kernels` prints the table of each step that it times.
 """
 
 import argparse
 import collections
 import dataclasses
+import itertools
 import pathlib
 import re
 import tempfile
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from jax_latent_moe.grouped_matmul.tuning.timing import Call
 from jax_latent_moe.piped import piped
 
 MOST = 40
@@ -48,22 +51,90 @@ def read_trace(folder: pathlib.Path) -> Any:
     return ProfileData.from_file(str(found[-1]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    """All times between two kernels, when a GPU ran none.
+
+    Attributes:
+        before: the name of the kernel that ended last, with # for each number.
+        after: the name of the next kernel.
+        count: how often it happened, a step.
+        us: microseconds, a step.
+    """
+
+    before: str
+    after: str
+    count: float
+    us: float
+
+
 def kernels(data: Any, steps: int = 1) -> list[Kernel]:
     """The kernels of a `ProfileData` of so many steps, those with the most time first. Several GPUs give their mean.
 
     Raises:
         ValueError: the trace has no GPU.
     """
+    found = _events(data)
+    time, launches = collections.Counter(), collections.Counter()
+    for event in itertools.chain(*found):
+        time[_name(event)] += event.duration_ns
+        launches[_name(event)] += 1
+    share = steps * len(found)
+    return [Kernel(name, launches[name] / share, ns / share / 1e3) for name, ns in time.most_common()]
+
+
+def waits(data: Any, steps: int = 1) -> list[Wait]:
+    """The times between the kernels of a `ProfileData` of so many steps, the longest first, in the same way.
+
+    Raises:
+        ValueError: the trace has no GPU.
+    """
+    found = _events(data)
+    time, count = collections.Counter(), collections.Counter()
+    for events in found:
+        last = None
+        for event in sorted(events, key=lambda event: event.start_ns):
+            if last is not None and event.start_ns > last.end_ns:
+                time[_name(last), _name(event)] += event.start_ns - last.end_ns
+                count[_name(last), _name(event)] += 1
+            last = event if last is None or event.end_ns > last.end_ns else last
+    share = steps * len(found)
+    return [
+        Wait(before, after, count[before, after] / share, ns / share / 1e3)
+        for (before, after), ns in time.most_common()
+    ]
+
+
+def _events(data) -> list[list]:
+    """The events on the streams of each GPU."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
     if not planes:
         raise ValueError("the trace holds no GPU: record it where JAX computes on one.")
-    time, launches = collections.Counter(), collections.Counter()
-    for event in (event for plane in planes for line in plane.lines if "Stream" in line.name for event in line.events):
-        name = re.sub(r"\d+", "#", event.name)
-        time[name] += event.duration_ns
-        launches[name] += 1
-    share = steps * len(planes)
-    return [Kernel(name, launches[name] / share, ns / share / 1e3) for name, ns in time.most_common()]
+    return [[event for line in plane.lines if "Stream" in line.name for event in line.events] for plane in planes]
+
+
+def _name(event) -> str:
+    return re.sub(r"\d+", "#", event.name)
+
+
+def trace_of(run: Callable[[], object]) -> Any:
+    """The trace of a call, which waits for its results, as a `jax.profiler.ProfileData`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        return read_trace(pathlib.Path(folder))
+
+
+def trace_of_calls(call: Call, count: int) -> Any:
+    """The trace of so many calls, each queued behind the one before. A single one would run at other clocks."""
+
+    def run():
+        out = None
+        for _ in range(count):
+            out = call.run()
+        call.wait(out)
+
+    return trace_of(run)
 
 
 def kernels_of(run: Callable[[], object], steps: int = 1) -> list[Kernel]:
@@ -72,10 +143,7 @@ def kernels_of(run: Callable[[], object], steps: int = 1) -> list[Kernel]:
     Raises:
         ValueError: JAX computes without a GPU.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        return kernels(read_trace(pathlib.Path(folder)), steps)
+    return kernels(trace_of(run), steps)
 
 
 def table(found: list[Kernel], most: int = MOST) -> str:
@@ -87,6 +155,14 @@ def table(found: list[Kernel], most: int = MOST) -> str:
         f"{one.us:10.1f} us {100 * one.us / (whole.us or 1):5.1f} % {one.launches:7.1f} x  {one.name[:100]}"
         for one in lines
     )
+
+
+def table_of_waits(found: list[Wait], most: int = 10) -> str:
+    """One line for all times between kernels, and one for each of the longest `most`."""
+    whole = Wait("", "", sum(one.count for one in found), sum(one.us for one in found))
+    lines = [f"{one.us:10.1f} us {one.count:15.1f} x  " for one in (whole, *found[:most])]
+    ends = ["between kernels", *(f"{one.before[:50]} ... {one.after[:50]}" for one in found[:most])]
+    return "\n".join(line + end for line, end in zip(lines, ends, strict=True))
 
 
 def _sum(name, found) -> Kernel:
@@ -103,7 +179,9 @@ def main() -> None:
     if options.steps < 1 or options.most < 1:
         parser.error(f"--steps {options.steps} and --most {options.most} must be at least 1.")
     try:
-        print(table(kernels(read_trace(options.folder), options.steps), options.most))
+        data = read_trace(options.folder)
+        print(table(kernels(data, options.steps), options.most))
+        print(table_of_waits(waits(data, options.steps)))
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
 

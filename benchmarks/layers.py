@@ -131,16 +131,22 @@ def measure_compilation(session: Session, suite: str, layers: dict[str, tuple[in
 
 
 def measure(
-    session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]], candidates=candidates
+    session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]], candidates=candidates, then=None
 ) -> None:
-    """One row per layer (tokens and configuration), pass and implementation. "decode" has only the forward pass."""
+    """One row per layer (tokens and configuration), pass and implementation. "decode" has only the forward pass.
+
+    `then(session, suite, name, pass_, calls)` measures more of the same calls.
+    """
     for name, (tokens, config) in layers.items():
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
         x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
         checked = reference(config, params, x[:CHECKED_TOKENS])
         for pass_ in PASSES_OF_LAYERS[: 1 if suite == "decode" else None]:
             found = candidates(config, pass_, params, x, dy, session=session)
-            _measure_pass(session, suite, name, config, pass_, (params, x), checked, found)
+            calls = prepare(session.wanted(found))
+            _measure_pass(session, suite, name, config, pass_, (params, x), checked, calls)
+            if then is not None:
+                then(session, suite, name, pass_, calls)
 
 
 def _clock(call: Call, batch: int) -> float:
@@ -151,9 +157,8 @@ def _clock(call: Call, batch: int) -> float:
         return host_ms(call, batch)
 
 
-def _measure_pass(session, suite, name, config, pass_, operands, checked, candidates):
+def _measure_pass(session, suite, name, config, pass_, operands, checked, calls):
     (params, x), (expected, touched) = operands, checked
-    calls = prepare(session.wanted(candidates))
     errors = {}
     for impl, call in calls.items():
         out = call.run()

@@ -57,8 +57,9 @@ class ExpertPlan:
         encode_hidden: what encodes the hidden rows for the second product; None if the first product does, as its
             epilogue says.
         encode_dout: what encodes the gradient of the combined tokens for down_dgrad.
-        encode_dpre: what encodes the gradient of the pre-activation for up_dgrad, if `gradient` does not.
-        gradient: whether a kernel computes that gradient and encodes it.
+        encode_dpre: what encodes the gradient of the pre-activation for up_dgrad, if `gradient` does not; None if
+            down_dgrad does, as its epilogue says.
+        gradient: whether a kernel of its own computes that gradient and encodes it; None if down_dgrad does.
     """
 
     activation: BoundActivation
@@ -186,9 +187,18 @@ def plan_experts(
         transposed = experts, outputs, inputs
         return bind("fwd", transposed, Operand(precision.dgrad, lhs.layout), Operand(precision.dgrad))
 
+    def encoded_gradient(epilogue: Epilogue) -> Bound | None:
+        """down_dgrad with the activation's gradient and its encoder. Without them, the kernels have it as a fwd."""
+        if config.expert_bias:
+            return None
+        lhs, rhs = down_dgrad.problem.lhs, down_dgrad.problem.rhs
+        asked = problem("dgrad", num_rows, w_out_shape, dtype, lhs=lhs, rhs=rhs, device=device)
+        encodes = dataclasses.replace(epilogue, encodes=precision.dgrad)
+        return fused(dataclasses.replace(down_dgrad, problem=asked), encodes)
+
     def fuse(product: Bound, epilogue: Epilogue) -> Bound | None:
         if product is down_dgrad and precision.dgrad is not None:
-            return None
+            return encoded_gradient(epilogue)
         if not config.expert_bias:
             return fused(product, epilogue)
         if product.backend.insists(dataclasses.replace(epilogue, bias=True)):
@@ -220,6 +230,7 @@ def plan_experts(
     unweighted = _unweighted(by_log, residual, precision, frozen_out, dtype)
     if unweighted is None:
         down_dgrad = input_gradient(w_out_shape, dense, w_out)
+    down_gradient = fuse(down_dgrad, kept) or down_dgrad
     latent, inner = w_in_shape[1], w_in_shape[2]
 
     def encoder(format: str | None, width: int) -> RowEncoder | None:
@@ -236,7 +247,7 @@ def plan_experts(
         up=up_with_gradient,
         up_without_gradient=up_alone,
         down=forward(w_out_shape, dense if precision.fwd else hidden, w_out),
-        down_dgrad=fuse(down_dgrad, kept) or down_dgrad,
+        down_dgrad=down_gradient,
         down_wgrad=None if frozen_out else bind("wgrad", w_out_shape, dense if weighted_hidden else hidden, dout),
         up_dgrad=input_gradient(w_in_shape, dense, w_in),
         up_wgrad=None if frozen_in else bind("wgrad", w_in_shape, dense if config.keep_gathered_rows else table),
@@ -253,8 +264,10 @@ def plan_experts(
         if _encodes(up_with_gradient) and _encodes(up_alone)
         else encoder(precision.fwd, w_out_shape[1]),
         encode_dout=encoder(precision.dgrad, latent),
-        encode_dpre=encoder(precision.dgrad, inner),
-        gradient=gradient_encoder(
+        encode_dpre=None if _encodes(down_gradient) else encoder(precision.dgrad, inner),
+        gradient=None
+        if _encodes(down_gradient)
+        else gradient_encoder(
             precision.dgrad, config.backend, inner, dtype, device, activation=activation, residual=residual
         ),
     )

@@ -365,7 +365,7 @@ def down_gradient(plan: ExpertPlan, dout, w_out: Weight, group_sizes, kept, row_
 
     Returns:
         The `Outputs` of a dgrad with the gradient in its epilogue, with dout as a dense array in lhs, and with the
-        gradient's codes if plan.gradient makes them.
+        gradient's codes if that epilogue or plan.gradient makes them.
     """
     outputs = plan.down_dgrad(Operands(dout, w_out, group_sizes, kept, row_weights))
     if plan.down_dgrad.problem.epilogue is not None:

@@ -6,7 +6,7 @@ import pytest
 from jax.profiler import ProfileData
 
 from benchmarks import kernel_table
-from benchmarks.kernel_table import Kernel, kernels, read_trace, table
+from benchmarks.kernel_table import Kernel, Wait, kernels, read_trace, table, table_of_waits, waits
 
 
 def trace(planes: dict[str, dict[str, list[tuple[str, int]]]]) -> str:
@@ -52,6 +52,30 @@ def test_several_gpus_give_their_mean():
     assert Kernel("fusion_#", 1.5, 40) in kernels(ProfileData.from_text_proto(trace(planes)))
 
 
+def test_waits_are_the_times_without_any_kernel():
+    """Kernels of two streams overlap. The first two start together, and the third starts 5 us after both have ended."""
+    starts = {"fusion_1": (0, 30), "fusion_2": (10, 5), "matmul_3": (35, 10), "fusion_4": (65, 1)}
+    events = {
+        name: f"metadata_id: {i} offset_ps: {start * 10**6} duration_ps: {us * 10**6}"
+        for i, (name, (start, us)) in enumerate(starts.items(), 1)
+    }
+    names = " ".join(
+        f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}' for i, name in enumerate(events, 1)
+    )
+    streams = [("fusion_2", "matmul_3"), ("fusion_1", "fusion_4")]
+    lines = " ".join(
+        f'lines {{ name: "Stream #{i}" {" ".join(f"events {{ {events[name]} }}" for name in stream)} }}'
+        for i, stream in enumerate(streams)
+    )
+    data = ProfileData.from_text_proto(f'planes {{ name: "/device:GPU:0" {names} {lines} }}')
+    found = waits(data, steps=2)
+    assert found == [Wait("matmul_#", "fusion_#", 0.5, 10), Wait("fusion_#", "matmul_#", 0.5, 2.5)]
+    assert table_of_waits(found, most=1).splitlines() == [
+        "      12.5 us             1.0 x  between kernels",
+        "      10.0 us             0.5 x  matmul_# ... fusion_#",
+    ]
+
+
 def test_the_newest_trace_of_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernel_table", str(tmp_path), "--steps", "1"])
     with pytest.raises(SystemExit, match=r"holds no trace \(\*\.xplane\.pb\): name a folder"):
@@ -61,7 +85,9 @@ def test_the_newest_trace_of_a_folder(tmp_path, monkeypatch, capsys):
     path.write_bytes(ProfileData.text_proto_to_serialized_xspace(trace(ONE_GPU)))
     assert kernels(read_trace(tmp_path))[0] == Kernel("matmul_#x#", 1, 70)
     kernel_table.main()
-    assert "70.0 us" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "70.0 us" in printed
+    assert "between kernels" in printed
     path.write_bytes(ProfileData.text_proto_to_serialized_xspace(trace({"/host:CPU": {}})))
     with pytest.raises(SystemExit, match=r"no GPU: record it"):
         kernel_table.main()

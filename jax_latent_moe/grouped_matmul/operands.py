@@ -65,7 +65,8 @@ class Operands(NamedTuple):
 
     Attributes:
         lhs: rows [R, K] of fwd and wgrad, [R, N] of dgrad.
-        rhs: the weight [E, K, N] of fwd and dgrad, rows [R, N] of wgrad.
+        rhs: the weight [E, K, N] of fwd and dgrad, rows [R, N] of wgrad. A dgrad whose epilogue encodes takes the
+            `ScaledArray` of the transposed weight [E, N, K].
         group_sizes: [E] int32.
         residual: the activation's residual from the forward pass, [R, K] or [R, 2 K].
         row_weights: the factor of each row's gradient, [R].

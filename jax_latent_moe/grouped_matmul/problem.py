@@ -44,7 +44,9 @@ class Epilogue:
         residual: what fwd keeps, and what dgrad computes the gradient from. None in a fwd without a backward pass.
         bias: whether an expert's bias comes before the activation. No kernel adds one, so a backend that insists on
             fusing refuses it.
-        encodes: the format in which a fwd stores the hidden rows, as `ScaledRows`; None for the product's dtype.
+        encodes: the format in which a fwd stores the hidden rows, as `ScaledRows`; None for the product's dtype. A
+            dgrad stores the gradient in the product's dtype and in this format, and reads codes of the transposed
+            weight [E, N, K].
     """
 
     activation: BoundActivation

@@ -87,7 +87,9 @@ def both_fp8(problem: Problem) -> bool:
     return problem.lhs.format in FP8 and problem.rhs.format in FP8
 
 
-def fp8_refusal(problem: Problem, dtypes: tuple[str, ...], k_multiple: int, n_multiple: int) -> str | None:
+def fp8_refusal(
+    problem: Problem, dtypes: tuple[str, ...], k_multiple: int, n_multiple: int, *, gradients: bool = False
+) -> str | None:
     """None, or the reason why an FP8 kernel cannot run a problem with two operands in codes.
 
     Args:
@@ -95,10 +97,12 @@ def fp8_refusal(problem: Problem, dtypes: tuple[str, ...], k_multiple: int, n_mu
         dtypes: the dtypes that the kernel stores.
         k_multiple: the number that K must be a multiple of.
         n_multiple: the number that N must be a multiple of.
+        gradients: whether a dgrad may have an activation's gradient in its epilogue, which also encodes it.
     """
     if reason := device_refusal(problem):
         return reason
-    if problem.contraction != "fwd":
+    encodes = problem.epilogue is not None and problem.epilogue.encodes is not None
+    if problem.contraction != "fwd" and not (gradients and problem.contraction == "dgrad" and encodes):
         return (
             "its FP8 kernel computes only fwd: FP8 matrix units read both operands along the contracted axis. Encode "
             "the transposed weight and ask for fwd."

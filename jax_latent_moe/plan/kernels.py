@@ -50,5 +50,7 @@ KERNELS = (
     ("sm90.fwd.e4m3.situ_glu:pre.128x256x4.1x2", 2124),
     ("sm90.fwd.e4m3.192x128x4.1x2", 5067),
     ("sm90.fwd.e4m3.relu2:hidden.192x128x4.1x2", 5067),
+    ("sm90.dgrad.e4m3.relu2:hidden.128x128x5.1x2", 4102),
+    ("sm90.dgrad.e4m3.relu2:hidden.192x128x4.1x2", 1995),
 )
 """(name, the most experts that it takes), in the library's order: `Device.kernels` of a GPU that is not present."""

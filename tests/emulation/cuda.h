@@ -117,7 +117,7 @@ std::vector<T> of_warp(T const& mine) {
 
 #define threadIdx (emulation::current->index)
 inline uint3 blockIdx;
-inline dim3 gridDim;
+inline dim3 gridDim, blockDim;
 
 inline void __syncthreads() { emulation::wait_for(emulation::Wait::kBlock); }
 inline void __threadfence() {}
@@ -181,7 +181,9 @@ inline uint32_t __float_as_uint(float value) {
   return found;
 }
 
-inline float __fdiv_rn(float a, float b) { return a / b; }
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
+
+inline float __frcp_rn(float x) { return 1 / x; }
 
 inline uint4 __ldcs(uint4 const* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();

@@ -1,4 +1,4 @@
-"""FP8 products on a Hopper GPU: plain, and with an activation whose hidden rows are encoded in the same kernel."""
+"""FP8 products on a Hopper GPU: plain, and with an activation or relu2's gradient that the same kernel encodes."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jax_latent_moe.grouped_matmul import Epilogue, Operands, operand_of, proble
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.native import library
-from jax_latent_moe.row_encoders import RowEncoder
+from jax_latent_moe.row_encoders import GradientEncoder, RowEncoder
 from tests.gpu.grouped import float64, needs_hopper, same
 from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows
@@ -171,3 +171,98 @@ def test_many_tiles_of_many_experts(rng):
     for tile, out, kept in runs(rows, w, sizes, epilogue, both_orders=True):
         assert_close(float64(kept), hidden, "bfloat16", str(tile))
         same_codes(out, kept, str(tile))
+
+
+def drawn_gradient(rng, sizes, n, k, num_rows=NUM_ROWS):
+    """Operands of a dgrad: dout and the transposed weight in codes, hidden rows, weights. Padding rows hold NaN."""
+    dout, w, values = drawn(rng, sizes, n, k, num_rows=num_rows)
+    hidden = np.square(np.maximum(rng.normal(size=(num_rows, k)), 0))
+    hidden[1::7] *= 1e30  # some above 2^63
+    hidden[2::7] *= 1e-30  # some below 2^-80
+    weights = rng.normal(size=num_rows)
+    hidden[sum(sizes) :] = weights[sum(sizes) :] = np.nan
+    return dout, w, jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(weights, jnp.float32), values
+
+
+@functools.cache
+def compiled_gradient(bound):
+    @jax.jit
+    def run(*operands):
+        outputs = bound(Operands(*operands))
+        return outputs.out, outputs.codes, outputs.row_weight_gradients
+
+    return run
+
+
+def gradients(dout, w, sizes, hidden, weights, format, *, both_orders=False):
+    """(tile, dpre, its codes, gradients of the rows' weights) of each compiled tile, run twice with equal bits."""
+    experts, n, k = w.shape
+    epilogue = Epilogue(layer_of("relu2").bound_activation, "hidden", encodes=format)
+    lhs, rhs = operand_of(dout), operand_of(w)
+    asked = problem("dgrad", dout.shape[0], (experts, k, n), "bfloat16", lhs=lhs, rhs=rhs, epilogue=epilogue)
+    assert BACKEND.supports(asked) is None
+    assert len(BACKEND.tiles(asked)) == 4, "two tiles, in two orders"
+    operands = dout, w, jnp.asarray(sizes, jnp.int32), hidden, weights
+    for tile in BACKEND.tiles(asked):
+        if both_orders or not tile.rows_first:
+            run = compiled_gradient(dataclasses.replace(bind(BACKEND, asked), tile=tile))
+            found = run(*operands)
+            same(found, run(*operands))
+            yield tile, *found
+
+
+def separate(dout, w, sizes, hidden, weights, format):
+    """The same by the plain product and the kernel behind it, whose padding rows are cleared."""
+    _, dhidden, _ = next(runs(dout, w, sizes))
+    inside = jnp.arange(dout.shape[0]) < sum(sizes)
+    hidden, weights = jnp.where(inside[:, None], hidden, 0), jnp.where(inside, weights, 0)
+    return dhidden, jax.jit(GradientEncoder(format, None))(jnp.copy(dhidden), hidden, weights)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@of_all_features
+def test_the_gradient_of_relu2_is_that_of_the_kernel_behind_the_product(rng, features, format):
+    """To the bit: the gradient, its codes, and the sums for the rows' weights. Padding rows leak nowhere."""
+    for groups, sizes in GROUPS.items():
+        dout, w, hidden, weights, values = drawn_gradient(rng, sizes, *features)
+        count = int(sum(sizes))
+        dhidden, expected = separate(dout, w, sizes, hidden, weights, format)
+        assert_close(float64(dhidden), reference.grouped_matmul(*values, sizes), "bfloat16", groups)
+        h, d = float64(hidden)[:count], float64(dhidden)[:count]
+        exact = 2 * np.sqrt(h) * np.float64(weights)[:count, None] * d
+        for tile, dpre, codes, row_weight_gradients in gradients(dout, w, sizes, hidden, weights, format):
+            same((dpre, row_weight_gradients), (expected[0], expected[2]))
+            same_codes(codes, dpre, f"{groups} {tile}")
+            same(codes, expected[1])
+            for part in range(3):  # rows of one size each
+                rows, label = slice(part, count, 7), f"{groups} {tile} {part}"
+                assert_close(float64(dpre)[rows], exact[rows], "bfloat16", label)
+                assert_close(float64(row_weight_gradients)[rows], np.sum(d * h, axis=1)[rows], "float32", label)
+            assert not dpre[count:].any()
+            assert not codes.codes[count:].any()
+            assert not row_weight_gradients[count:].any()
+
+
+def test_a_gradient_with_nan_stays_in_its_row(rng):
+    sizes = GROUPS["ragged"]
+    dout, w, hidden, weights, _ = drawn_gradient(rng, sizes, 1024, 384)
+    dirty = np.array(dout.decode("float32"))
+    dirty[3, 5], dirty[140, 900] = np.nan, np.inf
+    dirty = encode_rows(jnp.asarray(dirty, jnp.bfloat16), "fp8_block")
+    clean = encode_rows(jnp.asarray(dout.decode("float32"), jnp.bfloat16), "fp8_block")
+    pairs = zip(*(gradients(rows, w, sizes, hidden, weights, "fp8_block") for rows in (dirty, clean)), strict=True)
+    for (_, found, codes, sums), (_, expected, other_codes, other_sums) in pairs:
+        assert np.isnan(float64(found)[[3, 140]]).any(axis=1).all()
+        assert np.isnan(float64(sums)[[3, 140]]).all()
+        for one, other in ((found, expected), (codes.codes, other_codes.codes), (sums, other_sums)):
+            one, other = (np.delete(float64(array), [3, 140], axis=0) for array in (one, other))
+            np.testing.assert_array_equal(one, other)
+
+
+def test_gradients_of_many_tiles_of_many_experts(rng):
+    """More tiles than SMs, in both orders; every row is stored."""
+    sizes = rng.multinomial(40_000, rng.dirichlet(np.full(96, 2.0)))
+    dout, w, hidden, weights, _ = drawn_gradient(rng, sizes, 1024, 640, num_rows=40_000)
+    _, expected = separate(dout, w, sizes, hidden, weights, "fp8_block")
+    for _, *found in gradients(dout, w, sizes, hidden, weights, "fp8_block", both_orders=True):
+        same(found, list(expected))

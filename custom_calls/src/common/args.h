@@ -54,7 +54,7 @@ struct Args {
   void* hidden;           // an activation's hidden rows [rows, out_columns]; weighted if a gradient reads kPre
   void const* residual;   // for an activation's gradient: what the forward pass kept
   Problem problem;
-  uint8_t* codes;            // an activation's hidden rows as codes [rows, out_columns], or null
+  uint8_t* codes;            // hidden rows, or the gradient in `out`, as codes [rows, out_columns]; or null
   float* code_scales;        // [out_columns / kScaleBlock, rows]
   bool power_of_two;         // whether these scales are rounded up to powers of two
   float const* row_scales;     // for codes: [contracted / kScaleBlock, rows]

@@ -29,23 +29,29 @@ class Check {
     if (!holds && error_.empty()) error_ = otherwise;
   }
 
+  // Texts are made only for rules that are broken: the host makes about a hundred of these checks for a call of a layer.
   void buffer(char const* name, ffi::AnyBuffer const& buffer, ffi::DataType type, std::initializer_list<int64_t> sizes) {
     auto const dims = buffer.dimensions();
-    std::string expected = "[";
-    for (int64_t size : sizes) expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);
-    bool const fits = dims.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), dims.begin());
-    that(fits, std::string(name) + " of shape " + shape(buffer) + " must be of shape " + expected + "]");
-    std::ostringstream types;
-    types << name << " is of element type " << buffer.element_type() << ", not " << type;
-    that(buffer.element_type() == type, types.str());
-    that(reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 == 0, std::string(name) + " is not aligned to 16 bytes");
+    if (dims.size() != sizes.size() || !std::equal(sizes.begin(), sizes.end(), dims.begin())) {
+      std::string expected = "[";
+      for (int64_t size : sizes) expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);
+      that(false, std::string(name) + " of shape " + shape(buffer) + " must be of shape " + expected + "]");
+    }
+    if (buffer.element_type() != type) {
+      std::ostringstream types;
+      types << name << " is of element type " << buffer.element_type() << ", not " << type;
+      that(false, types.str());
+    }
+    if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 != 0) {
+      that(false, std::string(name) + " is not aligned to 16 bytes");
+    }
   }
 
   // Rows are read 16 bytes at a time.
   void features(char const* name, int64_t size, Format format) {
     int const multiple = 16 / element_bytes(format);
-    that(size > 0 && size % multiple == 0,
-         std::string(name) + "=" + std::to_string(size) + " is not a positive multiple of " + std::to_string(multiple));
+    if (size > 0 && size % multiple == 0) return;
+    that(false, std::string(name) + "=" + std::to_string(size) + " is not a positive multiple of " + std::to_string(multiple));
   }
 
   // The error text of another function, empty if it succeeded.

@@ -54,7 +54,7 @@ struct Kernel {
   int loaded_rows;  // rows of the boxes in which fwd and dgrad load rows
   int stored_rows;  // rows of the boxes in which wgrad stores its product
   bool gathers;     // whether it can gather rows
-  bool encodes;     // whether it can store hidden rows as codes
+  bool encodes;     // whether it can store hidden rows, or the gradient of the pre-activation, as codes
   int max_experts;
   cudaError_t (*launch)(Args const&, int num_sms, cudaStream_t);
 };

@@ -1,4 +1,4 @@
-// The handlers of fwd and dgrad, without and with an activation, and of fwd of codes, to rows or to codes. They check their
+// The handlers of fwd and dgrad, without and with an activation, in 16 bits or of codes, to rows or to codes. They check their
 // arguments, make the tensor maps for TMA and launch a compiled kernel.
 #include <cstdint>
 #include <string>
@@ -166,13 +166,23 @@ void set_scales(Product& product, ffi::AnyBuffer const& of_rows, ffi::AnyBuffer 
   product.args.weight_scales = static_cast<float const*>(of_w.untyped_data());
 }
 
+// The kernel of that name, of codes and for the contraction. Null if a check fails.
+Kernel const* kernel_of_codes(Check& check, std::string_view name, Contraction contraction) {
+  Kernel const* kernel = find_kernel(name);
+  if (kernel == nullptr) {
+    check.that(false, not_compiled(name));
+    return nullptr;
+  }
+  check.that(kernel->format == Format::kE4m3, "kernel=" + std::string(name) + " is not for codes");
+  check.that(kernel->contraction == contraction, "kernel=" + std::string(name) + " is for another target");
+  return check.ok() ? kernel : nullptr;
+}
+
 }  // namespace
 
 ffi::Error matmul_codes(MatmulCodesCall const& call) {
   Check named;
-  Kernel const* kernel = find_kernel(call.kernel);
-  named.that(kernel != nullptr, not_compiled(call.kernel));
-  if (named.ok()) named.that(kernel->format == Format::kE4m3, "kernel=" + std::string(call.kernel) + " is not for codes");
+  Kernel const* kernel = kernel_of_codes(named, call.kernel, Contraction::kFwd);
   if (named.ok()) named.that(!is_gated(kernel->activation), "kernel=" + std::string(call.kernel) + " stores only codes");
   if (!named.ok()) return refuse(named.error());
   Rows const rows{"rows", call.rows, kernel->format};
@@ -189,8 +199,7 @@ ffi::Error matmul_codes(MatmulCodesCall const& call) {
 
 ffi::Error matmul_encoded(MatmulEncodedCall const& call) {
   Check named;
-  Kernel const* kernel = find_kernel(call.kernel);
-  named.that(kernel != nullptr, not_compiled(call.kernel));
+  Kernel const* kernel = kernel_of_codes(named, call.kernel, Contraction::kFwd);
   if (named.ok()) named.that(kernel->encodes, "kernel=" + std::string(call.kernel) + " stores no codes");
   if (!named.ok()) return refuse(named.error());
   Rows const rows{"rows", call.rows, kernel->format};
@@ -211,6 +220,34 @@ ffi::Error matmul_encoded(MatmulEncodedCall const& call) {
     product.args.keep_residual = call.keep_residual;
     product.args.codes = static_cast<uint8_t*>(call.codes->untyped_data());
     product.args.code_scales = static_cast<float*>(call.scales->untyped_data());
+    product.args.power_of_two = call.power_of_two;
+  }
+  return product.launch(*call.counters, call.stream);
+}
+
+ffi::Error matmul_encoded_grad(MatmulEncodedGradCall const& call) {
+  Check named;
+  Kernel const* kernel = kernel_of_codes(named, call.kernel, Contraction::kDgrad);
+  if (!named.ok()) return refuse(named.error());
+  Rows const rows{"dout", call.dout, kernel->format};
+  Product product(*kernel, rows, call.w, call.group_sizes, call.rows_first);
+  Check& check = product.check;
+  if (check.ok()) {
+    int64_t const num_rows = product.num_rows, width = product.out;
+    ffi::DataType const type = data_type(product_format(kernel->format));
+    set_scales(product, call.row_scales, call.w_scales, call.w.dimensions()[0], 1);
+    check.buffer("residual", call.residual, type, {num_rows, width});
+    check.buffer("row_weights", call.row_weights, ffi::DataType::F32, {num_rows});
+    check.buffer("dpre", *call.dpre, type, {num_rows, width});
+    check.buffer("codes", *call.codes, data_type(kernel->format), {num_rows, width});
+    check.buffer("scales", *call.scales, ffi::DataType::F32, {scale_blocks(width), num_rows});
+    check.buffer("row_weight_sums", *call.row_weight_sums, ffi::DataType::F32, {scale_blocks(width), num_rows});
+    product.write_to(*call.dpre, width);
+    product.args.residual = call.residual.untyped_data();
+    product.args.row_weights = static_cast<float const*>(call.row_weights.untyped_data());
+    product.args.codes = static_cast<uint8_t*>(call.codes->untyped_data());
+    product.args.code_scales = static_cast<float*>(call.scales->untyped_data());
+    product.args.partial = static_cast<float*>(call.row_weight_sums->untyped_data());
     product.args.power_of_two = call.power_of_two;
   }
   return product.launch(*call.counters, call.stream);

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
   __syncthreads();
 #pragma unroll
   for (int other = 0; other < kWarps; ++other) largest = max(largest, largest_of[other]);
-  const float scale = scale_of(largest, kLeast, power_of_two), inverse = __fdiv_rn(1.0f, scale);
+  const float scale = scale_of(largest, kLeast, power_of_two), inverse = inverse_of(scale);
   if (threadIdx.x == 0) scales[block] = scale;
 
   uint32_t own[4][kRows / 4];  // of each of the lane's columns, the codes of kRows rows

@@ -81,7 +81,7 @@ class EncodedEpilogue {
     const uint32_t own = lane_ % 2 == 0 ? largest[0] : largest[1];
     const uint32_t amax = max(own << 16, own & 0xffff0000u);  // the bits of a float32
     const float scale = formats::scale_of(amax, formats::kLeastOfRows, args_.power_of_two);
-    const float inverse = __fdiv_rn(1.0f, scale);
+    const float inverse = formats::inverse_of(scale);
     const int row = first + lane_ / 4 + 8 * (lane_ % 2);
     if (lane_ % 4 < 2 && row < work.valid && columns > 0) {
       args_.code_scales[int64_t{work.column / kScaleBlock} * args_.problem.num_rows + work.row + row] = scale;

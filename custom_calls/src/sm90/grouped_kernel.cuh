@@ -14,6 +14,7 @@
 #include "common/queue.cuh"
 #include "common/schedule.cuh"
 #include "sm90/encoded_epilogue.cuh"
+#include "sm90/encoded_gradient_epilogue.cuh"
 #include "sm90/row_epilogue.cuh"
 #include "sm90/spec.h"
 #include "sm90/swap_ab_epilogue.cuh"
@@ -22,8 +23,11 @@
 namespace latent_moe::sm90 {
 
 template <class Spec>
+using RowEpilogueOf =
+    std::conditional_t<Spec::kScaled && Spec::kDifferentiates, EncodedGradientEpilogue<Spec>, RowEpilogue<Spec>>;
+template <class Spec>
 using EpilogueOf = std::conditional_t<Spec::kWgrad, WgradEpilogue<Spec>,
-                                      std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogue<Spec>>>;
+                                      std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogueOf<Spec>>>;
 
 constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM may take
 
@@ -333,6 +337,8 @@ struct GroupedKernel {
     const int row = warpgroup * kBlock + thread / 32 * kWarpRows + thread % 32 / 4;
     const int column = kScaleColumns == kScaleBlock ? 0 : work.column % kScaleBlock;
     float sums[Blocks][kHalves][kElements] = {};
+    float own_weight = 0.0f;
+    if constexpr (Spec::kDifferentiates) own_weight = epilogue.begin(work, warpgroup);
 #pragma unroll 1
     for (int step = 0; step < work.steps; ++step, place.next()) {
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
@@ -371,7 +377,9 @@ struct GroupedKernel {
         }
       }
     }
-    if constexpr (Spec::kEncodes) {
+    if constexpr (Spec::kDifferentiates) {
+      epilogue.store_block(sums[0][0], work, warpgroup, own_weight);
+    } else if constexpr (Spec::kEncodes) {
       if (kHalves == 2 || args.codes != nullptr) {
         const EncodedEpilogue<Spec> encoded(args, shared.epilogue, warpgroup, thread);
 #pragma unroll
@@ -379,7 +387,7 @@ struct GroupedKernel {
         return;
       }
     }
-    if constexpr (kHalves == 1) {
+    if constexpr (kHalves == 1 && !Spec::kDifferentiates) {
 #pragma unroll
       for (int block = 0; block < Blocks; ++block) epilogue.store_block(sums[block][0], work, warpgroup + block * kConsumers);
     }

@@ -55,11 +55,14 @@ class Piece {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(codes) : "memory");
   }
 
+  // This lane's 16 bytes of its i-th row: those that it reads from memory and writes to it.
+  __device__ __forceinline__ uint4 unit(int i) const { return reinterpret_cast<uint4 const&>(*row(i)); }
+
   // Writes to memory the elements that the whole warp has put.
   __device__ __forceinline__ void write(Strip<T> const& to, int c) const {
     uint4 units[kWarpRows / 4];
 #pragma unroll
-    for (int i = 0; i < kWarpRows / 4; ++i) units[i] = reinterpret_cast<uint4 const&>(*row(i));
+    for (int i = 0; i < kWarpRows / 4; ++i) units[i] = unit(i);
 #pragma unroll
     for (int i = 0; i < kWarpRows / 4; ++i) {
       cutlass::arch::global_store<uint4, sizeof(uint4)>(units[i], to.at(i, c), to.holds(i, c));

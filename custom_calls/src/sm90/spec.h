@@ -32,8 +32,9 @@ struct Spec {
   static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;
   // Whether a tile of the product is half gate, half up.
   static constexpr bool kHalves = kActivates && is_gated(A);
-  // Whether hidden rows can be stored as codes. A scale is of 128 columns of a row, which must be in one warpgroup.
-  static constexpr bool kEncodes = kScaled && kActivates && kColumns == kScaleBlock;
+  // Whether hidden rows can be stored as codes, or the gradient of the pre-activation is. A scale is of 128 columns of a row,
+  // which must be in one warpgroup.
+  static constexpr bool kEncodes = kScaled && (kActivates || kDifferentiates) && kColumns == kScaleBlock;
 
   // Whether wgmma's operands are swapped: rows lie along its N axis, of any multiple of 8, rather than along its M axis
   // of 64. The tiles of an expert then have equal heights, and multiply few padding rows. Tiles of three column blocks gain
@@ -63,7 +64,9 @@ struct Spec {
   static_assert(R != Residual::kGateHidden || (is_gated(A) && A != Activation::kSituGlu),
                 "gate and hidden rows determine the up half where hidden rows are a function of the gate times the up half");
   static_assert(element_bytes(product_format(F)) == 2, "epilogues pack pairs of 16-bit elements");
-  static_assert(!kScaled || C == Contraction::kFwd, "codes have fwd alone");
+  static_assert(!kScaled || C == Contraction::kFwd ||
+                    (kDifferentiates && R == Residual::kHidden && kEncodes && Rows == 64 * kConsumers),
+                "codes have fwd, and the dgrad of relu2 with a 64-row block of 128 columns for each warpgroup");
   static_assert(!kScaled || !is_gated(A) || kEncodes, "a gated epilogue of codes stores codes alone");
   static_assert(!kScaled || Rows % (64 * kConsumers) == 0, "warpgroups multiply equal numbers of blocks of a tile of codes");
 };

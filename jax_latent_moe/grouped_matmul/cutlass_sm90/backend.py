@@ -37,8 +37,9 @@ FASTER = {
     "fwd": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh", "situ_glu"),
     "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
 }
-# Those with which an FP8 product that also encodes the hidden rows was faster than a product and an encoder.
-FASTER_ENCODED = {"fwd": ("relu2",)}
+# Those with which an FP8 product that also encodes the hidden rows, or the gradient, was faster than a product and an
+# encoder. The kernels with relu2's gradient have not been timed: ("relu2",) would use them by default.
+FASTER_ENCODED = {"fwd": ("relu2",), "dgrad": ()}
 
 
 class Cutlass(Backend):
@@ -106,6 +107,8 @@ class Cutlass(Backend):
         attributes = {"kernel": cutlass_tiles.kernel_name(problem, tile)}
         if both_fp8(problem):
             attributes |= {"rows_first": tile.rows_first}
+            if problem.contraction == "dgrad":
+                return _encoded_grad(problem, operands, attributes)
             encodes = problem.epilogue is not None and problem.epilogue.encodes is not None
             return _encoded(problem, operands, attributes) if encodes else _codes(problem, operands, attributes)
         if problem.contraction == "wgrad":
@@ -125,7 +128,7 @@ class Cutlass(Backend):
 
 
 def _fp8_refusal(problem):
-    if reason := fp8_refusal(problem, ("bfloat16",), FP8_MULTIPLE, FP8_MULTIPLE):
+    if reason := fp8_refusal(problem, ("bfloat16",), FP8_MULTIPLE, FP8_MULTIPLE, gradients=True):
         return reason
     if problem.epilogue is None:
         return None
@@ -134,7 +137,7 @@ def _fp8_refusal(problem):
         return "its FP8 kernels have gated activations only where they encode the hidden rows." if gated else None
     if encodes not in FP8:
         return f"its FP8 kernels encode hidden rows in {' or '.join(FP8)}, not {encodes}."
-    if gated and problem.n // 2 % FP8_MULTIPLE:
+    if gated and problem.contraction == "fwd" and problem.n // 2 % FP8_MULTIPLE:
         return f"half of n={problem.n} of FP8 codes is not a multiple of {FP8_MULTIPLE}: pad it, or use XlaBackend()."
     return None
 
@@ -178,6 +181,30 @@ def _encoded(problem, operands, attributes) -> Outputs:
     residual, codes, scales, _ = native.call("matmul_encoded", _arrays(*operands[:3]), outs, **attributes)
     hidden = ScaledRows(codes, {"block": scales.T}, epilogue.encodes, rows.dtype)
     return Outputs(hidden, residual=residual if keeps else None)
+
+
+def _encoded_grad(problem, operands, attributes) -> Outputs:
+    """The gradient of the pre-activation, its codes, and the sums for the rows' weights."""
+    kept, format = operands.residual, problem.epilogue.encodes
+    scales = jax.ShapeDtypeStruct((-(-problem.k // FP8_BLOCK), problem.num_rows), jnp.float32)
+    outs = [
+        jax.ShapeDtypeStruct(kept.shape, kept.dtype),
+        jax.ShapeDtypeStruct(kept.shape, jnp.uint8),
+        scales,
+        scales,
+        _COUNTERS,
+    ]
+    given = *_arrays(*operands[:3]), kept, operands.row_weights.astype(jnp.float32)
+    attributes |= {"power_of_two": POWER_OF_TWO[format]}
+    # The gradient overwrites the residual.
+    dpre, codes, scales, sums, _ = native.call(
+        "matmul_encoded_grad", given, outs, input_output_aliases={5: 0}, **attributes
+    )
+    return Outputs(
+        dpre,
+        row_weight_gradients=jnp.sum(sums, axis=0),
+        codes=ScaledRows(codes, {"block": scales.T}, format, dpre.dtype),
+    )
 
 
 _COUNTERS = jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -72,7 +72,7 @@ def _kernels(problem) -> list[tuple[str, tuple[int, int, int, int, int]]]:
 
 
 def _encoded_columns(problem) -> int | None:
-    """The columns of a tile that encodes hidden rows: a block that shares a scale, or its gates and its up half."""
+    """The columns of a tile that encodes: a block that shares a scale, or its gates and its up half."""
     if problem.epilogue is None or problem.epilogue.encodes is None:
         return None
     return BLOCK * (2 if problem.epilogue.activation.gated else 1)

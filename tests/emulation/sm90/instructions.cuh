@@ -1,0 +1,72 @@
+// Hopper's instructions for epilogues, on the CPU, in place of custom_calls/src/sm90/instructions.cuh.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/device.cuh"
+
+namespace emulation {
+
+alignas(1024) inline char shared[64 << 10];
+
+// A copy from memory to shared memory, which is done when the thread waits for it.
+struct Copy {
+  void const* from;
+  void* to;
+  bool inside;
+};
+
+inline std::vector<Copy> copies[1024];  // of each thread
+
+}  // namespace emulation
+
+inline void* __cvta_shared_to_generic(uint32_t address) { return emulation::shared + address; }
+
+namespace cute {
+
+struct alignas(16) uint128_t {
+  uint32_t words[4];
+};
+
+inline uint32_t cast_smem_ptr_to_uint(void* pointer) { return static_cast<char*>(pointer) - emulation::shared; }
+
+// Lane L has row L / 4 of each of the four matrices, at column 2 (L % 4). Lane 8 i + j gives the address of row j of matrix i.
+struct SM90_U32x4_STSM_N {
+  static void copy(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint128_t& mine) {
+    const auto rows = emulation::of_warp<uint128_t*>(&mine);
+    const uint32_t values[4] = {a, b, c, d};
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i) rows[8 * i + lane / 4]->words[lane % 4] = values[i];
+  }
+};
+
+struct SM75_U32x4_LDSM_N {
+  static void copy(uint128_t const&, uint32_t&, uint32_t&, uint32_t&, uint32_t&) { std::abort(); }
+};
+
+template <class T>
+struct SM80_CP_ASYNC_CACHEGLOBAL_ZFILL {
+  static void copy(T const& from, T& to, bool inside) {
+    emulation::copies[threadIdx.x].push_back({&from, &to, inside});
+  }
+};
+
+inline void cp_async_fence() {}
+
+template <int Newer>
+void cp_async_wait() {
+  static_assert(Newer == 0);
+  for (emulation::Copy const& copy : emulation::copies[threadIdx.x]) {
+    copy.inside ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+  }
+  emulation::copies[threadIdx.x].clear();
+}
+
+}  // namespace cute
+
+namespace latent_moe::sm90 {
+
+constexpr int kWarpgroup = 128, kRowBytes = 128, kBlock = 64;
+
+}  // namespace latent_moe::sm90
