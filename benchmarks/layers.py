@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax_latent_moe.grouped_matmul import problem, select
 from jax_latent_moe.grouped_matmul.tuning.timing import (
     Call,
     Candidate,
+    HostIsLate,
     device_ms,
     host_ms,
     jax_candidate,
@@ -149,12 +151,21 @@ def measure(
                 then(session, suite, name, pass_, calls)
 
 
-def _clock(call: Call, batch: int) -> float:
-    """Milliseconds on the device; with the host's time if the call itself waits for the device, as some peers do."""
-    try:
-        return device_ms(call, batch)
-    except RuntimeError:
-        return host_ms(call, batch)
+def _clock(calls: dict[str, Call]) -> Callable[[Call, int], float]:
+    """The clock of calls that are compared: the device's if it can time all, without the host's time to dispatch them.
+
+    A peer that itself waits for the device has only the host's time.
+    """
+    if any(call.queue is None for call in calls.values()):
+        return host_ms
+
+    def clock(call, batch):
+        try:
+            return device_ms(call, batch)
+        except HostIsLate:
+            return host_ms(call, batch)
+
+    return clock
 
 
 def _measure_pass(session, suite, name, config, pass_, operands, checked, calls):
@@ -171,6 +182,6 @@ def _measure_pass(session, suite, name, config, pass_, operands, checked, calls)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - experts + experts * touched / config.num_experts
     flops = times * x.shape[0] * matmul_flops_per_token(config)
     floor = session.floor_ms(flops, times * weights)
-    for impl, ms in time_in_turn(calls, 20 if suite == "decode" else 3, session.rounds, _clock).items():
+    for impl, ms in time_in_turn(calls, 20 if suite == "decode" else 3, session.rounds, _clock(calls)).items():
         temp = calls[impl].temp_bytes
         session.record(Row(suite, name, pass_, impl, ms, flops / ms / 1e9, floor, errors[impl], temp))

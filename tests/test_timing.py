@@ -11,7 +11,15 @@ import pytest
 from jax_latent_moe import native
 from jax_latent_moe.grouped_matmul.tuning import queue, timing, tune
 from jax_latent_moe.grouped_matmul.tuning.queue import Queue, jax_queue
-from jax_latent_moe.grouped_matmul.tuning.timing import Call, device_ms, host_ms, jax_candidate, prepare, time_in_turn
+from jax_latent_moe.grouped_matmul.tuning.timing import (
+    Call,
+    HostIsLate,
+    device_ms,
+    host_ms,
+    jax_candidate,
+    prepare,
+    time_in_turn,
+)
 
 DISPATCH = 80e-6
 """Seconds that the host takes for each call and each block."""
@@ -54,8 +62,7 @@ class Machine:
 
     def call(self, seconds: float, **changes: Any) -> Call:
         """A call whose kernel takes so long."""
-        mark, is_done = lambda: self.launch(0.0), lambda end: self.now >= end
-        stream = Queue(lambda: self.launch(self.block), mark, is_done, self.ms_between)
+        stream = Queue(lambda: self.launch(self.block), 1e3 * self.block, lambda: self.launch(0.0), self.ms_between)
         return dataclasses.replace(Call(lambda: self.launch(seconds), self.wait, queue=lambda: stream), **changes)
 
 
@@ -74,7 +81,7 @@ def machine(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("block", [0.3e-3, 1e-3, 20e-3])
+@pytest.mark.parametrize("block", [0.4e-3, 1e-3, 20e-3])
 @pytest.mark.parametrize("kernel", [1e-6, 12e-6, 79e-6, 3e-3])
 def test_the_device_clock_finds_the_kernel_whatever_the_host_takes(machine, block, kernel):
     """Blocks that are shorter than the dispatch of the batch are repeated."""
@@ -109,6 +116,19 @@ def test_a_batch_that_the_host_was_late_for_is_repeated(machine):
     assert len(machine.ends) - before == (1 + marks + 4) + (2 + marks + 4)
 
 
+def test_a_late_round_costs_a_sample_and_not_the_call(machine):
+    """All attempts of its second turn are late."""
+    call, turns = machine.call(10e-6), []
+
+    def clock(call, batch):
+        turns.append(batch)
+        machine.hiccups = [1.0] * 40 if len(turns) == 2 else []
+        return device_ms(call, batch)
+
+    assert time_in_turn({"call": call}, 4, 3, clock) == pytest.approx({"call": 0.01}, rel=1e-9)
+    assert len(turns) == 4
+
+
 def test_calls_that_wait_for_the_device_are_left_out_and_said(machine, capsys):
     def run():
         end = machine.launch(10e-6)
@@ -119,7 +139,7 @@ def test_calls_that_wait_for_the_device_are_left_out_and_said(machine, capsys):
     assert time_in_turn(calls, 4, 2, device_ms).keys() == {"good"}
     printed = capsys.readouterr().out
     assert (
-        f"left out waits: RuntimeError: a batch of 1 was not queued before the device had done {timing.BLOCKS[-1]}"
+        f"left out waits: HostIsLate: a batch of 1 was not queued before the device had done {timing.BLOCKS[-1]}"
         in printed
     )
     assert "use `host_ms`" in printed
@@ -128,7 +148,7 @@ def test_calls_that_wait_for_the_device_are_left_out_and_said(machine, capsys):
 def test_as_many_calls_as_the_queue_holds_are_timed_behind_the_most_blocks(machine):
     machine.block = 2.1 * DISPATCH * timing.MOST_CALLS / timing.BLOCKS[-1]
     assert device_ms(machine.call(10e-6), timing.MOST_CALLS) == pytest.approx(0.01, rel=1e-9)
-    with pytest.raises(RuntimeError, match=f"a batch of 40 .* queue at most {timing.MOST_CALLS} calls"):
+    with pytest.raises(HostIsLate, match=f"a batch of 40 .* queue at most {timing.MOST_CALLS} calls"):
         device_ms(machine.call(10e-6), 40)
     assert tune.BATCH <= timing.MOST_CALLS
 
@@ -172,7 +192,7 @@ def test_the_queue_of_a_device_runs_its_blocks_and_reads_the_stamps(monkeypatch)
     first, second = stream.mark(), jnp.asarray([1_999_999, 8], jnp.uint32)
     assert queue.nanoseconds(first) == 8 * 2**32 - 1
     assert stream.ms_between(first, second) == 2
-    assert stream.is_done(first) is True
+    assert stream.block_ms == 0
     jax_queue.cache_clear()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jax_latent_moe.grouped_matmul.tuning.queue import SIZE, Queue
+from jax_latent_moe.grouped_matmul.tuning.queue import SIZE, Queue, timed_queue
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, Candidate
 
 
@@ -94,4 +94,4 @@ def torch_queue() -> Queue:
         second.synchronize()
         return first.elapsed_time(second)
 
-    return Queue(lambda: torch.mm(zeros, zeros, out=product), mark, lambda event: event.query(), ms_between)
+    return timed_queue(lambda: torch.mm(zeros, zeros, out=product), mark, ms_between)

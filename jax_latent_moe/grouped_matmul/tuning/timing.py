@@ -107,9 +107,17 @@ def _attempt(name, step):
     try:
         return step()
     except Exception as error:  # any failure leaves out only this candidate
-        first = next(iter(str(error).strip().splitlines()), "")
-        print(f"{'left out':>10} {name}: {type(error).__name__}: {first[:300]}", flush=True)
+        _print_left_out(name, error)
         return None
+
+
+def _print_left_out(name, error):
+    first = next(iter(str(error).strip().splitlines()), "")
+    print(f"{'left out':>10} {name}: {type(error).__name__}: {first[:300]}", flush=True)
+
+
+class HostIsLate(RuntimeError):
+    """The host did not queue a batch before the device was ready for it."""
 
 
 def host_ms(call: Call, batch: int) -> float:
@@ -124,28 +132,29 @@ def host_ms(call: Call, batch: int) -> float:
 def device_ms(call: Call, batch: int) -> float:
     """Milliseconds of each call of a batch on the device, without the host's time to dispatch it.
 
-    The batch is queued behind other work, between two marks, which the device stamps with its time. If the device
-    reaches the first mark before the second is queued, the host was not ahead, and the batch is repeated behind more
+    The batch is queued behind other work, between two marks, which the device stamps with its time. If queueing takes
+    the host longer than that work takes the device, the device may have waited, and the batch is repeated behind more
     work. A call without a queue is timed by `host_ms`.
 
     Raises:
-        RuntimeError: the host was never ahead.
+        HostIsLate: the device may have waited each time.
     """
     if call.queue is None:
         return host_ms(call, batch)
     queue = call.queue()
     for blocks in BLOCKS:
+        began = time.perf_counter()
         for _ in range(blocks):
             queue.block()
         start = queue.mark()
         for _ in range(batch):
             call.run()
         end = queue.mark()
-        ahead = not queue.is_done(start)
+        queueing = 1e3 * (time.perf_counter() - began)
         ms = queue.ms_between(start, end)
-        if ahead:
+        if queueing < blocks * queue.block_ms:
             return ms / batch
-    raise RuntimeError(
+    raise HostIsLate(
         f"a batch of {batch} was not queued before the device had done {BLOCKS[-1]} blocks of other work, so its time "
         f"would be the host's: queue at most {MOST_CALLS} calls, none of which waits for the device, or use `host_ms`."
     )
@@ -161,19 +170,33 @@ def time_in_turn(
     """Median milliseconds of each call, in batches of up to `batch`. The calls take turns, so a drift hits all.
 
     A slow call gets a smaller batch, because the gap between two calls does not matter to it. A call that fails, for
-    example because memory has run out, is left out, and a line is printed.
+    example because memory has run out, is left out, and a line is printed. So is a call for which the host is late each
+    time; if it is late only sometimes, the other times count.
     """
     batches = {name: 1 for name in calls}
-    times = {name: [] for name in calls}
+    times, late = {name: [] for name in calls}, {}
+
+    def timed(name):
+        try:
+            return clock(calls[name], batches[name])
+        except HostIsLate as error:
+            late[name] = error
+            return math.nan
+
     for turn in range(rounds + 1):
         for name in tuple(times):
-            ms = _attempt(name, lambda name=name: clock(calls[name], batches[name]))
+            ms = _attempt(name, functools.partial(timed, name))
             if ms is None:
                 del times[name]
+            elif math.isnan(ms):
+                continue
             elif turn == 0:
                 batches[name] = max(1, min(batch, math.floor(long_batch_ms / max(ms, 1e-3))))
             else:
                 times[name].append(ms)
+    for name in [name for name, samples in times.items() if not samples]:
+        _print_left_out(name, late[name])
+        del times[name]
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
