@@ -11,12 +11,19 @@ SMALL_GROUP = 64
 """A call with at most this many rows per expert, on average, is bound by reading weights."""
 SMALL_TILE = 64
 """Rows of the tiles for such calls. Their kernels have no counter of tiles and gather no rows."""
-FEW_ROWS = 512
-"""With at most this many rows per expert, on average, tiles go through an expert's rows before its columns.
+FEW_ROWS = range(33, 513)
+"""With so many rows per expert, on average, tiles go through an expert's rows before its columns.
 
 At 352 rows this order makes the fastest tiles of Super's products 1.6 to 4.6 % faster on an H100. At 1024 rows it makes
 some 6 % slower (benchmarks/results/profiles/h100-2026-11-27.md). On an H200, up to 512 rows, each order is the faster
 one for half of the products.
+"""
+FEW_TILES = 210
+"""With at most this many tiles of 128 x 128, twice as many tiles of 64 rows keep more of the 132 SMs busy."""
+SQUARE = 1.2
+"""How much longer a plain product takes in tiles of 128 x 128, which load more elements for each product.
+
+This and the numbers above were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
 """
 FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)x(\d+)")
@@ -83,20 +90,24 @@ def _shape(tile) -> tuple[int, ...]:
 
 
 def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
-    """The sort key of a tile: (is it for the other kind of call, its padding factor, is its order the unlikely one).
+    """The sort key of a tile: (is it for the other kind of call, its relative time, is its order the unlikely one).
 
-    The first of equal tiles wins. Over the shapes in the tables, the chosen tile took 1 % longer than the fastest on
-    average on an H100, and at most 4 %. On an H200 it took 2 % longer on average, and at most 23 % (9 % in wgrad), by
-    benchmarks/results/profiles/.
+    The first of equal tiles wins. Over the 40 shapes that it was fitted to, the chosen tile takes 2 % longer than the
+    fastest on average, and at most 16 % (120 products; 14 % in wgrad).
     """
     k, n = problem.k, problem.n
+    plain = problem.epilogue is None and problem.lhs.format not in FP8
+    slower = SQUARE if plain and tile.rows == tile.columns else 1.0
     if problem.contraction == "wgrad":
-        return False, _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns), False
-    small = problem.num_rows <= SMALL_GROUP * problem.num_experts
+        padded = _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns)
+        return False, slower * padded, False
     columns = n if problem.contraction == "fwd" else k
-    few = not small and problem.num_rows <= FEW_ROWS * problem.num_experts
+    rows = -(-problem.num_rows // problem.num_experts)
+    few_tiles = plain and problem.lhs.layout != "gathered"
+    few_tiles = few_tiles and problem.num_experts * -(-rows // 128) * -(-columns // 128) <= FEW_TILES
+    small = rows <= SMALL_GROUP or few_tiles
     padded = _padded(columns, tile.columns * tile.cluster_columns)
-    return small != (tile.rows <= SMALL_TILE), padded, few != tile.rows_first
+    return small != (tile.rows <= SMALL_TILE), slower * padded, (rows in FEW_ROWS) != tile.rows_first
 
 
 def _padded(size, tile):
