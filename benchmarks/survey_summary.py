@@ -45,7 +45,7 @@ def summary(products: Sequence[Compared]) -> list[str]:
         f"fastest of ours / {PEER}", [(p.ours[p.fastest] / p.peer, p.name) for p in beside if p.peer is not None]
     )
     if lost := [product.name for product in products if product.picked not in product.ours]:
-        lines.append(f"  the tile of auto did not run in {len(lost)}: {', '.join(lost)}")
+        lines.append(f"  the tile of auto was not timed in {len(lost)}: {', '.join(lost)}")
     backends = collections.Counter(product.fastest.split("/")[0] for product in products)
     lines.append("  fastest backend: " + ", ".join(f"{name} {count}" for name, count in backends.most_common()))
     return lines

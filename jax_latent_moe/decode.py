@@ -25,9 +25,9 @@ MOST_ASSIGNMENTS = 256
 """The most assignments of a call without lists (custom_calls/src/decode/experts.h, kThreads)."""
 MOST_TOKENS = 1
 """The most tokens that decode="measured" takes if the experts' weights are dense."""
-MOST_TOKENS_OF_CODES = 8
-"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200. The
-kernels with lists take more tokens, but have not been timed, so only decode="always" uses them."""
+MOST_TOKENS_OF_CODES = 64
+"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200. More
+tokens were not timed beside grouped matmuls, so only decode="always" takes them."""
 MOST_TOKENS_UNLISTED = 8
 """The most tokens without lists if both weights are codes."""
 MOST_LISTED = 8192

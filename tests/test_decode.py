@@ -233,7 +233,7 @@ def planned(config, tokens=1, dtype="bfloat16", format=None, device=H100, scales
 
 
 @pytest.mark.usefixtures("install_library")
-@pytest.mark.parametrize(("format", "most"), [(None, 1), ("fp8_block", 8), ("mxfp4", 8)])
+@pytest.mark.parametrize(("format", "most"), [(None, 1), ("fp8_block", 64), ("mxfp4", 64)])
 def test_the_most_tokens_by_themselves(format, most):
     config = dataclasses.replace(SUPER, backend="auto")
     assert isinstance(planned(config, most, format=format), Decode)

@@ -149,7 +149,7 @@ def test_the_summary_of_known_times():
         "above 1 in 1 of 11",
         "  auto / torch_grouped_mm: median 0.500, 90 % 0.500, worst 1.200 (slow), above 1 in 1 of 10",
         "  fastest of ours / torch_grouped_mm: median 0.500, 90 % 0.800, worst 2.000 (refused), above 1 in 1 of 11",
-        "  the tile of auto did not run in 1: refused",
+        "  the tile of auto was not timed in 1: refused",
         "  fastest backend: cutlass 10, pallas 2",
     ]
     assert summary(products[-1:]) == summary([]) == []

