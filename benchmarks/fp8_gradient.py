@@ -20,8 +20,8 @@ from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, jax_candidate
 from jax_latent_moe.row_encoders import GradientEncoder, gradient_encoder
 
 FORMAT = "fp8_block"
-KERNELS = "grouped_kernel", "relu2_gradient"
-"""Parts of the names of the kernels that count."""
+KERNELS = "grouped_kernel", "_gradient_blocks"
+"""Parts of the names of the kernels that count. A table of kernels has # for the numbers in a name."""
 STEPS = 12
 
 

@@ -2,8 +2,7 @@
 
 "forward" and "forward_backward" are those of the suite "layer", with the floor of bfloat16. "fp8" encodes the weights
 in the call, and "fp8_codes" reads codes that were made beforehand. "fp8_codes_fused" also has all activations and
-gradients in its products. "forward_backward_device" is the device's time, without the host's to dispatch a call. The
-kernels of each implementation and the times between them follow, of the same calls in a trace. "gradient" is the
+gradients in its products. The kernels of each implementation and the times between them follow. "gradient" is the
 gradient of the pre-activations with its codes, by the kernels' times in a trace (benchmarks/fp8_gradient.py).
 "encode_weights" makes the codes of both float32 weights in both layouts. "encode_rows" makes those of the hidden rows.
 """
@@ -30,7 +29,6 @@ from jax_latent_moe.formats import encode_rows
 from jax_latent_moe.grouped_matmul.tuning.timing import (
     Call,
     Candidate,
-    device_ms,
     jax_candidate,
     prepare,
     time_in_turn,
@@ -42,7 +40,7 @@ FORMAT = "fp8_block"
 SHAPES = {"super_t8192": (8192, SUPER), "super_t2048": (2048, SUPER)}
 QUICK_SHAPES = ("super_t8192",)
 TRACED = 4
-"""Calls in a batch of the device's clock, and in a trace."""
+"""Calls in a trace."""
 
 
 def in_fp8(config: LatentMoEConfig) -> LatentMoEConfig:
@@ -81,13 +79,10 @@ def candidates(config: LatentMoEConfig, pass_: str, params, x, dy, *, session: S
     return found
 
 
-def on_the_device(session: Session, suite: str, shape: str, pass_: str, calls: dict[str, Call]) -> None:
-    """The device's time of forward and backward, and on a GPU the kernels and the times between them."""
-    if pass_ != "forward_backward":
-        return
-    for impl, ms in time_in_turn(calls, TRACED, session.rounds, device_ms).items():
-        session.record(Row(suite, shape, f"{pass_}_device", impl, ms, 0.0, 0.0, None, calls[impl].temp_bytes))
-    for impl, call in calls.items():
+def print_kernels(session: Session, suite: str, shape: str, pass_: str, calls: dict[str, Call]) -> None:
+    """On a GPU, the kernels of forward and backward and the times between them."""
+    del session, suite, shape
+    for impl, call in calls.items() if pass_ == "forward_backward" else ():
         if call.queue is not None:
             data = kernel_table.trace_of_calls(call, TRACED)
             print(f"{'kernels':>10} of {pass_}, {impl}\n{kernel_table.table(kernel_table.kernels(data, TRACED), 16)}")
@@ -96,7 +91,7 @@ def on_the_device(session: Session, suite: str, shape: str, pass_: str, calls: d
 
 def measure(session: Session, suite: str, shapes: dict[str, tuple[int, LatentMoEConfig]]) -> None:
     """One row per layer, pass and implementation. An encoder that does not run here is left out."""
-    layers.measure(session, suite, shapes, candidates, on_the_device)
+    layers.measure(session, suite, shapes, candidates, print_kernels)
     for name, (tokens, config) in shapes.items():
         fp8_gradient.measure(session, suite, name, tokens, config)
         masters = dataclasses.replace(config, param_dtype="float32")

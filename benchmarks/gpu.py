@@ -61,7 +61,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help='every tile in the suite "widen"')
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape; may be repeated")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER", help="where the rows go")
-    parser.add_argument("--without", action="append", default=[], metavar="IMPL", help="not this; may be repeated")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="IMPL",
+        help="not this implementation, mesh or loop; may be repeated",
+    )
     parser.add_argument("--kernels", action="store_true", help='print the kernels of each step of the suite "train"')
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):

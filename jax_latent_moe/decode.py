@@ -26,8 +26,8 @@ MOST_ASSIGNMENTS = 256
 MOST_TOKENS = 1
 """The most tokens that decode="measured" takes if the experts' weights are dense."""
 MOST_TOKENS_OF_CODES = 64
-"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200. More
-tokens were not timed beside grouped matmuls, so only decode="always" takes them."""
+"""The same if both weights are codes. Each step of Super's layer is then faster than by grouped matmuls on an H200.
+More tokens were not timed beside grouped matmuls, so only decode="always" takes them."""
 MOST_TOKENS_UNLISTED = 8
 """The most tokens without lists if both weights are codes."""
 MOST_LISTED = 8192

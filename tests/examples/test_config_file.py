@@ -39,6 +39,14 @@ def test_left_out_options_come_from_the_preset(tmp_path):
     assert parse(write(tmp_path, {"steps": 5})).model == preset("auto").model
 
 
+def test_a_dense_run_that_kept_another_default_of_balancing_is_read(tmp_path):
+    """Nothing reads these options in a dense model. On the command line they are refused."""
+    assert parse(write(tmp_path, {"mlp": "dense", "switch_loss_coef": 0.01})).switch_loss_coef == 0
+    assert parse(write(tmp_path, {"mlp": "moe", "switch_loss_coef": 0.01})).switch_loss_coef == 0.01
+    with pytest.raises(TrainError, match=r"switch_loss_coef=0\.01 has no effect without"):
+        parse([*write(tmp_path, {"mlp": "dense"}), "--switch-loss-coef", "0.01"])
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

@@ -190,9 +190,7 @@ def test_attention_is_chosen_for_the_machine():
         attention.choose_attention("cudnn", TOY.model)
 
 
-DEEP = dataclasses.replace(
-    TOY, model=dataclasses.replace(TOY.model, layers=3), switch_loss_coef=0.0, bias_update_rate=0.01
-)
+DEEP = dataclasses.replace(TOY, model=dataclasses.replace(TOY.model, layers=3), bias_update_rate=0.01)
 
 
 def first_steps(config: Config, batch: Batch, mesh: Mesh | None = None, steps: int = 2, start=None):
@@ -312,11 +310,22 @@ def test_documents_weigh_the_same_in_parts_as_in_one(batch):
     assert_close(parts.grad_norm, whole.grad_norm, "float32")
 
 
+def test_the_switch_loss_reaches_the_optimiser(batch):
+    """It has no part by default. With a coefficient it is at least that of even loads, a layer."""
+    plain, balanced = (
+        first_steps(dataclasses.replace(DEEP, switch_loss_coef=coef), batch, steps=1)[1] for coef in (0.0, 0.5)
+    )
+    routed = DEEP.model.layers - 1  # the first block is dense
+    assert plain.auxiliary_loss == 0
+    assert balanced.auxiliary_loss >= 0.5 * routed * (1 - 1e-5)
+    assert balanced.loss == plain.loss, "both are the first step's text alone"
+    assert balanced.grad_norm != plain.grad_norm
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("mlp", ["latent_moe", "dense"])
 def test_parameters_are_drawn_as_the_model_asks_for_them(scan_layers, mlp):
-    losses = {} if mlp == "latent_moe" else {"switch_loss_coef": Config.switch_loss_coef}
-    model = language_model(dataclasses.replace(DEEP, mlp=mlp, scan_layers=scan_layers, **losses))
+    model = language_model(dataclasses.replace(DEEP, mlp=mlp, scan_layers=scan_layers))
     params, biases = jax.jit(lambda key: draw(model, key))(jax.random.key(0))
     wanted = nn.unbox(shapes(model))
     for tree, expected in ((params, wanted["params"]), (biases, wanted.get("correction_bias", {}))):
