@@ -96,7 +96,8 @@ class ExpertPlan:
         rows = " and the gathered rows" if self.keeps_rows else ""
         lines = [f"experts with {self.activation}; the forward pass keeps {self.residual!r}{rows}"]
         if isinstance(self.decode, Decode):
-            lines.append(f"without a gradient, two kernels for few tokens: {self.decode}")
+            kernels = "four" if self.decode.rows else "two"
+            lines.append(f"without a gradient, {kernels} kernels for few tokens: {self.decode}")
         elif self.decode:
             lines.append(f"no kernels for few tokens: {self.decode}")
         if self.projections:

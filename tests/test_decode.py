@@ -214,6 +214,24 @@ def test_gradients_do_not_run_them(monkeypatch):
         assert target not in both
 
 
+@pytest.mark.usefixtures("install_library")
+def test_gradients_through_listed_codes_do_not_run_them(monkeypatch):
+    """The gradient of x. Codes have none."""
+    for module in (decode, expert_plan):
+        monkeypatch.setattr(module, "current_device", lambda: H100)
+    config = layer("relu2", 32, 6, 3, 32, dtype="bfloat16", backend="auto", router=RouterConfig())
+    monkeypatch.setitem(AUTO, "gpu", (BACKEND, XlaBackend()))
+    params = jax.eval_shape(lambda: quantize(init_params(jax.random.key(0), config), config, "mxfp4"))
+    x = jax.ShapeDtypeStruct((32, 64), jnp.bfloat16)
+
+    def loss(x, params):
+        return jnp.sum(latent_moe(params, x, config)[0].astype(jnp.float32))
+
+    target = "latent_moe_decode_listed_experts"
+    assert target in str(jax.make_jaxpr(loss)(x, params))
+    assert target not in str(jax.make_jaxpr(jax.grad(loss))(x, params))
+
+
 def weights_of(config, format=None, dtype="bfloat16"):
     def make():
         params = init_params(jax.random.key(0), config)

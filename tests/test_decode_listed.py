@@ -79,7 +79,7 @@ def test_all_tokens_on_one_expert(rng, format):
 @emulates
 @pytest.mark.usefixtures("emulation")
 def test_every_pattern_of_experts_without_rows(rng):
-    """Of 6 experts; no expert at all, too."""
+    """All patterns of 6 experts, and no expert at all."""
     config = layer("relu2", 32, 6, 4, 32)
     for pattern in range(1 << 6):
         chosen = [expert for expert in range(6) if pattern >> expert & 1] or [-1, 6]
@@ -174,13 +174,26 @@ def planned(config, tokens, format="mxfp4", experts=512):
 
 @pytest.mark.usefixtures("install_library")
 def test_the_plan_of_super():
-    """Lists begin behind 8 tokens, and "always" asks for them."""
+    """Lists begin behind 8 tokens. By themselves they take up to 64, and "always" asks for more."""
     for tokens, rows in ((8, 0), (9, 8), (64, 8), (93, 8), (94, 16), (256, 16), (372, 16)):
         plan = planned(SUPER, tokens)
         assert isinstance(plan, Decode), plan
         assert (plan.rows, plan.splits, plan.num_sms) == (rows, 1, H200.num_sms if rows else 0)
     assert str(planned(SUPER, 64)) == ("64 tokens with 22 choices each, w_in mxfp4, w_out mxfp4, 8 listed rows at once")
-    assert "'measured' leaves 64 tokens" in str(planned(dataclasses.replace(SUPER, backend="auto"), 64))
+    auto = dataclasses.replace(SUPER, backend="auto")
+    assert planned(auto, 64) == planned(SUPER, 64)
+    assert "'measured' leaves 65 tokens" in str(planned(auto, 65))
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("experts", [4, 8, 15])
+def test_few_experts_with_many_rows_are_left_to_grouped_matmuls_unless_asked(experts):
+    """Their codes would be widened again for each pass."""
+    config = dataclasses.replace(SUPER, num_experts=experts, top_k=4)
+    auto = dataclasses.replace(config, backend="auto")
+    assert isinstance(planned(config, 64, experts=experts), Decode)
+    assert "leaves 64 tokens to the grouped matmuls" in str(planned(auto, 64, experts=experts))
+    assert isinstance(planned(auto, 4 * experts, experts=experts), Decode)
 
 
 @pytest.mark.usefixtures("install_library")

@@ -138,11 +138,11 @@ def _forward_rows(config, experts: ExpertPlan, narrow: int, pre: int, hidden: in
     """Bytes of the rows of a forward pass: tokens gathered, pre-activations, hidden rows and outputs.
 
     Gathered rows and outputs use the same memory at different times. A kernel for few tokens has no rows but the hidden
-    ones. XLA reuses the memory of a pre-activation for hidden rows of the same size. A gated pre-activation is beside
-    them, and XLA places the widest rows first.
+    ones, and with lists the weighted outputs in float32. XLA reuses the memory of a pre-activation for hidden rows of
+    the same size. A gated pre-activation is beside them, and XLA places the widest rows first.
     """
     if isinstance(experts.decode, Decode):
-        return hidden
+        return hidden + (2 * narrow if experts.decode.rows else 0)
     if experts.up_without_gradient.problem.epilogue is not None or not config.gated:
         return narrow + hidden
     return narrow + pre + hidden if narrow >= pre else pre + max(narrow, hidden)

@@ -18,7 +18,7 @@ void run(Kernel* kernel, dim3 grid, Arguments const& arguments) {
 }
 
 void multiply(Listed const& listed) {
-  launch_listed(listed, [&](auto* kernel, dim3 grid, int bytes, Listed const& given) {
+  launch_listed(listed, [&](auto* kernel, dim3 grid, int bytes, int, Listed const& given) {
     std::memset(dynamic_shared(), 0xff, bytes);  // NaN
     run(kernel, grid, given);
     return cudaSuccess;

@@ -114,8 +114,6 @@ struct Coded {
       }
     }
   }
-
-  static __device__ int blocks(int size, int shift) { return ((size - 1) >> shift) + 1; }
 };
 
 }  // namespace latent_moe::decode

@@ -16,9 +16,10 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int bytes, bool is_
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// The limit of a kernel is the same in each call: another thread may launch it meanwhile, with wider rows.
 cudaError_t multiply(Listed const& listed, cudaStream_t stream) {
-  return launch_listed(listed, [&](auto* kernel, dim3 grid, int bytes, Listed const& given) {
-    auto const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return launch_listed(listed, [&](auto* kernel, dim3 grid, int bytes, int most_bytes, Listed const& given) {
+    auto const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
     return error == cudaSuccess ? launch(kernel, grid, bytes, true, stream, given) : error;
   });
 }

@@ -193,7 +193,11 @@ struct Stream {
     cudaTriggerProgrammaticLaunchCompletion();
     Unit begin;
     int more = first_unit(begin, listed, tiles, Pass) - 1;
-    if (more < 0) return;
+    if (more < 0) {
+      // Without this wait the product could end before the first one, and the next kernel would begin too early.
+      if (!is_first()) cudaGridDependencySynchronize();
+      return;
+    }
     unit(more) = begin;
     point_at(begin);
 #pragma unroll
@@ -251,10 +255,12 @@ cudaError_t launch_pass(Listed listed, Launch launch) {
   const int64_t scales = weight.parts == 2 ? blocks(weight.n, weight.n_shift) : weight.n_shift == 0 ? 8 : 0;
   listed.codes_apart = rows * weight.k / Kernel::Lane::kPacking;
   listed.scales_apart = scales * blocks(weight.k, weight.k_shift) * kScaleBytes<C>;
-  return launch(multiply_listed_rows<C, Pass>, dim3(listed.num_sms * Kernel::kBlocks), Kernel::rows_bytes(weight.k), listed);
+  const int bytes = Kernel::rows_bytes(weight.k), most_bytes = Kernel::rows_bytes(Kernel::kPanel);
+  return launch(multiply_listed_rows<C, Pass>, dim3(listed.num_sms * Kernel::kBlocks), bytes, most_bytes, listed);
 }
 
-// Calls launch(kernel, grid, bytes of dynamic shared memory, argument) with the kernel of a product.
+// Calls launch(kernel, grid, bytes, most bytes, argument) with the kernel of a product. It needs so many bytes of dynamic shared
+// memory, and no call needs more than the most.
 template <class Launch>
 cudaError_t launch_listed(Listed const& listed, Launch launch) {
   auto const of_code = [&](auto code) {

@@ -19,8 +19,8 @@ ffi::Error decode_listed_experts(DecodeListedExpertsCall const& call) {
   auto const type = ffi::DataType::BF16;
   check.that(activation != Activation::kNone, "the experts have an activation");
   check.that(call.in_code != "dense" && call.out_code != "dense", "weights must be codes");
-  check.that(assignments > 0 && assignments < int64_t{1} << 24,
-             std::to_string(assignments) + " assignments must be 1 to " + std::to_string((1 << 24) - 1));
+  check.that(assignments > 0 && assignments < int64_t{1} << 20,
+             std::to_string(assignments) + " assignments must be 1 to " + std::to_string((1 << 20) - 1));
   check.that(tokens < 1 << 16, std::to_string(tokens) + " tokens must be fewer than 65536");
   check.that(experts > 0 && experts < int64_t{1} << 24, "there are no experts, or too many");
   check.that(width % 16 == 0 && inner % 16 == 0, "the widths " + std::to_string(width) + " and " + std::to_string(inner) +

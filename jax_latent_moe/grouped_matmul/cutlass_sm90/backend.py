@@ -38,7 +38,7 @@ FASTER = {
     "dgrad": ("relu2", "gelu", "swiglu", "geglu", "geglu_tanh"),
 }
 # Those with which an FP8 product that also encodes the hidden rows, or the gradient, was faster than a product and an
-# encoder. The kernels with relu2's gradient have not been timed: ("relu2",) would use them by default.
+# encoder. With relu2's gradient the kernels take 3 % less of a layer's time, but the layer was not faster.
 FASTER_ENCODED = {"fwd": ("relu2",), "dgrad": ()}
 
 
