@@ -146,7 +146,10 @@ def test_a_run_that_diverges_has_a_row_and_the_queue_goes_on(study, text, tmp_pa
 
     monkeypatch.setattr(runner, "train_steps", diverge)
     row = runner.run_one(
-        study, Run("dense", 8e-3, 1), dataclasses.replace(BASE, mlp="dense", run=tmp_path), StopRequest()
+        study,
+        Run("dense", 8e-3, 1),
+        dataclasses.replace(BASE, mlp="dense", switch_loss_coef=0.0, run=tmp_path),
+        StopRequest(),
     )
     assert row is not None
     assert row["validation_bits_per_byte"] is None
