@@ -27,7 +27,7 @@ STEPS = 64
 SHAPES = {
     f"super_t{tokens}_{format}": (tokens, None if format == "bf16" else format)
     for format in ("bf16", "fp8_block", "mxfp4")
-    for tokens in (1, 8, 64)
+    for tokens in (1, 8, 16, 64)
 }
 QUICK_SHAPES = ("super_t1_bf16", "super_t1_fp8_block", "super_t1_mxfp4")
 

@@ -58,7 +58,10 @@ SUPER = dataclasses.replace(
     ),
 )
 """Two layers of Nemotron-3 Super's sizes after a dense block: 6.1 G parameters, whose step takes 113 GB."""
-SIZES = {"gpu": presets.GPU, "middle": MIDDLE, "large": presets.GPU_80GB, "super": SUPER}
+FOUR_PARTS = dataclasses.replace(presets.GPU_80GB, batch_size=32, accumulate=4)
+SIZES = {"gpu": presets.GPU, "middle": MIDDLE, "large": presets.GPU_80GB, "large_4_parts": FOUR_PARTS, "super": SUPER}
+WITH_FP8 = ("middle", "large_4_parts")
+"""Sizes that are trained with `--precision fp8` too, which encodes the weights once for all parts of a step."""
 AXES = ("data", "fsdp", "expert")
 BATCHES, LOOP_STEPS = 8, 120
 
@@ -86,12 +89,14 @@ class Compiled:
 
 
 def measure(session: Session, suite: str, sizes: dict[str, Config]) -> None:
-    """The rows of each size; a quick session keeps to latent_moe."""
+    """The rows of each size. A quick session leaves out dense and moe."""
     for name, config in sizes.items():
-        for mlp in get_args(MLP) if not session.quick else ("latent_moe",):
-            if mlp in session.without:
-                continue
-            _measure_step(session, suite, name, mlp, dataclasses.replace(config, mlp=mlp, mesh=""))
+        models = get_args(MLP) if not session.quick else ("latent_moe",)
+        found = {mlp: dataclasses.replace(config, mlp=mlp, mesh="") for mlp in models}
+        if name in WITH_FP8:
+            found["latent_moe fp8"] = dataclasses.replace(config, precision="fp8", mesh="")
+        for impl, other in session.wanted(found).items():
+            _measure_step(session, suite, name, impl, other)
         if "loop" not in session.without:
             _measure_loop(session, suite, name, config)
         if jax.device_count() > 1:
