@@ -102,7 +102,7 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
         padded = _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns)
         return False, slower * padded, False
     columns = n if problem.contraction == "fwd" else k
-    rows = -(-problem.num_rows // problem.num_experts)
+    rows = -(-problem.planned_rows // problem.num_experts)
     few_tiles = plain and problem.lhs.layout != "gathered"
     few_tiles = few_tiles and problem.num_experts * -(-rows // 128) * -(-columns // 128) <= FEW_TILES
     small = rows <= SMALL_GROUP or few_tiles
