@@ -155,7 +155,7 @@ def test_a_kernel_that_takes_fewer_experts_is_no_choice(install_library):
 @pytest.mark.parametrize("n", [1016, 1024, 2688])
 def test_a_shape_that_no_table_has_takes_a_tile_that_pads_least(n):
     """Few rows an expert take small tiles."""
-    for num_rows, fits in ((64 * 1024, lambda tile: tile.rows > 64), (64 * 64, lambda tile: tile.rows == 64)):
+    for num_rows, fits in ((64 * 1024, lambda tile: tile.rows > 64), (64 * 48, lambda tile: tile.rows == 64)):
         asked = dataclasses.replace(PROBLEM, num_rows=num_rows, k=1000, n=n)
         bound = select(asked, CutlassBackend())
         widths = {other: other.columns * other.cluster_columns for other in bound.backend.tiles(asked)}
@@ -172,6 +172,28 @@ def test_tiles_of_few_rows_run_down_an_expert_first(epilogue, rows_of_expert, ro
     bound = select(dataclasses.replace(PROBLEM, num_rows=num_rows, k=1000, epilogue=epilogue), CutlassBackend())
     assert bound.source.startswith("a heuristic")
     assert bound.tile.rows_first == rows_first
+
+
+@pytest.mark.parametrize(
+    ("rows_of_expert", "k", "n", "shape"),
+    [
+        (48, 1000, 1024, (64, 128)),
+        (49, 1000, 1024, (192, 128)),  # some experts have more than 64 rows
+        (128, 1000, 1408, (128, 128)),  # larger tiles would hold no more rows
+        (129, 1000, 1408, (128, 192)),
+        (400, 520, 1024, (192, 128)),
+        (400, 512, 1024, (128, 192)),  # shallow
+        (26, 1000, 128, (64, 128)),  # few tiles
+        (384, 1000, 96, (64, 128)),
+        (385, 1000, 96, (128, 128)),
+    ],
+)
+def test_rows_and_depth_choose_the_tile(rows_of_expert, k, n, shape):
+    """In fwd and, with K and N swapped, in dgrad."""
+    fwd = dataclasses.replace(PROBLEM, num_rows=64 * rows_of_expert, k=k, n=n, device=DESCRIBED)
+    for asked in (fwd, dataclasses.replace(fwd, contraction="dgrad", k=n, n=k)):
+        tile = select(asked, CutlassBackend()).tile
+        assert (tile.rows, tile.columns) == shape
 
 
 @pytest.mark.parametrize("contraction", ["fwd", "dgrad", "wgrad"])
