@@ -2,10 +2,21 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from jax_latent_moe import CutlassBackend, UnsupportedError, native
+from jax_latent_moe import (
+    CutlassBackend,
+    PallasBackend,
+    UnsupportedError,
+    decode,
+    expert_plan,
+    init_params,
+    latent_moe,
+    native,
+    projections,
+)
 from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.device import Device
 from jax_latent_moe.grouped_matmul import (
@@ -21,13 +32,28 @@ from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import kernel_name
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS, fuse_refusal
 from jax_latent_moe.plan.kernels import KERNELS
+from jax_latent_moe.routing import compiled
 from tests import kernels
 from tests.engineering.sandbox import ROOT
-from tests.kernels import A100, CPU, FUSED, H200, PLAIN, RESIDUAL, WHOLE, bound_activation, epilogue_of, library
+from tests.kernels import (
+    A100,
+    CPU,
+    FUSED,
+    H200,
+    PLAIN,
+    RESIDUAL,
+    WHOLE,
+    bound_activation,
+    epilogue_of,
+    layer_of,
+    library,
+)
 
 W_SHAPE = (64, 1024, 2688)
 PROBLEM = problem("fwd", 8192, W_SHAPE, "bfloat16", device=H200)
 FLOAT32 = Operand("float32")
+DESCRIBED = dataclasses.replace(H200, kernels=tuple(KERNELS))
+"""An H200 with the kernels that the build compiles."""
 
 
 def test_without_its_library_it_says_how_to_get_it(library_at, tmp_path):
@@ -129,7 +155,7 @@ def test_a_kernel_that_takes_fewer_experts_is_no_choice(install_library):
 @pytest.mark.parametrize("n", [1016, 1024, 2688])
 def test_a_shape_that_no_table_has_takes_a_tile_that_pads_least(n):
     """Few rows an expert take small tiles."""
-    for num_rows, fits in ((64 * 1024, lambda tile: tile.rows > 64), (64 * 64, lambda tile: tile.rows == 64)):
+    for num_rows, fits in ((64 * 1024, lambda tile: tile.rows > 64), (64 * 48, lambda tile: tile.rows == 64)):
         asked = dataclasses.replace(PROBLEM, num_rows=num_rows, k=1000, n=n)
         bound = select(asked, CutlassBackend())
         widths = {other: other.columns * other.cluster_columns for other in bound.backend.tiles(asked)}
@@ -146,6 +172,58 @@ def test_tiles_of_few_rows_run_down_an_expert_first(epilogue, rows_of_expert, ro
     bound = select(dataclasses.replace(PROBLEM, num_rows=num_rows, k=1000, epilogue=epilogue), CutlassBackend())
     assert bound.source.startswith("a heuristic")
     assert bound.tile.rows_first == rows_first
+
+
+@pytest.mark.parametrize(
+    ("rows_of_expert", "k", "n", "shape"),
+    [
+        (48, 1000, 1024, (64, 128)),
+        (49, 1000, 1024, (192, 128)),  # some experts have more than 64 rows
+        (128, 1000, 1408, (128, 128)),  # larger tiles would hold no more rows
+        (129, 1000, 1408, (128, 192)),
+        (400, 520, 1024, (192, 128)),
+        (400, 512, 1024, (128, 192)),  # shallow
+        (26, 1000, 128, (64, 128)),  # few tiles
+        (384, 1000, 96, (64, 128)),
+        (385, 1000, 96, (128, 128)),
+    ],
+)
+def test_rows_and_depth_choose_the_tile(rows_of_expert, k, n, shape):
+    """In fwd and, with K and N swapped, in dgrad."""
+    fwd = dataclasses.replace(PROBLEM, num_rows=64 * rows_of_expert, k=k, n=n, device=DESCRIBED)
+    for asked in (fwd, dataclasses.replace(fwd, contraction="dgrad", k=n, n=k)):
+        tile = select(asked, CutlassBackend()).tile
+        assert (tile.rows, tile.columns) == shape
+
+
+@pytest.mark.parametrize("contraction", ["fwd", "dgrad", "wgrad"])
+@pytest.mark.parametrize("layout", ["dense", "gathered"])
+def test_a_symbolic_number_of_rows_takes_the_tile_of_a_large_call(contraction, layout):
+    (tokens,) = jax.export.symbolic_shape("t")
+    lhs = Operand("bfloat16", layout)
+    asked = dataclasses.replace(PROBLEM, contraction=contraction, lhs=lhs, device=DESCRIBED)
+    symbolic, large = (select(dataclasses.replace(asked, num_rows=rows)) for rows in (8 * tokens, 2**28))
+    assert isinstance(symbolic.backend, Cutlass)
+    assert (symbolic.tile, symbolic.in_place) == (large.tile, large.in_place)
+    assert symbolic.source.startswith("a heuristic")
+    reason = (
+        r"num_rows=8\*t is symbolic, but its kernels are compiled for one number of rows: use CutlassBackend\(\) or"
+    )
+    with pytest.raises(UnsupportedError, match=reason):
+        select(symbolic.problem, PallasBackend())
+
+
+def test_a_layer_with_a_symbolic_number_of_tokens_exports_its_kernels(monkeypatch):
+    for module in (compiled, decode, expert_plan, projections):
+        monkeypatch.setattr(module, "current_device", lambda: DESCRIBED)
+    config = dataclasses.replace(layer_of("relu2"), hidden_size=64, latent_size=64, expert_intermediate_size=64)
+    config = dataclasses.replace(config, num_experts=8, dtype="bfloat16", param_dtype="bfloat16")
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("t, 64"), "bfloat16")
+    program = jax.jit(jax.grad(lambda params, x: latent_moe(params, x, config)[0].astype("float32").sum()))
+    exported = jax.export.export(program, platforms=("cuda",), disabled_checks=native.export_checks())(params, x)
+    for target in ("matmul_activation", "matmul_activation_grad", "matmul", "wgrad"):
+        assert f"@{native.PREFIX}{target}(" in exported.mlir_module()
 
 
 @pytest.mark.parametrize("contraction", ["fwd", "dgrad"])

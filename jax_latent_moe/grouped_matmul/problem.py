@@ -14,6 +14,8 @@ from jax_latent_moe.errors import ConfigError
 
 Contraction = Literal["fwd", "dgrad", "wgrad"]
 Layout = Literal["dense", "gathered", "columns"]
+SYMBOLIC_ROWS = 2**30
+"""Rows that stand for a symbolic number of `jax.export`. No table of tiles has so many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Problem:
         fused = f" with {self.epilogue}" if self.epilogue else ""
         sizes = f"{self.num_rows} rows, {self.num_experts} experts of {self.k} x {self.n}"
         return f"{self.contraction}{fused} of {self.lhs} and {self.rhs} to {self.out}, {sizes}"
+
+    @property
+    def planned_rows(self) -> int:
+        """The number of rows that a kernel and its tile are chosen for. A symbolic number counts as a large call."""
+        return SYMBOLIC_ROWS if is_symbolic_dim(self.num_rows) else self.num_rows
 
     def dense(self) -> "Problem":
         """The same problem with dense operands."""

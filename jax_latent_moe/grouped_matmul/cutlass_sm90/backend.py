@@ -53,7 +53,7 @@ class Cutlass(Backend):
             return reason
         if problem.num_experts == 0:
             return "num_experts=0 must be at least 1."
-        if problem.num_rows >= MAX_ROWS:
+        if problem.planned_rows >= MAX_ROWS:
             return f"num_rows={problem.num_rows} must be below {MAX_ROWS}: tiles count rows in 32 bits."
         if (reason := library(problem.device).missing) is not None:
             return reason
@@ -91,7 +91,7 @@ class Cutlass(Backend):
         if both_fp8(problem):
             return ()
         plain, products = problem.epilogue is None, problem.k if problem.contraction == "dgrad" else problem.n
-        gathers = tile.rows > cutlass_tiles.SMALL_TILE and problem.num_rows > 0
+        gathers = tile.rows > cutlass_tiles.SMALL_TILE and problem.planned_rows > 0
         tried = not (problem.contraction == "dgrad" and plain)
         gathers_lhs = problem.lhs.layout == "gathered" and gathers and tried and products >= FEW_PRODUCTS
         gathers_rhs = problem.rhs.layout == "gathered" and gathers and not gathers_lhs and problem.k >= FEW_PRODUCTS

@@ -7,8 +7,11 @@ from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.problem import Problem
 from jax_latent_moe.grouped_matmul.sm90 import FP8, kernel_activation, library
 
-SMALL_GROUP = 64
-"""A call with at most this many rows per expert, on average, is bound by reading weights."""
+SMALL_GROUP = 48
+"""A call with at most this many rows per expert, on average, is bound by reading weights, and takes tiles of 64 rows.
+
+Groups differ in size. At 50 rows on average, many experts have more than 64, and two such tiles read their weights.
+"""
 SMALL_TILE = 64
 """Rows of the tiles for such calls. Their kernels have no counter of tiles and gather no rows."""
 FEW_ROWS = range(33, 513)
@@ -21,10 +24,17 @@ one for half of the products.
 FEW_TILES = 210
 """With at most this many tiles of 128 x 128, twice as many tiles of 64 rows keep more of the 132 SMs busy."""
 SQUARE = 1.2
-"""How much longer a plain product takes in tiles of 128 x 128, which load more elements for each product.
+"""How much longer a plain product takes in tiles of 128 x 128, which load 1.2 times as many elements for each product.
 
-This and the numbers above were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
+A tile with more rows gains nothing where experts have at most 128 rows on average, so this does not count there.
 """
+SHALLOW = 512
+"""Up to this many contracted elements, SQUARE counts for tiles of 192 x 128 as well.
+
+They take as long as 128 x 128 there, and in the median 8 % longer than 128 x 192. Storing a tile weighs more in such a
+product, compared with loading its operands, and the swap-AB epilogue of tiles of 128 columns transposes.
+"""
+# These numbers were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
 FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)x(\d+)")
 
@@ -93,21 +103,26 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
     """The sort key of a tile: (is it for the other kind of call, its relative time, is its order the unlikely one).
 
     The first of equal tiles wins. Over the 40 shapes that it was fitted to, the chosen tile takes 2 % longer than the
-    fastest on average, and at most 16 % (120 products; 14 % in wgrad).
+    fastest on average, and more than 12 % longer in 2 of 120 products.
     """
     k, n = problem.k, problem.n
     plain = problem.epilogue is None and problem.lhs.format not in FP8
-    slower = SQUARE if plain and tile.rows == tile.columns else 1.0
+    square = tile.rows == tile.columns
     if problem.contraction == "wgrad":
         padded = _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns)
-        return False, slower * padded, False
-    columns = n if problem.contraction == "fwd" else k
-    rows = -(-problem.num_rows // problem.num_experts)
+        return False, SQUARE * padded if plain and square else padded, False
+    columns, depth = (n, k) if problem.contraction == "fwd" else (k, n)
+    rows = -(-problem.planned_rows // problem.num_experts)
     few_tiles = plain and problem.lhs.layout != "gathered"
     few_tiles = few_tiles and problem.num_experts * -(-rows // 128) * -(-columns // 128) <= FEW_TILES
     small = rows <= SMALL_GROUP or few_tiles
+    slower = plain and rows > 128 and (square or (depth <= SHALLOW and tile.columns == 128))
     padded = _padded(columns, tile.columns * tile.cluster_columns)
-    return small != (tile.rows <= SMALL_TILE), slower * padded, (rows in FEW_ROWS) != tile.rows_first
+    return (
+        small != (tile.rows <= SMALL_TILE),
+        SQUARE * padded if slower else padded,
+        (rows in FEW_ROWS) != tile.rows_first,
+    )
 
 
 def _padded(size, tile):

@@ -3,6 +3,7 @@
 import functools
 
 from jax import custom_batching
+from jax.export import is_symbolic_dim
 
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.operands import Outputs
@@ -52,6 +53,11 @@ class Pallas(Backend):
             reason = refusal(problem, FEATURE_MULTIPLE)
         if reason:
             return reason
+        if is_symbolic_dim(problem.num_rows):
+            return (
+                f"num_rows={problem.num_rows} is symbolic, but its kernels are compiled for one number of rows: use "
+                "CutlassBackend() or XlaBackend()."
+            )
         for name in ("num_rows", "num_experts"):
             if getattr(problem, name) == 0:
                 return f"{name}=0 must be at least 1."

@@ -47,10 +47,10 @@ def measured_tile(tile_type: type, backend: str, problem: Problem) -> tuple[Any,
                 entry
                 for entry in entries
                 if all(entry[name] == key[name] for name in KEY)
-                and entry["num_rows"] <= 2 * problem.num_rows <= 4 * entry["num_rows"]
+                and entry["num_rows"] <= 2 * problem.planned_rows <= 4 * entry["num_rows"]
             ]
             if near:
-                entry = min(near, key=lambda entry: abs(entry["num_rows"] - problem.num_rows))
+                entry = min(near, key=lambda entry: abs(entry["num_rows"] - problem.planned_rows))
                 return _tile(tile_type, entry, f"{place}, measured at {entry['num_rows']} rows")
     return None
 
