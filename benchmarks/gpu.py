@@ -123,7 +123,8 @@ def main() -> None:
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise SystemExit(f"this benchmark needs a GPU, not {device.device_kind!r}: `make bench` measures the CPU.")
-    run = Run(device.device_kind.lower().removeprefix("nvidia ").replace(" ", "-"), options.out)
+    name, count = device.device_kind.lower().removeprefix("nvidia ").replace(" ", "-"), jax.device_count()
+    run = Run(name if count == 1 else f"{name}-x{count}", options.out)
     limits = ceilings()
     print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)
     rounds = 5 if options.quick else 7

@@ -29,9 +29,10 @@ START_UP_SECONDS = (0.0, 4.0)
 TRAINING_SECONDS = (0.0, 4.0)
 
 
-def command(run: pathlib.Path, text: pathlib.Path, steps: int, every: int) -> list[str]:
+def command(run: pathlib.Path, text: pathlib.Path, steps: int, every: int, mesh: str = "") -> list[str]:
     """The trainer's command line, with a line of metrics and a checkpoint every `every` steps."""
     options = f"--preset toy --steps {steps} --log-every {every} --checkpoint-every {every} --eval-every 100000"
+    options += f" --mesh {mesh}" if mesh else ""
     return [sys.executable, "-m", "examples.train", *options.split(), "--data", str(text), "--run", str(run)]
 
 
@@ -45,7 +46,6 @@ def start(arguments: list[str], cache: pathlib.Path, output) -> subprocess.Popen
     """Starts a run in its own process, with the compiled programs of earlier runs."""
     environment = {
         **os.environ,
-        "JAX_PLATFORMS": "cpu",
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
@@ -85,9 +85,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=2500, help="of the run; more than it does between all kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--platform", default="cpu", help="JAX's name of it, such as cpu or cuda")
+    parser.add_argument("--mesh", default="", help="the trainer's --mesh")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "survival", metavar="FOLDER")
     options = parser.parse_args()
     dice = random.Random(options.seed)
+    os.environ["JAX_PLATFORMS"] = options.platform if options.platform == "cpu" else f"{options.platform},cpu"
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         run, whole, text, cache = (folder / part for part in ("run", "whole", "text.txt", "cache"))
@@ -95,7 +98,7 @@ def main() -> None:
         failures, lost, saved, while_saving = [], 0, [], 0
         for kill in range(options.kills):
             before = saved[-1] if saved else 0
-            log, ended = kill_once(command(run, text, options.steps, 2), cache, folder, dice)
+            log, ended = kill_once(command(run, text, options.steps, 2, options.mesh), cache, folder, dice)
             first, saved = started_at(log), complete_steps(run)
             while_saving += any("tmp" in path.name for path in run.glob("checkpoints/*"))
             lost += first is not None and first < before
@@ -103,19 +106,18 @@ def main() -> None:
                 failures.append(f"kill {kill}: started at {first}, newest complete {before}: {log[-400:]}")
             print(f"kill {kill + 1}: started at {first}, newest complete {saved[-1] if saved else None}", flush=True)
         for path in (run, whole):
-            subprocess.run(
-                command(path, text, options.steps, 500), check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-            )
+            subprocess.run(command(path, text, options.steps, 500, options.mesh), check=True)
         leaves, wanted = (jax.tree.leaves(load(path)[1]) for path in (run, whole))
         same = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, wanted, strict=True))
         result = {
-            "suite": "survival", "kills": options.kills, "seed": options.seed, "failed_restarts": len(failures),
+            "suite": "survival", "platform": options.platform, "mesh": options.mesh, "kills": options.kills,
+            "seed": options.seed, "failed_restarts": len(failures),
             "restarts_behind_the_last_complete_save": lost, "killed_while_a_save_was_unfinished": while_saving,
             "steps": options.steps, "same_bits_as_an_unkilled_run": same, "versions": {"jax": jax.__version__},
         }  # fmt: skip
         print("\n".join([*failures, json.dumps(result)]))
         options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / f"cpu-{datetime.date.today()}.jsonl").open("a") as file:
+        with (options.out / f"{options.platform}-{datetime.date.today()}.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
         if failures or not same:
             sys.exit(1)

@@ -94,6 +94,13 @@ def positive(name, value):
     return value
 
 
+def at_least_one(name, value):
+    value = finite(name, value)
+    if value < 1:
+        raise ConfigError(f"{name}={value!r} must be at least 1.")
+    return value
+
+
 def between(name, value, least, most):
     value = finite(name, value)
     if not least <= value <= most:

@@ -97,6 +97,9 @@ class ParallelConfig:
         dispatch_format: format of the rows that travel to the experts, "fp8_block" or "fp8_block_pow2": latents in the
             forward pass, gradients of the sums in the backward pass. They take half the bytes of 16-bit rows. The sums
             come back in config.dtype. None sends config.dtype both ways.
+        round_factor: a device's experts compute at most ceil(round_factor * T * k) rows at a time, for T tokens a
+            device, so arrays are not made for the worst case. T * k rows are the mean. If experts have more rows,
+            further rounds follow, and nothing is dropped. At least 1. None computes all rows at once.
     """
 
     data_axis: str = "data"
@@ -108,6 +111,7 @@ class ParallelConfig:
     sequence_axis: str = "sequence"
     physical_to_logical: tuple[int, ...] | None = None
     dispatch_format: str | None = None
+    round_factor: float | None = 1.25
 
     def __post_init__(self):
         axes = (*self.axes, self.sequence_axis)
@@ -124,6 +128,8 @@ class ParallelConfig:
             checks.keep(self, "parallel.", checks.integers, ("physical_to_logical",))
         if self.dispatch_format is not None:
             check_rows_format("parallel.dispatch_format", self.dispatch_format)
+        if self.round_factor is not None:
+            checks.keep(self, "parallel.", checks.at_least_one, ("round_factor",))
 
     @property
     def axes(self) -> tuple[str, str, str, str]:

@@ -63,6 +63,31 @@ def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capaci
     return min(enough, -(-share_of_rows(capacity_factor, tokens * config.top_k, devices) // 8) * 8)
 
 
+LEAST_ROUND_BYTES = 2**28
+"""Rows are computed in rounds only if arrays for the worst case would take at least so many bytes. Smaller arrays cost
+less time than the wait of the host for the number of rounds."""
+
+
+def rows_of_round(config: LatentMoEConfig, devices: int, tokens: int, most_rows: int, row_multiple: int = 1) -> int:
+    """The rows that a device's experts compute at a time: most_rows, or fewer by `ParallelConfig.round_factor`.
+
+    Args:
+        config: the layer, with `parallel` set.
+        devices: n, the number of devices that share the experts.
+        tokens: T, tokens of one device.
+        most_rows: the most rows that the device's experts can have.
+        row_multiple: the multiple at which each expert's rows begin.
+    """
+    assert config.parallel is not None
+    factor, inner = config.parallel.round_factor, config.expert_intermediate_size * (2 if config.gated else 1)
+    row = (2 * config.latent_width + inner) * jnp.dtype(config.dtype).itemsize
+    if factor is None or jax.export.is_symbolic_dim(tokens) or most_rows * row < LEAST_ROUND_BYTES:
+        return most_rows
+    padding = config.num_physical_experts // devices * (row_multiple - 1)
+    multiple = math.lcm(8, row_multiple)
+    return min(most_rows, -(-(share_of_rows(factor, tokens * config.top_k, 1) + padding) // multiple) * multiple)
+
+
 def share_of_rows(factor: float, rows: int, parts: int) -> int:
     """ceil(factor * rows / parts), with the factor as a decimal number: 1.1 * 50 is 55, and not 56 as with floats."""
     exact = Fraction(str(factor))

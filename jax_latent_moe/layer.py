@@ -309,9 +309,12 @@ def _route_through_experts(params, codes, latent, routing, config, shards, up_pr
 
     row_multiple = row_multiple_of(base_of(w_in), base_of(w_out))
 
-    def experts(latent, weights, plan, log_weights=None):
+    def compute(weights_of_experts, latent, weights, plan, log_weights=None):
+        w_in, w_out, biases, codes = weights_of_experts
         return routed_experts(config, latent, weights, w_in, w_out, plan, biases, codes, log_weights, up_proj)
 
+    weights_of_experts = w_in, w_out, biases, codes
+    experts = partial(compute, weights_of_experts)
     if config.router.pad_to_capacity:
         return padded_experts(experts, latent, expert_ids, weights, config, capacity, row_multiple), dropped
     if shards.expert_axis is None:
@@ -319,11 +322,25 @@ def _route_through_experts(params, codes, latent, routing, config, shards, up_pr
         return experts(latent, weights, rows_to_compute(plan, config), log_weights), dropped
     if not shards.token_axes:
         combined = own_experts_of_all(
-            config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
+            config,
+            shards.expert_axis,
+            compute,
+            weights_of_experts,
+            latent,
+            expert_ids,
+            weights,
+            row_multiple=row_multiple,
         )
         return combined, dropped
     combined, not_sent = exchange(
-        config, shards.expert_axis, experts, latent, expert_ids, weights, row_multiple=row_multiple
+        config,
+        shards.expert_axis,
+        compute,
+        weights_of_experts,
+        latent,
+        expert_ids,
+        weights,
+        row_multiple=row_multiple,
     )
     if copies is not None:
         not_sent = jnp.zeros_like(dropped).at[np.asarray(copies)].add(not_sent)

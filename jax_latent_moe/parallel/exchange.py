@@ -4,31 +4,30 @@ A device multiplies the results by their weights before it sends them, so only s
 Each movement of rows is a gather whose gradient is another gather. There is no scatter, so two runs give the same bits.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.parallel.choice import choose_dispatch
+from jax_latent_moe.parallel.rounds import Compute, in_rounds
 from jax_latent_moe.parallel.round_trip import RoundTrip, to_experts, to_tokens
 from jax_latent_moe.routing.expert_sort import count_experts
 from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import CHOICE, NO_EXPERT
 from jax_latent_moe.shards import sum_used_alike
 
-Experts = Callable[[Float[Array, "t l"], Float[Array, "t k"], DispatchPlan], Float[Array, "t l"]]
-
 
 def exchange(
     config: LatentMoEConfig,
     axis: str,
-    experts: Experts,
+    compute: Compute,
+    weights_of_experts: PyTree,
     latent: Float[Array, "t l"],
     expert_ids: Int[Array, "t k"],
     weights: Float[Array, "t k"],
@@ -40,7 +39,8 @@ def exchange(
     Args:
         config: the layer. Its `parallel` says how rows travel, and how many may.
         axis: the mesh axis that splits the experts into equal runs.
-        experts: maps (rows [T, l], weights [T, k], a plan of this device's experts) to [T, l].
+        compute: maps (weights_of_experts, rows [T, l], weights [T, k], a plan of this device's experts) to [T, l].
+        weights_of_experts: those of this device's experts, with their biases.
         latent: [T, l], of this device's tokens.
         expert_ids: [T, k], indices of all physical experts.
         weights: [T, k], 0 where there is no expert.
@@ -67,7 +67,9 @@ def exchange(
     strategy = choose_dispatch(config, devices, tokens)
     format = config.parallel.dispatch_format
     plan_of = partial(make_dispatch_plan, backend=config.backend)
-    experts_of = partial(_experts_of, experts, partial(plan_of, row_multiple=row_multiple))
+    round_of = partial(cost.rows_of_round, config, devices, tokens, row_multiple=row_multiple)
+    plan_of_experts = partial(plan_of, row_multiple=row_multiple)
+    experts_of = partial(_experts_of, compute, weights_of_experts, plan_of_experts, round_of)
     combined = move[strategy](plan_of, axis, capacity, local_experts, experts_of, format, latent, expert_ids, weights)
     return combined, dropped
 
@@ -75,7 +77,8 @@ def exchange(
 def own_experts_of_all(
     config: LatentMoEConfig,
     axis: str,
-    experts: Experts,
+    compute: Compute,
+    weights_of_experts: PyTree,
     latent: Float[Array, "t l"],
     expert_ids: Int[Array, "t k"],
     weights: Float[Array, "t k"],
@@ -89,15 +92,19 @@ def own_experts_of_all(
     local_experts = config.num_physical_experts // lax.axis_size(axis)
     expert_ids, mine = _own_experts(expert_ids, axis, local_experts)
     plan = make_dispatch_plan(expert_ids, local_experts, config.backend, row_multiple)._replace(expert_ids=None)
-    return sum_used_alike(axis, experts(latent, jnp.where(mine, weights, 0), plan))
+    return sum_used_alike(axis, compute(weights_of_experts, latent, jnp.where(mine, weights, 0), plan))
 
 
-def _experts_of(experts, plan_of, rows, weights, expert_ids, num_experts, most_rows=None):
+def _experts_of(compute, weights_of_experts, plan_of, round_of, rows, weights, expert_ids, num_experts, most_rows=None):
     """The weighted sums of this device's experts. Ids are indices of these experts. At most most_rows rows have one."""
     plan = plan_of(expert_ids, num_experts)._replace(expert_ids=None)  # rows are not all those of a token
-    if most_rows is not None and most_rows < expert_ids.size:
+    most_rows = expert_ids.size if most_rows is None else most_rows
+    at_once = round_of(most_rows)
+    if at_once < most_rows:
+        return in_rounds(compute, at_once, weights_of_experts, rows, weights, plan)
+    if most_rows < expert_ids.size:
         plan = first_rows(plan, most_rows)
-    return experts(rows, weights, plan)
+    return compute(weights_of_experts, rows, weights, plan)
 
 
 def _all_gather(_, axis, capacity, local_experts, experts, format, latent, expert_ids, weights):

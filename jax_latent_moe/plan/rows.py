@@ -53,7 +53,7 @@ def expert_rows(
         assignments, most = tokens * choices, limits.most_rounded_rows(config, tokens)
     else:
         capacity = cost.exchange_capacity(config, devices, tokens, parallel.capacity_factor)
-        most = devices * capacity
+        most = cost.rows_of_round(config, devices, tokens, devices * capacity, multiple)
         gathers = choose_dispatch(config, devices, tokens, device=device) == "all_gather"
         assignments = devices * tokens * choices if gathers else most
     allocated = padded_rows(assignments, experts, multiple)

@@ -105,6 +105,25 @@ def first_rows(plan: DispatchPlan, num_rows: int) -> DispatchPlan:
     return DispatchPlan(sizes, kept, jnp.minimum(row_of_assignment, kept.size - 1), padding)
 
 
+def rows_from(
+    plan: DispatchPlan, begin: int | Int[Array, ""], num_rows: int
+) -> tuple[DispatchPlan, Bool[Array, "t k"]]:
+    """The plan of num_rows rows from `begin` on, plus `ROW_MULTIPLE` rows without an expert; and whose rows these are.
+
+    An assignment with another row reads the last row, which grouped matmuls leave zero.
+    """
+    sizes, assignment_of_row, row_of_assignment, padding, _ = plan
+    ends = jnp.cumsum(sizes)
+    own = jnp.clip(ends, begin, begin + num_rows) - jnp.clip(ends - sizes, begin, begin + num_rows)
+    rows = jnp.arange(num_rows + ROW_MULTIPLE, dtype=jnp.int32)
+    source = jnp.minimum(begin + rows, assignment_of_row.size - 1)
+    place = row_of_assignment - begin
+    inside = (place >= 0) & (place < num_rows)
+    padding = None if padding is None else _take(padding, source)
+    place = jnp.where(inside, place, rows.size - 1).astype(jnp.int32)
+    return DispatchPlan(own.astype(sizes.dtype), _take(assignment_of_row, source), place, padding), inside
+
+
 def kept_rows(num_rows: int, assignments: int, allocated: int) -> int:
     """R of `first_rows` for a plan of `allocated` rows, of which all but the assignments are padding rows."""
     num_rows += allocated - assignments
