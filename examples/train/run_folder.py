@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from examples.train import programs
 from examples.train.config import Config
 from examples.train.config_file import from_fields, read_fields, to_json
 from examples.train.errors import TrainError
@@ -13,7 +14,7 @@ from examples.train.whole_file import write_whole
 
 FILE = "config.json"
 WRITTEN = (
-    *(FILE, "checkpoints", "metrics.jsonl", "tensorboard", "profile"),
+    *(FILE, "checkpoints", "metrics.jsonl", "tensorboard", "profile", programs.FOLDER),
     *("sample.txt", "loss.png", "throughput.png", "expert_load.png", "routing.png", "report.html"),
 )
 """The names that a run writes into its folder. It may replace them there."""

@@ -29,6 +29,7 @@ from examples.train.optimizer import learning_rates, make_optimizer
 from examples.train.placing import from_own_part, make_mesh
 from examples.train.processes import any_process, first_line, is_first_process, leave, several_processes
 from examples.train.profiling import Profile
+from examples.train.programs import keep_programs
 from examples.train.progress import ProgressReport, busy
 from examples.train.run_folder import check_folder, open_folder
 from examples.train.signals import INTERRUPTED, StopRequest
@@ -122,6 +123,7 @@ def train_steps(config: Config, make_probe: MakeProbe | None = None, stop: StopR
         model, tokens = language_model(config, tokenizer.vocabulary), encode_corpus(corpus, tokenizer)
     check_length(tokens, config.model.context, tokenizer.unit)
     folder, stop = open_folder(config), stop or StopRequest()
+    keep_programs(folder)
     if is_first_process():
         tokenizer.save(folder)
     checkpoints = Checkpoints(folder / "checkpoints")

@@ -113,6 +113,9 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int, *, device: Devic
         lines.append(
             f"  rows travel in {config.parallel.dispatch_format} to the experts, and sums in {config.dtype} back"
         )
+    most = devices * capacity
+    if (at_once := cost.rows_of_round(config, devices, tokens, most)) < most:
+        lines.append(f"  experts compute {at_once} rows of a device at a time, and {most} in the worst case")
     for name, (out, back, ms) in costs.items():
         note = "  <- runs" if name == chosen else ""
         if name == "ragged_all_to_all" and config.parallel.dispatch == "auto":

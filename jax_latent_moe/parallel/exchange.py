@@ -15,10 +15,10 @@ from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.parallel.choice import choose_dispatch
-from jax_latent_moe.parallel.rounds import Compute, in_rounds
 from jax_latent_moe.parallel.round_trip import RoundTrip, to_experts, to_tokens
+from jax_latent_moe.parallel.rounds import Compute, in_rounds
 from jax_latent_moe.routing.expert_sort import count_experts
-from jax_latent_moe.routing.permute import DispatchPlan, first_rows, make_dispatch_plan, within_capacity
+from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan, within_capacity
 from jax_latent_moe.routing.router import CHOICE, NO_EXPERT
 from jax_latent_moe.shards import sum_used_alike
 

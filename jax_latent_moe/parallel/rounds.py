@@ -1,8 +1,8 @@
 """The rows of a device's experts in rounds of bounded size.
 
-A device cannot know before a step how many rows its experts will get. Arrays for the worst case hold n times the mean on
-n devices. Here they hold a little more than the mean. One round is the rule. When the experts of a device get more rows,
-further rounds follow until all rows are computed, so no row is ever dropped.
+How many rows a device's experts get is known only when a step runs. On n devices, arrays for the worst case hold up to
+n times the mean. Here they hold little more than the mean, and one round is usually enough. If the experts of a device
+get more rows, further rounds follow until all are computed, so no row is dropped.
 """
 
 from collections.abc import Callable
