@@ -17,7 +17,9 @@ struct Listed {
   int32_t* list;    // [assignments], sorted by expert; the sort is stable
   int pass;         // rows at once
   int num_sms;
-  int64_t codes_apart, scales_apart;  // bytes between a lane's two features, set by the launch
+  // Set by the launch: the bytes between a lane's two features, and how scales lie in shared memory (unit_scales.cuh).
+  int64_t codes_apart, scales_apart;
+  int scales_row, scales_gap_shift;
 };
 
 // Starts and list, both products, and the sum of each token's choices. `second` differs in its product alone.
