@@ -65,6 +65,7 @@ struct Stream {
   int left;  // elements from there to the end; 0 if there is nothing to load
   uint4 loaded[kAhead][2];
   uint32_t found[Staged ? 1 : kAhead][2];
+  bool takes_two = false;  // whether a unit's staged scales take two factors
 
   // The unit behind which there are so many more. Registers are for codes, so units are in shared memory.
   __device__ Unit& unit(int more) const { return shared.units[warp][more % 2]; }
@@ -96,6 +97,7 @@ struct Stream {
   // Waits for the scales of a unit that the warp has pointed at.
   __device__ void take_scales(int more) {
     wait_for_copies();
+    if constexpr (C == Code::kMxfp4) takes_two = has_scales_above_128(scales_of_unit(more), listed);
     __syncwarp();
     scales = scales_of_unit(more) + lane / 4 * listed.scales_row + scales_of_elements(place * Lane::kSize);
   }
@@ -213,7 +215,8 @@ struct Stream {
           const bool inside = Whole || begin + place * Lane::kSize < count;
           for (int i = 0; i < 2; ++i) find_scale(0, i, begin, 8 * listed.scales_row, inside);
         }
-        Lane::add(totals, loaded[step], found[Staged ? 0 : step], mine);
+        auto const& scale = found[Staged ? 0 : step];
+        Lane::add(totals, loaded[step], scale, mine, Staged ? takes_two : Lane::takes_two(scale));
       }
       load<Whole>(step);
     }

@@ -52,4 +52,20 @@ __device__ inline void copy_unit_scales(uint8_t* to, uint8_t const* from, Listed
   }
 }
 
+// Whether one of a unit's scales is above 128: its upper bit and another one are set. Each lane looks at what it has copied.
+__device__ inline bool has_scales_above_128(uint8_t const* scales, Listed const& listed) {
+  const int bytes = 16 * scales_row_of(listed.product.weight);
+  uint32_t above = 0;
+#pragma unroll 1
+  for (int at = int(threadIdx.x) % 32 * 16; at < bytes; at += 32 * 16) {
+    const uint4 piece = *reinterpret_cast<uint4 const*>(scales + at + (at >> listed.scales_gap_shift) * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = (&piece.x)[i];
+      above |= ((word & 0x7f7f7f7f) + 0x7f7f7f7f) & word;
+    }
+  }
+  return __ballot_sync(~0u, (above & 0x80808080) != 0) != 0;
+}
+
 }  // namespace latent_moe::decode
