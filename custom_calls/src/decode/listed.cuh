@@ -32,7 +32,7 @@ struct Stream {
   static constexpr int rows_bytes(int k) { return ceil_div(min(k, kPanel), Lane::kStep) * Lane::kStep * Pass * 2; }
 
   struct Shared {
-    float sums[kWarps][Pass][kColumns];
+    alignas(8) float sums[kWarps][Pass][kColumns];
     int assignments[Pass], sources[Pass];  // sources: where the rows come from
     float weights[Pass];
     Unit units[kWarps][2];  // of each warp, the present one and the next one
@@ -79,14 +79,16 @@ struct Stream {
   // Points at the first codes of the unit behind which there are so many more, and at their scales or copies all of them.
   __device__ void point_at(int more) {
     Unit const& unit = this->unit(more);
-    const int feature = first_feature(unit.tile) + lane / 4;
+    const int first = first_feature(unit.tile), feature = first + lane / 4;
     left = feature < weight.n ? weight.k : 0;
     if (left == 0) return;
-    const int64_t matrix = int64_t{unit.expert} * weight.parts;
-    const int64_t before = (matrix * weight.n + feature) * weight.k + place * Lane::kSize;
-    codes = static_cast<uint8_t const*>(weight.data) + before / Lane::kPacking;
+    const int matrix = unit.expert * weight.parts;
+    const int64_t row = int64_t{matrix} * weight.n + first;
+    codes = static_cast<uint8_t const*>(weight.data) + row * (weight.k / Lane::kPacking);
+    codes += (lane / 4 * weight.k + place * Lane::kSize) / Lane::kPacking;
     if constexpr (Staged) {
-      copy_unit_scales(scales_of_unit(more), scales_of<C>(weight, matrix, first_feature(unit.tile)), listed);
+      auto const* from = static_cast<uint8_t const*>(weight.scales) + row * scales_row_of(weight);
+      copy_unit_scales(scales_of_unit(more), from, listed);
     } else {
       scales = scales_of<C>(weight, matrix, feature);
       // A scale of the sums applies to all elements of the step, including those of other lanes.
@@ -185,17 +187,26 @@ struct Stream {
       }
     }
     __syncwarp();
+    // A lane has two neighbouring columns.
+    const int shift = weight.parts == 2 ? 2 : 3;
 #pragma unroll 1
-    for (int i = lane; i < count * width; i += 32) {
-      const int row = i >> (weight.parts == 2 ? 3 : 4), column = i & (width - 1);
+    for (int i = lane; i < count << shift; i += 32) {
+      const int row = i >> shift, column = 2 * (i & ((1 << shift) - 1));
+      float2 value = *reinterpret_cast<float2 const*>(&sums[row][column]);
       if (is_first()) {
-        float value = of_gate(product.activation, sums[row][column], product.beta);
-        if (weight.parts == 2) value *= of_up(product.activation, sums[row][column + 8], product.linear_beta);
+        value = {of_gate(product.activation, value.x, product.beta), of_gate(product.activation, value.y, product.beta)};
+        if (weight.parts == 2) {
+          const float2 up = *reinterpret_cast<float2 const*>(&sums[row][column + 8]);
+          value.x *= of_up(product.activation, up.x, product.linear_beta);
+          value.y *= of_up(product.activation, up.y, product.linear_beta);
+        }
         const int64_t at = int64_t{unit.row + row} * weight.n + feature + column;
-        static_cast<__nv_bfloat16*>(product.hidden)[at] = static_cast<__nv_bfloat16>(value);
+        auto* hidden = static_cast<__nv_bfloat16*>(product.hidden) + at;
+        *reinterpret_cast<__nv_bfloat162*>(hidden) = __floats2bfloat162_rn(value.x, value.y);
       } else {
         const int64_t at = int64_t{shared.assignments[row]} * weight.n + feature + column;
-        product.partial[at] = shared.weights[row] * sums[row][column];
+        const float factor = shared.weights[row];
+        *reinterpret_cast<float2*>(product.partial + at) = {factor * value.x, factor * value.y};
       }
     }
     __syncwarp();
@@ -242,6 +253,7 @@ struct Stream {
     for (int step = 0; step < kAhead; ++step) load<false>(step);
     if (left > 0) next_round();
     if (!is_first()) cudaGridDependencySynchronize();  // the hidden rows are there
+    uint4 const* first[kGroups];
     for (bool has_other_rows = true; more >= 0; --more) {
       const bool is_busy = first_feature(unit(more).tile) < weight.n;
       if constexpr (Staged) take_scales(more);
@@ -249,11 +261,15 @@ struct Stream {
       uint4 const* elements[kGroups];
       for (int start = 0; start < weight.k; start += kRound) {
         if (start == 0 || (weight.k > kPanel && start % kPanel == 0)) {
-          if (has_other_rows || weight.k > kPanel) store_rows(unit(more), start);
-          // A lane beyond the last row reads the last one again, unused.
-          const int last = min(unit(more).end - unit(more).row, Pass) - 1;
+          if (has_other_rows || weight.k > kPanel) {
+            store_rows(unit(more), start);
+            // A lane beyond the last row reads the last one again, unused.
+            const int last = min(unit(more).end - unit(more).row, Pass) - 1;
 #pragma unroll
-          for (int g = 0; g < kGroups; ++g) elements[g] = rows + min(8 * g + lane / 4, last) * 4 + place;
+            for (int g = 0; g < kGroups; ++g) first[g] = rows + min(8 * g + lane / 4, last) * 4 + place;
+          }
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g) elements[g] = first[g];
         }
         const int end = min(weight.k, start - start % kPanel + kPanel) - kRound;
         for (; left >= kRound && start < end; start += kRound) multiply_round<true>(totals, elements, 0);
@@ -262,7 +278,11 @@ struct Stream {
           left = 0;
           if (more > 0) has_other_rows = go_on(more);
         }
-        multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);
+        if (is_busy && start + kRound == weight.k && left >= kRound) {
+          multiply_round<true>(totals, elements, 0);
+        } else {
+          multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);
+        }
       }
       if (is_busy) store(totals, unit(more));
     }
