@@ -16,7 +16,7 @@
 
 namespace latent_moe::decode {
 
-// Pass: the rows of a pass, 8 or 16. Threads: of a block. Staged: whether units' scales are in shared memory.
+// Pass: the rows of a pass, 8 or 16. Threads: of a block. Staged: whether scales are in shared memory.
 template <Code C, int Pass, int Threads, bool Staged>
 struct Stream {
   static constexpr int kGroups = Pass / 8, kAhead = Pass == 8 ? 2 : 4;
@@ -72,9 +72,7 @@ struct Stream {
 
   __device__ int first_feature(int tile) const { return (tile * kWarps + warp) * width; }
 
-  __device__ uint8_t* scales_of_unit(int more) const {
-    return unit_scales(rows + rows_bytes(weight.k) / 16, listed, warp, more);
-  }
+  __device__ uint8_t* staged_scales(int more) const { return scales_of_unit(rows, listed.unit_scales, warp, more); }
 
   // Points at the first codes of the unit behind which there are so many more, and at their scales or copies all of them.
   __device__ void point_at(int more) {
@@ -87,8 +85,9 @@ struct Stream {
     codes = static_cast<uint8_t const*>(weight.data) + row * (weight.k / Lane::kPacking);
     codes += (lane / 4 * weight.k + place * Lane::kSize) / Lane::kPacking;
     if constexpr (Staged) {
-      auto const* from = static_cast<uint8_t const*>(weight.scales) + row * scales_row_of(weight);
-      copy_unit_scales(scales_of_unit(more), from, listed);
+      // 8 features have `half` bytes of scales, and `first` is a multiple of 8.
+      auto const* from = static_cast<uint8_t const*>(weight.scales) + row / 8 * listed.unit_scales.half;
+      copy_scales(staged_scales(more), from, listed.unit_scales, listed.scales_apart);
     } else {
       scales = scales_of<C>(weight, matrix, feature);
       // A scale of the sums applies to all elements of the step, including those of other lanes.
@@ -99,9 +98,9 @@ struct Stream {
   // Waits for the scales of a unit that the warp has pointed at.
   __device__ void take_scales(int more) {
     wait_for_copies();
-    if constexpr (C == Code::kMxfp4) takes_two = has_scales_above_128(scales_of_unit(more), listed);
+    if constexpr (C == Code::kMxfp4) takes_two = has_scales_above_128(staged_scales(more), listed.unit_scales);
     __syncwarp();
-    scales = scales_of_unit(more) + lane / 4 * listed.scales_row + scales_of_elements(place * Lane::kSize);
+    scales = staged_scales(more) + lane / 4 * listed.unit_scales.row + scales_of_elements(place * Lane::kSize);
   }
 
   // Loads a step of the next round, all of which exists if it is whole. Beyond the end, codes and their scales are 0, as the
@@ -224,7 +223,7 @@ struct Stream {
       if (Whole || begin < count) {
         if constexpr (Staged) {
           const bool inside = Whole || begin + place * Lane::kSize < count;
-          for (int i = 0; i < 2; ++i) find_scale(0, i, begin, 8 * listed.scales_row, inside);
+          for (int i = 0; i < 2; ++i) find_scale(0, i, begin, 8 * listed.unit_scales.row, inside);
         }
         auto const& scale = found[Staged ? 0 : step];
         Lane::add(totals, loaded[step], scale, mine, Staged ? takes_two : Lane::takes_two(scale));

@@ -5,7 +5,7 @@
 
 namespace latent_moe::decode {
 
-constexpr int kMemoryOfSm = 228 << 10, kMemoryOfBlock = 1 << 10;  // bytes of shared memory; kMemoryOfBlock: what CUDA takes
+constexpr int kMemoryOfSm = 228 << 10, kReserved = 1 << 10;  // bytes of shared memory; kReserved: what CUDA takes of a block
 
 template <class Stream>
 __global__ void __launch_bounds__(Stream::kThreads, Stream::kBlocks) multiply_listed_rows(Listed listed) {
@@ -13,20 +13,14 @@ __global__ void __launch_bounds__(Stream::kThreads, Stream::kBlocks) multiply_li
   Stream(listed, shared).run();
 }
 
-// The most bytes of dynamic shared memory with which an SM holds the blocks of a kernel. first_unit has some bytes too.
+// The most bytes of dynamic shared memory with which an SM holds all blocks of a kernel. 256 are enough for first_unit.
 template <class Stream>
-constexpr int kMostBytes = (kMemoryOfSm / Stream::kBlocks - kMemoryOfBlock - int(sizeof(typename Stream::Shared)) - 256) / 16 * 16;
+constexpr int kMostBytes = (kMemoryOfSm / Stream::kBlocks - kReserved - int(sizeof(typename Stream::Shared)) - 256) / 16 * 16;
 
 template <class Stream, class Launch>
 cudaError_t launch_stream(Listed const& listed, int bytes, int most_bytes, Launch launch) {
   const dim3 grid(listed.num_sms * Stream::kBlocks);
   return launch(multiply_listed_rows<Stream>, grid, Stream::kThreads, bytes, most_bytes, listed);
-}
-
-// The bytes of dynamic shared memory with units' scales.
-template <class Stream>
-int staged_bytes(Listed const& listed) {
-  return Stream::rows_bytes(listed.product.weight.k) + unit_scales_bytes(listed, Stream::kWarps);
 }
 
 template <Code C, int Pass, class Launch>
@@ -40,16 +34,16 @@ cudaError_t launch_pass(Listed listed, Launch launch) {
   listed.codes_apart = rows * weight.k / Kernel::Lane::kPacking;
   listed.scales_apart = scales * blocks(weight.k, weight.k_shift) * kScaleBytes<C>;
   if constexpr (kHasUnitScales<C>) {
-    lay_out_unit_scales(listed);
+    listed.unit_scales = unit_scales(weight, Kernel::rows_bytes(weight.k));
     // Small blocks wait for fewer warps when rows change. Large ones hold the rows fewer times in an SM.
     if (are_pieces(weight)) {
       using Small = Stream<C, Pass, 256, true>;
-      const int bytes = staged_bytes<Small>(listed);
+      const int bytes = bytes_with(listed.unit_scales, Small::kWarps);
       if (bytes <= kMostBytes<Small>) return launch_stream<Small>(listed, bytes, kMostBytes<Small>, launch);
     }
     if constexpr (Pass == 8) {
       using Large = Stream<C, Pass, 512, true>;
-      const int bytes = staged_bytes<Large>(listed);
+      const int bytes = bytes_with(listed.unit_scales, Large::kWarps);
       if (are_pieces(weight) && bytes <= kMostBytes<Large>) {
         return launch_stream<Large>(listed, bytes, kMostBytes<Large>, launch);
       }

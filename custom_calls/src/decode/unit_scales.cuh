@@ -1,8 +1,8 @@
 // The scales of a warp's unit in shared memory.
 //
-// A unit has 16 features. The scales of 8 neighbours are contiguous in memory, so a warp copies them in pieces of 16 bytes while
-// it multiplies the unit before. A lane then reads a scale when it needs it: no register holds it meanwhile, and global memory is
-// read once, whatever the L1 cache keeps.
+// A unit has 16 features. The scales of 8 neighbours are contiguous in memory. A warp copies them in pieces of 16 bytes while it
+// multiplies the unit before. A lane reads a scale from there when it needs it, so no register holds a scale that is on its way.
+// Loads of single bytes from global memory were slower: the L1 cache lost their lines before all bytes were read.
 #pragma once
 
 #include "common/device.cuh"
@@ -10,55 +10,48 @@
 
 namespace latent_moe::decode {
 
-// Codes with one or two scales of a byte for the 32 codes of a lane.
+// Codes whose scales are single bytes, one or two for the 32 codes of a lane.
 template <Code C>
 constexpr bool kHasUnitScales = C == Code::kMxfp4 || C == Code::kNvfp4;
 
-// Bytes of a feature's scales.
-__host__ __device__ inline int scales_row_of(Weight const& weight) { return ((weight.k - 1) >> weight.k_shift) + 1; }
-
-// Whether the scales of all units are pieces of 16 bytes.
+// Whether the scales of each unit start at a multiple of 16 bytes and have a multiple of 16 bytes.
 inline bool are_pieces(Weight const& weight) {
-  const int row = scales_row_of(weight), features = 16 / weight.parts;
+  const int row = ((weight.k - 1) >> weight.k_shift) + 1, features = 16 / weight.parts;
   const bool is_aligned = reinterpret_cast<uintptr_t>(weight.scales) % 16 == 0;
   return is_aligned && weight.n % features == 0 && features * row % 16 == 0;
 }
 
-// Sets how scales lie in shared memory. Rows of 32, 64, .. bytes would start in the same banks, so 16 bytes are left out behind
-// each of them.
-inline void lay_out_unit_scales(Listed& listed) {
-  const int row = scales_row_of(listed.product.weight);
-  listed.scales_row = row, listed.scales_gap_shift = 31;
+// Rows of 32, 64, .. bytes would start in the same banks, so there is a gap behind each of them.
+inline UnitScales unit_scales(Weight const& weight, int rows_bytes) {
+  const int row = ((weight.k - 1) >> weight.k_shift) + 1;
   for (int shift = 5; shift < 31; ++shift) {
-    if (row == 1 << shift) listed.scales_row = row + 16, listed.scales_gap_shift = shift;
+    if (row == 1 << shift) return {rows_bytes, row + 16, 8 * row, shift};
   }
+  return {rows_bytes, row, 8 * row, 31};
 }
 
-// Bytes of the scales of the present unit and of the next one, for so many warps.
-inline int unit_scales_bytes(Listed const& listed, int warps) { return warps * 2 * 16 * listed.scales_row; }
+// The bytes up to the end of the scales of two units of each warp, the present one and the next one.
+inline int bytes_with(UnitScales const& scales, int warps) { return scales.begin + warps * 2 * 16 * scales.row; }
 
-// The scales of a unit of a warp: those of every second unit are in the same place.
-__device__ inline uint8_t* unit_scales(void* memory, Listed const& listed, int warp, int unit) {
-  return static_cast<uint8_t*>(memory) + (warp * 2 + unit % 2) * 16 * listed.scales_row;
+// The scales of a warp's unit. Those of every second unit are in the same place.
+__device__ inline uint8_t* scales_of_unit(void* memory, UnitScales const& scales, int warp, int unit) {
+  return static_cast<uint8_t*>(memory) + scales.begin + (warp * 2 + unit % 2) * 16 * scales.row;
 }
 
-// Begins to copy a unit's scales. The whole warp calls it with the scales of the first feature.
-__device__ inline void copy_unit_scales(uint8_t* to, uint8_t const* from, Listed const& listed) {
-  const int half = 8 * scales_row_of(listed.product.weight);
-  const int64_t gap = listed.scales_apart - half;  // between features 7 and 8, in global memory
+// Begins to copy a unit's scales, of which the second 8 features are so many bytes behind the first 8. The whole warp calls it.
+__device__ inline void copy_scales(uint8_t* to, uint8_t const* from, UnitScales const& scales, int64_t apart) {
 #pragma unroll 1
-  for (int at = int(threadIdx.x) % 32 * 16; at < 2 * half; at += 32 * 16) {
-    copy_ahead(to + at + (at >> listed.scales_gap_shift) * 16, from + at + (at < half ? 0 : gap));
+  for (int at = int(threadIdx.x) % 32 * 16; at < 2 * scales.half; at += 32 * 16) {
+    copy_ahead(to + at + (at >> scales.gap_shift) * 16, from + at + (at < scales.half ? 0 : apart - scales.half));
   }
 }
 
 // Whether one of a unit's scales is above 128: its upper bit and another one are set. Each lane looks at what it has copied.
-__device__ inline bool has_scales_above_128(uint8_t const* scales, Listed const& listed) {
-  const int bytes = 16 * scales_row_of(listed.product.weight);
+__device__ inline bool has_scales_above_128(uint8_t const* of_unit, UnitScales const& scales) {
   uint32_t above = 0;
 #pragma unroll 1
-  for (int at = int(threadIdx.x) % 32 * 16; at < bytes; at += 32 * 16) {
-    const uint4 piece = *reinterpret_cast<uint4 const*>(scales + at + (at >> listed.scales_gap_shift) * 16);
+  for (int at = int(threadIdx.x) % 32 * 16; at < 2 * scales.half; at += 32 * 16) {
+    const uint4 piece = *reinterpret_cast<uint4 const*>(of_unit + at + (at >> scales.gap_shift) * 16);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = (&piece.x)[i];
