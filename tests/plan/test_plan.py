@@ -107,7 +107,11 @@ def measured(suites: dict, devices: Iterable[str] = MEASURED, impls: Iterable[st
     return [pytest.param(row, id="-".join((row["run"], *key[1:]))) for key, row in newest.items()]
 
 
-@pytest.mark.parametrize("record", measured({"layer": LAYERS, "decode": DECODE_LAYERS}))
+WIDE_LAYERS = {name: layer for name, layer in LAYERS.items() if name != "middle_t8192"}
+"""The layers whose products take longer than `GROUPED_MS`, most of which is the host's time."""
+
+
+@pytest.mark.parametrize("record", measured({"layer": WIDE_LAYERS, "decode": DECODE_LAYERS}))
 def test_a_layer_as_measured_on_one_gpu(record):
     """Time within 30 %, memory within 15 %: not at one token, where XLA takes 8 MiB that nothing here explains."""
     tokens, layer = (LAYERS | DECODE_LAYERS)[record["shape"]]
