@@ -53,8 +53,11 @@ def expert_rows(
         assignments, most = tokens * choices, limits.most_rounded_rows(config, tokens)
     else:
         capacity = cost.exchange_capacity(config, devices, tokens, parallel.capacity_factor)
-        most = cost.rows_of_round(config, devices, tokens, devices * capacity, multiple)
+        most = devices * capacity
         gathers = choose_dispatch(config, devices, tokens, device=device) == "all_gather"
+        at_once = cost.rows_of_round(config, devices, tokens, most, multiple)
+        if at_once < most:
+            return Rows(at_once + ROW_MULTIPLE, chosen, whole_tokens=False)
         assignments = devices * tokens * choices if gathers else most
     allocated = padded_rows(assignments, experts, multiple)
     if most < assignments:

@@ -359,6 +359,7 @@ def test_rows_are_those_of_the_layer(monkeypatch, made_by_the_layer, name, token
 
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "ragged_all_to_all"])
 @pytest.mark.parametrize("name", ["plain", "rounded"])
+@pytest.mark.parametrize("in_rounds", [False, True])
 @pytest.mark.parametrize(
     ("factor", "format", "sizes"),
     [
@@ -368,7 +369,11 @@ def test_rows_are_those_of_the_layer(monkeypatch, made_by_the_layer, name, token
         (0.5, None, (2, 1, 1, 2)),
     ],
 )
-def test_rows_are_those_of_the_layer_on_a_mesh(monkeypatch, made_by_the_layer, dispatch, name, factor, format, sizes):
+def test_rows_are_those_of_the_layer_on_a_mesh(
+    monkeypatch, made_by_the_layer, dispatch, name, in_rounds, factor, format, sizes
+):
+    if in_rounds:
+        monkeypatch.setattr(cost, "LEAST_ROUND_BYTES", 0)
     monkeypatch.setitem(FORMATS, "in eights", dataclasses.replace(COLUMNS, name="in eights", row_multiple=8))
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged.ragged_all_to_all)
     config = limited(name, parallel=ParallelConfig(dispatch=dispatch, capacity_factor=factor))
