@@ -388,6 +388,24 @@ def test_rows_are_those_of_the_layer_on_a_mesh(
     assert plan.experts.up.problem.num_rows == made_by_the_layer[-1].up.problem.num_rows
 
 
+def test_rounds_keep_fewer_rows_and_take_one_more_gradient_of_the_experts(monkeypatch):
+    monkeypatch.setattr(cost, "LEAST_ROUND_BYTES", 0)
+    whole, rounds = (
+        make_cost_plan(
+            limited("plain", parallel=ParallelConfig(dispatch="all_gather", round_factor=factor)),
+            {"expert": 2},
+            64,
+            H200,
+        ).memory
+        for factor in (None, 1.25)
+    )
+    assert rounds["kept for the backward pass"] < whole["kept for the backward pass"]
+    fewer = (2 * 64 * 8 - 720) * (256 + 2 * 512) * 2
+    experts = 8 * 256 * 512 * 2 * 2
+    more = rounds["working memory of a layer"] - whole["working memory of a layer"]
+    assert experts - fewer < more <= experts
+
+
 def test_more_rows_take_more_memory_and_time():
     plain, padded, rounded = (make_cost_plan(limited(name), {}, 4096, H200) for name in ("plain", "padded", "rounded"))
     for name in ("kept for the backward pass", "working memory of a layer"):
