@@ -151,6 +151,17 @@ def test_rounds_hold_each_row_once(rng, multiple):
     assert (seen[(np.asarray(ids) >= 0) & (np.asarray(ids) < 5)] == 1).all()
 
 
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_64_bits_with_strict_promotion(rng, dispatch, factor):
+    case = cases.draw(rng, with_parallel(BASE, dispatch=dispatch, round_factor=factor), (8, 2))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.set_mesh(make_mesh(1, 1, 4, 1)):
+        x = jnp.asarray(case.x, jnp.float32)
+        params = layers.cast(case.params, "float32")
+        found = jax.eval_shape(jax.grad(lambda x: jnp.sum(latent_moe(params, x, case.config)[0])), x)
+    assert found.dtype == jnp.float32
+
+
 def test_no_array_has_the_rows_of_the_worst_case():
     config = with_parallel(dataclasses.replace(BASE, latent_size=24, expert_intermediate_size=40), round_factor=1.25)
     x = jax.ShapeDtypeStruct((64, 4, config.hidden_size), jnp.float32)

@@ -363,6 +363,7 @@ def test_rows_are_those_of_the_layer(monkeypatch, made_by_the_layer, name, token
 
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "ragged_all_to_all"])
 @pytest.mark.parametrize("name", ["plain", "rounded"])
+@pytest.mark.parametrize("in_rounds", [False, True])
 @pytest.mark.parametrize(
     ("factor", "format", "sizes"),
     [
@@ -372,7 +373,11 @@ def test_rows_are_those_of_the_layer(monkeypatch, made_by_the_layer, name, token
         (0.5, None, (2, 1, 1, 2)),
     ],
 )
-def test_rows_are_those_of_the_layer_on_a_mesh(monkeypatch, made_by_the_layer, dispatch, name, factor, format, sizes):
+def test_rows_are_those_of_the_layer_on_a_mesh(
+    monkeypatch, made_by_the_layer, dispatch, name, in_rounds, factor, format, sizes
+):
+    if in_rounds:
+        monkeypatch.setattr(cost, "LEAST_ROUND_BYTES", 0)
     monkeypatch.setitem(FORMATS, "in eights", dataclasses.replace(COLUMNS, name="in eights", row_multiple=8))
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged.ragged_all_to_all)
     config = limited(name, parallel=ParallelConfig(dispatch=dispatch, capacity_factor=factor))
@@ -385,6 +390,24 @@ def test_rows_are_those_of_the_layer_on_a_mesh(monkeypatch, made_by_the_layer, d
     plan = make_cost_plan(config, dict(mesh.shape), tokens, H200, format=format)
     assert str(plan.experts) == str(made_by_the_layer[-1])
     assert plan.experts.up.problem.num_rows == made_by_the_layer[-1].up.problem.num_rows
+
+
+def test_rounds_keep_fewer_rows_and_take_one_more_gradient_of_the_experts(monkeypatch):
+    monkeypatch.setattr(cost, "LEAST_ROUND_BYTES", 0)
+    whole, rounds = (
+        make_cost_plan(
+            limited("plain", parallel=ParallelConfig(dispatch="all_gather", round_factor=factor)),
+            {"expert": 2},
+            64,
+            H200,
+        ).memory
+        for factor in (None, 1.25)
+    )
+    assert rounds["kept for the backward pass"] < whole["kept for the backward pass"]
+    fewer = (2 * 64 * 8 - 720) * (256 + 2 * 512) * 2
+    experts = 8 * 256 * 512 * 2 * 2
+    more = rounds["working memory of a layer"] - whole["working memory of a layer"]
+    assert experts - fewer < more <= experts
 
 
 def test_more_rows_take_more_memory_and_time():
