@@ -32,8 +32,8 @@ def in_rounds(
 ) -> Float[Array, "t l"]:
     """compute(weights_of_experts, tokens, weights, plan) in rounds of num_rows rows, [T, l].
 
-    The first round keeps what its backward pass needs. The others compute it again. A further round rounds the sum of a
-    token, and the gradient of a weight, once more to their dtypes. There are first derivatives in reverse mode alone.
+    The first round keeps what its backward pass needs. The others compute it again. Each further round rounds the sum
+    of a token, and the gradient of a weight, once more to its dtype. There are first derivatives in reverse mode alone.
 
     Args:
         compute: the weighted sums of the experts' outputs, linear in the rows. It runs no collective.

@@ -377,7 +377,7 @@ def test_rows_are_those_of_the_layer_on_a_mesh(
     monkeypatch, made_by_the_layer, dispatch, name, in_rounds, factor, format, sizes
 ):
     if in_rounds:
-        monkeypatch.setattr(cost, "LEAST_ROUND_BYTES", 0)
+        monkeypatch.setattr(cost, "least_round_saving", lambda config, devices: 0)
     monkeypatch.setitem(FORMATS, "in eights", dataclasses.replace(COLUMNS, name="in eights", row_multiple=8))
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged.ragged_all_to_all)
     config = limited(name, parallel=ParallelConfig(dispatch=dispatch, capacity_factor=factor))
@@ -393,7 +393,7 @@ def test_rows_are_those_of_the_layer_on_a_mesh(
 
 
 def test_rounds_keep_fewer_rows_and_take_one_more_gradient_of_the_experts(monkeypatch):
-    monkeypatch.setattr(cost, "LEAST_ROUND_BYTES", 0)
+    monkeypatch.setattr(cost, "least_round_saving", lambda config, devices: 0)
     whole, rounds = (
         make_cost_plan(
             limited("plain", parallel=ParallelConfig(dispatch="all_gather", round_factor=factor)),
