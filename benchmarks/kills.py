@@ -107,7 +107,8 @@ def main() -> None:
             print(f"kill {kill + 1}: started at {first}, newest complete {saved[-1] if saved else None}", flush=True)
         for path in (run, whole):
             # With the programs of the killed run: compiled again for a GPU, they might have other kernels.
-            start(command(path, text, options.steps, 500, options.mesh), cache, None).wait()
+            if status := start(command(path, text, options.steps, 500, options.mesh), cache, None).wait():
+                sys.exit(f"The run in {path} ended with status {status}, so there are no bits to compare.")
         leaves, wanted = (jax.tree.leaves(load(path)[1]) for path in (run, whole))
         same = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(leaves, wanted, strict=True))
         result = {

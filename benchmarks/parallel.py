@@ -26,7 +26,15 @@ SHAPES = {
     "super_t8192": (8192, dataclasses.replace(presets.NEMOTRON_3_SUPER, param_dtype="bfloat16")),
     "toy_t64": (64, presets.TOY),
 }
-DISPATCHES = ("all_gather", "all_to_all", "ragged_all_to_all")
+CHANGES: dict[str, dict] = {
+    "all_gather": {"dispatch": "all_gather"},
+    "all_gather_rounds": {"dispatch": "all_gather", "capacity_factor": None},
+    "all_gather_fp8": {"dispatch": "all_gather", "dispatch_format": "fp8_block"},
+    "all_to_all": {"dispatch": "all_to_all"},
+    "all_to_all_fp8": {"dispatch": "all_to_all", "dispatch_format": "fp8_block"},
+    "ragged_all_to_all": {"dispatch": "ragged_all_to_all"},
+}
+"""The measured variants, as changes of a `ParallelConfig` with a capacity factor."""
 
 
 def parse_options() -> argparse.Namespace:
@@ -35,6 +43,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="super_t8192")
     parser.add_argument("--capacity-factor", type=float, default=1.25, help="see ParallelConfig")
     parser.add_argument("--rounds", type=int, default=7, help="batches whose median is taken")
+    parser.add_argument("--without", choices=CHANGES, action="append", default=[], help="not this variant")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="FOLDER", help="where the rows go")
     return parser.parse_args()
 
@@ -60,8 +69,8 @@ def one_device(config: LatentMoEConfig, tokens: int, devices: int, rounds: int) 
     return time_in_turn(calls, 3, rounds)["one"], calls["one"].temp_bytes
 
 
-def all_devices(config: LatentMoEConfig, tokens: int, mesh) -> dict[str, Call]:
-    """The layer over the mesh with each dispatch that runs there."""
+def all_devices(config: LatentMoEConfig, tokens: int, mesh, changes: dict[str, dict]) -> dict[str, Call]:
+    """The layer over the mesh with each variant."""
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh))
     params = jax.jit(init_params, static_argnums=1, out_shardings=specs)(jax.random.key(0), config)
     assert config.parallel is not None
@@ -69,10 +78,10 @@ def all_devices(config: LatentMoEConfig, tokens: int, mesh) -> dict[str, Call]:
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=split)
     x, dy = (draw(jax.random.key(i), (mesh.size * tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
     candidates = {}
-    for dispatch in DISPATCHES:
-        parallel = dataclasses.replace(config.parallel, dispatch=dispatch)
+    for name, changed in changes.items():
+        parallel = dataclasses.replace(config.parallel, **changed)
         layer = functools.partial(forward_backward, dataclasses.replace(config, parallel=parallel))
-        candidates[dispatch] = jax_candidate(layer, params, x, dy)
+        candidates[name] = jax_candidate(layer, params, x, dy)
     return prepare(candidates)
 
 
@@ -107,6 +116,8 @@ def main() -> None:
     config = dataclasses.replace(config, parallel=ParallelConfig(capacity_factor=options.capacity_factor))
     kind = jax.devices()[0].device_kind.lower().removeprefix("nvidia ").replace(" ", "-")
     run, shape = Run(f"{kind}-x{devices}", options.out), f"{options.shape}_x{devices}"
+    base = config.parallel
+    assert base is not None
     mesh = jax.make_mesh((devices,), ("expert",), axis_types=(AxisType.Auto,))
     for name, rate in link_rates(mesh, options.rounds).items():
         print(f"{name:>18}: {rate / 1e9:7.1f} GB/s sent by each device")
@@ -116,12 +127,16 @@ def main() -> None:
     alone, temp = one_device(config, tokens, devices, options.rounds)
     rows = [Row("parallel", shape, "forward_backward", "one", alone, flops / alone / 1e9, 0.0, None, temp)]
     with jax.set_mesh(mesh):
-        calls = all_devices(config, tokens, mesh)
+        wanted = {name: changed for name, changed in CHANGES.items() if name not in options.without}
+        calls = all_devices(config, tokens, mesh, wanted)
         dropped = {name: int(call.run()[1]) for name, call in calls.items()}
         times = time_in_turn(calls, 3, options.rounds)
-    moved = exchange_bytes(config, devices, tokens, options.capacity_factor)
     for name, ms in times.items():
-        sent = 2 * sum(moved[name]) / 2**20
+        parallel = dataclasses.replace(base, **CHANGES[name])
+        bytes_of = exchange_bytes(
+            dataclasses.replace(config, parallel=parallel), devices, tokens, parallel.capacity_factor
+        )
+        sent = 2 * sum(bytes_of[parallel.dispatch]) / 2**20
         rows.append(
             Row("parallel", shape, "forward_backward", name, ms, flops / ms / 1e9, 0.0, None, calls[name].temp_bytes)
         )

@@ -1,4 +1,4 @@
-"""Writes measurements into the README, docs/performance.md and the README's plot: `python -m benchmarks.report`.
+"""Writes measurements into the README, two pages of docs and the README's plot: `python -m benchmarks.report`.
 
 `SECTIONS[NAME]` writes a page's text between `<!-- measured: NAME -->` and `<!-- end -->`, from the recorded rows. The
 rest of the page is written by hand.
@@ -13,7 +13,7 @@ from benchmarks.train_table import train_table
 from jax_latent_moe.piped import piped
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/training.md")
 FIGURE = ROOT / "docs/figures/performance.svg"
 # The GPU whose results the README shows.
 DEVICE = "h200"
@@ -24,10 +24,16 @@ def of_every_gpu(make: Callable[[tables.Rows, str], str], *suites: str) -> Calla
 
     def section(rows: tables.Rows) -> str:
         found = tables.devices([row for row in rows if row["suite"] in suites])
-        parts = [f"**{device.upper()}**\n\n{make(rows, device)}" for device in found]
+        parts = [f"**{_title(device)}**\n\n{make(rows, device)}" for device in found]
         return "\n\n".join(parts) or "Not measured yet."
 
     return section
+
+
+def _title(device: str) -> str:
+    """The name of a device for readers, such as 2 x H200 of h200-x2."""
+    name, _, count = device.upper().partition("-X")
+    return f"{count} x {name}" if count else name
 
 
 def table_of(suite: str, *, memory: bool = False) -> Callable[[tables.Rows], str]:

@@ -4,7 +4,12 @@ from benchmarks.tables import Rows, markdown, problems
 from benchmarks.train import SIZES
 from examples.train.flops import PEAKS
 
-LABELS = {"latent_moe": "latent MoE", "moe": "MoE of equal FLOPs", "dense": "dense of equal FLOPs"}
+LABELS = {
+    "latent_moe": "latent MoE",
+    "latent_moe fp8": "latent MoE, experts in FP8",
+    "moe": "MoE of equal FLOPs",
+    "dense": "dense of equal FLOPs",
+}
 
 
 def peak_of(device: str) -> float | None:
@@ -14,7 +19,10 @@ def peak_of(device: str) -> float | None:
 
 
 def train_table(rows: Rows, device: str) -> str:
-    """One line a size and model: a step on text, tokens a second, MFU, its ratios, its memory and its compilation."""
+    """One line a size and model: a step on text, tokens a second, MFU, its ratios, its memory and its compilation.
+
+    Weak scaling is the tokens a second of each of several GPUs over those of one GPU in the same run.
+    """
     found, peak, lines = problems(rows, "train", device), peak_of(device), []
     for size, config in SIZES.items():
         steps = found.get((size, "text"), {})
@@ -22,7 +30,7 @@ def train_table(rows: Rows, device: str) -> str:
             tokens = config.batch_size * config.model.context * _growth(impl) / row["ms"] * 1e3
             share = f"{100 * row['tflops'] * 1e12 / peak:.1f} %" if peak else ""
             others = {name: found.get((size, name), {}).get(impl) for name in ("random", "loop", "compile")}
-            dense = steps.get("dense")
+            dense, alone = steps.get("dense"), steps.get("latent_moe")
             lines.append([
                 f"`{size}`",
                 LABELS.get(impl, impl.replace("latent_moe", LABELS["latent_moe"])),
@@ -32,6 +40,7 @@ def train_table(rows: Rows, device: str) -> str:
                 _ratio(row, others["random"]),
                 _ratio(others["loop"], row),
                 "" if impl == "dense" else _ratio(row, dense),
+                _ratio(alone, row) if _growth(impl) > 1 else "",
                 f"{row['temp_bytes'] / 1e9:.1f} GB",
                 f"{others['compile']['ms'] / 1e3:.0f} s" if others["compile"] else "",
             ])  # fmt: skip
@@ -44,6 +53,7 @@ def train_table(rows: Rows, device: str) -> str:
         "text / random",
         "loop / step",
         "/ dense",
+        "weak scaling",
         "temporary",
         "compile",
     ]

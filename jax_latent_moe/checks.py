@@ -97,7 +97,7 @@ def positive(name, value):
 def at_least_one(name, value):
     value = finite(name, value)
     if value < 1:
-        raise ConfigError(f"{name}={value!r} must be at least 1.")
+        raise ConfigError(f"{name}={value!r} must be at least 1. None sets no bound.")
     return value
 
 

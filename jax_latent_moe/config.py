@@ -98,8 +98,9 @@ class ParallelConfig:
             forward pass, gradients of the sums in the backward pass. They take half the bytes of 16-bit rows. The sums
             come back in config.dtype. None sends config.dtype both ways.
         round_factor: a device's experts compute at most ceil(round_factor * T * k) rows at a time, for T tokens a
-            device, so arrays are not made for the worst case. T * k rows are the mean. If experts have more rows,
-            further rounds follow, and nothing is dropped. At least 1. None computes all rows at once.
+            device. T * k rows are the mean, and n T k the worst case, for which arrays need not be made then. If
+            experts have more rows, further rounds follow, and nothing is dropped. At least 1. None computes all rows at
+            once. So does a layer in which rounds would not save memory.
     """
 
     data_axis: str = "data"

@@ -63,9 +63,16 @@ def exchange_capacity(config: LatentMoEConfig, devices: int, tokens: int, capaci
     return min(enough, -(-share_of_rows(capacity_factor, tokens * config.top_k, devices) // 8) * 8)
 
 
-LEAST_ROUND_BYTES = 2**28
-"""Rows are computed in rounds only if arrays for the worst case would take at least so many bytes. Smaller arrays cost
-less time than the wait of the host for the number of rounds."""
+LEAST_ROUND_BYTES = 2**27
+"""Rounds must save at least so many bytes. Below that, the host's wait for the number of rounds takes longer than the
+gathers of empty rows."""
+
+
+def least_round_saving(config: LatentMoEConfig, devices: int) -> int:
+    """The bytes that rounds must save: `LEAST_ROUND_BYTES`, and what the weights' gradients of a further round take."""
+    matrices = 3 if config.gated else 2
+    weights = matrices * config.latent_width * config.expert_intermediate_size * config.num_physical_experts // devices
+    return max(LEAST_ROUND_BYTES, weights * jnp.dtype(config.dtype).itemsize)
 
 
 def rows_of_round(config: LatentMoEConfig, devices: int, tokens: int, most_rows: int, row_multiple: int = 1) -> int:
@@ -79,13 +86,16 @@ def rows_of_round(config: LatentMoEConfig, devices: int, tokens: int, most_rows:
         row_multiple: the multiple at which each expert's rows begin.
     """
     assert config.parallel is not None
-    factor, inner = config.parallel.round_factor, config.expert_intermediate_size * (2 if config.gated else 1)
-    row = (2 * config.latent_width + inner) * jnp.dtype(config.dtype).itemsize
-    if factor is None or jax.export.is_symbolic_dim(tokens) or most_rows * row < LEAST_ROUND_BYTES:
+    factor = config.parallel.round_factor
+    if factor is None or jax.export.is_symbolic_dim(tokens):
         return most_rows
     padding = config.num_physical_experts // devices * (row_multiple - 1)
     multiple = math.lcm(8, row_multiple)
-    return min(most_rows, -(-(share_of_rows(factor, tokens * config.top_k, 1) + padding) // multiple) * multiple)
+    at_once = -(-(share_of_rows(factor, tokens * config.top_k, 1) + padding) // multiple) * multiple
+    inner = config.expert_intermediate_size * (2 if config.gated else 1)
+    row_bytes = (2 * config.latent_width + inner) * jnp.dtype(config.dtype).itemsize
+    saves_enough = (most_rows - at_once) * row_bytes >= least_round_saving(config, devices)
+    return at_once if at_once < most_rows and saves_enough else most_rows
 
 
 def share_of_rows(factor: float, rows: int, parts: int) -> int:

@@ -11,6 +11,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 FOLDER = "programs"
+_chosen_here: set[str] = set()
+"""The caches that this process has set. A process may train several runs, each with its own programs."""
 
 
 def keep_programs(run: Path):
@@ -19,9 +21,11 @@ def keep_programs(run: Path):
     It does nothing on a CPU, whose programs do not depend on timings, or if the user has chosen a cache, such as with
     `JAX_COMPILATION_CACHE_DIR`.
     """
-    if jax.default_backend() != "gpu" or jax.config.jax_compilation_cache_dir is not None:
+    before, cache = jax.config.jax_compilation_cache_dir, str(run / FOLDER)
+    if jax.default_backend() != "gpu" or (before is not None and before not in _chosen_here):
         return
-    jax.config.update("jax_compilation_cache_dir", str(run / FOLDER))
+    _chosen_here.add(cache)
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # A program that was compiled before, such as for the sizes of the parameters, has settled that there is no cache.
     compilation_cache.reset_cache()

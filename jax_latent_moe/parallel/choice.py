@@ -115,7 +115,7 @@ def explain(config: LatentMoEConfig, devices: int, tokens: int, *, device: Devic
         )
     most = devices * capacity
     if (at_once := cost.rows_of_round(config, devices, tokens, most)) < most:
-        lines.append(f"  experts compute {at_once} rows of a device at a time, and {most} in the worst case")
+        lines.append(f"  a device computes at most {at_once} rows at a time. It gets {most} rows in the worst case")
     for name, (out, back, ms) in costs.items():
         note = "  <- runs" if name == chosen else ""
         if name == "ragged_all_to_all" and config.parallel.dispatch == "auto":

@@ -127,7 +127,7 @@ def _all_to_all(plan_of, axis, capacity, local_experts, experts, format, latent,
     devices, assignments = lax.axis_size(axis), expert_ids.size
     plan = plan_of(jnp.where(expert_ids < 0, NO_EXPERT, expert_ids // local_experts), devices)
     starts = jnp.cumsum(plan.group_sizes) - plan.group_sizes
-    place = jnp.arange(capacity)[None]
+    place = jnp.arange(capacity, dtype=jnp.int32)[None]
     filled = place < plan.group_sizes[:, None]
     assignment_of_place = _get(plan.assignment_of_row, starts[:, None] + place, assignments)
     assignment_of_place = jnp.where(filled, assignment_of_place, assignments).reshape(-1)
@@ -182,7 +182,7 @@ def _ragged_all_to_all(plan_of, axis, capacity, local_experts, experts, format, 
 def _used(plan, chosen) -> tuple[Int[Array, " r"], Int[Array, "t k"]]:
     """The assignment of each row, and the row of each assignment. T * k stands for a row or assignment out of use."""
     assignments = plan.assignment_of_row.size
-    rows = jnp.arange(assignments)
+    rows = jnp.arange(assignments, dtype=jnp.int32)
     assignment_of_row = jnp.where(rows < jnp.sum(plan.group_sizes), plan.assignment_of_row, assignments)
     return assignment_of_row, jnp.where(chosen, plan.row_of_assignment, assignments)
 

@@ -32,8 +32,8 @@ def in_rounds(
 ) -> Float[Array, "t l"]:
     """compute(weights_of_experts, tokens, weights, plan) in rounds of num_rows rows, [T, l].
 
-    The first round keeps what its backward pass needs. The others compute it again. A further round rounds the sum of a
-    token, and the gradient of a weight, once more to their dtypes. There are first derivatives in reverse mode alone.
+    The first round keeps what its backward pass needs. The others compute it again. Each further round rounds the sum
+    of a token, and the gradient of a weight, once more to its dtype. There are first derivatives in reverse mode alone.
 
     Args:
         compute: the weighted sums of the experts' outputs, linear in the rows. It runs no collective.
@@ -41,7 +41,7 @@ def in_rounds(
         weights_of_experts: weights and biases. `ScaledArray` leaves and the bases of `LowRank` leaves get no gradient.
         tokens: [T, l].
         weights: [T, k].
-        plan: of all rows.
+        plan: the plan of all rows.
     """
     frozen = jax.tree.map(_frozen, weights_of_experts, is_leaf=_is_weight)
     trained = jax.tree.map(_trained, weights_of_experts, is_leaf=_is_weight)
@@ -81,7 +81,7 @@ def _round(compute, num_rows, frozen, plan, index):
 
 def _other_rounds(num_rows, plan, add, start):
     """`start` after add(i, value) for each further round i."""
-    total = jnp.sum(plan.group_sizes)
+    total = jnp.sum(plan.group_sizes, dtype=jnp.int32)
 
     def body(state):
         index, value = state

@@ -38,13 +38,14 @@ def code_bytes_per_device(config: LatentMoEConfig, mesh: AbstractMesh, format: s
     return _stored(config, mesh, format)[1]
 
 
-def _stored(config, mesh, format) -> tuple[int, int]:
-    """(dense parameters, bytes of codes and scales) of one device."""
+def _stored(config, mesh, format, parts=None) -> tuple[int, int]:
+    """(dense parameters, bytes of codes and scales) of one device, of all parts or of the named ones."""
     shapes: Any = param_shapes(config)
     if format is not None:
         shapes = jax.eval_shape(lambda params: quantize(params, config, format), shapes)
     specs, dense, codes = param_specs(config, mesh, shapes), 0, 0
-    for part, leaves in shapes.items():
+    for part in shapes if parts is None else parts:
+        leaves = shapes[part]
         for name, leaf in leaves.items():
             for array, spec in zip(jax.tree.leaves(leaf), jax.tree.leaves(specs[part][name]), strict=True):
                 own = math.prod(array.shape) // math.prod(mesh.shape[axis] for axis in spec if axis is not None)
@@ -115,6 +116,8 @@ def memory(
     # `working` is the scratch memory of one layer. The kernels that fsdp gathers are added below.
     if training:
         working = _beside_kept_rows(experts, narrow, pre, rows.allocated * inner * item) + per_token
+        if rows.in_rounds:  # XLA allocates the gradients of a further round, which are added to those of the first one
+            working += _stored(config, _without_fsdp(config, mesh), format, ("experts",))[0] * item
     else:
         working = _forward_rows(config, experts, narrow, pre, rows.allocated * inner * item)
     working += _exchanged(config, mesh, tokens, device)

@@ -19,11 +19,13 @@ class Rows(NamedTuple):
         allocated: R, the rows of the products' arrays.
         multiplied: the rows among them that belong to experts, if all experts are chosen equally often.
         whole_tokens: whether the rows are all assignments of the device's own tokens, as kernels for few tokens need.
+        in_rounds: whether further rounds of as many rows may follow.
     """
 
     allocated: int
     multiplied: int
     whole_tokens: bool
+    in_rounds: bool = False
 
 
 def expert_rows(
@@ -53,8 +55,11 @@ def expert_rows(
         assignments, most = tokens * choices, limits.most_rounded_rows(config, tokens)
     else:
         capacity = cost.exchange_capacity(config, devices, tokens, parallel.capacity_factor)
-        most = cost.rows_of_round(config, devices, tokens, devices * capacity, multiple)
+        most = devices * capacity
         gathers = choose_dispatch(config, devices, tokens, device=device) == "all_gather"
+        at_once = cost.rows_of_round(config, devices, tokens, most, multiple)
+        if at_once < most:
+            return Rows(at_once + ROW_MULTIPLE, chosen, whole_tokens=False, in_rounds=True)
         assignments = devices * tokens * choices if gathers else most
     allocated = padded_rows(assignments, experts, multiple)
     if most < assignments:

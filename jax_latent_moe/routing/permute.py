@@ -108,9 +108,10 @@ def first_rows(plan: DispatchPlan, num_rows: int) -> DispatchPlan:
 def rows_from(
     plan: DispatchPlan, begin: int | Int[Array, ""], num_rows: int
 ) -> tuple[DispatchPlan, Bool[Array, "t k"]]:
-    """The plan of num_rows rows from `begin` on, plus `ROW_MULTIPLE` rows without an expert; and whose rows these are.
+    """The plan of num_rows rows from `begin` on, and which assignments have one of these rows.
 
-    An assignment with another row reads the last row, which grouped matmuls leave zero.
+    `ROW_MULTIPLE` rows without an expert follow. An assignment with another row reads the last of them, which grouped
+    matmuls leave zero.
     """
     sizes, assignment_of_row, row_of_assignment, padding, _ = plan
     ends = jnp.cumsum(sizes)

@@ -33,6 +33,15 @@ def test_programs_that_follow_are_kept(tmp_path, monkeypatch):
     assert any("lambda" in path.name for path in (tmp_path / programs.FOLDER).iterdir())
 
 
+def test_each_run_of_a_process_keeps_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for factor, run in ((5, "a"), (6, "b"), (7, "a")):
+        programs.keep_programs(tmp_path / run)
+        compile_something(factor)
+    kept = {run: list((tmp_path / run / programs.FOLDER).glob("*lambda*-cache")) for run in ("a", "b")}
+    assert {run: len(paths) for run, paths in kept.items()} == {"a": 2, "b": 1}
+
+
 def test_a_cpu_keeps_none(tmp_path):
     programs.keep_programs(tmp_path)
     compile_something(4)

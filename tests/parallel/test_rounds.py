@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import InputError, Precision, cost, init_params, latent_moe, lora, merge_state, quantize
+from jax_latent_moe import InputError, Precision, cost, init_params, latent_moe, lora, merge_state, presets, quantize
 from jax_latent_moe.parallel import rounds
 from jax_latent_moe.routing.permute import make_dispatch_plan, rows_from
 from tests import cases, layers
@@ -20,7 +20,7 @@ DISPATCHES = ("all_gather", "all_to_all")
 
 @pytest.fixture(autouse=True)
 def rounds_of_any_size(monkeypatch):
-    monkeypatch.setattr(cost, "LEAST_ROUND_BYTES", 0)
+    monkeypatch.setattr(cost, "least_round_saving", lambda config, devices: 0)
 
 
 @pytest.fixture
@@ -151,6 +151,17 @@ def test_rounds_hold_each_row_once(rng, multiple):
     assert (seen[(np.asarray(ids) >= 0) & (np.asarray(ids) < 5)] == 1).all()
 
 
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_64_bits_with_strict_promotion(rng, dispatch, factor):
+    case = cases.draw(rng, with_parallel(BASE, dispatch=dispatch, round_factor=factor), (8, 2))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.set_mesh(make_mesh(1, 1, 4, 1)):
+        x = jnp.asarray(case.x, jnp.float32)
+        params = layers.cast(case.params, "float32")
+        found = jax.eval_shape(jax.grad(lambda x: jnp.sum(latent_moe(params, x, case.config)[0])), x)
+    assert found.dtype == jnp.float32
+
+
 def test_no_array_has_the_rows_of_the_worst_case():
     config = with_parallel(dataclasses.replace(BASE, latent_size=24, expert_intermediate_size=40), round_factor=1.25)
     x = jax.ShapeDtypeStruct((64, 4, config.hidden_size), jnp.float32)
@@ -170,10 +181,15 @@ def test_no_array_has_the_rows_of_the_worst_case():
     assert most_rows(with_parallel(config, round_factor=None)) == 4 * 520
 
 
-def test_small_layers_have_one_round(monkeypatch):
+def test_rounds_must_save_memory(monkeypatch):
     monkeypatch.undo()
+    super_layer = dataclasses.replace(presets.NEMOTRON_3_SUPER, parallel=BASE.parallel)
     assert cost.rows_of_round(BASE, 4, 12, 144) == 144
     assert cost.rows_of_round(BASE, 4, 2**20, 2**22 * 3) == 3932160
+    # 8192 tokens of Super have few rows for each expert: on 2 devices rounds would save 1.3 GB of rows, and a further
+    # round would need 2.8 GB for the weights' gradients.
+    assert cost.rows_of_round(super_layer, 2, 8192, 2 * 8192 * 22) == 2 * 8192 * 22
+    assert cost.rows_of_round(super_layer, 8, 8192, 8 * 8192 * 22) == 225280
 
 
 def test_second_derivatives_are_refused_with_a_way_out(rng):

@@ -3,16 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 
 import jax
 import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding
 
-from benchmarks.parallel import SHAPES
-from benchmarks.problems import DECODE_KERNELS, DECODE_LAYERS, KERNELS, LAYERS
-from benchmarks.tables import load
+from benchmarks.problems import LAYERS
 from jax_latent_moe import (
     ConfigError,
     CutlassBackend,
@@ -22,7 +19,6 @@ from jax_latent_moe import (
     Precision,
     RouterConfig,
     UnsupportedError,
-    XlaBackend,
     cost,
     decode,
     expert_plan,
@@ -43,7 +39,6 @@ from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from jax_latent_moe.plan.__main__ import main
 from jax_latent_moe.plan.kernels import KERNELS as KERNELS_OF_THE_BUILD
 from jax_latent_moe.plan.memory import gathered_parameters, parameters_per_device
-from jax_latent_moe.plan.timing import grouped_matmuls
 from jax_latent_moe.routing import compiled
 from tests import kernels
 from tests.cases import TOY
@@ -55,15 +50,6 @@ from tests.parallel.meshes import BASE, make_mesh
 from tests.test_activations import VARIANTS
 
 H200 = GPUS["h200"]
-# By the GPU's name in the results.
-MEASURED = {"h200": H200, "h100-80gb-hbm3": GPUS["h100"]}
-# By the implementation's name in the results. The kernels for few tokens were not timed there.
-BACKENDS = {
-    "cutlass": CutlassBackend(decode="never"),
-    "pallas": PallasBackend(),
-    "pallas_fused": PallasBackend(fuse="always"),
-    "xla": XlaBackend(),
-}
 
 
 @pytest.mark.parametrize(
@@ -94,75 +80,6 @@ def test_moe_layers_are_most_of_the_published_totals(config, layers, total, acti
     """The other parameters are in attention, Mamba and dense layers and embeddings, which no config here describes."""
     assert 0.93 * total < layers * cost.parameters(config) < total
     assert 0.4 * active < layers * cost.active_parameters(config) < active
-
-
-def measured(suites: dict, devices: Iterable[str] = MEASURED, impls: Iterable[str] = BACKENDS) -> list:
-    """The newest record of each implementation of each problem, on each device."""
-    newest = {}
-    for row in load():
-        shapes = suites.get(row["suite"], ())
-        if row["device"] in devices and row["shape"] in shapes and row["impl"] in impls:
-            newest[row["device"], row["suite"], row["shape"], row["pass"], row["impl"]] = row
-    assert newest, "there is nothing to compare with"
-    return [pytest.param(row, id="-".join((row["run"], *key[1:]))) for key, row in newest.items()]
-
-
-@pytest.mark.parametrize("record", measured({"layer": LAYERS, "decode": DECODE_LAYERS}))
-def test_a_layer_as_measured_on_one_gpu(record):
-    """Time within 30 %, memory within 15 %: not at one token, where XLA takes 8 MiB that nothing here explains."""
-    tokens, layer = (LAYERS | DECODE_LAYERS)[record["shape"]]
-    layer = dataclasses.replace(layer, backend=BACKENDS[record["impl"]])
-    plan = make_cost_plan(layer, {}, tokens, MEASURED[record["device"]], training=record["pass"] == "forward_backward")
-    assert plan.communication_ms == 0
-    assert plan.compute_ms == pytest.approx(record["ms"], rel=0.3)
-    temporary = plan.memory["working memory of a layer"] + plan.memory.get("kept for the backward pass", 0)
-    if tokens > 1:
-        assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
-
-
-@pytest.mark.parametrize(("tokens", "microseconds"), [(1, 63.5), (8, 428)])
-def test_the_kernels_for_few_tokens_as_measured(tokens, microseconds):
-    """Both kernels of Super's experts in bfloat16, from benchmarks/results/profiles/h200-2026-11-29.md."""
-    layer = dataclasses.replace(LAYERS["super_t8192"][1], backend=CutlassBackend(decode="always"))
-    few, many = (
-        make_cost_plan(dataclasses.replace(layer, backend=backend), {}, tokens, H200, training=False)
-        for backend in (layer.backend, CutlassBackend(decode="never"))
-    )
-    (part,) = (part for part in few.parts if part.name == "experts")
-    assert part.ms == pytest.approx(microseconds / 1e3, rel=0.3)
-    assert few.memory["working memory of a layer"] < many.memory["working memory of a layer"]
-
-
-@pytest.mark.parametrize(
-    "record", measured({"parallel": ("super_t8192_x2",)}, ["h200-x2"], ("all_gather", "all_to_all"))
-)
-def test_a_layer_as_measured_on_two_gpus(record):
-    """Time within 30 %, temporary memory within 15 %, by either dispatch that `auto` may take."""
-    tokens, layer = SHAPES[record["shape"].removesuffix("_x2")]
-    layer = dataclasses.replace(layer, parallel=ParallelConfig(dispatch=record["impl"], capacity_factor=1.25))
-    plan = make_cost_plan(layer, {"expert": 2}, tokens, H200)
-    assert plan.compute_ms + plan.communication_ms == pytest.approx(record["ms"], rel=0.3)
-    temporary = plan.memory["working memory of a layer"] + plan.memory["kept for the backward pass"]
-    assert temporary == pytest.approx(record["temp_bytes"], rel=0.15)
-
-
-@pytest.mark.parametrize("record", measured({"kernel": KERNELS, "decode": DECODE_KERNELS}))
-def test_kernels_as_measured_on_one_gpu(record):
-    """Time within 30 %: not XLA's at one token, which waits for the host."""
-    shape, gpu = (KERNELS | DECODE_KERNELS)[record["shape"]], MEASURED[record["device"]]
-    config = LatentMoEConfig(
-        hidden_size=shape.in_features,
-        latent_size=None,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        expert_intermediate_size=shape.out_features,
-        activation="relu2",
-        backend=BACKENDS[record["impl"]],
-    )
-    decided = make_cost_plan(config, {}, shape.tokens, gpu).experts
-    part = grouped_matmuls(config, gpu, shape.rows, shape.num_experts, 1, decided)[f"up {record['pass']}"]
-    if (record["impl"], shape.tokens) != ("xla", 1):
-        assert part.ms == pytest.approx(record["ms"], rel=0.3)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 4, 1, 2)])
@@ -359,6 +276,7 @@ def test_rows_are_those_of_the_layer(monkeypatch, made_by_the_layer, name, token
 
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all", "ragged_all_to_all"])
 @pytest.mark.parametrize("name", ["plain", "rounded"])
+@pytest.mark.parametrize("in_rounds", [False, True])
 @pytest.mark.parametrize(
     ("factor", "format", "sizes"),
     [
@@ -368,7 +286,11 @@ def test_rows_are_those_of_the_layer(monkeypatch, made_by_the_layer, name, token
         (0.5, None, (2, 1, 1, 2)),
     ],
 )
-def test_rows_are_those_of_the_layer_on_a_mesh(monkeypatch, made_by_the_layer, dispatch, name, factor, format, sizes):
+def test_rows_are_those_of_the_layer_on_a_mesh(
+    monkeypatch, made_by_the_layer, dispatch, name, in_rounds, factor, format, sizes
+):
+    if in_rounds:
+        monkeypatch.setattr(cost, "least_round_saving", lambda config, devices: 0)
     monkeypatch.setitem(FORMATS, "in eights", dataclasses.replace(COLUMNS, name="in eights", row_multiple=8))
     monkeypatch.setattr(lax, "ragged_all_to_all", ragged.ragged_all_to_all)
     config = limited(name, parallel=ParallelConfig(dispatch=dispatch, capacity_factor=factor))
@@ -381,6 +303,24 @@ def test_rows_are_those_of_the_layer_on_a_mesh(monkeypatch, made_by_the_layer, d
     plan = make_cost_plan(config, dict(mesh.shape), tokens, H200, format=format)
     assert str(plan.experts) == str(made_by_the_layer[-1])
     assert plan.experts.up.problem.num_rows == made_by_the_layer[-1].up.problem.num_rows
+
+
+def test_rounds_keep_fewer_rows_and_take_one_more_gradient_of_the_experts(monkeypatch):
+    monkeypatch.setattr(cost, "least_round_saving", lambda config, devices: 0)
+    whole, rounds = (
+        make_cost_plan(
+            limited("plain", parallel=ParallelConfig(dispatch="all_gather", round_factor=factor)),
+            {"expert": 2},
+            64,
+            H200,
+        ).memory
+        for factor in (None, 1.25)
+    )
+    assert rounds["kept for the backward pass"] < whole["kept for the backward pass"]
+    fewer = (2 * 64 * 8 - 720) * (256 + 2 * 512) * 2
+    experts = 8 * 256 * 512 * 2 * 2
+    more = rounds["working memory of a layer"] - whole["working memory of a layer"]
+    assert experts - fewer < more <= experts
 
 
 def test_more_rows_take_more_memory_and_time():

@@ -126,7 +126,7 @@ def blocked_wgrad(
         changes = expert[1:] != expert[:-1]
         first, last = jnp.append(True, changes), jnp.append(changes, True)
         product = lax.associative_scan(_sum_within_expert, (first[:, None, None], product))[1]
-        place = jnp.where(last, expert, num_experts + jnp.arange(len(expert)))
+        place = jnp.where(last, expert, num_experts + jnp.arange(len(expert), dtype=jnp.int32))
         out = out.at[place].set(product.astype(out.dtype), mode="drop", unique_indices=True)
         return (out, product[-1], expert[-1]), None
 
