@@ -320,28 +320,18 @@ def _route_through_experts(params, codes, latent, routing, config, shards, up_pr
     if shards.expert_axis is None:
         plan = make_dispatch_plan(expert_ids, config.num_physical_experts, config.backend, row_multiple)
         return experts(latent, weights, rows_to_compute(plan, config), log_weights), dropped
+    routed = {
+        "axis": shards.expert_axis,
+        "compute": compute,
+        "weights_of_experts": weights_of_experts,
+        "latent": latent,
+        "expert_ids": expert_ids,
+        "weights": weights,
+        "row_multiple": row_multiple,
+    }
     if not shards.token_axes:
-        combined = own_experts_of_all(
-            config,
-            shards.expert_axis,
-            compute,
-            weights_of_experts,
-            latent,
-            expert_ids,
-            weights,
-            row_multiple=row_multiple,
-        )
-        return combined, dropped
-    combined, not_sent = exchange(
-        config,
-        shards.expert_axis,
-        compute,
-        weights_of_experts,
-        latent,
-        expert_ids,
-        weights,
-        row_multiple=row_multiple,
-    )
+        return own_experts_of_all(config, **routed), dropped
+    combined, not_sent = exchange(config, **routed)
     if copies is not None:
         not_sent = jnp.zeros_like(dropped).at[np.asarray(copies)].add(not_sent)
     return combined, dropped + not_sent

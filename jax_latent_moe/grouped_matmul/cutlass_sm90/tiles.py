@@ -102,8 +102,9 @@ def _shape(tile) -> tuple[int, ...]:
 def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
     """The sort key of a tile: (is it for the other kind of call, its relative time, is its order the unlikely one).
 
-    The first of equal tiles wins. Over the 40 shapes that it was fitted to, the chosen tile takes 2 % longer than the
-    fastest on average, and more than 12 % longer in 2 of 120 products.
+    The first of equal tiles wins. In a later run of the 40 shapes that it was fitted to, the chosen tile took at most
+    4 % longer than the fastest in 90 % of 120 products, and more than 12 % longer in one
+    (benchmarks/results/profiles/h200-2026-11-30.md).
     """
     k, n = problem.k, problem.n
     plain = problem.epilogue is None and problem.lhs.format not in FP8
