@@ -181,8 +181,8 @@ def make_train_step(
         spike_factor: see `is_bad`.
         accumulate: the number of parts of a batch, which are computed one after the other. Their gradients and loads
             are added up.
-        reduce_dtype: the dtype in which devices add up the gradients of kernels. bfloat16 needs a model that computes
-            in it and encodes no weights.
+        reduce_dtype: the dtype in which devices add up the gradients of kernels, and a device those of two parts.
+            bfloat16 needs a model that computes in it and encodes no weights.
         adapters: whether the state holds adapters and frozen weights. It then lies on one device.
     """
     whole = NamedSharding(mesh, PartitionSpec())
@@ -191,7 +191,7 @@ def make_train_step(
     def objective(params, state, codes, part, key, scored):
         tokens, targets, weights, documents = part
         output = model.apply(
-            variables_of(state._replace(params=shared_in(params, reduce_dtype))) | codes,
+            variables_of(state._replace(params=params)) | codes,
             tokens,
             deterministic=False,
             targets=targets,
@@ -204,17 +204,24 @@ def make_train_step(
         auxiliary = sum(map(jnp.sum, jax.tree.leaves(sown.get("losses", {}))), start=jnp.zeros(())) / accumulate
         return loss + auxiliary, (loss, auxiliary, loads_of(sown)["intermediates"])
 
+    def wide(grads, sown):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads), sown
+
     def gradients(state, batch):
         """Gradients of the whole batch, with the loss, the auxiliary loss and the loads."""
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         parts = inputs_and_targets(batch)
         scored = jnp.sum(parts[2])
-        of_part = functools.partial(jax.grad(objective, has_aux=True), state.params, state, codes_of(model, state))
+        shared = shared_in(state.params, reduce_dtype)
+        of_part = functools.partial(jax.grad(objective, has_aux=True), shared, state, codes_of(model, state))
         if accumulate == 1:
-            return of_part(parts, key, scored)
+            return wide(*of_part(parts, key, scored))
 
         def add(total, part_and_key):
-            return jax.tree.map(jnp.add, total, of_part(*part_and_key, scored)), None
+            part = of_part(*part_and_key, scored)
+            # Two parts are added in the dtype of their gradients, which XLA then sums over the devices once and in that
+            # dtype. A sum of more parts would lose bits.
+            return jax.tree.map(jnp.add, total, part if accumulate == 2 else wide(*part)), None
 
         keys = jax.random.split(key, accumulate)
         parts = jax.tree.map(functools.partial(_microbatches, count=accumulate), parts)
@@ -222,7 +229,8 @@ def make_train_step(
         # The first part outside of the loop saves zeros and a sum in float32. With two parts XLA needs no loop at all,
         # so both read the same casts of the parameters.
         total = of_part(*first, scored)
-        return jax.lax.scan(add, *_in_turn(total, others))[0]
+        total = total if accumulate == 2 else wide(*total)
+        return wide(*jax.lax.scan(add, *_in_turn(total, others))[0])
 
     options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
 

@@ -72,13 +72,14 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero():
         assert all(np.any(expert) for expert in leaf[~idle])
 
 
-def test_parts_of_a_batch_add_up_in_float32():
-    parts, _ = first_gradients("data=2", "bfloat16", accumulate=2)
-    wide, _ = first_gradients("data=2", "float32", accumulate=2)
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_two_parts_of_a_batch_add_up_in_bfloat16_and_more_in_float32(accumulate):
+    parts, _ = first_gradients("data=2", "bfloat16", accumulate=accumulate)
+    wide, _ = first_gradients("data=2", "float32", accumulate=accumulate)
     for path, found in kernels(parts).items():
         assert_close(found, kernels(wide)[path], "bfloat16", path)
     rounded = [np.array_equal(leaf, np.asarray(leaf.astype(jnp.bfloat16))) for leaf in kernels(parts).values()]
-    assert not all(rounded)
+    assert all(rounded) == (accumulate == 2)
 
 
 def test_float32_casts_nothing(alone):
