@@ -56,6 +56,7 @@ class Listed(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("starts", "list")),
         *((name, ctypes.c_int) for name in ("pass", "num_sms")),
         *((name, ctypes.c_int64) for name in ("codes_apart", "scales_apart")),
+        *((name, ctypes.c_int) for name in ("scales_begin", "scales_row", "scales_half", "scales_gap_shift")),
     )
 
 

@@ -104,12 +104,33 @@ def test_more_inputs_than_shared_memory_holds_at_once(rng, format):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
-def test_scales_that_take_two_factors(rng):
+@pytest.mark.parametrize(
+    ("format", "name", "latent", "inner"),
+    [
+        ("mxfp4", "relu2", 1024, 160),
+        ("mxfp4", "swiglu", 2048, 32),
+        ("mxfp4", "relu2", 2688, 288),
+        ("nvfp4", "swiglu", 512, 96),
+        ("nvfp4", "relu2", 1792, 32),
+    ],
+)
+def test_scales_in_shared_memory(rng, format, name, latent, inner):
+    """Features' scales with gaps behind them and without, in blocks of 256 and of 512 threads."""
+    checked(rng, layer(name, latent, 3, 2, inner), format, 4)
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("loud", [slice(None, None, 3), slice(41, 42)])
+def test_scales_that_take_two_factors(rng, loud):
+    """In all units, and in one of several."""
+
     def louder(w_in):
         scales = w_in.scales["block"]
-        return dataclasses.replace(w_in, scales={"block": scales.at[:, :, ::3].add(20)})
+        return dataclasses.replace(w_in, scales={"block": scales.at[:, :, loud].add(20)})
 
     checked(rng, layer("relu2", 256, 3, 2, 64), "mxfp4", 4, change=louder)
+    checked(rng, layer("relu2", 3232, 3, 2, 64), "mxfp4", 1, change=louder)
 
 
 @emulates

@@ -42,9 +42,15 @@ struct Chunk {
     }
   }
 
-  // Adds the products of a chunk with the elements of each group's row.
+  // Whether one factor is not enough for a scale of the warp. It is for most of them.
+  static __device__ bool takes_two(uint32_t const (&found)[2]) {
+    if constexpr (C != Code::kMxfp4) return false;
+    return __ballot_sync(~0u, max(found[0], found[1]) > Widen<Code::kMxfp4>::kMost) != 0;
+  }
+
+  // Adds the products of a chunk with the elements of each group's row. The whole warp takes one factor, or two.
   static __device__ void add(float (&totals)[Groups][4], uint4 const (&codes)[2], uint32_t const (&found)[2],
-                             uint4 const* const (&elements)[Groups]) {
+                             uint4 const* const (&elements)[Groups], bool takes_two) {
     if constexpr (kPacking == 1) {
       float parts[Groups][4] = {};
 #pragma unroll
@@ -67,8 +73,7 @@ struct Chunk {
         for (int i = 0; i < 4; ++i) totals[g][i] = fmaf(__uint_as_float(found[i / 2]), parts[g][i], totals[g][i]);
       }
     } else if constexpr (C == Code::kMxfp4) {
-      // One factor is enough for most scales.
-      if (__ballot_sync(~0u, max(found[0], found[1]) > Widen<C>::kMost) == 0) {
+      if (!takes_two) {
         add_scaled(totals, codes, elements, [&](int i, int) { return Widen<C>::factor(found[i]); });
       } else {
         add_scaled(totals, codes, elements, [&](int i, int) { return Widen<C>::scale(found[i]); });

@@ -75,7 +75,7 @@ struct Coded {
 #pragma unroll
         for (int step = 0; step < kAhead; ++step) {
           if (start + step * kStep >= last) break;
-          Lane::add(totals, loaded[step], found[step], {elements + step * kUnits * kRows * 4});
+          Lane::add(totals, loaded[step], found[step], {elements + step * kUnits * kRows * 4}, Lane::takes_two(found[step]));
           load(step, kAhead, start);
         }
         elements += kAhead * kUnits * kRows * 4;

@@ -23,6 +23,15 @@ __device__ __forceinline__ uint4 load_along(void const* from) {
   return found;
 }
 
+// Begins to copy 16 bytes that are read once from global to shared memory.
+__device__ __forceinline__ void copy_ahead(void* to, void const* from) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+
+// Waits for all copies that this thread has begun. Others see them behind a barrier.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Asks for memory to be in the L2 cache soon. The address and the size are multiples of 16 bytes.
 __device__ __forceinline__ void prefetch(void const* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

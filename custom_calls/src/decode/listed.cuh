@@ -1,8 +1,9 @@
-// The kernel of both products of listed rows.
+// What a block does in both products of listed rows.
 //
 // Blocks are persistent. A warp has 16 columns of each tile, or 8 of the gate and the same 8 of the up half. It reads codes as
 // a stream: the next unit's codes are asked for while the last ones of a unit are multiplied. No warp waits for another one while
-// the rows stay the same. Rows are in shared memory, and stay there for all tiles of a pass if they fit.
+// the rows stay the same. Rows are in shared memory, and stay there for all tiles of a pass if they fit. Scales come as codes do,
+// or by shared memory (unit_scales.cuh).
 //
 // Each kernel is launched when the blocks of the one before have begun. It reads the weights' codes before it waits.
 #pragma once
@@ -11,13 +12,16 @@
 #include "decode/chunk.cuh"
 #include "decode/lists.cuh"
 #include "decode/share.cuh"
+#include "decode/unit_scales.cuh"
 
 namespace latent_moe::decode {
 
-// Pass: the rows of a pass, 8 or 16.
-template <Code C, int Pass>
+// Pass: the rows of a pass, 8 or 16. Threads: of a block. Staged: whether scales are in shared memory.
+template <Code C, int Pass, int Threads, bool Staged>
 struct Stream {
-  static constexpr int kGroups = Pass / 8, kAhead = Pass == 8 ? 2 : 4, kBlocks = Pass == 8 ? 4 : 2;  // kBlocks: of an SM
+  static constexpr int kGroups = Pass / 8, kAhead = Pass == 8 ? 2 : 4;
+  static constexpr int kThreads = Threads, kWarps = Threads / 32;
+  static constexpr int kBlocks = (Pass == 8 ? 1024 : 512) / Threads;  // of an SM
   using Lane = Chunk<C, kGroups>;
   static constexpr int kRound = kAhead * Lane::kStep;  // elements that a warp asks for ahead
   static constexpr int kPanel = 3072;                  // the most elements of the rows in shared memory at a time
@@ -28,17 +32,17 @@ struct Stream {
   static constexpr int rows_bytes(int k) { return ceil_div(min(k, kPanel), Lane::kStep) * Lane::kStep * Pass * 2; }
 
   struct Shared {
-    float sums[kThreads / 32][Pass][kColumns];
+    alignas(8) float sums[kWarps][Pass][kColumns];
     int assignments[Pass], sources[Pass];  // sources: where the rows come from
     float weights[Pass];
-    Unit units[kThreads / 32][2];  // of each warp, the present one and the next one
+    Unit units[kWarps][2];  // of each warp, the present one and the next one
   };
 
   Listed const& listed;
   Product const& product;
   Weight const& weight;
   Shared& shared;
-  uint4* rows;  // [step][unit of 8 elements][row][lane]
+  uint4* rows;  // [step][unit of 8 elements][row][lane], and then units' scales
   int lane, warp, place, width, tiles;
 
   __device__ Stream(Listed const& given, Shared& memory)
@@ -51,32 +55,52 @@ struct Stream {
         warp(threadIdx.x / 32),
         place(lane % 4),
         width(16 / weight.parts),
-        tiles(ceil_div(weight.n * weight.parts, kTile)) {}
+        tiles(ceil_div(weight.n * weight.parts, 16 * kWarps)) {}
 
   __device__ bool is_first() const { return product.choice_weights == nullptr; }
 
   // The codes of a lane's first feature from the next element on, and their scales. Those of its second feature are further
-  // by the same distance in all units.
+  // by the same distance in all units. Scales in shared memory are those of the next element to multiply.
   uint8_t const *codes, *scales;
   int left;  // elements from there to the end; 0 if there is nothing to load
   uint4 loaded[kAhead][2];
-  uint32_t found[kAhead][2];
+  uint32_t found[Staged ? 1 : kAhead][2];
+  bool takes_two = false;  // whether a unit's staged scales take two factors
 
   // The unit behind which there are so many more. Registers are for codes, so units are in shared memory.
   __device__ Unit& unit(int more) const { return shared.units[warp][more % 2]; }
 
-  __device__ int first_feature(int tile) const { return (tile * (kThreads / 32) + warp) * width; }
+  __device__ int first_feature(int tile) const { return (tile * kWarps + warp) * width; }
 
-  __device__ void point_at(Unit const& unit) {
-    const int feature = first_feature(unit.tile) + lane / 4;
+  __device__ uint8_t* staged_scales(int more) const { return scales_of_unit(rows, listed.unit_scales, warp, more); }
+
+  // Points at the first codes of the unit behind which there are so many more, and at their scales or copies all of them.
+  __device__ void point_at(int more) {
+    Unit const& unit = this->unit(more);
+    const int first = first_feature(unit.tile), feature = first + lane / 4;
     left = feature < weight.n ? weight.k : 0;
     if (left == 0) return;
-    const int64_t matrix = int64_t{unit.expert} * weight.parts;
-    const int64_t before = (matrix * weight.n + feature) * weight.k + place * Lane::kSize;
-    codes = static_cast<uint8_t const*>(weight.data) + before / Lane::kPacking;
-    scales = scales_of<C>(weight, matrix, feature);
-    // A scale of the sums applies to all elements of the step, including those of other lanes.
-    if constexpr (Lane::kPacking == 2) scales += (place * Lane::kSize >> weight.k_shift) * kScaleBytes<C>;
+    const int matrix = unit.expert * weight.parts;
+    const int64_t row = int64_t{matrix} * weight.n + first;
+    codes = static_cast<uint8_t const*>(weight.data) + row * (weight.k / Lane::kPacking);
+    codes += (lane / 4 * weight.k + place * Lane::kSize) / Lane::kPacking;
+    if constexpr (Staged) {
+      // 8 features have `half` bytes of scales, and `first` is a multiple of 8.
+      auto const* from = static_cast<uint8_t const*>(weight.scales) + row / 8 * listed.unit_scales.half;
+      copy_scales(staged_scales(more), from, listed.unit_scales, listed.scales_apart);
+    } else {
+      scales = scales_of<C>(weight, matrix, feature);
+      // A scale of the sums applies to all elements of the step, including those of other lanes.
+      if constexpr (Lane::kPacking == 2) scales += (place * Lane::kSize >> weight.k_shift) * kScaleBytes<C>;
+    }
+  }
+
+  // Waits for the scales of a unit that the warp has pointed at.
+  __device__ void take_scales(int more) {
+    wait_for_copies();
+    if constexpr (C == Code::kMxfp4) takes_two = has_scales_above_128(staged_scales(more), listed.unit_scales);
+    __syncwarp();
+    scales = staged_scales(more) + lane / 4 * listed.unit_scales.row + scales_of_elements(place * Lane::kSize);
   }
 
   // Loads a step of the next round, all of which exists if it is whole. Beyond the end, codes and their scales are 0, as the
@@ -87,16 +111,22 @@ struct Stream {
     if (!Whole && begin >= left) return;
     const bool inside = Whole || begin + place * Lane::kSize < left;
     auto const* from = codes + begin / Lane::kPacking;
-    auto const* scale = scales + scales_of_elements(begin);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      found[step][i] = inside || Lane::kPacking == 1 ? Lane::scale(weight, scale + i * listed.scales_apart) : 0;
+      if constexpr (!Staged) find_scale(step, i, begin, listed.scales_apart, inside);
       loaded[step][i] = inside ? load_along(from + i * listed.codes_apart) : uint4{};
     }
   }
 
+  // Reads the scale of an element and of one of a lane's features, which are so many bytes apart.
+  __device__ void find_scale(int to, int i, int element, int64_t apart, bool inside) {
+    auto const* at = scales + scales_of_elements(element) + i * apart;
+    found[to][i] = inside || Lane::kPacking == 1 ? Lane::scale(weight, at) : 0;
+  }
+
   __device__ void next_round() {
-    codes += kRound / Lane::kPacking, scales += scales_of_elements(kRound);
+    codes += kRound / Lane::kPacking;
+    if constexpr (!Staged) scales += scales_of_elements(kRound);
     left -= kRound;
   }
 
@@ -156,17 +186,26 @@ struct Stream {
       }
     }
     __syncwarp();
+    // A lane has two neighbouring columns.
+    const int shift = weight.parts == 2 ? 2 : 3;
 #pragma unroll 1
-    for (int i = lane; i < count * width; i += 32) {
-      const int row = i / width, column = i % width;
+    for (int i = lane; i < count << shift; i += 32) {
+      const int row = i >> shift, column = 2 * (i & ((1 << shift) - 1));
+      float2 value = *reinterpret_cast<float2 const*>(&sums[row][column]);
       if (is_first()) {
-        float value = of_gate(product.activation, sums[row][column], product.beta);
-        if (weight.parts == 2) value *= of_up(product.activation, sums[row][column + 8], product.linear_beta);
+        value = {of_gate(product.activation, value.x, product.beta), of_gate(product.activation, value.y, product.beta)};
+        if (weight.parts == 2) {
+          const float2 up = *reinterpret_cast<float2 const*>(&sums[row][column + 8]);
+          value.x *= of_up(product.activation, up.x, product.linear_beta);
+          value.y *= of_up(product.activation, up.y, product.linear_beta);
+        }
         const int64_t at = int64_t{unit.row + row} * weight.n + feature + column;
-        static_cast<__nv_bfloat16*>(product.hidden)[at] = static_cast<__nv_bfloat16>(value);
+        auto* hidden = static_cast<__nv_bfloat16*>(product.hidden) + at;
+        *reinterpret_cast<__nv_bfloat162*>(hidden) = __floats2bfloat162_rn(value.x, value.y);
       } else {
         const int64_t at = int64_t{shared.assignments[row]} * weight.n + feature + column;
-        product.partial[at] = shared.weights[row] * sums[row][column];
+        const float factor = shared.weights[row];
+        *reinterpret_cast<float2*>(product.partial + at) = {factor * value.x, factor * value.y};
       }
     }
     __syncwarp();
@@ -180,10 +219,19 @@ struct Stream {
       uint4 const* mine[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) mine[g] = elements[g] + step * Lane::kUnits * Lane::kApart;
-      if (Whole || step * Lane::kStep < count) Lane::add(totals, loaded[step], found[step], mine);
+      const int begin = step * Lane::kStep;
+      if (Whole || begin < count) {
+        if constexpr (Staged) {
+          const bool inside = Whole || begin + place * Lane::kSize < count;
+          for (int i = 0; i < 2; ++i) find_scale(0, i, begin, 8 * listed.unit_scales.row, inside);
+        }
+        auto const& scale = found[Staged ? 0 : step];
+        Lane::add(totals, loaded[step], scale, mine, Staged ? takes_two : Lane::takes_two(scale));
+      }
       load<Whole>(step);
     }
     if (Whole || left > 0) next_round();
+    if constexpr (Staged) scales += scales_of_elements(kRound);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) elements[g] += kAhead * Lane::kUnits * Lane::kApart;
   }
@@ -192,29 +240,35 @@ struct Stream {
     if (is_first()) cudaGridDependencySynchronize();  // the lists are there
     cudaTriggerProgrammaticLaunchCompletion();
     Unit begin;
-    int more = first_unit(begin, listed, tiles, Pass) - 1;
+    int more = first_unit<Threads>(begin, listed, tiles, Pass) - 1;
     if (more < 0) {
       // Without this wait the product could end before the first one, and the next kernel would begin too early.
       if (!is_first()) cudaGridDependencySynchronize();
       return;
     }
     unit(more) = begin;
-    point_at(begin);
+    point_at(more);
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) load<false>(step);
     if (left > 0) next_round();
     if (!is_first()) cudaGridDependencySynchronize();  // the hidden rows are there
+    uint4 const* first[kGroups];
     for (bool has_other_rows = true; more >= 0; --more) {
       const bool is_busy = first_feature(unit(more).tile) < weight.n;
+      if constexpr (Staged) take_scales(more);
       float totals[kGroups][4] = {};
       uint4 const* elements[kGroups];
       for (int start = 0; start < weight.k; start += kRound) {
         if (start == 0 || (weight.k > kPanel && start % kPanel == 0)) {
-          if (has_other_rows || weight.k > kPanel) store_rows(unit(more), start);
-          // A lane beyond the last row reads the last one again, unused.
-          const int last = min(unit(more).end - unit(more).row, Pass) - 1;
+          if (has_other_rows || weight.k > kPanel) {
+            store_rows(unit(more), start);
+            // A lane beyond the last row reads the last one again, unused.
+            const int last = min(unit(more).end - unit(more).row, Pass) - 1;
 #pragma unroll
-          for (int g = 0; g < kGroups; ++g) elements[g] = rows + min(8 * g + lane / 4, last) * 4 + place;
+            for (int g = 0; g < kGroups; ++g) first[g] = rows + min(8 * g + lane / 4, last) * 4 + place;
+          }
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g) elements[g] = first[g];
         }
         const int end = min(weight.k, start - start % kPanel + kPanel) - kRound;
         for (; left >= kRound && start < end; start += kRound) multiply_round<true>(totals, elements, 0);
@@ -223,7 +277,11 @@ struct Stream {
           left = 0;
           if (more > 0) has_other_rows = go_on(more);
         }
-        multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);
+        if (is_busy && start + kRound == weight.k && left >= kRound) {
+          multiply_round<true>(totals, elements, 0);
+        } else {
+          multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);
+        }
       }
       if (is_busy) store(totals, unit(more));
     }
@@ -234,54 +292,9 @@ struct Stream {
     Unit next = unit(more);
     const bool has_other_rows = advance(next, listed, tiles, Pass);
     unit(more - 1) = next;
-    point_at(next);
+    point_at(more - 1);
     return has_other_rows;
   }
 };
-
-template <Code C, int Pass>
-__global__ void __launch_bounds__(kThreads, (Stream<C, Pass>::kBlocks)) multiply_listed_rows(Listed listed) {
-  __shared__ typename Stream<C, Pass>::Shared shared;
-  Stream<C, Pass>(listed, shared).run();
-}
-
-template <Code C, int Pass, class Launch>
-cudaError_t launch_pass(Listed listed, Launch launch) {
-  using Kernel = Stream<C, Pass>;
-  Weight const& weight = listed.product.weight;
-  // A lane has the features f of both parts, or f and f + 8.
-  auto const blocks = [](int size, int shift) { return ((size - 1) >> shift) + 1; };
-  const int64_t rows = weight.parts == 2 ? weight.n : 8;
-  const int64_t scales = weight.parts == 2 ? blocks(weight.n, weight.n_shift) : weight.n_shift == 0 ? 8 : 0;
-  listed.codes_apart = rows * weight.k / Kernel::Lane::kPacking;
-  listed.scales_apart = scales * blocks(weight.k, weight.k_shift) * kScaleBytes<C>;
-  const int bytes = Kernel::rows_bytes(weight.k), most_bytes = Kernel::rows_bytes(Kernel::kPanel);
-  return launch(multiply_listed_rows<C, Pass>, dim3(listed.num_sms * Kernel::kBlocks), bytes, most_bytes, listed);
-}
-
-// Calls launch(kernel, grid, bytes, most bytes, argument) with the kernel of a product. It needs so many bytes of dynamic shared
-// memory, and no call needs more than the most.
-template <class Launch>
-cudaError_t launch_listed(Listed const& listed, Launch launch) {
-  auto const of_code = [&](auto code) {
-    constexpr Code kCode = decltype(code)::value;
-    return listed.pass == 8 ? launch_pass<kCode, 8>(listed, launch) : launch_pass<kCode, 16>(listed, launch);
-  };
-  switch (listed.product.weight.code) {
-    case Code::kDense:
-      break;
-    case Code::kE4m3:
-      return of_code(std::integral_constant<Code, Code::kE4m3>());
-    case Code::kInt8:
-      return of_code(std::integral_constant<Code, Code::kInt8>());
-    case Code::kMxfp4:
-      return of_code(std::integral_constant<Code, Code::kMxfp4>());
-    case Code::kNvfp4:
-      return of_code(std::integral_constant<Code, Code::kNvfp4>());
-    case Code::kInt4:
-      return of_code(std::integral_constant<Code, Code::kInt4>());
-  }
-  return cudaErrorInvalidValue;
-}
 
 }  // namespace latent_moe::decode

@@ -9,6 +9,14 @@ namespace latent_moe::decode {
 // Rows that a block multiplies at once. An expert with more rows is read several times.
 constexpr bool is_pass(int rows) { return rows == 8 || rows == 16; }
 
+// Where units' scales are in shared memory (unit_scales.cuh), in bytes.
+struct UnitScales {
+  int begin;      // of all of them, behind the rows
+  int row;        // from a feature to the next one
+  int half;       // of 8 features, without gaps
+  int gap_shift;  // a gap of 16 bytes is behind each 2^gap_shift bytes
+};
+
 // One of the two products. The first reads tokens by the list, and hidden rows are in the order of the list. `partial` is
 // [assignments][n], in the order of assignments. Counters, and splits of the contracted axis, are not used.
 struct Listed {
@@ -17,7 +25,9 @@ struct Listed {
   int32_t* list;    // [assignments], sorted by expert; the sort is stable
   int pass;         // rows at once
   int num_sms;
-  int64_t codes_apart, scales_apart;  // bytes between a lane's two features, set by the launch
+  // Set by the launch.
+  int64_t codes_apart, scales_apart;  // bytes between a lane's two features
+  UnitScales unit_scales;
 };
 
 // Starts and list, both products, and the sum of each token's choices. `second` differs in its product alone.

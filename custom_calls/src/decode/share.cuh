@@ -27,14 +27,15 @@ __device__ __forceinline__ bool advance(Unit& unit, Listed const& listed, int ti
   return true;
 }
 
-// Finds the first unit of the block, and returns their number. Every thread calls it.
-__device__ inline int first_unit(Unit& unit, Listed const& listed, int tiles, int pass) {
-  constexpr int kWarps = kThreads / 32;
+// Finds the first unit of the block, and returns their number. Every thread of so many calls it.
+template <int Threads>
+__device__ int first_unit(Unit& unit, Listed const& listed, int tiles, int pass) {
+  constexpr int kWarps = Threads / 32;
   __shared__ int sums[kWarps];
   __shared__ Unit found;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, experts = listed.product.experts;
   // Each thread counts the passes of some experts, and of those before them.
-  const int each = ceil_div(experts, kThreads), first = min(int(threadIdx.x) * each, experts), last = min(first + each, experts);
+  const int each = ceil_div(experts, Threads), first = min(int(threadIdx.x) * each, experts), last = min(first + each, experts);
   int passes = 0;
 #pragma unroll 1
   for (int e = first; e < last; ++e) passes += ceil_div(listed.starts[e + 1] - listed.starts[e], pass);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <array>
+#include <utility>
+#include <vector>
 
 #include <cuda_bf16.h>
 
@@ -13,6 +15,21 @@ inline uint4 load_once(void const* from) {
 }
 
 inline uint4 load_along(void const* from) { return load_once(from); }
+
+// The copies that each thread has begun. They arrive when it waits for them.
+inline std::array<std::vector<std::pair<uint4*, uint4 const*>>, 1024> copies;
+
+inline void copy_ahead(void* to, void const* from) {
+  if ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 != 0) {
+    std::fprintf(stderr, "a copy is not aligned\n"), std::abort();
+  }
+  copies[threadIdx.x].push_back({static_cast<uint4*>(to), static_cast<uint4 const*>(from)});
+}
+
+inline void wait_for_copies() {
+  for (auto const& [to, from] : copies[threadIdx.x]) *to = *from;
+  copies[threadIdx.x].clear();
+}
 
 inline void prefetch(void const* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes <= 0 || bytes % 16 != 0) {
