@@ -69,7 +69,10 @@ class EncodedEpilogue {
   __device__ __forceinline__ void encode(uint32_t const (&pairs)[kPairs], Work const& work, int first, int columns) const {
     uint32_t largest[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) largest[i % 2] = __vmaxu2(largest[i % 2], pairs[i] & 0x7fff7fff);
+    for (int i = 0; i < kPairs; ++i) {
+      // relu2 has no negative values.
+      largest[i % 2] = __vmaxu2(largest[i % 2], kActivation == Activation::kRelu2 ? pairs[i] : pairs[i] & 0x7fff7fff);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -86,16 +89,18 @@ class EncodedEpilogue {
     if (lane_ % 4 < 2 && row < work.valid && columns > 0) {
       args_.code_scales[int64_t{work.column / kScaleBlock} * args_.problem.num_rows + work.row + row] = scale;
     }
+    const float of_rows[2] = {__shfl_sync(~0u, inverse, lane_ / 4 * 4), __shfl_sync(~0u, inverse, lane_ / 4 * 4 + 1)};
     const Piece<uint8_t> piece(piece_base_, lane_);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float of_row = __shfl_sync(~0u, inverse, lane_ / 4 * 4 + half);
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      uint32_t fours[4];
 #pragma unroll
-      for (int eight = 0; eight < kScaleBlock / 8; ++eight) {
-        const uint32_t pair = pairs[2 * eight + half];
-        const float2 values = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-        piece.put_codes(formats::encode(values, of_row), half, eight);
+      for (int i = 0; i < 4; ++i) {
+        const int first_pair = quarter * 8 + i / 2 * 4 + i % 2;
+        const float2 low = unpack<T>(pairs[first_pair]), high = unpack<T>(pairs[first_pair + 2]);
+        fours[i] = formats::encode(make_float4(low.x, low.y, high.x, high.y), of_rows[i % 2]);
       }
+      piece.put(fours, quarter);
     }
     __syncwarp();
     uint8_t* to = args_.codes + int64_t{work.row + first} * args_.problem.out_columns + work.column;

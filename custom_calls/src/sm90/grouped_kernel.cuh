@@ -326,6 +326,10 @@ struct GroupedKernel {
 
   // Multiplies and stores this warpgroup's 64-row blocks of a tile of codes, `Blocks` in number. A step multiplies them one by
   // one, because two products and the sums would not fit the registers. So do the two halves of a gated tile.
+  //
+  // While one warpgroup adds a product, the others multiply. With three of them the matrix units never wait. Two would wait at
+  // the same time, for a third of a step. So where the registers hold two products, the next step's is issued before one is
+  // added.
   template <int Blocks>
   static __device__ __forceinline__ void scaled_tile(Args const& args, Shared const& shared, Epilogue const& epilogue,
                                                      Work const& work, Place& place, int warpgroup, int thread) {
@@ -333,47 +337,107 @@ struct GroupedKernel {
     // Columns that share a scale, wherever the tile begins.
     constexpr int kScaleColumns = Spec::kColumns % kScaleBlock == 0 ? kScaleBlock : kBlock;
     constexpr int kScales = Spec::kColumns / kScaleColumns, kProducts = Blocks * kHalves;
+    constexpr bool kIssuesAhead = kConsumers == 2 && kProducts == 1 && kElements == 64;
+    struct Scales {
+      float of_rows[Blocks][2], of_columns[kHalves * kScales];
+    };
+    using Product = float[kElements];
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.stages), kBlockBytes);
-    const int row = warpgroup * kBlock + thread / 32 * kWarpRows + thread % 32 / 4;
+    // The compiler would compute the address of the thread's scales again in each step. It cannot repeat a shuffle.
+    const uint32_t lane = unsigned(thread) % 32, own_row = warpgroup * kBlock + unsigned(thread) / 32 * kWarpRows + lane / 4;
+    const uint32_t row = __shfl_sync(~0u, own_row, lane);
     const int column = kScaleColumns == kScaleBlock ? 0 : work.column % kScaleBlock;
     float sums[Blocks][kHalves][kElements] = {};
     float own_weight = 0.0f;
     if constexpr (Spec::kDifferentiates) own_weight = epilogue.begin(work, warpgroup);
-#pragma unroll 1
-    for (int step = 0; step < work.steps; ++step, place.next()) {
+
+    const auto multiply = [&](Product& product, int block, int half) {
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
-      const float* row_scales = shared.row_scales(place.stage) + row;
-      const float* weight_scales = shared.weight_scales(place.stage);
-      float of_rows[Blocks][2], of_columns[kHalves * kScales];
-      shared.full[place.stage].wait(place.phase);
+      cute::warpgroup_arrive();
 #pragma unroll
-      for (int i = 0; i < kProducts; ++i) {
-        const int block = i / kHalves, half = i % kHalves;
-        float product[kElements];
-        cute::warpgroup_arrive();
+      for (int bytes = 0; bytes < kRowBytes; bytes += 32) {
+        codes_wgmma<Spec::kColumns>(descriptor(stage, (warpgroup + block * kConsumers) * kBlockBytes + bytes),
+                                    descriptor(stage, (kBlocksA + half * kBlocksB / kHalves) * kBlockBytes + bytes), product,
+                                    bytes > 0);
+      }
+      cute::warpgroup_commit_batch();
+    };
+    const auto read_scales = [&](Scales& scales) {
+      const float* of_rows = shared.row_scales(place.stage) + row;
+      const float* of_weight = shared.weight_scales(place.stage);
 #pragma unroll
-        for (int bytes = 0; bytes < kRowBytes; bytes += 32) {
-          codes_wgmma<Spec::kColumns>(
-              descriptor(stage, (warpgroup + block * kConsumers) * kBlockBytes + bytes),
-              descriptor(stage, (kBlocksA + half * kBlocksB / kHalves) * kBlockBytes + bytes), product, bytes > 0);
-        }
-        cute::warpgroup_commit_batch();
-        if (i == 0) {
+      for (int j = 0; j < 2 * Blocks; ++j) scales.of_rows[j / 2][j % 2] = of_rows[j / 2 * kConsumers * kBlock + j % 2 * 8];
 #pragma unroll
-          for (int j = 0; j < 2 * Blocks; ++j) of_rows[j / 2][j % 2] = row_scales[j / 2 * kConsumers * kBlock + j % 2 * 8];
+      for (int j = 0; j < kHalves * kScales; ++j) {
+        scales.of_columns[j] = of_weight[kHalves == 2 ? j : (column + j * kScaleColumns) / kScaleBlock];
+      }
+    };
+    const auto add = [&](Product& product, Scales const& scales, int block, int half) {
 #pragma unroll
-          for (int j = 0; j < kHalves * kScales; ++j) {
-            of_columns[j] = weight_scales[kHalves == 2 ? j : (column + j * kScaleColumns) / kScaleBlock];
+      for (int j = 0; j < kElements; ++j) cute::warpgroup_fence_operand(product[j]);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) {
+        const float of_column = scales.of_columns[half * kScales + j / (kScaleColumns / 2)];
+        sums[block][half][j] += product[j] * (scales.of_rows[block][j / 2 % 2] * of_column);
+      }
+    };
+    const auto release = [&](int stage, Scales const& scales) {
+      release_codes(shared, stage, thread, scales.of_rows, scales.of_columns);
+    };
+
+    if constexpr (kIssuesAhead) {
+      Product products[2];
+      Scales scales[2];
+      const auto issue = [&](int which) {
+        shared.full[place.stage].wait(place.phase);
+        multiply(products[which], 0, 0);
+        read_scales(scales[which]);
+      };
+      // Adds a product. `behind` is the number of products that are issued behind it.
+      const auto finish = [&](int which, int stage, auto behind) {
+        cute::warpgroup_wait<behind()>();
+        release(stage, scales[which]);
+        add(products[which], scales[which], 0, 0);
+      };
+      constexpr std::integral_constant<int, 0> kNone;
+      constexpr std::integral_constant<int, 1> kOne;
+      if (work.steps > 0) {
+        issue(0);
+        int step = 0;
+#pragma unroll 1
+        for (; step + 2 < work.steps; step += 2) {
+#pragma unroll
+          for (int which = 0; which < 2; ++which) {
+            const int stage = place.stage;
+            place.next();
+            issue(1 - which);
+            finish(which, stage, kOne);
           }
         }
-        cute::warpgroup_wait<0>();
-        if (i == kProducts - 1) release_codes(shared, place.stage, thread, of_rows, of_columns);
+        const int stage = place.stage;
+        place.next();
+        if (step + 1 < work.steps) {
+          issue(1);
+          finish(0, stage, kOne);
+          finish(1, place.stage, kNone);
+          place.next();
+        } else {
+          finish(0, stage, kNone);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < work.steps; ++step, place.next()) {
+        Scales scales;
+        shared.full[place.stage].wait(place.phase);
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) cute::warpgroup_fence_operand(product[j]);
-#pragma unroll
-        for (int j = 0; j < kElements; ++j) {
-          const float of_column = of_columns[half * kScales + j / (kScaleColumns / 2)];
-          sums[block][half][j] += product[j] * (of_rows[block][j / 2 % 2] * of_column);
+        for (int i = 0; i < kProducts; ++i) {
+          Product product;
+          multiply(product, i / kHalves, i % kHalves);
+          if (i == 0) read_scales(scales);
+          cute::warpgroup_wait<0>();
+          if (i == kProducts - 1) release(place.stage, scales);
+          add(product, scales, i / kHalves, i % kHalves);
         }
       }
     }
@@ -412,7 +476,7 @@ struct GroupedKernel {
   // Tells every producer of the cluster that this warp has read the stage and its scales. The scales must have arrived by
   // then, and no barrier waits for that (queue.cuh). So the number of the block depends on them: the shift is always 0.
   template <int Blocks, int Columns>
-  static __device__ __forceinline__ void release_codes(Shared const& shared, int stage, int thread,
+  static __device__ __forceinline__ void release_codes(Shared const& shared, int stage, uint32_t thread,
                                                        float const (&of_rows)[Blocks][2],
                                                        float const (&of_columns)[Columns]) {
     uint32_t bits = 0;

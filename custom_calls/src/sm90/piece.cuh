@@ -37,22 +37,16 @@ class Piece {
  public:
   __device__ Piece(uint32_t base, int lane)
       : by_quarter_(base + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4)),
-        by_row_(base + lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4)),
-        by_pair_(base + lane / 4 * 128 + (lane / 4 << 4) + lane % 4 * 2) {}
+        by_row_(base + lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4)) {}
 
   // The layout of a thread's elements after a product: in pairs, 16 columns (a quarter) at a time. Pair i is in row
-  // 8 (i % 2) + lane / 4, at column 16 quarter + 8 (i / 2) + 2 (lane % 4).
+  // 8 (i % 2) + lane / 4, at column 16 quarter + 8 (i / 2) + 2 (lane % 4). Codes come in fours, 32 columns at a time: the pairs at
+  // columns 32 quarter + 16 (i / 2) + 2 (lane % 4) and 8 columns further.
   __device__ __forceinline__ void put(uint32_t const (&p)[4], int quarter) const {
     cute::SM90_U32x4_STSM_N::copy(p[0], p[1], p[2], p[3], *flipped(by_quarter_, quarter << 5));
   }
   __device__ __forceinline__ void get(uint32_t (&p)[4], int quarter) const {
     cute::SM75_U32x4_LDSM_N::copy(*flipped(by_quarter_, quarter << 5), p[0], p[1], p[2], p[3]);
-  }
-
-  // Two codes of a thread after a product of 128 columns, in row 8 half + lane / 4, at column 8 eight + 2 (lane % 4).
-  __device__ __forceinline__ void put_codes(uint16_t codes, int half, int eight) const {
-    const uint32_t to = (by_pair_ ^ eight / 2 << 4) + eight % 2 * 8 + half * 8 * kRowBytes;
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(codes) : "memory");
   }
 
   // This lane's 16 bytes of its i-th row: those that it reads from memory and writes to it.
@@ -62,7 +56,7 @@ class Piece {
   __device__ __forceinline__ void write(Strip<T> const& to, int c) const {
     uint4 units[kWarpRows / 4];
 #pragma unroll
-    for (int i = 0; i < kWarpRows / 4; ++i) units[i] = unit(i);
+    for (int i = 0; i < kWarpRows / 4; ++i) units[i] = sizeof(T) == 1 ? in_order(unit(i)) : unit(i);
 #pragma unroll
     for (int i = 0; i < kWarpRows / 4; ++i) {
       cutlass::arch::global_store<uint4, sizeof(uint4)>(units[i], to.at(i, c), to.holds(i, c));
@@ -80,6 +74,12 @@ class Piece {
   }
 
  private:
+  // Sixteen codes by column. The words have those at columns 0, 2, 4 and 6, each with its neighbour and the two behind 8 more.
+  static __device__ __forceinline__ uint4 in_order(uint4 put) {
+    return {__byte_perm(put.x, put.y, 0x5410), __byte_perm(put.z, put.w, 0x5410), __byte_perm(put.x, put.y, 0x7632),
+            __byte_perm(put.z, put.w, 0x7632)};
+  }
+
   // This lane's 16 bytes of row lane / 8 + 4 i.
   __device__ __forceinline__ cute::uint128_t* row(int i) const { return flipped(by_row_ + i * 4 * 128, i % 2 << 6); }
 
@@ -88,7 +88,7 @@ class Piece {
     return static_cast<cute::uint128_t*>(__cvta_shared_to_generic(place ^ bits));
   }
 
-  uint32_t by_quarter_, by_row_, by_pair_;  // addresses in shared memory
+  uint32_t by_quarter_, by_row_;  // addresses in shared memory
 };
 
 // Columns 64 c + 16 quarter ... of a thread's accumulators, rounded, as `Piece` puts them.

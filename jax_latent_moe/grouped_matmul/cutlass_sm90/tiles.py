@@ -34,7 +34,12 @@ SHALLOW = 512
 They take as long as 128 x 128 there, and in the median 8 % longer than 128 x 192. Storing a tile weighs more in such a
 product, compared with loading its operands, and the swap-AB epilogue of tiles of 128 columns transposes.
 """
-# These numbers were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
+THREE_WARPGROUPS = 1.05
+"""How much longer an FP8 product takes without tiles of 192 rows, which three warpgroups share, from 513 rows an expert on.
+
+With fewer rows, a third of such a tile is often empty (benchmarks/results/profiles/h200-2026-11-30.md).
+"""
+# The other numbers were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
 FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)x(\d+)")
 
@@ -119,6 +124,8 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
     small = rows <= SMALL_GROUP or few_tiles
     slower = plain and rows > 128 and (square or (depth <= SHALLOW and tile.columns == 128))
     padded = _padded(columns, tile.columns * tile.cluster_columns)
+    if problem.lhs.format in FP8 and rows >= FEW_ROWS.stop and tile.rows != 192:
+        padded *= THREE_WARPGROUPS
     return (
         small != (tile.rows <= SMALL_TILE),
         SQUARE * padded if slower else padded,
