@@ -196,6 +196,19 @@ def test_rows_and_depth_choose_the_tile(rows_of_expert, k, n, shape):
         assert (tile.rows, tile.columns) == shape
 
 
+@pytest.mark.parametrize(
+    ("rows_of_expert", "n", "shape"),
+    [(512, 1024, (128, 128)), (513, 1024, (192, 128)), (513, 1536, (192, 128)), (513, 1152, (128, 192))],
+)
+def test_many_rows_in_fp8_take_three_warpgroups_unless_columns_would_be_padded(rows_of_expert, n, shape):
+    codes = Operand("fp8_block")
+    asked = dataclasses.replace(
+        PROBLEM, num_rows=64 * rows_of_expert, k=1008, n=n, lhs=codes, rhs=codes, device=DESCRIBED
+    )
+    tile = select(asked, CutlassBackend()).tile
+    assert (tile.rows, tile.columns) == shape
+
+
 @pytest.mark.parametrize("contraction", ["fwd", "dgrad", "wgrad"])
 @pytest.mark.parametrize("layout", ["dense", "gathered"])
 def test_a_symbolic_number_of_rows_takes_the_tile_of_a_large_call(contraction, layout):

@@ -35,9 +35,10 @@ They take as long as 128 x 128 there, and in the median 8 % longer than 128 x 19
 product, compared with loading its operands, and the swap-AB epilogue of tiles of 128 columns transposes.
 """
 THREE_WARPGROUPS = 1.05
-"""How much longer an FP8 product takes without tiles of 192 rows, which three warpgroups share, from 513 rows an expert on.
+"""How much longer an FP8 product takes in other tiles than those of 192 rows, from 513 rows per expert on, on average.
 
-With fewer rows, a third of such a tile is often empty (benchmarks/results/profiles/h200-2026-11-30.md).
+Three warpgroups share a tile of 192 rows. With fewer rows, a third of such a tile is often empty
+(benchmarks/results/profiles/h200-2026-11-30.md).
 """
 # The other numbers were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
 FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
