@@ -37,8 +37,7 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
   if constexpr (std::is_same_v<T, __half>) {
     return __half22float2(reinterpret_cast<__half2&>(pair));
   } else {
-    // The library's function takes the pair apart first.
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+    return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(pair));
   }
 }
 

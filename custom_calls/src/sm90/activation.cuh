@@ -1,10 +1,8 @@
 // The experts' activations and their derivatives in float32, by the formulas of jax_latent_moe/activations.py.
 #pragma once
 
-#include <type_traits>
-
 #include "common/args.h"
-#include "common/device.cuh"
+#include "sm90/instructions.cuh"
 
 namespace latent_moe::sm90 {
 
@@ -106,24 +104,10 @@ __device__ __forceinline__ float gate_to_keep(float gate) {
   return fabsf(gate) < smallest ? copysignf(smallest, gate) : gate;
 }
 
-// relu2 of two elements. A product of two 16-bit elements is exact in float32, so rounding it there gives the same bits.
-template <class T>
-__device__ __forceinline__ uint32_t relu2_of_pair(uint32_t pair) {
-  uint32_t root, square;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(root) : "r"(pair), "r"(0));
-    asm("mul.rn.f16x2 %0, %1, %1;" : "=r"(square) : "r"(root));
-  } else {
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(root) : "r"(pair), "r"(0));
-    asm("mul.rn.bf16x2 %0, %1, %1;" : "=r"(square) : "r"(root));
-  }
-  return square;
-}
-
 // Two hidden elements, from the pre-activation as it is rounded for the backward pass. Only gated activations read `up`.
 template <class T, Activation A>
 __device__ __forceinline__ uint32_t hidden(uint32_t gate, uint32_t up, ActivationParams const& params) {
-  if constexpr (A == Activation::kRelu2) return relu2_of_pair<T>(gate);
+  if constexpr (A == Activation::kRelu2) return square_of_pair<T>(relu_of_pair<T>(gate));
   const float2 g = unpack<T>(gate);
   float2 u = {1.0f, 1.0f};
   if constexpr (is_gated(A)) {

@@ -97,8 +97,10 @@ class EncodedEpilogue {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int first_pair = quarter * 8 + i / 2 * 4 + i % 2;
-        const float2 low = unpack<T>(pairs[first_pair]), high = unpack<T>(pairs[first_pair + 2]);
-        fours[i] = formats::encode(make_float4(low.x, low.y, high.x, high.y), of_rows[i % 2]);
+        const uint32_t low = pairs[first_pair], high = pairs[first_pair + 2];
+        const float4 values = {__uint_as_float(low << 16), __uint_as_float(low & 0xffff0000u), __uint_as_float(high << 16),
+                               __uint_as_float(high & 0xffff0000u)};
+        fours[i] = formats::encode(values, of_rows[i % 2]);
       }
       piece.put(fours, quarter);
     }

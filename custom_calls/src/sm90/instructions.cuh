@@ -25,6 +25,30 @@ constexpr int kWarpgroup = 128;
 constexpr int kRowBytes = 128;  // of a swizzled row in shared memory
 constexpr int kBlock = 64;      // 16-bit elements of such a row, and rows of one wgmma
 
+// Two 16-bit elements, each at least 0. NaN stays.
+template <class T>
+__device__ __forceinline__ uint32_t relu_of_pair(uint32_t pair) {
+  uint32_t found;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(found) : "r"(pair), "r"(0));
+  } else {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(pair), "r"(0));
+  }
+  return found;
+}
+
+// The squares of two 16-bit elements, rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t square_of_pair(uint32_t pair) {
+  uint32_t found;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mul.rn.f16x2 %0, %1, %1;" : "=r"(found) : "r"(pair));
+  } else {
+    asm("mul.rn.bf16x2 %0, %1, %1;" : "=r"(found) : "r"(pair));
+  }
+  return found;
+}
+
 // The instruction for a 64 x N x 16 product of two operands in shared memory, accumulated in registers.
 template <class T, int N, Major A, Major B>
 struct Wgmma;

@@ -69,4 +69,16 @@ namespace latent_moe::sm90 {
 
 constexpr int kWarpgroup = 128, kRowBytes = 128, kBlock = 64;
 
+template <class T>
+uint32_t relu_of_pair(uint32_t pair) {
+  const float2 values = unpack<T>(pair);
+  return pack<T>(values.x < 0.0f ? 0.0f : values.x, values.y < 0.0f ? 0.0f : values.y);
+}
+
+template <class T>
+uint32_t square_of_pair(uint32_t pair) {
+  const float2 values = unpack<T>(pair);
+  return pack<T>(values.x * values.x, values.y * values.y);
+}
+
 }  // namespace latent_moe::sm90
