@@ -1,0 +1,35 @@
+"""Weights in codes as the compiled kernels take them: their name for the codes of a format, and its arrays."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jax_latent_moe.formats import ScaledArray
+
+# By format: the kernels' name for its codes, and the scales that they read, by name and dtype.
+CODES = {
+    **dict.fromkeys(("fp8_block", "fp8_block_pow2"), ("e4m3", {"block": "float32"})),
+    "fp8_tensor": ("e4m3", {"tensor": "float32"}),
+    "fp8_channel": ("e4m3", {"channel": "float32"}),
+    "int8": ("int8", {"channel": "float32"}),
+    "mxfp4": ("mxfp4", {"block": "uint8"}),
+    "nvfp4": ("nvfp4", {"block": "uint8", "tensor": "float32"}),
+    **dict.fromkeys(("int4_32", "int4_128"), ("int4", {"block": "bfloat16"})),
+    **dict.fromkeys(("int4_32_zero", "int4_128_zero"), ("int4", {"block": "bfloat16", "zero": "uint8"})),
+}
+READ_BYTES = 16
+"""Bytes of codes along K that a thread reads at once."""
+
+
+def wrong_scales(name: str, weight: ScaledArray) -> str | None:
+    """None, or the scales of a weight of that name whose dtype the kernels do not read, without a full stop."""
+    for scale, wanted in CODES[weight.format][1].items():
+        if (dtype := weight.scales[scale].dtype) != wanted:
+            return f"the scales {scale!r} of {name} are {dtype}, not {wanted}"
+    return None
+
+
+def stored(weight: ScaledArray) -> tuple[Array, Array, Array]:
+    """Codes, scales, and the zero points or the scales of matrices, which few formats have."""
+    scales = [weight.scales[name] for name in CODES[weight.format][1]]
+    nothing = jnp.zeros(0, jnp.float32)
+    return weight.codes, scales[0], scales[1] if len(scales) > 1 else nothing
