@@ -65,14 +65,16 @@ def candidates(rows, w, sizes, *, sweep: bool) -> dict[str, Candidate]:
     if not isinstance(w, ScaledArray):
         return {"bfloat16": jax_candidate(functools.partial(several, "auto"), rows, w, sizes)}
     asked = problem("fwd", rows.shape[0], w.shape, rows.dtype, rhs=operand_of(w))
-    backends = {f"{w.format} compiled": CutlassBackend(), w.format: PallasBackend()}
+    backends: dict[str, CutlassBackend | PallasBackend] = {
+        f"{w.format} compiled": CutlassBackend(),
+        w.format: PallasBackend(),
+    }
     if sweep:
-        backends = {
-            f"{w.format} compiled/{tile.rows}x{tile.columns}x{tile.stages}{' rows first' if tile.rows_first else ''}": (
-                CutlassBackend(matmul_tile=tile)
-            )
-            for tile in cutlass_tiles.tiles(asked)
-        }
+        backends = {}
+        for tile in cutlass_tiles.tiles(asked):
+            order = " rows first" if tile.rows_first else ""
+            name = f"{w.format} compiled/{tile.rows}x{tile.columns}x{tile.stages}{order}"
+            backends[name] = CutlassBackend(matmul_tile=tile)
         for tile in tiles(asked):
             assert isinstance(tile, PallasWidenTile)
             name = f"{w.format}/{tile.features}x{tile.rows}x{tile.stages} band {tile.band}"

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jax_latent_moe import (
@@ -14,6 +15,7 @@ from jax_latent_moe import (
     init_params,
     latent_moe,
     merge_state,
+    native,
     presets,
     quantize,
     split_state,
@@ -22,7 +24,19 @@ from jax_latent_moe.config import CutlassTile
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.formats import FORMATS, ScaledArray, encode
-from jax_latent_moe.grouped_matmul import Epilogue, Operand, Operands, explain, fused, operand_of, problem, select
+from jax_latent_moe.grouped_matmul import (
+    Epilogue,
+    GatheredRows,
+    Operand,
+    Operands,
+    explain,
+    fused,
+    operand_of,
+    problem,
+    reference,
+    select,
+)
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import widened
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import FASTER, Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import CODES
 from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import kernel_name
@@ -31,6 +45,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from tests.kernels import A100, FUSED, H200, PLAIN, RESIDUAL, WHOLE, WIDENING, bound_activation, epilogue_of, library
+from tests.tolerances import assert_close
 
 every_format = pytest.mark.parametrize("name", CODES)
 E, K, N, ROWS = 64, 1024, 2688, 64 * 128
@@ -40,6 +55,10 @@ WHOLE_H200 = dataclasses.replace(H200, kernels=tuple(WHOLE.kernels.items()))
 def asked(name="mxfp4", device=WHOLE_H200, **changes):
     made = problem("fwd", ROWS, (E, K, N), "bfloat16", rhs=Operand(name), device=device)
     return dataclasses.replace(made, **changes)
+
+
+def float64(array):
+    return np.asarray(jnp.asarray(array, "float32"), np.float64)
 
 
 def test_every_format_is_read():
@@ -97,7 +116,7 @@ def test_explain_says_the_choice():
     assert lines[0].startswith("fwd of bfloat16 and mxfp4 to bfloat16, 8192 rows, 64 experts of 1024 x 2688 on gpu")
     assert lines[1:] == [
         f"  {CutlassBackend()!r} runs it",
-        "  tile: CutlassTile(rows=128, columns=128, stages=5, cluster_rows=1, cluster_columns=2, rows_first=True), "
+        "  tile: CutlassTile(rows=128, columns=128, stages=6, cluster_rows=1, cluster_columns=2, rows_first=True), "
         "from a heuristic: no table has this problem",
     ]
     few = explain(asked(num_rows=E)).splitlines()
@@ -176,6 +195,37 @@ def test_residuals_have_the_shapes_of_dense_products(activation):
     gated = epilogue_of(activation).activation.gated
     w = encode(jnp.zeros((2, 128, 64)), "mxfp4", parts=2 if gated else 1)
     assert product(w, epilogue=epilogue_of(activation)).out_info.shape == (16, 64)
+
+
+@pytest.mark.parametrize("n", [64, 128])
+@every_format
+def test_gate_and_up_without_an_activation(monkeypatch, rng, name, n):
+    """As one matrix whose scales lie side by side, or as experts of their own, of which the others have no rows.
+
+    A kernel in JAX stands for the compiled one. Each matrix has other scales.
+    """
+    sizes, calls, k = np.asarray([5, 0, 9, 2]), [], 128
+    values = rng.normal(size=(4, k, 2 * n)) * np.repeat([1, 8], n)
+    w, rows = encode(jnp.asarray(values, jnp.float32), name, parts=2), jnp.asarray(rng.normal(size=(18, k)), "bfloat16")
+
+    def kernel(target, operands, results, **attributes):
+        table, codes, scales, more, group_sizes, ids, _ = operands
+        calls.append(codes.shape)
+        assert (target, codes.shape[1]) == ("matmul_widened", 1)
+        own = ScaledArray(codes, dict(zip(CODES[name][1], (scales, more), strict=False)), name)
+        given = float64(table[ids] if attributes["gathered"] else table)
+        out = reference.grouped_matmul(given, float64(own.decode("float32")), np.asarray(group_sizes))
+        made = [jnp.zeros(result.shape, result.dtype) for result in results]
+        made[1], made[2] = jnp.asarray(out, "bfloat16"), jnp.asarray(given, "bfloat16")
+        return made
+
+    monkeypatch.setattr(native, "call", kernel)
+    expected = reference.grouped_matmul(float64(rows), float64(w.decode("float32")), sizes)
+    for lhs in (rows, GatheredRows(rows[::-1], jnp.arange(18)[::-1])):
+        run = widened.run(asked(name), Operands(lhs, w, jnp.asarray(sizes)), {}).out
+        assert_close(float64(run), expected, "bfloat16")
+    separate = name == "nvfp4" or (name.startswith("fp8_block") and n == 64)
+    assert {shape[0] for shape in calls} == {8 if separate else 4}
 
 
 def test_scales_of_other_types():

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.formats.fp8 import BLOCK
 
 # By format: the kernels' name for its codes, and the scales that they read, by name and dtype.
 CODES = {
@@ -33,3 +34,23 @@ def stored(weight: ScaledArray) -> tuple[Array, Array, Array]:
     scales = [weight.scales[name] for name in CODES[weight.format][1]]
     nothing = jnp.zeros(0, jnp.float32)
     return weight.codes, scales[0], scales[1] if len(scales) > 1 else nothing
+
+
+def side_by_side(weight: ScaledArray) -> ScaledArray | None:
+    """Matrices [E, P, N, ...] as one of [E, 1, P * N, ...], without a copy of the codes. None if their scales differ.
+
+    The scale of a whole matrix becomes one for each output. nvfp4 has no place for that. A block of 128 outputs with one
+    scale may not hold outputs of two matrices.
+    """
+    experts, parts, n, _ = weight.codes.shape
+    if parts == 1:
+        return weight
+    scales = {}
+    for name in CODES[weight.format][1]:
+        scale = weight.scales[name]
+        if name == "tensor":
+            scale = jnp.broadcast_to(scale, (experts, parts, n, 1))
+        scales[name] = scale.reshape(experts, 1, -1, scale.shape[-1])
+    if weight.format == "nvfp4" or (scales.keys() == {"block"} and CODES[weight.format][0] == "e4m3" and n % BLOCK):
+        return None
+    return ScaledArray(weight.codes.reshape(experts, 1, parts * n, -1), scales, weight.format)
