@@ -39,8 +39,8 @@ def stored(weight: ScaledArray) -> tuple[Array, Array, Array]:
 def side_by_side(weight: ScaledArray) -> ScaledArray | None:
     """Matrices [E, P, N, ...] as one of [E, 1, P * N, ...], without a copy of the codes. None if their scales differ.
 
-    The scale of a whole matrix becomes one for each output. nvfp4 has no place for that. A block of 128 outputs with one
-    scale may not hold outputs of two matrices.
+    The scale of a whole matrix becomes one for each output. nvfp4 has no place for that. A block of 128 outputs that
+    share a scale may not hold outputs of two matrices.
     """
     experts, parts, n, _ = weight.codes.shape
     if parts == 1:
