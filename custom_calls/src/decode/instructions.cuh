@@ -37,6 +37,9 @@ __device__ __forceinline__ void prefetch(void const* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
+// Asks for the line of an address to be in the L2 cache soon.
+__device__ __forceinline__ void prefetch_line(void const* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // The shared memory whose size the launch gives.
 __device__ __forceinline__ uint4* dynamic_shared() {
   extern __shared__ uint4 memory[];
@@ -47,6 +50,13 @@ __device__ __forceinline__ uint4* dynamic_shared() {
 __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) {
   uint32_t found;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(a), "r"(mask), "r"(bits));
+  return found;
+}
+
+// Bytes of two words. Four bits choose a byte of b:a, and the uppermost one of them asks for its sign bit in all places.
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t found;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(selector));
   return found;
 }
 

@@ -13,6 +13,7 @@
 #include "common/gather.cuh"
 #include "common/queue.cuh"
 #include "common/schedule.cuh"
+#include "sm90/code_stream.cuh"
 #include "sm90/encoded_epilogue.cuh"
 #include "sm90/encoded_gradient_epilogue.cuh"
 #include "sm90/row_epilogue.cuh"
@@ -34,7 +35,9 @@ constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM m
 template <class Spec>
 struct GroupedKernel {
   static constexpr Tile kTile = Spec::kTile;
-  static constexpr int kConsumers = Spec::kConsumers, kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kConsumers = Spec::kConsumers;
+  static constexpr bool kWidens = Spec::kWidens;
+  static constexpr int kThreads = (kConsumers + 1 + kWidens) * kWarpgroup;
   using T = Element<Spec::kFormat>;
   using Epilogue = EpilogueOf<Spec>;
   using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
@@ -42,11 +45,12 @@ struct GroupedKernel {
   static constexpr bool kDgrad = Spec::kContraction == Contraction::kDgrad;
   static constexpr Major kMajorA = kWgrad ? Major::MN : Major::K;
   static constexpr bool kScaled = Spec::kScaled;
-  static constexpr Major kMajorB = kDgrad || kScaled ? Major::K : Major::MN;
+  static constexpr Major kMajorB = kDgrad || kScaled || kWidens ? Major::K : Major::MN;
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
   static constexpr bool kCounts = Spec::kCounts;
-  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1 + kScaled, kCounts>;
+  static constexpr int kWideners = kWidens ? 4 : 0;  // warps
+  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1 + kScaled + kWideners, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kDepth = Spec::kStepDepth;
@@ -64,8 +68,9 @@ struct GroupedKernel {
   static_assert(kScaled ? kTile.rows * kTile.columns <= 256 * 128
                         : kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
-  // Registers of a thread. All warpgroups' together are at most 504, or 512 with three consumers.
-  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : kScaled ? 224 : 232;
+  // Registers of a thread. All warpgroups' together are at most 504, or 512 if there are four.
+  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kWidenerRegisters = 120;
+  static constexpr int kConsumerRegisters = kWidens ? 176 : kConsumers == 3 ? 152 : kScaled ? 224 : 232;
   static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
@@ -137,7 +142,7 @@ struct GroupedKernel {
     while (queue.template take<true>(work)) {
       if (kCounts && args.gather.table != nullptr) fence_tma();
       const int blocks = active_blocks(work);
-      const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
+      const uint32_t bytes = (blocks + (kWidens ? 0 : kBlocksB)) * kBlockBytes;
       for (int step = 0; step < work.steps; ++step, place.next()) {
         Barrier& full = shared.full[place.stage];
         shared.empty[place.stage].wait(place.phase ^ 1);
@@ -158,7 +163,9 @@ struct GroupedKernel {
             const Window window(work.row + first, min(kBlock, work.valid - first));
             load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
           }
-          if constexpr (kMajorB == Major::K) {
+          if constexpr (kWidens) {
+            // Other warps widen the weight (widen).
+          } else if constexpr (kMajorB == Major::K) {
             load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
             if constexpr (Spec::kHalves) {
               load_box<1>(args.b, full, shared.b(place.stage, kBlocksB / 2), 0, at, work.column + args.problem.out_columns,
@@ -169,6 +176,66 @@ struct GroupedKernel {
           }
         }
       }
+    }
+  }
+
+  // Each widening warp widens 32 columns of every stage.
+  static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
+                                               int warp) {
+    switch (args.weight.code) {
+      case Code::kE4m3:
+        return widen<Code::kE4m3>(args, shared, schedule, rank, warp);
+      case Code::kInt8:
+        return widen<Code::kInt8>(args, shared, schedule, rank, warp);
+      case Code::kMxfp4:
+        return widen<Code::kMxfp4>(args, shared, schedule, rank, warp);
+      case Code::kNvfp4:
+        return widen<Code::kNvfp4>(args, shared, schedule, rank, warp);
+      case Code::kInt4:
+        return widen<Code::kInt4>(args, shared, schedule, rank, warp);
+      case Code::kDense:
+        break;
+    }
+  }
+
+  template <Code C>
+  static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
+                                               int warp) {
+    widen<C>(args, shared, schedule, rank, warp, std::make_integer_sequence<int, CodeStream<C, Spec::kHalves>::kAhead>{});
+  }
+
+  // I are 0, 1, ...: a number for each step that is read ahead.
+  template <Code C, int... I>
+  static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
+                                               int warp, std::integer_sequence<int, I...>) {
+    using Stream = CodeStream<C, Spec::kHalves>;
+    const int lane = threadIdx.x % 32;
+    Queue queue(shared.queue, schedule, rank);
+    Stream stream(args.weight, warp, lane);
+    const uint32_t first = cute::cast_smem_ptr_to_uint(shared.b(0, 0)) + stream.place();
+    Place place;
+    typename Stream::Step ahead[Stream::kAhead];
+    bool more = true;
+    const auto read = [&](typename Stream::Step& step) {
+      while (more && stream.ended()) {
+        Work work;
+        more = queue.template take<false>(work);
+        if (more && work.steps > 0) stream.begin(work);
+        __syncwarp();
+      }
+      step.holds = more;
+      if (more) stream.read(step);
+    };
+    const auto store = [&](typename Stream::Step const& step) {
+      shared.empty[place.stage].wait(place.phase ^ 1);
+      Stream::store(step, first + place.stage * kStageBytes);
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      if (lane == 0) shared.full[place.stage].arrive();
+      place.next();
+    };
+    (read(ahead[I]), ...);
+    while (((ahead[I].holds && (store(ahead[I]), read(ahead[I]), true)) && ...)) {
     }
   }
 
@@ -321,7 +388,27 @@ struct GroupedKernel {
       });
     };
     ((eights == I8 + 1 ? with(std::integral_constant<int, 8 * (I8 + 1)>{}) : void()), ...);
+    if constexpr (kWidens) {
+      if (work.steps > 0) scale_sums(args.weight, acc, work, thread);
+    }
     epilogue.finish(acc, work);
+  }
+
+  // Multiplies the sums of a swap-AB tile (swap_ab_epilogue.cuh) by the scales that the widened codes lack.
+  static __device__ __forceinline__ void scale_sums(Weight const& weight, float (&acc)[kBlocksB][kTile.rows / 2],
+                                                    Work const& work, int thread) {
+#pragma unroll
+    for (int block = 0; block < kBlocksB; ++block) {
+      const int64_t matrix = kHalves == 2 ? 2 * work.expert + block : work.expert;
+      float scales[2];
+#pragma unroll
+      for (int eight = 0; eight < 2; ++eight) {
+        const int column = work.column + (kHalves == 2 ? 0 : block * kBlock) + thread / 32 * 16 + eight * 8 + thread % 32 / 4;
+        scales[eight] = scale_of_sum(weight, matrix, min(column, weight.n - 1));
+      }
+#pragma unroll
+      for (int i = 0; i < kTile.rows / 2; ++i) acc[block][i] *= scales[i / 2 % 2];
+    }
   }
 
   // Multiplies and stores this warpgroup's 64-row blocks of a tile of codes, `Blocks` in number. A step multiplies them one by
@@ -489,7 +576,7 @@ __global__ void __launch_bounds__(GroupedKernel<Spec>::kThreads, 1) grouped_kern
   const typename K::Schedule schedule(args.problem, shared.schedule);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < K::kStages; ++stage) {
-      shared.full[stage].init(1 + K::kScaleLoaders);
+      shared.full[stage].init(1 + K::kScaleLoaders + K::kWideners);
       shared.empty[stage].init(K::kCluster * K::kReaders);
     }
     for (int warpgroup = 0; warpgroup < K::kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
@@ -516,6 +603,11 @@ __global__ void __launch_bounds__(GroupedKernel<Spec>::kThreads, 1) grouped_kern
       if (args.gather.table != nullptr && warp >= 4 - kGatherers) {
         gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
       }
+    }
+  } else if (K::kWidens && warpgroup > K::kConsumers) {
+    if constexpr (K::kWidens) {
+      cutlass::arch::warpgroup_reg_dealloc<K::kWidenerRegisters>();
+      K::widen(args, shared, schedule, rank, uniform(threadIdx.x / 32 % 4));
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();

@@ -123,6 +123,12 @@ __device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, 
   }
 }
 
+// Stores 16 bytes at an address in shared memory.
+__device__ __forceinline__ void store_shared(uint32_t to, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroup) : "memory");
 }

@@ -69,4 +69,9 @@ namespace latent_moe::sm90 {
 
 constexpr int kWarpgroup = 128, kRowBytes = 128, kBlock = 64;
 
+inline void store_shared(uint32_t to, uint4 value) {
+  if (to % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  std::memcpy(emulation::shared + to, &value, sizeof value);
+}
+
 }  // namespace latent_moe::sm90
