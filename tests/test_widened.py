@@ -84,7 +84,7 @@ def widened(code, codes, scales, more, k):
     [("e4m3", None), ("e4m3", 128), ("int8", None), ("mxfp4", None), ("nvfp4", None), ("int4", 32), ("int4", 128)],
 )
 def test_a_stage_holds_the_decoded_weights(rng, code, group, parts):
-    """To the bit, with columns that the tile does not divide. Beyond the contracted axis the stage holds finite numbers."""
+    """To the bit, also where the tile does not divide the columns. Beyond the contracted axis numbers are finite."""
     for n, k in ((136, 256), (200, 384), (8, 96 if group is None else 192 if code == "e4m3" else 128)):
         codes, scales, more, values = stored(rng, code, (2, parts, n, k), group)
         found, _ = widened(code, codes, scales, more, k)

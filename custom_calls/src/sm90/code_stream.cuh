@@ -23,7 +23,9 @@ class CodeStream {
  public:
   static constexpr int kChunks = kLanes;                        // of a lane in a step
   static constexpr int kScales = C == Code::kInt8 ? 0 : kIsBlock ? 1 : kChunks;
-  static constexpr int kAhead = packing(C) == 2 ? 3 : 2;        // steps that are read ahead
+  // Steps that are read ahead. A stream may wait for a tile while it still holds as many steps of earlier ones, so they must
+  // be fewer than the tiles that a queue can hold (common/queue.cuh).
+  static constexpr int kAhead = packing(C) == 2 ? 3 : 2;
 
   struct Step {
     bool holds;  // false behind the last tile

@@ -8,6 +8,9 @@
 // Two or three warpgroups share a tile of E4M3 codes and take its 64-row blocks in turn. The matrix units add such products with
 // about 14 bits. So each step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in
 // float32, as DeepGEMM does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the others multiply.
+//
+// If bfloat16 rows meet a weight in codes, one more warpgroup reads the codes, widens them and stores them in the stages
+// (code_stream.cuh).
 #pragma once
 
 #include "common/gather.cuh"
