@@ -95,6 +95,15 @@ def test_a_stage_holds_the_decoded_weights(rng, code, group, parts):
         assert np.isfinite(found[..., k:].astype(np.float32)).all()
 
 
+def test_int4_without_zero_points_has_8_as_zero(rng):
+    codes, scales, zeros, _ = stored(rng, "int4", (2, 1, 24, 160), 32)
+    found, _ = widened("int4", codes, scales, zeros[:0], 160)
+    values = (fours(codes) - 8.0) * repeated(scales.astype(np.float64), 24, 160)
+    np.testing.assert_array_equal(
+        found[:, :, :24, :160].astype(np.float32), values.astype(np.float32).astype(BFLOAT16).astype(np.float32)
+    )
+
+
 def test_sums_get_the_scales_of_columns_and_matrices(rng):
     scale = emulated.compiled("widened").scale_of_sum
     scale.restype, scale.argtypes = ctypes.c_float, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]

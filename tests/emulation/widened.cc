@@ -18,33 +18,50 @@ template <Code C, bool Halves>
 void run(Weight const& weight, int experts, int columns, int steps, uint16_t* widened) {
   using Stream = sm90::CodeStream<C, Halves>;
   constexpr int kOfMatrix = Halves ? kColumns / 2 : kColumns;  // columns of a matrix in a tile
-  std::memset(emulation::shared, 0xff, kColumns * sm90::kRowBytes);  // NaN
+  constexpr int kRing = kColumns * sm90::kRowBytes;  // where the rings of codes begin
+  std::memset(emulation::shared, 0xff, kRing + sm90::kCodeRingBytes);  // NaN
   for (int expert = 0; expert < experts; ++expert) {
     for (int column = 0; column < columns; column += kOfMatrix) {
       emulation::run_block(kColumns, [&] {
-        Stream stream(weight, threadIdx.x / 32, threadIdx.x % 32);
-        latent_moe::Work work = {};
-        work.expert = expert, work.column = column, work.steps = steps;
-        stream.begin(work);
-        for (int step = 0; !stream.ended(); ++step) {
-          typename Stream::Step ahead;
-          stream.read(ahead);
-          Stream::store(ahead, stream.place());
-          __syncthreads();
-          // The 128-byte swizzle: 16 bytes of a row lie at their number, exclusive or that of the row in its eight.
-          const int row = threadIdx.x, half = Halves ? row / kOfMatrix : 0;
-          const int64_t matrix = Halves ? 2 * expert + half : expert, to = matrix * columns + column + row % kOfMatrix;
-          for (int unit = 0; unit < 8; ++unit) {
-            char const* from = emulation::shared + row * sm90::kRowBytes + (unit ^ row % 8) * 16;
-            std::memcpy(widened + (to * steps + step) * sm90::kBlock + unit * 8, from, 16);
+        // One group after the other widens its steps.
+        for (int group = 0; group < sm90::kWideningGroups; ++group) {
+          Stream stream(weight, kRing, group, threadIdx.x / 32, threadIdx.x % 32);
+          latent_moe::Work work = {};
+          work.expert = expert, work.column = column, work.steps = steps;
+          stream.begin(work);
+          for (int i = 0; i < group && !stream.ended(); ++i) stream.pass();
+          const auto read = [&](int slot) {
+            if (stream.ended()) {
+              stream.end();
+            } else {
+              stream.read(slot);
+              if (!stream.ended()) stream.pass();
+            }
+            sm90::commit_copies();
+          };
+          for (int slot = 0; slot < Stream::kAhead; ++slot) read(slot);
+          for (int step = group, slot = 0; step < steps; step += sm90::kWideningGroups, slot = (slot + 1) % Stream::kAhead) {
+            typename Stream::Step taken;
+            sm90::wait_for_batches<Stream::kAhead - 1>();
+            stream.take(taken, slot);
+            Stream::store(taken, stream.place());
+            read(slot);
+            __syncthreads();
+            // The 128-byte swizzle: 16 bytes of a row lie at their number, exclusive or that of the row in its eight.
+            const int row = threadIdx.x, half = Halves ? row / kOfMatrix : 0;
+            const int64_t matrix = Halves ? 2 * expert + half : expert, to = matrix * columns + column + row % kOfMatrix;
+            for (int unit = 0; unit < 8; ++unit) {
+              char const* from = emulation::shared + row * sm90::kRowBytes + (unit ^ row % 8) * 16;
+              std::memcpy(widened + (to * steps + step) * sm90::kBlock + unit * 8, from, 16);
+            }
+            __syncthreads();
           }
-          __syncthreads();
+          sm90::wait_for_batches<0>();
         }
       });
     }
   }
 }
-
 template <Code C>
 void run(Weight const& weight, int experts, int columns, int steps, uint16_t* widened) {
   const auto with = weight.parts == 2 ? run<C, true> : run<C, false>;

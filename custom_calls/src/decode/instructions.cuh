@@ -37,9 +37,6 @@ __device__ __forceinline__ void prefetch(void const* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-// Asks for the line of an address to be in the L2 cache soon.
-__device__ __forceinline__ void prefetch_line(void const* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 // The shared memory whose size the launch gives.
 __device__ __forceinline__ uint4* dynamic_shared() {
   extern __shared__ uint4 memory[];

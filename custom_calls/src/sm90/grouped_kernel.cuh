@@ -9,7 +9,7 @@
 // about 14 bits. So each step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in
 // float32, as DeepGEMM does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the others multiply.
 //
-// If bfloat16 rows meet a weight in codes, one more warpgroup reads the codes, widens them and stores them in the stages
+// If bfloat16 rows meet a weight in codes, two more warpgroups read the codes, widen them and store them in the stages
 // (code_stream.cuh).
 #pragma once
 
@@ -40,7 +40,7 @@ struct GroupedKernel {
   static constexpr Tile kTile = Spec::kTile;
   static constexpr int kConsumers = Spec::kConsumers;
   static constexpr bool kWidens = Spec::kWidens;
-  static constexpr int kThreads = (kConsumers + 1 + kWidens) * kWarpgroup;
+  static constexpr int kThreads = (kConsumers + 1 + (kWidens ? kWideningGroups : 0)) * kWarpgroup;
   using T = Element<Spec::kFormat>;
   using Epilogue = EpilogueOf<Spec>;
   using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
@@ -52,8 +52,11 @@ struct GroupedKernel {
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
   static constexpr bool kCounts = Spec::kCounts;
-  static constexpr int kWideners = kWidens ? 4 : 0;  // warps
-  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1 + kScaled + kWideners, kCounts>;
+  static constexpr int kWideners = kWidens ? 4 : 0;  // warps that widen a stage
+  // Widening warps may wait for a tile while they hold steps of earlier ones, and all of these may be tiles of one step.
+  static constexpr int kQueued = kWidens ? (kMostAhead + 1) * kWideningGroups : 4;
+  static constexpr int kTakers = kConsumers * 4 + 1 + kScaled + kWideners * kWideningGroups;
+  using Queue = latent_moe::Queue<Schedule, kCluster, kTakers, kCounts, kQueued, kWidens>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kDepth = Spec::kStepDepth;
@@ -66,25 +69,27 @@ struct GroupedKernel {
   static constexpr int kWeightScales = 8;
   static constexpr int kHalves = Spec::kHalves ? 2 : 1;
   static constexpr int kScaleBytes = kScaled ? (kTile.rows + kWeightScales) * sizeof(float) : 0;
+  static constexpr int kCodeBytes = kWidens ? kCodeRingBytes : 0;
   static constexpr int kScaleLoaders = kScaled ? 32 : 0;  // threads
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
   static_assert(kScaled ? kTile.rows * kTile.columns <= 256 * 128
                         : kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
-  // Registers of a thread. All warpgroups' together are at most 504, or 512 if there are four.
-  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kWidenerRegisters = 120;
-  static constexpr int kConsumerRegisters = kWidens ? 176 : kConsumers == 3 ? 152 : kScaled ? 224 : 232;
+  // Registers of a thread. All warpgroups' together are at most 504, or 480 if there are five.
+  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kWidenerRegisters = 56;
+  static constexpr int kConsumerRegisters = kWidens ? 160 : kConsumers == 3 ? 152 : kScaled ? 224 : 232;
   static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
   static constexpr int shared_bytes(int num_experts) {
-    return kStages * (kStageBytes + kScaleBytes) + Epilogue::kSharedBytes + kBarrierBytes + Queue::kSharedBytes +
-           Schedule::shared_bytes(num_experts);
+    return kStages * (kStageBytes + kScaleBytes) + kCodeBytes + Epilogue::kSharedBytes + kBarrierBytes +
+           Queue::kSharedBytes + Schedule::shared_bytes(num_experts);
   }
 
   // The layout of shared memory.
   struct Shared {
     char* stages;
+    char* codes;
     char* epilogue;
     char* scales;
     char* queue;
@@ -95,7 +100,8 @@ struct GroupedKernel {
 
     __device__ explicit Shared(char* base) {
       stages = base;
-      epilogue = stages + kStages * kStageBytes;
+      codes = stages + kStages * kStageBytes;
+      epilogue = codes + kCodeBytes;
       scales = epilogue + Epilogue::kSharedBytes;
       queue = scales + kStages * kScaleBytes;
       full = reinterpret_cast<Barrier*>(queue + Queue::kSharedBytes);
@@ -182,20 +188,20 @@ struct GroupedKernel {
     }
   }
 
-  // Each widening warp widens 32 columns of every stage.
+  // The warps of a widening warpgroup share the columns of every second stage.
   static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
-                                               int warp) {
+                                               int group, int warp) {
     switch (args.weight.code) {
       case Code::kE4m3:
-        return widen<Code::kE4m3>(args, shared, schedule, rank, warp);
+        return widen<Code::kE4m3>(args, shared, schedule, rank, group, warp);
       case Code::kInt8:
-        return widen<Code::kInt8>(args, shared, schedule, rank, warp);
+        return widen<Code::kInt8>(args, shared, schedule, rank, group, warp);
       case Code::kMxfp4:
-        return widen<Code::kMxfp4>(args, shared, schedule, rank, warp);
+        return widen<Code::kMxfp4>(args, shared, schedule, rank, group, warp);
       case Code::kNvfp4:
-        return widen<Code::kNvfp4>(args, shared, schedule, rank, warp);
+        return widen<Code::kNvfp4>(args, shared, schedule, rank, group, warp);
       case Code::kInt4:
-        return widen<Code::kInt4>(args, shared, schedule, rank, warp);
+        return widen<Code::kInt4>(args, shared, schedule, rank, group, warp);
       case Code::kDense:
         break;
     }
@@ -203,43 +209,62 @@ struct GroupedKernel {
 
   template <Code C>
   static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
-                                               int warp) {
-    widen<C>(args, shared, schedule, rank, warp, std::make_integer_sequence<int, CodeStream<C, Spec::kHalves>::kAhead>{});
-  }
-
-  // I are 0, 1, ...: a number for each step that is read ahead.
-  template <Code C, int... I>
-  static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
-                                               int warp, std::integer_sequence<int, I...>) {
+                                               int group, int warp) {
     using Stream = CodeStream<C, Spec::kHalves>;
     const int lane = threadIdx.x % 32;
     Queue queue(shared.queue, schedule, rank);
-    Stream stream(args.weight, warp, lane);
+    Stream stream(args.weight, cute::cast_smem_ptr_to_uint(shared.codes), group, warp, lane);
     const uint32_t first = cute::cast_smem_ptr_to_uint(shared.b(0, 0)) + stream.place();
     Place place;
-    typename Stream::Step ahead[Stream::kAhead];
-    bool more = true;
-    const auto read = [&](typename Stream::Step& step) {
-      while (more && stream.ended()) {
-        Work work;
-        more = queue.template take<false>(work);
-        if (more && work.steps > 0) stream.begin(work);
-        __syncwarp();
+    int held = 0;  // steps in the ring
+    bool more = true, pauses = false, passes = group == 1;
+    // Whether there is another step of this warpgroup. At a tile without steps the stream pauses until it holds no step. Any
+    // number of such tiles may follow, and the queue goes on only when the steps that the stream holds are multiplied.
+    const auto has_step = [&] {
+      for (;; passes = false, stream.pass()) {
+        while (stream.ended()) {
+          if (pauses || !more) return false;
+          Work work;
+          more = queue.template take<false>(work);
+          if (more && work.steps > 0) stream.begin(work);
+          pauses = more && work.steps == 0 && held > 0;
+          __syncwarp();
+        }
+        if (!passes) return true;
       }
-      step.holds = more;
-      if (more) stream.read(step);
     };
-    const auto store = [&](typename Stream::Step const& step) {
-      shared.empty[place.stage].wait(place.phase ^ 1);
-      Stream::store(step, first + place.stage * kStageBytes);
-      cutlass::arch::fence_view_async_shared();
-      __syncwarp();
-      if (lane == 0) shared.full[place.stage].arrive();
-      place.next();
+    const auto read = [&](int slot) {
+      if (has_step()) {
+        stream.read(slot);
+        passes = true;
+        ++held;
+      } else {
+        stream.end();
+      }
+      commit_copies();
     };
-    (read(ahead[I]), ...);
-    while (((ahead[I].holds && (store(ahead[I]), read(ahead[I]), true)) && ...)) {
-    }
+    if (group == 1) place.next();
+    do {
+      pauses = false;
+#pragma unroll 1
+      for (int slot = 0; slot < Stream::kAhead; ++slot) read(slot);
+#pragma unroll 1
+      for (int slot = 0; held > 0; slot = slot + 1 == Stream::kAhead ? 0 : slot + 1) {
+        typename Stream::Step step;
+        wait_for_batches<Stream::kAhead - 1>();
+        stream.take(step, slot);
+        const uint32_t to = first + place.stage * kStageBytes;
+        Barrier& full = shared.full[place.stage];
+        // Barriers tell rounds apart by parity alone, so a warp waits in each round, for the other warpgroup's stage too. It
+        // does so before it stores, because that stage cannot begin a further round until then.
+        for (int i = 0; i < kWideningGroups; ++i, place.next()) shared.empty[place.stage].wait(place.phase ^ 1);
+        Stream::store(step, to);
+        __syncwarp();
+        if (lane == 0) full.arrive();
+        --held;
+        read(slot);
+      }
+    } while (more);
   }
 
   // One warp copies the scales of codes beside the stages. They begin at any row, and TMA reads from multiples of 16 bytes.
@@ -322,6 +347,8 @@ struct GroupedKernel {
     for (int step = 0; step < full_steps; ++step, place.next()) {
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       shared.full[place.stage].wait(place.phase);
+      // The fence between the widening warps' stores and the products. It took more time in those warps, which wait for memory.
+      if constexpr (kWidens) cutlass::arch::fence_view_async_shared();
       cute::warpgroup_arrive();
 #pragma unroll
       for (int k16 = 0; k16 < kDepth / 16; ++k16) multiply(stage, k16);
@@ -610,7 +637,7 @@ __global__ void __launch_bounds__(GroupedKernel<Spec>::kThreads, 1) grouped_kern
   } else if (K::kWidens && warpgroup > K::kConsumers) {
     if constexpr (K::kWidens) {
       cutlass::arch::warpgroup_reg_dealloc<K::kWidenerRegisters>();
-      K::widen(args, shared, schedule, rank, uniform(threadIdx.x / 32 % 4));
+      K::widen(args, shared, schedule, rank, uniform(warpgroup - K::kConsumers - 1), uniform(threadIdx.x / 32 % 4));
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();

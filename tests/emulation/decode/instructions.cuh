@@ -37,8 +37,6 @@ inline void prefetch(void const* from, int bytes) {
   }
 }
 
-inline void prefetch_line(void const*) {}
-
 // As much as a block of an SM can have. tests/emulation/listed.cc fills it with NaN.
 inline uint4* dynamic_shared() {
   alignas(16) static uint4 memory[227 * 1024 / 16];
