@@ -30,22 +30,24 @@ void run(Weight const& weight, int experts, int columns, int steps, uint16_t* wi
           work.expert = expert, work.column = column, work.steps = steps;
           stream.begin(work);
           for (int i = 0; i < group && !stream.ended(); ++i) stream.pass();
-          const auto read = [&](int slot) {
+          const auto read = [&](int buffer) {
             if (stream.ended()) {
               stream.end();
             } else {
-              stream.read(slot);
+              stream.read(buffer);
               if (!stream.ended()) stream.pass();
             }
             sm90::commit_copies();
           };
-          for (int slot = 0; slot < Stream::kAhead; ++slot) read(slot);
-          for (int step = group, slot = 0; step < steps; step += sm90::kWideningGroups, slot = (slot + 1) % Stream::kAhead) {
+          for (int ahead = 0; ahead < Stream::kAhead; ++ahead) read(ahead);
+          int buffer = 0;
+          for (int step = group; step < steps; step += sm90::kWideningGroups) {
             typename Stream::Step taken;
             sm90::wait_for_batches<Stream::kAhead - 1>();
-            stream.take(taken, slot);
+            stream.take(taken, buffer);
             Stream::store(taken, stream.place());
-            read(slot);
+            read(buffer);
+            buffer = (buffer + 1) % Stream::kAhead;
             __syncthreads();
             // The 128-byte swizzle: 16 bytes of a row lie at their number, exclusive or that of the row in its eight.
             const int row = threadIdx.x, half = Halves ? row / kOfMatrix : 0;

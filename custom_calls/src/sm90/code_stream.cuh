@@ -27,7 +27,7 @@ class CodeStream {
   static constexpr int kChunks = kColumns / kApart;             // of a lane in a step
   static constexpr int kScales = C == Code::kInt8 ? 0 : kIsBlock ? 1 : kChunks;
   static constexpr int kZeros = C == Code::kInt4 ? kChunks : 0;  // words that hold a zero point
-  // Of a warp's step in the ring.
+  // Bytes of a warp's step in the ring.
   static constexpr int kBytes = kChunks * 32 * 16 + (kScales + kZeros) * 32 * 4;
   // Scales of 4-bit codes are narrower than the words that are copied. These bits say where in their words a step's lie.
   static constexpr int kPlaceBits = 4;
@@ -71,11 +71,11 @@ class CodeStream {
     }
   }
 
-  // Begins to copy the next step to place `slot` of the ring. Beyond the contracted axis codes and scales are 0, because zeros
+  // Begins to copy the next step to a buffer of the ring. Beyond the contracted axis codes and scales are 0, because zeros
   // of the rows need finite partners.
-  __device__ __forceinline__ void read(int slot) {
+  __device__ __forceinline__ void read(int buffer) {
     --steps_;
-    const uint32_t codes = ring_ + slot * kBytes + lane_ * 16, scales = ring_ + slot * kBytes + kChunks * 512 + lane_ * 4;
+    const uint32_t codes = ring_ + buffer * kBytes + lane_ * 16, scales = ring_ + buffer * kBytes + kChunks * 512 + lane_ * 4;
     const bool inside = k_ < weight_.k;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) copy_chunk(codes + i * 512, codes_[i] + (k_ / packing(C)), inside);
@@ -104,9 +104,9 @@ class CodeStream {
     k_ += kDepth;
   }
 
-  // Takes the oldest step out of its place in the ring. Its copies have arrived.
-  __device__ __forceinline__ void take(Step& step, int slot) {
-    const uint32_t codes = ring_ + slot * kBytes + lane_ * 16, scales = ring_ + slot * kBytes + kChunks * 512 + lane_ * 4;
+  // Takes the oldest step out of its buffer. Its copies have arrived.
+  __device__ __forceinline__ void take(Step& step, int buffer) {
+    const uint32_t codes = ring_ + buffer * kBytes + lane_ * 16, scales = ring_ + buffer * kBytes + kChunks * 512 + lane_ * 4;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) step.codes[i] = load_shared(codes + i * 512);
     if constexpr (kIsBlock) {
@@ -179,8 +179,8 @@ class CodeStream {
   int warp_, lane_;
   int steps_ = 0, k_ = 0;
   uint8_t const* codes_[kChunks];
-  // Of narrow codes, the number of a column's first scale, rounded down to a multiple of 4, and what is left. Of blocks, the
-  // first scale's place in bytes.
+  // Narrow codes: the number of a column's first scale, rounded down to a multiple of 4, and what is left. Scales of blocks: the
+  // first one's place in bytes.
   int64_t scales_[kScales > 0 ? kScales : 1];
   int odd_[kScales > 0 ? kScales : 1];
   uint32_t places_ = 0;

@@ -233,9 +233,9 @@ struct GroupedKernel {
         if (!passes) return true;
       }
     };
-    const auto read = [&](int slot) {
+    const auto read = [&](int buffer) {
       if (has_step()) {
-        stream.read(slot);
+        stream.read(buffer);
         passes = true;
         ++held;
       } else {
@@ -247,12 +247,12 @@ struct GroupedKernel {
     do {
       pauses = false;
 #pragma unroll 1
-      for (int slot = 0; slot < Stream::kAhead; ++slot) read(slot);
+      for (int buffer = 0; buffer < Stream::kAhead; ++buffer) read(buffer);
 #pragma unroll 1
-      for (int slot = 0; held > 0; slot = slot + 1 == Stream::kAhead ? 0 : slot + 1) {
+      for (int buffer = 0; held > 0; buffer = buffer + 1 == Stream::kAhead ? 0 : buffer + 1) {
         typename Stream::Step step;
         wait_for_batches<Stream::kAhead - 1>();
-        stream.take(step, slot);
+        stream.take(step, buffer);
         const uint32_t to = first + place.stage * kStageBytes;
         Barrier& full = shared.full[place.stage];
         // Barriers tell rounds apart by parity alone, so a warp waits in each round, for the other warpgroup's stage too. It
@@ -262,7 +262,7 @@ struct GroupedKernel {
         __syncwarp();
         if (lane == 0) full.arrive();
         --held;
-        read(slot);
+        read(buffer);
       }
     } while (more);
   }

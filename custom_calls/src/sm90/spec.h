@@ -25,7 +25,7 @@ struct Spec {
   // Whether the operands are codes with scales. Each step's product is then multiplied by the scales and added in float32, and
   // both warpgroups work on one tile.
   static constexpr bool kScaled = F == Format::kE4m3;
-  // Whether a warpgroup widens the weight's codes to bfloat16 on their way to the stages.
+  // Whether warpgroups widen the weight's codes to bfloat16 on their way to the stages.
   static constexpr bool kWidens = F == Format::kBf16Codes;
   static constexpr int kColumns = C == Contraction::kFwd && is_gated(A) ? Columns / 2 : Columns;  // of the hidden rows in a tile
   // Warpgroups that multiply: three share a tile of 192 rows of codes.
@@ -40,8 +40,8 @@ struct Spec {
 
   // Whether wgmma's operands are swapped: rows lie along its N axis, of any multiple of 8, rather than along its M axis
   // of 64. The tiles of an expert then have equal heights, and multiply few padding rows. Tiles of three column blocks gain
-  // nothing, because each block reads the rows from shared memory again. Small tiles are bound by reading weights. Of dense
-  // weights, only plain products and gated activations have such tiles.
+  // nothing, because each block reads the rows from shared memory again. Small tiles are bound by reading weights. Among
+  // kernels of dense weights, only plain products and gated activations have such tiles.
   static constexpr bool kSwapAb =
       kWidens || (!kWgrad && !kScaled && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192);
 
