@@ -209,6 +209,21 @@ def test_many_rows_in_fp8_take_three_warpgroups_unless_columns_would_be_padded(r
     assert (tile.rows, tile.columns) == shape
 
 
+@pytest.mark.parametrize(("rows_of_expert", "rows"), [(128, 128), (129, 192)])
+def test_relu2_gradients_in_fp8_take_three_warpgroups_from_fewer_rows_on(rows_of_expert, rows):
+    codes, relu2 = Operand("fp8_block"), Epilogue(bound_activation("relu2"), "hidden", encodes="fp8_block")
+    asked = dataclasses.replace(
+        PROBLEM,
+        contraction="dgrad",
+        num_rows=64 * rows_of_expert,
+        lhs=codes,
+        rhs=codes,
+        epilogue=relu2,
+        device=DESCRIBED,
+    )
+    assert select(asked, CutlassBackend(fuse="always")).tile.rows == rows
+
+
 @pytest.mark.parametrize("contraction", ["fwd", "dgrad", "wgrad"])
 @pytest.mark.parametrize("layout", ["dense", "gathered"])
 def test_a_symbolic_number_of_rows_takes_the_tile_of_a_large_call(contraction, layout):

@@ -223,6 +223,7 @@ struct Stream {
       if (Whole || begin < count) {
         if constexpr (Staged) {
           const bool inside = Whole || begin + place * Lane::kSize < count;
+#pragma unroll
           for (int i = 0; i < 2; ++i) find_scale(0, i, begin, 8 * listed.unit_scales.row, inside);
         }
         auto const& scale = found[Staged ? 0 : step];
@@ -277,7 +278,7 @@ struct Stream {
           left = 0;
           if (more > 0) has_other_rows = go_on(more);
         }
-        if (is_busy && start + kRound == weight.k && left >= kRound) {
+        if (Staged && is_busy && start + kRound == weight.k && left >= kRound) {
           multiply_round<true>(totals, elements, 0);
         } else {
           multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);

@@ -327,7 +327,7 @@ struct GroupedKernel {
   // Multiplies and stores this warpgroup's 64-row blocks of a tile of codes, `Blocks` in number. A step multiplies them one by
   // one, because two products and the sums would not fit the registers. So do the two halves of a gated tile.
   //
-  // While one warpgroup adds a product, the others multiply. With three of them the matrix units never wait. Two would wait at
+  // While one warpgroup adds a product, the others multiply. With three of them the matrix units hardly wait. Two would wait at
   // the same time, for a third of a step. So where the registers hold two products, the next step's is issued before one is
   // added.
   template <int Blocks>

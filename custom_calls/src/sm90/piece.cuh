@@ -49,7 +49,8 @@ class Piece {
     cute::SM75_U32x4_LDSM_N::copy(*flipped(by_quarter_, quarter << 5), p[0], p[1], p[2], p[3]);
   }
 
-  // This lane's 16 bytes of its i-th row: those that it reads from memory and writes to it.
+  // This lane's 16 bytes of its i-th row: those that it reads from memory and writes to it. Codes that were put are in the order
+  // of `put`, and `write` brings them into that of the columns.
   __device__ __forceinline__ uint4 unit(int i) const { return reinterpret_cast<uint4 const&>(*row(i)); }
 
   // Writes to memory the elements that the whole warp has put.

@@ -35,10 +35,10 @@ They take as long as 128 x 128 there, and in the median 8 % longer than 128 x 19
 product, compared with loading its operands, and the swap-AB epilogue of tiles of 128 columns transposes.
 """
 THREE_WARPGROUPS = 1.05
-"""How much longer an FP8 product takes in other tiles than those of 192 rows, from 513 rows per expert on, on average.
+"""How much longer many rows of FP8 take in other tiles than those of 192 rows, which three warpgroups share.
 
-Three warpgroups share a tile of 192 rows. With fewer rows, a third of such a tile is often empty
-(benchmarks/results/profiles/h200-2026-11-30.md).
+Measured at 1408 and 4096 rows per expert; at 352 neither tile wins. The bound between them, the end of FEW_ROWS, is a
+guess. With relu2's gradient the tiles of 192 rows win at 352 rows too (benchmarks/results/profiles/h200-2026-11-30.md).
 """
 # The other numbers were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
 FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
@@ -125,7 +125,8 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
     small = rows <= SMALL_GROUP or few_tiles
     slower = plain and rows > 128 and (square or (depth <= SHALLOW and tile.columns == 128))
     padded = _padded(columns, tile.columns * tile.cluster_columns)
-    if problem.lhs.format in FP8 and rows >= FEW_ROWS.stop and tile.rows != 192:
+    many = rows > 128 if problem.contraction == "dgrad" else rows >= FEW_ROWS.stop
+    if problem.lhs.format in FP8 and many and tile.rows != 192:
         padded *= THREE_WARPGROUPS
     return (
         small != (tile.rows <= SMALL_TILE),
