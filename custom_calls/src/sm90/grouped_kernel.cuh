@@ -324,13 +324,6 @@ struct GroupedKernel {
     epilogue.finish(acc, work);
   }
 
-  static __device__ __forceinline__ void take_turn(int warpgroup) {
-    asm volatile("bar.sync %0, %1;" ::"r"(8 + warpgroup), "n"(2 * kWarpgroup) : "memory");
-  }
-  static __device__ __forceinline__ void pass_turn(int warpgroup) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(8 + (warpgroup + 1) % kConsumers), "n"(2 * kWarpgroup) : "memory");
-  }
-
   // Multiplies and stores this warpgroup's 64-row blocks of a tile of codes, `Blocks` in number. A step multiplies them one by
   // one, because two products and the sums would not fit the registers. So do the two halves of a gated tile.
   //
@@ -359,11 +352,11 @@ struct GroupedKernel {
     if constexpr (Spec::kDifferentiates) own_weight = epilogue.begin(work, warpgroup);
 
     const auto multiply = [&](Product& product, int block, int half) {
-      const uint32_t stage = first + place.stage * (kStageBytes >> 4), own = stage + warpgroup * (kBlockBytes >> 4);
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       cute::warpgroup_arrive();
 #pragma unroll
       for (int bytes = 0; bytes < kRowBytes; bytes += 32) {
-        codes_wgmma<Spec::kColumns>(descriptor(own, block * kConsumers * kBlockBytes + bytes),
+        codes_wgmma<Spec::kColumns>(descriptor(stage, (warpgroup + block * kConsumers) * kBlockBytes + bytes),
                                     descriptor(stage, (kBlocksA + half * kBlocksB / kHalves) * kBlockBytes + bytes), product,
                                     bytes > 0);
       }
@@ -440,9 +433,7 @@ struct GroupedKernel {
 #pragma unroll
         for (int i = 0; i < kProducts; ++i) {
           Product product;
-          if (kConsumers == 3) take_turn(warpgroup);
           multiply(product, i / kHalves, i % kHalves);
-          if (kConsumers == 3) pass_turn(warpgroup);
           if (i == 0) read_scales(scales);
           cute::warpgroup_wait<0>();
           if (i == kProducts - 1) release(place.stage, scales);
@@ -471,9 +462,7 @@ struct GroupedKernel {
   static __device__ __forceinline__ void skip_tile(Shared const& shared, Work const& work, Place& place, int warpgroup,
                                                    int thread) {
     Place at = place;
-    for (int step = 0; step < work.steps; ++step, at.next()) {
-      if (kConsumers == 3) take_turn(warpgroup), pass_turn(warpgroup);
-      if (thread >= 32) continue;
+    for (int step = 0; thread < 32 && step < work.steps; ++step, at.next()) {
       shared.full[at.stage].wait(at.phase);
       for (int warp = 0; warp < kWarpgroup / 32; ++warp) {
         if (thread < kCluster) shared.empty[at.stage].arrive(thread);
@@ -517,7 +506,6 @@ struct GroupedKernel {
     Work work;
     int turn = 1;
     uint32_t turn_phase = warpgroup;  // flipped before each turn, so that the first warpgroup's first does not wait
-    if (kScaled && kConsumers == 3 && warpgroup == 2) pass_turn(warpgroup);
     while (queue.template take<false>(work)) {
       work.steps = uniform(work.steps);
       work.valid = uniform(work.valid);
@@ -548,7 +536,6 @@ struct GroupedKernel {
       }
       __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
     }
-    if (kScaled && kConsumers == 3 && warpgroup == 0) take_turn(warpgroup);
     if constexpr (kWgrad) epilogue.drain();
   }
 };
