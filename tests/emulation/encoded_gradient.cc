@@ -1,17 +1,12 @@
-// Runs the epilogue of FP8 products with relu2's gradient on the CPU, on all tiles of the schedule. The product is given.
-#include <xmmintrin.h>
-
-#include "cuda.h"
-
-struct CUtensorMap {};
+// Runs the epilogue of FP8 products with relu2's gradient on the CPU.
+#include "tiles_of_codes.h"
 
 #include "sm90/encoded_gradient_epilogue.cuh"
 
-namespace sm90 = latent_moe::sm90;
 using latent_moe::Activation, latent_moe::Contraction, latent_moe::Format, latent_moe::Residual;
 
 struct Call {
-  float const* product;  // [rows][width]; NaN where the kernel's accumulators hold no element
+  float const* product;  // [rows][width]
   void* hidden;          // the gradient overwrites them
   float const* row_weights;
   uint8_t* codes;
@@ -25,45 +20,19 @@ namespace {
 
 template <int Rows>
 void run(Call const& call) {
+  namespace sm90 = latent_moe::sm90;
   using Spec = sm90::Spec<Contraction::kDgrad, Format::kE4m3, Activation::kRelu2, Residual::kHidden, Rows, 128, 4, 1, 2>;
   using Epilogue = sm90::EncodedGradientEpilogue<Spec>;
   static_assert(Epilogue::kSharedBytes <= sizeof emulation::shared);
   latent_moe::Args args = {};
-  args.problem = {call.group_sizes, call.experts, call.rows, 128, 0, call.width, call.rows_first};
   args.out = call.hidden;
   args.residual = call.hidden;
   args.row_weights = call.row_weights;
-  args.codes = call.codes;
-  args.code_scales = call.scales;
   args.partial = call.sums;
-  args.power_of_two = call.power_of_two;
-  std::vector<int> schedules(2 * (call.experts + 2));
-  const unsigned before = _mm_getcsr();
-  _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not
-  blockDim = dim3(Spec::kConsumers * sm90::kWarpgroup);
-  emulation::run_block(blockDim.x, [&] {
-    const latent_moe::Schedule<typename Spec::Tiles> schedule(args.problem, schedules.data());
-    const int warpgroup = threadIdx.x / sm90::kWarpgroup, thread = threadIdx.x % sm90::kWarpgroup, lane = thread % 32;
-    const Epilogue epilogue(args, emulation::shared, warpgroup, thread);
-    int expert = 0;
-    for (int id = 0; id < schedule.count(); ++id) {
-      for (int rank = 0; rank < 2; ++rank) {
-        latent_moe::Work work = schedule.work(id, expert);
-        schedule.of_block(work, rank);
-        if (work.valid <= warpgroup * sm90::kBlock) continue;
-        const float weight = epilogue.begin(work, warpgroup);
-        float acc[64] = {};
-        for (int i = 0; i < 64 && work.steps > 0; ++i) {
-          const int row = warpgroup * sm90::kBlock + thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8;
-          const int column = work.column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-          const bool inside = row < work.valid && column < call.width;
-          acc[i] = inside ? call.product[int64_t{work.row + row} * call.width + column] : NAN;
-        }
-        epilogue.store_block(acc, work, warpgroup, weight);
-      }
-    }
+  emulation::on_blocks<Spec>(call, args, NAN, [](auto const& args, auto const& work, int block, int thread, auto const& acc) {
+    const Epilogue epilogue(args, emulation::shared, block, thread);
+    epilogue.store_block(acc, work, block, epilogue.begin(work, block));
   });
-  _mm_setcsr(before);
 }
 
 }  // namespace
