@@ -1,8 +1,9 @@
 """Products of FP8 codes beside products of bfloat16, and what encoding costs: the suite "fp8" of `benchmarks.gpu`.
 
-"product" is rows x w with operands in the format of each implementation. "encode rows" and "encode weight" make the
-codes, and "encode both" makes those of a weight in both layouts, as a training step does. torch's scaled product has
-one scale for each row and each output, so it promotes nothing on the way.
+"product" is rows x w with operands in the format of each implementation. "hidden rows" is the product with relu2 in its
+epilogue, whose result is bfloat16 or codes, where the width grows and compiled kernels run. "encode rows" and "encode
+weight" make the codes, and "encode both" makes those of a weight in both layouts, as a training step does. torch's
+scaled product has one scale for each row and each output, so it promotes nothing on the way.
 """
 
 import functools
@@ -16,9 +17,10 @@ from benchmarks.measure import Row, Session
 from benchmarks.peers import torch_grouped_mm
 from benchmarks.problems import Grouped
 from jax_latent_moe import CutlassBackend, PallasBackend, PallasFp8Tile
+from jax_latent_moe.activations import BoundActivation
 from jax_latent_moe.formats import encode, encode_rows
 from jax_latent_moe.formats.both_layouts import kernel_encodes
-from jax_latent_moe.grouped_matmul import grouped_matmul, operand_of, problem
+from jax_latent_moe.grouped_matmul import Epilogue, Operands, grouped_matmul, operand_of, problem, select
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import tiles
 from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, jax_candidate, prepare, time_in_turn
@@ -48,6 +50,18 @@ def candidates(shape: Grouped, operands: dict, sizes, *, quick: bool) -> dict[st
     return found
 
 
+def hidden_rows(operands: dict, sizes) -> dict[str, Candidate]:
+    """The products with relu2 by name. FP8 stores the hidden rows as codes, and bfloat16 as they are."""
+    found = {}
+    for name, (rows, w) in operands.items():
+        epilogue = Epilogue(BoundActivation("relu2"), None, encodes=FORMAT if name == "fp8" else None)
+        lhs, rhs = operand_of(rows), operand_of(w)
+        asked = problem("fwd", rows.shape[0], w.shape, jnp.bfloat16, lhs=lhs, rhs=rhs, epilogue=epilogue)
+        run = select(asked)
+        found[name] = jax_candidate(lambda rows, w, sizes, run=run: run(Operands(rows, w, sizes)).out, rows, w, sizes)
+    return found
+
+
 def measure(session: Session, suite: str, shapes: dict[str, Grouped]) -> None:
     """One row per shape, pass and implementation. Errors are those against the dense operands, FP8's own included."""
     for name, shape in shapes.items():
@@ -73,9 +87,12 @@ def measure(session: Session, suite: str, shapes: dict[str, Grouped]) -> None:
             floor = session.floor_ms(flops if wide else flops / 2, traffic)
             row = Row(suite, name, "product", impl, ms, flops / ms / 1e9, floor, errors[impl], calls[impl].temp_bytes)
             session.record(row)
+        if shape.out_features > shape.in_features and compiled_runs("auto"):
+            traffic = shape.rows * (shape.in_features + shape.out_features) + weights
+            _time(session, suite, name, "hidden rows", hidden_rows(operands, jnp.asarray(sizes)), traffic, flops / 2)
         for pass_, (encoder, array) in encoders.items():
-            _time_encoders(session, suite, name, pass_, {FORMAT: jax_candidate(encoder, array)}, 3 * array.size)
-        _time_encoders(session, suite, name, "encode both", both_layouts_of(w), 4 * w.size)
+            _time(session, suite, name, pass_, {FORMAT: jax_candidate(encoder, array)}, 3 * array.size)
+        _time(session, suite, name, "encode both", both_layouts_of(w), 4 * w.size)
 
 
 def both_layouts_of(w) -> dict[str, Candidate]:
@@ -88,8 +105,9 @@ def both_layouts_of(w) -> dict[str, Candidate]:
     }
 
 
-def _time_encoders(session: Session, suite: str, shape: str, pass_: str, found: dict[str, Candidate], traffic: int):
+def _time(session: Session, suite: str, shape: str, pass_: str, found: dict[str, Candidate], traffic: int, flops=0.0):
+    """Rows with FP8's floor: of so many bytes and operations of bfloat16's speed."""
     made = prepare(found)
     for impl, ms in time_in_turn(made, 12, session.rounds).items():
-        floor = session.floor_ms(0, traffic)
+        floor = session.floor_ms(flops, traffic)
         session.record(Row(suite, shape, pass_, impl, ms, 0.0, floor, None, made[impl].temp_bytes))

@@ -352,11 +352,11 @@ struct GroupedKernel {
     if constexpr (Spec::kDifferentiates) own_weight = epilogue.begin(work, warpgroup);
 
     const auto multiply = [&](Product& product, int block, int half) {
-      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4), own = stage + warpgroup * (kBlockBytes >> 4);
       cute::warpgroup_arrive();
 #pragma unroll
       for (int bytes = 0; bytes < kRowBytes; bytes += 32) {
-        codes_wgmma<Spec::kColumns>(descriptor(stage, (warpgroup + block * kConsumers) * kBlockBytes + bytes),
+        codes_wgmma<Spec::kColumns>(descriptor(own, block * kConsumers * kBlockBytes + bytes),
                                     descriptor(stage, (kBlocksA + half * kBlocksB / kHalves) * kBlockBytes + bytes), product,
                                     bytes > 0);
       }
