@@ -147,6 +147,45 @@ __device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, 
   }
 }
 
+// Stores 16 bytes at an address in shared memory.
+__device__ __forceinline__ void store_shared(uint32_t to, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 found;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "r"(from)
+               : "memory");
+  return found;
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
+  uint32_t found;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(from) : "memory");
+  return found;
+}
+
+// Begins to copy 16 bytes, or 4, to an address in shared memory; outside, zeros. Further copies read the rest of the line.
+__device__ __forceinline__ void copy_chunk(uint32_t to, void const* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_word(uint32_t to, void const* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0) : "memory");
+}
+
+// Makes a batch of the copies that this thread has begun since the last one.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's batches, but for the newest ones.
+template <int Newer>
+__device__ __forceinline__ void wait_for_batches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Newer) : "memory");
+}
+
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroup) : "memory");
 }

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <deque>
+#include <utility>
 #include <vector>
 
 #include "common/device.cuh"
@@ -79,6 +82,62 @@ template <class T>
 uint32_t square_of_pair(uint32_t pair) {
   const float2 values = unpack<T>(pair);
   return pack<T>(values.x * values.x, values.y * values.y);
+}
+
+inline void store_shared(uint32_t to, uint4 value) {
+  if (to % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  std::memcpy(emulation::shared + to, &value, sizeof value);
+}
+
+inline uint4 load_shared(uint32_t from) {
+  if (from % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  uint4 found;
+  std::memcpy(&found, emulation::shared + from, sizeof found);
+  return found;
+}
+
+inline uint32_t load_shared_word(uint32_t from) {
+  if (from % 4 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  uint32_t found;
+  std::memcpy(&found, emulation::shared + from, sizeof found);
+  return found;
+}
+
+// Copies of a thread, in the batches that it has made. They are done when it waits for the batch.
+struct PartCopy {
+  void const* from;
+  uint32_t to;
+  int bytes;
+  bool inside;
+};
+
+inline std::deque<std::vector<PartCopy>> batches[1024];
+inline std::vector<PartCopy> begun[1024];
+
+inline void copy_part(uint32_t to, void const* from, int bytes, bool inside) {
+  if (to % bytes != 0 || (inside && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
+    std::fprintf(stderr, "a copy is not aligned\n"), std::abort();
+  }
+  begun[threadIdx.x].push_back({from, to, bytes, inside});
+}
+
+inline void copy_chunk(uint32_t to, void const* from, bool inside) { copy_part(to, from, 16, inside); }
+inline void copy_word(uint32_t to, void const* from, bool inside) { copy_part(to, from, 4, inside); }
+
+inline void commit_copies() {
+  batches[threadIdx.x].push_back(std::move(begun[threadIdx.x]));
+  begun[threadIdx.x].clear();
+}
+
+template <int Newer>
+void wait_for_batches() {
+  auto& mine = batches[threadIdx.x];
+  for (; mine.size() > Newer; mine.pop_front()) {
+    for (PartCopy const& copy : mine.front()) {
+      copy.inside ? std::memcpy(emulation::shared + copy.to, copy.from, copy.bytes)
+                  : std::memset(emulation::shared + copy.to, 0, copy.bytes);
+    }
+  }
 }
 
 }  // namespace latent_moe::sm90
