@@ -1,4 +1,4 @@
-"""Codes that warps widen on their way to the stages of a Hopper kernel, emulated on the CPU."""
+"""Codes that warps of a Hopper kernel widen in registers, emulated on the CPU."""
 
 import ctypes
 
@@ -34,8 +34,11 @@ def e2m1(codes):
     return np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7]
 
 
-def stored(rng, code, shape, group=None):
-    """(codes, scales, more, the widened values as float64) of random bytes; the sums lack the other scales."""
+def stored(rng, code, shape, group=None, ordinary=False):
+    """(codes, scales, more, the widened values as float64) of random bytes; the sums lack the other scales.
+
+    The kernels multiply by most narrow scales in one way. If not `ordinary`, some are other ones.
+    """
     experts, parts, n, k = shape
     few = experts, parts
     if code in ("e4m3", "int8"):
@@ -50,11 +53,11 @@ def stored(rng, code, shape, group=None):
     codes = rng.integers(0, 256, (*few, n, k // 2)).astype(np.uint8)
     values = fours(codes)
     if code == "mxfp4":
-        scales = rng.integers(0, 256, (*few, n, k // 32)).astype(np.uint8)
+        scales = rng.integers(*((0, 129) if ordinary else (0, 256)), (*few, n, k // 32)).astype(np.uint8)
         powers = np.where(scales == 255, np.nan, np.ldexp(1.0, scales.astype(int) - 127))
         return codes, scales, np.zeros(0, np.float32), e2m1(values) * repeated(powers, n, k)
     if code == "nvfp4":
-        scales = rng.integers(0, 127, (*few, n, k // 16)).astype(np.uint8)
+        scales = rng.integers(8 if ordinary else 0, 127, (*few, n, k // 16)).astype(np.uint8)
         more = rng.lognormal(0, 3, (*few, 1, 1)).astype(np.float32)
         return codes, scales, more, e2m1(values) * repeated(e4m3(scales), n, k) / 1024
     scales = rng.lognormal(0, 3, (*few, n, k // group)).astype(BFLOAT16)
@@ -64,29 +67,30 @@ def stored(rng, code, shape, group=None):
 
 
 def widened(code, codes, scales, more, k):
-    """The stages of all tiles in order: [E, P, N, K], with N and K up to whole tiles and steps."""
+    """The fragments of all tiles in order: [E, P, N, K], with N and K up to whole tiles and steps."""
     codes, scales, more = map(emulated.aligned, (codes, scales, more))
     experts, parts, n, _ = codes.shape
-    columns, steps = -(-n // 128) * 128, -(-k // 64)
+    columns, steps = -(-n // 128) * 128, -(-k // 128)
     weight = emulated._weight(code, codes, scales, more, parts, k, n)
     if code not in ("e4m3", "int8"):
         weight.n_shift, weight.k_shift = 0, int(np.log2(k // scales.shape[3]))
-    found = np.full((experts, parts, columns, 64 * steps), 0x7777, np.uint16)
+    found = np.full((experts, parts, columns, 128 * steps), 0x7777, np.uint16)
     emulated.compiled("widened").widen(
         ctypes.byref(weight), experts, columns, steps, ctypes.c_void_p(found.ctypes.data)
     )
     return found.view(BFLOAT16), weight
 
 
+@pytest.mark.parametrize("ordinary", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("code", "group"),
     [("e4m3", None), ("e4m3", 128), ("int8", None), ("mxfp4", None), ("nvfp4", None), ("int4", 32), ("int4", 128)],
 )
-def test_a_stage_holds_the_decoded_weights(rng, code, group, parts):
+def test_fragments_hold_the_decoded_weights(rng, code, group, parts, ordinary):
     """To the bit, also where the tile does not divide the columns. Beyond the contracted axis numbers are finite."""
     for n, k in ((136, 256), (200, 384), (8, 96 if group is None else 192 if code == "e4m3" else 128)):
-        codes, scales, more, values = stored(rng, code, (2, parts, n, k), group)
+        codes, scales, more, values = stored(rng, code, (2, parts, n, k), group, ordinary)
         found, _ = widened(code, codes, scales, more, k)
         with np.errstate(over="ignore", invalid="ignore"):
             expected = values.astype(np.float32).astype(BFLOAT16)

@@ -1,69 +1,73 @@
-// Widens the codes of all tiles of a weight into a stage, as the widening warps do, and reads the stage in order.
+// Widens all tiles of a weight into fragments, as the warpgroups that multiply do, and puts the fragments in order.
 #include <xmmintrin.h>
 
 #include "cuda.h"
 
 struct CUtensorMap {};
 
-#include "sm90/code_stream.cuh"
+#include "sm90/fragments.cuh"
 
 namespace sm90 = latent_moe::sm90;
 using latent_moe::Code, latent_moe::Weight;
 
 namespace {
 
-constexpr int kColumns = 128;
+constexpr int kColumns = 128, kStages = 2;
+constexpr int kStageBytes = kColumns * sm90::kRowBytes;
+
+// Copies 128 bytes of each of some features to swizzled rows of a stage, as TMA does: zeros lie beyond the last feature and byte.
+void copy(Weight const& weight, int64_t matrix, int first, int features, int at, char* stage) {
+  const int bytes = weight.k / latent_moe::packing(weight.code);
+  for (int row = 0; row < features; ++row) {
+    for (int byte = 0; byte < sm90::kRowBytes; ++byte) {
+      const bool inside = first + row < weight.n && at + byte < bytes;
+      auto const* codes = static_cast<char const*>(weight.data) + (matrix * weight.n + first + row) * bytes;
+      stage[row * sm90::kRowBytes + ((byte / 16 ^ row % 8) * 16 + byte % 16)] = inside ? codes[at + byte] : 0;
+    }
+  }
+}
 
 template <Code C, bool Halves>
 void run(Weight const& weight, int experts, int columns, int steps, uint16_t* widened) {
-  using Stream = sm90::CodeStream<C, Halves>;
   constexpr int kOfMatrix = Halves ? kColumns / 2 : kColumns;  // columns of a matrix in a tile
-  constexpr int kRing = kColumns * sm90::kRowBytes;  // where the rings of codes begin
-  std::memset(emulation::shared, 0xff, kRing + sm90::kCodeRingBytes);  // NaN
+  constexpr int kOfGroup = kOfMatrix / 2;                      // and in a warpgroup
   for (int expert = 0; expert < experts; ++expert) {
     for (int column = 0; column < columns; column += kOfMatrix) {
-      emulation::run_block(kColumns, [&] {
-        // One group after the other widens its steps.
-        for (int group = 0; group < sm90::kWideningGroups; ++group) {
-          Stream stream(weight, kRing, group, threadIdx.x / 32, threadIdx.x % 32);
-          latent_moe::Work work = {};
-          work.expert = expert, work.column = column, work.steps = steps;
-          stream.begin(work);
-          for (int i = 0; i < group && !stream.ended(); ++i) stream.pass();
-          const auto read = [&](int buffer) {
-            if (stream.ended()) {
-              stream.end();
-            } else {
-              stream.read(buffer);
-              if (!stream.ended()) stream.pass();
-            }
-            sm90::commit_copies();
-          };
-          for (int ahead = 0; ahead < Stream::kAhead; ++ahead) read(ahead);
-          int buffer = 0;
-          for (int step = group; step < steps; step += sm90::kWideningGroups) {
-            typename Stream::Step taken;
-            sm90::wait_for_batches<Stream::kAhead - 1>();
-            stream.take(taken, buffer);
-            Stream::store(taken, stream.place());
-            read(buffer);
-            buffer = (buffer + 1) % Stream::kAhead;
+      emulation::run_block(2 * sm90::kWarpgroup, [&] {
+        const int group = threadIdx.x / sm90::kWarpgroup, thread = threadIdx.x % sm90::kWarpgroup, lane = thread % 32;
+        sm90::Fragments<C, Halves> fragments(weight, group, thread);
+        fragments.begin(expert, column);
+        for (int step = 0; step < steps; ++step) {
+          const int of_stage = step % sm90::kStageSteps<C>, place = step / sm90::kStageSteps<C> % kStages * kStageBytes;
+          if (of_stage == 0) {
             __syncthreads();
-            // The 128-byte swizzle: 16 bytes of a row lie at their number, exclusive or that of the row in its eight.
-            const int row = threadIdx.x, half = Halves ? row / kOfMatrix : 0;
-            const int64_t matrix = Halves ? 2 * expert + half : expert, to = matrix * columns + column + row % kOfMatrix;
-            for (int unit = 0; unit < 8; ++unit) {
-              char const* from = emulation::shared + row * sm90::kRowBytes + (unit ^ row % 8) * 16;
-              std::memcpy(widened + (to * steps + step) * sm90::kBlock + unit * 8, from, 16);
+            const int at = step * sm90::kStepElements / latent_moe::packing(C);
+            for (int half = 0; threadIdx.x == 0 && half < 1 + Halves; ++half) {
+              copy(weight, (1 + Halves) * expert + half, column, kOfMatrix, at,
+                   emulation::shared + place + half * kOfMatrix * sm90::kRowBytes);
             }
             __syncthreads();
           }
-          sm90::wait_for_batches<0>();
+          fragments.take(step);
+          for (int part = 0; part < sm90::kParts; ++part) {
+            sm90::Fragment fragment;
+            fragments.widen(fragment, place, of_stage, part);
+            // PTX: the first operand of wgmma.m64nNk16 in registers.
+            for (int i = 0; i < 16; ++i) {
+              const int row = thread / 32 * 16 + i % 2 * 8 + lane / 4;
+              const int feature = Halves ? group * kOfGroup + row / 16 * 8 + row % 8 : group * kOfGroup + row;
+              const int64_t matrix = Halves ? 2 * expert + row / 8 % 2 : expert;
+              const int k = step * sm90::kStepElements + part * sm90::kPartElements + i / 4 * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
+              const int64_t to = (matrix * columns + column + feature) * steps * sm90::kStepElements + k;
+              std::memcpy(widened + to, &fragment[i / 4][i % 4], 4);
+            }
+          }
         }
       });
     }
   }
 }
+
 template <Code C>
 void run(Weight const& weight, int experts, int columns, int steps, uint16_t* widened) {
   const auto with = weight.parts == 2 ? run<C, true> : run<C, false>;
@@ -72,7 +76,7 @@ void run(Weight const& weight, int experts, int columns, int steps, uint16_t* wi
 
 }  // namespace
 
-// widened [experts][parts][columns][64 steps], with whole tiles of columns.
+// widened [experts][parts][columns][128 steps], with whole tiles of columns.
 extern "C" void widen(Weight const* weight, int experts, int columns, int steps, uint16_t* widened) {
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not

@@ -34,6 +34,9 @@ void set_operands(Check& check, Args& args, Kernel const& kernel, MatmulWidenedC
   if (!check.ok() || rows.count() == 0) return;
   rows.describe(check, args.gather, kernel);
   check(window_map(&args.a, kernel.format, rows.start(), k, rows.pitch(), kernel.loaded_rows));
+  // Codes are copied as bytes, whatever their format. A tile of a gated activation has a box of gates and one of the up half.
+  int const box_features = kernel.tile.columns / parts;
+  check(dense_map(&args.b, Format::kE4m3, args.weight.data, experts * parts, n, k / packing(args.weight.code), box_features));
   args.problem.group_sizes = call.group_sizes.typed_data<int32_t>();
   args.problem.num_experts = experts;
   args.problem.num_rows = rows.count();

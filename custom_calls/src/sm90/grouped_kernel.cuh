@@ -8,15 +8,11 @@
 // Two or three warpgroups share a tile of E4M3 codes and take its 64-row blocks in turn. The matrix units add such products with
 // about 14 bits. So each step, which is 128 elements of the contracted axis, is multiplied by itself, then scaled and added in
 // float32, as DeepGEMM does (deep_gemm, sm90_fp8_gemm_1d2d). While one warpgroup adds or stores, the others multiply.
-//
-// If bfloat16 rows meet a weight in codes, two more warpgroups read the codes, widen them and store them in the stages
-// (code_stream.cuh).
 #pragma once
 
 #include "common/gather.cuh"
 #include "common/queue.cuh"
 #include "common/schedule.cuh"
-#include "sm90/code_stream.cuh"
 #include "sm90/encoded_epilogue.cuh"
 #include "sm90/encoded_gradient_epilogue.cuh"
 #include "sm90/row_epilogue.cuh"
@@ -33,14 +29,10 @@ template <class Spec>
 using EpilogueOf = std::conditional_t<Spec::kWgrad, WgradEpilogue<Spec>,
                                       std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogueOf<Spec>>>;
 
-constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM may take
-
 template <class Spec>
 struct GroupedKernel {
   static constexpr Tile kTile = Spec::kTile;
-  static constexpr int kConsumers = Spec::kConsumers;
-  static constexpr bool kWidens = Spec::kWidens;
-  static constexpr int kThreads = (kConsumers + 1 + (kWidens ? kWideningGroups : 0)) * kWarpgroup;
+  static constexpr int kConsumers = Spec::kConsumers, kThreads = (kConsumers + 1) * kWarpgroup;
   using T = Element<Spec::kFormat>;
   using Epilogue = EpilogueOf<Spec>;
   using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
@@ -48,15 +40,11 @@ struct GroupedKernel {
   static constexpr bool kDgrad = Spec::kContraction == Contraction::kDgrad;
   static constexpr Major kMajorA = kWgrad ? Major::MN : Major::K;
   static constexpr bool kScaled = Spec::kScaled;
-  static constexpr Major kMajorB = kDgrad || kScaled || kWidens ? Major::K : Major::MN;
+  static constexpr Major kMajorB = kDgrad || kScaled ? Major::K : Major::MN;
 
   static constexpr int kCluster = kTile.cluster_rows * kTile.cluster_columns;
   static constexpr bool kCounts = Spec::kCounts;
-  static constexpr int kWideners = kWidens ? 4 : 0;  // warps that widen a stage
-  // Widening warps may wait for a tile while they hold steps of earlier ones, and all of these may be tiles of one step.
-  static constexpr int kQueued = kWidens ? (kMostAhead + 1) * kWideningGroups : 4;
-  static constexpr int kTakers = kConsumers * 4 + 1 + kScaled + kWideners * kWideningGroups;
-  using Queue = latent_moe::Queue<Schedule, kCluster, kTakers, kCounts, kQueued, kWidens>;
+  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumers * 4 + 1 + kScaled, kCounts>;
   static constexpr int kBlocksA = kTile.rows / kBlock;     // 64-row blocks of the tile
   static constexpr int kBlocksB = kTile.columns / kBlock;  // 64-column blocks of the tile
   static constexpr int kDepth = Spec::kStepDepth;
@@ -69,27 +57,24 @@ struct GroupedKernel {
   static constexpr int kWeightScales = 8;
   static constexpr int kHalves = Spec::kHalves ? 2 : 1;
   static constexpr int kScaleBytes = kScaled ? (kTile.rows + kWeightScales) * sizeof(float) : 0;
-  static constexpr int kCodeBytes = kWidens ? kCodeRingBytes : 0;
   static constexpr int kScaleLoaders = kScaled ? 32 : 0;  // threads
   static constexpr int kBarrierBytes = (2 * kStages + kConsumers) * sizeof(uint64_t);
   static_assert(kScaled ? kTile.rows * kTile.columns <= 256 * 128
                         : kTile.rows * kTile.columns <= 192 * 128 && kTile.rows <= 192 && kTile.columns <= 192,
                 "the accumulators fill the registers");
-  // Registers of a thread. All warpgroups' together are at most 504, or 480 if there are five.
-  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kWidenerRegisters = 56;
-  static constexpr int kConsumerRegisters = kWidens ? 160 : kConsumers == 3 ? 152 : kScaled ? 224 : 232;
+  // Registers of a thread. All warpgroups' together are at most 504, or 512 with three consumers.
+  static constexpr int kProducerRegisters = kScaled ? 56 : 40, kConsumerRegisters = kConsumers == 3 ? 152 : kScaled ? 224 : 232;
   static_assert(kLoadedRows == kBlock);
   static_assert(kWgrad || kTile.cluster_rows == 1, "only blocks of a weight gradient are stacked");
 
   static constexpr int shared_bytes(int num_experts) {
-    return kStages * (kStageBytes + kScaleBytes) + kCodeBytes + Epilogue::kSharedBytes + kBarrierBytes +
-           Queue::kSharedBytes + Schedule::shared_bytes(num_experts);
+    return kStages * (kStageBytes + kScaleBytes) + Epilogue::kSharedBytes + kBarrierBytes + Queue::kSharedBytes +
+           Schedule::shared_bytes(num_experts);
   }
 
   // The layout of shared memory.
   struct Shared {
     char* stages;
-    char* codes;
     char* epilogue;
     char* scales;
     char* queue;
@@ -100,8 +85,7 @@ struct GroupedKernel {
 
     __device__ explicit Shared(char* base) {
       stages = base;
-      codes = stages + kStages * kStageBytes;
-      epilogue = codes + kCodeBytes;
+      epilogue = stages + kStages * kStageBytes;
       scales = epilogue + Epilogue::kSharedBytes;
       queue = scales + kStages * kScaleBytes;
       full = reinterpret_cast<Barrier*>(queue + Queue::kSharedBytes);
@@ -151,7 +135,7 @@ struct GroupedKernel {
     while (queue.template take<true>(work)) {
       if (kCounts && args.gather.table != nullptr) fence_tma();
       const int blocks = active_blocks(work);
-      const uint32_t bytes = (blocks + (kWidens ? 0 : kBlocksB)) * kBlockBytes;
+      const uint32_t bytes = (blocks + kBlocksB) * kBlockBytes;
       for (int step = 0; step < work.steps; ++step, place.next()) {
         Barrier& full = shared.full[place.stage];
         shared.empty[place.stage].wait(place.phase ^ 1);
@@ -172,9 +156,7 @@ struct GroupedKernel {
             const Window window(work.row + first, min(kBlock, work.valid - first));
             load_box<kTile.cluster_columns>(args.a, full, to, mask_a, at, window.y, window.z, Window::kAxis);
           }
-          if constexpr (kWidens) {
-            // Other warps widen the weight (widen).
-          } else if constexpr (kMajorB == Major::K) {
+          if constexpr (kMajorB == Major::K) {
             load_box<1>(args.b, full, shared.b(place.stage, 0), 0, at, work.column, work.expert);
             if constexpr (Spec::kHalves) {
               load_box<1>(args.b, full, shared.b(place.stage, kBlocksB / 2), 0, at, work.column + args.problem.out_columns,
@@ -186,85 +168,6 @@ struct GroupedKernel {
         }
       }
     }
-  }
-
-  // The warps of a widening warpgroup share the columns of every second stage.
-  static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
-                                               int group, int warp) {
-    switch (args.weight.code) {
-      case Code::kE4m3:
-        return widen<Code::kE4m3>(args, shared, schedule, rank, group, warp);
-      case Code::kInt8:
-        return widen<Code::kInt8>(args, shared, schedule, rank, group, warp);
-      case Code::kMxfp4:
-        return widen<Code::kMxfp4>(args, shared, schedule, rank, group, warp);
-      case Code::kNvfp4:
-        return widen<Code::kNvfp4>(args, shared, schedule, rank, group, warp);
-      case Code::kInt4:
-        return widen<Code::kInt4>(args, shared, schedule, rank, group, warp);
-      case Code::kDense:
-        break;
-    }
-  }
-
-  template <Code C>
-  static __device__ __forceinline__ void widen(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
-                                               int group, int warp) {
-    using Stream = CodeStream<C, Spec::kHalves>;
-    const int lane = threadIdx.x % 32;
-    Queue queue(shared.queue, schedule, rank);
-    Stream stream(args.weight, cute::cast_smem_ptr_to_uint(shared.codes), group, warp, lane);
-    const uint32_t first = cute::cast_smem_ptr_to_uint(shared.b(0, 0)) + stream.place();
-    Place place;
-    int held = 0;  // steps in the ring
-    bool more = true, pauses = false, passes = group == 1;
-    // Whether there is another step of this warpgroup. At a tile without steps the stream pauses until it holds no step. Any
-    // number of such tiles may follow, and the queue goes on only when the steps that the stream holds are multiplied.
-    const auto has_step = [&] {
-      for (;; passes = false, stream.pass()) {
-        while (stream.ended()) {
-          if (pauses || !more) return false;
-          Work work;
-          more = queue.template take<false>(work);
-          if (more && work.steps > 0) stream.begin(work);
-          pauses = more && work.steps == 0 && held > 0;
-          __syncwarp();
-        }
-        if (!passes) return true;
-      }
-    };
-    const auto read = [&](int buffer) {
-      if (has_step()) {
-        stream.read(buffer);
-        passes = true;
-        ++held;
-      } else {
-        stream.end();
-      }
-      commit_copies();
-    };
-    if (group == 1) place.next();
-    do {
-      pauses = false;
-#pragma unroll 1
-      for (int buffer = 0; buffer < Stream::kAhead; ++buffer) read(buffer);
-#pragma unroll 1
-      for (int buffer = 0; held > 0; buffer = buffer + 1 == Stream::kAhead ? 0 : buffer + 1) {
-        typename Stream::Step step;
-        wait_for_batches<Stream::kAhead - 1>();
-        stream.take(step, buffer);
-        const uint32_t to = first + place.stage * kStageBytes;
-        Barrier& full = shared.full[place.stage];
-        // Barriers tell rounds apart by parity alone, so a warp waits in each round, for the other warpgroup's stage too. It
-        // does so before it stores, because that stage cannot begin a further round until then.
-        for (int i = 0; i < kWideningGroups; ++i, place.next()) shared.empty[place.stage].wait(place.phase ^ 1);
-        Stream::store(step, to);
-        __syncwarp();
-        if (lane == 0) full.arrive();
-        --held;
-        read(buffer);
-      }
-    } while (more);
   }
 
   // One warp copies the scales of codes beside the stages. They begin at any row, and TMA reads from multiples of 16 bytes.
@@ -347,8 +250,6 @@ struct GroupedKernel {
     for (int step = 0; step < full_steps; ++step, place.next()) {
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       shared.full[place.stage].wait(place.phase);
-      // The fence between the widening warps' stores and the products. It took more time in those warps, which wait for memory.
-      if constexpr (kWidens) cutlass::arch::fence_view_async_shared();
       cute::warpgroup_arrive();
 #pragma unroll
       for (int k16 = 0; k16 < kDepth / 16; ++k16) multiply(stage, k16);
@@ -418,27 +319,7 @@ struct GroupedKernel {
       });
     };
     ((eights == I8 + 1 ? with(std::integral_constant<int, 8 * (I8 + 1)>{}) : void()), ...);
-    if constexpr (kWidens) {
-      if (work.steps > 0) scale_sums(args.weight, acc, work, thread);
-    }
     epilogue.finish(acc, work);
-  }
-
-  // Multiplies the sums of a swap-AB tile (swap_ab_epilogue.cuh) by the scales that the widened codes lack.
-  static __device__ __forceinline__ void scale_sums(Weight const& weight, float (&acc)[kBlocksB][kTile.rows / 2],
-                                                    Work const& work, int thread) {
-#pragma unroll
-    for (int block = 0; block < kBlocksB; ++block) {
-      const int64_t matrix = kHalves == 2 ? 2 * work.expert + block : work.expert;
-      float scales[2];
-#pragma unroll
-      for (int eight = 0; eight < 2; ++eight) {
-        const int column = work.column + (kHalves == 2 ? 0 : block * kBlock) + thread / 32 * 16 + eight * 8 + thread % 32 / 4;
-        scales[eight] = scale_of_sum(weight, matrix, min(column, weight.n - 1));
-      }
-#pragma unroll
-      for (int i = 0; i < kTile.rows / 2; ++i) acc[block][i] *= scales[i / 2 % 2];
-    }
   }
 
   // Multiplies and stores this warpgroup's 64-row blocks of a tile of codes, `Blocks` in number. A step multiplies them one by
@@ -670,7 +551,7 @@ __global__ void __launch_bounds__(GroupedKernel<Spec>::kThreads, 1) grouped_kern
   const typename K::Schedule schedule(args.problem, shared.schedule);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < K::kStages; ++stage) {
-      shared.full[stage].init(1 + K::kScaleLoaders + K::kWideners);
+      shared.full[stage].init(1 + K::kScaleLoaders);
       shared.empty[stage].init(K::kCluster * K::kReaders);
     }
     for (int warpgroup = 0; warpgroup < K::kConsumers; ++warpgroup) shared.turn[warpgroup].init(1);
@@ -697,11 +578,6 @@ __global__ void __launch_bounds__(GroupedKernel<Spec>::kThreads, 1) grouped_kern
       if (args.gather.table != nullptr && warp >= 4 - kGatherers) {
         gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
       }
-    }
-  } else if (K::kWidens && warpgroup > K::kConsumers) {
-    if constexpr (K::kWidens) {
-      cutlass::arch::warpgroup_reg_dealloc<K::kWidenerRegisters>();
-      K::widen(args, shared, schedule, rank, uniform(warpgroup - K::kConsumers - 1), uniform(threadIdx.x / 32 % 4));
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();

@@ -1,4 +1,4 @@
-// Stores the accumulators of a swap-AB tile, which hold the transposed product: rounded, or through an activation.
+// Stores the accumulators of a swap-AB tile, which hold the transposed product: rounded, or through a gated activation.
 //
 // The four warps of a warpgroup move 16 rows of all columns through shared memory. They transpose the rows on the way in,
 // and write whole blocks of a row on the way out. With a gated activation, a thread holds the gate and the up half of the
@@ -16,7 +16,7 @@ template <class Spec>
 class SwapAbEpilogue {
   static constexpr Tile kTile = Spec::kTile;
   static constexpr Activation kActivation = Spec::kActivation;
-  static constexpr bool kGated = Spec::kHalves, kActivates = Spec::kActivates && !kGated;
+  static constexpr bool kGated = Spec::kHalves;
   static constexpr int kBlocks = kTile.columns / kBlock;
   static_assert(!kGated || kBlocks == 2, "one block of gates, and one of the up half");
   static constexpr bool kGate = Spec::kResidual == Residual::kGateHidden;
@@ -52,12 +52,7 @@ class SwapAbEpilogue {
           if (kGate && block == 0) x = gate_to_keep<kActivation>(x), y = gate_to_keep<kActivation>(y);
           p[block][i] = pack<T>(x, y);
         }
-        if (kActivates) continue;
         if (!kGated || (args_.keep_residual && !(kGate && block == 1))) put(p[block], block);
-      }
-      if constexpr (kActivates) {
-        store_activation(p, work, first);
-        continue;
       }
       if constexpr (kGated) {
 #pragma unroll
@@ -83,25 +78,6 @@ class SwapAbEpilogue {
   }
 
  private:
-  // Stores 16 rows of an ungated activation: the pre-activation if it is kept, and the hidden rows.
-  __device__ __forceinline__ void store_activation(uint32_t (&p)[kBlocks][4], Work const& work, int first) const {
-    if (args_.keep_residual) store_rows(p, args_.out, work, first);
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p[block][i] = hidden<T, kActivation>(p[block][i], 0, params_);
-    }
-    store_rows(p, args_.hidden, work, first);
-  }
-
-  __device__ __forceinline__ void store_rows(uint32_t const (&p)[kBlocks][4], void* matrix, Work const& work, int first) const {
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) put(p[block], block);
-    sync_warpgroup(warpgroup_);
-    write<kBlocks>(0, matrix, args_.problem.out_columns, work.row + first, work.valid - first, work.column, 0);
-    sync_warpgroup(warpgroup_);
-  }
-
   __device__ __forceinline__ void put(uint32_t const (&p)[4], int block) const {
     cute::SM90_U16x8_STSM_T::copy(p[0], p[1], p[2], p[3],
                                   *at(lane_ / 16 * 8 + lane_ % 8, block * 8 + warp_ * 2 + lane_ / 8 % 2));

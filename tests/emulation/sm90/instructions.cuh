@@ -1,10 +1,9 @@
 // Hopper's instructions for epilogues, on the CPU, in place of custom_calls/src/sm90/instructions.cuh.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
-#include <utility>
 #include <vector>
 
 #include "common/device.cuh"
@@ -44,6 +43,19 @@ struct SM90_U32x4_STSM_N {
   }
 };
 
+// Lane L has the elements 2 (L % 4) and 2 (L % 4) + 1 of column L / 4 of each of the four matrices.
+struct SM90_U16x8_STSM_T {
+  static void copy(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint128_t& mine) {
+    const auto rows = emulation::of_warp<uint128_t*>(&mine);
+    const uint32_t values[4] = {a, b, c, d};
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 8; ++i) {
+      auto* row = reinterpret_cast<uint16_t*>(rows[8 * (i / 2) + lane % 4 * 2 + i % 2]);
+      row[lane / 4] = values[i / 2] >> 16 * (i % 2);
+    }
+  }
+};
+
 struct SM75_U32x4_LDSM_N {
   static void copy(uint128_t const&, uint32_t&, uint32_t&, uint32_t&, uint32_t&) { std::abort(); }
 };
@@ -72,6 +84,9 @@ namespace latent_moe::sm90 {
 
 constexpr int kWarpgroup = 128, kRowBytes = 128, kBlock = 64;
 
+inline float exp_fast(float x) { return std::exp(x); }
+inline float reciprocal(float x) { return 1 / x; }
+
 template <class T>
 uint32_t relu_of_pair(uint32_t pair) {
   const float2 values = unpack<T>(pair);
@@ -82,11 +97,6 @@ template <class T>
 uint32_t square_of_pair(uint32_t pair) {
   const float2 values = unpack<T>(pair);
   return pack<T>(values.x * values.x, values.y * values.y);
-}
-
-inline void store_shared(uint32_t to, uint4 value) {
-  if (to % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
-  std::memcpy(emulation::shared + to, &value, sizeof value);
 }
 
 inline uint4 load_shared(uint32_t from) {
@@ -103,41 +113,7 @@ inline uint32_t load_shared_word(uint32_t from) {
   return found;
 }
 
-// Copies of a thread, in the batches that it has made. They are done when it waits for the batch.
-struct PartCopy {
-  void const* from;
-  uint32_t to;
-  int bytes;
-  bool inside;
-};
-
-inline std::deque<std::vector<PartCopy>> batches[1024];
-inline std::vector<PartCopy> begun[1024];
-
-inline void copy_part(uint32_t to, void const* from, int bytes, bool inside) {
-  if (to % bytes != 0 || (inside && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
-    std::fprintf(stderr, "a copy is not aligned\n"), std::abort();
-  }
-  begun[threadIdx.x].push_back({from, to, bytes, inside});
-}
-
-inline void copy_chunk(uint32_t to, void const* from, bool inside) { copy_part(to, from, 16, inside); }
-inline void copy_word(uint32_t to, void const* from, bool inside) { copy_part(to, from, 4, inside); }
-
-inline void commit_copies() {
-  batches[threadIdx.x].push_back(std::move(begun[threadIdx.x]));
-  begun[threadIdx.x].clear();
-}
-
-template <int Newer>
-void wait_for_batches() {
-  auto& mine = batches[threadIdx.x];
-  for (; mine.size() > Newer; mine.pop_front()) {
-    for (PartCopy const& copy : mine.front()) {
-      copy.inside ? std::memcpy(emulation::shared + copy.to, copy.from, copy.bytes)
-                  : std::memset(emulation::shared + copy.to, 0, copy.bytes);
-    }
-  }
-}
+// All warpgroups of the block meet, which wait equally often.
+inline void sync_warpgroup(int) { __syncthreads(); }
 
 }  // namespace latent_moe::sm90

@@ -1,0 +1,348 @@
+// A persistent, warp-specialised kernel for bfloat16 rows that are sorted by expert, times a weight in codes.
+//
+// Features of the weight lie along wgmma's M axis, because its first operand may come from registers: codes go through shared
+// memory to registers, where they are widened (fragments.cuh). Rows lie along the N axis, in shared memory. Two warpgroups
+// multiply the same rows by 64 features each. While products of one part of a step run, a warpgroup widens the next part.
+//
+// One warp copies rows to a ring of stages through TMA, another one codes to a ring of their own, so that codes may be further
+// ahead: tiles of few rows are bound by reading them. An expert may end at any row. TMA clips the boxes there (`Window`).
+#pragma once
+
+#include "common/gather.cuh"
+#include "common/queue.cuh"
+#include "common/schedule.cuh"
+#include "sm90/fragments.cuh"
+#include "sm90/spec.h"
+#include "sm90/widened_epilogue.cuh"
+
+namespace latent_moe::sm90 {
+
+template <class Spec>
+struct WidenedKernel {
+  static constexpr Tile kTile = Spec::kTile;
+  static constexpr int kConsumers = Spec::kConsumers, kConsumerWarps = kConsumers * 4;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+  using T = Element<Spec::kFormat>;
+  using Epilogue = WidenedEpilogue<Spec>;
+  using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
+  static constexpr int kCluster = kTile.cluster_columns;
+  // The warps that multiply take tiles, and the two that copy. That of codes may be ahead of that of rows.
+  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumerWarps + 2, true, 4, true>;
+  static constexpr bool kHalves = Spec::kHalves;
+  static constexpr int kStages = kTile.stages, kCodeStages = 4;
+  static constexpr int kRowBlocks = kTile.rows / kBlock;  // blocks of 64 rows
+  static constexpr int kBlockBytes = kBlock * kRowBytes, kStageBytes = kRowBlocks * kBlockBytes;
+  static constexpr int kCodeStageBytes = kTile.columns * kRowBytes;
+  static constexpr int kBarrierBytes = 2 * (kStages + kCodeStages) * sizeof(uint64_t);
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(Spec::kStepDepth == kStepElements && kPartElements == kBlock);
+
+  static constexpr int shared_bytes(int num_experts) {
+    return kStages * kStageBytes + kCodeStages * kCodeStageBytes + Epilogue::kSharedBytes + kBarrierBytes +
+           Queue::kSharedBytes + Schedule::shared_bytes(num_experts);
+  }
+
+  // The layout of shared memory.
+  struct Shared {
+    char* rows;
+    char* codes;
+    char* epilogue;
+    char* queue;
+    Barrier* full;
+    Barrier* empty;
+    Barrier* full_codes;
+    Barrier* empty_codes;
+    int* schedule;
+
+    __device__ explicit Shared(char* base) {
+      rows = base;
+      codes = rows + kStages * kStageBytes;
+      epilogue = codes + kCodeStages * kCodeStageBytes;
+      queue = epilogue + Epilogue::kSharedBytes;
+      full = reinterpret_cast<Barrier*>(queue + Queue::kSharedBytes);
+      empty = full + kStages;
+      full_codes = empty + kStages;
+      empty_codes = full_codes + kCodeStages;
+      schedule = reinterpret_cast<int*>(empty_codes + kCodeStages);
+    }
+  };
+
+  // A position in a ring, and the parity of its rounds.
+  template <int Stages>
+  struct Place {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+      if (++stage == Stages) stage = 0, phase ^= 1;
+    }
+  };
+
+  // One thread copies the rows of tiles. Blocks of a cluster share them.
+  static __device__ __forceinline__ void load_rows(Args const& args, Shared const& shared, Schedule const& schedule, int rank) {
+    Queue queue(shared.queue, schedule, rank);
+    Place<kStages> place;
+    Work work;
+    while (queue.template take<true>(work)) {
+      if (args.gather.table != nullptr) fence_tma();
+      const int blocks = min(kRowBlocks, ceil_div(work.valid, kBlock));
+      for (int part = 0; part < kParts * work.steps; ++part, place.next()) {
+        Barrier& full = shared.full[place.stage];
+        shared.empty[place.stage].wait(place.phase ^ 1);
+        full.arrive_and_expect_tx(blocks * kBlockBytes);
+#pragma unroll
+        for (int block = 0; block < kRowBlocks; ++block) {
+          if (block % kCluster != rank || block >= blocks) continue;
+          const int first = block * kBlock;
+          const Window window(work.row + first, min(kBlock, work.valid - first));
+          load_box<kCluster>(args.a, full, shared.rows + place.stage * kStageBytes + block * kBlockBytes,
+                             static_cast<uint16_t>((1 << kCluster) - 1), part * kPartElements, window.y, window.z,
+                             Window::kAxis);
+        }
+      }
+    }
+  }
+
+  // One warp copies the codes of tiles, 128 bytes of each feature to a stage.
+  static __device__ __forceinline__ void load_codes(Args const& args, Shared const& shared, Schedule const& schedule, int rank) {
+    Queue queue(shared.queue, schedule, rank);
+    Place<kCodeStages> place;
+    Work work;
+    const int bytes = args.weight.k / packing(args.weight.code);
+    while (queue.template take<false>(work)) {
+      const int end = work.steps > 0 ? bytes : 0;
+      for (int at = 0; at < end; at += kRowBytes, place.next()) {
+        Barrier& full = shared.full_codes[place.stage];
+        shared.empty_codes[place.stage].wait(place.phase ^ 1);
+        if (cute::elect_one_sync()) {
+          char* to = shared.codes + place.stage * kCodeStageBytes;
+          full.arrive_and_expect_tx(kCodeStageBytes);
+          if constexpr (kHalves) {
+            load_box<1>(args.b, full, to, 0, at, work.column, 2 * work.expert);
+            load_box<1>(args.b, full, to + kCodeStageBytes / 2, 0, at, work.column, 2 * work.expert + 1);
+          } else {
+            load_box<1>(args.b, full, to, 0, at, work.column, work.expert);
+          }
+        }
+        __syncwarp();
+      }
+    }
+  }
+
+  // Calls `with` for so many rows, in eights from Low to High.
+  template <int Low, int High, class With>
+  static __device__ __forceinline__ void of_height(int eights, With const& with) {
+    if constexpr (Low == High) {
+      with(std::integral_constant<int, 8 * Low>{});
+    } else {
+      constexpr int kMiddle = (Low + High) / 2;
+      eights <= kMiddle ? of_height<Low, kMiddle>(eights, with) : of_height<kMiddle + 1, High>(eights, with);
+    }
+  }
+
+  // The products of a tile: of this warpgroup's features and the rows of the stages. Only the instruction depends on the number
+  // of rows. If the whole loop did, the compiler would find too few registers for all of them.
+  template <Code C>
+  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, Fragments<C, kHalves>& fragments,
+                                                  float (&acc)[kTile.rows / 2], Place<kStages>& place,
+                                                  Place<kCodeStages>& codes, uint32_t lane) {
+    const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.rows), 0);
+    const uint32_t first_codes = cute::cast_smem_ptr_to_uint(shared.codes);
+    const int eights = ceil_div(work.valid, 8);
+    const auto issue = [&](Fragment const& fragment) {
+      shared.full[place.stage].wait(place.phase);
+      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
+      of_height<1, kTile.rows / 8>(eights, [&](auto n) {
+        cute::warpgroup_arrive();
+#pragma unroll
+        for (int k16 = 0; k16 < kPartElements / 16; ++k16) fragment_wgmma<n()>(fragment[k16], descriptor(stage, 32 * k16), acc);
+        cute::warpgroup_commit_batch();
+      });
+    };
+    // Each warp gives a stage back by itself, to all blocks that copy to it.
+    const auto release = [&](int stage) {
+      if (kCluster == 1) {
+        if (lane == 0) shared.empty[stage].arrive();
+      } else if (lane < kCluster) {
+        shared.empty[stage].arrive(lane);
+      }
+    };
+    const auto widen = [&](Fragment& fragment, int step, int part) {
+      const int of_stage = step % kStageSteps<C>;
+      if (part == 0 && of_stage == 0) shared.full_codes[codes.stage].wait(codes.phase);
+      fragments.widen(fragment, first_codes + codes.stage * kCodeStageBytes, of_stage, part);
+    };
+    Fragment fragment[kParts];
+    fragments.take(0);
+    widen(fragment[0], 0, 0);
+    int previous = -1;
+#pragma unroll 1
+    for (int step = 0;; ++step) {
+      issue(fragment[0]);
+      cute::warpgroup_wait<1>();
+      if (previous >= 0) release(previous);
+      previous = place.stage;
+      place.next();
+      widen(fragment[1], step, 1);
+
+      issue(fragment[1]);
+      // The products depend on all that the warp has read from a stage of codes.
+      const bool ends = step + 1 == work.steps;
+      if (ends || (step + 1) % kStageSteps<C> == 0) {
+        if (lane == 0) shared.empty_codes[codes.stage].arrive();
+        codes.next();
+      }
+      cute::warpgroup_wait<1>();
+      release(previous);
+      previous = place.stage;
+      place.next();
+      if (ends) break;
+      fragments.take(step + 1);
+      widen(fragment[0], step + 1, 0);
+    }
+    cute::warpgroup_wait<0>();
+    release(previous);
+  }
+
+  template <Code C>
+  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
+                                                 int warpgroup) {
+    const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
+    const uint32_t lane = unsigned(thread) % 32;
+    const Epilogue epilogue(args, shared.epilogue, warpgroup, thread);
+    Fragments<C, kHalves> fragments(args.weight, warpgroup, thread);
+    Queue queue(shared.queue, schedule, rank);
+    Place<kStages> place;
+    Place<kCodeStages> codes;
+    Work work;
+    const auto take = [&] {
+      const bool more = queue.template take<false>(work);
+      work.steps = uniform(work.steps);
+      work.valid = uniform(work.valid);
+      if (more && work.steps > 0) fragments.begin(work.expert, work.column);
+      return more;
+    };
+    bool more = take();
+    while (more) {
+      float acc[kTile.rows / 2] = {};
+      const Work done = work;
+      float scales[2] = {};
+      if (done.steps > 0) {
+        multiply<C>(shared, done, fragments, acc, place, codes, lane);
+        scales[0] = fragments.of_sum(0), scales[1] = fragments.of_sum(1);
+      }
+      more = take();  // the next tile's scales arrive meanwhile
+      epilogue.template finish<Fragments<C, kHalves>::kScalesSums>(acc, scales, done);
+      __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
+    }
+  }
+
+  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
+                                                 int warpgroup) {
+    switch (args.weight.code) {
+      case Code::kE4m3:
+        return consume<Code::kE4m3>(args, shared, schedule, rank, warpgroup);
+      case Code::kInt8:
+        return consume<Code::kInt8>(args, shared, schedule, rank, warpgroup);
+      case Code::kMxfp4:
+        return consume<Code::kMxfp4>(args, shared, schedule, rank, warpgroup);
+      case Code::kNvfp4:
+        return consume<Code::kNvfp4>(args, shared, schedule, rank, warpgroup);
+      case Code::kInt4:
+        return consume<Code::kInt4>(args, shared, schedule, rank, warpgroup);
+      case Code::kDense:
+        break;
+    }
+  }
+};
+
+template <class Spec>
+__global__ void __launch_bounds__(WidenedKernel<Spec>::kThreads, 1) widened_kernel(__grid_constant__ const Args args) {
+  using K = WidenedKernel<Spec>;
+  extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
+  // If the compiler knows that an address is the same for the whole warp, it keeps it out of the lanes' registers.
+  const uint32_t start = uniform(cute::cast_smem_ptr_to_uint(base));
+  const typename K::Shared shared(static_cast<char*>(__cvta_shared_to_generic(start)));
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int rank = K::kCluster == 1 ? 0 : cute::block_rank_in_cluster();
+
+  const typename K::Schedule schedule(args.problem, shared.schedule);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < K::kStages; ++stage) {
+      shared.full[stage].init(1);
+      shared.empty[stage].init(K::kCluster * K::kConsumerWarps);
+    }
+    for (int stage = 0; stage < K::kCodeStages; ++stage) {
+      shared.full_codes[stage].init(1);
+      shared.empty_codes[stage].init(K::kConsumerWarps);
+    }
+    typename K::Queue(shared.queue, schedule, rank).init();
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if constexpr (K::kCluster > 1) {
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+  }
+
+  if (warpgroup == K::kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<K::kProducerRegisters>();
+    const int warp = threadIdx.x / 32 % 4;
+    // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
+    if (warp == 0 && cute::elect_one_sync()) K::load_rows(args, shared, schedule, rank);
+    if (rank == 0 && warp == 1 && cute::elect_one_sync()) typename K::Queue(shared.queue, schedule, rank).serve(args);
+    if (warp == 2) K::load_codes(args, shared, schedule, rank);
+    if (warp == 3 && args.gather.table != nullptr) {
+      gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();
+    K::consume(args, shared, schedule, rank, uniform(warpgroup));
+  }
+  // A block may end only when no other block of the cluster writes into its shared memory any more.
+  __syncwarp();
+  if constexpr (K::kCluster > 1) {
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+}
+
+template <class Spec>
+cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
+  using K = WidenedKernel<Spec>;
+  const int shared_bytes = K::shared_bytes(args.problem.num_experts);
+  if (auto error = cudaFuncSetAttribute(widened_kernel<Spec>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
+    return error;
+  }
+  if (auto error = cudaMemsetAsync(args.counter, 0, args.counter_bytes, stream)) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = num_sms / K::kCluster * K::kCluster;  // all blocks run at once
+  config.blockDim = K::kThreads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = K::kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, widened_kernel<Spec>, args);
+}
+
+template <class Spec>
+int max_experts() {
+  using K = WidenedKernel<Spec>;
+  static_assert(K::kCluster <= 2, "a GPU may hold fewer larger clusters than its SMs suggest");
+  static_assert(K::shared_bytes(1) <= kSharedMemory);
+  return (kSharedMemory - K::shared_bytes(0)) / (K::shared_bytes(1) - K::shared_bytes(0));
+}
+
+}  // namespace latent_moe::sm90
+
+// Compiles one kernel: the arguments are Spec's.
+#define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                  \
+  namespace latent_moe::sm90 {                                                                                              \
+  using Compiled = Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>; \
+  template cudaError_t launch<Compiled>(Args const&, int, cudaStream_t);                                                    \
+  template int max_experts<Compiled>();                                                                                     \
+  }
