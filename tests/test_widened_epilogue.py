@@ -33,9 +33,7 @@ def stored(product, sizes, width, activation, *, keep, rows_first, config):
     hidden = emulated.aligned(np.full((len(product), width), UNWRITTEN, jnp.bfloat16))
     pointers = (array.ctypes.data for array in (product, out, hidden, sizes))
     call = Call(*pointers, len(sizes), len(product), width, rows_first, keep, config.situ_beta, config.situ_linear_beta)
-    emulated.compiled("widened_epilogue").widened_epilogue(
-        ctypes.byref(call), emulated.ACTIVATIONS.index(activation)
-    )
+    emulated.compiled("widened_epilogue").widened_epilogue(ctypes.byref(call), emulated.ACTIVATIONS.index(activation))
     return out.astype(np.float64), hidden.astype(np.float64)
 
 

@@ -1,7 +1,8 @@
 """A model of the barriers of a kernel that widens codes (custom_calls/src/sm90/widened_kernel.cuh).
 
-The threads of a cluster of one or two blocks run in random order. A case fails if they all wait, or if a product reads a stage
-that another step has overwritten. The model has the kernel's order of waits and arrivals, and has to change with it.
+The threads of a cluster of one or two blocks run in random order. A case fails if they all wait, or if a product reads
+a stage that another step has overwritten. The model has the kernel's order of waits and arrivals, and has to change
+with it.
 """
 
 import random
