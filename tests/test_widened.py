@@ -70,7 +70,7 @@ def widened(code, codes, scales, more, k):
     """The fragments of all tiles in order: [E, P, N, K], with N and K up to whole tiles and steps."""
     codes, scales, more = map(emulated.aligned, (codes, scales, more))
     experts, parts, n, _ = codes.shape
-    columns, steps = -(-n // 128) * 128, -(-k // 128)
+    columns, steps = -(-n // 192) * 192, -(-k // 128)
     weight = emulated._weight(code, codes, scales, more, parts, k, n)
     if code not in ("e4m3", "int8"):
         weight.n_shift, weight.k_shift = 0, int(np.log2(k // scales.shape[3]))

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-STAGES, CODE_STAGES, ENTRIES, WARPS, PARTS = 4, 4, 4, 8, 2
+STAGES, CODE_STAGES, ENTRIES, WARPS, PARTS = 5, 3, 4, 12, 2
 
 
 class Barrier:

@@ -12,7 +12,7 @@ using latent_moe::Code, latent_moe::Weight;
 
 namespace {
 
-constexpr int kColumns = 128, kStages = 2;
+constexpr int kGroups = 3, kColumns = 64 * kGroups, kStages = 2;
 constexpr int kStageBytes = kColumns * sm90::kRowBytes;
 
 // Copies 128 bytes of each of some features to swizzled rows of a stage, as TMA does: zeros lie beyond the last feature and byte.
@@ -30,12 +30,12 @@ void copy(Weight const& weight, int64_t matrix, int first, int features, int at,
 template <Code C, bool Halves>
 void run(Weight const& weight, int experts, int columns, int steps, uint16_t* widened) {
   constexpr int kOfMatrix = Halves ? kColumns / 2 : kColumns;  // columns of a matrix in a tile
-  constexpr int kOfGroup = kOfMatrix / 2;                      // and in a warpgroup
+  constexpr int kOfGroup = kOfMatrix / kGroups;                // and in a warpgroup
   for (int expert = 0; expert < experts; ++expert) {
     for (int column = 0; column < columns; column += kOfMatrix) {
-      emulation::run_block(2 * sm90::kWarpgroup, [&] {
+      emulation::run_block(kGroups * sm90::kWarpgroup, [&] {
         const int group = threadIdx.x / sm90::kWarpgroup, thread = threadIdx.x % sm90::kWarpgroup, lane = thread % 32;
-        sm90::Fragments<C, Halves> fragments(weight, group, thread);
+        sm90::Fragments<C, Halves, kColumns> fragments(weight, group, thread);
         fragments.begin(expert, column);
         for (int step = 0; step < steps; ++step) {
           const int of_stage = step % sm90::kStageSteps<C>, place = step / sm90::kStageSteps<C> % kStages * kStageBytes;
@@ -48,12 +48,13 @@ void run(Weight const& weight, int experts, int columns, int steps, uint16_t* wi
             }
             __syncthreads();
           }
+          if (fragments.is_idle()) continue;
           fragments.take(step);
           for (int part = 0; part < sm90::kParts; ++part) {
             sm90::Fragment fragment;
             fragments.widen(fragment, place, of_stage, part);
             // PTX: the first operand of wgmma.m64nNk16 in registers.
-            for (int i = 0; i < 16; ++i) {
+            for (int i = 0; i < 8; ++i) {
               const int row = thread / 32 * 16 + i % 2 * 8 + lane / 4;
               const int feature = Halves ? group * kOfGroup + row / 16 * 8 + row % 8 : group * kOfGroup + row;
               const int64_t matrix = Halves ? 2 * expert + row / 8 % 2 : expert;

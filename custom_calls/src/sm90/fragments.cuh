@@ -3,7 +3,7 @@
 // For 16 elements k of the contracted axis, a thread of wgmma holds those at 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of two rows of
 // the operand, q = thread % 4. The rows are features of the weight, any two will do: neighbours by 8, or a gate and its up
 // half. TMA has copied 128 bytes of codes of each feature to a swizzled row of a stage. Scales come from memory, a step
-// ahead. A step is 128 elements, and a part of it 64.
+// ahead. A step is 128 elements, and a part of it 32.
 #pragma once
 
 #include "sm90/instructions.cuh"
@@ -11,8 +11,8 @@
 
 namespace latent_moe::sm90 {
 
-constexpr int kParts = 2;         // of a step
-constexpr int kPartElements = 64;
+constexpr int kParts = 4;  // of a step
+constexpr int kPartElements = 32;
 constexpr int kStepElements = kParts * kPartElements;
 
 // Bytes of codes of a feature in a stage are those of so many steps.
@@ -22,8 +22,8 @@ constexpr int kStageSteps = packing(C);
 // The operand of the products with 16 elements each of a part.
 using Fragment = uint32_t[kPartElements / 16][4];
 
-// If Halves is true, a thread's features are a gate and its up half. The tile of a warpgroup has 32 of both.
-template <Code C, bool Halves>
+// A tile has so many features, in a gated one half gates, half up. A thread's two features are then a gate and its up half.
+template <Code C, bool Halves, int Features>
 class Fragments {
   using Widen = decode::Widen<C>;
   static constexpr bool kPacks = packing(C) == 2;
@@ -38,15 +38,21 @@ class Fragments {
  public:
   static constexpr bool kScalesSums = C != Code::kMxfp4 && C != Code::kInt4;
 
-  __device__ Fragments(Weight const& weight, int warpgroup, int thread) : weight_(weight), quarter_(thread % 4) {
-    const int warp = thread / 32, in_eight = thread % 32 / 4;
-    feature_ = Halves ? warpgroup * 32 + warp * 8 + in_eight : warpgroup * 64 + warp * 16 + in_eight;
-    place_ = feature_ * kRowBytes + (in_eight << 4) + (kPacks ? 0 : quarter_ / 2 * 4);
-    choice_ = kPacks ? 0x40 + 0x11 * quarter_ : quarter_ % 2 ? 0x7632 : 0x5410;
+  __device__ Fragments(Weight const& weight, int warpgroup, int thread) : weight_(weight), first_(warpgroup * (Halves ? 32 : 64)) {
+    const int warp = thread / 32, in_eight = thread % 32 / 4, quarter = thread % 4;
+    feature_ = first_ + warp * (Halves ? 8 : 16) + in_eight;
+    place_ = feature_ * kRowBytes + (in_eight << 4) + (kPacks ? 0 : quarter / 2 * 4);
+    if constexpr (C == Code::kInt8) {
+      choice_ = quarter % 2 ? 0x3322 : 0x1100;
+    } else {
+      choice_ = kPacks ? 0x40 + 0x11 * quarter : quarter % 2 ? 0x7632 : 0x5410;
+    }
   }
 
   // Begins a tile of an expert from a column on: reads the scales of sums, and those of the first step.
   __device__ __forceinline__ void begin(int expert, int column) {
+    idle_ = column + first_ >= weight_.n;
+    if (idle_) return;
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
       const int64_t matrix = Halves ? 2 * int64_t{expert} + f : expert;
@@ -65,6 +71,9 @@ class Fragments {
     }
     load(0);
   }
+
+  // Whether all features of the tile lie beyond the last one, in all threads of the warpgroup.
+  __device__ __forceinline__ bool is_idle() const { return idle_; }
 
   __device__ __forceinline__ float of_sum(int f) const { return of_sums_[f]; }
 
@@ -112,35 +121,24 @@ class Fragments {
   // Widens a part of a step, out of a stage at an address in shared memory. The step is the `of_stage`-th one there.
   __device__ __forceinline__ void widen(Fragment& fragment, uint32_t stage, int of_stage, int part) const {
     if constexpr (kPacks) {
-      uint32_t from[2][4];  // of both features: a factor for each 16 elements, or the same twice
-      uint32_t zeros[2][2];
-      factors(from, zeros, part);
-      const uint32_t at = stage + place_ ^ (of_stage * kParts + part) << 5;
+      const uint32_t at = stage + place_ ^ (of_stage * kParts + part) << 4;
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-#pragma unroll
-        for (int unit = 0; unit < 2; ++unit) {
-          const uint4 codes = load_shared((at ^ unit << 4) + f * kApart);
-          const uint32_t word = decode::permuted(decode::permuted(codes.x, codes.y, choice_),
-                                                 decode::permuted(codes.z, codes.w, choice_), 0x5410);
-          pairs(fragment[2 * unit], fragment[2 * unit + 1], f, word, from[f][2 * unit], from[f][2 * unit + 1],
-                zeros[f][unit]);
-        }
-      }
-      if constexpr (C == Code::kMxfp4) {
-        if (special_) multiply_more(fragment, part);
+        const uint4 codes = load_shared(at + f * kApart);
+        const uint32_t word = decode::permuted(decode::permuted(codes.x, codes.y, choice_),
+                                               decode::permuted(codes.z, codes.w, choice_), 0x5410);
+        widen_word(fragment, f, word, part);
       }
     } else {
 #pragma unroll
-      for (int k16 = 0; k16 < 4; ++k16) {
-        const uint32_t at = stage + place_ ^ (part * 4 + k16) << 4;
+      for (int k16 = 0; k16 < kPartElements / 16; ++k16) {
+        const uint32_t at = stage + place_ ^ (part * 2 + k16) << 4;
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
           const uint32_t a = load_shared_word(at + f * kApart), b = load_shared_word(at + f * kApart + 8);
           if constexpr (C == Code::kInt8) {
-            const uint32_t choice = quarter_ % 2 ? 0x3322 : 0x1100;
-            fragment[k16][f] = int8_in_order(decode::permuted(a, 0, choice));
-            fragment[k16][f + 2] = int8_in_order(decode::permuted(b, 0, choice));
+            fragment[k16][f] = int8_in_order(decode::permuted(a, 0, choice_));
+            fragment[k16][f + 2] = int8_in_order(decode::permuted(b, 0, choice_));
           } else {
             const uint32_t word = decode::permuted(a, b, choice_);
             const float scale = __uint_as_float(now_[f][0]);
@@ -153,7 +151,7 @@ class Fragments {
   }
 
  private:
-  static constexpr int kApart = (Halves ? 64 : 8) * kRowBytes;  // from one feature to the other in a stage
+  static constexpr int kApart = (Halves ? Features / 2 : 8) * kRowBytes;  // from one feature to the other in a stage
 
   // Scales of a feature along the contracted axis.
   __device__ __forceinline__ int blocks() const {
@@ -226,72 +224,54 @@ class Fragments {
     }
   }
 
-  // The factors of a part's codes, twice in a word.
-  __device__ __forceinline__ void factors(uint32_t (&from)[2][4], uint32_t (&zeros)[2][2], int part) const {
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      if constexpr (C == Code::kNvfp4) {
+  // Widens a feature's codes of a part, eight in number, whose bytes are in the order of the fragment's pairs.
+  __device__ __forceinline__ void widen_word(Fragment& fragment, int f, uint32_t word, int part) const {
+    uint32_t(&first)[4] = fragment[0];
+    uint32_t(&second)[4] = fragment[1];
+    if constexpr (C == Code::kInt4) {
+      const uint32_t scale = decode::permuted(now_[f][part / 2], 0, part % 2 == 0 ? 0x1010 : 0x3232);
+      const uint32_t zero = decode::permuted(now_[f][2], 0x43, 0x4040 + 0x0101 * part), shifted = word >> 4;
+      first[f] = int4_in_order<0>(word, shifted, scale, zero);
+      first[f + 2] = int4_in_order<1>(word, shifted, scale, zero);
+      second[f] = int4_in_order<2>(word, shifted, scale, zero);
+      second[f + 2] = int4_in_order<3>(word, shifted, scale, zero);
+    } else {
+      uint32_t scales[2];  // of 16 elements each
+      factors(scales, f, part);
+      const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
+      first[f] = decode::times(e2m1_in_order<0>(even, odd), scales[0]);
+      first[f + 2] = decode::times(e2m1_in_order<1>(even, odd), scales[0]);
+      second[f] = decode::times(e2m1_in_order<2>(even, odd), scales[1]);
+      second[f + 2] = decode::times(e2m1_in_order<3>(even, odd), scales[1]);
+      if constexpr (C == Code::kMxfp4) {
         if (special_) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) from[f][i] = Widen::scale(now_[f][part] >> 8 * i & 0xff);
-        } else {
-          // The exponent's bias is 7, and the scale times 2^116.
-#pragma unroll
-          for (int i = 0; i < 4; ++i) from[f][i] = byte(now_[f][part], i) * 0x00100010 + (127 - 7 + 116) * 0x00800080u;
+          const uint32_t more = Widen::scale(byte(whole_[f], part)).more;
+          first[f] = decode::times(first[f], more), first[f + 2] = decode::times(first[f + 2], more);
+          second[f] = decode::times(second[f], more), second[f + 2] = decode::times(second[f + 2], more);
         }
-      } else if constexpr (C == Code::kMxfp4) {
+      }
+    }
+  }
+
+  // The factors of a feature's E2M1 codes in a part, twice in a word.
+  __device__ __forceinline__ void factors(uint32_t (&scales)[2], int f, int part) const {
+    if constexpr (C == Code::kMxfp4) {
+      scales[0] = scales[1] = Widen::factor(byte(now_[f][0], part));
+    } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          from[f][2 * i] = from[f][2 * i + 1] = Widen::factor(byte(now_[f][0], 2 * part + i));
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          from[f][2 * i] = from[f][2 * i + 1] = decode::permuted(now_[f][part], 0, i == 0 ? 0x1010 : 0x3232);
-          zeros[f][i] = decode::permuted(now_[f][2], 0x43, 0x4040 + 0x0101 * (2 * part + i));
-        }
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t e4m3 = byte(now_[f][part / 2], part % 2 * 2 + i);
+        // The exponent's bias is 7, and the scale times 2^116.
+        scales[i] = special_ ? Widen::scale(e4m3) : e4m3 * 0x00100010 + (127 - 7 + 116) * 0x00800080u;
       }
     }
   }
 
   static __device__ __forceinline__ uint32_t byte(uint32_t word, int i) { return decode::permuted(word, 0, 0x4440 + i); }
 
-  // The pairs of a feature in two fragments, of a word whose bytes are in their order.
-  static __device__ __forceinline__ void pairs(uint32_t (&first)[4], uint32_t (&second)[4], int f, uint32_t word, uint32_t scale,
-                                               uint32_t other, uint32_t zero) {
-    if constexpr (C == Code::kInt4) {
-      const uint32_t shifted = word >> 4;
-      first[f] = int4_in_order<0>(word, shifted, scale, zero);
-      first[f + 2] = int4_in_order<1>(word, shifted, scale, zero);
-      second[f] = int4_in_order<2>(word, shifted, scale, zero);
-      second[f + 2] = int4_in_order<3>(word, shifted, scale, zero);
-    } else {
-      const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
-      first[f] = decode::times(e2m1_in_order<0>(even, odd), scale);
-      first[f + 2] = decode::times(e2m1_in_order<1>(even, odd), scale);
-      second[f] = decode::times(e2m1_in_order<2>(even, odd), other);
-      second[f + 2] = decode::times(e2m1_in_order<3>(even, odd), other);
-    }
-  }
-
-  // Multiplies by what the first factors of mxfp4 lack.
-  __device__ __forceinline__ void multiply_more(Fragment& fragment, int part) const {
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t more = Widen::scale(byte(whole_[f], 2 * part + i)).more;
-#pragma unroll
-        for (int k16 = 2 * i; k16 < 2 * i + 2; ++k16) {
-          fragment[k16][f] = decode::times(fragment[k16][f], more);
-          fragment[k16][f + 2] = decode::times(fragment[k16][f + 2], more);
-        }
-      }
-    }
-  }
-
   Weight const& weight_;
-  int quarter_, feature_;
+  int first_, feature_;
+  bool idle_ = false;
   uint32_t place_, choice_;
   float of_sums_[2];
   uint32_t const* scales_[2];

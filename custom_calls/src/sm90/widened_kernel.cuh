@@ -29,13 +29,14 @@ struct WidenedKernel {
   // The warps that multiply take tiles, and the two that copy. That of codes may be ahead of that of rows.
   using Queue = latent_moe::Queue<Schedule, kCluster, kConsumerWarps + 2, true, 4, true>;
   static constexpr bool kHalves = Spec::kHalves;
-  static constexpr int kStages = kTile.stages, kCodeStages = 4;
+  static constexpr int kStages = kTile.stages, kCodeStages = 3;
   static constexpr int kRowBlocks = kTile.rows / kBlock;  // blocks of 64 rows
   static constexpr int kBlockBytes = kBlock * kRowBytes, kStageBytes = kRowBlocks * kBlockBytes;
   static constexpr int kCodeStageBytes = kTile.columns * kRowBytes;
   static constexpr int kBarrierBytes = 2 * (kStages + kCodeStages) * sizeof(uint64_t);
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static_assert(Spec::kStepDepth == kStepElements && kPartElements == kBlock);
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 152;
+  static constexpr int kStageParts = kBlock / kPartElements;  // parts of a step whose rows are in a stage
+  static_assert(Spec::kStepDepth == kStepElements && kStageParts == 2);
 
   static constexpr int shared_bytes(int num_experts) {
     return kStages * kStageBytes + kCodeStages * kCodeStageBytes + Epilogue::kSharedBytes + kBarrierBytes +
@@ -86,7 +87,7 @@ struct WidenedKernel {
     while (queue.template take<true>(work)) {
       if (args.gather.table != nullptr) fence_tma();
       const int blocks = min(kRowBlocks, ceil_div(work.valid, kBlock));
-      for (int part = 0; part < kParts * work.steps; ++part, place.next()) {
+      for (int at = 0; at < work.steps * kStepElements; at += kBlock, place.next()) {
         Barrier& full = shared.full[place.stage];
         shared.empty[place.stage].wait(place.phase ^ 1);
         full.arrive_and_expect_tx(blocks * kBlockBytes);
@@ -96,7 +97,7 @@ struct WidenedKernel {
           const int first = block * kBlock;
           const Window window(work.row + first, min(kBlock, work.valid - first));
           load_box<kCluster>(args.a, full, shared.rows + place.stage * kStageBytes + block * kBlockBytes,
-                             static_cast<uint16_t>((1 << kCluster) - 1), part * kPartElements, window.y, window.z,
+                             static_cast<uint16_t>((1 << kCluster) - 1), at, window.y, window.z,
                              Window::kAxis);
         }
       }
@@ -110,6 +111,7 @@ struct WidenedKernel {
     Work work;
     const int bytes = args.weight.k / packing(args.weight.code);
     while (queue.template take<false>(work)) {
+      if (work.steps > 0) prefetch_scales(args.weight, work);
       const int end = work.steps > 0 ? bytes : 0;
       for (int at = 0; at < end; at += kRowBytes, place.next()) {
         Barrier& full = shared.full_codes[place.stage];
@@ -129,33 +131,50 @@ struct WidenedKernel {
     }
   }
 
-  // Calls `with` for so many rows, in eights from Low to High.
+  // Asks for the scales of a tile to be in the L2 cache by the time that other warps load them.
+  static __device__ __forceinline__ void prefetch_scales(Weight const& weight, Work const& work) {
+    if (packing(weight.code) == 1) return;
+    const int bytes = (weight.k >> weight.k_shift) * (weight.code == Code::kInt4 ? 2 : 1);  // of a feature
+    constexpr int kColumns = Spec::kColumns, kLine = 128;
+#pragma unroll 1
+    for (int half = 0; half < 1 + kHalves; ++half) {
+      const int64_t first = (int64_t{work.expert} * (1 + kHalves) + half) * weight.n + work.column;
+      auto const* from = static_cast<char const*>(weight.scales) + first * bytes;
+      const int size = min(kColumns, weight.n - work.column) * bytes;
+      for (int at = threadIdx.x % 32 * kLine; at < size; at += 32 * kLine) prefetch_line(from + at);
+    }
+  }
+
+  // Calls `with` for so many rows, in sixteens from Low to High.
   template <int Low, int High, class With>
-  static __device__ __forceinline__ void of_height(int eights, With const& with) {
+  static __device__ __forceinline__ void of_height(int sixteens, With const& with) {
     if constexpr (Low == High) {
-      with(std::integral_constant<int, 8 * Low>{});
+      with(std::integral_constant<int, 16 * Low>{});
     } else {
       constexpr int kMiddle = (Low + High) / 2;
-      eights <= kMiddle ? of_height<Low, kMiddle>(eights, with) : of_height<kMiddle + 1, High>(eights, with);
+      sixteens <= kMiddle ? of_height<Low, kMiddle>(sixteens, with) : of_height<kMiddle + 1, High>(sixteens, with);
     }
   }
 
   // The products of a tile: of this warpgroup's features and the rows of the stages. Only the instruction depends on the number
   // of rows. If the whole loop did, the compiler would find too few registers for all of them.
   template <Code C>
-  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, Fragments<C, kHalves>& fragments,
+  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, Fragments<C, kHalves, kTile.columns>& fragments,
                                                   float (&acc)[kTile.rows / 2], Place<kStages>& place,
                                                   Place<kCodeStages>& codes, uint32_t lane) {
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.rows), 0);
     const uint32_t first_codes = cute::cast_smem_ptr_to_uint(shared.codes);
-    const int eights = ceil_div(work.valid, 8);
-    const auto issue = [&](Fragment const& fragment) {
-      shared.full[place.stage].wait(place.phase);
+    const int sixteens = ceil_div(work.valid, 16);
+    const auto issue = [&](Fragment const& fragment, int part) {
+      if (part % kStageParts == 0) shared.full[place.stage].wait(place.phase);
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
-      of_height<1, kTile.rows / 8>(eights, [&](auto n) {
+      of_height<1, kTile.rows / 16>(sixteens, [&](auto n) {
         cute::warpgroup_arrive();
 #pragma unroll
-        for (int k16 = 0; k16 < kPartElements / 16; ++k16) fragment_wgmma<n()>(fragment[k16], descriptor(stage, 32 * k16), acc);
+        for (int k16 = 0; k16 < kPartElements / 16; ++k16) {
+          const int bytes = 2 * (part % kStageParts * kPartElements + 16 * k16);
+          fragment_wgmma<n()>(fragment[k16], descriptor(stage, bytes), acc);
+        }
         cute::warpgroup_commit_batch();
       });
     };
@@ -172,33 +191,51 @@ struct WidenedKernel {
       if (part == 0 && of_stage == 0) shared.full_codes[codes.stage].wait(codes.phase);
       fragments.widen(fragment, first_codes + codes.stage * kCodeStageBytes, of_stage, part);
     };
-    Fragment fragment[kParts];
+    // A warpgroup without features only gives the stages back.
+    if (fragments.is_idle()) {
+      for (int step = 0; step < work.steps; ++step) {
+        for (int part = 0; part < kParts; part += kStageParts, place.next()) {
+          shared.full[place.stage].wait(place.phase);
+          release(place.stage);
+        }
+        if (step + 1 == work.steps || (step + 1) % kStageSteps<C> == 0) {
+          shared.full_codes[codes.stage].wait(codes.phase);
+          if (lane == 0) shared.empty_codes[codes.stage].arrive();
+          codes.next();
+        }
+      }
+      return;
+    }
+    Fragment fragment[2];
     fragments.take(0);
     widen(fragment[0], 0, 0);
     int previous = -1;
 #pragma unroll 1
     for (int step = 0;; ++step) {
-      issue(fragment[0]);
-      cute::warpgroup_wait<1>();
-      if (previous >= 0) release(previous);
-      previous = place.stage;
-      place.next();
-      widen(fragment[1], step, 1);
-
-      issue(fragment[1]);
-      // The products depend on all that the warp has read from a stage of codes.
       const bool ends = step + 1 == work.steps;
-      if (ends || (step + 1) % kStageSteps<C> == 0) {
-        if (lane == 0) shared.empty_codes[codes.stage].arrive();
-        codes.next();
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        issue(fragment[part % 2], part);
+        if (part + 1 == kParts && (ends || (step + 1) % kStageSteps<C> == 0)) {
+          // The products depend on all that the warp has read from the stage of codes.
+          if (lane == 0) shared.empty_codes[codes.stage].arrive();
+          codes.next();
+        }
+        cute::warpgroup_wait<1>();
+        if (part % kStageParts == 0) {
+          if (previous >= 0) release(previous);
+          previous = place.stage;
+        } else {
+          place.next();
+        }
+        if (part + 1 < kParts) {
+          widen(fragment[(part + 1) % 2], step, part + 1);
+        } else if (!ends) {
+          fragments.take(step + 1);
+          widen(fragment[0], step + 1, 0);
+        }
       }
-      cute::warpgroup_wait<1>();
-      release(previous);
-      previous = place.stage;
-      place.next();
       if (ends) break;
-      fragments.take(step + 1);
-      widen(fragment[0], step + 1, 0);
     }
     cute::warpgroup_wait<0>();
     release(previous);
@@ -210,7 +247,7 @@ struct WidenedKernel {
     const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
     const uint32_t lane = unsigned(thread) % 32;
     const Epilogue epilogue(args, shared.epilogue, warpgroup, thread);
-    Fragments<C, kHalves> fragments(args.weight, warpgroup, thread);
+    Fragments<C, kHalves, kTile.columns> fragments(args.weight, warpgroup, thread);
     Queue queue(shared.queue, schedule, rank);
     Place<kStages> place;
     Place<kCodeStages> codes;
@@ -232,7 +269,7 @@ struct WidenedKernel {
         scales[0] = fragments.of_sum(0), scales[1] = fragments.of_sum(1);
       }
       more = take();  // the next tile's scales arrive meanwhile
-      epilogue.template finish<Fragments<C, kHalves>::kScalesSums>(acc, scales, done);
+      epilogue.template finish<Fragments<C, kHalves, kTile.columns>::kScalesSums>(acc, scales, done);
       __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
     }
   }
