@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-STAGES, CODE_STAGES, ENTRIES, WARPS, PARTS = 5, 3, 4, 12, 2
+STAGES, CODE_STAGES, ENTRIES, WARPS, PARTS = 4, 4, 4, 8, 2
 
 
 class Barrier:
@@ -147,13 +147,8 @@ class Cluster:
                 yield
 
     def consumer(self, block):
-        """One warp. Its products of a part run while it widens the next one."""
+        """One warp. It reads the codes of the next part, issues the products of this one, and widens while they run."""
         entry, place, codes, number, stage = Place(ENTRIES), Place(STAGES), Place(CODE_STAGES), 0, 0
-
-        def widen(step, part):
-            if part == 0 and step % self.held == 0:
-                yield from block.full_codes[codes.at].wait(codes.parity)
-            assert block.codes[codes.at] == stage, "a stage of codes was overwritten"
 
         def release(at, number):
             assert block.rows[at] == number, "a stage was overwritten"
@@ -164,27 +159,30 @@ class Cluster:
             if steps == 0:
                 continue
             previous = None
-            yield from widen(0, 0)
+            yield from block.full_codes[codes.at].wait(codes.parity)
             for step in range(steps):
+                ends = step + 1 == steps
+                ends_stage = ends or (step + 1) % self.held == 0
                 for part in range(PARTS):
+                    last, last_stage = codes.at, stage
+                    if part + 1 == PARTS and ends_stage:
+                        codes.next()
+                        stage += 1
+                        if not ends:
+                            yield from block.full_codes[codes.at].wait(codes.parity)
+                    if part + 1 < PARTS or not ends:
+                        assert block.codes[codes.at] == stage, "a stage of codes was overwritten"
                     yield from block.full[place.at].wait(place.parity)
                     assert block.rows[place.at] == number, "a stage was overwritten"
                     yield
-                    ends = step + 1 == steps
-                    if part == 1 and (ends or (step + 1) % self.held == 0):
-                        assert block.codes[codes.at] == stage, "a stage of codes was overwritten"
-                        block.empty_codes[codes.at].arrive()
-                        codes.next()
-                        stage += 1
+                    if part + 1 == PARTS and ends_stage:
+                        assert block.codes[last] == last_stage, "a stage of codes was overwritten"
+                        block.empty_codes[last].arrive()
                     yield
                     if previous is not None:
                         release(previous, number - 1)
                     previous, number = place.at, number + 1
                     place.next()
-                    if part == 0:
-                        yield from widen(step, 1)
-                    elif not ends:
-                        yield from widen(step + 1, 0)
             yield
             release(previous, number - 1)
             for _ in range(self.rng.randrange(12)):  # the epilogue

@@ -3,7 +3,7 @@
 // For 16 elements k of the contracted axis, a thread of wgmma holds those at 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of two rows of
 // the operand, q = thread % 4. The rows are features of the weight, any two will do: neighbours by 8, or a gate and its up
 // half. TMA has copied 128 bytes of codes of each feature to a swizzled row of a stage. Scales come from memory, a step
-// ahead. A step is 128 elements, and a part of it 32.
+// ahead. A step is 128 elements.
 #pragma once
 
 #include "sm90/instructions.cuh"
@@ -11,32 +11,34 @@
 
 namespace latent_moe::sm90 {
 
-constexpr int kParts = 4;  // of a step
-constexpr int kPartElements = 32;
-constexpr int kStepElements = kParts * kPartElements;
+constexpr int kStepElements = 128;
 
 // Bytes of codes of a feature in a stage are those of so many steps.
 template <Code C>
 constexpr int kStageSteps = packing(C);
 
-// The operand of the products with 16 elements each of a part.
-using Fragment = uint32_t[kPartElements / 16][4];
-
-// A tile has so many features, in a gated one half gates, half up. A thread's two features are then a gate and its up half.
-template <Code C, bool Halves, int Features>
+// A tile has so many features, in a gated one half gates, half up. A thread's two features are then a gate and its up half. A part
+// of a step is widened at a time.
+template <Code C, bool Halves, int Features, int PartElements>
 class Fragments {
   using Widen = decode::Widen<C>;
   static constexpr bool kPacks = packing(C) == 2;
-  // Words of scales of a feature in a step: in memory, where they begin at any byte of the first one, and in order. The zero
-  // points of int4 follow.
+  // Words of a feature's scales in a step, or its one factor; a word of int4's zero points follows.
   static constexpr int kScaleWords = C == Code::kMxfp4 ? 1 : C == Code::kNvfp4 || C == Code::kInt4 ? 2 : 0;
-  static constexpr int kRawScales = kPacks ? kScaleWords + 1 : C == Code::kE4m3 ? 1 : 0;
-  static constexpr int kRawZeros = C == Code::kInt4 ? 2 : 0;
-  static constexpr int kRaw = kRawScales + kRawZeros > 0 ? kRawScales + kRawZeros : 1;
   static constexpr int kWords = C == Code::kInt4 ? 3 : kScaleWords > 0 ? kScaleWords : 1;
+  // Words that are read ahead: scales may begin at any byte of the first one, and end in one more.
+  static constexpr int kRawScales = kPacks ? kScaleWords + 1 : 1, kRaw = C == Code::kInt4 ? kRawScales + 2 : kRawScales;
+  static constexpr int kUnits = PartElements / 32;  // of a part
 
  public:
   static constexpr bool kScalesSums = C != Code::kMxfp4 && C != Code::kInt4;
+  static constexpr int kParts = kStepElements / PartElements;
+
+  // The operand of the products with 16 elements each of a part.
+  using Fragment = uint32_t[PartElements / 16][4];
+
+  // The codes of a part in which the thread's elements lie: 16 bytes of 32 elements in 4 bits, or 4 words of 32 in 8 bits.
+  using Codes = uint4[kUnits][2];
 
   __device__ Fragments(Weight const& weight, int warpgroup, int thread) : weight_(weight), first_(warpgroup * (Halves ? 32 : 64)) {
     const int warp = thread / 32, in_eight = thread % 32 / 4, quarter = thread % 4;
@@ -62,11 +64,11 @@ class Fragments {
       if constexpr (kPacks) {
         const int64_t first = (matrix * weight_.n + own) * blocks();
         scales_[f] = words(weight_.scales, first * decode::kScaleBytes<C>, scales_at_[f]);
-        if constexpr (C == Code::kInt4) zeros_[f] = words(weight_.more, first, zeros_at_[f]);
-      } else if constexpr (C == Code::kE4m3) {
-        if (weight_.k_shift != kWholeAxis) {
-          scales_[f] = reinterpret_cast<uint32_t const*>(decode::scales_of<C>(weight_, matrix, own));
+        if constexpr (C == Code::kInt4) {
+          zeros_[f] = words(weight_.more == nullptr ? weight_.scales : weight_.more, first, zeros_at_[f]);
         }
+      } else if constexpr (C == Code::kE4m3) {
+        scales_[f] = reinterpret_cast<uint32_t const*>(decode::scales_of<C>(weight_, matrix, own));
       }
     }
     load(0);
@@ -78,75 +80,106 @@ class Fragments {
   __device__ __forceinline__ float of_sum(int f) const { return of_sums_[f]; }
 
   // Takes the scales of a step, and begins to read those of the next one. Behind the contracted axis scales are 0, because zeros
-  // of the rows need finite partners.
+  // of the rows need finite partners. Whole warps call it.
   __device__ __forceinline__ void take(int step) {
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
-      if constexpr (C == Code::kMxfp4 || C == Code::kNvfp4) {
-        const uint32_t from = from_byte(scales_at_[f]);
-#pragma unroll
-        for (int i = 0; i < kScaleWords; ++i) now_[f][i] = decode::permuted(raw_[f][i], raw_[f][i + 1], from);
+      if constexpr (C == Code::kE4m3) {
+        now_[f][0] = weight_.k_shift == kWholeAxis ? __float_as_uint(1.0f) : raw_[f][0];
       } else if constexpr (C == Code::kInt4) {
-        if (weight_.k_shift == 5) {
-          const uint32_t from = from_byte(scales_at_[f]);
-          now_[f][0] = decode::permuted(raw_[f][0], raw_[f][1], from);
-          now_[f][1] = decode::permuted(raw_[f][1], raw_[f][2], from);
-          now_[f][2] = decode::permuted(raw_[f][3], raw_[f][4], from_byte(zeros_at_[f]));
-        } else {
-          const uint32_t scale = (scales_at_[f] + 2 * step) % 4, zero = (zeros_at_[f] + step) % 4;
-          now_[f][0] = now_[f][1] = decode::permuted(raw_[f][0], 0, scale == 0 ? 0x1010 : 0x3232);
-          now_[f][2] = decode::permuted(raw_[f][3], 0, 0x1111 * zero);
+        const uint32_t scale = is_wide() ? 0x1010 + 0x1111 * ((scales_at_[f] + 2 * step) % 4) : from_byte(scales_at_[f]);
+        const uint32_t zero = is_wide() ? 0x1111 * ((zeros_at_[f] + step) % 4) : from_byte(zeros_at_[f]);
+        now_[f][0] = decode::permuted(raw_[f][0], raw_[f][1], scale);
+        now_[f][1] = decode::permuted(raw_[f][1], raw_[f][2], scale);
+        now_[f][2] = weight_.more == nullptr ? 0x08080808 : decode::permuted(raw_[f][3], raw_[f][4], zero);
+      } else if constexpr (kPacks) {
+#pragma unroll
+        for (int i = 0; i < kScaleWords; ++i) {
+          now_[f][i] = decode::permuted(raw_[f][i], raw_[f][i + 1], from_byte(scales_at_[f]));
         }
-        if (weight_.more == nullptr) now_[f][2] = 0x08080808;
-      } else {
-        now_[f][0] = raw_[f][0];
       }
     }
     if constexpr (kPacks) {
-      if (const int left = (weight_.k - step * kStepElements) / 32; left < kStepElements / 32) clear_behind(left);
-      special_ = false;
-      if constexpr (C != Code::kInt4) {
-        uint32_t special = 0;
+      const int left = weight_.k - step * kStepElements >> 5;
+      if (left < kStepElements / 32) clear_behind(left);
+    }
+    if constexpr (C == Code::kMxfp4 || C == Code::kNvfp4) {
+      uint32_t special = 0;
+      if constexpr (C == Code::kMxfp4) {
+        special = is_special(now_[0][0] | now_[1][0]);
+      } else {
 #pragma unroll
-        for (int i = 0; i < 2 * kScaleWords; ++i) special |= is_special(now_[i % 2][i / 2]);
-        special_ = __any_sync(~0u, special != 0);
+        for (int i = 0; i < 4; ++i) special |= is_special(now_[i % 2][i / 2]);
       }
+      special_ = __any_sync(~0u, special != 0);
       if constexpr (C == Code::kMxfp4) {
         if (special_) split_scales();
       }
     }
-    if (step * kStepElements + kStepElements < weight_.k) load(step + 1);
+    // The last step is read once more. A branch would end at a copy of what is read, which waits for it.
+    load(step * kStepElements + kStepElements < weight_.k ? step + 1 : step);
   }
 
-  // Widens a part of a step, out of a stage at an address in shared memory. The step is the `of_stage`-th one there.
-  __device__ __forceinline__ void widen(Fragment& fragment, uint32_t stage, int of_stage, int part) const {
-    if constexpr (kPacks) {
-      const uint32_t at = stage + place_ ^ (of_stage * kParts + part) << 4;
+  // Reads the codes of a part of a step, out of a stage at an address in shared memory. The step is the `of_stage`-th one there.
+  __device__ __forceinline__ void read(Codes& codes, uint32_t stage, int of_stage, int part) const {
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const int at_unit = part * kUnits + unit;
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        const uint4 codes = load_shared(at + f * kApart);
-        const uint32_t word = decode::permuted(decode::permuted(codes.x, codes.y, choice_),
-                                               decode::permuted(codes.z, codes.w, choice_), 0x5410);
-        widen_word(fragment, f, word, part);
+        if constexpr (kPacks) {
+          codes[unit][f] = load_shared((stage + place_ ^ (of_stage * 4 + at_unit) << 4) + f * kApart);
+        } else {
+          const uint32_t first = (stage + place_ ^ (2 * at_unit) << 4) + f * kApart, second = first ^ 16;
+          codes[unit][f] = {load_shared_word(first), load_shared_word(first + 8), load_shared_word(second),
+                            load_shared_word(second + 8)};
+        }
       }
-    } else {
+    }
+  }
+
+  __device__ __forceinline__ void widen(Fragment& fragment, Codes const& codes, int part) const {
 #pragma unroll
-      for (int k16 = 0; k16 < kPartElements / 16; ++k16) {
-        const uint32_t at = stage + place_ ^ (part * 2 + k16) << 4;
+    for (int unit = 0; unit < kUnits; ++unit) {
+      uint32_t(&first)[4] = fragment[2 * unit];
+      uint32_t(&second)[4] = fragment[2 * unit + 1];
+      const int at_unit = part * kUnits + unit;
+      uint32_t scales[2][2];  // of each feature and 16 elements, twice in a word
+      if constexpr (kPacks) factors(scales, at_unit);
 #pragma unroll
-        for (int f = 0; f < 2; ++f) {
-          const uint32_t a = load_shared_word(at + f * kApart), b = load_shared_word(at + f * kApart + 8);
-          if constexpr (C == Code::kInt8) {
-            fragment[k16][f] = int8_in_order(decode::permuted(a, 0, choice_));
-            fragment[k16][f + 2] = int8_in_order(decode::permuted(b, 0, choice_));
+      for (int f = 0; f < 2; ++f) {
+        const uint4 x = codes[unit][f];
+        if constexpr (C == Code::kInt8) {
+          first[f] = int8_in_order(decode::permuted(x.x, 0, choice_));
+          first[f + 2] = int8_in_order(decode::permuted(x.y, 0, choice_));
+          second[f] = int8_in_order(decode::permuted(x.z, 0, choice_));
+          second[f + 2] = int8_in_order(decode::permuted(x.w, 0, choice_));
+        } else if constexpr (C == Code::kE4m3) {
+          const uint32_t a = decode::permuted(x.x, x.y, choice_), b = decode::permuted(x.z, x.w, choice_);
+          const float scale = __uint_as_float(now_[f][0]);
+          first[f] = e4m3_in_order<0>(a, scale), first[f + 2] = e4m3_in_order<1>(a, scale);
+          second[f] = e4m3_in_order<0>(b, scale), second[f + 2] = e4m3_in_order<1>(b, scale);
+        } else {
+          const uint32_t word =
+              decode::permuted(decode::permuted(x.x, x.y, choice_), decode::permuted(x.z, x.w, choice_), 0x5410);
+          if constexpr (C == Code::kInt4) {
+            const uint32_t zero = decode::permuted(now_[f][2], 0x43, 0x4040 + 0x0101 * at_unit), shifted = word >> 4;
+            first[f] = int4_in_order<0>(word, shifted, scales[f][0], zero);
+            first[f + 2] = int4_in_order<1>(word, shifted, scales[f][0], zero);
+            second[f] = int4_in_order<2>(word, shifted, scales[f][1], zero);
+            second[f + 2] = int4_in_order<3>(word, shifted, scales[f][1], zero);
           } else {
-            const uint32_t word = decode::permuted(a, b, choice_);
-            const float scale = __uint_as_float(now_[f][0]);
-            fragment[k16][f] = e4m3_in_order<0>(word, scale);
-            fragment[k16][f + 2] = e4m3_in_order<1>(word, scale);
+            const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
+            first[f] = decode::times(e2m1_in_order<0>(even, odd), scales[f][0]);
+            first[f + 2] = decode::times(e2m1_in_order<1>(even, odd), scales[f][0]);
+            second[f] = decode::times(e2m1_in_order<2>(even, odd), scales[f][1]);
+            second[f + 2] = decode::times(e2m1_in_order<3>(even, odd), scales[f][1]);
           }
         }
       }
+    }
+    if constexpr (C == Code::kMxfp4) {
+      if (special_) multiply_more(fragment, part);
     }
   }
 
@@ -155,7 +188,7 @@ class Fragments {
 
   // Scales of a feature along the contracted axis.
   __device__ __forceinline__ int blocks() const {
-    return C == Code::kMxfp4 ? weight_.k / 32 : C == Code::kNvfp4 ? weight_.k / 16 : weight_.k >> weight_.k_shift;
+    return C == Code::kMxfp4 ? weight_.k >> 5 : C == Code::kNvfp4 ? weight_.k >> 4 : weight_.k >> weight_.k_shift;
   }
 
   // The word in which a byte lies, and its place there.
@@ -167,26 +200,26 @@ class Fragments {
   // What chooses four bytes from one of them on.
   static __device__ __forceinline__ uint32_t from_byte(uint32_t at) { return 0x3210 + 0x1111 * at; }
 
-  // Reads the scales of a step. Words behind a feature's last one are not read.
+  // Whether int4 has one scale for the elements of a step, rather than four.
+  __device__ __forceinline__ bool is_wide() const { return weight_.k_shift != 5; }
+
+  // Reads the words in which the scales of a step lie. Words behind a feature's last one are not read.
   __device__ __forceinline__ void load(int step) {
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
       if constexpr (C == Code::kE4m3) {
-        raw_[f][0] = weight_.k_shift == kWholeAxis ? __float_as_uint(1.0f) : __ldg(scales_[f] + step);
-      } else if constexpr (C == Code::kInt4) {
-        const int last = scales_at_[f] + 2 * blocks() - 1 >> 2, last_zero = zeros_at_[f] + blocks() - 1 >> 2;
-        const bool wide = weight_.k_shift != 5;
-        const int at = wide ? scales_at_[f] + 2 * step >> 2 : 2 * step, zero = wide ? zeros_at_[f] + step >> 2 : step;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) raw_[f][i] = __ldg(scales_[f] + min(at + (wide ? 0 : i), last));
-        if (weight_.more != nullptr) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) raw_[f][3 + i] = __ldg(zeros_[f] + min(zero + (wide ? 0 : i), last_zero));
-        }
+        raw_[f][0] = __ldg(scales_[f] + (weight_.k_shift == kWholeAxis ? 0 : step));
       } else if constexpr (kPacks) {
-        const int last = scales_at_[f] + blocks() - 1 >> 2;
+        const int last = scales_at_[f] + blocks() * decode::kScaleBytes<C> - 1 >> 2;
+        const bool wide = C == Code::kInt4 && is_wide();
+        const int at = wide ? scales_at_[f] + 2 * step >> 2 : kScaleWords * step;
 #pragma unroll
-        for (int i = 0; i < kRawScales; ++i) raw_[f][i] = __ldg(scales_[f] + min(step * kScaleWords + i, last));
+        for (int i = 0; i < kRawScales; ++i) raw_[f][i] = __ldg(scales_[f] + min(at + (wide ? 0 : i), last));
+        if constexpr (C == Code::kInt4) {
+          const int last_zero = zeros_at_[f] + blocks() - 1 >> 2, at_zero = wide ? zeros_at_[f] + step >> 2 : step;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) raw_[f][kRawScales + i] = __ldg(zeros_[f] + min(at_zero + (wide ? 0 : i), last_zero));
+        }
       }
     }
   }
@@ -224,45 +257,40 @@ class Fragments {
     }
   }
 
-  // Widens a feature's codes of a part, eight in number, whose bytes are in the order of the fragment's pairs.
-  __device__ __forceinline__ void widen_word(Fragment& fragment, int f, uint32_t word, int part) const {
-    uint32_t(&first)[4] = fragment[0];
-    uint32_t(&second)[4] = fragment[1];
-    if constexpr (C == Code::kInt4) {
-      const uint32_t scale = decode::permuted(now_[f][part / 2], 0, part % 2 == 0 ? 0x1010 : 0x3232);
-      const uint32_t zero = decode::permuted(now_[f][2], 0x43, 0x4040 + 0x0101 * part), shifted = word >> 4;
-      first[f] = int4_in_order<0>(word, shifted, scale, zero);
-      first[f + 2] = int4_in_order<1>(word, shifted, scale, zero);
-      second[f] = int4_in_order<2>(word, shifted, scale, zero);
-      second[f + 2] = int4_in_order<3>(word, shifted, scale, zero);
+  // The factors of the codes of 32 elements.
+  __device__ __forceinline__ void factors(uint32_t (&scales)[2][2], int at_unit) const {
+    if constexpr (C == Code::kNvfp4) {
+      const auto e4m3 = [&](int f, int i) { return byte(now_[f][at_unit / 2], at_unit % 2 * 2 + i); };
+      if (special_) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scales[i / 2][i % 2] = Widen::scale(e4m3(i / 2, i % 2));
+      } else {
+        // The exponent's bias is 7, and the scale times 2^116.
+        constexpr uint32_t kExponent = (127 - 7 + 116) * 0x00800080u;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scales[i / 2][i % 2] = e4m3(i / 2, i % 2) * 0x00100010 + kExponent;
+      }
     } else {
-      uint32_t scales[2];  // of 16 elements each
-      factors(scales, f, part);
-      const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
-      first[f] = decode::times(e2m1_in_order<0>(even, odd), scales[0]);
-      first[f + 2] = decode::times(e2m1_in_order<1>(even, odd), scales[0]);
-      second[f] = decode::times(e2m1_in_order<2>(even, odd), scales[1]);
-      second[f + 2] = decode::times(e2m1_in_order<3>(even, odd), scales[1]);
-      if constexpr (C == Code::kMxfp4) {
-        if (special_) {
-          const uint32_t more = Widen::scale(byte(whole_[f], part)).more;
-          first[f] = decode::times(first[f], more), first[f + 2] = decode::times(first[f + 2], more);
-          second[f] = decode::times(second[f], more), second[f + 2] = decode::times(second[f + 2], more);
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        if constexpr (C == Code::kMxfp4) {
+          scales[f][0] = Widen::factor(byte(now_[f][0], at_unit));
+        } else {
+          scales[f][0] = decode::permuted(now_[f][at_unit / 2], 0, at_unit % 2 == 0 ? 0x1010 : 0x3232);
         }
+        scales[f][1] = scales[f][0];
       }
     }
   }
 
-  // The factors of a feature's E2M1 codes in a part, twice in a word.
-  __device__ __forceinline__ void factors(uint32_t (&scales)[2], int f, int part) const {
-    if constexpr (C == Code::kMxfp4) {
-      scales[0] = scales[1] = Widen::factor(byte(now_[f][0], part));
-    } else {
+  // Multiplies by what the first factors of mxfp4 lack.
+  __device__ __forceinline__ void multiply_more(Fragment& fragment, int part) const {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t e4m3 = byte(now_[f][part / 2], part % 2 * 2 + i);
-        // The exponent's bias is 7, and the scale times 2^116.
-        scales[i] = special_ ? Widen::scale(e4m3) : e4m3 * 0x00100010 + (127 - 7 + 116) * 0x00800080u;
+    for (int i = 0; i < 2 * kUnits; ++i) {
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        const uint32_t more = Widen::scale(byte(whole_[f], part * kUnits + i / 2)).more;
+        fragment[i][f] = decode::times(fragment[i][f], more), fragment[i][f + 2] = decode::times(fragment[i][f + 2], more);
       }
     }
   }

@@ -70,8 +70,9 @@ struct Spec {
   static_assert(!kScaled || C == Contraction::kFwd ||
                     (kDifferentiates && R == Residual::kHidden && kEncodes && Rows == 64 * kConsumers),
                 "codes have fwd, and the dgrad of relu2 with a 64-row block of 128 columns for each warpgroup");
-  static_assert(!kWidens || (C == Contraction::kFwd && Rows == 192 && Columns == 192 && ClusterRows == 1),
-                "codes are widened for fwd alone, 64 features of a weight for each of three warpgroups");
+  static_assert(!kWidens || (C == Contraction::kFwd && ClusterRows == 1 &&
+                             ((Rows == 256 && Columns == 128) || (Rows == 192 && Columns == 192))),
+                "codes are widened for fwd alone, 64 features of a weight for each warpgroup");
   static_assert(!kScaled || !is_gated(A) || kEncodes, "a gated epilogue of codes stores codes alone");
   static_assert(!kScaled || Rows % (64 * kConsumers) == 0, "warpgroups multiply equal numbers of blocks of a tile of codes");
 };

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/schedule.cuh"
+#include "cutlass/arch/memory.h"
 #include "sm90/activation.cuh"
 #include "sm90/instructions.cuh"
 
@@ -87,12 +88,18 @@ class WidenedEpilogue {
           *at(16 * sixteen + lane / 16 * 8 + lane % 8, kGated ? warp + 4 * second : 2 * warp + second));
     }
     sync_warpgroup(warpgroup_);
-    const int eight = thread_ % 8, offset = kGated ? eight % 4 * 8 : eight * 8;
+    constexpr int kApart = kWarpgroup / 8, kEach = kRows / kApart;  // rows from one of a thread's rows to the next one
+    const int eight = thread_ % 8, row = thread_ / 8, offset = kGated ? eight % 4 * 8 : eight * 8;
     if (eight >= eights || column + offset >= args_.problem.out_columns) return;
-    T* to = static_cast<T*>(matrix) + first * pitch + column + offset + (kGated && eight >= 4 ? args_.problem.out_columns : 0);
+    cute::uint128_t units[kEach];
 #pragma unroll
-    for (int row = thread_ / 8; row < kRows; row += kWarpgroup / 8) {
-      if (row < rows) *reinterpret_cast<cute::uint128_t*>(to + row * pitch) = *at(row, eight);
+    for (int i = 0; i < kEach; ++i) units[i] = *at(row + i * kApart, eight);
+    T* to = static_cast<T*>(matrix) + (first + row) * pitch + column + offset;
+    if (kGated && eight >= 4) to += args_.problem.out_columns;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      cutlass::arch::global_store<cute::uint128_t, sizeof(cute::uint128_t)>(units[i], to + i * kApart * pitch,
+                                                                            row + i * kApart < rows);
     }
   }
 

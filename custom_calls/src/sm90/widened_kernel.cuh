@@ -29,14 +29,18 @@ struct WidenedKernel {
   // The warps that multiply take tiles, and the two that copy. That of codes may be ahead of that of rows.
   using Queue = latent_moe::Queue<Schedule, kCluster, kConsumerWarps + 2, true, 4, true>;
   static constexpr bool kHalves = Spec::kHalves;
-  static constexpr int kStages = kTile.stages, kCodeStages = 3;
+  static constexpr int kStages = kTile.stages, kCodeStages = kConsumers == 2 ? 4 : 3;
   static constexpr int kRowBlocks = kTile.rows / kBlock;  // blocks of 64 rows
   static constexpr int kBlockBytes = kBlock * kRowBytes, kStageBytes = kRowBlocks * kBlockBytes;
   static constexpr int kCodeStageBytes = kTile.columns * kRowBytes;
   static constexpr int kBarrierBytes = 2 * (kStages + kCodeStages) * sizeof(uint64_t);
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 152;
-  static constexpr int kStageParts = kBlock / kPartElements;  // parts of a step whose rows are in a stage
-  static_assert(Spec::kStepDepth == kStepElements && kStageParts == 2);
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 56, kConsumerRegisters = kConsumers == 2 ? 232 : 152;
+  // Two warpgroups have registers for more elements than three.
+  static constexpr int kPartElements = kConsumers == 2 ? 64 : 32;
+  static constexpr int kParts = kStepElements / kPartElements, kStageParts = kBlock / kPartElements;  // of a step and a stage
+  template <Code C>
+  using FragmentsOf = Fragments<C, kHalves, kTile.columns, kPartElements>;
+  static_assert(Spec::kStepDepth == kStepElements);
 
   static constexpr int shared_bytes(int num_experts) {
     return kStages * kStageBytes + kCodeStages * kCodeStageBytes + Epilogue::kSharedBytes + kBarrierBytes +
@@ -145,30 +149,31 @@ struct WidenedKernel {
     }
   }
 
-  // Calls `with` for so many rows, in sixteens from Low to High.
-  template <int Low, int High, class With>
-  static __device__ __forceinline__ void of_height(int sixteens, With const& with) {
-    if constexpr (Low == High) {
-      with(std::integral_constant<int, 16 * Low>{});
+  // Calls `with` for the rows of a tile, rounded up to one of four heights. Each comparison takes time.
+  template <class With>
+  static __device__ __forceinline__ void of_height(int rows, With const& with) {
+    constexpr int kSecond = kTile.rows == 192 ? 176 : 192;
+    if (rows <= 128) {
+      rows <= 64 ? with(std::integral_constant<int, 64>{}) : with(std::integral_constant<int, 128>{});
     } else {
-      constexpr int kMiddle = (Low + High) / 2;
-      sixteens <= kMiddle ? of_height<Low, kMiddle>(sixteens, with) : of_height<kMiddle + 1, High>(sixteens, with);
+      rows <= kSecond ? with(std::integral_constant<int, kSecond>{}) : with(std::integral_constant<int, kTile.rows>{});
     }
   }
 
   // The products of a tile: of this warpgroup's features and the rows of the stages. Only the instruction depends on the number
   // of rows. If the whole loop did, the compiler would find too few registers for all of them.
   template <Code C>
-  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, Fragments<C, kHalves, kTile.columns>& fragments,
+  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, FragmentsOf<C>& fragments,
                                                   float (&acc)[kTile.rows / 2], Place<kStages>& place,
                                                   Place<kCodeStages>& codes, uint32_t lane) {
+    using Fragment = typename FragmentsOf<C>::Fragment;
+    using Codes = typename FragmentsOf<C>::Codes;
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.rows), 0);
     const uint32_t first_codes = cute::cast_smem_ptr_to_uint(shared.codes);
-    const int sixteens = ceil_div(work.valid, 16);
     const auto issue = [&](Fragment const& fragment, int part) {
       if (part % kStageParts == 0) shared.full[place.stage].wait(place.phase);
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
-      of_height<1, kTile.rows / 16>(sixteens, [&](auto n) {
+      of_height(work.valid, [&](auto n) {
         cute::warpgroup_arrive();
 #pragma unroll
         for (int k16 = 0; k16 < kPartElements / 16; ++k16) {
@@ -186,10 +191,8 @@ struct WidenedKernel {
         shared.empty[stage].arrive(lane);
       }
     };
-    const auto widen = [&](Fragment& fragment, int step, int part) {
-      const int of_stage = step % kStageSteps<C>;
-      if (part == 0 && of_stage == 0) shared.full_codes[codes.stage].wait(codes.phase);
-      fragments.widen(fragment, first_codes + codes.stage * kCodeStageBytes, of_stage, part);
+    const auto read = [&](Codes& found, int step, int part) {
+      fragments.read(found, first_codes + codes.stage * kCodeStageBytes, step % kStageSteps<C>, part);
     };
     // A warpgroup without features only gives the stages back.
     if (fragments.is_idle()) {
@@ -206,33 +209,43 @@ struct WidenedKernel {
       }
       return;
     }
+    // While products of a part run, the next one is widened. Its codes are read before the products are issued.
     Fragment fragment[2];
+    Codes found;
+    shared.full_codes[codes.stage].wait(codes.phase);
+    read(found, 0, 0);
     fragments.take(0);
-    widen(fragment[0], 0, 0);
+    fragments.widen(fragment[0], found, 0);
     int previous = -1;
 #pragma unroll 1
     for (int step = 0;; ++step) {
-      const bool ends = step + 1 == work.steps;
+      const bool ends = step + 1 == work.steps, ends_stage = ends || (step + 1) % kStageSteps<C> == 0;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        issue(fragment[part % 2], part);
-        if (part + 1 == kParts && (ends || (step + 1) % kStageSteps<C> == 0)) {
-          // The products depend on all that the warp has read from the stage of codes.
-          if (lane == 0) shared.empty_codes[codes.stage].arrive();
-          codes.next();
+        const int stage = codes.stage;
+        if (part + 1 < kParts) {
+          read(found, step, part + 1);
+        } else {
+          if (ends_stage) codes.next();
+          if (!ends) {
+            if (ends_stage) shared.full_codes[codes.stage].wait(codes.phase);
+            read(found, step + 1, 0);
+          }
         }
+        issue(fragment[part % 2], part);
+        // The products depend on all that the warp has read from the last stage of codes.
+        if (part + 1 == kParts && ends_stage && lane == 0) shared.empty_codes[stage].arrive();
         cute::warpgroup_wait<1>();
         if (part % kStageParts == 0) {
           if (previous >= 0) release(previous);
           previous = place.stage;
-        } else {
-          place.next();
         }
+        if ((part + 1) % kStageParts == 0) place.next();
         if (part + 1 < kParts) {
-          widen(fragment[(part + 1) % 2], step, part + 1);
+          fragments.widen(fragment[(part + 1) % 2], found, part + 1);
         } else if (!ends) {
           fragments.take(step + 1);
-          widen(fragment[0], step + 1, 0);
+          fragments.widen(fragment[0], found, 0);
         }
       }
       if (ends) break;
@@ -247,7 +260,7 @@ struct WidenedKernel {
     const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
     const uint32_t lane = unsigned(thread) % 32;
     const Epilogue epilogue(args, shared.epilogue, warpgroup, thread);
-    Fragments<C, kHalves, kTile.columns> fragments(args.weight, warpgroup, thread);
+    FragmentsOf<C> fragments(args.weight, warpgroup, thread);
     Queue queue(shared.queue, schedule, rank);
     Place<kStages> place;
     Place<kCodeStages> codes;
@@ -269,31 +282,14 @@ struct WidenedKernel {
         scales[0] = fragments.of_sum(0), scales[1] = fragments.of_sum(1);
       }
       more = take();  // the next tile's scales arrive meanwhile
-      epilogue.template finish<Fragments<C, kHalves, kTile.columns>::kScalesSums>(acc, scales, done);
+      epilogue.template finish<FragmentsOf<C>::kScalesSums>(acc, scales, done);
       __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
-    }
-  }
-
-  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
-                                                 int warpgroup) {
-    switch (args.weight.code) {
-      case Code::kE4m3:
-        return consume<Code::kE4m3>(args, shared, schedule, rank, warpgroup);
-      case Code::kInt8:
-        return consume<Code::kInt8>(args, shared, schedule, rank, warpgroup);
-      case Code::kMxfp4:
-        return consume<Code::kMxfp4>(args, shared, schedule, rank, warpgroup);
-      case Code::kNvfp4:
-        return consume<Code::kNvfp4>(args, shared, schedule, rank, warpgroup);
-      case Code::kInt4:
-        return consume<Code::kInt4>(args, shared, schedule, rank, warpgroup);
-      case Code::kDense:
-        break;
     }
   }
 };
 
-template <class Spec>
+// The codes are an argument of the template, because the compiler would find too few registers for the products of all of them.
+template <class Spec, Code C>
 __global__ void __launch_bounds__(WidenedKernel<Spec>::kThreads, 1) widened_kernel(__grid_constant__ const Args args) {
   using K = WidenedKernel<Spec>;
   extern __shared__ __align__(1024) char base[];  // swizzled blocks begin at multiples of 1024 bytes
@@ -334,7 +330,7 @@ __global__ void __launch_bounds__(WidenedKernel<Spec>::kThreads, 1) widened_kern
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();
-    K::consume(args, shared, schedule, rank, uniform(warpgroup));
+    K::template consume<C>(args, shared, schedule, rank, uniform(warpgroup));
   }
   // A block may end only when no other block of the cluster writes into its shared memory any more.
   __syncwarp();
@@ -344,13 +340,12 @@ __global__ void __launch_bounds__(WidenedKernel<Spec>::kThreads, 1) widened_kern
   }
 }
 
-template <class Spec>
+template <class Spec, Code C>
 cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
   using K = WidenedKernel<Spec>;
+  auto const kernel = widened_kernel<Spec, C>;
   const int shared_bytes = K::shared_bytes(args.problem.num_experts);
-  if (auto error = cudaFuncSetAttribute(widened_kernel<Spec>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
-    return error;
-  }
+  if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) return error;
   if (auto error = cudaMemsetAsync(args.counter, 0, args.counter_bytes, stream)) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = num_sms / K::kCluster * K::kCluster;  // all blocks run at once
@@ -363,7 +358,26 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, widened_kernel<Spec>, args);
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <class Spec>
+cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
+  switch (args.weight.code) {
+    case Code::kE4m3:
+      return launch<Spec, Code::kE4m3>(args, num_sms, stream);
+    case Code::kInt8:
+      return launch<Spec, Code::kInt8>(args, num_sms, stream);
+    case Code::kMxfp4:
+      return launch<Spec, Code::kMxfp4>(args, num_sms, stream);
+    case Code::kNvfp4:
+      return launch<Spec, Code::kNvfp4>(args, num_sms, stream);
+    case Code::kInt4:
+      return launch<Spec, Code::kInt4>(args, num_sms, stream);
+    case Code::kDense:
+      break;
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <class Spec>
