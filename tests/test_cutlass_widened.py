@@ -116,7 +116,7 @@ def test_explain_says_the_choice():
     assert lines[0].startswith("fwd of bfloat16 and mxfp4 to bfloat16, 8192 rows, 64 experts of 1024 x 2688 on gpu")
     assert lines[1:] == [
         f"  {CutlassBackend()!r} runs it",
-        "  tile: CutlassTile(rows=192, columns=192, stages=5, cluster_rows=1, cluster_columns=1, rows_first=True), "
+        "  tile: CutlassTile(rows=256, columns=128, stages=4, cluster_rows=1, cluster_columns=1, rows_first=True), "
         "from a heuristic: no table has this problem",
     ]
     few = explain(asked(num_rows=E)).splitlines()

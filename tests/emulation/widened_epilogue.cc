@@ -29,7 +29,7 @@ namespace {
 
 template <Activation A, Residual R>
 void run(Call const& call) {
-  using Spec = sm90::Spec<Contraction::kFwd, Format::kBf16Codes, A, R, 192, 192, 5, 1, 1>;
+  using Spec = sm90::Spec<Contraction::kFwd, Format::kBf16Codes, A, R, 256, 128, 4, 1, 1>;
   constexpr bool kHalves = Spec::kHalves;
   latent_moe::Args args = {};
   args.problem = {call.group_sizes, call.experts, call.rows, 128, 0, call.width, call.rows_first};

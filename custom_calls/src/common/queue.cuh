@@ -17,12 +17,11 @@
 namespace latent_moe {
 
 // `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. If Counts is
-// false, there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles. The queue holds
-// `Entries` tiles. If Ahead is true, other warps may take a tile before the producer does.
-template <class Schedule, int Cluster, int Readers, bool Counts, int Entries = 4, bool Ahead = false>
+// false, there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
+template <class Schedule, int Cluster, int Readers, bool Counts>
 class Queue {
   using Barrier = cutlass::arch::ClusterTransactionBarrier;
-  static constexpr int kEntries = Counts ? Entries : 0;
+  static constexpr int kEntries = Counts ? 4 : 0;
 
  public:
   static constexpr int kSharedBytes = kEntries * (sizeof(Work) + 2 * sizeof(uint64_t));
@@ -38,7 +37,6 @@ class Queue {
   __device__ void init() const {
     for (int entry = 0; entry < kEntries; ++entry) {
       full_[entry].init(1);
-      if (Ahead && Cluster > 1) full_[entry].arrive_and_expect_tx(sizeof(Work));
       empty_[entry].init(Cluster * Readers);
     }
   }
@@ -82,9 +80,8 @@ class Queue {
       work = schedule_.work(id, expert_);
     } else {
       Barrier& full = full_[entry_];
-      if (Producer && Cluster > 1 && !Ahead) full.arrive_and_expect_tx(sizeof(Work));
+      if (Producer && Cluster > 1) full.arrive_and_expect_tx(sizeof(Work));
       full.wait(phase_);
-      if (Producer && Cluster > 1 && Ahead) full.arrive_and_expect_tx(sizeof(Work));  // the next tile of the entry
       work = read(works_ + entry_);
       // One lane reports that its warp has read. The values must have arrived by then, and no barrier waits for that: a load
       // may queue behind stores for long. The condition is always true, but needs both loads to be known.

@@ -11,15 +11,19 @@
 
 namespace latent_moe::sm90 {
 
-constexpr int kStepElements = 128;
+constexpr int kFeatures = 128;  // of a tile, for two warpgroups
+constexpr int kParts = 2;       // of a step
+constexpr int kPartElements = 64, kStepElements = kParts * kPartElements;
 
 // Bytes of codes of a feature in a stage are those of so many steps.
 template <Code C>
 constexpr int kStageSteps = packing(C);
 
-// A tile has so many features, in a gated one half gates, half up. A thread's two features are then a gate and its up half. A part
-// of a step is widened at a time.
-template <Code C, bool Halves, int Features, int PartElements>
+// The operand of the products with 16 elements each of a part.
+using Fragment = uint32_t[kPartElements / 16][4];
+
+// If Halves is true, half the features of a tile are gates, half up, and a thread's features are a gate and its up half.
+template <Code C, bool Halves>
 class Fragments {
   using Widen = decode::Widen<C>;
   static constexpr bool kPacks = packing(C) == 2;
@@ -28,19 +32,16 @@ class Fragments {
   static constexpr int kWords = C == Code::kInt4 ? 3 : kScaleWords > 0 ? kScaleWords : 1;
   // Words that are read ahead: scales may begin at any byte of the first one, and end in one more.
   static constexpr int kRawScales = kPacks ? kScaleWords + 1 : 1, kRaw = C == Code::kInt4 ? kRawScales + 2 : kRawScales;
-  static constexpr int kUnits = PartElements / 32;  // of a part
+  static constexpr int kUnits = kPartElements / 32;  // of a part
 
  public:
   static constexpr bool kScalesSums = C != Code::kMxfp4 && C != Code::kInt4;
-  static constexpr int kParts = kStepElements / PartElements;
-
-  // The operand of the products with 16 elements each of a part.
-  using Fragment = uint32_t[PartElements / 16][4];
 
   // The codes of a part in which the thread's elements lie: 16 bytes of 32 elements in 4 bits, or 4 words of 32 in 8 bits.
   using Codes = uint4[kUnits][2];
 
-  __device__ Fragments(Weight const& weight, int warpgroup, int thread) : weight_(weight), first_(warpgroup * (Halves ? 32 : 64)) {
+  __device__ Fragments(Weight const& weight, int warpgroup, int thread)
+      : weight_(weight), first_(warpgroup * (Halves ? 32 : 64)) {
     const int warp = thread / 32, in_eight = thread % 32 / 4, quarter = thread % 4;
     feature_ = first_ + warp * (Halves ? 8 : 16) + in_eight;
     place_ = feature_ * kRowBytes + (in_eight << 4) + (kPacks ? 0 : quarter / 2 * 4);
@@ -138,6 +139,7 @@ class Fragments {
     }
   }
 
+  // Widens what was read of a part of the step whose scales are taken.
   __device__ __forceinline__ void widen(Fragment& fragment, Codes const& codes, int part) const {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
@@ -184,7 +186,7 @@ class Fragments {
   }
 
  private:
-  static constexpr int kApart = (Halves ? Features / 2 : 8) * kRowBytes;  // from one feature to the other in a stage
+  static constexpr int kApart = (Halves ? kFeatures / 2 : 8) * kRowBytes;  // from one feature to the other in a stage
 
   // Scales of a feature along the contracted axis.
   __device__ __forceinline__ int blocks() const {

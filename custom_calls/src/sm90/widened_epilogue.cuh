@@ -36,7 +36,7 @@ class WidenedEpilogue {
 #pragma unroll
     for (int first = 0; first < 2 * Size; first += kRows) {
       if (first >= work.valid) break;
-      // Of 16 rows each, by eights of rows and then by features.
+      // Pairs of 16 rows each, by eights of rows and then by features.
       uint32_t p[kRows / 16][4];
 #pragma unroll
       for (int i = 0; i < kRows / 4; ++i) {

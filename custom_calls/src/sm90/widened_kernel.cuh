@@ -25,22 +25,15 @@ struct WidenedKernel {
   using T = Element<Spec::kFormat>;
   using Epilogue = WidenedEpilogue<Spec>;
   using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
-  static constexpr int kCluster = kTile.cluster_columns;
-  // The warps that multiply take tiles, and the two that copy. That of codes may be ahead of that of rows.
-  using Queue = latent_moe::Queue<Schedule, kCluster, kConsumerWarps + 2, true, 4, true>;
+  using Queue = latent_moe::Queue<Schedule, 1, kConsumerWarps + 2, true>;  // for the warps that multiply, and two that copy
   static constexpr bool kHalves = Spec::kHalves;
-  static constexpr int kStages = kTile.stages, kCodeStages = kConsumers == 2 ? 4 : 3;
+  static constexpr int kStages = kTile.stages, kCodeStages = 4;
   static constexpr int kRowBlocks = kTile.rows / kBlock;  // blocks of 64 rows
   static constexpr int kBlockBytes = kBlock * kRowBytes, kStageBytes = kRowBlocks * kBlockBytes;
   static constexpr int kCodeStageBytes = kTile.columns * kRowBytes;
   static constexpr int kBarrierBytes = 2 * (kStages + kCodeStages) * sizeof(uint64_t);
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 56, kConsumerRegisters = kConsumers == 2 ? 232 : 152;
-  // Two warpgroups have registers for more elements than three.
-  static constexpr int kPartElements = kConsumers == 2 ? 64 : 32;
-  static constexpr int kParts = kStepElements / kPartElements, kStageParts = kBlock / kPartElements;  // of a step and a stage
-  template <Code C>
-  using FragmentsOf = Fragments<C, kHalves, kTile.columns, kPartElements>;
-  static_assert(Spec::kStepDepth == kStepElements);
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(Spec::kStepDepth == kStepElements && kTile.columns == kFeatures && kPartElements == kBlock);
 
   static constexpr int shared_bytes(int num_experts) {
     return kStages * kStageBytes + kCodeStages * kCodeStageBytes + Epilogue::kSharedBytes + kBarrierBytes +
@@ -83,9 +76,9 @@ struct WidenedKernel {
     }
   };
 
-  // One thread copies the rows of tiles. Blocks of a cluster share them.
-  static __device__ __forceinline__ void load_rows(Args const& args, Shared const& shared, Schedule const& schedule, int rank) {
-    Queue queue(shared.queue, schedule, rank);
+  // One thread copies the rows of tiles.
+  static __device__ __forceinline__ void load_rows(Args const& args, Shared const& shared, Schedule const& schedule) {
+    Queue queue(shared.queue, schedule, 0);
     Place<kStages> place;
     Work work;
     while (queue.template take<true>(work)) {
@@ -97,20 +90,19 @@ struct WidenedKernel {
         full.arrive_and_expect_tx(blocks * kBlockBytes);
 #pragma unroll
         for (int block = 0; block < kRowBlocks; ++block) {
-          if (block % kCluster != rank || block >= blocks) continue;
+          if (block >= blocks) continue;
           const int first = block * kBlock;
           const Window window(work.row + first, min(kBlock, work.valid - first));
-          load_box<kCluster>(args.a, full, shared.rows + place.stage * kStageBytes + block * kBlockBytes,
-                             static_cast<uint16_t>((1 << kCluster) - 1), at, window.y, window.z,
-                             Window::kAxis);
+          load_box<1>(args.a, full, shared.rows + place.stage * kStageBytes + block * kBlockBytes, 0, at, window.y, window.z,
+                      Window::kAxis);
         }
       }
     }
   }
 
   // One warp copies the codes of tiles, 128 bytes of each feature to a stage.
-  static __device__ __forceinline__ void load_codes(Args const& args, Shared const& shared, Schedule const& schedule, int rank) {
-    Queue queue(shared.queue, schedule, rank);
+  static __device__ __forceinline__ void load_codes(Args const& args, Shared const& shared, Schedule const& schedule) {
+    Queue queue(shared.queue, schedule, 0);
     Place<kCodeStages> place;
     Work work;
     const int bytes = args.weight.k / packing(args.weight.code);
@@ -149,55 +141,47 @@ struct WidenedKernel {
     }
   }
 
-  // Calls `with` for the rows of a tile, rounded up to one of four heights. Each comparison takes time.
+  // Calls `with` for the rows of a tile, rounded up to one of four heights. More comparisons would take more time than the
+  // products that they save.
   template <class With>
   static __device__ __forceinline__ void of_height(int rows, With const& with) {
-    constexpr int kSecond = kTile.rows == 192 ? 176 : 192;
     if (rows <= 128) {
       rows <= 64 ? with(std::integral_constant<int, 64>{}) : with(std::integral_constant<int, 128>{});
     } else {
-      rows <= kSecond ? with(std::integral_constant<int, kSecond>{}) : with(std::integral_constant<int, kTile.rows>{});
+      rows <= 192 ? with(std::integral_constant<int, 192>{}) : with(std::integral_constant<int, 256>{});
     }
   }
 
-  // The products of a tile: of this warpgroup's features and the rows of the stages. Only the instruction depends on the number
-  // of rows. If the whole loop did, the compiler would find too few registers for all of them.
+  // The products of a tile: of this warpgroup's features and the rows of the stages. Only the instruction depends on the
+  // number of rows. If the whole loop did, the compiler would find too few registers for all of them.
   template <Code C>
-  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, FragmentsOf<C>& fragments,
+  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, Fragments<C, kHalves>& fragments,
                                                   float (&acc)[kTile.rows / 2], Place<kStages>& place,
                                                   Place<kCodeStages>& codes, uint32_t lane) {
-    using Fragment = typename FragmentsOf<C>::Fragment;
-    using Codes = typename FragmentsOf<C>::Codes;
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.rows), 0);
     const uint32_t first_codes = cute::cast_smem_ptr_to_uint(shared.codes);
-    const auto issue = [&](Fragment const& fragment, int part) {
-      if (part % kStageParts == 0) shared.full[place.stage].wait(place.phase);
+    const auto issue = [&](Fragment const& fragment) {
+      shared.full[place.stage].wait(place.phase);
       const uint32_t stage = first + place.stage * (kStageBytes >> 4);
       of_height(work.valid, [&](auto n) {
         cute::warpgroup_arrive();
 #pragma unroll
         for (int k16 = 0; k16 < kPartElements / 16; ++k16) {
-          const int bytes = 2 * (part % kStageParts * kPartElements + 16 * k16);
-          fragment_wgmma<n()>(fragment[k16], descriptor(stage, bytes), acc);
+          fragment_wgmma<n()>(fragment[k16], descriptor(stage, bytes_to<Major::K>(k16)), acc);
         }
         cute::warpgroup_commit_batch();
       });
     };
-    // Each warp gives a stage back by itself, to all blocks that copy to it.
     const auto release = [&](int stage) {
-      if (kCluster == 1) {
-        if (lane == 0) shared.empty[stage].arrive();
-      } else if (lane < kCluster) {
-        shared.empty[stage].arrive(lane);
-      }
+      if (lane == 0) shared.empty[stage].arrive();
     };
-    const auto read = [&](Codes& found, int step, int part) {
+    const auto read = [&](auto& found, int step, int part) {
       fragments.read(found, first_codes + codes.stage * kCodeStageBytes, step % kStageSteps<C>, part);
     };
     // A warpgroup without features only gives the stages back.
     if (fragments.is_idle()) {
       for (int step = 0; step < work.steps; ++step) {
-        for (int part = 0; part < kParts; part += kStageParts, place.next()) {
+        for (int part = 0; part < kParts; ++part, place.next()) {
           shared.full[place.stage].wait(place.phase);
           release(place.stage);
         }
@@ -210,8 +194,8 @@ struct WidenedKernel {
       return;
     }
     // While products of a part run, the next one is widened. Its codes are read before the products are issued.
-    Fragment fragment[2];
-    Codes found;
+    Fragment fragment[kParts];
+    typename Fragments<C, kHalves>::Codes found;
     shared.full_codes[codes.stage].wait(codes.phase);
     read(found, 0, 0);
     fragments.take(0);
@@ -232,17 +216,15 @@ struct WidenedKernel {
             read(found, step + 1, 0);
           }
         }
-        issue(fragment[part % 2], part);
+        issue(fragment[part]);
         // The products depend on all that the warp has read from the last stage of codes.
         if (part + 1 == kParts && ends_stage && lane == 0) shared.empty_codes[stage].arrive();
         cute::warpgroup_wait<1>();
-        if (part % kStageParts == 0) {
-          if (previous >= 0) release(previous);
-          previous = place.stage;
-        }
-        if ((part + 1) % kStageParts == 0) place.next();
+        if (previous >= 0) release(previous);
+        previous = place.stage;
+        place.next();
         if (part + 1 < kParts) {
-          fragments.widen(fragment[(part + 1) % 2], found, part + 1);
+          fragments.widen(fragment[part + 1], found, part + 1);
         } else if (!ends) {
           fragments.take(step + 1);
           fragments.widen(fragment[0], found, 0);
@@ -255,13 +237,13 @@ struct WidenedKernel {
   }
 
   template <Code C>
-  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule, int rank,
+  static __device__ __forceinline__ void consume(Args const& args, Shared const& shared, Schedule const& schedule,
                                                  int warpgroup) {
     const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
     const uint32_t lane = unsigned(thread) % 32;
     const Epilogue epilogue(args, shared.epilogue, warpgroup, thread);
-    FragmentsOf<C> fragments(args.weight, warpgroup, thread);
-    Queue queue(shared.queue, schedule, rank);
+    Fragments<C, kHalves> fragments(args.weight, warpgroup, thread);
+    Queue queue(shared.queue, schedule, 0);
     Place<kStages> place;
     Place<kCodeStages> codes;
     Work work;
@@ -282,13 +264,14 @@ struct WidenedKernel {
         scales[0] = fragments.of_sum(0), scales[1] = fragments.of_sum(1);
       }
       more = take();  // the next tile's scales arrive meanwhile
-      epilogue.template finish<FragmentsOf<C>::kScalesSums>(acc, scales, done);
+      epilogue.template finish<Fragments<C, kHalves>::kScalesSums>(acc, scales, done);
       __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
     }
   }
 };
 
-// The codes are an argument of the template, because the compiler would find too few registers for the products of all of them.
+// The codes are an argument of the template: in one function with the products of all codes, the compiler would find too few
+// registers, and would wait for each product.
 template <class Spec, Code C>
 __global__ void __launch_bounds__(WidenedKernel<Spec>::kThreads, 1) widened_kernel(__grid_constant__ const Args args) {
   using K = WidenedKernel<Spec>;
@@ -297,46 +280,35 @@ __global__ void __launch_bounds__(WidenedKernel<Spec>::kThreads, 1) widened_kern
   const uint32_t start = uniform(cute::cast_smem_ptr_to_uint(base));
   const typename K::Shared shared(static_cast<char*>(__cvta_shared_to_generic(start)));
   const int warpgroup = threadIdx.x / kWarpgroup;
-  const int rank = K::kCluster == 1 ? 0 : cute::block_rank_in_cluster();
 
   const typename K::Schedule schedule(args.problem, shared.schedule);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < K::kStages; ++stage) {
       shared.full[stage].init(1);
-      shared.empty[stage].init(K::kCluster * K::kConsumerWarps);
+      shared.empty[stage].init(K::kConsumerWarps);
     }
     for (int stage = 0; stage < K::kCodeStages; ++stage) {
       shared.full_codes[stage].init(1);
       shared.empty_codes[stage].init(K::kConsumerWarps);
     }
-    typename K::Queue(shared.queue, schedule, rank).init();
+    typename K::Queue(shared.queue, schedule, 0).init();
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  if constexpr (K::kCluster > 1) {
-    cute::cluster_arrive_relaxed();
-    cute::cluster_wait();
-  }
 
   if (warpgroup == K::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<K::kProducerRegisters>();
     const int warp = threadIdx.x / 32 % 4;
     // The compiler knows that an elected thread is a single one, so it emits no loop over the threads that use TMA.
-    if (warp == 0 && cute::elect_one_sync()) K::load_rows(args, shared, schedule, rank);
-    if (rank == 0 && warp == 1 && cute::elect_one_sync()) typename K::Queue(shared.queue, schedule, rank).serve(args);
-    if (warp == 2) K::load_codes(args, shared, schedule, rank);
+    if (warp == 0 && cute::elect_one_sync()) K::load_rows(args, shared, schedule);
+    if (warp == 1 && cute::elect_one_sync()) typename K::Queue(shared.queue, schedule, 0).serve(args);
+    if (warp == 2) K::load_codes(args, shared, schedule);
     if (warp == 3 && args.gather.table != nullptr) {
       gather_rows<typename K::T>(args.gather, args.problem.num_rows, takes_last_first(args.l2_slices));
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<K::kConsumerRegisters>();
-    K::template consume<C>(args, shared, schedule, rank, uniform(warpgroup));
-  }
-  // A block may end only when no other block of the cluster writes into its shared memory any more.
-  __syncwarp();
-  if constexpr (K::kCluster > 1) {
-    cute::cluster_arrive();
-    cute::cluster_wait();
+    K::template consume<C>(args, shared, schedule, uniform(warpgroup));
   }
 }
 
@@ -348,16 +320,10 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
   if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) return error;
   if (auto error = cudaMemsetAsync(args.counter, 0, args.counter_bytes, stream)) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = num_sms / K::kCluster * K::kCluster;  // all blocks run at once
+  config.gridDim = num_sms;  // all blocks run at once
   config.blockDim = K::kThreads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = K::kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
@@ -383,7 +349,6 @@ cudaError_t launch(Args const& args, int num_sms, cudaStream_t stream) {
 template <class Spec>
 int max_experts() {
   using K = WidenedKernel<Spec>;
-  static_assert(K::kCluster <= 2, "a GPU may hold fewer larger clusters than its SMs suggest");
   static_assert(K::shared_bytes(1) <= kSharedMemory);
   return (kSharedMemory - K::shared_bytes(0)) / (K::shared_bytes(1) - K::shared_bytes(0));
 }

@@ -25,9 +25,10 @@ FORMAT = "bf16_codes"
 COLUMN_MULTIPLE = 8
 """bfloat16 elements in 16 bytes, the unit in which results are stored."""
 FEWEST_ROWS = 32
-"""With fewer rows per expert, on average, `auto` asks the Pallas kernel first, in which two warpgroups widen, not one.
+"""With fewer rows per expert, on average, `auto` asks the Pallas kernel first.
 
-It is an estimate: neither kernel was timed around the bound.
+With 11 rows per expert, Super's up-product in mxfp4 takes 0.46 ms there and 0.69 ms here on an H200. The bound itself
+is an estimate: neither kernel was timed around it.
 """
 
 
