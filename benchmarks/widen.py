@@ -2,7 +2,8 @@
 
 The floor is the time to read the chosen experts' codes and scales and the rows, and to write the result, at the rate
 at which this device reads. Few tokens choose so few experts that the cache would hold them from call to call: a call is
-then a loop over several draws of the router. `--sweep` times every tile instead of the heuristic's alone.
+then a loop over several draws of the router. The compiled kernel and the Pallas kernel run in their heuristics' tiles,
+or in each of their tiles with `--sweep`. Dense weights are multiplied by the backend that `auto` chooses.
 """
 
 import functools
@@ -15,9 +16,10 @@ from jax import lax
 from benchmarks.matmuls import keep_fastest_of_sweeps, relative_error
 from benchmarks.measure import Row, Session
 from benchmarks.problems import Grouped
-from jax_latent_moe import PallasBackend, PallasWidenTile
+from jax_latent_moe import CutlassBackend, PallasBackend, PallasWidenTile
 from jax_latent_moe.formats import ScaledArray, encode
 from jax_latent_moe.grouped_matmul import grouped_matmul, operand_of, problem
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import tiles
 from jax_latent_moe.grouped_matmul.tuning.timing import Candidate, jax_candidate, prepare, time_in_turn
 
@@ -29,10 +31,10 @@ ENCODED = 32
 SHAPES = {
     f"{name}_t{tokens}": Grouped(tokens, 22, 512, k, n, empty=0.0)
     for name, k, n in (("super_up", 1024, 2688), ("super_down", 2688, 1024))
-    for tokens in (1, 8, 64, 256, 4096)
+    for tokens in (1, 8, 64, 256, 1024, 4096, 8192)
 }
 """The up- and the down-product of Nemotron-3 Super."""
-QUICK_SHAPES = ("super_up_t8", "super_up_t64", "super_down_t8", "super_down_t64")
+QUICK_SHAPES = ("super_up_t256", "super_up_t1024", "super_up_t4096", "super_down_t4096")
 
 
 def read_rate(elements: int = 2**30) -> float:
@@ -59,17 +61,27 @@ def draws(shape: Grouped) -> np.ndarray:
 
 
 def candidates(rows, w, sizes, *, sweep: bool) -> dict[str, Candidate]:
-    """The product by the kernel with the heuristic's tile, or with each of a sweep's; dense weights by `auto`."""
+    """The product by each kernel with the heuristic's tile, or with each of a sweep's; dense weights by `auto`."""
     if not isinstance(w, ScaledArray):
         return {"bfloat16": jax_candidate(functools.partial(several, "auto"), rows, w, sizes)}
     asked = problem("fwd", rows.shape[0], w.shape, rows.dtype, rhs=operand_of(w))
-    found = {}
-    for tile in tiles(asked)[: None if sweep else 1]:
-        assert isinstance(tile, PallasWidenTile)
-        backend = PallasBackend(widen_tile=tile)
-        name = f"{w.format}/{tile.features}x{tile.rows}x{tile.stages} band {tile.band}"
-        found[name if sweep else w.format] = jax_candidate(functools.partial(several, backend), rows, w, sizes)
-    return found
+    backends: dict[str, CutlassBackend | PallasBackend] = {
+        f"{w.format} compiled": CutlassBackend(),
+        w.format: PallasBackend(),
+    }
+    if sweep:
+        backends = {}
+        for tile in cutlass_tiles.tiles(asked):
+            order = " rows first" if tile.rows_first else ""
+            name = f"{w.format} compiled/{tile.rows}x{tile.columns}x{tile.stages}{order}"
+            backends[name] = CutlassBackend(matmul_tile=tile)
+        for tile in tiles(asked):
+            assert isinstance(tile, PallasWidenTile)
+            name = f"{w.format}/{tile.features}x{tile.rows}x{tile.stages} band {tile.band}"
+            backends[name] = PallasBackend(widen_tile=tile)
+    return {
+        name: jax_candidate(functools.partial(several, backend), rows, w, sizes) for name, backend in backends.items()
+    }
 
 
 def traffic(shape: Grouped, w, sizes: np.ndarray) -> float:

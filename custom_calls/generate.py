@@ -119,8 +119,9 @@ def kernel_files(names: list[str]) -> dict[str, str]:
         sizes = [kernel[size] for size in ("rows", "columns", "stages", "cluster_rows", "cluster_columns")]
         fields = ", ".join([*map(_enumerator, words), *sizes])
         lists.setdefault(architecture, []).append(f'LATENT_MOE_KERNEL("{name}", {fields})')
+        source = "widened_kernel.cuh" if kernel["format"] == "bf16_codes" else "grouped_kernel.cuh"
         sources[f"{architecture}/{name.replace(':', '-')}.cu"] = (
-            f'#include "{architecture}/grouped_kernel.cuh"\n\nLATENT_MOE_COMPILE({fields})\n'
+            f'#include "{architecture}/{source}"\n\nLATENT_MOE_COMPILE({fields})\n'
         )
     return {f"{name}/kernels.inc": "\n".join(lines) + "\n" for name, lines in lists.items()} | sources
 

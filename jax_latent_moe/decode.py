@@ -18,6 +18,7 @@ from jax_latent_moe.config import CutlassBackend, LatentMoEConfig, as_backend
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import CODES, READ_BYTES, stored, wrong_scales
 from jax_latent_moe.grouped_matmul.registry import AUTO, BackendConfig
 from jax_latent_moe.grouped_matmul.sm90 import DTYPES, KERNEL_ACTIVATIONS, KernelActivation, kernel_activation, library
 
@@ -39,17 +40,6 @@ TILE, DEPTH = 128, 128
 """A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
 """How many blocks of the second product each SM should have, so that it keeps reading."""
-# By format: the kernels' name for its codes, and the scales that they read, by name and dtype.
-_CODES = {
-    **dict.fromkeys(("fp8_block", "fp8_block_pow2"), ("e4m3", {"block": "float32"})),
-    "fp8_tensor": ("e4m3", {"tensor": "float32"}),
-    "fp8_channel": ("e4m3", {"channel": "float32"}),
-    "int8": ("int8", {"channel": "float32"}),
-    "mxfp4": ("mxfp4", {"block": "uint8"}),
-    "nvfp4": ("nvfp4", {"block": "uint8", "tensor": "float32"}),
-    **dict.fromkeys(("int4_32", "int4_128"), ("int4", {"block": "bfloat16"})),
-    **dict.fromkeys(("int4_32_zero", "int4_128_zero"), ("int4", {"block": "bfloat16", "zero": "uint8"})),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +153,7 @@ def plan_decode(
         reason = _refusal(name, weight, parts, dtype)
         if reason is not None:
             return reason
-        codes.append(_CODES[weight.format][0] if isinstance(weight, ScaledArray) else "dense")
+        codes.append(CODES[weight.format][0] if isinstance(weight, ScaledArray) else "dense")
     _, inner, width = w_out.shape
     in_code, out_code = codes
     assignments = tokens * choices
@@ -182,16 +172,15 @@ def _refusal(name, weight, parts, dtype) -> str | None:
     _, k, n = weight.shape
     multiples = 8, 8
     if isinstance(weight, ScaledArray):
-        if weight.format not in _CODES:
-            return f"{name} is in {weight.format}: these kernels widen {', '.join(_CODES)}."
+        if weight.format not in CODES:
+            return f"{name} is in {weight.format}: these kernels widen {', '.join(CODES)}."
         if dtype != "bfloat16":
             return f"{name} is in {weight.format}, whose codes these kernels widen to bfloat16, not to {dtype}."
         if weight.codes.shape[1] != parts:
             return f"the codes of {name} are {weight.codes.shape[1]} matrices side by side, not {parts}."
-        for scale, wanted in _CODES[weight.format][1].items():
-            if weight.scales[scale].dtype != wanted:
-                return f"the scales {scale!r} of {name} are {weight.scales[scale].dtype}, not {wanted}."
-        multiples = 16 * k // weight.codes.shape[-1], 16  # a lane reads 16 bytes
+        if (reason := wrong_scales(name, weight)) is not None:
+            return f"{reason}."
+        multiples = READ_BYTES * k // weight.codes.shape[-1], 16
     for what, size, multiple in (("inputs", k, multiples[0]), ("outputs", n // parts, multiples[1])):
         if size % multiple or not size:
             return f"the {size} {what} of {name} are not a positive multiple of {multiple}."
@@ -278,7 +267,4 @@ def _attributes(plan: Decode) -> dict[str, Any]:
 def _stored(weight):
     """A weight's arrays as the kernels take them: data, scales, and zero points or the scales of matrices."""
     nothing = jnp.zeros(0, jnp.float32)
-    if not isinstance(weight, ScaledArray):
-        return weight, nothing, nothing
-    scales = [weight.scales[name] for name in _CODES[weight.format][1]]
-    return weight.codes, *scales, *[nothing] * (2 - len(scales))
+    return stored(weight) if isinstance(weight, ScaledArray) else (weight, nothing, nothing)

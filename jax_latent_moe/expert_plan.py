@@ -158,8 +158,6 @@ def plan_experts(
     precision = config.precision or Precision()
     dense = problem("fwd", num_rows, w_in_shape, dtype, device=device).lhs
     table = dataclasses.replace(dense, layout="gathered")
-    # Beside 16-bit rows, only the kernels for few tokens read codes in this backend.
-    serves = isinstance(decode, Decode)
     frozen_in, frozen_out = (w is not None and w != dense for w in (w_in, w_out))
 
     def bind(contraction: Contraction, shape, lhs, rhs=None, backend=config.backend) -> Bound:
@@ -170,10 +168,12 @@ def plan_experts(
         if precision.fwd is not None:
             return bind("fwd", shape, Operand(precision.fwd, lhs.layout), Operand(precision.fwd))
         try:
-            return bind("fwd", shape, lhs, w, "auto" if serves and w not in (None, dense) else config.backend)
+            return bind("fwd", shape, lhs, w)
         except UnsupportedError as error:
             if not (isinstance(as_backend(config.backend), CutlassBackend) and decode):
                 raise
+            if isinstance(decode, Decode) and w not in (None, dense):
+                return bind("fwd", shape, lhs, w, "auto")  # the kernels for few tokens run the forward pass
             reason = f"{error.reason} Its kernels for few tokens do not run either: {decode}"
             raise UnsupportedError(error.backend, reason, error.remedy) from None
 

@@ -44,7 +44,10 @@ def library(*names: str, max_experts: int = MAX_EXPERTS, **more: int) -> native.
 CODES = tuple(name for name, _ in KERNELS if ".e4m3." in name)
 """The kernels of codes that are compiled."""
 
-WHOLE = library(*PLAIN, *FUSED, *CODES)
+WIDENING = tuple(name for name, _ in KERNELS if ".bf16_codes." in name)
+"""The kernels that widen codes of weights."""
+
+WHOLE = library(*PLAIN, *FUSED, *CODES, *WIDENING)
 """Kernels of every contraction, activation and size of tile."""
 
 

@@ -70,6 +70,7 @@ def calls():
     situ_glu = dataclasses.replace(epilogue_of("situ_glu"), residual=None)
     codes, of_w, of_wide = encode_rows(rows, "fp8_block"), encode(w, "fp8_block"), encode(wide, "fp8_block", parts=2)
     fwd, dgrad, grad = "matmul", "matmul", "matmul_activation_grad"
+    widened, in_4_bits = "matmul_widened", encode(w, "int4_32_zero")
     return {
         "fwd": (fwd, lambda: run("fwd", rows, w), "gathered = false"),
         "fwd of gathered rows": (fwd, lambda: run("fwd", many, w), "gathered = true"),
@@ -134,6 +135,24 @@ def calls():
             "matmul_encoded",
             lambda: run("fwd", codes, of_wide, epilogue=dataclasses.replace(situ_glu, encodes="fp8_block_pow2")),
             "linear_beta = 2.500000e+01 : f32",
+        ),
+        "rows by widened codes": (widened, lambda: run("fwd", rows, of_w), 'code = "e4m3"'),
+        "gathered rows by widened codes": (widened, lambda: run("fwd", many, in_4_bits), "gathered = true"),
+        "columns by widened codes": (widened, lambda: run("fwd", columns, in_4_bits), 'code = "int4"'),
+        "relu2 of widened codes": (
+            widened,
+            lambda: run("fwd", rows, in_4_bits, epilogue=relu2),
+            "sm90.fwd.bf16_codes.relu2:hidden.",
+        ),
+        "situ_glu of widened codes": (
+            widened,
+            lambda: run("fwd", rows, of_wide, epilogue=situ_glu),
+            "linear_beta = 2.500000e+01 : f32",
+        ),
+        "swiglu of widened codes": (
+            widened,
+            lambda: run("fwd", many, of_wide, epilogue=swiglu),
+            "keep_residual = true",
         ),
         "top_k": ("top_k", lambda: compiled_top_k_ids(jnp.zeros((5, 40)), 3), ""),
         "encode": (

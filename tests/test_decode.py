@@ -26,6 +26,7 @@ from jax_latent_moe import (
 )
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
 from jax_latent_moe.expert_plan import plan_experts
+from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import CODES
 from jax_latent_moe.grouped_matmul.registry import AUTO
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from jax_latent_moe.routing.router import route
@@ -36,7 +37,7 @@ from tests.kernels import A100, CPU, H100, H200
 from tests.oracle.formats import e2m1, e4m3
 from tests.tolerances import assert_close
 
-FORMATS = tuple(decode._CODES)
+FORMATS = tuple(CODES)
 emulates = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}")
 SUPER = dataclasses.replace(presets.NEMOTRON_3_SUPER, backend=BACKEND)
 

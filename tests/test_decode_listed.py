@@ -12,12 +12,13 @@ from jax_latent_moe.config import RouterConfig, XlaBackend
 from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray
+from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import CODES
 from tests import emulated
 from tests.few_tokens import BACKEND, SMALL, check, expected, experts_of, layer
 from tests.kernels import H200
 from tests.tolerances import assert_close
 
-FORMATS = tuple(decode._CODES)
+FORMATS = tuple(CODES)
 SUPER = dataclasses.replace(presets.NEMOTRON_3_SUPER, backend=BACKEND)
 emulates = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}")
 

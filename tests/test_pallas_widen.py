@@ -275,7 +275,7 @@ def test_the_heuristics_tiles(name, small):
     [
         ({"contraction": "dgrad"}, "its kernel for bfloat16 x mxfp4 computes only fwd: XlaBackend"),
         ({"lhs": Operand("float16"), "out": Operand("float16")}, "widens codes to bfloat16.*cast the rows"),
-        ({"k": 192}, "k=192 of a weight in codes is not a multiple of 128"),
+        ({"k": 192}, "k=192 of a weight in mxfp4 is not a positive multiple of 128"),
         ({"n": 96}, "n=96 is not a positive multiple of 64"),
         ({"k": 2**17}, "the scales of K=131072 in mxfp4 do not fit"),
         ({"num_rows": 0}, "num_rows=0 must be"),

@@ -7,6 +7,7 @@ from jax_latent_moe.errors import ConfigError, UnsupportedError
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassBackend
+from jax_latent_moe.grouped_matmul.cutlass_sm90.widened import FEWEST_ROWS, has_few_rows
 from jax_latent_moe.grouped_matmul.operands import Operands, Outputs, gathered
 from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from jax_latent_moe.grouped_matmul.pallas_sm90.config import PallasBackend
@@ -26,7 +27,7 @@ BACKENDS: dict[str, tuple[type, type[Backend]]] = {
 }
 
 # The backends that "auto" tries, in order, by platform. The first that supports the problem runs it. The order follows
-# the times in docs/performance.md.
+# the times in docs/performance.md. Few rows beside a weight in codes have an order of their own: see `_auto`.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
     "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
@@ -151,6 +152,8 @@ def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:
     """
     _check_problem(problem)
     lines = [f"{problem} on {problem.device.platform} ({problem.device.kind}), backend={backend!r}:"]
+    if backend == "auto" and problem.device.platform == "gpu" and has_few_rows(problem):
+        lines.append(f"  fewer than {FEWEST_ROWS} rows an expert beside codes: PallasBackend() is asked first")
     for candidate in _candidates(problem, backend):
         reason = candidate.supports(problem)
         if reason is None:
@@ -215,8 +218,16 @@ def _check_problem(given):
 
 def _candidates(problem, backend) -> list[Backend]:
     backend = as_backend(backend)
-    configs = AUTO.get(problem.device.platform, (XlaBackend(),)) if backend == "auto" else (backend,)
+    configs = _auto(problem) if backend == "auto" else (backend,)
     return [BACKENDS[name_of(config)][1](config) for config in configs]
+
+
+def _auto(problem) -> tuple[BackendConfig, ...]:
+    """The backends that "auto" tries for a problem, in order."""
+    configs = AUTO.get(problem.device.platform, (XlaBackend(),))
+    if not has_few_rows(problem):
+        return configs
+    return tuple(sorted(configs, key=lambda config: not isinstance(config, PallasBackend)))
 
 
 def _tile(backend, problem):

@@ -70,7 +70,7 @@ def refusal(problem: Problem, feature_multiple: int) -> str | None:
         return reason
     if problem.lhs.format in FORMATS or problem.rhs.format in FORMATS:
         return (
-            f"it has no kernels for {problem.lhs.format} x {problem.rhs.format}: PallasBackend() widens codes beside "
+            f"it has no kernels for {problem.lhs.format} x {problem.rhs.format}: it widens codes of a weight beside "
             "bfloat16 rows, and XlaBackend() decodes codes, a few experts at a time."
         )
     formats = {operand.format for operand in (problem.lhs, problem.rhs, problem.out)}
@@ -113,6 +113,29 @@ def fp8_refusal(
         if (size := getattr(problem, name)) % multiple or not size:
             return f"{name}={size} of FP8 codes is not a positive multiple of {multiple}: pad it, or use XlaBackend()."
     return None
+
+
+def widen_refusal(problem: Problem, k_multiple: int, n_multiple: int) -> str | None:
+    """None, or the reason why a kernel cannot run a problem with 16-bit rows and a weight whose codes it widens.
+
+    Args:
+        problem: the grouped matmul.
+        k_multiple: the number that K must be a multiple of.
+        n_multiple: the number that N must be a multiple of, and half of N for a gated activation.
+    """
+    if reason := device_refusal(problem):
+        return reason
+    codes = f"{problem.lhs.format} x {problem.rhs.format}"
+    if problem.contraction != "fwd":
+        return f"its kernel for {codes} computes only fwd: XlaBackend() decodes codes, a few experts at a time."
+    if {problem.lhs.format, problem.out.format} != {"bfloat16"}:
+        return f"its kernel widens codes to bfloat16, not {codes} to {problem.out.format}: cast the rows."
+    if problem.k % k_multiple or not problem.k:
+        return (
+            f"k={problem.k} of a weight in {problem.rhs.format} is not a positive multiple of {k_multiple}: pad it, or "
+            "use XlaBackend()."
+        )
+    return size_refusal(problem, n_multiple)
 
 
 def device_refusal(problem: Problem) -> str | None:

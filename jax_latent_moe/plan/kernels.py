@@ -52,5 +52,13 @@ KERNELS = (
     ("sm90.fwd.e4m3.relu2:hidden.192x128x4.1x2", 5067),
     ("sm90.dgrad.e4m3.relu2:hidden.128x128x5.1x2", 4102),
     ("sm90.dgrad.e4m3.relu2:hidden.192x128x4.1x2", 1995),
+    ("sm90.fwd.bf16_codes.256x128x4.1x1", 2390),
+    ("sm90.fwd.bf16_codes.relu2:hidden.256x128x4.1x1", 2390),
+    ("sm90.fwd.bf16_codes.gelu:pre.256x128x4.1x1", 2390),
+    ("sm90.fwd.bf16_codes.gelu_tanh:pre.256x128x4.1x1", 2390),
+    ("sm90.fwd.bf16_codes.swiglu:gate_hidden.256x128x4.1x1", 2390),
+    ("sm90.fwd.bf16_codes.geglu:gate_hidden.256x128x4.1x1", 2390),
+    ("sm90.fwd.bf16_codes.geglu_tanh:gate_hidden.256x128x4.1x1", 2390),
+    ("sm90.fwd.bf16_codes.situ_glu:pre.256x128x4.1x1", 2390),
 )
 """(name, the most experts that it takes), in the library's order: `Device.kernels` of a GPU that is not present."""

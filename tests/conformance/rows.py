@@ -214,20 +214,34 @@ KERNELS_OF_CODES = (
     ),
 )
 """Kernels that multiply codes with codes."""
-WIDENING_KERNELS = tuple(
-    Row(
-        f"{backend}-{name}",
-        InterpretedPallas() if interpreted else PallasBackend(),
-        ("bfloat16",),
-        128,
-        weight_format=name,
-        transposes=False,
-        hopper=not interpreted,
-        interpreted=interpreted,
-        any_rows=False,
-    )
-    for backend, interpreted in (("interpreted-pallas", True), ("pallas", False))
-    for name in WIDENINGS
+WIDENING_KERNELS = (
+    *(
+        Row(
+            f"cutlass-{name}",
+            CutlassBackend(),
+            ("bfloat16",),
+            128,
+            weight_format=name,
+            transposes=False,
+            hopper=True,
+        )
+        for name in WIDENINGS
+    ),
+    *(
+        Row(
+            f"{backend}-{name}",
+            InterpretedPallas() if interpreted else PallasBackend(),
+            ("bfloat16",),
+            128,
+            weight_format=name,
+            transposes=False,
+            hopper=not interpreted,
+            interpreted=interpreted,
+            any_rows=False,
+        )
+        for backend, interpreted in (("interpreted-pallas", True), ("pallas", False))
+        for name in WIDENINGS
+    ),
 )
 """Kernels that widen codes on their way to the matrix units. The gradient of rows decodes."""
 

@@ -133,6 +133,8 @@ inline uint32_t __ballot_sync(uint32_t, bool mine) {
   return mask;
 }
 
+inline bool __any_sync(uint32_t mask, bool mine) { return __ballot_sync(mask, mine) != 0; }
+
 template <class T>
 T __shfl_sync(uint32_t, T value, int lane) {
   return emulation::of_warp<T>(value)[lane];
@@ -187,6 +189,11 @@ inline float __frcp_rn(float x) { return 1 / x; }
 
 inline uint4 __ldcs(uint4 const* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  return *from;
+}
+
+template <class T>
+T __ldg(T const* from) {
   return *from;
 }
 

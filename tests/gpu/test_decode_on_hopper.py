@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import XlaBackend, decode, init_params, latent_moe, quantize
+from jax_latent_moe import XlaBackend, init_params, latent_moe, quantize
 from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, plan_decode
+from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import CODES
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from jax_latent_moe.native import library
 from jax_latent_moe.projections import cluster_parts, projection
@@ -19,7 +20,7 @@ from tests.gpu.grouped import float64, needs_hopper
 from tests.tolerances import assert_close
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
-FORMATS = tuple(decode._CODES)
+FORMATS = tuple(CODES)
 
 
 def run(config, x, weights, ids, w_in, w_out):

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/l2_slices.h"
+#include "common/weight.h"
 
 namespace latent_moe {
 
@@ -67,6 +68,7 @@ struct Args {
   float beta, linear_beta;   // situ_glu's bounds of the gate and of the up half
   float const* row_weights;  // for an activation's gradient: [rows]
   float* partial;            // for an activation's gradient: sums of dhidden * hidden, [column tiles, rows]
+  Weight weight;             // of codes that a kernel widens
 };
 
 }  // namespace latent_moe

@@ -67,6 +67,7 @@ class Check {
 inline ffi::DataType data_type(Format format) {
   switch (format) {
     case Format::kBf16:
+    case Format::kBf16Codes:
       return ffi::DataType::BF16;
     case Format::kF16:
       return ffi::DataType::F16;

@@ -11,7 +11,8 @@ namespace latent_moe {
 struct Args;
 
 enum class Contraction { kFwd, kDgrad, kWgrad };
-enum class Format { kBf16, kF16, kE4m3 };
+// Rows and weights of a kernel. kBf16Codes has bfloat16 rows, and weights in codes that widen to bfloat16.
+enum class Format { kBf16, kF16, kE4m3, kBf16Codes };
 enum class Activation { kNone, kRelu2, kGelu, kGeluTanh, kSwiglu, kGeglu, kGegluTanh, kSituGlu };
 
 // What a forward pass with an activation keeps for the gradient: the pre-activation; the hidden rows, which determine the
@@ -24,6 +25,7 @@ constexpr int element_bytes(Format format) {
   switch (format) {
     case Format::kBf16:
     case Format::kF16:
+    case Format::kBf16Codes:
       return 2;
     case Format::kE4m3:
       return 1;
@@ -31,8 +33,8 @@ constexpr int element_bytes(Format format) {
   return 0;
 }
 
-// The format of a kernel's product. A product of E4M3 codes is in bfloat16.
-constexpr Format product_format(Format format) { return format == Format::kE4m3 ? Format::kBf16 : format; }
+// The format of a kernel's product. A product of codes is in bfloat16.
+constexpr Format product_format(Format format) { return format == Format::kF16 ? format : Format::kBf16; }
 
 constexpr int kScaleBlock = 128;  // elements of the contracted axis, and columns of a weight, that share a scale
 

@@ -23,6 +23,7 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 CUtensorMapDataType data_type(Format format) {
   switch (format) {
     case Format::kBf16:
+    case Format::kBf16Codes:
       return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     case Format::kF16:
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

@@ -50,6 +50,13 @@ __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t mask, uint32_t b
   return found;
 }
 
+// Bytes of two words. Four bits choose a byte of b:a, and the uppermost one of them asks for its sign bit in all places.
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t found;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(selector));
+  return found;
+}
+
 // c += a b of a warp, with a [16][16] and b [16][8] in bfloat16 and c [16][8] in float32 (PTX: mma.m16n8k16).
 __device__ __forceinline__ void multiply_16x8x16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                  uint32_t b0, uint32_t b1) {

@@ -18,8 +18,7 @@ struct Stored {
 };
 
 // A weight of `parts` matrices of k x n for each expert. A dense one is in the type `dense`.
-decode::Weight weight(Check& check, Stored const& stored, ffi::DataType dense, int64_t experts, int64_t parts, int64_t k,
-                      int64_t n);
+Weight weight(Check& check, Stored const& stored, ffi::DataType dense, int64_t experts, int64_t parts, int64_t k, int64_t n);
 
 Activation activation_of(Check& check, std::string_view name);
 

@@ -4,8 +4,6 @@
 namespace latent_moe {
 namespace {
 
-using decode::Code;
-
 constexpr std::string_view kCodes[] = {"dense", "e4m3", "int8", "mxfp4", "nvfp4", "int4"};
 constexpr std::string_view kActivations[] = {"none", "relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu"};
 
@@ -20,7 +18,7 @@ int place(Check& check, char const* name, std::string_view value, std::string_vi
 
 // log2 of the elements in a block, if there are that many blocks.
 int shift_of(Check& check, std::string const& name, int64_t size, int64_t blocks, std::initializer_list<int> shifts) {
-  if (blocks == 1) return decode::kWholeAxis;
+  if (blocks == 1) return kWholeAxis;
   for (int shift : shifts) {
     if (((size - 1) >> shift) + 1 == blocks) return shift;
   }
@@ -30,16 +28,15 @@ int shift_of(Check& check, std::string const& name, int64_t size, int64_t blocks
 
 }  // namespace
 
-decode::Weight weight(Check& check, Stored const& stored, ffi::DataType dense, int64_t experts, int64_t parts, int64_t k,
-                      int64_t n) {
+Weight weight(Check& check, Stored const& stored, ffi::DataType dense, int64_t experts, int64_t parts, int64_t k, int64_t n) {
   auto const& [name, word, data, scales, more] = stored;
-  decode::Weight found = {};
+  Weight found = {};
   found.code = Code(place(check, name.c_str(), word, kCodes));
   found.data = data.untyped_data();
   found.scales = scales.untyped_data();
   found.more = more.element_count() > 0 ? more.untyped_data() : nullptr;
   found.parts = parts, found.n = n, found.k = k;
-  int const packing = decode::packing(found.code), multiple = found.code == Code::kDense ? 8 : 16 * packing;
+  int const packing = latent_moe::packing(found.code), multiple = found.code == Code::kDense ? 8 : 16 * packing;
   check.that(k > 0 && k % multiple == 0,
              "the " + std::to_string(k) + " inputs of " + name + " are not a positive multiple of " + std::to_string(multiple));
   if (found.code == Code::kDense) {

@@ -15,7 +15,8 @@ Kernel const* named_kernel(Check& check, std::string_view name, std::initializer
     return nullptr;
   }
   bool const fits = std::count(contractions.begin(), contractions.end(), kernel->contraction) > 0 &&
-                    (kernel->activation != Activation::kNone) == with_activation && kernel->format != Format::kE4m3;
+                    (kernel->activation != Activation::kNone) == with_activation &&
+                    (kernel->format == Format::kBf16 || kernel->format == Format::kF16);
   check.that(fits, "kernel=" + std::string(name) + " is for another target");
   return fits ? kernel : nullptr;
 }

@@ -17,20 +17,6 @@ struct ActivationParams {
         inverse_linear_beta(1.0f / args.linear_beta) {}
 };
 
-// Exact to a few units in the last place of float32, and without a branch. An exact division or tanh would keep the compiler
-// from interleaving several elements, and an epilogue has few threads to hide their latency.
-__device__ __forceinline__ float exp_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
-  return y;
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_fast(-x)); }
 
 // Near 0, 2 sigmoid(2x) - 1 cancels, and x - x^3 / 3 is exact.

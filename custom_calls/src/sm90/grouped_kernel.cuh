@@ -29,8 +29,6 @@ template <class Spec>
 using EpilogueOf = std::conditional_t<Spec::kWgrad, WgradEpilogue<Spec>,
                                       std::conditional_t<Spec::kSwapAb, SwapAbEpilogue<Spec>, RowEpilogueOf<Spec>>>;
 
-constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM may take
-
 template <class Spec>
 struct GroupedKernel {
   static constexpr Tile kTile = Spec::kTile;

@@ -21,6 +21,7 @@ namespace latent_moe::sm90 {
 using cute::SM90::GMMA::Major;
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
+constexpr int kSharedMemory = 227 * 1024;  // the most that one block of an SM may take
 constexpr int kWarpgroup = 128;
 constexpr int kRowBytes = 128;  // of a swizzled row in shared memory
 constexpr int kBlock = 64;      // 16-bit elements of such a row, and rows of one wgmma
@@ -47,6 +48,20 @@ __device__ __forceinline__ uint32_t square_of_pair(uint32_t pair) {
     asm("mul.rn.bf16x2 %0, %1, %1;" : "=r"(found) : "r"(pair));
   }
   return found;
+}
+
+// Exact to a few units in the last place of float32, and without a branch. An exact division or tanh would keep the compiler
+// from interleaving several elements, and an epilogue has few threads to hide their latency.
+__device__ __forceinline__ float exp_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // The instruction for a 64 x N x 16 product of two operands in shared memory, accumulated in registers.
@@ -83,6 +98,31 @@ LATENT_MOE_WGMMA(176)
 LATENT_MOE_WGMMA(184)
 LATENT_MOE_WGMMA(192)
 #undef LATENT_MOE_WGMMA
+
+// The instruction for a 64 x N x 16 product of bfloat16 in registers and rows in shared memory, both along the contracted axis.
+template <int N>
+struct FragmentWgmma;
+
+#define LATENT_MOE_FRAGMENT_WGMMA(N) \
+  template <>                        \
+  struct FragmentWgmma<N> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<Major::K, Major::K> {};
+LATENT_MOE_FRAGMENT_WGMMA(64)
+LATENT_MOE_FRAGMENT_WGMMA(128)
+LATENT_MOE_FRAGMENT_WGMMA(192)
+LATENT_MOE_FRAGMENT_WGMMA(256)
+#undef LATENT_MOE_FRAGMENT_WGMMA
+
+template <int N, int Size, int... I>
+__device__ __forceinline__ void fragment_wgmma(uint32_t const (&a)[4], uint64_t b, float (&acc)[Size],
+                                               std::integer_sequence<int, I...>) {
+  FragmentWgmma<N>::fma(a[0], a[1], a[2], a[3], b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);
+}
+
+// acc += a x b, N columns wide, with a thread's part of a in registers.
+template <int N, int Size>
+__device__ __forceinline__ void fragment_wgmma(uint32_t const (&a)[4], uint64_t b, float (&acc)[Size]) {
+  fragment_wgmma<N>(a, b, acc, std::make_integer_sequence<int, N / 2>{});
+}
 
 // The instruction for a 64 x N x 32 product of E4M3 codes, both along the contracted axis.
 template <int N>
@@ -145,6 +185,25 @@ __device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, 
   } else {
     cute::SM90_TMA_LOAD::copy(&map, barrier, hint, smem, at...);
   }
+}
+
+// Asks for the line of an address in memory to be in the L2 cache soon.
+__device__ __forceinline__ void prefetch_line(void const* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
+// Loads 16 or 4 bytes at an address in shared memory.
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 found;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "r"(from)
+               : "memory");
+  return found;
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
+  uint32_t found;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(from) : "memory");
+  return found;
 }
 
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {

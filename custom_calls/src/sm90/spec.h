@@ -25,6 +25,8 @@ struct Spec {
   // Whether the operands are codes with scales. Each step's product is then multiplied by the scales and added in float32, and
   // both warpgroups work on one tile.
   static constexpr bool kScaled = F == Format::kE4m3;
+  // Whether the weight is in codes, which the warps that multiply widen to bfloat16 (widened_kernel.cuh).
+  static constexpr bool kWidens = F == Format::kBf16Codes;
   static constexpr int kColumns = C == Contraction::kFwd && is_gated(A) ? Columns / 2 : Columns;  // of the hidden rows in a tile
   // Warpgroups that multiply: three share a tile of 192 rows of codes.
   static constexpr int kConsumers = kScaled && Rows % 128 != 0 ? 3 : 2;
@@ -38,13 +40,14 @@ struct Spec {
 
   // Whether wgmma's operands are swapped: rows lie along its N axis, of any multiple of 8, rather than along its M axis
   // of 64. The tiles of an expert then have equal heights, and multiply few padding rows. Tiles of three column blocks gain
-  // nothing, because each block reads the rows from shared memory again. Small tiles are bound by reading weights. Only
-  // plain products and gated activations have such an epilogue.
-  static constexpr bool kSwapAb = !kWgrad && !kScaled && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192;
+  // nothing, because each block reads the rows from shared memory again. Small tiles are bound by reading weights. Among
+  // kernels of dense weights, only plain products and gated activations have such tiles.
+  static constexpr bool kSwapAb =
+      kWidens || (!kWgrad && !kScaled && (A == Activation::kNone || kHalves) && Rows > 64 && Columns != 192);
 
   // Elements of the contracted axis that a step multiplies. Large tiles of wgrad wait for loads. They take steps of 32, so
   // that more of the ring is being loaded. In a smaller tile, such a step would end before the next stage arrives.
-  static constexpr int kStepDepth = kScaled ? kScaleBlock : kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
+  static constexpr int kStepDepth = kScaled || kWidens ? kScaleBlock : kWgrad && Rows * Columns > 128 * 128 ? 32 : 64;
 
   // Whether a counter deals out tiles; gathering rows needs one. A kernel with small tiles is bound by reading each weight
   // once, and does better without clearing a counter.
@@ -67,6 +70,8 @@ struct Spec {
   static_assert(!kScaled || C == Contraction::kFwd ||
                     (kDifferentiates && R == Residual::kHidden && kEncodes && Rows == 64 * kConsumers),
                 "codes have fwd, and the dgrad of relu2 with a 64-row block of 128 columns for each warpgroup");
+  static_assert(!kWidens || (C == Contraction::kFwd && Rows == 256 && Columns == 128 && ClusterRows * ClusterColumns == 1),
+                "codes are widened for fwd alone, 64 features of a weight for each of two warpgroups");
   static_assert(!kScaled || !is_gated(A) || kEncodes, "a gated epilogue of codes stores codes alone");
   static_assert(!kScaled || Rows % (64 * kConsumers) == 0, "warpgroups multiply equal numbers of blocks of a tile of codes");
 };

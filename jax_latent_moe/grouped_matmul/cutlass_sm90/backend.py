@@ -9,6 +9,8 @@ from jax_latent_moe.formats.both_layouts import POWER_OF_TWO
 from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.backend import Backend
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import widened
+from jax_latent_moe.grouped_matmul.cutlass_sm90.calls import call, call_with_activation, tables
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, Outputs
 from jax_latent_moe.grouped_matmul.sm90 import (
@@ -49,7 +51,13 @@ class Cutlass(Backend):
 
     def supports(self, problem):
         """None, or the reason why the kernels cannot run the problem."""
-        if reason := _fp8_refusal(problem) if both_fp8(problem) else refusal(problem, FEATURE_MULTIPLE):
+        if both_fp8(problem):
+            reason = _fp8_refusal(problem)
+        elif widened.widens(problem):
+            reason = widened.refusal(problem)
+        else:
+            reason = refusal(problem, FEATURE_MULTIPLE)
+        if reason:
             return reason
         if problem.num_experts == 0:
             return "num_experts=0 must be at least 1."
@@ -84,9 +92,9 @@ class Cutlass(Backend):
     def in_place(self, problem, tile):
         """See `Backend.in_place`.
 
-        Plain products read columns of wider rows in place. Kernels with large tiles gather rows, if each gathered
-        element has enough products. A wgrad kernel gathers the rows of one operand only. A dgrad kernel without an
-        epilogue does not gather rows: that was never measured. Codes are gathered beforehand.
+        Plain products of dense weights read columns of wider rows in place. Kernels with large tiles gather rows, if
+        each gathered element has enough products. A wgrad kernel gathers the rows of one operand only. A dgrad kernel
+        without an epilogue does not gather rows: that was never measured. Rows in codes are gathered beforehand.
         """
         if both_fp8(problem):
             return ()
@@ -95,7 +103,7 @@ class Cutlass(Backend):
         tried = not (problem.contraction == "dgrad" and plain)
         gathers_lhs = problem.lhs.layout == "gathered" and gathers and tried and products >= FEW_PRODUCTS
         gathers_rhs = problem.rhs.layout == "gathered" and gathers and not gathers_lhs and problem.k >= FEW_PRODUCTS
-        reads_columns = problem.lhs.layout == "columns" and plain
+        reads_columns = problem.lhs.layout == "columns" and plain and not widened.widens(problem)
         return ("lhs",) * (gathers_lhs or reads_columns) + ("rhs",) * gathers_rhs
 
     def insists(self, epilogue):
@@ -113,18 +121,19 @@ class Cutlass(Backend):
             return _encoded(problem, operands, attributes) if encodes else _codes(problem, operands, attributes)
         if problem.contraction == "wgrad":
             return _wgrad(problem, operands, attributes)
-        attributes |= {"gathered": isinstance(operands.lhs, GatheredRows), "rows_first": tile.rows_first}
+        attributes |= {"rows_first": tile.rows_first}
+        if widened.widens(problem):
+            return widened.run(problem, operands, attributes)
+        attributes |= {"gathered": isinstance(operands.lhs, GatheredRows)}
         if problem.epilogue is None:
             width = problem.n if problem.contraction == "fwd" else problem.k
             outs = [jax.ShapeDtypeStruct((problem.num_rows, width), operands.lhs.dtype)]
             attributes |= {"first_column": _first_column(operands.lhs)}
-            (out,), lhs = _call("matmul", outs, operands.lhs, _tables(operands), attributes)
+            (out,), lhs = call("matmul", outs, operands.lhs, tables(operands), attributes)
             return Outputs(out, lhs=lhs)
-        activation = kernel_activation(problem.epilogue.activation)
-        assert activation is not None, "supports refuses an activation that the epilogues do not have"
-        attributes |= {"beta": activation.beta, "linear_beta": activation.linear_beta}
-        run = _activation if problem.contraction == "fwd" else _activation_grad
-        return run(problem, tile, operands, attributes)
+        if problem.contraction == "fwd":
+            return call_with_activation("matmul_activation", problem, operands.lhs, tables(operands), attributes)
+        return _activation_grad(problem, tile, operands, attributes)
 
 
 def _fp8_refusal(problem):
@@ -218,33 +227,19 @@ def _arrays(rows, w, group_sizes):
     return rows.codes, wide_scales(rows.scales).T, w.codes.reshape(experts, parts * n, k), w_scales, group_sizes
 
 
-def _activation(problem, tile, operands, attributes) -> Outputs:
-    del tile
-    residual, dtype = problem.epilogue.residual, operands.lhs.dtype
-    width = problem.n // (2 if problem.epilogue.activation.gated else 1)
-    keeps = residual in ("pre", "gate_hidden")
-    outs = [
-        jax.ShapeDtypeStruct((problem.num_rows if keeps else 0, problem.n), dtype),
-        jax.ShapeDtypeStruct((0 if residual == "gate_hidden" else problem.num_rows, width), dtype),
-    ]
-    attributes |= {"keep_residual": keeps}
-    (kept, hidden), lhs = _call("matmul_activation", outs, operands.lhs, _tables(operands), attributes)
-    if residual == "gate_hidden":
-        return Outputs(LastColumns(kept, width), residual=kept, lhs=lhs)
-    return Outputs(hidden, residual=kept if keeps else hidden if residual == "hidden" else None, lhs=lhs)
-
-
 def _activation_grad(problem, tile, operands, attributes) -> Outputs:
     residual, kept = problem.epilogue.residual, operands.residual
-    num_rows, width = problem.num_rows, problem.k
+    num_rows, width, activation = problem.num_rows, problem.k, kernel_activation(problem.epilogue.activation)
+    assert activation is not None, "supports refuses an activation that the epilogues do not have"
+    attributes |= {"beta": activation.beta, "linear_beta": activation.linear_beta}
     outs = [
         jax.ShapeDtypeStruct(kept.shape, kept.dtype),
         jax.ShapeDtypeStruct((num_rows if residual == "pre" else 0, width), kept.dtype),
         jax.ShapeDtypeStruct((-(-width // tile.columns), num_rows), jnp.float32),
     ]
-    given = *_tables(operands), kept, operands.row_weights.astype(jnp.float32)
+    given = *tables(operands), kept, operands.row_weights.astype(jnp.float32)
     # The gradient overwrites the residual.
-    (dpre, hidden, sums), lhs = _call(
+    (dpre, hidden, sums), lhs = call(
         "matmul_activation_grad", outs, operands.lhs, given, attributes, input_output_aliases={3: 0}
     )
     return Outputs(
@@ -264,35 +259,9 @@ def _wgrad(problem, operands, attributes) -> Outputs:
     }
     outs = [jax.ShapeDtypeStruct((problem.num_experts, problem.k, problem.n), lhs.dtype)]
     of_lhs = attributes["gathered_lhs"]
-    (out,), rows = _call("wgrad", outs, lhs if of_lhs else rhs, _tables(operands), attributes)
+    (out,), rows = call("wgrad", outs, lhs if of_lhs else rhs, tables(operands), attributes)
     return Outputs(out, lhs=rows) if of_lhs else Outputs(out, rhs=rows)
-
-
-def _tables(operands):
-    """The arrays of both operands, gathered or not, and the group sizes."""
-    return (*(_table(operand) for operand in operands[:2]), operands.group_sizes)
-
-
-def _table(operand):
-    if isinstance(operand, LastColumns):
-        return operand.matrix
-    return operand.table if isinstance(operand, GatheredRows) else operand
 
 
 def _first_column(rows) -> int:
     return rows.matrix.shape[1] - rows.width if isinstance(rows, LastColumns) else 0
-
-
-def _call(target, outs, rows, operands, attributes, **options):
-    """The results of a target, and `rows` as a dense array if the kernel gathered them, else as given."""
-    named = isinstance(rows, GatheredRows)
-    row_ids, weights = (rows.row_ids, rows.weights) if named else (jnp.zeros(0, jnp.int32), None)
-    weights = jnp.zeros(0) if weights is None else weights
-    # A kernel takes tiles from both ends of the queue and counts those taken from each. With gathered rows it also
-    # counts the chunks of rows taken from each end, and the rows gathered so far, in all and in each block of 64.
-    counters = 5 + -(-rows.shape[0] // 64) if named else 2
-    workspace = jax.ShapeDtypeStruct(rows.shape if named else (0, 0), rows.dtype)
-    outs = [*outs, workspace, jax.ShapeDtypeStruct((counters,), jnp.int32)]
-    operands = *operands, row_ids, weights.astype(jnp.float32)
-    *results, gathered_rows, _ = native.call(target, operands, outs, **options, **attributes)
-    return results, gathered_rows if named else rows

@@ -3,6 +3,7 @@
 import re
 
 from jax_latent_moe.formats.fp8 import BLOCK
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import widened
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.problem import Problem
 from jax_latent_moe.grouped_matmul.sm90 import FP8, kernel_activation, library
@@ -64,6 +65,8 @@ def refusal(problem: Problem, given: CutlassTile | None) -> str | None:
     """None, or the reason why no compiled kernel runs the problem with the given tile, or with any tile."""
     found = tiles(problem)
     what = f"{problem.contraction} of {problem.lhs.format}"
+    if widened.widens(problem):
+        what += f" and {problem.rhs.format}"
     if problem.epilogue is not None:
         what += f" with {problem.epilogue}"
     if not found:
@@ -75,7 +78,8 @@ def refusal(problem: Problem, given: CutlassTile | None) -> str | None:
 
 def _kernels(problem) -> list[tuple[str, tuple[int, int, int, int, int]]]:
     """(name, tile) of the compiled kernels that can run the problem, in the library's order."""
-    prefix = f"sm90.{problem.contraction}.{FORMATS[problem.lhs.format]}."
+    format = widened.FORMAT if widened.widens(problem) else FORMATS[problem.lhs.format]
+    prefix = f"sm90.{problem.contraction}.{format}."
     if problem.epilogue is not None:
         activation = kernel_activation(problem.epilogue.activation)
         assert activation is not None, "fuse_refusal refuses an activation that the epilogues do not have"

@@ -18,12 +18,12 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS
 from jax_latent_moe.grouped_matmul.sm90 import (
     DTYPES,
     both_fp8,
-    device_refusal,
     fp8_refusal,
     fuse_refusal,
     kernel_activation,
     refusal,
     size_refusal,
+    widen_refusal,
 )
 from jax_latent_moe.varying import varying
 
@@ -141,19 +141,10 @@ def _widens(problem):
 
 
 def _widen_refusal(problem):
-    if reason := device_refusal(problem):
+    if reason := widen_refusal(problem, CODES_MULTIPLE, FEATURE_MULTIPLE):
         return reason
-    codes = f"{problem.lhs.format} x {problem.rhs.format}"
-    if problem.contraction != "fwd":
-        return f"its kernel for {codes} computes only fwd: XlaBackend() decodes codes, a few experts at a time."
     if problem.epilogue is not None:
         return "its kernel that widens codes has no epilogue: XLA computes the activation."
-    if {problem.lhs.format, problem.out.format} != {"bfloat16"}:
-        return f"its kernel widens codes to bfloat16, not {codes} to {problem.out.format}: cast the rows."
-    if problem.k % CODES_MULTIPLE:
-        return f"k={problem.k} of a weight in codes is not a multiple of {CODES_MULTIPLE}: pad it, or use XlaBackend()."
-    if reason := size_refusal(problem, FEATURE_MULTIPLE):
-        return reason
     if not pallas_tiles.tiles(problem):
         return f"the scales of K={problem.k} in {problem.rhs.format} do not fit the shared memory."
     return None

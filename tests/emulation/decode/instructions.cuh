@@ -45,6 +45,15 @@ inline uint4* dynamic_shared() {
 
 inline uint32_t masked(uint32_t a, uint32_t mask, uint32_t bits) { return a & mask | bits; }
 
+inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t found = __byte_perm(a, b, selector);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = found >> 8 * i & 0xff;
+    if (selector >> 4 * i & 8) found = found & ~(0xffu << 8 * i) | (byte & 0x80 ? 0xffu : 0u) << 8 * i;
+  }
+  return found;
+}
+
 inline float bfloat16(uint32_t pair, int half) { return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u); }
 
 // The fragments of mma.m16n8k16 by the PTX manual: lane 4 g + q has a0, a1, a2, a3 of the rows g, g + 8, g, g + 8 and of the

@@ -1,7 +1,9 @@
 // Hopper's instructions for epilogues, on the CPU, in place of custom_calls/src/sm90/instructions.cuh.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "common/device.cuh"
@@ -41,6 +43,19 @@ struct SM90_U32x4_STSM_N {
   }
 };
 
+// Lane L has the elements 2 (L % 4) and 2 (L % 4) + 1 of column L / 4 of each of the four matrices.
+struct SM90_U16x8_STSM_T {
+  static void copy(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint128_t& mine) {
+    const auto rows = emulation::of_warp<uint128_t*>(&mine);
+    const uint32_t values[4] = {a, b, c, d};
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 8; ++i) {
+      auto* row = reinterpret_cast<uint16_t*>(rows[8 * (i / 2) + lane % 4 * 2 + i % 2]);
+      row[lane / 4] = values[i / 2] >> 16 * (i % 2);
+    }
+  }
+};
+
 struct SM75_U32x4_LDSM_N {
   static void copy(uint128_t const&, uint32_t&, uint32_t&, uint32_t&, uint32_t&) { std::abort(); }
 };
@@ -69,6 +84,9 @@ namespace latent_moe::sm90 {
 
 constexpr int kWarpgroup = 128, kRowBytes = 128, kBlock = 64;
 
+inline float exp_fast(float x) { return std::exp(x); }
+inline float reciprocal(float x) { return 1 / x; }
+
 template <class T>
 uint32_t relu_of_pair(uint32_t pair) {
   const float2 values = unpack<T>(pair);
@@ -80,5 +98,22 @@ uint32_t square_of_pair(uint32_t pair) {
   const float2 values = unpack<T>(pair);
   return pack<T>(values.x * values.x, values.y * values.y);
 }
+
+inline uint4 load_shared(uint32_t from) {
+  if (from % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  uint4 found;
+  std::memcpy(&found, emulation::shared + from, sizeof found);
+  return found;
+}
+
+inline uint32_t load_shared_word(uint32_t from) {
+  if (from % 4 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
+  uint32_t found;
+  std::memcpy(&found, emulation::shared + from, sizeof found);
+  return found;
+}
+
+// All warpgroups of the block meet, which wait equally often.
+inline void sync_warpgroup(int) { __syncthreads(); }
 
 }  // namespace latent_moe::sm90

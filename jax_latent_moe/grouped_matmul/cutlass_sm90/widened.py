@@ -1,0 +1,112 @@
+"""bfloat16 rows by a weight in codes, in kernels that widen the codes on their way to the matrix units."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_latent_moe.errors import InputError
+from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.formats.fp8 import wide_scales
+from jax_latent_moe.grouped_matmul.cutlass_sm90.calls import call, call_with_activation, table
+from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import (
+    CODES,
+    READ_BYTES,
+    side_by_side,
+    stored,
+    wrong_scales,
+)
+from jax_latent_moe.grouped_matmul.operands import GatheredRows, Operands, Outputs
+from jax_latent_moe.grouped_matmul.problem import Problem
+from jax_latent_moe.grouped_matmul.sm90 import DTYPES, widen_refusal
+
+FORMAT = "bf16_codes"
+"""The format in the names of these kernels."""
+COLUMN_MULTIPLE = 8
+"""bfloat16 elements in 16 bytes, the unit in which results are stored."""
+FEWEST_ROWS = 32
+"""With fewer rows per expert, on average, `auto` asks the Pallas kernel first.
+
+With 11 rows per expert, Super's up-product in mxfp4 takes 0.46 ms there and 0.69 ms here on an H200. The bound itself
+is an estimate: neither kernel was timed around it.
+"""
+
+
+def widens(problem: Problem) -> bool:
+    """Whether the rows are in 16 bits and the weight in codes."""
+    return problem.lhs.format in DTYPES and problem.rhs.format in CODES
+
+
+def has_few_rows(problem: Problem) -> bool:
+    """Whether the problem `widens`, and `auto` asks the Pallas kernel first."""
+    return widens(problem) and problem.planned_rows < FEWEST_ROWS * problem.num_experts
+
+
+def refusal(problem: Problem) -> str | None:
+    """None, or the reason why the kernels cannot run a problem that `widens`, apart from its epilogue."""
+    return widen_refusal(problem, READ_BYTES * FORMATS[problem.rhs.format].packing, COLUMN_MULTIPLE)
+
+
+def run(problem: Problem, operands: Operands, attributes: dict) -> Outputs:
+    """The product, or the hidden rows and their residual if an activation is in the epilogue.
+
+    Args:
+        problem: a problem that `widens`.
+        operands: the rows, the weight and the group sizes.
+        attributes: of the call: the kernel and the order of its tiles.
+
+    Raises:
+        InputError: scales have a dtype that the kernels do not read, or the weight is not one matrix for each half of
+            a gated activation.
+    """
+    rows, w, sizes = operands.lhs, _readable(operands.rhs), operands.group_sizes
+    attributes |= {"code": CODES[w.format][0]}
+    if problem.epilogue is None:
+        whole = side_by_side(w)
+        return _product(rows, whole, sizes, attributes) if whole is not None else _products(rows, w, sizes, attributes)
+    halves, parts = 2 if problem.epilogue.activation.gated else 1, w.codes.shape[1]
+    if parts != halves:
+        raise InputError(
+            f"the codes of w are {parts} matrices side by side, but {problem.epilogue.activation} needs {halves}: "
+            f"encode them with parts={halves}."
+        )
+    attributes |= {"gathered": isinstance(rows, GatheredRows)}
+    return call_with_activation("matmul_widened", problem, rows, (table(rows), *stored(w), sizes), attributes)
+
+
+def _product(rows, w, sizes, attributes) -> Outputs:
+    """The product with one matrix of each expert."""
+    outs = [jax.ShapeDtypeStruct((count, w.shape[2]), rows.dtype) for count in (0, rows.shape[0])]
+    attributes |= {"gathered": isinstance(rows, GatheredRows), "keep_residual": False, "beta": 0.0, "linear_beta": 0.0}
+    (_, out), lhs = call("matmul_widened", outs, rows, (table(rows), *stored(w), sizes), attributes)
+    return Outputs(out, lhs=lhs)
+
+
+def _products(rows, w, sizes, attributes) -> Outputs:
+    """The products with several matrices of each expert, one after the other. They count as experts of their own."""
+    experts, parts, n, _ = w.codes.shape
+    if n % COLUMN_MULTIPLE:
+        raise InputError(
+            f"each of the {parts} parts of w has {n} columns, not a multiple of {COLUMN_MULTIPLE}, and a scale of its "
+            "own: pad them, or use XlaBackend()."
+        )
+    matrices, found = jax.tree.map(lambda leaf: leaf.reshape(experts * parts, 1, *leaf.shape[2:]), w), []
+    for part in range(parts):
+        # The other matrices have no rows.
+        own = jnp.zeros((experts, parts), sizes.dtype).at[:, part].set(sizes)
+        outputs = _product(rows, matrices, own.reshape(-1), attributes)
+        rows = outputs.lhs
+        found.append(outputs.out)
+    return Outputs(jnp.concatenate(found, axis=1), lhs=rows)
+
+
+def _readable(w: ScaledArray) -> ScaledArray:
+    """The weight with its 32-bit scales in float32, whatever they are stored in."""
+    scales = dict(w.scales)
+    for name, wanted in CODES[w.format][1].items():
+        if wanted == "float32":
+            scales[name] = wide_scales(scales) if name == "block" else scales[name].astype(wanted)
+    w = dataclasses.replace(w, scales=scales)
+    if (reason := wrong_scales("w", w)) is not None:
+        raise InputError(f"{reason}: convert them, or decode the weight with XlaBackend().")
+    return w
