@@ -8,6 +8,7 @@
 
 namespace {
 
+using latent_moe::Code;
 using namespace latent_moe::decode;
 
 void store(uint32_t pair, float* first, float* second) { *first = bfloat16(pair, 0), *second = bfloat16(pair, 1); }
