@@ -28,7 +28,7 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, apart,
 from jax_latent_moe.grouped_matmul.pallas_sm90.words import STEP
 from jax_latent_moe.grouped_matmul.registry import bind
 from tests.drawn import drawn
-from tests.kernels import CPU, H200
+from tests.kernels import CPU, H200, PLAIN, library
 from tests.tolerances import assert_close
 
 EXPERTS, ROWS, UNEVEN = 4, 45, [0, 27, 1, 9]
@@ -288,7 +288,9 @@ def test_refuses(changes, reason):
         select(dataclasses.replace(asked, **changes), PallasBackend())
 
 
-def test_auto_takes_it_and_leaves_gradients_and_other_widths_to_xla():
+def test_auto_takes_it_and_leaves_gradients_and_other_widths_to_xla(install_library):
+    """Where the compiled library has no kernels that widen codes."""
+    install_library(library(*PLAIN))
     asked = problem("fwd", 24, (8, 128, 128), "bfloat16", rhs=Operand("mxfp4"), device=H200)
     assert "tile: PallasWidenTile(features=128, rows=16" in explain(asked)
     for changes in ({"contraction": "dgrad"}, {"k": 192}):
