@@ -27,8 +27,8 @@ COLUMN_MULTIPLE = 8
 FEWEST_ROWS = 32
 """With fewer rows per expert, on average, `auto` asks the Pallas kernel first.
 
-With 11 rows per expert, Super's up-product in mxfp4 takes 0.46 ms there and 0.69 ms here on an H200. The bound itself
-is an estimate: neither kernel was timed around it.
+On an H200, with 11 rows per expert, Super's first product in mxfp4 takes 0.44 ms there and 0.65 ms here; with 44 rows
+0.65 and 0.67, and this kernel also applies the activation. The bound lies between the two by estimate.
 """
 
 
