@@ -120,9 +120,12 @@ def test_explain_says_the_choice():
         "from a heuristic: no table has this problem",
     ]
     few = explain(asked(num_rows=E)).splitlines()
-    assert few[1] == "  fewer than 32 rows an expert beside codes: PallasBackend() is asked first"
+    assert few[1] == "  a weight in codes and fewer than 32 rows an expert: PallasBackend() is asked first"
     assert few[2] == f"  {PallasBackend()!r} runs it"
-    assert explain(asked(contraction="dgrad")).endswith("XlaBackend(method='blocked', block_rows=None) runs it")
+    for rows in (ROWS, E):
+        dgrad = explain(asked(contraction="dgrad", num_rows=rows)).splitlines()
+        assert [line.split("(")[0] for line in dgrad[1:]] == ["  CutlassBackend", "  PallasBackend", "  XlaBackend"]
+        assert dgrad[-1] == "  XlaBackend(method='blocked', block_rows=None) runs it"
     without = dataclasses.replace(H200, kernels=tuple((name, 512) for name in PLAIN))
     assert "refuses: no kernel was compiled for fwd of bfloat16 and mxfp4" in explain(asked(device=without))
 

@@ -38,8 +38,9 @@ def widens(problem: Problem) -> bool:
 
 
 def has_few_rows(problem: Problem) -> bool:
-    """Whether the problem `widens`, and `auto` asks the Pallas kernel first."""
-    return widens(problem) and problem.planned_rows < FEWEST_ROWS * problem.num_experts
+    """Whether the problem is a forward product that `widens`, and `auto` asks the Pallas kernel first."""
+    few = problem.planned_rows < FEWEST_ROWS * problem.num_experts
+    return few and problem.contraction == "fwd" and widens(problem)
 
 
 def refusal(problem: Problem) -> str | None:
