@@ -89,10 +89,13 @@ def measure(session: Session, suite: str, shapes: dict[str, Grouped]) -> None:
             session.record(row)
         if shape.out_features > shape.in_features and compiled_runs("auto"):
             traffic = shape.rows * (shape.in_features + shape.out_features) + weights
-            _time(session, suite, name, "hidden rows", hidden_rows(operands, jnp.asarray(sizes)), traffic, flops / 2)
+            floors = {n: session.floor_ms(flops * s / 2, traffic * s) for n, s in (("bfloat16", 2), ("fp8", 1))}
+            _time(session, suite, name, "hidden rows", hidden_rows(operands, jnp.asarray(sizes)), floors)
         for pass_, (encoder, array) in encoders.items():
-            _time(session, suite, name, pass_, {FORMAT: jax_candidate(encoder, array)}, 3 * array.size)
-        _time(session, suite, name, "encode both", both_layouts_of(w), 4 * w.size)
+            floors = {FORMAT: session.floor_ms(0, 3 * array.size)}
+            _time(session, suite, name, pass_, {FORMAT: jax_candidate(encoder, array)}, floors)
+        both = both_layouts_of(w)
+        _time(session, suite, name, "encode both", both, dict.fromkeys(both, session.floor_ms(0, 4 * w.size)))
 
 
 def both_layouts_of(w) -> dict[str, Candidate]:
@@ -105,9 +108,7 @@ def both_layouts_of(w) -> dict[str, Candidate]:
     }
 
 
-def _time(session: Session, suite: str, shape: str, pass_: str, found: dict[str, Candidate], traffic: int, flops=0.0):
-    """Rows with FP8's floor: of so many bytes and operations of bfloat16's speed."""
-    made = prepare(found)
+def _time(session: Session, suite: str, shape: str, pass_: str, found: dict[str, Candidate], floors: dict[str, float]):
+    made = prepare(session.wanted(found))
     for impl, ms in time_in_turn(made, 12, session.rounds).items():
-        floor = session.floor_ms(flops, traffic)
-        session.record(Row(suite, shape, pass_, impl, ms, 0.0, floor, None, made[impl].temp_bytes))
+        session.record(Row(suite, shape, pass_, impl, ms, 0.0, floors[impl], None, made[impl].temp_bytes))

@@ -37,7 +37,8 @@ def e2m1(codes):
 def stored(rng, code, shape, group=None, ordinary=False):
     """(codes, scales, more, the widened values as float64) of random bytes; the sums lack the other scales.
 
-    The kernels multiply by most narrow scales in one way. If not `ordinary`, some are other ones.
+    The kernels multiply by most narrow scales in one way. If not `ordinary`, some are other ones: NaN among them, and
+    negative ones of nvfp4.
     """
     experts, parts, n, k = shape
     few = experts, parts
@@ -57,10 +58,14 @@ def stored(rng, code, shape, group=None, ordinary=False):
         powers = np.where(scales == 255, np.nan, np.ldexp(1.0, scales.astype(int) - 127))
         return codes, scales, np.zeros(0, np.float32), e2m1(values) * repeated(powers, n, k)
     if code == "nvfp4":
-        scales = rng.integers(8 if ordinary else 0, 127, (*few, n, k // 16)).astype(np.uint8)
+        scales = rng.integers(*((8, 127) if ordinary else (0, 256)), (*few, n, k // 16)).astype(np.uint8)
+        if not ordinary:
+            scales[rng.random(scales.shape) < 0.1] = 0x7F
         more = rng.lognormal(0, 3, (*few, 1, 1)).astype(np.float32)
         return codes, scales, more, e2m1(values) * repeated(e4m3(scales), n, k) / 1024
     scales = rng.lognormal(0, 3, (*few, n, k // group)).astype(BFLOAT16)
+    if not ordinary:
+        scales[rng.random(scales.shape) < 0.1] = np.nan
     zeros = rng.integers(0, 16, scales.shape).astype(np.uint8)
     values = values.astype(np.float64) - repeated(zeros, n, k)
     return codes, scales, zeros, values * repeated(scales.astype(np.float64), n, k)
@@ -89,7 +94,8 @@ def widened(code, codes, scales, more, k):
 )
 def test_fragments_hold_the_decoded_weights(rng, code, group, parts, ordinary):
     """To the bit, also where the tile does not divide the columns. Beyond the contracted axis numbers are finite."""
-    for n, k in ((136, 256), (200, 384), (8, 96 if group is None else 192 if code == "e4m3" else 128)):
+    few = {("e4m3", 128): 192, ("int4", 128): 128}.get((code, group), 96)
+    for n, k in ((136, 256), (200, 384), (8, few)):
         codes, scales, more, values = stored(rng, code, (2, parts, n, k), group, ordinary)
         found, _ = widened(code, codes, scales, more, k)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -97,6 +103,27 @@ def test_fragments_hold_the_decoded_weights(rng, code, group, parts, ordinary):
         same = found[:, :, :n, :k]
         np.testing.assert_array_equal(same.astype(np.float32), expected.astype(np.float32))
         assert np.isfinite(found[..., k:].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("scale", [0, 7, 0x7F, 0x80, 0x88, 0xFE, 0xFF])
+def test_one_scale_of_nvfp4_that_needs_more_than_an_addition(rng, scale):
+    """All others of the warp do not."""
+    codes, scales, _, _ = stored(rng, "nvfp4", (1, 1, 16, 128), ordinary=True)
+    scales[0, 0, 11, 5] = scale
+    found, _ = widened("nvfp4", codes, scales, np.ones((1, 1, 1, 1), np.float32), 128)
+    values = e2m1(fours(codes)) * repeated(e4m3(scales), 16, 128) / 1024
+    np.testing.assert_array_equal(found[:, :, :16].astype(np.float32), values.astype(BFLOAT16).astype(np.float32))
+
+
+@pytest.mark.parametrize("scale", [0, 128, 129, 254, 255])
+def test_one_scale_of_mxfp4_that_needs_two_factors(rng, scale):
+    codes, scales, more, _ = stored(rng, "mxfp4", (1, 1, 16, 128), ordinary=True)
+    scales[0, 0, 11, 2] = scale
+    found, _ = widened("mxfp4", codes, scales, more, 128)
+    powers = np.where(scales == 255, np.nan, np.ldexp(1.0, scales.astype(int) - 127))
+    with np.errstate(over="ignore"):
+        expected = (e2m1(fours(codes)) * repeated(powers, 16, 128)).astype(np.float32).astype(BFLOAT16)
+    np.testing.assert_array_equal(found[:, :, :16].astype(np.float32), expected.astype(np.float32))
 
 
 def test_int4_without_zero_points_has_8_as_zero(rng):
@@ -112,11 +139,13 @@ def test_sums_get_the_scales_of_columns_and_matrices(rng):
     scale = emulated.compiled("widened").scale_of_sum
     scale.restype, scale.argtypes = ctypes.c_float, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     of = {}
-    for code in ("int8", "nvfp4", "mxfp4"):
-        codes, scales, more, _ = stored(rng, code, (2, 2, 24, 64))
+    for code in ("int8", "e4m3", "nvfp4", "mxfp4"):
+        n, group = (264, 128) if code == "e4m3" else (24, None)
+        codes, scales, more, _ = stored(rng, code, (2, 2, n, 64), group)
         of[code] = (*widened(code, codes, scales, more, 64), scales, more)
-    kept = [emulated.aligned(of["int8"][2]), emulated.aligned(of["nvfp4"][3])]
-    of["int8"][1].scales, of["nvfp4"][1].more = (array.ctypes.data for array in kept)
+    kept = [emulated.aligned(of[code][place]) for code, place in (("int8", 2), ("nvfp4", 3), ("e4m3", 2))]
+    of["int8"][1].scales, of["nvfp4"][1].more, of["e4m3"][1].scales = (array.ctypes.data for array in kept)
+    assert scale(ctypes.byref(of["e4m3"][1]), 3, 130) == kept[2][1, 1, 1, 0]
     assert scale(ctypes.byref(of["int8"][1]), 3, 17) == kept[0][1, 1, 17, 0]
     assert scale(ctypes.byref(of["nvfp4"][1]), 2, 17) == 1024 * kept[1][1, 0, 0, 0]
     assert scale(ctypes.byref(of["mxfp4"][1]), 2, 17) == 1

@@ -1,8 +1,7 @@
 """A model of the barriers of a kernel that widens codes (custom_calls/src/sm90/widened_kernel.cuh).
 
-The threads of a cluster of one or two blocks run in random order. A case fails if they all wait, or if a product reads
-a stage that another step has overwritten. The model has the kernel's order of waits and arrivals, and has to change
-with it.
+The threads of a block run in random order. A case fails if they all wait, or if a product reads a stage that another
+step has overwritten. The model has the kernel's order of waits and arrivals, and has to change with it.
 """
 
 import random
@@ -51,9 +50,9 @@ class Place:
 
 
 class Block:
-    def __init__(self, blocks):
+    def __init__(self):
         self.full = [Barrier(1) for _ in range(STAGES)]
-        self.empty = [Barrier(blocks * WARPS) for _ in range(STAGES)]
+        self.empty = [Barrier(WARPS) for _ in range(STAGES)]
         self.full_codes = [Barrier(1) for _ in range(CODE_STAGES)]
         self.empty_codes = [Barrier(WARPS) for _ in range(CODE_STAGES)]
         self.works: list[int | None] = [None] * ENTRIES
@@ -64,21 +63,19 @@ class Block:
         self.codes: list[int | None] = [None] * CODE_STAGES
 
 
-class Cluster:
-    """Blocks whose stages of codes hold so many steps."""
+class Model:
+    """A block whose stages of codes hold so many steps."""
 
-    def __init__(self, rng, tiles, blocks, held):
+    def __init__(self, rng, tiles, held):
         self.rng, self.tiles, self.held = rng, tiles, held
-        self.blocks = [Block(blocks) for _ in range(blocks)]
-        self.taken = [Barrier(blocks * (WARPS + 2)) for _ in range(ENTRIES)]
+        self.block = Block()
+        self.taken = [Barrier(WARPS + 2) for _ in range(ENTRIES)]
         self.copies = []  # that have begun
 
     def run(self):
         """Runs the threads to their ends. If they take far more turns than any case needs, they wait for each other."""
-        threads = [self.server()]
-        for block in self.blocks:
-            threads += [self.row_loader(block), self.code_loader(block)]
-            threads += [self.consumer(block) for _ in range(WARPS)]
+        threads = [self.server(), self.row_loader(self.block), self.code_loader(self.block)]
+        threads += [self.consumer(self.block) for _ in range(WARPS)]
         pace = {thread: self.rng.choice([1, 1, 0.2, 0.03]) for thread in threads}
         arrives = self.rng.choice([0.05, 0.5, 0.9])
         for _ in range(1_000_000):
@@ -95,13 +92,12 @@ class Cluster:
         place = Place(ENTRIES)
         for steps in (*self.tiles, None):
             yield from self.taken[place.at].wait(place.parity ^ 1)
-            for block in self.blocks:
 
-                def send(block=block, at=place.at, steps=steps):
-                    block.works[at] = steps
-                    block.queued[at].complete()
+            def send(at=place.at, steps=steps):
+                self.block.works[at] = steps
+                self.block.queued[at].complete()
 
-                self.copies.append(send)
+            self.copies.append(send)
             place.next()
 
     def take(self, block, place, arms=False):
@@ -118,14 +114,13 @@ class Cluster:
         while (steps := (yield from self.take(block, entry, arms=True))) is not None:
             for _ in range(PARTS * steps):
                 yield from block.empty[place.at].wait(place.parity ^ 1)
-                block.full[place.at].arrive(expected=len(self.blocks))
-                for to in self.blocks:  # each block loads a part of the rows for all
+                block.full[place.at].arrive(expected=1)
 
-                    def load(to=to, at=place.at, number=number):
-                        to.rows[at] = number
-                        to.full[at].complete()
+                def load(at=place.at, number=number):
+                    block.rows[at] = number
+                    block.full[at].complete()
 
-                    self.copies.append(load)
+                self.copies.append(load)
                 place.next()
                 number += 1
                 yield
@@ -152,8 +147,7 @@ class Cluster:
 
         def release(at, number):
             assert block.rows[at] == number, "a stage was overwritten"
-            for to in self.blocks:
-                to.empty[at].arrive()
+            block.empty[at].arrive()
 
         while (steps := (yield from self.take(block, entry))) is not None:
             if steps == 0:
@@ -189,13 +183,12 @@ class Cluster:
                 yield
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize(
     "steps", [[1], [8], [0, 1, 2, 3, 6, 8], [0, 1, 2], [0, 0, 0, 3]], ids=lambda steps: "-".join(map(str, steps))
 )
-def test_no_thread_waits_for_ever_and_no_stage_is_overwritten(steps, blocks):
+def test_no_thread_waits_for_ever_and_no_stage_is_overwritten(steps):
     """With tiles of few or no steps, of which any number may follow at the end (padding rows)."""
     for seed in range(4):
         rng = random.Random(seed)
         tiles = [rng.choice(steps) for _ in range(rng.randrange(1, 14))] + rng.choice([[], [0] * 25])
-        Cluster(rng, tiles, blocks, held=rng.choice([1, 2])).run()
+        Model(rng, tiles, held=rng.choice([1, 2])).run()

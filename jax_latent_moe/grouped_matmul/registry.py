@@ -27,7 +27,7 @@ BACKENDS: dict[str, tuple[type, type[Backend]]] = {
 }
 
 # The backends that "auto" tries, in order, by platform. The first that supports the problem runs it. The order follows
-# the times in docs/performance.md. Few rows beside a weight in codes have an order of their own: see `_auto`.
+# the times in docs/performance.md. A weight in codes and few rows have an order of their own: see `_auto`.
 AUTO: dict[str, tuple[BackendConfig, ...]] = {
     "cpu": (XlaBackend(),),
     "gpu": (CutlassBackend(), PallasBackend(), XlaBackend()),
@@ -153,7 +153,7 @@ def explain(problem: Problem, backend: str | BackendConfig = "auto") -> str:
     _check_problem(problem)
     lines = [f"{problem} on {problem.device.platform} ({problem.device.kind}), backend={backend!r}:"]
     if backend == "auto" and problem.device.platform == "gpu" and has_few_rows(problem):
-        lines.append(f"  fewer than {FEWEST_ROWS} rows an expert beside codes: PallasBackend() is asked first")
+        lines.append(f"  a weight in codes and fewer than {FEWEST_ROWS} rows an expert: PallasBackend() is asked first")
     for candidate in _candidates(problem, backend):
         reason = candidate.supports(problem)
         if reason is None:

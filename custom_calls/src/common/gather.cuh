@@ -9,8 +9,8 @@
 
 namespace latent_moe {
 
-constexpr int kGatherers = 2;  // warps of a block
-constexpr int kChunk = 8;      // rows that a warp takes at a time
+constexpr int kGatherers = 2;  // warps of a block of grouped_kernel.cuh; one of widened_kernel.cuh does it alone
+constexpr int kChunk = 8;  // rows that a warp takes at a time
 static_assert(kReadyRows % kChunk == 0);
 
 // Whether this SM is near the second L2 slice. Its blocks take tiles, and rows to gather, from the end (queue.cuh).

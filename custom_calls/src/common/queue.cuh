@@ -16,7 +16,7 @@
 
 namespace latent_moe {
 
-// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and the producer's thread. If Counts is
+// `Readers` threads of each block take tiles: a lane of each warp that multiplies, and one of each that loads. If Counts is
 // false, there is no counter: block b takes the tiles b, b + gridDim.x, ..., which suits kernels of few tiles.
 template <class Schedule, int Cluster, int Readers, bool Counts>
 class Queue {
@@ -69,8 +69,8 @@ class Queue {
     } while (more);
   }
 
-  // The next tile of this block, if there is one. Each warp that multiplies calls it, and the producer's thread, which has
-  // Producer true.
+  // The next tile of this block, if there is one. Each warp that multiplies calls it, and each that loads. One of these is a
+  // single thread, the producer's, which has Producer true.
   template <bool Producer>
   __device__ __forceinline__ bool take(Work& work) {
     if constexpr (!Counts) {

@@ -80,8 +80,8 @@ class Fragments {
 
   __device__ __forceinline__ float of_sum(int f) const { return of_sums_[f]; }
 
-  // Takes the scales of a step, and begins to read those of the next one. Behind the contracted axis scales are 0, because zeros
-  // of the rows need finite partners. Whole warps call it.
+  // Takes the scales of a step, and begins to read those of the next one. Behind the contracted axis narrow scales are 0, because
+  // zeros of the rows need finite partners. A float32 scale is of elements before the end too. Whole warps call it.
   __device__ __forceinline__ void take(int step) {
 #pragma unroll
     for (int f = 0; f < 2; ++f) {

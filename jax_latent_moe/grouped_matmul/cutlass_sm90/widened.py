@@ -38,8 +38,9 @@ def widens(problem: Problem) -> bool:
 
 
 def has_few_rows(problem: Problem) -> bool:
-    """Whether the problem `widens`, and `auto` asks the Pallas kernel first."""
-    return widens(problem) and problem.planned_rows < FEWEST_ROWS * problem.num_experts
+    """Whether the problem is a forward product that `widens`, and `auto` asks the Pallas kernel first."""
+    few = problem.planned_rows < FEWEST_ROWS * problem.num_experts
+    return few and problem.contraction == "fwd" and widens(problem)
 
 
 def refusal(problem: Problem) -> str | None:
@@ -85,19 +86,29 @@ def _product(rows, w, sizes, attributes) -> Outputs:
 def _products(rows, w, sizes, attributes) -> Outputs:
     """The products with several matrices of each expert, one after the other. They count as experts of their own."""
     experts, parts, n, _ = w.codes.shape
-    if n % COLUMN_MULTIPLE:
-        raise InputError(
-            f"each of the {parts} parts of w has {n} columns, not a multiple of {COLUMN_MULTIPLE}, and a scale of its "
-            "own: pad them, or use XlaBackend()."
-        )
-    matrices, found = jax.tree.map(lambda leaf: leaf.reshape(experts * parts, 1, *leaf.shape[2:]), w), []
+    w, found = _padded(w), []
+    matrices = jax.tree.map(lambda leaf: leaf.reshape(experts * parts, 1, *leaf.shape[2:]), w)
     for part in range(parts):
         # The other matrices have no rows.
         own = jnp.zeros((experts, parts), sizes.dtype).at[:, part].set(sizes)
         outputs = _product(rows, matrices, own.reshape(-1), attributes)
         rows = outputs.lhs
-        found.append(outputs.out)
+        found.append(outputs.out[:, :n])
     return Outputs(jnp.concatenate(found, axis=1), lhs=rows)
+
+
+def _padded(w: ScaledArray) -> ScaledArray:
+    """The matrices with zeros as further outputs, up to a multiple of COLUMN_MULTIPLE."""
+    missing = -w.codes.shape[2] % COLUMN_MULTIPLE
+    if not missing:
+        return w
+
+    def pad(array):
+        return jnp.pad(array, ((0, 0), (0, 0), (0, missing), (0, 0)))
+
+    # A block of e4m3's scales covers the further outputs already.
+    scales = w.scales | ({"block": pad(w.scales["block"])} if w.format == "nvfp4" else {})
+    return dataclasses.replace(w, codes=pad(w.codes), scales=scales)
 
 
 def _readable(w: ScaledArray) -> ScaledArray:
