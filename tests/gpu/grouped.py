@@ -26,6 +26,16 @@ DEVICE = jax.devices()[0]
 needs_hopper = pytest.mark.skipif(
     DEVICE.platform != "gpu" or not {"H100", "H200"} & set(DEVICE.device_kind.split()), reason="needs a Hopper GPU"
 )
+NUM_ROWS = 1384
+# Rows of each expert: ragged; all on one expert; one row; none; blocks of 64 rows that are whole, or one row more, so
+# that the second warpgroup of a tile has fewer of them, or none.
+GROUPS = {
+    "ragged": np.array([0, 1, 130, 0, 257, 64, 300, 63]),
+    "one expert": np.array([0, 0, 0, NUM_ROWS, 0, 0, 0, 0]),
+    "one row": np.array([0, 0, 0, 0, 0, 0, 0, 1]),
+    "none": np.zeros(8, int),
+    "blocks": np.array([64, 128, 192, 256, 320, 65, 129, 193]),
+}
 
 
 @functools.cache

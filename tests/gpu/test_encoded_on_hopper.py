@@ -15,7 +15,7 @@ from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.native import library
 from jax_latent_moe.row_encoders import GradientEncoder, RowEncoder
-from tests.gpu.grouped import float64, needs_hopper, same
+from tests.gpu.grouped import GROUPS, NUM_ROWS, float64, needs_hopper, same
 from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows
 from tests.tolerances import ROUNDOFF, assert_close
@@ -25,15 +25,6 @@ pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, re
 BACKEND = Cutlass(CutlassBackend(fuse="always"))
 GATED = ("swiglu", "geglu", "geglu_tanh", "situ_glu")
 FORMATS = ("fp8_block", "fp8_block_pow2")
-NUM_ROWS = 1384
-# Rows of each expert: ragged; all on one expert; one row; none; tiles whose second warpgroup has fewer blocks, or none.
-GROUPS = {
-    "ragged": np.array([0, 1, 130, 0, 257, 64, 300, 63]),
-    "one expert": np.array([0, 0, 0, NUM_ROWS, 0, 0, 0, 0]),
-    "one row": np.array([0, 0, 0, 0, 0, 0, 0, 1]),
-    "none": np.zeros(8, int),
-    "blocks": np.array([64, 128, 192, 256, 320, 65, 129, 193]),
-}
 # K and N that 128 does not divide, or divides; K of one step, of fewer steps than stages, and of more.
 FEATURES = [(1024, 384), (208, 272), (64, 16), (2688, 1024), (528, 144)]
 of_all_features = pytest.mark.parametrize("features", FEATURES, ids=str)

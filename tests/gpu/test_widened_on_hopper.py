@@ -19,22 +19,13 @@ from jax_latent_moe.grouped_matmul.operands import gathered
 from jax_latent_moe.grouped_matmul.registry import bind
 from jax_latent_moe.grouped_matmul.sm90 import KERNEL_ACTIVATIONS
 from jax_latent_moe.native import library
-from tests.gpu.grouped import float64, needs_hopper, same
+from tests.gpu.grouped import GROUPS, NUM_ROWS, float64, needs_hopper, same
 from tests.kernels import RESIDUAL, epilogue_of, layer_of
 from tests.oracle.fused import activation_of_rows, kept_of
 from tests.tolerances import RELATIVE, assert_close
 
 pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, reason=f"{library().missing}")]
 BACKEND = Cutlass(CutlassBackend(fuse="always"))
-NUM_ROWS = 1384
-# Rows of each expert: ragged; all on one expert; one row; none; blocks of 64 rows that are whole, or one row more.
-GROUPS = {
-    "ragged": np.array([0, 1, 130, 0, 257, 64, 300, 63]),
-    "one expert": np.array([0, 0, 0, NUM_ROWS, 0, 0, 0, 0]),
-    "one row": np.array([0, 0, 0, 0, 0, 0, 0, 1]),
-    "none": np.zeros(8, int),
-    "blocks": np.array([64, 128, 192, 256, 320, 65, 129, 193]),
-}
 # K, rounded up to what a format needs, and N: a part of a step; fewer steps than stages, or more; whole tiles.
 FEATURES = [(16, 8), (208, 136), (528, 264), (1024, 384)]
 every_format = pytest.mark.parametrize("name", CODES)

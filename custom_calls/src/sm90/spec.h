@@ -84,3 +84,11 @@ template <class Spec>
 int max_experts();
 
 }  // namespace latent_moe::sm90
+
+// Compiles one kernel, behind the header that defines it: the arguments are Spec's.
+#define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                  \
+  namespace latent_moe::sm90 {                                                                                              \
+  using Compiled = Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>; \
+  template cudaError_t launch<Compiled>(Args const&, int, cudaStream_t);                                                    \
+  template int max_experts<Compiled>();                                                                                     \
+  }

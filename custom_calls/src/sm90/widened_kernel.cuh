@@ -354,11 +354,3 @@ int max_experts() {
 }
 
 }  // namespace latent_moe::sm90
-
-// Compiles one kernel: the arguments are Spec's.
-#define LATENT_MOE_COMPILE(contraction, format, activation, residual, ...)                                                  \
-  namespace latent_moe::sm90 {                                                                                              \
-  using Compiled = Spec<Contraction::contraction, Format::format, Activation::activation, Residual::residual, __VA_ARGS__>; \
-  template cudaError_t launch<Compiled>(Args const&, int, cudaStream_t);                                                    \
-  template int max_experts<Compiled>();                                                                                     \
-  }
