@@ -1,7 +1,7 @@
-"""4-bit floating-point weights: E2M1 codes, two in a byte, with a scale for each 32 (MXFP4) or 16 (NVFP4) along K.
+"""4-bit floating-point weights: E2M1 codes with a scale for each 32 (MXFP4) or 16 (NVFP4) along K.
 
 E2M1 is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. A value is rounded to the nearest, ties to the even code, and
-larger ones become 6. The low four bits of a byte are the first code, as in ModelOpt and compressed-tensors.
+larger ones become 6. `packing` says where a code is.
 
 A block with NaN or infinity decodes to NaN; in NVFP4, whose matrices have a scale too, the whole matrix does.
 """
@@ -13,21 +13,11 @@ from jaxtyping import Array, Float, UInt8
 from jax_latent_moe.formats.blocks import divided, largest, one_if_zero, spread
 from jax_latent_moe.formats.fp8 import LARGEST as E4M3_LARGEST
 from jax_latent_moe.formats.fp8 import from_e4m3, to_e4m3
+from jax_latent_moe.formats.packing import pack_e2m1, unpack_e2m1
 from jax_latent_moe.formats.registry import Format
 
 LARGEST = 6.0
 MX_BLOCK, NV_BLOCK = (32, 1), (16, 1)
-
-
-def pack(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
-    """Codes of four bits, two in a byte."""
-    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-    return pairs[..., 0] | pairs[..., 1] << 4
-
-
-def unpack(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
-    """The codes of `pack`."""
-    return jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def to_e2m1(values: Float[Array, "*s"]) -> UInt8[Array, "*s"]:
@@ -55,7 +45,7 @@ def _encode_mxfp4(values):
     exponent = jnp.where(biased == 255, 255, jnp.maximum(biased - 2, 0))
     inverse = lax.bitcast_convert_type(jnp.maximum(254 - exponent, 0) << 23, jnp.float32)
     scaled = values * spread(inverse, MX_BLOCK, *values.shape[-2:])
-    return pack(to_e2m1(scaled)), {"block": exponent.astype(jnp.uint8)}
+    return pack_e2m1(to_e2m1(scaled)), {"block": exponent.astype(jnp.uint8)}
 
 
 def _decode_mxfp4(codes, scales, dtype):
@@ -66,7 +56,7 @@ def _decode_mxfp4(codes, scales, dtype):
     power = jnp.where(exponent == 255, jnp.nan, power)
     n, k = codes.shape[-2], 2 * codes.shape[-1]
     halved = spread(jnp.where(small, jnp.float32(0.5), 1), MX_BLOCK, n, k)
-    return (from_e2m1(unpack(codes)) * halved * spread(power, MX_BLOCK, n, k)).astype(dtype)
+    return (from_e2m1(unpack_e2m1(codes)) * halved * spread(power, MX_BLOCK, n, k)).astype(dtype)
 
 
 def _encode_nvfp4(values):
@@ -76,13 +66,13 @@ def _encode_nvfp4(values):
     divisor = spread(from_e4m3(block) * tensor, NV_BLOCK, *values.shape[-2:])
     # A block far below the largest has a scale that rounds to 0: its values are 0.
     scaled = jnp.where(divisor == 0, 0, divided(values, divisor))
-    return pack(to_e2m1(scaled)), {"block": block, "tensor": tensor}
+    return pack_e2m1(to_e2m1(scaled)), {"block": block, "tensor": tensor}
 
 
 def _decode_nvfp4(codes, scales, dtype):
     """Code times block scale, which is exact, times the matrix scale, rounded to float32 and then to dtype."""
     blocks = spread(from_e4m3(scales["block"]), NV_BLOCK, codes.shape[-2], 2 * codes.shape[-1])
-    return (from_e2m1(unpack(codes)) * blocks * scales["tensor"].astype(jnp.float32)).astype(dtype)
+    return (from_e2m1(unpack_e2m1(codes)) * blocks * scales["tensor"].astype(jnp.float32)).astype(dtype)
 
 
 FORMATS = (

@@ -1,7 +1,7 @@
 """Integer weights: 4 bits with a bfloat16 scale for each 32 or 128 along K, and 8 bits with one for each output.
 
-A value is rounded to the nearest code, ties to even. Four-bit codes are stored from 0 to 15, two in a byte, the first
-in the low bits, which are the bytes of compressed-tensors' int32 words.
+A value is rounded to the nearest code, ties to even. Four-bit codes are from 0 to 15, and `packing`
+says where they are.
 
 A block with NaN or infinity decodes to NaN.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_latent_moe.formats.blocks import divided, largest, one_if_zero, spread
-from jax_latent_moe.formats.fp4 import pack, unpack
+from jax_latent_moe.formats.packing import pack_integers, unpack_integers
 from jax_latent_moe.formats.registry import Format
 
 ZERO = 8
@@ -34,7 +34,7 @@ def _encode_symmetric(values, group):
     scales = _bfloat16(divided(largest(values, (group, 1)), 7.5))
     scaled = divided(values, spread(scales, (group, 1), *values.shape[-2:]))
     codes = (_codes(scaled, -8, 7, jnp.int32) + ZERO).astype(jnp.uint8)
-    return pack(codes), {"block": scales.astype(jnp.bfloat16)}
+    return pack_integers(codes), {"block": scales.astype(jnp.bfloat16)}
 
 
 def _encode_with_zero(values, group):
@@ -46,13 +46,13 @@ def _encode_with_zero(values, group):
     zero = _codes(divided(least, scales), 0, 15, jnp.uint8)
     steps = jnp.round(divided(values, spread(scales, (group, 1), n, k)))
     scaled = steps + spread(zero, (group, 1), n, k).astype(steps.dtype)
-    return pack(_codes(scaled, 0, 15, jnp.uint8)), {"block": scales.astype(jnp.bfloat16), "zero": zero}
+    return pack_integers(_codes(scaled, 0, 15, jnp.uint8)), {"block": scales.astype(jnp.bfloat16), "zero": zero}
 
 
 def _decode_int4(codes, scales, dtype, group):
     n, k = codes.shape[-2], 2 * codes.shape[-1]
     zero = spread(scales["zero"], (group, 1), n, k).astype(jnp.int32) if "zero" in scales else ZERO
-    steps = (unpack(codes).astype(jnp.int32) - zero).astype(jnp.float32)
+    steps = (unpack_integers(codes).astype(jnp.int32) - zero).astype(jnp.float32)
     return (steps * spread(scales["block"].astype(jnp.float32), (group, 1), n, k)).astype(dtype)
 
 
