@@ -34,6 +34,7 @@ from jax_latent_moe.routing.top_k import compiled_top_k_ids
 from tests import emulated
 from tests.few_tokens import BACKEND, SMALL, WEIGHINGS, check, experts_of, layer
 from tests.kernels import A100, CPU, H100, H200
+from tests.oracle import words
 from tests.oracle.formats import e2m1, e4m3
 from tests.tolerances import assert_close
 
@@ -339,12 +340,13 @@ def bfloat16(values):
 @emulates
 def test_every_code_is_widened_with_every_scale(rng):
     """Against the published definitions in float64. A product of a code and a scale is exact but for int4."""
-    words = [0x76543210, 0xFEDCBA98]
-    values = np.asarray([[e2m1(word >> 4 * place & 15) for place in range(8)] for word in words])
+    eights = [list(range(8)), list(range(8, 16))[::-1], list(rng.integers(0, 16, 8))]
+    values = np.asarray([[e2m1(code) for code in codes] for codes in eights])
     for scale in range(256):
         power = np.nan if scale == 255 else 2.0 ** (scale - 127)
         block = e4m3(scale)
-        for word, codes in zip(words, values, strict=True):
+        for eight, codes in zip(eights, values, strict=True):
+            word = words.word_of(eight, words.E2M1)
             np.testing.assert_array_equal(emulated.widened("mxfp4", word, scale), bfloat16(codes * power))
             np.testing.assert_array_equal(emulated.widened("nvfp4", word, scale), bfloat16(codes * block / 1024))
         four = [(scale + place) % 256 for place in range(4)]
@@ -353,7 +355,7 @@ def test_every_code_is_widened_with_every_scale(rng):
         np.testing.assert_array_equal(emulated.widened("int8", word), np.asarray(four, np.uint8).view(np.int8))
     for zero in range(16):
         scale = np.float32(rng.normal()).astype(ml_dtypes.bfloat16)
-        for word in words:
-            codes = np.asarray([(word >> 4 * place & 15) - zero for place in range(8)])
+        for eight in eights:
+            word = words.word_of(eight, words.INTEGERS)
             found = emulated.widened("int4", word, int(scale.view(np.uint16)), zero)
-            np.testing.assert_array_equal(found, bfloat16(codes * np.float64(scale)))
+            np.testing.assert_array_equal(found, bfloat16((np.asarray(eight) - zero) * np.float64(scale)))

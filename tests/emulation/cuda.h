@@ -171,6 +171,10 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   return found;
 }
 
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return uint32_t((uint64_t{high} << 32 | low) >> shift % 32);
+}
+
 inline float __uint_as_float(uint32_t bits) {
   float found;
   std::memcpy(&found, &bits, sizeof found);

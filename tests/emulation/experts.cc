@@ -22,15 +22,15 @@ void widen_8_bits(uint32_t word, float* to) {
 
 template <Code C>
 void widen_4_bits(uint32_t word, typename Widen<C>::Scale scale, float* to) {
-  store(Widen<C>::template pair<0>(word, scale), to, to + 4);
-  store(Widen<C>::template pair<1>(word, scale), to + 1, to + 5);
-  store(Widen<C>::template pair<2>(word, scale), to + 2, to + 6);
-  store(Widen<C>::template pair<3>(word, scale), to + 3, to + 7);
+  store(Widen<C>::template pair<0>(word, scale), to, to + 1);
+  store(Widen<C>::template pair<1>(word, scale), to + 2, to + 3);
+  store(Widen<C>::template pair<2>(word, scale), to + 4, to + 5);
+  store(Widen<C>::template pair<3>(word, scale), to + 6, to + 7);
 }
 
 }  // namespace
 
-// The values of a word of codes, in their order.
+// The values of a word of codes, in the order of the bytes or of the pairs.
 extern "C" void widen(int code, uint32_t word, uint32_t scale, uint32_t zero, float* to) {
   switch (Code(code)) {
     case Code::kE4m3:

@@ -79,7 +79,7 @@ struct Chunk {
         add_scaled(totals, codes, elements, [&](int i, int) { return Widen<C>::scale(found[i]); });
       }
     } else {
-      add_scaled(totals, codes, elements, [&](int i, int word) { return scale_of(found[i], word); });
+      add_scaled(totals, codes, elements, [&](int i, int half) { return scale_of(found[i], half); });
     }
   }
 
@@ -100,27 +100,26 @@ struct Chunk {
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
       const uint32_t a = (&codes[0].x)[word], b = (&codes[1].x)[word];
-      auto const left = scale_of(0, word), right = scale_of(1, word);
       uint4 x[Groups];
 #pragma unroll
       for (int g = 0; g < Groups; ++g) x[g] = elements[g][word * kApart];
-      const uint32_t first[4] = {Widen<C>::template pair<0>(a, left), Widen<C>::template pair<0>(b, right),
-                                 Widen<C>::template pair<1>(a, left), Widen<C>::template pair<1>(b, right)};
+      const uint32_t first[4] = {Widen<C>::template pair<0>(a, scale_of(0, 0)), Widen<C>::template pair<0>(b, scale_of(1, 0)),
+                                 Widen<C>::template pair<1>(a, scale_of(0, 0)), Widen<C>::template pair<1>(b, scale_of(1, 0))};
 #pragma unroll
       for (int g = 0; g < Groups; ++g) multiply(totals[g], first, x[g].x, x[g].y);
-      const uint32_t second[4] = {Widen<C>::template pair<2>(a, left), Widen<C>::template pair<2>(b, right),
-                                  Widen<C>::template pair<3>(a, left), Widen<C>::template pair<3>(b, right)};
+      const uint32_t second[4] = {Widen<C>::template pair<2>(a, scale_of(0, 1)), Widen<C>::template pair<2>(b, scale_of(1, 1)),
+                                  Widen<C>::template pair<3>(a, scale_of(0, 1)), Widen<C>::template pair<3>(b, scale_of(1, 1))};
 #pragma unroll
       for (int g = 0; g < Groups; ++g) multiply(totals[g], second, x[g].z, x[g].w);
     }
   }
 
-  // The scale of a word of int4 or nvfp4.
-  static __device__ auto scale_of(uint32_t found, int word) {
+  // The scale of the first or second 16 elements in int4 or nvfp4.
+  static __device__ auto scale_of(uint32_t found, int half) {
     if constexpr (C == Code::kInt4) {
       return Widen<C>::scale(found & 0xffff, found >> 16);
     } else {
-      return Widen<C>::scale(word < 2 ? found & 0xff : found >> 8);
+      return Widen<C>::scale(half == 0 ? found & 0xff : found >> 8);
     }
   }
 };

@@ -110,7 +110,7 @@ struct Coded {
       }
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
-        if (some + r < rows) shared.rows[step][unit][some + r][place] = Widen<C>::ordered(elements[r]);
+        if (some + r < rows) Widen<C>::store(&shared.rows[step][0][some + r][place], unit, Lane::kApart, elements[r]);
       }
     }
   }

@@ -164,8 +164,8 @@ struct Stream {
         }
 #pragma unroll
         for (int r = 0; r < kAtOnce; ++r) {
-          const int row = (step * Lane::kUnits + piece) * Pass + some + r;
-          if (some + r < count) rows[row * 4 + lanes] = Widen<C>::ordered(elements[r]);
+          uint4* chunk = rows + (step * Lane::kUnits * Pass + some + r) * 4 + lanes;
+          if (some + r < count) Widen<C>::store(chunk, piece, Lane::kApart, elements[r]);
         }
       }
     }

@@ -1,8 +1,9 @@
 // Codes as pairs of bfloat16, in registers. The results are as in jax_latent_moe/formats, rounded to bfloat16.
 //
 // A lane reads 16 bytes of codes of one output feature at a time, a chunk. `pair<i>` widens two codes of a 32-bit word, and
-// `ordered` brings 8 elements of a row into the order of the pairs: of E4M3 the neighbours 2 i and 2 i + 1; of int8 i and i + 2,
-// and of 4-bit codes i and i + 4, which lie at the same place of both halves of the word.
+// `store` brings 8 elements of a row into the order of the pairs: of E4M3 the neighbours 2 i and 2 i + 1; of int8 i and i + 2,
+// which lie at the same place of both halves of the word. 4-bit codes are stored so that pair i of word w is the neighbours
+// 8 i + 2 w and 8 i + 2 w + 1 of the chunk (jax_latent_moe/formats/packing.py).
 //
 // In a cycle an SM does half as many bitwise operations and shifts as additions and multiplications of floats.
 #pragma once
@@ -41,9 +42,15 @@ __device__ inline uint32_t upper(uint32_t a, uint32_t b) { return __byte_perm(a,
 template <Code C>
 struct Widen;
 
+// The order of 8-bit codes. A chunk in shared memory has units of 8 elements, so many times 16 bytes apart.
+template <class Order>
+struct EightBits {
+  static __device__ void store(uint4* chunk, int unit, int apart, uint4 x) { chunk[unit * apart] = Order::ordered(x); }
+};
+
 // 8-bit codes have float32 scales, which multiply sums.
 template <>
-struct Widen<Code::kE4m3> {
+struct Widen<Code::kE4m3> : EightBits<Widen<Code::kE4m3>> {
   static __device__ uint4 ordered(uint4 x) { return x; }
 
   template <int I>
@@ -56,7 +63,7 @@ struct Widen<Code::kE4m3> {
 };
 
 template <>
-struct Widen<Code::kInt8> {
+struct Widen<Code::kInt8> : EightBits<Widen<Code::kInt8>> {
   static __device__ uint4 ordered(uint4 x) {
     return {lower(x.x, x.y), upper(x.x, x.y), lower(x.z, x.w), upper(x.z, x.w)};
   }
@@ -69,19 +76,20 @@ struct Widen<Code::kInt8> {
   }
 };
 
-// The order of 4-bit codes.
+// The order of 4-bit codes: each unit has a pair of all four words.
 struct FourBits {
-  static __device__ uint4 ordered(uint4 x) {
-    return {lower(x.x, x.z), upper(x.x, x.z), lower(x.y, x.w), upper(x.y, x.w)};
+  static __device__ void store(uint4* chunk, int unit, int apart, uint4 x) {
+    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int word = 0; word < 4; ++word) reinterpret_cast<uint32_t*>(chunk + word * apart)[unit] = pairs[word];
   }
 };
 
-// The bits of E2M1 codes as those of bfloat16 are the values times 2^-126. A product has the codes at both places, that of the
-// sign and that of the other bits.
+// The bits of E2M1 codes as those of bfloat16 are the values times 2^-126. Each pair comes to its place by one instruction, or by
+// none. A product has the bits of pair 3 at several places, the right ones among them.
 template <int I>
 __device__ inline uint32_t e2m1_pair(uint32_t word) {
-  const uint32_t two = I < 2 ? word : word >> 8;
-  return (I % 2 == 0 ? (two & 0x000f000f) * 0x1040 : (two & 0x00f000f0) * 0x104) & 0x81c081c0;
+  return (I == 3 ? (word & 0x001b001b) * 0x1084 : __funnelshift_r(word, word, 3 * I)) & 0x81c081c0;
 }
 
 template <>

@@ -37,18 +37,18 @@ class Fragments {
  public:
   static constexpr bool kScalesSums = C != Code::kMxfp4 && C != Code::kInt4;
 
-  // The codes of a part in which the thread's elements lie: 16 bytes of 32 elements in 4 bits, or 4 words of 32 in 8 bits.
-  using Codes = uint4[kUnits][2];
+  // The codes of a part in which the thread's elements lie: a word of 32 elements in 4 bits, or 4 words of 32 in 8 bits.
+  using Codes = std::conditional_t<kPacks, uint32_t, uint4>[kUnits][2];
 
   __device__ Fragments(Weight const& weight, int warpgroup, int thread)
       : weight_(weight), first_(warpgroup * (Halves ? 32 : 64)) {
     const int warp = thread / 32, in_eight = thread % 32 / 4, quarter = thread % 4;
     feature_ = first_ + warp * (Halves ? 8 : 16) + in_eight;
-    place_ = feature_ * kRowBytes + (in_eight << 4) + (kPacks ? 0 : quarter / 2 * 4);
+    place_ = feature_ * kRowBytes + (in_eight << 4) + (kPacks ? quarter * 4 : quarter / 2 * 4);
     if constexpr (C == Code::kInt8) {
       choice_ = quarter % 2 ? 0x3322 : 0x1100;
     } else {
-      choice_ = kPacks ? 0x40 + 0x11 * quarter : quarter % 2 ? 0x7632 : 0x5410;
+      choice_ = quarter % 2 ? 0x7632 : 0x5410;
     }
   }
 
@@ -129,7 +129,7 @@ class Fragments {
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
         if constexpr (kPacks) {
-          codes[unit][f] = load_shared((stage + place_ ^ (of_stage * 4 + at_unit) << 4) + f * kApart);
+          codes[unit][f] = load_shared_word((stage + place_ ^ (of_stage * 4 + at_unit) << 4) + f * kApart);
         } else {
           const uint32_t first = (stage + place_ ^ (2 * at_unit) << 4) + f * kApart, second = first ^ 16;
           codes[unit][f] = {load_shared_word(first), load_shared_word(first + 8), load_shared_word(second),
@@ -150,7 +150,7 @@ class Fragments {
       if constexpr (kPacks) factors(scales, at_unit);
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        const uint4 x = codes[unit][f];
+        auto const x = codes[unit][f];
         if constexpr (C == Code::kInt8) {
           first[f] = int8_in_order(decode::permuted(x.x, 0, choice_));
           first[f + 2] = int8_in_order(decode::permuted(x.y, 0, choice_));
@@ -162,21 +162,17 @@ class Fragments {
           first[f] = e4m3_in_order<0>(a, scale), first[f + 2] = e4m3_in_order<1>(a, scale);
           second[f] = e4m3_in_order<0>(b, scale), second[f + 2] = e4m3_in_order<1>(b, scale);
         } else {
-          const uint32_t word =
-              decode::permuted(decode::permuted(x.x, x.y, choice_), decode::permuted(x.z, x.w, choice_), 0x5410);
-          if constexpr (C == Code::kInt4) {
-            const uint32_t zero = decode::permuted(now_[f][2], 0x43, 0x4040 + 0x0101 * at_unit), shifted = word >> 4;
-            first[f] = int4_in_order<0>(word, shifted, scales[f][0], zero);
-            first[f + 2] = int4_in_order<1>(word, shifted, scales[f][0], zero);
-            second[f] = int4_in_order<2>(word, shifted, scales[f][1], zero);
-            second[f + 2] = int4_in_order<3>(word, shifted, scales[f][1], zero);
-          } else {
-            const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
-            first[f] = decode::times(e2m1_in_order<0>(even, odd), scales[f][0]);
-            first[f + 2] = decode::times(e2m1_in_order<1>(even, odd), scales[f][0]);
-            second[f] = decode::times(e2m1_in_order<2>(even, odd), scales[f][1]);
-            second[f + 2] = decode::times(e2m1_in_order<3>(even, odd), scales[f][1]);
-          }
+          const auto pair = [&](auto i) {
+            const uint32_t scale = scales[f][i() / 2];
+            if constexpr (C == Code::kInt4) {
+              const uint32_t zero = decode::permuted(now_[f][2], 0x43, 0x4040 + 0x0101 * at_unit);
+              return Widen::template pair<i()>(x, {scale, zero});
+            } else {
+              return decode::times(decode::e2m1_pair<i()>(x), scale);
+            }
+          };
+          first[f] = pair(std::integral_constant<int, 0>{}), first[f + 2] = pair(std::integral_constant<int, 1>{});
+          second[f] = pair(std::integral_constant<int, 2>{}), second[f + 2] = pair(std::integral_constant<int, 3>{});
         }
       }
     }

@@ -1,31 +1,12 @@
-// Pairs of codes as pairs of bfloat16, in the order of the contracted axis.
+// Pairs of 8-bit codes as pairs of bfloat16, in the order of the contracted axis.
 //
 // The kernels of few tokens take codes in any order (decode/widen.cuh). Here the rows lie in their own order in shared memory. So
-// bytes are permuted first: the two codes of a pair then lie at the same place of both halves of a word.
+// bytes are permuted first. 4-bit codes are stored in this order.
 #pragma once
 
 #include "decode/chunk.cuh"
 
 namespace latent_moe::sm90 {
-
-// Byte i of the word, and of `other`, in the lower bytes of both halves. All bytes are below 128. The upper bytes are 0.
-template <int I>
-__device__ __forceinline__ uint32_t side_by_side(uint32_t word, uint32_t other) {
-  return decode::permuted(word, other, 0xc480 + 0x1111 * I);
-}
-
-// Two E2M1 codes, times 2^-126 (decode/widen.cuh), out of words that hold a code in the lower half of each byte.
-template <int I>
-__device__ __forceinline__ uint32_t e2m1_in_order(uint32_t even, uint32_t odd) {
-  return side_by_side<I>(even, odd) * 0x1040 & 0x81c081c0;
-}
-
-// Two of eight int4 codes. 128 + u has u as its lowest bits.
-template <int I>
-__device__ __forceinline__ uint32_t int4_in_order(uint32_t word, uint32_t shifted, uint32_t scale, uint32_t zero) {
-  const uint32_t pair = decode::masked(decode::permuted(word, shifted, 0x4400 + 0x1111 * I), 0x000f000f, 0x43004300);
-  return decode::times(decode::bits(__hsub2(decode::as_pair(pair), decode::as_pair(zero))), scale);
-}
 
 // Two int8 codes (decode/widen.cuh), which lie in the lower bytes of the halves.
 __device__ __forceinline__ uint32_t int8_in_order(uint32_t pair) {
