@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import (
+    coded_layers,
     fp8,
     fp8_layers,
     fusing,
@@ -39,6 +40,7 @@ SUITES = (
     "fp8",
     "fp8_layer",
     "widen",
+    "prefill",
     "fused",
     "layer",
     "shared",
@@ -90,6 +92,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         "fp8": [(fp8.measure, only(problems.FP8, problems.QUICK_KERNELS))],
         "fp8_layer": [(fp8_layers.measure, only(fp8_layers.SHAPES, fp8_layers.QUICK_SHAPES))],
         "widen": [(widen.measure, only(widen.SHAPES, widen.QUICK_SHAPES))],
+        "prefill": [(coded_layers.measure, only(coded_layers.SHAPES, coded_layers.QUICK_SHAPES))],
         "fused": [(fusing.measure, problems.FUSED)],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "shared": [(shared.measure, only(shared.SHAPES, shared.QUICK_SHAPES))],

@@ -29,6 +29,8 @@ from jax_latent_moe.grouped_matmul.tuning.timing import (
 
 CHECKED_TOKENS = 256
 PASSES_OF_LAYERS = ("forward", "forward_backward")
+FORWARD_ONLY = ("decode", "prefill")
+"""Suites without a reverse pass."""
 
 
 def products(config: LatentMoEConfig, tokens: int) -> dict[str, Grouped]:
@@ -135,7 +137,7 @@ def measure_compilation(session: Session, suite: str, layers: dict[str, tuple[in
 def measure(
     session: Session, suite: str, layers: dict[str, tuple[int, LatentMoEConfig]], candidates=candidates, then=None
 ) -> None:
-    """One row per layer (tokens and configuration), pass and implementation. "decode" has only the forward pass.
+    """One row per layer (tokens and configuration), pass and implementation. Some suites have only the forward pass.
 
     `then(session, suite, name, pass_, calls)` measures more of the same calls.
     """
@@ -143,7 +145,7 @@ def measure(
         params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
         x, dy = (jax.random.normal(jax.random.key(i), (tokens, config.hidden_size), jnp.bfloat16) for i in (1, 2))
         checked = reference(config, params, x[:CHECKED_TOKENS])
-        for pass_ in PASSES_OF_LAYERS[: 1 if suite == "decode" else None]:
+        for pass_ in PASSES_OF_LAYERS[: 1 if suite in FORWARD_ONLY else None]:
             found = candidates(config, pass_, params, x, dy, session=session)
             calls = prepare(session.wanted(found))
             _measure_pass(session, suite, name, config, pass_, (params, x), checked, calls)

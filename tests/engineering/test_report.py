@@ -57,6 +57,7 @@ def test_every_implementation_that_was_recorded_has_a_column():
         "logits",
         "loop",
         "parallel",
+        "prefill",
         "ragged_dot",
         "shared",
         "survey",

@@ -156,13 +156,13 @@ struct WidenedKernel {
   // number of rows. If the whole loop did, the compiler would find too few registers for all of them.
   template <Code C>
   static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, Fragments<C, kHalves>& fragments,
-                                                  float (&acc)[kTile.rows / 2], Place<kStages>& place,
+                                                  Fragment (&fragment)[kParts], float (&acc)[kTile.rows / 2], Place<kStages>& place,
                                                   Place<kCodeStages>& codes, uint32_t lane) {
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.rows), 0);
     const uint32_t first_codes = cute::cast_smem_ptr_to_uint(shared.codes);
     const auto issue = [&](Fragment const& fragment) {
       shared.full[place.stage].wait(place.phase);
-      const uint32_t stage = first + place.stage * (kStageBytes >> 4);
+      const uint32_t stage = uniform(first + place.stage * (kStageBytes >> 4));
       of_height(work.valid, [&](auto n) {
         cute::warpgroup_arrive();
 #pragma unroll
@@ -194,12 +194,7 @@ struct WidenedKernel {
       return;
     }
     // While products of a part run, the next one is widened. Its codes are read before the products are issued.
-    Fragment fragment[kParts];
     typename Fragments<C, kHalves>::Codes found;
-    shared.full_codes[codes.stage].wait(codes.phase);
-    read(found, 0, 0);
-    fragments.take(0);
-    fragments.widen(fragment[0], found, 0);
     int previous = -1;
 #pragma unroll 1
     for (int step = 0;; ++step) {
@@ -254,16 +249,28 @@ struct WidenedKernel {
       if (more && work.steps > 0) fragments.begin(work.expert, work.column);
       return more;
     };
+    // Widens the first part of a tile.
+    Fragment fragment[kParts];
+    const auto begin = [&] {
+      if (work.steps == 0 || fragments.is_idle()) return;
+      typename Fragments<C, kHalves>::Codes found;
+      shared.full_codes[codes.stage].wait(codes.phase);
+      fragments.read(found, cute::cast_smem_ptr_to_uint(shared.codes) + codes.stage * kCodeStageBytes, 0, 0);
+      fragments.take(0);
+      fragments.widen(fragment[0], found, 0);
+    };
     bool more = take();
+    if (more) begin();
     while (more) {
       float acc[kTile.rows / 2] = {};
       const Work done = work;
       float scales[2] = {};
       if (done.steps > 0) {
-        multiply<C>(shared, done, fragments, acc, place, codes, lane);
+        multiply<C>(shared, done, fragments, fragment, acc, place, codes, lane);
         scales[0] = fragments.of_sum(0), scales[1] = fragments.of_sum(1);
       }
-      more = take();  // the next tile's scales arrive meanwhile
+      more = take();
+      if (more) begin();  // before the epilogue, beside that of the other warpgroup or its products
       epilogue.template finish<Fragments<C, kHalves>::kScalesSums>(acc, scales, done);
       __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
     }
