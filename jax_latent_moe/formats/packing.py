@@ -1,16 +1,17 @@
-"""Codes of four bits in the order of the GPU kernels: eight in a word of 32 bits, which few instructions widen.
+"""The order of 4-bit codes: eight in a word of 32 bits, which GPU kernels widen in few instructions.
 
-32 codes along K make four words. Pair j of word w is the codes 8 j + 2 w and 8 j + 2 w + 1, so that the word has what one
-thread holds in two products of tensor cores (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"). 16 codes
-behind the last 32 make two words, with the codes 4 j + 2 w and 4 j + 2 w + 1. The first code of a pair is in the lower
-half of the word, and the second at the same bits of the upper half:
+32 codes along K are stored in four words. Pair j of word w is the codes 8 j + 2 w and 8 j + 2 w + 1, so a word holds
+what one thread needs for two products of tensor cores (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"). If
+K ends in 16 more codes, they are stored in two words, and pair j of word w is the codes 4 j + 2 w and 4 j + 2 w + 1.
 
-- Integers have pair j at the bits from 4 j on.
+The first code of a pair is in the lower half of the word. The second is at the same bits of the upper half:
+
+- Pair j of integers is at the bits from 4 j on.
 - E2M1 codes have a sign s, two bits e of exponent and a bit m. Pair 0 has s, e, e, m at bits 15, 8, 7 and 6, as
-  bfloat16 does. Pairs 1 and 2 are there after the word is rotated right by 3 and by 6 bits. Pair 3 has bits 3, 1, 0 and
-  4, and is there after the word is multiplied by 0x1084.
+  bfloat16 does. Rotating the word right by 3 bits brings pair 1 there, and rotating it by 6 bits brings pair 2. Pair 3
+  has s, e, e, m at bits 3, 1, 0 and 4, and multiplying the word by 0x1084 brings it there.
 
-The functions take arrays of JAX or of NumPy, unless they say otherwise.
+The least significant byte of a word comes first.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ from jaxtyping import Array, UInt8
 GROUP = 32
 """Codes along K whose order changes. A part of K must begin at a multiple of it."""
 E2M1_FACTOR, E2M1_LAST, E2M1_BITS = np.uint32(0x1084), np.uint32(0x001B001B), np.uint32(0x81C081C0)
-"""What brings pair 3 of a word to its place, the bits of pair 3, and the place of a pair."""
+"""The factor that brings pair 3 of a word to its place, the bits of pair 3 before it, and the bits of a pair there."""
 
 
 def pack_integers(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
@@ -40,25 +41,29 @@ def unpack_integers(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
 
 def pack_e2m1(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
     """E2M1 codes, in bytes, as bytes of words. K is a multiple of 16."""
-    return _bytes(e2m1_word(_pairs(codes)))
+    return _bytes(e2m1_words(_pairs(codes)))
 
 
 def unpack_e2m1(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
     """The codes of `pack_e2m1`."""
-    words = _words(packed)
-    placed = [_rotated_right(words, 3 * j) & E2M1_BITS for j in range(3)]
-    placed.append((words & E2M1_LAST) * E2M1_FACTOR & E2M1_BITS)
-    return _codes([pair >> 6 & 0x00070007 | pair >> 12 & 0x00080008 for pair in placed])
+    return _codes(e2m1_pairs(_words(packed)))
 
 
-def e2m1_word(pairs: Any) -> Any:
-    """The words of four pairs each. A pair has its codes in the lowest bits of both halves."""
+def e2m1_words(pairs: Any) -> Any:
+    """The words of pairs 0 to 3, uint32 of JAX or NumPy. A pair has its codes in the lowest bits of both halves."""
     *first, last = pairs
-    word = last & 0x00080008 | last >> 1 & 0x00030003 | (last & 0x00010001) << 4
+    words = last & 0x00080008 | last >> 1 & 0x00030003 | (last & 0x00010001) << 4
     for j, pair in enumerate(first):
         placed = (pair & 0x00070007) << 6 | (pair & 0x00080008) << 12
-        word = word | _rotated_right(placed, -3 * j % 32)
-    return word
+        words = words | _rotated_right(placed, -3 * j % 32)
+    return words
+
+
+def e2m1_pairs(words: Any) -> list[Any]:
+    """The pairs of `e2m1_words`."""
+    placed = [_rotated_right(words, 3 * j) & E2M1_BITS for j in range(3)]
+    placed.append((words & E2M1_LAST) * E2M1_FACTOR & E2M1_BITS)
+    return [pair >> 6 & 0x00070007 | pair >> 12 & 0x00080008 for pair in placed]
 
 
 def _rotated_right(words, count):
@@ -66,11 +71,11 @@ def _rotated_right(words, count):
 
 
 def _pairs(codes):
-    """Pair 0, 1, 2 and 3 of each word [..., words], the first code in the lower half."""
+    """Pairs 0, 1, 2 and 3 of the words [..., K / 8], as for `e2m1_words`."""
     *leading, k = codes.shape
     whole, by_word = k // GROUP * GROUP, []
-    for part, count in ((codes[..., :whole], GROUP // 8), (codes[..., whole:], 2)):
-        groups = part.reshape(*leading, part.shape[-1] // (8 * count), 4, count, 2)
+    for part, words in ((codes[..., :whole], 4), (codes[..., whole:], 2)):
+        groups = part.reshape(*leading, part.shape[-1] // (8 * words), 4, words, 2)
         by_word.append(groups.swapaxes(-3, -2).reshape(*leading, part.shape[-1] // 8, 4, 2))
     halves = jnp.concatenate(by_word, axis=-3).astype(jnp.uint32)
     return jnp.moveaxis(halves[..., 0] | halves[..., 1] << 16, -1, 0)
@@ -82,7 +87,7 @@ def _codes(pairs):
     *leading, count, _ = words.shape
     halves = jnp.stack([words & 15, words >> 16], axis=-1).astype(jnp.uint8)
     whole, by_group = count * 8 // GROUP * (GROUP // 8), []
-    for part, size in ((halves[..., :whole, :, :], GROUP // 8), (halves[..., whole:, :, :], 2)):
+    for part, size in ((halves[..., :whole, :, :], 4), (halves[..., whole:, :, :], 2)):
         groups = part.reshape(*leading, part.shape[-3] // size, size, 4, 2)
         by_group.append(groups.swapaxes(-3, -2).reshape(*leading, part.shape[-3] * 8))
     return jnp.concatenate(by_group, axis=-1)

@@ -1,6 +1,7 @@
 """Experts kept as they are stored: the bytes of codes and scales, from the files to a `ScaledArray` and back.
 
-Stored matrices are [out, in] and so are codes, so bytes are copied and nothing is transposed.
+Stored matrices are [out, in] and so are codes, so nothing is transposed. Codes of four bits change their order along K
+(`formats.plain_packing`). All other bytes are copied.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_latent_moe.errors import CheckpointError
-from jax_latent_moe.formats import FORMATS, ScaledArray, map_axes
+from jax_latent_moe.formats import FORMATS, ScaledArray, fp4, map_axes
+from jax_latent_moe.formats.plain_packing import from_plain, to_plain
 from jax_latent_moe.hf.checkpoint import LayerPlan, Path, Stored
 from jax_latent_moe.hf.encodings import (
     FP8,
@@ -29,6 +31,8 @@ from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo, read_part
 from jax_latent_moe.params import param_shapes
 
 _ONE_NUMBER = ((), (1,))
+E2M1 = tuple(format.name for format in fp4.FORMATS)
+"""The formats whose codes the files hold in the plain order."""
 
 
 class Kept(NamedTuple):
@@ -179,7 +183,10 @@ def read_leaf(
                 values = _read_checked(block, plan.tensors[block.tensor], suffix, files)
                 if block.layout == "pairs":
                     values = values.reshape(-1, 2, values[0].size)[:, job[1]]
-                matrix = values.reshape(struct.shape[2:])[index[2:]]
+                values = values.reshape(struct.shape[2:])
+                rows, columns = index[2:]
+                plain = suffix == leaf.kept.codes and leaf.kept.format in E2M1
+                matrix = from_plain(values[rows], columns) if plain else values[rows, columns]
                 array[ranges[0].index(job[0]), ranges[1].index(job[1])] = matrix.view(array.dtype)
                 return matrix.nbytes
 
@@ -229,4 +236,5 @@ def stored_bytes(leaf: ScaledArray, block: Block, stored: Stored) -> Iterator[tu
         nbytes = info.nbytes if whole else info.nbytes // info.shape[0]
         if values.nbytes != nbytes or values.dtype != _held(info):
             raise ValueError(f"{suffix} of {'/'.join(block.path)} is {values.dtype}, and the file holds {info.dtype}")
-        yield suffix, info, 0 if whole else expert * nbytes, np.ascontiguousarray(values)
+        values = to_plain(values) if suffix == kept.codes and kept.format in E2M1 else np.ascontiguousarray(values)
+        yield suffix, info, 0 if whole else expert * nbytes, values

@@ -32,6 +32,7 @@ from tests.hf.checkpoints import (
 )
 from tests.hf.test_encodings import FP8, gpt_oss_mxfp4, random_fp8, random_mxfp4, random_nvfp4, replace
 from tests.hf.test_round_trip import same_bits, same_folders, same_trees
+from tests.oracle.formats import packed
 
 MUTATIONS = 300
 pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
@@ -117,6 +118,22 @@ def test_values_are_those_of_decoding_and_bytes_come_back(kind, rng, tmp_path, c
     assert "come back bit for bit" in capsys.readouterr().out
 
 
+def neighbours(plain):
+    """The codes of checkpoints' bytes."""
+    return np.stack([plain & 15, plain >> 4], axis=-1).reshape(*plain.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("kind", ["kimi", "nemotron nvfp4"])
+def test_codes_are_in_the_order_of_kernels(kind, rng, tmp_path):
+    """Also those of the last 16 inputs."""
+    tensors, name = make(tmp_path, rng, kind), STORED[kind][-1]
+    checkpoint = hf.open_checkpoint(tmp_path)
+    codes = hf.import_layer(checkpoint, checkpoint.layers[0], keep_quantized=True)["experts"]["w_out"].codes
+    down = {"mxfp4": ".experts.2.w2.weight_packed", "nvfp4": ".experts.2.down_proj.weight"}[name]
+    (plain,) = (tensor for key, tensor in tensors.items() if key.endswith(down))
+    np.testing.assert_array_equal(codes[2, 0], packed(name, neighbours(plain)))
+
+
 def test_gpt_oss(rng, tmp_path):
     """Its codes are one tensor of all experts, in which gate and up rows alternate."""
     config, tensors, _ = gpt_oss_mxfp4(rng)
@@ -126,7 +143,7 @@ def test_gpt_oss(rng, tmp_path):
     params = hf.import_layer(checkpoint, 0, keep_quantized=True)
     codes = params["experts"]["w_in"].codes
     blocks = tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"].reshape(4, codes.shape[2], 2, -1)
-    np.testing.assert_array_equal(codes, blocks.swapaxes(1, 2))
+    np.testing.assert_array_equal(codes, packed("mxfp4", neighbours(blocks.swapaxes(1, 2))))
     other = dataclass_with(params, "w_in", codes=codes.at[3, 1, 0].set(0x35))
     assert hf.differing_tensors(hf.plan_layer(checkpoint, 0), other) == ["experts.gate_up_proj_blocks"]
 

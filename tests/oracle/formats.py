@@ -198,7 +198,38 @@ def _spread(scale, shape, block):
 
 
 def packed(name, codes) -> np.ndarray:
-    """Two codes of four bits in a byte, the first in the low bits."""
+    """The stored bytes of codes [..., K]: four bits of each in words of 32 bits, the least significant byte first."""
     if name.startswith(("fp8", "int8")):
         return codes
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    k = codes.shape[-1]
+    words = np.zeros((*codes.shape[:-1], k // 8), np.uint32)
+    for i in range(k):
+        word, bits = place(name, i, k)
+        for bit, target in enumerate(bits):
+            words[..., word] |= (np.uint32(codes[..., i]) >> bit & 1) << target
+    return words.astype("<u4").view(np.uint8)
+
+
+def unpacked(name, stored) -> np.ndarray:
+    """The codes of `packed`."""
+    words, k = np.ascontiguousarray(stored).view("<u4"), 2 * stored.shape[-1]
+    codes = np.zeros((*stored.shape[:-1], k), np.uint8)
+    for i in range(k):
+        word, bits = place(name, i, k)
+        for bit, source in enumerate(bits):
+            codes[..., i] |= ((words[..., word] >> source & 1) << bit).astype(np.uint8)
+    return codes
+
+
+def place(name, i, k) -> tuple[int, list[int]]:
+    """The word of code i of k, and the places there of its bits 0 (the lowest) to 3."""
+    group, within = divmod(i, 32)
+    words = 4 if 32 * group + 32 <= k else 2
+    pair, within = divmod(within, 2 * words)
+    word, half = 4 * group + within // 2, within % 2
+    if name.startswith("int4"):
+        return word, [16 * half + 4 * pair + bit for bit in range(4)]
+    if pair == 3:
+        return word, [16 * half + bit for bit in (4, 0, 1, 3)]
+    mantissa, exponent, sign = 6, (7, 8), 15  # as in a bfloat16
+    return word, [(16 * half + bit + 3 * pair) % 32 for bit in (mantissa, *exponent, sign)]

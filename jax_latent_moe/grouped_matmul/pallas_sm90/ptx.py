@@ -76,6 +76,10 @@ class Ptx:
         """Four bytes chosen from those of a, numbered 0 to 3, and of b, 4 to 7."""
         return Word(_asm("prmt.b32 $0, $1, $2, $3;", a, b, select))
 
+    def rotated_right(self, word, count):
+        """The word with its bits moved down by a constant count, the lowest ones to the top."""
+        return Word(_asm(f"shf.r.wrap.b32 $0, $1, $1, {count};", word))
+
     def if_nonzero(self, word, value):
         """The value if the word is not zero, else 0."""
         nonzero = arith.cmpi(arith.CmpIPredicate.ne, word.value, _value(0))

@@ -28,15 +28,13 @@ from jax_latent_moe.grouped_matmul.pallas_sm90.matmul import WGMMA_ROWS, pad_row
 from jax_latent_moe.grouped_matmul.pallas_sm90.mgpu import COLUMN_BLOCK, CONSUMERS, PRODUCER
 from jax_latent_moe.grouped_matmul.pallas_sm90.schedule import ROW_ALIGNMENT, in_bands, row_tiles
 from jax_latent_moe.grouped_matmul.pallas_sm90.tiles import widen_bytes
-from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, aligned_lines, apart, lines, widened
+from jax_latent_moe.grouped_matmul.pallas_sm90.widening import WIDENINGS, aligned_lines, lines, widened
 from jax_latent_moe.grouped_matmul.pallas_sm90.words import STEP
 
 LINE = 64
 """Bytes of one line of scales."""
 MAX_BOX = 256
 """Lines that one TMA load takes."""
-FEW_ROWS = 32
-"""Tiles with more rows multiply for long enough to hide the widening, and their rows cost more to put in order."""
 SCALE_DTYPES = {1: "uint8", 2: "bfloat16"}
 """The dtypes of scales in rings, by bytes."""
 
@@ -80,9 +78,6 @@ def matmul_widened(
     rings = {name: _lines_of(w, name, size) for name, size in how.item_bytes}
     loads = sum(blocks * pl.cdiv(count, MAX_BOX) for count in lines(how, k).values())
     codes = lax.bitcast_convert_type(w.codes, jnp.uint8).reshape(experts, width, -1)
-    # Few rows are put in another order along K, in which widening takes fewer instructions.
-    is_apart = how.packing == 2 and tile.rows <= FEW_ROWS
-    rows = apart(rows) if is_apart else rows
     swizzle = how.step_bytes()
     kernel = functools.partial(
         _kernel,
@@ -94,7 +89,6 @@ def matmul_widened(
         sms=num_sms,
         native=native,
         names=tuple(rings),
-        is_apart=is_apart,
     )
     code_transforms = (
         plgpu.TilingTransform((mgpu_code.SWIZZLE_ROWS, swizzle)),  # pyright: ignore[reportAbstractUsage]
@@ -161,7 +155,7 @@ def _factors(w, how):
     return w.scales[how.outer].astype(jnp.float32).reshape(w.codes.shape[0], -1)
 
 
-def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, tile, sms, native, names, is_apart):
+def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, tile, sms, native, names):
     """A producer warpgroup fills the rings; each of two consumers widens and multiplies half of a tile's outputs."""
     how = WIDENINGS[format]
     rings, (out, code_smem, row_smem, out_smem, filled, freed, *refs) = refs[: len(names)], refs[len(names) :]
@@ -238,7 +232,7 @@ def _kernel(table, counts, rows, codes, factors, *refs, format, n, width, k, til
         if names:
             mgpu_code.free_all(scales_freed, tile.scale_buffers, warpgroup < CONSUMERS)
         buffers = StoreBuffers(out_smem.at[warpgroup], own_blocks, width, native=native)
-        make = functools.partial(_widen_native if native else _widen, format, k, is_apart)
+        make = functools.partial(_widen_native if native else _widen, format, k)
 
         def last_inside(place, block):
             """The column at which a block begins. Those beyond the last column are not stored."""
@@ -344,7 +338,7 @@ def _store(buffers, place, out, sums, factors):
         buffers.send(buffer, place, block, out, place.block(block))
 
 
-def _widen(format, k, is_apart, codes, scales, step, *block_scale):
+def _widen(format, k, codes, scales, step, *block_scale):
     """The operand [64, 128] of a step as bfloat16 in registers."""
     how, names = WIDENINGS[format], tuple(scales)
     layout = plgpu.Layout.WGMMA_8BIT if how.packing == 2 else plgpu.Layout.WGMMA_UPCAST_2X
@@ -358,14 +352,14 @@ def _widen(format, k, is_apart, codes, scales, step, *block_scale):
         del ctx
         memories = {name: ptx.memory_of(ref) for name, ref in zip(names, refs, strict=False)}
         block = ptx.word_of(refs[len(names)]) if block_scale else None
-        words = widened(ptx.Ptx(), how, ptx.words_of(codes), memories, k, ptx.word_of(step), block, is_apart=is_apart)
+        words = widened(ptx.Ptx(), how, ptx.words_of(codes), memories, k, ptx.word_of(step), block)
         return ptx.array_of(words, (WGMMA_ROWS, STEP), jnp.bfloat16)
 
     loaded = plgpu.load(codes, layout=layout)
     return widen(loaded, jnp.asarray(step, jnp.int32), *scales.values(), *block_scale)
 
 
-def _widen_native(format, k, is_apart, codes, scales, step, *block_scale):
+def _widen_native(format, k, codes, scales, step, *block_scale):
     """The same by the format's own decoding, for the interpreter."""
     how = WIDENINGS[format]
     found = {}
@@ -380,5 +374,4 @@ def _widen_native(format, k, is_apart, codes, scales, step, *block_scale):
         found["block"] = block_scale[0].reshape(1, 1)
     stored = codes[...]
     stored = lax.bitcast_convert_type(stored, jnp.int8) if format == "int8" else stored
-    values = FORMATS[format].decode(stored, found, jnp.bfloat16)
-    return apart(values) if is_apart else values
+    return FORMATS[format].decode(stored, found, jnp.bfloat16)

@@ -66,22 +66,6 @@ WIDENINGS = {
 }
 
 
-def apart(values):
-    """The order along K, [..., K], in which only shifts widen 4-bit codes: the operands' columns of `widened`.
-
-    A thread has eight neighbours of 32 in a word. Its pairs are codes that are four apart.
-    """
-    return values.reshape(*values.shape[:-1], -1, 4, 2, 4).swapaxes(-1, -2).swapaxes(-2, -3).reshape(values.shape)
-
-
-_APART = {
-    w.e2m1_pairs: w.e2m1_pairs_apart,
-    w.int4_pairs: w.int4_pairs_apart,
-    w.e4m3_scales: w.e4m3_scales_apart,
-}
-"""The functions that widen codes and scales in the order of `apart`, if they differ."""
-
-
 def widened(
     m,
     how: Widening,
@@ -90,8 +74,6 @@ def widened(
     k: int,
     step,
     block_scale=None,
-    *,
-    is_apart: bool = False,
 ) -> list:
     """The fragments of A of one step, [16 times 8 along K, 2 times 8 outputs], as words.
 
@@ -103,41 +85,36 @@ def widened(
         k: K of the weight.
         step: index of the step, a word.
         block_scale: the float32 scale of a format with blocks.
-        is_apart: whether codes, of 4 bits, are left in the order of `apart`. It takes two thirds of the instructions.
     """
     out: dict[tuple[int, int], Any] = {}
     for row_half in range(2):
-        scales = _scales(m, how, memories, k, step, row_half, is_apart)
+        scales = _scales(m, how, memories, k, step, row_half)
         for block, word in enumerate(codes[row_half::2]):
             count = 2 * how.packing
             eights = range(count * block, count * (block + 1))
-            pairs = _pairs(m, how, word, scales, eights, block_scale, is_apart)
+            pairs = _pairs(m, how, word, scales, eights, block_scale)
             out |= {(eight, row_half): pair for eight, pair in zip(eights, pairs, strict=True)}
     return [out[eight, row_half] for eight in range(w.STEP // 8) for row_half in range(2)]
 
 
-def _pairs(m, how, word, scales, eights, block_scale, is_apart):
+def _pairs(m, how, word, scales, eights, block_scale):
     """The pairs of one word, times their scales."""
     if how.group is None:
         word = w.swapped_halves(m, word)
         return how.pairs(m, word, block_scale) if how.block else how.pairs(m, word)
-    make = _APART[how.pairs] if is_apart else how.pairs
-    word = word if is_apart else w.transposed_quads(m, word)
-    # In the order of `apart`, a thread needs one scale for each word, which is 32 codes of its row.
-    own = [scales[8 * eight // (max(how.group, 32) if is_apart else how.group)] for eight in eights]
+    own = [scales[8 * eight // how.group] for eight in eights]
     zeros = [] if how.pairs is w.e2m1_pairs else [own[0][1]]
-    values = make(m, word, *zeros)
+    values = how.pairs(m, word, *zeros)
     return [m.mul_bf16(value, scale) for value, (scale, _) in zip(values, own, strict=True)]
 
 
-def _scales(m, how, memories, k, step, row_half, is_apart):
+def _scales(m, how, memories, k, step, row_half):
     """(scale, zero point plus 128) of each group in a step, for one output."""
     if how.group is None:
         return []
     found = {}
     for name, size in how.item_bytes:
         make = w.biased_zeros if name == "zero" else how.scales
-        make = _APART.get(make, make) if is_apart else make
         found[name] = _loaded(m, make, memories[name], size, how.group, how.row_bytes(k)[name], step, row_half)
     return list(zip(found["block"], found.get("zero", [BIASED_ZERO] * len(found["block"])), strict=True))
 

@@ -4,27 +4,19 @@ A thread's words are fragments of codes [64, bytes of K] as TMA has stored them.
 operand of wgmma (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"): two neighbours along K in each word.
 The functions take a machine, which has the instructions: `ptx.Ptx` emits them, and tests run them in NumPy.
 
-The byte permutations between threads are those of Mosaic's layouts WGMMA_UPCAST_2X and 4X (jax.experimental.mosaic.gpu,
-fragmented_array.py). Integers are embedded in bfloat16 as in CUTLASS (numeric_conversion.h).
+A word of 4-bit codes holds the thread's own pairs already (`formats.packing`). Bytes are exchanged between threads as
+in Mosaic's layout WGMMA_UPCAST_2X (jax.experimental.mosaic.gpu, fragmented_array.py). Integers are embedded in bfloat16
+as in CUTLASS (numeric_conversion.h).
 """
 
-import numpy as np
+from jax_latent_moe.formats import packing
 
 STEP = 128
 """Elements of K that are widened at a time."""
 
-EVEN_PAIR, ODD_PAIR = 0x5140, 0x7362
-"""Selectors of prmt that interleave the lower, or the upper, two bytes of two words."""
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_FACTOR, E2M1_LAST, E2M1_BITS = map(int, (packing.E2M1_FACTOR, packing.E2M1_LAST, packing.E2M1_BITS))
 TWO_TO_126, TWO_TO_120 = 0x7E807E80, 0x7B807B80
 """Pairs of bfloat16. They undo the bias of E2M1, or E4M3, whose exponent and mantissa are read as a bfloat16's."""
-
-
-def transposed_quads(m, word):
-    """Four threads hold 4 x 4 bytes, each a row of them. Afterwards each holds a column."""
-    word = m.prmt(word, m.from_lane(word, 1), m.of_lane_bit(0, 0x6240, 0x3715))
-    return m.prmt(word, m.from_lane(word, 2), m.of_lane_bit(1, 0x5410, 0x3276))
 
 
 def swapped_halves(m, word):
@@ -32,50 +24,18 @@ def swapped_halves(m, word):
     return m.prmt(word, m.from_lane(word, 1), m.of_lane_bit(0, 0x5410, 0x3276))
 
 
-def _bytes(upper):
-    """Tables of the upper, or lower, bytes of the bfloat16 values of E2M1: those of codes 0 to 3, and of 4 to 7."""
-    bits = np.asarray(E2M1, np.float32).view(np.uint32) >> (24 if upper else 16) & 255
-    return [sum(int(byte) << 8 * place for place, byte in enumerate(part)) for part in (bits[:4], bits[4:])]
-
-
 def e2m1_pairs(m, word):
-    """The values of eight E2M1 codes as four pairs of neighbours. prmt looks up four bytes at a time."""
-    sizes, shifted = word & 0x77777777, word << 4
-    pairs = []
-    for half, interleave in enumerate((EVEN_PAIR, ODD_PAIR)):
-        select = sizes >> 16 * half
-        signs = m.prmt(shifted, word, interleave) & 0x80808080
-        upper, lower = m.prmt(*_bytes(upper=True), select) | signs, m.prmt(*_bytes(upper=False), select)
-        pairs += [m.prmt(lower, upper, EVEN_PAIR), m.prmt(lower, upper, ODD_PAIR)]
-    return pairs
-
-
-def e2m1_pairs_apart(m, word):
-    """The values of eight E2M1 codes as four pairs of codes that are four apart: only shifts bring them into place.
-
-    Exponent and mantissa, read as a bfloat16's, are the value times 2^-126.
-    """
-    pairs = []
-    for i in range(4):
-        left = 6 - 4 * i
-        sizes = (word << left if left > 0 else word >> -left) & 0x01C001C0
-        pairs.append(m.mul_bf16(sizes | word << 12 - 4 * i & 0x80008000, TWO_TO_126))
-    return pairs
+    """The values of eight E2M1 codes. Exponent and mantissa, read as a bfloat16's, are the value times 2^-126."""
+    placed = [word, m.rotated_right(word, 3), m.rotated_right(word, 6), (word & E2M1_LAST) * E2M1_FACTOR]
+    return [m.mul_bf16(pair & E2M1_BITS, TWO_TO_126) for pair in placed]
 
 
 def int4_pairs(m, word, biased_zero):
-    """Eight unsigned codes minus a zero point, as four pairs of bfloat16.
+    """Eight unsigned codes minus a zero point.
 
     The code is embedded in the mantissa of 128, and the zero point, plus 128, is subtracted.
     """
-    odd = word >> 4
-    nibbles = [m.prmt(word, odd, j | j << 4 | (4 + j) << 8 | (4 + j) << 12) for j in range(4)]
-    return [m.sub_bf16(pair & 0x000F000F | 0x43004300, biased_zero) for pair in nibbles]
-
-
-def int4_pairs_apart(m, word, biased_zero):
-    """The same as four pairs of codes that are four apart."""
-    return [m.sub_bf16(word >> 4 * i & 0x000F000F | 0x43004300, biased_zero) for i in range(4)]
+    return [m.sub_bf16((word >> 4 * j if j else word) & 0x000F000F | 0x43004300, biased_zero) for j in range(4)]
 
 
 def int8_pairs(m, word):
@@ -98,19 +58,11 @@ def e4m3_scales(m, word):
 
     The scales are those of one output, which one NaN spoils anyhow.
     """
-    even, odd = (_e4m3_values(m, part & 0x007F007F) for part in (word, word >> 8))
-    return [m.prmt(part, part, select) for select in (0x1010, 0x3232) for part in (even, odd)]
-
-
-def e4m3_scales_apart(m, word):
-    """The same for `e2m1_pairs_apart`: of two scales for 32 codes, a thread needs the scale of its own eight."""
-    return _twice_each(m, _e4m3_values(m, m.prmt(word, 0, m.of_lane_bit(1, 0x4240, 0x4341)) & 0x007F007F))
-
-
-def _e4m3_values(m, pair):
-    """Two E4M3 numbers without sign, in the lower seven bits of each half, as bfloat16; NaN if either is NaN."""
-    nans = m.if_nonzero(pair + 0x00010001 & 0x00800080, 0x7FC07FC0)
-    return m.mul_bf16(pair << 4, TWO_TO_120) | nans
+    values = []
+    for pair in (word & 0x007F007F, word >> 8 & 0x007F007F):
+        nans = m.if_nonzero(pair + 0x00010001 & 0x00800080, 0x7FC07FC0)
+        values.append(m.mul_bf16(pair << 4, TWO_TO_120) | nans)
+    return [m.prmt(pair, pair, select) for select in (0x1010, 0x3232) for pair in values]
 
 
 def e8m0_scales(m, word):
