@@ -36,8 +36,8 @@ MOST_LISTED = 8192
 MOST_LISTED_OF_AN_EXPERT = 16
 """The same for each expert, on average. So many rows are multiplied by codes that are read and widened once. More rows
 are multiplied by codes that are widened again, and that takes some three quarters of the time to read 4-bit codes."""
-TILE, DEPTH = 128, 128
-"""A block's columns, and the unit in which the inner width is cut (kTile and kDepth)."""
+TILE, LEAST_TILE, DEPTH = 128, 64, 128
+"""The most and the fewest columns of a block, and the unit in which the inner width is cut (kLeastTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
 """How many blocks of the second product each SM should have, so that it keeps reading."""
 
@@ -229,7 +229,7 @@ def decoded_experts(
         jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
         jax.ShapeDtypeStruct((assignments, inner), tokens.dtype),
         jax.ShapeDtypeStruct((assignments, plan.splits, width), jnp.float32),
-        jax.ShapeDtypeStruct((count * -(-width // TILE),), jnp.int32),
+        jax.ShapeDtypeStruct((count * -(-width // LEAST_TILE),), jnp.int32),
     ]
     up = jnp.zeros((width, 0), tokens.dtype) if up_proj is None else up_proj
     results.append(jax.ShapeDtypeStruct((count, up.shape[1]), tokens.dtype))

@@ -51,12 +51,12 @@ extern "C" void widen(int code, uint32_t word, uint32_t scale, uint32_t zero, fl
 extern "C" void multiply_experts(latent_moe::decode::Product const* product) {
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not
-  launch_kernel(*product, [&](auto* kernel, dim3 grid) {
+  launch_kernel(*product, [&](auto* kernel, dim3 grid, int threads) {
     gridDim = grid;
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
       for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
         for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-          emulation::run_block(kThreads, [&] { kernel(*product); });
+          emulation::run_block(threads, [&] { kernel(*product); });
         }
       }
     }

@@ -35,7 +35,7 @@ extern "C" void multiply_listed(Listed const* first, Listed const* second) {
   run(list_assignments, dim3(latent_moe::ceil_div(product.experts + 1, kThreads / 32)), kThreads, *first);
   multiply(*first);
   multiply(*second);
-  run(combine_choices, dim3(latent_moe::ceil_div(product.weight.n, kTile), product.assignments / product.choices), kThreads,
+  run(combine_choices, dim3(latent_moe::ceil_div(product.weight.n, kCombined), product.assignments / product.choices), kThreads,
       product);
   _mm_setcsr(before);
 }

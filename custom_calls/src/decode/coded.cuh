@@ -11,9 +11,10 @@
 
 namespace latent_moe::decode {
 
-template <Code C>
+template <Code C, int Threads>
 struct Coded {
-  static constexpr int kRows = 8, kBlocks = 4;  // kBlocks: blocks of an SM
+  static constexpr int kThreads = Threads, kTile = Threads / 2;
+  static constexpr int kRows = 8, kBlocks = 1024 / Threads;  // kBlocks: blocks of an SM
   using Lane = Chunk<C, 1>;
   static constexpr int kPacking = Lane::kPacking, kChunk = Lane::kSize, kStep = Lane::kStep, kUnits = Lane::kUnits, kAhead = 2;
   static constexpr int kPanel = 8 * kThreads;  // elements of the rows in shared memory at a time
@@ -65,6 +66,7 @@ struct Coded {
     };
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) load(step, 0, first);
+    cudaGridDependencySynchronize();  // the rows of the second product are there
     float totals[1][4] = {};
     for (int panel = first; panel < last; panel += kPanel) {
       if (panel != first) __syncthreads();

@@ -7,15 +7,16 @@
 
 namespace latent_moe::decode {
 
-// The feature of a tile's column, counted through the parts. A tile has equally many columns of each part.
-__device__ inline int feature_of(Weight const& weight, int tile, int column) {
-  const int width = kTile / weight.parts, feature = tile * width + column % width;
+// The feature of a column of a tile with so many, counted through the parts. A tile has equally many columns of each part.
+__device__ inline int feature_of(Weight const& weight, int tile, int column, int columns) {
+  const int width = columns / weight.parts, feature = tile * width + column % width;
   return feature < weight.n ? column / width * weight.n + feature : -1;
 }
 
 // A thread has 8 columns, and every 16th run of 8 elements of the contracted axis. Its loads are independent.
 template <class T, int Rows>
 struct Dense {
+  static constexpr int kThreads = decode::kThreads, kTile = 128;
   static constexpr int kRows = Rows, kBlocks = Rows == 1 ? 4 : 2;  // blocks of an SM
   static constexpr int kEach = 8, kGroups = kTile / kEach, kRuns = kThreads / kGroups;
 
@@ -39,8 +40,9 @@ struct Dense {
     Weight const& weight = product.weight;
     const int group = threadIdx.x % kGroups, run = threadIdx.x / kGroups;
     const int64_t width = int64_t{weight.parts} * weight.n;
-    const int feature = feature_of(weight, tile, group * kEach);
+    const int feature = feature_of(weight, tile, group * kEach, kTile);
     float totals[Rows][kEach] = {};
+    cudaGridDependencySynchronize();  // the rows of the second product are there
     if (feature >= 0) {
       T const* w = static_cast<T const*>(weight.data) + int64_t{expert} * weight.k * width + feature;
       T const* x[Rows];

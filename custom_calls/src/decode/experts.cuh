@@ -13,11 +13,11 @@
 
 namespace latent_moe::decode {
 
-constexpr int kWarps = kThreads / 32;
-
 // Fills `list` with the assignments of an expert, in order, and `weights` with their weights in the second product. Returns
-// their number. Every thread calls it.
-__device__ inline int assignments_of(Product const& product, int expert, uint8_t* list, float* weights) {
+// their number. Every thread of so many calls it.
+template <int Threads>
+__device__ int assignments_of(Product const& product, int expert, uint8_t* list, float* weights) {
+  constexpr int kWarps = Threads / 32;
   __shared__ uint32_t masks[kWarps];
   const int mine = threadIdx.x, lane = mine % 32, warp = mine / 32;
   const bool exists = mine < product.assignments, has = exists && product.ids[mine] == expert;
@@ -35,11 +35,11 @@ __device__ inline int assignments_of(Product const& product, int expert, uint8_t
   return count;
 }
 
-template <class T>
-__device__ void store_hidden(Product const& product, int tile, uint8_t const* list, int rows, float const (*sums)[kTile]) {
+template <class T, int Threads, int Tile>
+__device__ void store_hidden(Product const& product, int tile, uint8_t const* list, int rows, float const (*sums)[Tile]) {
   Weight const& weight = product.weight;
-  const int width = kTile / weight.parts;
-  for (int i = threadIdx.x; i < rows * width; i += kThreads) {
+  const int width = Tile / weight.parts;
+  for (int i = threadIdx.x; i < rows * width; i += Threads) {
     const int row = i / width, column = i % width, feature = tile * width + column;
     if (feature >= weight.n) continue;
     float value = of_gate(product.activation, sums[row][column], product.beta);
@@ -48,30 +48,33 @@ __device__ void store_hidden(Product const& product, int tile, uint8_t const* li
   }
 }
 
-__device__ inline void store_partial(Product const& product, int tile, uint8_t const* list, float const* weights, int rows,
-                                     float const (*sums)[kTile]) {
+template <int Threads, int Tile>
+__device__ void store_partial(Product const& product, int tile, uint8_t const* list, float const* weights, int rows,
+                              float const (*sums)[Tile]) {
   const int n = product.weight.n;
-  for (int i = threadIdx.x; i < rows * kTile; i += kThreads) {
-    const int row = i / kTile, feature = tile * kTile + i % kTile;
+  for (int i = threadIdx.x; i < rows * Tile; i += Threads) {
+    const int row = i / Tile, feature = tile * Tile + i % Tile;
     const int64_t part = int64_t{list[row]} * product.splits + blockIdx.z;
-    if (feature < n) product.partial[part * n + feature] = weights[row] * sums[row][i % kTile];
+    if (feature < n) product.partial[part * n + feature] = weights[row] * sums[row][i % Tile];
   }
 }
 
-// The sum of what is stored for a token. Each warp adds every kWarps-th part, and the sums of warps are added in order.
-template <class T>
+// The sum of what is stored for a token. As many threads as a tile needs add every kGroups-th part, and the sums of these groups are
+// added in order.
+template <class T, int Threads, int Tile>
 __device__ void combine(Product const& product, int tile, int token) {
   constexpr int kAtOnce = 8;  // parts that are loaded before they are added
-  __shared__ float sums[kWarps][kTile];
-  const int n = product.weight.n, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int feature = tile * kTile + lane * 4, parts = product.choices * product.splits;
+  constexpr int kAcross = Tile / 4, kGroups = Threads / kAcross;
+  __shared__ float sums[kGroups][Tile];
+  const int n = product.weight.n, across = threadIdx.x % kAcross * 4, group = threadIdx.x / kAcross;
+  const int feature = tile * Tile + across, parts = product.choices * product.splits;
   float const* from = product.partial + int64_t{token} * parts * n + feature;
   float total[4] = {};
-  for (int first = feature < n ? warp : parts; first < parts; first += kAtOnce * kWarps) {
+  for (int first = feature < n ? group : parts; first < parts; first += kAtOnce * kGroups) {
     float4 loaded[kAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int part = first + i * kWarps;
+      const int part = first + i * kGroups;
       if (part < parts) loaded[i] = __ldcg(reinterpret_cast<float4 const*>(from + int64_t{part} * n));
     }
 #pragma unroll
@@ -79,19 +82,20 @@ __device__ void combine(Product const& product, int tile, int token) {
       total[0] += loaded[i].x, total[1] += loaded[i].y, total[2] += loaded[i].z, total[3] += loaded[i].w;
     }
   }
-  for (int i = 0; i < 4; ++i) sums[warp][lane * 4 + i] = total[i];
+  for (int i = 0; i < 4; ++i) sums[group][across + i] = total[i];
   __syncthreads();
   const int column = threadIdx.x;
-  if (column < kTile && tile * kTile + column < n) {
+  if (column < Tile && tile * Tile + column < n) {
     float sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += sums[w][column];
-    static_cast<T*>(product.out)[int64_t{token} * n + tile * kTile + column] = static_cast<T>(sum);
+    for (int g = 0; g < kGroups; ++g) sum += sums[g][column];
+    static_cast<T*>(product.out)[int64_t{token} * n + tile * Tile + column] = static_cast<T>(sum);
   }
   __syncthreads();
 }
 
 template <class T, class Weights>
-__global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(Product product) {
+__global__ void __launch_bounds__(Weights::kThreads, Weights::kBlocks) multiply_experts(Product product) {
+  constexpr int kThreads = Weights::kThreads, kTile = Weights::kTile;
   __shared__ uint8_t list[kThreads];
   __shared__ float weights[kThreads];
   __shared__ typename Weights::Shared shared;
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(P
   if (first_product && blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = threadIdx.x; i < product.num_counters; i += kThreads) product.counters[i] = 0;
   }
-  int count = assignments_of(product, id, list, weights);
+  int count = assignments_of<kThreads>(product, id, list, weights);
   const bool exists = id >= 0 && id < product.experts;
   if (exists && list[0] != assignment) return;  // another block has them
   if (exists) {
@@ -111,15 +115,14 @@ __global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(P
     const int from = blockIdx.z * depth, to = min(from + depth, product.weight.k);
     // With more tokens, loads keep the memory busy, and asking ahead makes them slower.
     if (product.assignments == product.choices) Weights::prefetch_start(product.weight, id, tile, from, to);
-    cudaGridDependencySynchronize();  // the rows of the second product are there
     for (int done = 0; done < count; done += Weights::kRows) {
       const int rows = min(count - done, Weights::kRows);
       Weights::multiply(product, shared, id, tile, from, to, list + done, rows, sums);
       __syncthreads();
       if (first_product) {
-        store_hidden<T>(product, tile, list + done, rows, sums);
+        store_hidden<T, kThreads, kTile>(product, tile, list + done, rows, sums);
       } else {
-        store_partial(product, tile, list + done, weights + done, rows, sums);
+        store_partial<kThreads, kTile>(product, tile, list + done, weights + done, rows, sums);
       }
       __syncthreads();
     }
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(P
     count = 1;
     __syncthreads();
     cudaGridDependencySynchronize();
-    if (!first_product) store_partial(product, tile, list, weights, 1, sums);
+    if (!first_product) store_partial<kThreads, kTile>(product, tile, list, weights, 1, sums);
   }
   if (first_product) return;
   // Each assignment arrives once for each part of the contracted axis, by the block that has it.
@@ -144,32 +147,47 @@ __global__ void __launch_bounds__(kThreads, Weights::kBlocks) multiply_experts(P
   __syncthreads();
   __threadfence();
   for (int i = 0; i < count; ++i) {
-    if (last_of[i]) combine<T>(product, tile, list[i] / product.choices);
+    if (last_of[i]) combine<T, kThreads, kTile>(product, tile, list[i] / product.choices);
   }
 }
 
-// Calls launch(kernel, grid) with the kernel of a product.
+template <class T, class Weights, class Launch>
+cudaError_t launch_with(Product const& product, Launch launch) {
+  const int columns = product.weight.n * product.weight.parts, tiles = ceil_div(columns, Weights::kTile);
+  const dim3 grid(tiles, product.assignments, product.choice_weights == nullptr ? 1 : product.splits);
+  return launch(multiply_experts<T, Weights>, grid, Weights::kThreads);
+}
+
+// One token has few tiles. Small ones are shared by the SMs more evenly.
+template <Code C, class Launch>
+cudaError_t launch_coded(Product const& product, Launch launch) {
+  using Small = Coded<C, 2 * kLeastTile>;
+  if (product.assignments == product.choices && product.choices <= Small::kThreads) {
+    return launch_with<__nv_bfloat16, Small>(product, launch);
+  }
+  return launch_with<__nv_bfloat16, Coded<C, kThreads>>(product, launch);
+}
+
+// Calls launch(kernel, grid, threads) with the kernel of a product.
 template <class Launch>
 cudaError_t launch_kernel(Product const& product, Launch launch) {
-  const int columns = product.weight.n * product.weight.parts, tiles = ceil_div(columns, kTile);
-  const dim3 grid(tiles, product.assignments, product.choice_weights == nullptr ? 1 : product.splits);
   const bool one_token = product.assignments == product.choices, is_half = product.format == Format::kF16;
   switch (product.weight.code) {
     case Code::kDense:
-      if (is_half && one_token) return launch(multiply_experts<__half, Dense<__half, 1>>, grid);
-      if (is_half) return launch(multiply_experts<__half, Dense<__half, 4>>, grid);
-      if (one_token) return launch(multiply_experts<__nv_bfloat16, Dense<__nv_bfloat16, 1>>, grid);
-      return launch(multiply_experts<__nv_bfloat16, Dense<__nv_bfloat16, 4>>, grid);
+      if (is_half && one_token) return launch_with<__half, Dense<__half, 1>>(product, launch);
+      if (is_half) return launch_with<__half, Dense<__half, 4>>(product, launch);
+      if (one_token) return launch_with<__nv_bfloat16, Dense<__nv_bfloat16, 1>>(product, launch);
+      return launch_with<__nv_bfloat16, Dense<__nv_bfloat16, 4>>(product, launch);
     case Code::kE4m3:
-      return launch(multiply_experts<__nv_bfloat16, Coded<Code::kE4m3>>, grid);
+      return launch_coded<Code::kE4m3>(product, launch);
     case Code::kInt8:
-      return launch(multiply_experts<__nv_bfloat16, Coded<Code::kInt8>>, grid);
+      return launch_coded<Code::kInt8>(product, launch);
     case Code::kMxfp4:
-      return launch(multiply_experts<__nv_bfloat16, Coded<Code::kMxfp4>>, grid);
+      return launch_coded<Code::kMxfp4>(product, launch);
     case Code::kNvfp4:
-      return launch(multiply_experts<__nv_bfloat16, Coded<Code::kNvfp4>>, grid);
+      return launch_coded<Code::kNvfp4>(product, launch);
     case Code::kInt4:
-      return launch(multiply_experts<__nv_bfloat16, Coded<Code::kInt4>>, grid);
+      return launch_coded<Code::kInt4>(product, launch);
   }
   return cudaErrorInvalidValue;
 }

@@ -10,8 +10,8 @@
 
 namespace latent_moe::decode {
 
-constexpr int kThreads = 256;  // threads of a block, and the most assignments
-constexpr int kTile = 128;     // columns of a block; half gate and half up if the activation is gated
+constexpr int kThreads = 256;   // the most threads of a block, and the most assignments
+constexpr int kLeastTile = 64;  // the fewest columns of a block; half gate and half up if the activation is gated
 constexpr int kDepth = 128;    // the length of a part of the contracted axis is a multiple of this
 constexpr int kStart = 256;    // bytes; a block asks for 128 pieces of its weights before it needs them
 
@@ -24,7 +24,7 @@ struct Product {
   int row_divisor;
   int32_t const* ids;  // [assignments]
   int assignments, choices, experts;
-  int32_t* counters;  // [tokens][tiles of the second product], set to 0 by the first
+  int32_t* counters;  // [tokens][tiles of the second product] at least, set to 0 by the first
 
   // The first product gives hidden [assignments][n] = activation(rows x weight). Rows of no expert are not written.
   void* hidden;

@@ -32,7 +32,7 @@ cudaError_t multiply_listed(Listed const& first, Listed const& second, cudaStrea
   auto error = launch(list_assignments, lists, kThreads, 0, false, stream, first);
   if (error == cudaSuccess) error = multiply(first, stream);
   if (error == cudaSuccess) error = multiply(second, stream);
-  const dim3 grid(ceil_div(product.weight.n, kTile), product.assignments / product.choices);
+  const dim3 grid(ceil_div(product.weight.n, kCombined), product.assignments / product.choices);
   return error == cudaSuccess ? launch(combine_choices, grid, kThreads, 0, true, stream, product) : error;
 }
 

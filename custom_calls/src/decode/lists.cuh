@@ -40,14 +40,16 @@ __global__ void __launch_bounds__(kThreads) list_assignments(Listed listed) {
   }
 }
 
+constexpr int kCombined = 128;  // columns of a block
+
 // A block adds a tile of a token's weighted parts. Each warp adds every eighth choice, and the sums of warps are added in
 // order. A choice that is no expert adds nothing.
 __global__ void __launch_bounds__(kThreads) combine_choices(Product product) {
   constexpr int kWarps = kThreads / 32;
-  __shared__ float sums[kWarps][kTile];
+  __shared__ float sums[kWarps][kCombined];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = product.weight.n;
   const int64_t token = blockIdx.y, first = token * product.choices;
-  const int feature = blockIdx.x * kTile + lane * 4;
+  const int feature = blockIdx.x * kCombined + lane * 4;
   cudaGridDependencySynchronize();
   float total[4] = {};
 #pragma unroll 4
@@ -59,8 +61,8 @@ __global__ void __launch_bounds__(kThreads) combine_choices(Product product) {
   }
   for (int i = 0; i < 4; ++i) sums[warp][lane * 4 + i] = total[i];
   __syncthreads();
-  const int column = threadIdx.x, at = blockIdx.x * kTile + column;
-  if (column >= kTile || at >= n) return;
+  const int column = threadIdx.x, at = blockIdx.x * kCombined + column;
+  if (column >= kCombined || at >= n) return;
   float sum = 0.0f;
   for (int w = 0; w < kWarps; ++w) sum += sums[w][column];
   static_cast<__nv_bfloat16*>(product.out)[token * n + at] = static_cast<__nv_bfloat16>(sum);

@@ -48,7 +48,7 @@ ffi::Error decode_experts(DecodeExpertsCall const& call) {
              std::to_string(assignments) + " assignments must be 1 to " + std::to_string(decode::kThreads));
   check.that(width % 8 == 0, "the tokens' width " + std::to_string(width) + " is not a multiple of 8");
   check.that(experts > 0 && experts < int64_t{1} << 31, "there are no experts, or too many");
-  int64_t const parts = is_gated(activation) ? 2 : 1, tiles = (width + decode::kTile - 1) / decode::kTile;
+  int64_t const parts = is_gated(activation) ? 2 : 1, tiles = (width + decode::kLeastTile - 1) / decode::kLeastTile;
   int64_t const depths = (inner + decode::kDepth - 1) / decode::kDepth;
   check.that(splits > 0 && splits <= std::max<int64_t>(depths, 1), std::to_string(splits) + " splits do not fit the inner width");
   check.buffer("tokens", call.tokens, type, {tokens, width});
