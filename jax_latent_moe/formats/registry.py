@@ -32,6 +32,11 @@ class Format:
         encode_rows: the format of tokens' rows beside such weights: values [R, K] in float32 -> (codes [R, K], scales
             [R, blocks along K]). None for a format of weights only.
         decode_rows: (codes, scales, dtype) -> rows [R, K] in dtype.
+        group: number of values along K whose codes are stored in an order of the format's own. A device's part of K
+            must begin at a multiple of it.
+        pack: codes [..., N, K], one in a byte -> codes [..., N, K / packing] as they are stored. None for a format of
+            which `formats.pack` need not know.
+        unpack: the inverse of pack.
     """
 
     name: str
@@ -43,9 +48,12 @@ class Format:
     row_multiple: int = 1
     encode_rows: Callable[[Float[Array, "r k"]], tuple[Array, Any]] | None = None
     decode_rows: Callable[[Array, Any, Any], Float[Array, "r k"]] | None = None
+    group: int = 1
+    pack: Callable[[Array], Array] | None = None
+    unpack: Callable[[Array], Array] | None = None
 
     def __post_init__(self):
-        numbers = {"packing": self.packing, "row_multiple": self.row_multiple}
+        numbers = {"packing": self.packing, "group": self.group, "row_multiple": self.row_multiple}
         numbers |= {f"block[{axis}]": size for axis, size in enumerate(self.block) if size is not None}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
