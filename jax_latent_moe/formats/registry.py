@@ -16,8 +16,8 @@ DENSE = ("float32", "bfloat16", "float16", "float64")
 class Format:
     """One way to store matrices [..., N, K], with the contracted axis last.
 
-    K comes last in codes and scales too, for three reasons. Published checkpoints hold [out, in], so loading copies
-    bytes. Hopper's FP8 matrix units read both operands along K. Codes that share a byte or a scale lie side by side.
+    K comes last in codes and scales too, for three reasons. Published checkpoints hold [out, in], so loading transposes
+    nothing. Hopper's FP8 matrix units read both operands along K. Codes that share a word or a scale lie side by side.
 
     Attributes:
         name: the name in the registry, in problems, tables and errors.
@@ -34,8 +34,8 @@ class Format:
         decode_rows: (codes, scales, dtype) -> rows [R, K] in dtype.
         group: number of values along K whose codes are stored in an order of the format's own. A device's part of K
             must begin at a multiple of it.
-        pack: codes [..., N, K], one in a byte -> codes [..., N, K / packing] as they are stored. None for a format of
-            which `formats.pack` need not know.
+        pack: codes [..., N, K], one in a byte -> codes [..., N, K / packing] as they are stored. `formats.pack` calls
+            it, and refuses a format without it.
         unpack: the inverse of pack.
     """
 
