@@ -15,10 +15,9 @@ from jaxtyping import Array
 
 from jax_latent_moe import checks
 from jax_latent_moe.errors import InputError, needs_extra
-from jax_latent_moe.formats import FORMATS, ScaledArray
+from jax_latent_moe.formats import FORMATS, ScaledArray, pack, unpack
 from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.formats.integers import ZERO
-from jax_latent_moe.formats.packing import pack_e2m1, pack_integers, unpack_e2m1, unpack_integers
 
 with needs_extra("qwix"):
     from qwix import QArray
@@ -59,10 +58,10 @@ def to_qarray(weight: ScaledArray) -> QArray:
         )
     dtype, name = _FORMATS[weight.format]
     codes, scales = weight.codes, weight.scales[name]
-    if dtype == _INT4:
-        codes = unpack_integers(codes)
-    elif dtype == _FP4:
-        codes = unpack_e2m1(codes).astype(jnp.uint4)
+    if dtype in (_INT4, _FP4):
+        codes = unpack(codes, weight.format)
+    if dtype == _FP4:
+        codes = codes.astype(jnp.uint4)
     if scales.dtype == jnp.uint8:
         scales = wide_scales({"block": scales})
     if _blocks(weight.format, *codes.shape[-2:]) is None:
@@ -118,9 +117,9 @@ def from_qarray(array: QArray, *, parts: int = 1) -> ScaledArray:
     scale, *zeros = (_repeated(leaf, shape) for leaf in tiles)
     dtype, scale_name = _FORMATS[name]
     if dtype == _INT4:
-        codes = pack_integers(_unsigned(codes))
+        codes = pack(_unsigned(codes), name)
     elif dtype == _FP4:
-        codes = pack_e2m1(lax.bitcast_convert_type(codes, jnp.uint4).astype(jnp.uint8))
+        codes = pack(lax.bitcast_convert_type(codes, jnp.uint4).astype(jnp.uint8), name)
         scale = _exponents(scale)
     else:
         codes = lax.bitcast_convert_type(codes, jnp.uint8) if dtype == _FP8 else codes

@@ -6,6 +6,8 @@ larger ones become 6. `packing` says where a code is.
 A block with NaN or infinity decodes to NaN; in NVFP4, whose matrices have a scale too, the whole matrix does.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
@@ -13,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from jax_latent_moe.formats.blocks import divided, largest, one_if_zero, spread
 from jax_latent_moe.formats.fp8 import LARGEST as E4M3_LARGEST
 from jax_latent_moe.formats.fp8 import from_e4m3, to_e4m3
-from jax_latent_moe.formats.packing import pack_e2m1, unpack_e2m1
+from jax_latent_moe.formats.packing import GROUP, pack_e2m1, unpack_e2m1
 from jax_latent_moe.formats.registry import Format
 
 LARGEST = 6.0
@@ -75,7 +77,8 @@ def _decode_nvfp4(codes, scales, dtype):
     return (from_e2m1(unpack_e2m1(codes)) * blocks * scales["tensor"].astype(jnp.float32)).astype(dtype)
 
 
+_PACKING: Any = {"packing": 2, "group": GROUP, "pack": pack_e2m1, "unpack": unpack_e2m1}
 FORMATS = (
-    Format("mxfp4", _encode_mxfp4, _decode_mxfp4, MX_BLOCK, packing=2),
-    Format("nvfp4", _encode_nvfp4, _decode_nvfp4, NV_BLOCK, packing=2),
+    Format("mxfp4", _encode_mxfp4, _decode_mxfp4, MX_BLOCK, **_PACKING),
+    Format("nvfp4", _encode_nvfp4, _decode_nvfp4, NV_BLOCK, **_PACKING),
 )

@@ -1,7 +1,7 @@
 """Integer weights: 4 bits with a bfloat16 scale for each 32 or 128 along K, and 8 bits with one for each output.
 
-A value is rounded to the nearest code, ties to even. Four-bit codes are from 0 to 15, and `packing`
-says where they are.
+A value is rounded to the nearest code, ties to even. Four-bit codes are from 0 to 15. `packing` says
+where they are.
 
 A block with NaN or infinity decodes to NaN.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_latent_moe.formats.blocks import divided, largest, one_if_zero, spread
-from jax_latent_moe.formats.packing import pack_integers, unpack_integers
+from jax_latent_moe.formats.packing import GROUP, pack_integers, unpack_integers
 from jax_latent_moe.formats.registry import Format
 
 ZERO = 8
@@ -68,7 +68,16 @@ def _decode_int8(codes, scales, dtype):
 
 def _int4(group, suffix, encode):
     decode = functools.partial(_decode_int4, group=group)
-    return Format(f"int4_{group}{suffix}", functools.partial(encode, group=group), decode, (group, 1), packing=2)
+    return Format(
+        f"int4_{group}{suffix}",
+        functools.partial(encode, group=group),
+        decode,
+        (group, 1),
+        packing=2,
+        group=GROUP,
+        pack=pack_integers,
+        unpack=unpack_integers,
+    )
 
 
 FORMATS = (

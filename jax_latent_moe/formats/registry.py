@@ -16,8 +16,8 @@ DENSE = ("float32", "bfloat16", "float16", "float64")
 class Format:
     """One way to store matrices [..., N, K], with the contracted axis last.
 
-    K comes last in codes and scales too, for three reasons. Published checkpoints hold [out, in], so loading copies
-    bytes. Hopper's FP8 matrix units read both operands along K. Codes that share a byte or a scale lie side by side.
+    K comes last in codes and scales too, for three reasons. Published checkpoints hold [out, in], so loading transposes
+    nothing. Hopper's FP8 matrix units read both operands along K. Codes that share a word or a scale lie side by side.
 
     Attributes:
         name: the name in the registry, in problems, tables and errors.
@@ -32,6 +32,11 @@ class Format:
         encode_rows: the format of tokens' rows beside such weights: values [R, K] in float32 -> (codes [R, K], scales
             [R, blocks along K]). None for a format of weights only.
         decode_rows: (codes, scales, dtype) -> rows [R, K] in dtype.
+        group: number of values along K whose codes are stored in an order of the format's own. A device's part of K
+            must begin at a multiple of it.
+        pack: codes [..., N, K], one in a byte -> codes [..., N, K / packing] as they are stored. `formats.pack` calls
+            it, and refuses a format without it.
+        unpack: the inverse of pack.
     """
 
     name: str
@@ -43,9 +48,12 @@ class Format:
     row_multiple: int = 1
     encode_rows: Callable[[Float[Array, "r k"]], tuple[Array, Any]] | None = None
     decode_rows: Callable[[Array, Any, Any], Float[Array, "r k"]] | None = None
+    group: int = 1
+    pack: Callable[[Array], Array] | None = None
+    unpack: Callable[[Array], Array] | None = None
 
     def __post_init__(self):
-        numbers = {"packing": self.packing, "row_multiple": self.row_multiple}
+        numbers = {"packing": self.packing, "group": self.group, "row_multiple": self.row_multiple}
         numbers |= {f"block[{axis}]": size for axis, size in enumerate(self.block) if size is not None}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -51,7 +51,7 @@ def import_layer(
         layer: one of `checkpoint.layers`.
         dtype: dtype of the parameters. None keeps the stored dtype, or takes the model's if a parameter is quantised.
             The correction bias is always float32.
-        keep_quantized: whether experts that are stored quantised become `ScaledArray`s of the stored bytes. Otherwise
+        keep_quantized: whether experts that are stored quantised become `ScaledArray`s of the stored codes. Otherwise
             they are decoded. Projections and shared experts are always decoded.
         sharding: one for all parameters, or one per leaf of `param_shapes`. None places them on JAX's default device. A
             quantised weight may have one for the dense weight, or a `ScaledArray` of shardings.

@@ -360,18 +360,18 @@ def check_divides(config: LatentMoEConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def _check_blocks(name, leaf, spec, mesh):
-    """Refuses a mesh axis that would cut a block of a quantised weight, or a byte of two codes, in two."""
-    k_block, n_block = FORMATS[leaf.format].block
-    packing = FORMATS[leaf.format].packing
-    for dimension, what, block, packed in ((-1, "inputs", k_block, packing), (-2, "outputs", n_block, 1)):
+    """Refuses a mesh axis that would cut a block of a quantised weight, or codes that are stored together, in two."""
+    format = FORMATS[leaf.format]
+    along_k, along_n = (-1, "inputs", format.packing, format.group), (-2, "outputs", 1, 1)
+    for (dimension, what, packing, group), block in zip((along_k, along_n), format.block, strict=True):
         axis = spec[dimension]
         blocks = max(scale.shape[dimension] for scale in jax.tree.leaves(leaf.scales))
-        multiple = math.lcm(block or 1, packed) if blocks > 1 else packed
-        size = leaf.codes.shape[dimension] * packed
+        multiple = math.lcm(packing, group, (block or 1) if blocks > 1 else 1)
+        size = leaf.codes.shape[dimension] * packing
         if axis is not None and size % (multiple * mesh.shape[axis]):
             raise ConfigError(
-                f"{name} in {leaf.format} has {size} {what} in blocks of {multiple}, which {axis}={mesh.shape[axis]} "
-                "would cut: split the experts instead, or choose a format with smaller blocks."
+                f"{name} in {leaf.format} has {size} {what} in groups of {multiple}, which {axis}={mesh.shape[axis]} "
+                "would cut: split the experts instead, or choose a format with smaller groups, such as int8."
             )
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_latent_moe import ConfigError, InputError, formats
 from jax_latent_moe.formats import packing, plain_packing
 from tests.oracle import formats as oracle
 
@@ -30,6 +31,32 @@ def test_the_order_is_the_oracles(name, k, rng):
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, stored)
     np.testing.assert_array_equal(unpack(jnp.asarray(stored)), codes)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int4_32", "int4_128_zero"])
+def test_codes_from_elsewhere(name, rng):
+    """`pack` makes of codes and their scales what `encode` stores; `unpack` gives the codes back."""
+    matrix = rng.normal(size=(8, 384)).astype(np.float32)
+    codes, scales = oracle.ENCODERS[name](matrix)
+    packed = formats.pack(codes, name)
+    np.testing.assert_array_equal(packed, oracle.packed(name, codes))
+    np.testing.assert_array_equal(formats.unpack(packed, name), codes)
+    weight = formats.ScaledArray(packed[None], {key: jnp.asarray(scale)[None] for key, scale in scales.items()}, name)
+    np.testing.assert_array_equal(np.float64(weight.decode("float32")).T, oracle.decode(name, codes, scales))
+
+
+@pytest.mark.parametrize(
+    ("codes", "name", "error", "message"),
+    [
+        (np.zeros((2, 32), np.uint8), "int8", ConfigError, "format='int8' must be one of mxfp4, nvfp4, int4_32, "),
+        (np.zeros((2, 32), np.int8), "mxfp4", InputError, "codes of dtype int8 must be uint8: cast them"),
+        (np.zeros((2, 40), np.uint8), "nvfp4", InputError, r"codes of shape \(2, 40\) .* multiple of 16, which nvfp4"),
+        (np.uint8(0), "nvfp4", InputError, r"codes of shape \(\) must have a last axis"),
+    ],
+)
+def test_what_cannot_be_packed(codes, name, error, message):
+    with pytest.raises(error, match=message):
+        formats.pack(codes, name)
 
 
 def test_bytes_worked_out_by_hand():

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_latent_moe import ConfigError, latent_moe, lora, merge_state, param_shapes, quantize, split_state
+from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.parallel import param_specs
 from tests.flax_layers import draw
 from tests.parallel.meshes import BASE, make_mesh
@@ -93,9 +94,48 @@ def test_quantize_keeps_the_split_of_the_experts(rng):
 def test_a_mesh_that_would_cut_a_block_is_refused():
     codes = jax.eval_shape(lambda params: quantize(params, CONFIG, "mxfp4"), param_shapes(CONFIG))
     with pytest.raises(
-        ConfigError, match=r"experts/w_in in mxfp4 has 64 inputs in blocks of 32, which fsdp=4 would cut"
+        ConfigError, match=r"experts/w_in in mxfp4 has 64 inputs in groups of 32, which fsdp=4 would cut"
     ):
         param_specs(CONFIG, make_mesh(1, 4, 1, 1), codes)
     specs = param_specs(CONFIG, make_mesh(1, 1, 2, 1), codes)
     assert specs["experts"]["w_in"].scales["block"] == P("expert", None, None, None)
     assert specs["experts"]["w_out"].codes == P("expert", None, None, None)
+
+
+def test_codes_that_are_stored_together_stay_together():
+    """nvfp4 has a scale for each 16 inputs, but 32 of them share four words, if not the weight's last 16."""
+    config = dataclasses.replace(CONFIG, latent_size=96, expert_intermediate_size=48)
+    codes = jax.eval_shape(lambda params: quantize(params, config, "nvfp4"), param_shapes(config))
+    with pytest.raises(
+        ConfigError,
+        match=r"experts/w_in in nvfp4 has 96 inputs in groups of 32, which fsdp=2 would cut: .* format .* as int8",
+    ):
+        param_specs(config, make_mesh(1, 2, 1, 1), codes)
+    with pytest.raises(ConfigError, match=r"experts/w_out in nvfp4 has 48 inputs in groups of 32, which tensor=2"):
+        param_specs(config, make_mesh(1, 1, 1, 2), codes)
+    assert param_specs(config, make_mesh(1, 1, 4, 1), codes)["experts"]["w_out"].codes == P("expert", None, None, None)
+    whole = jax.eval_shape(lambda params: quantize(params, config, "int8"), param_shapes(config))
+    assert param_specs(config, make_mesh(1, 2, 1, 2), whole)["experts"]["w_in"].codes == P(None, None, "tensor", "fsdp")
+
+
+def test_other_formats_keep_their_own_order(monkeypatch):
+    """A format with two codes in a byte and no group may be cut between any bytes."""
+    plain = dataclasses.replace(FORMATS["nvfp4"], name="plain4", group=1)
+    monkeypatch.setitem(FORMATS, plain.name, plain)
+    config = dataclasses.replace(CONFIG, latent_size=96)
+    codes = jax.eval_shape(lambda params: quantize(params, config, "plain4"), param_shapes(config))
+    specs = param_specs(config, make_mesh(1, 2, 1, 1), codes)
+    assert specs["experts"]["w_in"].codes == P(None, None, None, "fsdp")
+
+
+def test_a_last_half_of_a_group_on_a_mesh(rng):
+    """48 inputs of each matrix, of which the last 16 are packed as two words."""
+    config = dataclasses.replace(CONFIG, latent_size=48, expert_intermediate_size=48)
+    alone = dataclasses.replace(config, parallel=None)
+    params, x = quantize(draw(rng, alone), alone, "nvfp4"), jnp.float32(rng.normal(size=(8, 2, 16)))
+    wanted, (_, wanted_x) = gradients(alone, params, x)
+    mesh = make_mesh(2, 1, 4, 1)
+    with jax.set_mesh(mesh):
+        y, (_, dx) = gradients(config, placed(params, config, mesh), x)
+    assert_close(y, wanted, "float32")
+    assert_close(dx, wanted_x, "float32")

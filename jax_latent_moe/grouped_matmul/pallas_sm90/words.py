@@ -35,7 +35,7 @@ def int4_pairs(m, word, biased_zero):
 
     The code is embedded in the mantissa of 128, and the zero point, plus 128, is subtracted.
     """
-    return [m.sub_bf16((word >> 4 * j if j else word) & 0x000F000F | 0x43004300, biased_zero) for j in range(4)]
+    return [m.sub_bf16(word >> 4 * j & 0x000F000F | 0x43004300, biased_zero) for j in range(4)]
 
 
 def int8_pairs(m, word):
