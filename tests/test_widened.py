@@ -67,33 +67,37 @@ def stored(rng, code, shape, group=None, ordinary=False):
     return codes, scales, zeros, values * repeated(scales.astype(np.float64), n, k)
 
 
-def widened(code, codes, scales, more, k):
-    """The fragments of all tiles in order: [E, P, N, K], with N and K up to whole tiles and steps."""
+def widened(code, codes, scales, more, k, groups=2):
+    """The fragments of all tiles in order: [E, P, N, K], with N and K up to whole tiles and steps.
+
+    A tile has 64 features for each of `groups` warpgroups.
+    """
     codes, scales, more = map(emulated.aligned, (codes, scales, more))
     experts, parts, n, _ = codes.shape
-    columns, steps = -(-n // 128) * 128, -(-k // 128)
+    columns, steps = -(-n // (64 * groups)) * 64 * groups, -(-k // 128)
     weight = emulated._weight(code, codes, scales, more, parts, k, n)
     if code not in ("e4m3", "int8"):
         weight.n_shift, weight.k_shift = 0, int(np.log2(k // scales.shape[3]))
     found = np.full((experts, parts, columns, 128 * steps), 0x7777, np.uint16)
     emulated.compiled("widened").widen(
-        ctypes.byref(weight), experts, columns, steps, ctypes.c_void_p(found.ctypes.data)
+        ctypes.byref(weight), experts, groups, columns, steps, ctypes.c_void_p(found.ctypes.data)
     )
     return found.view(BFLOAT16), weight
 
 
+@pytest.mark.parametrize("groups", [2, 3])
 @pytest.mark.parametrize("ordinary", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("code", "group"),
     [("e4m3", None), ("e4m3", 128), ("int8", None), ("mxfp4", None), ("nvfp4", None), ("int4", 32), ("int4", 128)],
 )
-def test_fragments_hold_the_decoded_weights(rng, code, group, parts, ordinary):
+def test_fragments_hold_the_decoded_weights(rng, code, group, parts, ordinary, groups):
     """To the bit, also where the tile does not divide the columns. Beyond the contracted axis numbers are finite."""
     few = {("e4m3", 128): 192, ("int4", 128): 128}.get((code, group), 96)
     for n, k in ((136, 256), (200, 384), (8, few)):
         codes, scales, more, values = stored(rng, code, (2, parts, n, k), group, ordinary)
-        found, _ = widened(code, codes, scales, more, k)
+        found, _ = widened(code, codes, scales, more, k, groups)
         with np.errstate(over="ignore", invalid="ignore"):
             expected = values.astype(np.float32).astype(BFLOAT16)
         same = found[:, :, :n, :k]

@@ -15,6 +15,7 @@ from tests.tolerances import assert_close
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}")
 SIZES = ([0, 1, 130, 0, 257, 64, 300, 63], [0, 520, 0], [0, 0], [600])
 UNWRITTEN = 77.0
+# groups: the warpgroups that share a tile, whose sizes differ.
 
 
 class Call(ctypes.Structure):
@@ -26,41 +27,45 @@ class Call(ctypes.Structure):
     )
 
 
-def stored(product, sizes, width, activation, *, keep, rows_first, config):
+def stored(product, sizes, width, activation, groups, *, keep, rows_first, config):
     """(out, hidden) as float64, which hold `UNWRITTEN` where nothing was written."""
     product, sizes = emulated.aligned(product), emulated.aligned(np.asarray(sizes, np.int32))
     out = emulated.aligned(np.full(product.shape, UNWRITTEN, jnp.bfloat16))
     hidden = emulated.aligned(np.full((len(product), width), UNWRITTEN, jnp.bfloat16))
     pointers = (array.ctypes.data for array in (product, out, hidden, sizes))
     call = Call(*pointers, len(sizes), len(product), width, rows_first, keep, config.situ_beta, config.situ_linear_beta)
-    emulated.compiled("widened_epilogue").widened_epilogue(ctypes.byref(call), emulated.ACTIVATIONS.index(activation))
+    index = emulated.ACTIVATIONS.index(activation)
+    emulated.compiled("widened_epilogue").widened_epilogue(ctypes.byref(call), index, groups)
     return out.astype(np.float64), hidden.astype(np.float64)
 
 
+@pytest.mark.parametrize("groups", [2, 3])
 @pytest.mark.parametrize("rows_first", [True, False])
 @pytest.mark.parametrize("width", [8, 136, 264])
-def test_products_are_rounded(rng, width, rows_first):
+def test_products_are_rounded(rng, width, rows_first, groups):
     """Every element once, to the bit; zeros in padding rows."""
     for sizes in SIZES:
         owned = sum(sizes)
         product = rng.normal(size=(owned + 300, width)).astype(np.float32)
-        out, hidden = stored(product, sizes, width, "none", keep=False, rows_first=rows_first, config=layer_of("relu2"))
+        order = dict(rows_first=rows_first, config=layer_of("relu2"))
+        out, hidden = stored(product, sizes, width, "none", groups, keep=False, **order)
         np.testing.assert_array_equal(out[:owned], product[:owned].astype(jnp.bfloat16).astype(np.float64))
         assert not out[owned:].any()
         assert (hidden == UNWRITTEN).all()
 
 
+@pytest.mark.parametrize("groups", [2, 3])
 @pytest.mark.parametrize(
     ("activation", "keep"),
     [(name, keep) for name in KERNEL_ACTIVATIONS for keep in (True, False) if not keep or RESIDUAL[name] != "hidden"],
 )
-def test_activations(rng, activation, keep):
+def test_activations(rng, activation, keep, groups):
     """Hidden rows of the rounded pre-activation, and what is kept of it."""
     config, residual = layer_of(activation), RESIDUAL[activation]
     for sizes, width in ((SIZES[0], 72), (SIZES[1], 264), (SIZES[2], 8)):
         owned = sum(sizes)
         product = rng.normal(size=(owned + 70, (1 + config.gated) * width)).astype(np.float32)
-        found = stored(product, sizes, width, activation, keep=keep, rows_first=True, config=config)
+        found = stored(product, sizes, width, activation, groups, keep=keep, rows_first=True, config=config)
         pre = product.astype(jnp.bfloat16).astype(np.float64)
         pre[owned:] = 0
         expected, _ = activation_of_rows(config, pre)

@@ -12,8 +12,7 @@ using latent_moe::Code, latent_moe::Weight;
 
 namespace {
 
-constexpr int kGroups = 2, kColumns = sm90::kFeatures, kStages = 2;
-constexpr int kStageBytes = kColumns * sm90::kRowBytes;
+constexpr int kStages = 2;
 
 // Copies 128 bytes of each of some features to swizzled rows of a stage, as TMA does: zeros lie beyond the last feature and byte.
 void copy(Weight const& weight, int64_t matrix, int first, int features, int at, char* stage) {
@@ -27,9 +26,11 @@ void copy(Weight const& weight, int64_t matrix, int first, int features, int at,
   }
 }
 
-template <Code C, bool Halves>
+template <Code C, bool Halves, int Groups>
 void run(Weight const& weight, int experts, int columns, int steps, uint16_t* widened) {
-  using Fragments = sm90::Fragments<C, Halves>;
+  constexpr int kGroups = Groups, kColumns = 64 * Groups, kPartElements = Groups == 2 ? 64 : 32;
+  constexpr int kStageBytes = kColumns * sm90::kRowBytes;
+  using Fragments = sm90::Fragments<C, Halves, kColumns, kPartElements>;
   constexpr int kOfMatrix = Halves ? kColumns / 2 : kColumns;  // columns of a matrix in a tile
   constexpr int kOfGroup = kOfMatrix / kGroups;                // and in a warpgroup
   for (int expert = 0; expert < experts; ++expert) {
@@ -51,17 +52,17 @@ void run(Weight const& weight, int experts, int columns, int steps, uint16_t* wi
           }
           if (fragments.is_idle()) continue;
           fragments.take(step);
-          for (int part = 0; part < sm90::kParts; ++part) {
+          for (int part = 0; part < Fragments::kParts; ++part) {
             typename Fragments::Codes codes;
-            sm90::Fragment fragment;
+            typename Fragments::Fragment fragment;
             fragments.read(codes, place, of_stage, part);
             fragments.widen(fragment, codes, part);
             // PTX: the first operand of wgmma.m64nNk16 in registers.
-            for (int i = 0; i < 16; ++i) {
+            for (int i = 0; i < kPartElements / 4; ++i) {
               const int row = thread / 32 * 16 + i % 2 * 8 + lane / 4;
               const int feature = Halves ? group * kOfGroup + row / 16 * 8 + row % 8 : group * kOfGroup + row;
               const int64_t matrix = Halves ? 2 * expert + row / 8 % 2 : expert;
-              const int k = step * sm90::kStepElements + part * sm90::kPartElements + i / 4 * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
+              const int k = step * sm90::kStepElements + part * kPartElements + i / 4 * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
               const int64_t to = (matrix * columns + column + feature) * steps * sm90::kStepElements + k;
               std::memcpy(widened + to, &fragment[i / 4][i % 4], 4);
             }
@@ -73,20 +74,21 @@ void run(Weight const& weight, int experts, int columns, int steps, uint16_t* wi
 }
 
 template <Code C>
-void run(Weight const& weight, int experts, int columns, int steps, uint16_t* widened) {
-  const auto with = weight.parts == 2 ? run<C, true> : run<C, false>;
-  with(weight, experts, columns, steps, widened);
+void run(Weight const& weight, int experts, int groups, int columns, int steps, uint16_t* widened) {
+  const auto two = weight.parts == 2 ? run<C, true, 2> : run<C, false, 2>;
+  const auto three = weight.parts == 2 ? run<C, true, 3> : run<C, false, 3>;
+  (groups == 2 ? two : three)(weight, experts, columns, steps, widened);
 }
 
 }  // namespace
 
-// widened [experts][parts][columns][128 steps], with whole tiles of columns.
-extern "C" void widen(Weight const* weight, int experts, int columns, int steps, uint16_t* widened) {
+// widened [experts][parts][columns][128 steps], with whole tiles of columns for so many warpgroups.
+extern "C" void widen(Weight const* weight, int experts, int groups, int columns, int steps, uint16_t* widened) {
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not
   constexpr decltype(&run<Code::kInt4>) kOf[] = {nullptr, run<Code::kE4m3>, run<Code::kInt8>, run<Code::kMxfp4>,
                                                  run<Code::kNvfp4>, run<Code::kInt4>};
-  kOf[int(weight->code)](*weight, experts, columns, steps, widened);
+  kOf[int(weight->code)](*weight, experts, groups, columns, steps, widened);
   _mm_setcsr(before);
 }
 

@@ -27,9 +27,8 @@ struct Call {
 
 namespace {
 
-template <Activation A, Residual R>
+template <class Spec>
 void run(Call const& call) {
-  using Spec = sm90::Spec<Contraction::kFwd, Format::kBf16Codes, A, R, 256, 128, 4, 1, 1>;
   constexpr bool kHalves = Spec::kHalves;
   latent_moe::Args args = {};
   args.problem = {call.group_sizes, call.experts, call.rows, 128, 0, call.width, call.rows_first};
@@ -63,13 +62,20 @@ void run(Call const& call) {
   _mm_setcsr(before);
 }
 
+// In tiles for two or three warpgroups.
+template <Activation A, Residual R>
+void run_for(int groups, Call const& call) {
+  if (groups == 2) return run<sm90::Spec<Contraction::kFwd, Format::kBf16Codes, A, R, 256, 128, 4, 1, 1>>(call);
+  run<sm90::Spec<Contraction::kFwd, Format::kBf16Codes, A, R, 192, 192, 5, 1, 1>>(call);
+}
+
 }  // namespace
 
-extern "C" void widened_epilogue(Call const* call, int activation) {
-  constexpr decltype(&run<Activation::kNone, Residual::kNone>) kOf[] = {
-      run<Activation::kNone, Residual::kNone>,       run<Activation::kRelu2, Residual::kHidden>,
-      run<Activation::kGelu, Residual::kPre>,        run<Activation::kGeluTanh, Residual::kPre>,
-      run<Activation::kSwiglu, Residual::kGateHidden>, run<Activation::kGeglu, Residual::kGateHidden>,
-      run<Activation::kGegluTanh, Residual::kGateHidden>, run<Activation::kSituGlu, Residual::kPre>};
-  kOf[activation](*call);
+extern "C" void widened_epilogue(Call const* call, int activation, int groups) {
+  constexpr decltype(&run_for<Activation::kNone, Residual::kNone>) kOf[] = {
+      run_for<Activation::kNone, Residual::kNone>,       run_for<Activation::kRelu2, Residual::kHidden>,
+      run_for<Activation::kGelu, Residual::kPre>,        run_for<Activation::kGeluTanh, Residual::kPre>,
+      run_for<Activation::kSwiglu, Residual::kGateHidden>, run_for<Activation::kGeglu, Residual::kGateHidden>,
+      run_for<Activation::kGegluTanh, Residual::kGateHidden>, run_for<Activation::kSituGlu, Residual::kPre>};
+  kOf[activation](groups, *call);
 }

@@ -11,19 +11,15 @@
 
 namespace latent_moe::sm90 {
 
-constexpr int kFeatures = 128;  // of a tile, for two warpgroups
-constexpr int kParts = 2;       // of a step
-constexpr int kPartElements = 64, kStepElements = kParts * kPartElements;
+constexpr int kStepElements = 128;
 
 // Bytes of codes of a feature in a stage are those of so many steps.
 template <Code C>
 constexpr int kStageSteps = packing(C);
 
-// The operand of the products with 16 elements each of a part.
-using Fragment = uint32_t[kPartElements / 16][4];
-
-// If Halves is true, half the features of a tile are gates, half up, and a thread's features are a gate and its up half.
-template <Code C, bool Halves>
+// A tile has so many features. If Halves is true, half of them are gates, half up, and a thread's features are a gate and its
+// up half. A part of a step is widened at a time.
+template <Code C, bool Halves, int Features, int PartElements>
 class Fragments {
   using Widen = decode::Widen<C>;
   static constexpr bool kPacks = packing(C) == 2;
@@ -32,9 +28,14 @@ class Fragments {
   static constexpr int kWords = C == Code::kInt4 ? 3 : kScaleWords > 0 ? kScaleWords : 1;
   // Words that are read ahead: scales may begin at any byte of the first one, and end in one more.
   static constexpr int kRawScales = kPacks ? kScaleWords + 1 : 1, kRaw = C == Code::kInt4 ? kRawScales + 2 : kRawScales;
-  static constexpr int kUnits = kPartElements / 32;  // of a part
+  static constexpr int kUnits = PartElements / 32;  // of a part
 
  public:
+  static constexpr int kParts = kStepElements / PartElements;
+
+  // The operand of the products with 16 elements each of a part.
+  using Fragment = uint32_t[PartElements / 16][4];
+
   static constexpr bool kScalesSums = C != Code::kMxfp4 && C != Code::kInt4;
 
   // The codes of a part in which the thread's elements lie: a word of 32 elements in 4 bits, or 4 words of 32 in 8 bits.
@@ -139,15 +140,29 @@ class Fragments {
     }
   }
 
-  // Widens what was read of a part of the step whose scales are taken.
+  // Widens what was read of a part of the step whose scales are taken. Rare scales are behind a single branch: the compiler
+  // mixes the instructions of all units up to there.
   __device__ __forceinline__ void widen(Fragment& fragment, Codes const& codes, int part) const {
+    widen_with<false>(fragment, codes, part);
+    if constexpr (C == Code::kNvfp4) {
+      if (special_) widen_with<true>(fragment, codes, part);
+    } else if constexpr (C == Code::kMxfp4) {
+      if (special_) multiply_more(fragment, part);
+    }
+  }
+
+ private:
+  static constexpr int kApart = (Halves ? Features / 2 : 8) * kRowBytes;  // from one feature to the other in a stage
+
+  template <bool AnyScale>
+  __device__ __forceinline__ void widen_with(Fragment& fragment, Codes const& codes, int part) const {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
       uint32_t(&first)[4] = fragment[2 * unit];
       uint32_t(&second)[4] = fragment[2 * unit + 1];
       const int at_unit = part * kUnits + unit;
       uint32_t scales[2][2];  // of each feature and 16 elements, twice in a word
-      if constexpr (kPacks) factors(scales, at_unit);
+      if constexpr (kPacks) factors<AnyScale>(scales, at_unit);
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
         auto const x = codes[unit][f];
@@ -176,13 +191,7 @@ class Fragments {
         }
       }
     }
-    if constexpr (C == Code::kMxfp4) {
-      if (special_) multiply_more(fragment, part);
-    }
   }
-
- private:
-  static constexpr int kApart = (Halves ? kFeatures / 2 : 8) * kRowBytes;  // from one feature to the other in a stage
 
   // Scales of a feature along the contracted axis.
   __device__ __forceinline__ int blocks() const {
@@ -255,11 +264,12 @@ class Fragments {
     }
   }
 
-  // The factors of the codes of 32 elements.
+  // The factors of the codes of 32 elements, of nvfp4 for any scale or only for those that are not special.
+  template <bool AnyScale>
   __device__ __forceinline__ void factors(uint32_t (&scales)[2][2], int at_unit) const {
     if constexpr (C == Code::kNvfp4) {
       const auto e4m3 = [&](int f, int i) { return byte(now_[f][at_unit / 2], at_unit % 2 * 2 + i); };
-      if (special_) {
+      if constexpr (AnyScale) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) scales[i / 2][i % 2] = Widen::scale(e4m3(i / 2, i % 2));
       } else {

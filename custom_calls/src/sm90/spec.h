@@ -28,8 +28,8 @@ struct Spec {
   // Whether the weight is in codes, which the warps that multiply widen to bfloat16 (widened_kernel.cuh).
   static constexpr bool kWidens = F == Format::kBf16Codes;
   static constexpr int kColumns = C == Contraction::kFwd && is_gated(A) ? Columns / 2 : Columns;  // of the hidden rows in a tile
-  // Warpgroups that multiply: three share a tile of 192 rows of codes.
-  static constexpr int kConsumers = kScaled && Rows % 128 != 0 ? 3 : 2;
+  // Warpgroups that multiply: three share a tile of 192 rows of codes, or one of 192 features of a weight that they widen.
+  static constexpr int kConsumers = kWidens ? Columns / 64 : kScaled && Rows % 128 != 0 ? 3 : 2;
   static constexpr bool kActivates = C == Contraction::kFwd && A != Activation::kNone;
   static constexpr bool kDifferentiates = C == Contraction::kDgrad && A != Activation::kNone;
   // Whether a tile of the product is half gate, half up.
@@ -70,8 +70,9 @@ struct Spec {
   static_assert(!kScaled || C == Contraction::kFwd ||
                     (kDifferentiates && R == Residual::kHidden && kEncodes && Rows == 64 * kConsumers),
                 "codes have fwd, and the dgrad of relu2 with a 64-row block of 128 columns for each warpgroup");
-  static_assert(!kWidens || (C == Contraction::kFwd && Rows == 256 && Columns == 128 && ClusterRows * ClusterColumns == 1),
-                "codes are widened for fwd alone, 64 features of a weight for each of two warpgroups");
+  static_assert(!kWidens || (C == Contraction::kFwd && ((Rows == 256 && Columns == 128) || (Rows == 192 && Columns == 192)) &&
+                             ClusterRows * ClusterColumns == 1),
+                "codes are widened for fwd alone, 64 features of a weight for each of two or three warpgroups");
   static_assert(!kScaled || !is_gated(A) || kEncodes, "a gated epilogue of codes stores codes alone");
   static_assert(!kScaled || Rows % (64 * kConsumers) == 0, "warpgroups multiply equal numbers of blocks of a tile of codes");
 };

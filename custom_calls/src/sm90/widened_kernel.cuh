@@ -27,13 +27,18 @@ struct WidenedKernel {
   using Schedule = latent_moe::Schedule<typename Spec::Tiles>;
   using Queue = latent_moe::Queue<Schedule, 1, kConsumerWarps + 2, true>;  // for the warps that multiply, and two that copy
   static constexpr bool kHalves = Spec::kHalves;
-  static constexpr int kStages = kTile.stages, kCodeStages = 4;
+  static constexpr int kStages = kTile.stages, kCodeStages = kConsumers == 2 ? 4 : 3;
   static constexpr int kRowBlocks = kTile.rows / kBlock;  // blocks of 64 rows
   static constexpr int kBlockBytes = kBlock * kRowBytes, kStageBytes = kRowBlocks * kBlockBytes;
   static constexpr int kCodeStageBytes = kTile.columns * kRowBytes;
   static constexpr int kBarrierBytes = 2 * (kStages + kCodeStages) * sizeof(uint64_t);
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static_assert(Spec::kStepDepth == kStepElements && kTile.columns == kFeatures && kPartElements == kBlock);
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 56, kConsumerRegisters = kConsumers == 2 ? 232 : 152;
+  // Two warpgroups have registers for more elements than three.
+  static constexpr int kPartElements = kConsumers == 2 ? 64 : 32;
+  static constexpr int kParts = kStepElements / kPartElements, kStageParts = kBlock / kPartElements;  // of a step and a stage
+  template <Code C>
+  using FragmentsOf = Fragments<C, kHalves, kTile.columns, kPartElements>;
+  static_assert(Spec::kStepDepth == kStepElements);
 
   static constexpr int shared_bytes(int num_experts) {
     return kStages * kStageBytes + kCodeStages * kCodeStageBytes + Epilogue::kSharedBytes + kBarrierBytes +
@@ -145,29 +150,30 @@ struct WidenedKernel {
   // products that they save.
   template <class With>
   static __device__ __forceinline__ void of_height(int rows, With const& with) {
+    constexpr int kThird = kTile.rows == 256 ? 192 : 160;
     if (rows <= 128) {
       rows <= 64 ? with(std::integral_constant<int, 64>{}) : with(std::integral_constant<int, 128>{});
     } else {
-      rows <= 192 ? with(std::integral_constant<int, 192>{}) : with(std::integral_constant<int, 256>{});
+      rows <= kThird ? with(std::integral_constant<int, kThird>{}) : with(std::integral_constant<int, kTile.rows>{});
     }
   }
 
   // The products of a tile: of this warpgroup's features and the rows of the stages. Only the instruction depends on the
   // number of rows. If the whole loop did, the compiler would find too few registers for all of them.
   template <Code C>
-  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, Fragments<C, kHalves>& fragments,
-                                                  Fragment (&fragment)[kParts], float (&acc)[kTile.rows / 2], Place<kStages>& place,
+  static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, FragmentsOf<C>& fragments,
+                                                  typename FragmentsOf<C>::Fragment (&fragment)[2], float (&acc)[kTile.rows / 2], Place<kStages>& place,
                                                   Place<kCodeStages>& codes, uint32_t lane) {
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.rows), 0);
     const uint32_t first_codes = cute::cast_smem_ptr_to_uint(shared.codes);
-    const auto issue = [&](Fragment const& fragment) {
-      shared.full[place.stage].wait(place.phase);
+    const auto issue = [&](auto const& fragment, int part) {
+      if (part % kStageParts == 0) shared.full[place.stage].wait(place.phase);
       const uint32_t stage = uniform(first + place.stage * (kStageBytes >> 4));
       of_height(work.valid, [&](auto n) {
         cute::warpgroup_arrive();
 #pragma unroll
         for (int k16 = 0; k16 < kPartElements / 16; ++k16) {
-          fragment_wgmma<n()>(fragment[k16], descriptor(stage, bytes_to<Major::K>(k16)), acc);
+          fragment_wgmma<n()>(fragment[k16], descriptor(stage, bytes_to<Major::K>(part % kStageParts * (kPartElements / 16) + k16)), acc);
         }
         cute::warpgroup_commit_batch();
       });
@@ -181,7 +187,7 @@ struct WidenedKernel {
     // A warpgroup without features only gives the stages back.
     if (fragments.is_idle()) {
       for (int step = 0; step < work.steps; ++step) {
-        for (int part = 0; part < kParts; ++part, place.next()) {
+        for (int part = 0; part < kParts; part += kStageParts, place.next()) {
           shared.full[place.stage].wait(place.phase);
           release(place.stage);
         }
@@ -194,7 +200,7 @@ struct WidenedKernel {
       return;
     }
     // While products of a part run, the next one is widened. Its codes are read before the products are issued.
-    typename Fragments<C, kHalves>::Codes found;
+    typename FragmentsOf<C>::Codes found;
     int previous = -1;
 #pragma unroll 1
     for (int step = 0;; ++step) {
@@ -211,15 +217,17 @@ struct WidenedKernel {
             read(found, step + 1, 0);
           }
         }
-        issue(fragment[part]);
+        issue(fragment[part % 2], part);
         // The products depend on all that the warp has read from the last stage of codes.
         if (part + 1 == kParts && ends_stage && lane == 0) shared.empty_codes[stage].arrive();
         cute::warpgroup_wait<1>();
-        if (previous >= 0) release(previous);
-        previous = place.stage;
-        place.next();
+        if (part % kStageParts == 0) {
+          if (previous >= 0) release(previous);
+          previous = place.stage;
+        }
+        if ((part + 1) % kStageParts == 0) place.next();
         if (part + 1 < kParts) {
-          fragments.widen(fragment[part + 1], found, part + 1);
+          fragments.widen(fragment[(part + 1) % 2], found, part + 1);
         } else if (!ends) {
           fragments.take(step + 1);
           fragments.widen(fragment[0], found, 0);
@@ -237,7 +245,7 @@ struct WidenedKernel {
     const int thread = __shfl_sync(~0u, threadIdx.x % kWarpgroup, threadIdx.x % 32);
     const uint32_t lane = unsigned(thread) % 32;
     const Epilogue epilogue(args, shared.epilogue, warpgroup, thread);
-    Fragments<C, kHalves> fragments(args.weight, warpgroup, thread);
+    FragmentsOf<C> fragments(args.weight, warpgroup, thread);
     Queue queue(shared.queue, schedule, 0);
     Place<kStages> place;
     Place<kCodeStages> codes;
@@ -250,10 +258,10 @@ struct WidenedKernel {
       return more;
     };
     // Widens the first part of a tile.
-    Fragment fragment[kParts];
+    typename FragmentsOf<C>::Fragment fragment[2];
     const auto begin = [&] {
       if (work.steps == 0 || fragments.is_idle()) return;
-      typename Fragments<C, kHalves>::Codes found;
+      typename FragmentsOf<C>::Codes found;
       shared.full_codes[codes.stage].wait(codes.phase);
       fragments.read(found, cute::cast_smem_ptr_to_uint(shared.codes) + codes.stage * kCodeStageBytes, 0, 0);
       fragments.take(0);
@@ -271,7 +279,7 @@ struct WidenedKernel {
       }
       more = take();
       if (more) begin();  // before the epilogue, beside that of the other warpgroup or its products
-      epilogue.template finish<Fragments<C, kHalves>::kScalesSums>(acc, scales, done);
+      epilogue.template finish<FragmentsOf<C>::kScalesSums>(acc, scales, done);
       __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
     }
   }

@@ -41,6 +41,13 @@ THREE_WARPGROUPS = 1.05
 Measured at 1408 and 4096 rows per expert; at 352 neither tile wins. The bound between them, the end of FEW_ROWS, is a
 guess. With relu2's gradient the tiles of 192 rows win at 352 rows too (benchmarks/results/profiles/h200-2026-11-30.md).
 """
+TWO_WARPGROUPS = 1.1
+"""How much longer a weight in codes takes in tiles of 256 x 128 than in those of 192 x 192, which three warpgroups share.
+
+Measured with Super's first product at 11 and 44 rows per expert: 1.09 to 1.17. At 176 and 352 rows it is 0.98 to 1.09.
+The second product has 1024 columns, of which six tiles of 192 make 1152, and takes 0.94 to 1.01 times as long in those
+of 256 x 128 (benchmarks/results/profiles/h200-2026-11-30.md).
+"""
 # The other numbers were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
 FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)x(\d+)")
@@ -132,6 +139,8 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
     many = rows > 128 if problem.contraction == "dgrad" else rows >= FEW_ROWS.stop
     if problem.lhs.format in FP8 and many and tile.rows != 192:
         padded *= THREE_WARPGROUPS
+    if widened.widens(problem) and tile.rows != 192:
+        padded *= TWO_WARPGROUPS
     return (
         small != (tile.rows <= SMALL_TILE),
         SQUARE * padded if slower else padded,
