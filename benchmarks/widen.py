@@ -31,10 +31,10 @@ ENCODED = 32
 SHAPES = {
     f"{name}_t{tokens}": Grouped(tokens, 22, 512, k, n, empty=0.0)
     for name, k, n in (("super_up", 1024, 2688), ("super_down", 2688, 1024))
-    for tokens in (1, 8, 64, 256, 1024, 4096, 8192)
+    for tokens in (1, 8, 64, 256, 512, 1024, 4096, 8192)
 }
 """The up- and the down-product of Nemotron-3 Super."""
-QUICK_SHAPES = ("super_up_t256", "super_up_t1024", "super_up_t4096", "super_down_t4096")
+QUICK_SHAPES = ("super_up_t256", "super_up_t512", "super_up_t1024", "super_up_t4096", "super_down_t4096")
 
 
 def read_rate(elements: int = 2**30) -> float:
