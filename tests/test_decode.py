@@ -83,9 +83,11 @@ def test_one_expert_has_more_rows_than_a_block_multiplies_at_once(rng, format):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("format", ["int8", "int4_32_zero"])
-def test_more_inputs_than_shared_memory_holds_at_once(rng, format):
-    check(rng, layer("relu2", 2048 + 160, 3, 2, 32), format, 3)
+def test_more_inputs_than_shared_memory_holds_at_once(rng, format, tokens):
+    """Blocks of one token hold half as many as those of more."""
+    check(rng, layer("relu2", 2048 + 160, 3, 2, 32), format, tokens)
 
 
 @emulates
@@ -107,6 +109,14 @@ def test_scales_that_take_two_factors(rng):
 def test_as_many_assignments_as_fit(rng):
     check(rng, layer("relu2", 16, 3, 1, 16), None, MOST_ASSIGNMENTS)
     assert not check(rng, layer("relu2", 16, 33, 32, 16), "fp8_block", 8).rows
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("top_k", [128, 130])
+def test_one_token_with_as_many_choices_as_a_small_block_has_threads_or_more(rng, top_k):
+    """Most experts have more rows than a block multiplies at once."""
+    check(rng, layer("swiglu", 80, 140, top_k, 32), "int8", 1, ids=rng.integers(-1, 7, (1, top_k)))
 
 
 @emulates
