@@ -49,6 +49,7 @@ from tests.tolerances import assert_close
 
 every_format = pytest.mark.parametrize("name", CODES)
 E, K, N, ROWS = 64, 1024, 2688, 64 * 128
+TILES = "256x128x4", "192x192x5"
 WHOLE_H200 = dataclasses.replace(H200, kernels=tuple(WHOLE.kernels.items()))
 
 
@@ -145,6 +146,22 @@ def test_tiles_are_those_that_were_compiled_and_names_are_theirs():
             assert name.startswith(f"sm90.fwd.bf16_codes.{activation}:{RESIDUAL[activation]}.")
     with pytest.raises(UnsupportedError, match=r"columns=192.* was not compiled for fwd of bfloat16 and mxfp4; these"):
         select(asked(), CutlassBackend(matmul_tile=CutlassTile()))
+
+
+@pytest.mark.parametrize("activation", [None, "relu2", "swiglu"])
+@pytest.mark.parametrize(
+    ("k", "n", "rows", "columns"), [(1024, 2688, 192, 192), (512, 768, 192, 192), (2688, 1024, 256, 128)]
+)
+def test_three_warpgroups_unless_their_tiles_pad_more(activation, k, n, rows, columns):
+    """Also with many rows. What was fitted to dense weights does not count."""
+    names = [name.replace(tile, other) for name in WIDENING for tile in TILES for other in TILES if tile in name]
+    device = dataclasses.replace(H200, kernels=tuple((name, E) for name in dict.fromkeys(names)))
+    for count in (11, 44, 352, 4096):
+        found = asked(device=device, num_rows=E * count, k=k, n=n)
+        if activation is not None:
+            found = dataclasses.replace(found, epilogue=epilogue_of(activation))
+        tile = Cutlass(CutlassBackend()).tiles(found)[0]
+        assert (tile.rows, tile.columns) == (rows, columns)
 
 
 def test_fuse_chooses_the_activations():
