@@ -34,8 +34,7 @@ from jax_latent_moe.routing.top_k import compiled_top_k_ids
 from tests import emulated
 from tests.few_tokens import BACKEND, SMALL, WEIGHINGS, check, experts_of, layer
 from tests.kernels import A100, CPU, H100, H200
-from tests.oracle import words
-from tests.oracle.formats import e2m1, e4m3
+from tests.oracle.formats import e2m1, e4m3, packed
 from tests.tolerances import assert_close
 
 FORMATS = tuple(CODES)
@@ -347,6 +346,13 @@ def bfloat16(values):
         return np.asarray(values, np.float64).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+def first_word(name, eight):
+    """The first word of 32 codes, which holds these eight by pairs."""
+    codes = np.zeros((4, 4, 2), np.uint8)
+    codes[:, 0] = np.reshape(eight, (4, 2))
+    return int(packed(name, codes.reshape(-1)).view("<u4")[0])
+
+
 @emulates
 def test_every_code_is_widened_with_every_scale(rng):
     """Against the published definitions in float64. A product of a code and a scale is exact but for int4."""
@@ -356,7 +362,7 @@ def test_every_code_is_widened_with_every_scale(rng):
         power = np.nan if scale == 255 else 2.0 ** (scale - 127)
         block = e4m3(scale)
         for eight, codes in zip(eights, values, strict=True):
-            word = words.word_of(eight, words.E2M1)
+            word = first_word("mxfp4", eight)
             np.testing.assert_array_equal(emulated.widened("mxfp4", word, scale), bfloat16(codes * power))
             np.testing.assert_array_equal(emulated.widened("nvfp4", word, scale), bfloat16(codes * block / 1024))
         four = [(scale + place) % 256 for place in range(4)]
@@ -366,6 +372,6 @@ def test_every_code_is_widened_with_every_scale(rng):
     for zero in range(16):
         scale = np.float32(rng.normal()).astype(ml_dtypes.bfloat16)
         for eight in eights:
-            word = words.word_of(eight, words.INTEGERS)
+            word = first_word("int4", eight)
             found = emulated.widened("int4", word, int(scale.view(np.uint16)), zero)
             np.testing.assert_array_equal(found, bfloat16((np.asarray(eight) - zero) * np.float64(scale)))
