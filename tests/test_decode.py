@@ -307,6 +307,11 @@ CHANGES = {
     "dtype": ({}, dict(dtype="float32"), "tokens are in float32"),
     "codes in float16": ({}, dict(dtype="float16", format="int8"), "widen to bfloat16, not to float16"),
     "inputs": (dict(latent_size=1004), {}, "the 1004 inputs of w_in are not a positive multiple of 8"),
+    "half a group": (
+        dict(latent_size=1040),
+        dict(format="nvfp4"),
+        "the 1040 inputs of w_in are not a positive multiple of 32",
+    ),
     "inner": (dict(expert_intermediate_size=2696), dict(format="fp8_block"), "2696 outputs of w_in are not a"),
     "scales": (
         {},
