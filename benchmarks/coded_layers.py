@@ -20,7 +20,7 @@ from jax_latent_moe.grouped_matmul.tuning.timing import Call, Candidate, jax_can
 
 FORMATS = ("mxfp4", "nvfp4", "int4_128", "int8", "fp8_block")
 QUICK_FORMATS = ("mxfp4", "nvfp4")
-SHAPES = {f"super_t{tokens}": (tokens, SUPER) for tokens in (1024, 4096, 8192)}
+SHAPES = {f"super_t{tokens}": (tokens, SUPER) for tokens in (1024, 2048, 4096, 8192)}
 QUICK_SHAPES = ("super_t4096",)
 TRACED = 4
 """Calls in a trace."""

@@ -39,7 +39,7 @@ are multiplied by codes that are widened again, and that takes some three quarte
 TILE, LEAST_TILE, DEPTH = 128, 64, 128
 """The most and the fewest columns of a block, and the unit in which the inner width is cut (kLeastTile and kDepth)."""
 BLOCKS_OF_AN_SM = 4
-"""How many blocks of the second product each SM should have, so that it keeps reading."""
+"""How many blocks of TILE columns of the second product each SM should have, so that it keeps reading."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,7 @@ from tests.tolerances import assert_close
 
 every_format = pytest.mark.parametrize("name", CODES)
 E, K, N, ROWS = 64, 1024, 2688, 64 * 128
+TILES = "256x128x4", "192x192x5"
 WHOLE_H200 = dataclasses.replace(H200, kernels=tuple(WHOLE.kernels.items()))
 
 
@@ -120,7 +121,7 @@ def test_explain_says_the_choice():
         "from a heuristic: no table has this problem",
     ]
     few = explain(asked(num_rows=E)).splitlines()
-    assert few[1] == "  a weight in codes and fewer than 32 rows an expert: PallasBackend() is asked first"
+    assert few[1] == "  a weight in codes and fewer than 56 rows an expert: PallasBackend() is asked first"
     assert few[2] == f"  {PallasBackend()!r} runs it"
     for rows in (ROWS, E):
         dgrad = explain(asked(contraction="dgrad", num_rows=rows)).splitlines()
@@ -143,16 +144,22 @@ def test_tiles_are_those_that_were_compiled_and_names_are_theirs():
             found = asked(epilogue=dataclasses.replace(epilogue_of(activation), residual=residual))
             names = {kernel_name(found, tile) for tile in backend.tiles(found)}
             prefix = f"sm90.fwd.bf16_codes.{activation}:{RESIDUAL[activation]}."
-            assert names == {prefix + tile for tile in ("256x128x4.1x1", "192x192x5.1x1")}
+            assert names == {f"{prefix}{tile}.1x1" for tile in TILES}
     with pytest.raises(UnsupportedError, match=r"rows=128.* was not compiled for fwd of bfloat16 and mxfp4; these"):
         select(asked(), CutlassBackend(matmul_tile=CutlassTile()))
 
 
-def test_the_tile_follows_from_the_columns():
-    """Three warpgroups are faster if their wider tiles leave no more than a tenth of the columns empty."""
-    for n, rows in ((2688, 192), (1024, 256), (2048, 192), (64, 256)):
-        bound = bind(Cutlass(CutlassBackend()), asked(n=n))
-        assert bound.tile.rows == rows
+@pytest.mark.parametrize("activation", [None, "relu2", "swiglu"])
+@pytest.mark.parametrize(
+    ("k", "n", "rows", "columns"), [(1024, 2688, 192, 192), (512, 768, 192, 192), (2688, 1024, 256, 128)]
+)
+def test_three_warpgroups_unless_their_tiles_pad_more(activation, k, n, rows, columns):
+    """Also with many rows. What was fitted to dense weights does not count."""
+    for count in (11, 44, 352, 4096):
+        epilogue = None if activation is None else epilogue_of(activation)
+        found = asked(num_rows=E * count, k=k, n=n, epilogue=epilogue)
+        tile = Cutlass(CutlassBackend()).tiles(found)[0]
+        assert (tile.rows, tile.columns) == (rows, columns)
 
 
 def test_fuse_chooses_the_activations():

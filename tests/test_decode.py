@@ -34,8 +34,7 @@ from jax_latent_moe.routing.top_k import compiled_top_k_ids
 from tests import emulated
 from tests.few_tokens import BACKEND, SMALL, WEIGHINGS, check, experts_of, layer
 from tests.kernels import A100, CPU, H100, H200
-from tests.oracle import words
-from tests.oracle.formats import e2m1, e4m3
+from tests.oracle.formats import e2m1, e4m3, packed
 from tests.tolerances import assert_close
 
 FORMATS = tuple(CODES)
@@ -83,9 +82,11 @@ def test_one_expert_has_more_rows_than_a_block_multiplies_at_once(rng, format):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("format", ["int8", "int4_32_zero"])
-def test_more_inputs_than_shared_memory_holds_at_once(rng, format):
-    check(rng, layer("relu2", 2048 + 160, 3, 2, 32), format, 3)
+def test_more_inputs_than_shared_memory_holds_at_once(rng, format, tokens):
+    """Blocks of one token hold half as many as those of more."""
+    check(rng, layer("relu2", 2048 + 160, 3, 2, 32), format, tokens)
 
 
 @emulates
@@ -107,6 +108,14 @@ def test_scales_that_take_two_factors(rng):
 def test_as_many_assignments_as_fit(rng):
     check(rng, layer("relu2", 16, 3, 1, 16), None, MOST_ASSIGNMENTS)
     assert not check(rng, layer("relu2", 16, 33, 32, 16), "fp8_block", 8).rows
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("top_k", [128, 130])
+def test_one_token_with_as_many_choices_as_a_small_block_has_threads_or_more(rng, top_k):
+    """Most experts have more rows than a block multiplies at once."""
+    check(rng, layer("swiglu", 80, 140, top_k, 32), "int8", 1, ids=rng.integers(-1, 7, (1, top_k)))
 
 
 @emulates
@@ -298,6 +307,11 @@ CHANGES = {
     "dtype": ({}, dict(dtype="float32"), "tokens are in float32"),
     "codes in float16": ({}, dict(dtype="float16", format="int8"), "widen to bfloat16, not to float16"),
     "inputs": (dict(latent_size=1004), {}, "the 1004 inputs of w_in are not a positive multiple of 8"),
+    "half a group": (
+        dict(latent_size=1040),
+        dict(format="nvfp4"),
+        "the 1040 inputs of w_in are not a positive multiple of 32",
+    ),
     "inner": (dict(expert_intermediate_size=2696), dict(format="fp8_block"), "2696 outputs of w_in are not a"),
     "scales": (
         {},
@@ -337,6 +351,13 @@ def bfloat16(values):
         return np.asarray(values, np.float64).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+def first_word(name, eight):
+    """The first word of 32 codes, which holds these eight by pairs."""
+    codes = np.zeros((4, 4, 2), np.uint8)
+    codes[:, 0] = np.reshape(eight, (4, 2))
+    return int(packed(name, codes.reshape(-1)).view("<u4")[0])
+
+
 @emulates
 def test_every_code_is_widened_with_every_scale(rng):
     """Against the published definitions in float64. A product of a code and a scale is exact but for int4."""
@@ -346,7 +367,7 @@ def test_every_code_is_widened_with_every_scale(rng):
         power = np.nan if scale == 255 else 2.0 ** (scale - 127)
         block = e4m3(scale)
         for eight, codes in zip(eights, values, strict=True):
-            word = words.word_of(eight, words.E2M1)
+            word = first_word("mxfp4", eight)
             np.testing.assert_array_equal(emulated.widened("mxfp4", word, scale), bfloat16(codes * power))
             np.testing.assert_array_equal(emulated.widened("nvfp4", word, scale), bfloat16(codes * block / 1024))
         four = [(scale + place) % 256 for place in range(4)]
@@ -356,6 +377,6 @@ def test_every_code_is_widened_with_every_scale(rng):
     for zero in range(16):
         scale = np.float32(rng.normal()).astype(ml_dtypes.bfloat16)
         for eight in eights:
-            word = words.word_of(eight, words.INTEGERS)
+            word = first_word("int4", eight)
             found = emulated.widened("int4", word, int(scale.view(np.uint16)), zero)
             np.testing.assert_array_equal(found, bfloat16((np.asarray(eight) - zero) * np.float64(scale)))

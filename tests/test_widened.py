@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import emulated
-from tests.oracle import words
+from tests.oracle.formats import unpacked
 
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}")
 BFLOAT16 = ml_dtypes.bfloat16
@@ -48,7 +48,7 @@ def stored(rng, code, shape, group=None, ordinary=False):
             values = (values * whole).astype(np.float32)
         return codes.view(np.int8) if code == "int8" else codes, scales, np.zeros(0, np.float32), values
     codes = rng.integers(0, 256, (*few, n, k // 2)).astype(np.uint8)
-    values = words.codes_of(codes, words.INTEGERS if code == "int4" else words.E2M1)
+    values = unpacked(code, codes)
     if code == "mxfp4":
         scales = rng.integers(*((0, 129) if ordinary else (0, 256)), (*few, n, k // 32)).astype(np.uint8)
         powers = np.where(scales == 255, np.nan, np.ldexp(1.0, scales.astype(int) - 127))
@@ -111,7 +111,7 @@ def test_one_scale_of_nvfp4_that_needs_more_than_an_addition(rng, scale):
     codes, scales, _, _ = stored(rng, "nvfp4", (1, 1, 16, 128), ordinary=True)
     scales[0, 0, 11, 5] = scale
     found, _ = widened("nvfp4", codes, scales, np.ones((1, 1, 1, 1), np.float32), 128)
-    values = e2m1(words.codes_of(codes, words.E2M1)) * repeated(e4m3(scales), 16, 128) / 1024
+    values = e2m1(unpacked("mxfp4", codes)) * repeated(e4m3(scales), 16, 128) / 1024
     np.testing.assert_array_equal(found[:, :, :16].astype(np.float32), values.astype(BFLOAT16).astype(np.float32))
 
 
@@ -122,16 +122,14 @@ def test_one_scale_of_mxfp4_that_needs_two_factors(rng, scale):
     found, _ = widened("mxfp4", codes, scales, more, 128)
     powers = np.where(scales == 255, np.nan, np.ldexp(1.0, scales.astype(int) - 127))
     with np.errstate(over="ignore"):
-        expected = (
-            (e2m1(words.codes_of(codes, words.E2M1)) * repeated(powers, 16, 128)).astype(np.float32).astype(BFLOAT16)
-        )
+        expected = (e2m1(unpacked("mxfp4", codes)) * repeated(powers, 16, 128)).astype(np.float32).astype(BFLOAT16)
     np.testing.assert_array_equal(found[:, :, :16].astype(np.float32), expected.astype(np.float32))
 
 
 def test_int4_without_zero_points_has_8_as_zero(rng):
     codes, scales, zeros, _ = stored(rng, "int4", (2, 1, 24, 160), 32)
     found, _ = widened("int4", codes, scales, zeros[:0], 160)
-    values = (words.codes_of(codes, words.INTEGERS) - 8.0) * repeated(scales.astype(np.float64), 24, 160)
+    values = (unpacked("int4", codes) - 8.0) * repeated(scales.astype(np.float64), 24, 160)
     np.testing.assert_array_equal(
         found[:, :, :24, :160].astype(np.float32), values.astype(np.float32).astype(BFLOAT16).astype(np.float32)
     )

@@ -1,7 +1,6 @@
 """Integer weights: 4 bits with a bfloat16 scale for each 32 or 128 along K, and 8 bits with one for each output.
 
-A value is rounded to the nearest code, ties to even. Four-bit codes are from 0 to 15. `packing` says
-where they are.
+A value is rounded to the nearest code, ties to even. Four-bit codes are from 0 to 15. `packing` says where they are.
 
 A block with NaN or infinity decodes to NaN.
 """

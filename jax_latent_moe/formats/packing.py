@@ -28,8 +28,8 @@ E2M1_FACTOR, E2M1_LAST, E2M1_BITS = np.uint32(0x1084), np.uint32(0x001B001B), np
 
 
 def pack_integers(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
-    """Integers below 16, in bytes, as bytes of words. K is a multiple of 16."""
-    pairs = _pairs(codes)
+    """The lower four bits of integers, in bytes, as bytes of words. K is a multiple of 16."""
+    pairs = _pairs(codes & 15)
     return _bytes(pairs[0] | pairs[1] << 4 | pairs[2] << 8 | pairs[3] << 12)
 
 

@@ -1,8 +1,8 @@
 """E2M1 codes in the plain order of checkpoints to and from the order of `packing`, in NumPy.
 
-In the plain order, a byte has two neighbours along K, the first in its low bits. These are a pair: bytes 4 j + w of 16
-are the pairs j of word w. So the orders differ by a transposition of 4 x 4 bytes, and then by a permutation of the bits
-of each word. The upper and the lower half of a word are looked up in a table each.
+In the plain order, a byte has two neighbours along K, the first in its low bits. They are a pair of `packing`: byte
+4 j + w of 16 is pair j of word w. So the orders differ by a transposition of 4 x 4 bytes, and then by a permutation of
+the bits of each word. A table has the results for all lower halves of a word, and another one for all upper halves.
 """
 
 import functools

@@ -122,9 +122,14 @@ inline dim3 gridDim, blockDim;
 inline void __syncthreads() { emulation::wait_for(emulation::Wait::kBlock); }
 inline void __threadfence() {}
 
-// One kernel ends before the next one starts.
+// One kernel ends before the next one starts. What its results are until a block waits for that is in unfinished.h.
+namespace emulation {
+inline std::function<void()> end_of_kernel_before;
+}  // namespace emulation
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
-inline void cudaGridDependencySynchronize() {}
+inline void cudaGridDependencySynchronize() {
+  if (emulation::end_of_kernel_before) emulation::end_of_kernel_before();
+}
 
 inline uint32_t __ballot_sync(uint32_t, bool mine) {
   uint32_t mask = 0;

@@ -2,6 +2,7 @@
 #include <xmmintrin.h>
 
 #include "cuda.h"
+#include "unfinished.h"
 
 #include "decode/experts.cuh"
 #include "routing/top_k.cuh"
@@ -51,12 +52,19 @@ extern "C" void widen(int code, uint32_t word, uint32_t scale, uint32_t zero, fl
 extern "C" void multiply_experts(latent_moe::decode::Product const* product) {
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not
+  // The first product writes the rows of the second one, and the counters.
+  std::vector<emulation::Unfinished::Memory> results;
+  if (product->choice_weights != nullptr) {
+    const size_t rows = size_t(product->assignments) * product->weight.k * 2;  // bytes
+    results = {{const_cast<void*>(product->rows), rows}, {product->counters, product->num_counters * sizeof(int32_t)}};
+  }
+  const emulation::Unfinished before_it(results);
   launch_kernel(*product, [&](auto* kernel, dim3 grid, int threads) {
     gridDim = grid;
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
       for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
         for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-          emulation::run_block(threads, [&] { kernel(*product); });
+          before_it.run_block(threads, [&] { kernel(*product); });
         }
       }
     }

@@ -293,6 +293,15 @@ for sharding in (dense, codes, NamedSharding(mesh, P()), jax.sharding.SingleDevi
         for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(codes), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
         assert params["experts"]["w_in"].codes.addressable_shards[0].data.shape == (2, 2, 32, 16)
+
+# Parts of 8 bytes along K, which begin within codes that are stored together.
+w_out = codes["experts"]["w_out"]
+cut = dataclasses.replace(w_out, codes=NamedSharding(mesh, P(None, None, None, ("expert", "tensor"))))
+sharding = codes | {"experts": codes["experts"] | {"w_out": cut}}
+params = hf.import_layer(checkpoint, layer, keep_quantized=True, sharding=sharding)
+found, wanted = (tree["experts"]["w_out"].codes for tree in (params, plain))
+assert found.addressable_shards[0].data.shape[-1] == 8
+assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
 """
 
 

@@ -59,8 +59,8 @@ __device__ void store_partial(Product const& product, int tile, uint8_t const* l
   }
 }
 
-// The sum of what is stored for a token. As many threads as a tile needs add every kGroups-th part, and the sums of these groups are
-// added in order.
+// The sum of what is stored for a token. Each group of threads adds every kGroups-th part for all columns of the tile. The sums of
+// groups are added in order.
 template <class T, int Threads, int Tile>
 __device__ void combine(Product const& product, int tile, int token) {
   constexpr int kAtOnce = 8;  // parts that are loaded before they are added

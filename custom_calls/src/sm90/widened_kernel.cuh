@@ -1,8 +1,9 @@
 // A persistent, warp-specialised kernel for bfloat16 rows that are sorted by expert, times a weight in codes.
 //
 // Features of the weight lie along wgmma's M axis, because its first operand may come from registers: codes go through shared
-// memory to registers, where they are widened (fragments.cuh). Rows lie along the N axis, in shared memory. Two warpgroups
-// multiply the same rows by 64 features each. While products of one part of a step run, a warpgroup widens the next part.
+// memory to registers, where they are widened (fragments.cuh). Rows lie along the N axis, in shared memory. Two or three
+// warpgroups multiply the same rows by 64 features each. While products of one part of a step run, a warpgroup widens the next
+// part. Three overlap more, as some of their instructions for a product wait for the one before.
 //
 // One warp copies rows to a ring of stages through TMA, another one codes to a ring of their own, so that codes may be further
 // ahead: tiles of few rows are bound by reading them. An expert may end at any row. TMA clips the boxes there (`Window`).
@@ -162,7 +163,8 @@ struct WidenedKernel {
   // number of rows. If the whole loop did, the compiler would find too few registers for all of them.
   template <Code C>
   static __device__ __forceinline__ void multiply(Shared const& shared, Work const& work, FragmentsOf<C>& fragments,
-                                                  typename FragmentsOf<C>::Fragment (&fragment)[2], float (&acc)[kTile.rows / 2], Place<kStages>& place,
+                                                  typename FragmentsOf<C>::Fragment (&fragment)[2],
+                                                  float (&acc)[kTile.rows / 2], Place<kStages>& place,
                                                   Place<kCodeStages>& codes, uint32_t lane) {
     const uint32_t first = operand(cute::cast_smem_ptr_to_uint(shared.rows), 0);
     const uint32_t first_codes = cute::cast_smem_ptr_to_uint(shared.codes);
@@ -173,7 +175,8 @@ struct WidenedKernel {
         cute::warpgroup_arrive();
 #pragma unroll
         for (int k16 = 0; k16 < kPartElements / 16; ++k16) {
-          fragment_wgmma<n()>(fragment[k16], descriptor(stage, bytes_to<Major::K>(part % kStageParts * (kPartElements / 16) + k16)), acc);
+          const int at = part % kStageParts * (kPartElements / 16) + k16;
+          fragment_wgmma<n()>(fragment[k16], descriptor(stage, bytes_to<Major::K>(at)), acc);
         }
         cute::warpgroup_commit_batch();
       });
@@ -199,7 +202,8 @@ struct WidenedKernel {
       }
       return;
     }
-    // While products of a part run, the next one is widened. Its codes are read before the products are issued.
+    // The first part is widened already. While products of a part run, the next one is widened. Its codes are read before the
+    // products are issued.
     typename FragmentsOf<C>::Codes found;
     int previous = -1;
 #pragma unroll 1
@@ -278,7 +282,7 @@ struct WidenedKernel {
         scales[0] = fragments.of_sum(0), scales[1] = fragments.of_sum(1);
       }
       more = take();
-      if (more) begin();  // before the epilogue, beside that of the other warpgroup or its products
+      if (more) begin();  // before the epilogue, behind which the first products can then start at once
       epilogue.template finish<FragmentsOf<C>::kScalesSums>(acc, scales, done);
       __syncwarp();  // without it the compiler forgets which values are the same for the whole warp
     }

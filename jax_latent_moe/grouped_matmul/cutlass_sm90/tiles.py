@@ -42,11 +42,11 @@ Measured at 1408 and 4096 rows per expert; at 352 neither tile wins. The bound b
 guess. With relu2's gradient the tiles of 192 rows win at 352 rows too (benchmarks/results/profiles/h200-2026-11-30.md).
 """
 TWO_WARPGROUPS = 1.1
-"""How much longer a weight in codes takes in tiles of 256 x 128 than in those of 192 x 192, which three warpgroups share.
+"""How much longer a weight in codes takes in tiles of 256 x 128 than in 192 x 192, which three warpgroups share.
 
 Measured with Super's first product at 11 and 44 rows per expert: 1.09 to 1.17. At 176 and 352 rows it is 0.98 to 1.09.
-The second product has 1024 columns, of which six tiles of 192 make 1152, and takes 0.94 to 1.01 times as long in those
-of 256 x 128 (benchmarks/results/profiles/h200-2026-11-30.md).
+The second product has 1024 columns, which six tiles of 192 pad to 1152. It takes 0.94 to 1.01 times as long in tiles of
+256 x 128 (benchmarks/results/profiles/h200-2026-11-30.md).
 """
 # The other numbers were fitted to 40 random shapes on an H200 (benchmarks/results/profiles/h200-2026-11-29.md).
 FORMATS = {"bfloat16": "bf16", "float16": "f16"} | dict.fromkeys(FP8, "e4m3")
@@ -124,7 +124,7 @@ def _cost(problem, tile: CutlassTile) -> tuple[bool, float, bool]:
     (benchmarks/results/profiles/h200-2026-11-30.md).
     """
     k, n = problem.k, problem.n
-    plain = problem.epilogue is None and problem.lhs.format not in FP8
+    plain = problem.epilogue is None and problem.lhs.format not in FP8 and not widened.widens(problem)
     square = tile.rows == tile.columns
     if problem.contraction == "wgrad":
         padded = _padded(k, tile.rows * tile.cluster_rows) * _padded(n, tile.columns * tile.cluster_columns)
