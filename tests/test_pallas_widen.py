@@ -274,6 +274,7 @@ def test_the_heuristics_tiles(name, small):
         ({"n": 96}, "n=96 is not a positive multiple of 64"),
         ({"k": 2**17}, "the scales of K=131072 in mxfp4 do not fit"),
         ({"num_rows": 0}, "num_rows=0 must be"),
+        ({"num_experts": 0}, "num_experts=0 must be"),
         ({"device": CPU}, "for NVIDIA Hopper GPUs"),
     ],
 )

@@ -112,7 +112,7 @@ def widen_bytes(tile: PallasWidenTile, how: Widening, k: int) -> int:
 
 def widen_tiles(problem: Problem) -> tuple[PallasWidenTile, ...]:
     """The heuristic's tile, then all others, with as many stages as shared memory allows."""
-    mean = problem.num_rows / problem.num_experts
+    mean = problem.num_rows / max(problem.num_experts, 1)
     best = next(rows for most, rows in _WIDEN_ROWS if mean <= most)
     shapes = [(128, best), *((128, rows) for rows in (8, 16, 32, 64, 128, 192)), (256, 32), (256, 64)]
     found = []
