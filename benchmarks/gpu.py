@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import (
+    adapters,
     coded_layers,
     fp8,
     fp8_layers,
@@ -41,6 +42,7 @@ SUITES = (
     "fp8_layer",
     "widen",
     "prefill",
+    "lora",
     "fused",
     "layer",
     "shared",
@@ -93,6 +95,7 @@ def tables(*, quick: bool) -> dict[str, list[tuple[Measure, dict]]]:
         "fp8_layer": [(fp8_layers.measure, only(fp8_layers.SHAPES, fp8_layers.QUICK_SHAPES))],
         "widen": [(widen.measure, only(widen.SHAPES, widen.QUICK_SHAPES))],
         "prefill": [(coded_layers.measure, only(coded_layers.SHAPES, coded_layers.QUICK_SHAPES))],
+        "lora": [(adapters.measure, only(adapters.SHAPES, adapters.QUICK_SHAPES))],
         "fused": [(fusing.measure, problems.FUSED)],
         "layer": [(layers.measure, only(problems.LAYERS, problems.QUICK_LAYERS))],
         "shared": [(shared.measure, only(shared.SHAPES, shared.QUICK_SHAPES))],

@@ -56,6 +56,7 @@ def test_every_implementation_that_was_recorded_has_a_column():
         "fp8_layer",
         "logits",
         "loop",
+        "lora",
         "parallel",
         "prefill",
         "ragged_dot",
