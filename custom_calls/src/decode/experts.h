@@ -13,7 +13,7 @@ namespace latent_moe::decode {
 constexpr int kThreads = 256;   // the most threads of a block, and the most assignments
 constexpr int kLeastTile = 64;  // the fewest columns of a block; half gate and half up if the activation is gated
 constexpr int kDepth = 128;     // the length of a part of the contracted axis is a multiple of this
-constexpr int kStart = 256;     // bytes; a block asks for pieces of its weights, one for each column or so, before it needs them
+constexpr int kStart = 256;     // bytes of each column, or row of dense weights, that a block asks for before it needs them
 
 // One of the two products of the experts with the rows of their assignments. Assignment a is the choice a % choices of token
 // a / choices. An id outside [0, experts) is no expert.

@@ -191,16 +191,7 @@ __device__ __forceinline__ void load_box(CUtensorMap const& map, Barrier& full, 
 // Asks for the line of an address in memory to be in the L2 cache soon.
 __device__ __forceinline__ void prefetch_line(void const* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-// Loads 16 or 4 bytes at an address in shared memory.
-__device__ __forceinline__ uint4 load_shared(uint32_t from) {
-  uint4 found;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
-               : "r"(from)
-               : "memory");
-  return found;
-}
-
+// Loads 4 bytes at an address in shared memory.
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
   uint32_t found;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(from) : "memory");

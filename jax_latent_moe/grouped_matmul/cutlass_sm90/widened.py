@@ -28,7 +28,7 @@ FEWEST_ROWS = 56
 """With fewer rows per expert, on average, `auto` asks the Pallas kernel first.
 
 On an H200 with 44 rows per expert, Super's layer takes 1.03 ms there and 1.17 ms here in mxfp4, and in int8 1.14 and
-1.15; with 176 rows 2.92 and 1.84, and 3.15 and 1.94. The bound lies between the two by estimate.
+1.15; with 88 rows 1.54 and 1.41, and 1.72 and 1.44. The bound lies between the two by estimate.
 """
 
 

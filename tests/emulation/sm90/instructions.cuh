@@ -99,13 +99,6 @@ uint32_t square_of_pair(uint32_t pair) {
   return pack<T>(values.x * values.x, values.y * values.y);
 }
 
-inline uint4 load_shared(uint32_t from) {
-  if (from % 16 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
-  uint4 found;
-  std::memcpy(&found, emulation::shared + from, sizeof found);
-  return found;
-}
-
 inline uint32_t load_shared_word(uint32_t from) {
   if (from % 4 != 0) std::fprintf(stderr, "an address is not aligned\n"), std::abort();
   uint32_t found;
