@@ -31,12 +31,13 @@ from jax_latent_moe.grouped_matmul import (
     Operands,
     explain,
     fused,
+    grouped_matmul,
     operand_of,
     problem,
     reference,
     select,
 )
-from jax_latent_moe.grouped_matmul.cutlass_sm90 import widened
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import decoding, widened
 from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import FASTER, Cutlass
 from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import CODES
 from jax_latent_moe.grouped_matmul.cutlass_sm90.tiles import kernel_name
@@ -68,7 +69,17 @@ def test_every_format_is_read():
 
 REFUSED = {
     "device": (dict(device=A100), "for NVIDIA Hopper GPUs (H100, H200), not 'NVIDIA A100-SXM4-80GB'"),
-    "dgrad": (dict(contraction="dgrad"), "its kernel for bfloat16 x mxfp4 computes only fwd: XlaBackend() decodes"),
+    "wgrad": (dict(contraction="wgrad"), "its kernel for bfloat16 x mxfp4 computes only fwd: XlaBackend() decodes"),
+    "dgrad with an activation": (
+        dict(contraction="dgrad", epilogue=epilogue_of("relu2")),
+        "its gradients through codes have no epilogue: XLA computes",
+    ),
+    "dgrad of few rows": (dict(contraction="dgrad", num_rows=4 * E - 1), "255 rows are fewer than 4 for each of 64"),
+    "dgrad of large weights": (
+        dict(contraction="dgrad", num_experts=1200, num_rows=90112),
+        "the decoded weight would take 6.2 GiB, more than 6: XlaBackend() decodes it, a few experts at a time.",
+    ),
+    "dgrad to float32": (dict(contraction="dgrad", out=Operand("float32")), "keep the dtype of the rows, bfloat16"),
     "float16": (
         dict(lhs=Operand("float16"), out=Operand("float16")),
         "widens codes to bfloat16, not float16 x mxfp4 to float16: cast the rows",
@@ -123,10 +134,10 @@ def test_explain_says_the_choice():
     few = explain(asked(num_rows=E)).splitlines()
     assert few[1] == "  a weight in codes and fewer than 56 rows an expert: PallasBackend() is asked first"
     assert few[2] == f"  {PallasBackend()!r} runs it"
-    for rows in (ROWS, E):
-        dgrad = explain(asked(contraction="dgrad", num_rows=rows)).splitlines()
-        assert [line.split("(")[0] for line in dgrad[1:]] == ["  CutlassBackend", "  PallasBackend", "  XlaBackend"]
-        assert dgrad[-1] == "  XlaBackend(method='blocked', block_rows=None) runs it"
+    dgrad = explain(asked(contraction="dgrad", num_rows=E)).splitlines()
+    assert [line.split("(")[0] for line in dgrad[1:]] == ["  CutlassBackend", "  PallasBackend", "  XlaBackend"]
+    assert dgrad[-1] == "  XlaBackend(method='blocked', block_rows=None) runs it"
+    assert explain(asked(contraction="dgrad")).splitlines()[1] == f"  {CutlassBackend()!r} runs it"
     without = dataclasses.replace(H200, kernels=tuple((name, 512) for name in PLAIN))
     assert "refuses: no kernel was compiled for fwd of bfloat16 and mxfp4" in explain(asked(device=without))
 
@@ -269,7 +280,7 @@ def test_gate_and_up_are_two_matrices():
     [("relu2", "hidden", True, True), ("gelu", "pre", True, True), ("swiglu", "pre", False, True)],
 )
 def test_the_plan_of_a_layer(activation, residual, up, alone):
-    """The forward products widen, by `auto` and by name. The input gradients decode."""
+    """The forward products widen, by `auto` and by name. The input gradients decode whole weights, if these fit."""
     config = dataclasses.replace(presets.NEMOTRON_3_SUPER, activation=activation)
     shapes, codes = ((512, 1024, 2688 * (1 + config.gated)), (512, 2688, 1024)), Operand("mxfp4")
     for backend in ("auto", CutlassBackend()):
@@ -283,11 +294,28 @@ def test_the_plan_of_a_layer(activation, residual, up, alone):
             alone,
         )
         assert plan.up_without_gradient.in_place == ("lhs",)
-        assert {type(product.backend).__name__ for product in (plan.down_dgrad, plan.up_dgrad)} == {"Xla"}
+        assert {type(product.backend).__name__ for product in (plan.down_dgrad, plan.up_dgrad)} == {"Cutlass"}
         assert plan.down_wgrad is plan.up_wgrad is None
         lines = str(plan).splitlines()
         above = next(i for i, line in enumerate(lines) if line.startswith("down: fwd of bfloat16 and mxfp4"))
         assert lines[above + 1] == f"  {CutlassBackend()!r} runs it"
+
+
+@every_format
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_decoded_weight_is_that_of_a_forward_product(rng, name, parts):
+    """Of the problem that its kernel gets, and with the values of the portable gradient."""
+    sizes, k, n = np.asarray([5, 0, 9, 2]), 128, 64
+    w = encode(jnp.asarray(rng.normal(size=(4, k, parts * n)), jnp.float32), name, parts=parts)
+    dout = jnp.asarray(rng.normal(size=(20, parts * n)), jnp.bfloat16)
+    given = asked(name, contraction="dgrad", num_rows=20, num_experts=4, k=k, n=parts * n)
+    dense = decoding.dense(given)
+    assert (dense.contraction, dense.k, dense.n, dense.rhs.format) == ("fwd", parts * n, k, "bfloat16")
+    weight = decoding.decoded(w, jnp.bfloat16)
+    np.testing.assert_array_equal(float64(weight), float64(w.decode(jnp.bfloat16)).swapaxes(1, 2))
+    found = reference.grouped_matmul(float64(dout), float64(weight), sizes)
+    portable = grouped_matmul(dout, w, jnp.asarray(sizes), transpose_w=True, backend="xla")
+    assert_close(float64(portable), found, "bfloat16")
 
 
 def test_a_layer_trains_beside_frozen_codes(monkeypatch):

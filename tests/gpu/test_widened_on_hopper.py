@@ -190,19 +190,26 @@ def test_a_scale_that_is_nan_spoils_its_own_values_alone(rng, name, k):
 
 
 @every_format
-def test_gradients_of_rows_are_those_of_the_portable_path(rng, name):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_of_rows(rng, name, parts):
+    """By a kernel for dense weights, with the decoded weight, and on the portable path."""
     sizes, k, n = GROUPS["ragged"], k_of(name, 256), 136
-    rows, w, values, weights = drawn(rng, name, sizes, k, n)
-    dout = jnp.asarray(rng.normal(size=(NUM_ROWS, n)), jnp.bfloat16)
+    rows, w, values, weights = drawn(rng, name, sizes, k, n, parts)
+    dout = jnp.asarray(rng.normal(size=(NUM_ROWS, parts * n)), jnp.bfloat16)
+    asked = problem("dgrad", NUM_ROWS, w.shape, "bfloat16", rhs=operand_of(w))
+    assert BACKEND.supports(asked) is None
 
     def both(backend):
         product = functools.partial(grouped_matmul, backend=backend)
         out, pullback = jax.vjp(lambda rows: product(rows, w, jnp.asarray(sizes, jnp.int32)), rows)
         return out, *pullback(dout)
 
-    out, drows = jax.jit(both, static_argnums=0)(CutlassBackend())
-    same(drows, jax.jit(both, static_argnums=0)(XlaBackend())[1])
-    assert_close(float64(out), reference.grouped_matmul(values, weights, sizes), "bfloat16")
+    expected = reference.grouped_matmul(float64(dout), weights.swapaxes(1, 2), sizes)
+    for backend in (CutlassBackend(), XlaBackend()):
+        out, drows = jax.jit(both, static_argnums=0)(backend)
+        assert_close(float64(out), reference.grouped_matmul(values, weights, sizes), "bfloat16")
+        assert_close(float64(drows), expected, "bfloat16")
+        assert not drows[np.sum(sizes) :].any()
 
 
 @pytest.mark.parametrize("activation", ["relu2", "gelu", "swiglu"])

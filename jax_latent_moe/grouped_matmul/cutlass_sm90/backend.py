@@ -8,8 +8,8 @@ from jax_latent_moe.formats import ScaledRows
 from jax_latent_moe.formats.both_layouts import POWER_OF_TWO
 from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.backend import Backend
+from jax_latent_moe.grouped_matmul.cutlass_sm90 import decoding, widened
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import tiles as cutlass_tiles
-from jax_latent_moe.grouped_matmul.cutlass_sm90 import widened
 from jax_latent_moe.grouped_matmul.cutlass_sm90.calls import call, call_with_activation, tables
 from jax_latent_moe.grouped_matmul.cutlass_sm90.config import CutlassTile
 from jax_latent_moe.grouped_matmul.operands import GatheredRows, LastColumns, Outputs
@@ -51,6 +51,8 @@ class Cutlass(Backend):
 
     def supports(self, problem):
         """None, or the reason why the kernels cannot run the problem."""
+        if decoding.decodes(problem):
+            return decoding.refusal(problem) or self.supports(decoding.dense(problem))
         if both_fp8(problem):
             reason = _fp8_refusal(problem)
         elif widened.widens(problem):
@@ -76,7 +78,7 @@ class Cutlass(Backend):
 
     def tiles(self, problem):
         """See `Backend.tiles`."""
-        return cutlass_tiles.tiles(problem)
+        return cutlass_tiles.tiles(decoding.dense(problem) if decoding.decodes(problem) else problem)
 
     def given_tile(self, problem):
         """See `Backend.given_tile`."""
@@ -98,6 +100,8 @@ class Cutlass(Backend):
         """
         if both_fp8(problem):
             return ()
+        if decoding.decodes(problem):
+            return self.in_place(decoding.dense(problem), tile)
         plain, products = problem.epilogue is None, problem.k if problem.contraction == "dgrad" else problem.n
         gathers = tile.rows > cutlass_tiles.SMALL_TILE and problem.planned_rows > 0
         tried = not (problem.contraction == "dgrad" and plain)
@@ -112,6 +116,9 @@ class Cutlass(Backend):
 
     def run(self, problem, tile, operands):
         """See `Backend.run`."""
+        if decoding.decodes(problem):
+            weight = decoding.decoded(operands.rhs, problem.lhs.format)
+            return self.run(decoding.dense(problem), tile, operands._replace(rhs=weight))
         attributes = {"kernel": cutlass_tiles.kernel_name(problem, tile)}
         if both_fp8(problem):
             attributes |= {"rows_first": tile.rows_first}
