@@ -35,8 +35,7 @@ def pack_integers(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
 
 def unpack_integers(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
     """The codes of `pack_integers`."""
-    words = _words(packed)
-    return _codes([words >> 4 * j & 0x000F000F for j in range(4)])
+    return _codes(packed, lambda words, pair: words >> 4 * pair)
 
 
 def pack_e2m1(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
@@ -46,7 +45,7 @@ def pack_e2m1(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
 
 def unpack_e2m1(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
     """The codes of `pack_e2m1`."""
-    return _codes(e2m1_pairs(_words(packed)))
+    return _codes(packed, _e2m1_pair)
 
 
 def e2m1_words(pairs: Any) -> Any:
@@ -70,6 +69,13 @@ def _rotated_right(words, count):
     return words >> count | words << 32 - count if count else words
 
 
+def _e2m1_pair(words, pair):
+    """The pair of `e2m1_pairs` whose number is in an array."""
+    count = 3 * pair
+    placed = jnp.where(pair == 3, (words & E2M1_LAST) * E2M1_FACTOR, words >> count | words << (-count & 31)) & E2M1_BITS
+    return placed >> 6 & 0x00070007 | placed >> 12 & 0x00080008
+
+
 def _pairs(codes):
     """Pairs 0, 1, 2 and 3 of the words [..., K / 8], as for `e2m1_words`."""
     *leading, k = codes.shape
@@ -81,16 +87,20 @@ def _pairs(codes):
     return jnp.moveaxis(halves[..., 0] | halves[..., 1] << 16, -1, 0)
 
 
-def _codes(pairs):
-    """The codes of four pairs of each word: the inverse of `_pairs`."""
-    words = jnp.stack(pairs, axis=-1)
-    *leading, count, _ = words.shape
-    halves = jnp.stack([words & 15, words >> 16], axis=-1).astype(jnp.uint8)
-    whole, by_group = count * 8 // GROUP * (GROUP // 8), []
-    for part, size in ((halves[..., :whole, :, :], 4), (halves[..., whole:, :, :], 2)):
-        groups = part.reshape(*leading, part.shape[-3] // size, size, 4, 2)
-        by_group.append(groups.swapaxes(-3, -2).reshape(*leading, part.shape[-3] * 8))
-    return jnp.concatenate(by_group, axis=-1)
+def _codes(packed, pair_of):
+    """The codes in words: the inverse of `_pairs`. pair_of(words, number) has a pair in its lowest bits.
+
+    Each code is computed from its own word. So XLA joins this with what comes next, and transposes nothing.
+    """
+    words = _words(packed)
+    *leading, count = words.shape
+    whole, parts = count // 4 * 4, []
+    for part, size in ((words[..., :whole], 4), (words[..., whole:], 2)):
+        if part.size or not count:
+            groups = part.reshape(*leading, part.shape[-1] // size, 1, size, 1)
+            halves = pair_of(groups, np.arange(4, dtype=np.uint32)[:, None, None]) >> np.uint32([0, 16]) & 15
+            parts.append(halves.astype(jnp.uint8).reshape(*leading, part.shape[-1] * 8))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def _bytes(words):
