@@ -29,13 +29,18 @@ TRACED = 4
 
 def frozen_step(config: LatentMoEConfig, params, x, dy):
     """The layer's output and the gradient of x."""
-    y, pullback = jax.vjp(lambda x: our_layer(config, params, x), x)
-    return y, *pullback(dy)
+    return _both_passes(lambda x: our_layer(config, params, x), dy, x)
 
 
 def adapted_step(config: LatentMoEConfig, adapters, rest, x, dy):
     """The layer's output, and the gradients of the adapters and of x."""
-    y, pullback = jax.vjp(lambda adapters, x: our_layer(config, merge_state(adapters, rest), x), adapters, x)
+    return _both_passes(lambda adapters, x: our_layer(config, merge_state(adapters, rest), x), dy, adapters, x)
+
+
+def _both_passes(layer, dy, *args):
+    y, pullback = jax.vjp(layer, *args)
+    # Inside of a model, the gradient depends on the output. Without the barrier, XLA would mix both passes.
+    y, dy = jax.lax.optimization_barrier((y, dy))
     return y, *pullback(dy)
 
 

@@ -15,16 +15,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, hidden_and_pullback
+from jax_latent_moe.adapted_experts import adapted_experts
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
 from jax_latent_moe.derivatives import refused_if_differentiated
 from jax_latent_moe.dtypes import at_least_float32
-from jax_latent_moe.errors import InputError
+from jax_latent_moe.expert_biases import Biases, plus_bias, times_bias
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
 from jax_latent_moe.formats import ScaledArray, ScaledRows
-from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, grouped_matmul, operand_of
+from jax_latent_moe.grouped_matmul import Bound, LastColumns, Operands, Outputs, operand_of
 from jax_latent_moe.grouped_matmul.operands import gathered
-from jax_latent_moe.low_rank import LowRank, base_of
+from jax_latent_moe.low_rank import LowRank
 from jax_latent_moe.precision import Codes, Precision, encode_weights
 from jax_latent_moe.projections import cluster_parts, projection, refusal_of_projections
 from jax_latent_moe.projections import explain as explain_projections
@@ -35,7 +36,6 @@ from jax_latent_moe.varying import varying
 RESIDUAL = "latent_moe_residual"
 Weight = Float[Array, "e a b"] | ScaledArray
 Adapted = Weight | LowRank
-Biases = tuple[Float[Array, "e *p"], Float[Array, "e l"]]
 
 
 def routed_experts(
@@ -77,7 +77,7 @@ def routed_experts(
     if biases is not None:
         biases = biases[0].reshape(biases[0].shape[0], -1), biases[1]
     if isinstance(w_in, LowRank) or isinstance(w_out, LowRank):
-        out = _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch)
+        out = adapted_experts(config, tokens, weights, w_in, w_out, biases, dispatch)
         return out if up_proj is None else projection(config, out, up_proj)
     w_in = flat(w_in)
     if codes is None:
@@ -120,51 +120,6 @@ def encoded(config: LatentMoEConfig, w_in, w_out: Weight) -> Codes:
 def flat(weight):
     """A dense weight as [E, in, out]: gate and up side by side."""
     return weight if isinstance(weight, ScaledArray) else weight.reshape(*weight.shape[:2], -1)
-
-
-def _with_adapters(config, tokens, weights, w_in, w_out, biases, dispatch):
-    """The block with low-rank adapters, product by product: an adapter adds to the pre-activation.
-
-    The backend of the config runs the products with the frozen weights. Kernels may refuse products of rank r, so these
-    run on the first backend that takes them.
-    """
-    if config.precision is not None:
-        raise InputError(
-            f"{config.precision} does not go with low-rank adapters: set precision=None, or lora.merge(params, config)."
-        )
-    b_in, b_out = biases or (None, None)
-    rows = _rows(tokens, dispatch)
-    pre = _plus_bias(_product(config, rows, w_in, dispatch), b_in, dispatch.group_sizes)
-    hidden = activate(pre, config.bound_activation).astype(rows.dtype)
-    out = _plus_bias(_product(config, hidden, w_out, dispatch), b_out, dispatch.group_sizes)
-    return combine(out, dispatch, weights).astype(tokens.dtype)
-
-
-def _product(config, rows, weight, dispatch):
-    sizes = dispatch.group_sizes
-    out = grouped_matmul(rows, flat(base_of(weight)), sizes, backend=config.backend)
-    if not isinstance(weight, LowRank):
-        return out
-    narrow = grouped_matmul(rows, weight.a, sizes)
-    return out + grouped_matmul(narrow, flat(weight.b), sizes) * jnp.asarray(weight.scale, out.dtype)
-
-
-@jax.custom_vjp
-def _rows(tokens, dispatch):
-    """The rows of tokens. Their gradient is a sum in a fixed order, as in `_routed`."""
-    return gathered(rows_of(tokens, dispatch))
-
-
-def _rows_fwd(tokens, dispatch):
-    return _rows(tokens, dispatch), (tokens, dispatch)
-
-
-def _rows_bwd(residuals, drows):
-    tokens, dispatch = residuals
-    return combine(drows, dispatch).astype(tokens.dtype), None
-
-
-_rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -220,7 +175,7 @@ def _up(plan, product, tokens, w_in, codes, b_in, dispatch):
 def _down(plan, tokens, weights, hidden, w_out, codes, b_out, dispatch):
     if codes.fwd_out is not None:
         hidden, w_out = _encoded(gathered(hidden), plan.encode_hidden), codes.fwd_out
-    out = _plus_bias(plan.down(Operands(hidden, w_out, dispatch.group_sizes)).out, b_out, dispatch.group_sizes)
+    out = plus_bias(plan.down(Operands(hidden, w_out, dispatch.group_sizes)).out, b_out, dispatch.group_sizes)
     return combine(out, dispatch, weights).astype(tokens.dtype)
 
 
@@ -261,7 +216,7 @@ def _routed_bwd(plan, residuals, dcombined):
     dbiases = None
     if b_out is not None:
         dout = gathered(dout)
-        drow_weights = drow_weights + _times_bias(dout, b_out, sizes)
+        drow_weights = drow_weights + times_bias(dout, b_out, sizes)
         dbiases = _bias_gradients(plan, dpre, dout, row_weights, sizes)
     # The barrier makes XLA sum before it gathers. Without it, XLA gathers all terms of each sum.
     drow_weights = jax.lax.optimization_barrier(drow_weights)
@@ -297,23 +252,6 @@ def hidden_rows(plan: ExpertPlan, kept: Float[Array, "r p"]) -> Float[Array, "r 
     return LastColumns(kept, kept.shape[1] // 2) if plan.residual == "gate_hidden" else kept
 
 
-def _bias_of_rows(bias: Float[Array, "e n"], group_sizes, num_rows: int) -> Float[Array, "r n"]:
-    """The bias of each row's expert, 0 for rows of no expert."""
-    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right")
-    exists = expert < bias.shape[0]
-    return jnp.where(exists[:, None], bias[jnp.where(exists, expert, 0)], 0)
-
-
-def _plus_bias(rows: Float[Array, "r n"], bias: Float[Array, "e n"] | None, group_sizes) -> Float[Array, "r n"]:
-    return rows if bias is None else rows + _bias_of_rows(bias, group_sizes, rows.shape[0])
-
-
-def _times_bias(rows: Float[Array, "r n"], bias: Float[Array, "e n"], group_sizes) -> Float[Array, " r"]:
-    """The dot product of each row with its expert's bias, in at least float32."""
-    wide = at_least_float32(rows.dtype)
-    return jnp.sum(rows.astype(wide) * _bias_of_rows(bias, group_sizes, rows.shape[0]).astype(wide), axis=1)
-
-
 def _bias_gradients(plan, dpre, dout, row_weights, group_sizes) -> Biases:
     """The sums over each expert's rows, as products with a column: no scatter, and the same bits each time."""
     factors = row_weights[:, None].astype(dout.dtype)
@@ -347,7 +285,7 @@ def up(plan: ExpertPlan, product: Bound, rows, w_in: Weight, group_sizes, b_in=N
     outputs = product(Operands(rows, w_in, group_sizes))
     if product.problem.epilogue is not None:
         return outputs
-    pre = _plus_bias(outputs.out, b_in, group_sizes)
+    pre = plus_bias(outputs.out, b_in, group_sizes)
     hidden = activate(pre, plan.activation).astype(pre.dtype)
     return Outputs(hidden, residual=pre if plan.residual == "pre" else hidden, lhs=outputs.lhs)
 

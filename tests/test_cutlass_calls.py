@@ -154,7 +154,7 @@ def calls():
             lambda: run("fwd", many, of_wide, epilogue=swiglu),
             "keep_residual = true",
         ),
-        "dgrad by decoded codes": ("matmul", lambda: run("dgrad", rows, in_4_bits), "sm90.fwd.bf16."),
+        "dgrad by decoded codes": ("decode_weight", lambda: run("dgrad", rows, in_4_bits), 'code = "int4"'),
         "dgrad by two decoded matrices": ("matmul", lambda: run("dgrad", two, of_wide), "sm90.fwd.bf16."),
         "top_k": ("top_k", lambda: compiled_top_k_ids(jnp.zeros((5, 40)), 3), ""),
         "encode": (

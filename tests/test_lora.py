@@ -88,6 +88,27 @@ def test_values_and_gradients(base, rng):
         assert not np.asarray(leaf)[5].any()
 
 
+@pytest.mark.parametrize("target", ["experts/w_in", "experts/w_out"])
+def test_weights_without_an_adapter_train_beside_one(target, rng):
+    """The other weights, the biases and the router get the gradients of the merged layer."""
+    config, (part, name) = BASES["dense"], target.split("/")
+    params = lora.merge(adapted("dense"), config)
+    params = lora.adapt(jax.random.key(1), params, config, rank=RANK, alpha=ALPHA, targets=[target])
+    leaf = params[part][name]
+    b = 0.2 * jax.random.normal(jax.random.key(2), leaf.b.shape)
+    params[part][name] = dataclasses.replace(leaf, b=b)
+    x, dy = (jnp.asarray(rng.normal(size=(2, 5, 12)), jnp.float32) for _ in range(2))
+    trained, rest = split_state(params)
+    grads, _ = jax.grad(value, has_aux=True)(trained, rest, x, dy, config)
+    merged = jax.tree.map(np.float64, lora.merge(params, config))
+    expected = oracle.forward(merged, np.float64(x), config)
+    wanted, _ = oracle.backward(merged, config, expected, np.float64(dy))
+    others = [(part, name) for part in ("experts", "router") for name in grads[part] if f"{part}/{name}" != target]
+    assert {name for _, name in others} > {"b_in", "b_out", "kernel"}
+    for part, name in others:
+        assert_close(grads[part][name], wanted[part][name], "float32")
+
+
 @every_base
 def test_merged_weights_are_base_and_product(base):
     """In float32, against float64, and the adapters' first values change nothing."""

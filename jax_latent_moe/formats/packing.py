@@ -72,7 +72,9 @@ def _rotated_right(words, count):
 def _e2m1_pair(words, pair):
     """The pair of `e2m1_pairs` whose number is in an array."""
     count = 3 * pair
-    placed = jnp.where(pair == 3, (words & E2M1_LAST) * E2M1_FACTOR, words >> count | words << (-count & 31)) & E2M1_BITS
+    placed = (
+        jnp.where(pair == 3, (words & E2M1_LAST) * E2M1_FACTOR, words >> count | words << (-count & 31)) & E2M1_BITS
+    )
     return placed >> 6 & 0x00070007 | placed >> 12 & 0x00080008
 
 
@@ -98,7 +100,7 @@ def _codes(packed, pair_of):
     for part, size in ((words[..., :whole], 4), (words[..., whole:], 2)):
         if part.size or not count:
             groups = part.reshape(*leading, part.shape[-1] // size, 1, size, 1)
-            halves = pair_of(groups, np.arange(4, dtype=np.uint32)[:, None, None]) >> np.uint32([0, 16]) & 15
+            halves = pair_of(groups, np.arange(4, dtype=np.uint32)[:, None, None]) >> np.array([0, 16], np.uint32) & 15
             parts.append(halves.astype(jnp.uint8).reshape(*leading, part.shape[-1] * 8))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 

@@ -1,8 +1,10 @@
-// The handlers of the encoders of weights and of rows.
+// The handlers that encode weights and rows, and that decode weights.
 #include <cstdint>
 #include <string>
 
 #include "common/check.h"
+#include "ffi/decode.h"
+#include "formats/decode_weight.h"
 #include "formats/encode_blocks.h"
 #include "formats/encode_rows.h"
 #include "interface.h"
@@ -107,6 +109,36 @@ ffi::Error relu2_gradient(Relu2GradientCall const& call) {
   arguments.row_weight_sums = static_cast<float*>(call.row_weight_sums->untyped_data());
   arguments.to = to;
   return done(formats::relu2_gradient(arguments, call.stream));
+}
+
+ffi::Error decode_weight(DecodeWeightCall const& call) {
+  Check check;
+  check.that(call.w.dimensions().size() == 4, "w of shape " + shape(call.w) + " must have 4 axes");
+  check.that(call.out->dimensions().size() == 3, "out of shape " + shape(*call.out) + " must have 3 axes");
+  if (!check.ok()) return refuse(check.error());
+  auto const sizes = call.w.dimensions();
+  int64_t const experts = sizes[0], parts = sizes[1], n = sizes[2], width = call.out->dimensions()[2];
+  int64_t const k = sizes[3] * (call.w.element_type() == ffi::DataType::U8 && call.code != "e4m3" ? 2 : 1);
+  auto const type = call.out->element_type();
+  formats::DecodeWeight arguments{};
+  arguments.weight = weight(check, {"w", call.code, call.w, call.w_scales, call.w_more}, ffi::DataType::BF16, experts, parts, k, n);
+  if (!check.ok()) return refuse(check.error());
+  int const multiple = 16 * packing(arguments.weight.code);
+  check.that(arguments.weight.code != Code::kDense, "code=dense has no codes");
+  check.that(type == ffi::DataType::BF16 || type == ffi::DataType::F16, "out must be bfloat16 or float16");
+  check.buffer("out", *call.out, type, {experts, parts * n, width});
+  check.that(call.first >= 0 && call.first % multiple == 0 && width % multiple == 0 && call.first + width <= k,
+             "columns " + std::to_string(call.first) + " to " + std::to_string(call.first + width) + " of " + std::to_string(k) +
+                 " must begin and end at multiples of " + std::to_string(multiple));
+  check.that(experts * parts * n < int64_t{1} << 31, "w of shape " + shape(call.w) + " has 2^31 outputs or more");
+  if (!check.ok()) return refuse(check.error());
+  if (experts * parts * n * width == 0) return ffi::Error::Success();
+  arguments.features = static_cast<int>(experts * parts * n);
+  arguments.first = call.first;
+  arguments.width = static_cast<int>(width);
+  arguments.format = type == ffi::DataType::BF16 ? Format::kBf16 : Format::kF16;
+  arguments.out = call.out->untyped_data();
+  return done(formats::decode_weight(arguments, call.stream));
 }
 
 }  // namespace latent_moe

@@ -117,8 +117,7 @@ class Cutlass(Backend):
     def run(self, problem, tile, operands):
         """See `Backend.run`."""
         if decoding.decodes(problem):
-            weight = decoding.decoded(operands.rhs, problem.lhs.format)
-            return self.run(decoding.dense(problem), tile, operands._replace(rhs=weight))
+            return decoding.run(problem, operands, lambda part, given: self.run(part, tile, given))
         attributes = {"kernel": cutlass_tiles.kernel_name(problem, tile)}
         if both_fp8(problem):
             attributes |= {"rows_first": tile.rows_first}

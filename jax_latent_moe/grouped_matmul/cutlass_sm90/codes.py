@@ -1,10 +1,13 @@
 """Weights in codes as the compiled kernels take them: their name for the codes of a format, and its arrays."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import ScaledArray
-from jax_latent_moe.formats.fp8 import BLOCK
+from jax_latent_moe.formats.fp8 import BLOCK, wide_scales
 
 # By format: the kernels' name for its codes, and the scales that they read, by name and dtype.
 CODES = {
@@ -27,6 +30,22 @@ def wrong_scales(name: str, weight: ScaledArray) -> str | None:
         if (dtype := weight.scales[scale].dtype) != wanted:
             return f"the scales {scale!r} of {name} are {dtype}, not {wanted}"
     return None
+
+
+def readable(w: ScaledArray) -> ScaledArray:
+    """The weight with its 32-bit scales in float32, whatever they are stored in.
+
+    Raises:
+        InputError: another scale has a dtype that the kernels do not read.
+    """
+    scales = dict(w.scales)
+    for name, wanted in CODES[w.format][1].items():
+        if wanted == "float32":
+            scales[name] = wide_scales(scales) if name == "block" else scales[name].astype(wanted)
+    w = dataclasses.replace(w, scales=scales)
+    if (reason := wrong_scales("w", w)) is not None:
+        raise InputError(f"{reason}: convert them, or decode the weight with XlaBackend().")
+    return w
 
 
 def stored(weight: ScaledArray) -> tuple[Array, Array, Array]:

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 
 from jax_latent_moe.errors import InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray
-from jax_latent_moe.formats.fp8 import wide_scales
 from jax_latent_moe.grouped_matmul.cutlass_sm90.calls import call, call_with_activation, table
 from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import (
     CODES,
     READ_BYTES,
+    readable,
     side_by_side,
     stored,
-    wrong_scales,
 )
 from jax_latent_moe.grouped_matmul.operands import GatheredRows, Operands, Outputs
 from jax_latent_moe.grouped_matmul.problem import Problem
@@ -60,7 +59,7 @@ def run(problem: Problem, operands: Operands, attributes: dict) -> Outputs:
         InputError: scales have a dtype that the kernels do not read, or the weight is not one matrix for each half of
             a gated activation.
     """
-    rows, w, sizes = operands.lhs, _readable(operands.rhs), operands.group_sizes
+    rows, w, sizes = operands.lhs, readable(operands.rhs), operands.group_sizes
     attributes |= {"code": CODES[w.format][0]}
     if problem.epilogue is None:
         whole = side_by_side(w)
@@ -109,15 +108,3 @@ def _padded(w: ScaledArray) -> ScaledArray:
     # A block of e4m3's scales covers the further outputs already.
     scales = w.scales | ({"block": pad(w.scales["block"])} if w.format == "nvfp4" else {})
     return dataclasses.replace(w, codes=pad(w.codes), scales=scales)
-
-
-def _readable(w: ScaledArray) -> ScaledArray:
-    """The weight with its 32-bit scales in float32, whatever they are stored in."""
-    scales = dict(w.scales)
-    for name, wanted in CODES[w.format][1].items():
-        if wanted == "float32":
-            scales[name] = wide_scales(scales) if name == "block" else scales[name].astype(wanted)
-    w = dataclasses.replace(w, scales=scales)
-    if (reason := wrong_scales("w", w)) is not None:
-        raise InputError(f"{reason}: convert them, or decode the weight with XlaBackend().")
-    return w
