@@ -93,7 +93,9 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _activated(activation, pre):
     """The hidden rows, in the dtype of the pre-activation."""
-    return activate(pre, activation).astype(pre.dtype)
+    hidden = activate(pre, activation).astype(pre.dtype)
+    # Without the barrier, XLA would keep the pre-activation as well, and compute hidden rows from it again.
+    return jax.lax.optimization_barrier(hidden) if _residual(activation) == "hidden" else hidden
 
 
 def _activated_fwd(activation, pre):
