@@ -72,8 +72,9 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder)))
         return
-    make(options.folder, SUPER, options.experts)
+    options.folder.mkdir(parents=True)
     try:
+        make(options.folder, SUPER, options.experts)
         for source in ("disk", "cache"):
             rows = {}
             for what in MEASURED:

@@ -102,11 +102,10 @@ def tensors(stored: Stored, config: LatentMoEConfig) -> dict[str, tuple[str, tup
 
 
 def make(folder: pathlib.Path, stored: Stored, experts: int | None = None) -> None:
-    """Writes the checkpoint in FILES files, with fewer experts if given."""
+    """Writes the checkpoint in FILES files into an empty folder, with fewer experts if given."""
     config = stored.config
     if experts is not None:
         config = dataclasses.replace(config, num_experts=experts, top_k=min(config.top_k, experts))
-    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(stored.values(config)))
     listed = sorted(tensors(stored, config).items())
     noise = np.random.default_rng(0).integers(0, 64, BUFFER, np.uint8)

@@ -51,6 +51,11 @@ class Row:
     temp_bytes: int | None
 
 
+def device_name() -> str:
+    """The first device's kind as files of results name it, such as "h200"."""
+    return jax.devices()[0].device_kind.lower().removeprefix("nvidia ").replace(" ", "-")
+
+
 def time_interleaved(calls: dict[str, tuple[Callable, tuple]], repeats: int) -> dict[str, tuple[float, int]]:
     """Median milliseconds and temporary bytes of jitted calls. They take turns, so that a drift affects all equally."""
     compiled = {name: (jax.jit(f).lower(*args).compile(), args) for name, (f, args) in calls.items()}

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ def place(
     """
     where = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
 
-    def assembled(index: Index) -> np.ndarray:
-        array = _aligned_empty([len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)], dtype)
+    def assembled(index: Any) -> np.ndarray:
+        array = _aligned_empty([len(each) for each in _ranges(index, shape)], dtype)
         fill(array, index)
         return array
 
@@ -53,11 +54,15 @@ def _has_own_memory(sharding: Sharding) -> bool:
     )
 
 
+def _ranges(index: Any, shape: tuple[int, ...]) -> list[range]:
+    return [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+
+
 def _in_parts(shape, dtype, sharding: Sharding, assembled: Callable[[Index], np.ndarray]) -> jax.Array:
     """The array, each shard written part by part. Equal shards are read once and copied between the devices."""
     shards, found = [], {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        ranges = [range(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
+        ranges = _ranges(index, shape)
         key = tuple((each.start, each.stop) for each in ranges)
         if key not in found:
             found[key] = _shard(ranges, dtype, device, assembled)
@@ -66,7 +71,7 @@ def _in_parts(shape, dtype, sharding: Sharding, assembled: Callable[[Index], np.
     return jax.block_until_ready(whole)
 
 
-def _shard(ranges: list[range], dtype, device: jax.Device, assembled: Callable[[Index], np.ndarray]) -> jax.Array:
+def _shard(ranges: list[range], dtype, device, assembled: Callable[[Index], np.ndarray]) -> jax.Array:
     experts, *others = ranges
     rest = tuple(slice(each.start, each.stop) for each in others)
     shard, moving = jnp.zeros([len(each) for each in ranges], dtype, device=device), None
