@@ -410,11 +410,11 @@ def test_what_was_there_is_not_removed(tmp_path, monkeypatch):
 
 def test_the_peak_of_memory_is_that_of_the_call():
     def hungry():
-        array = np.ones(2**25, np.uint8)
+        array = np.ones(2**27, np.uint8)
         time.sleep(0.1)  # for the samples
         return array.nbytes
 
-    loading.peak_of(lambda: np.ones(2**27, np.uint8).nbytes)  # a higher peak before
+    loading.peak_of(lambda: np.ones(2**28, np.uint8).nbytes)  # a higher peak before
     nbytes, peak = loading.peak_of(hungry)
     assert peak == pytest.approx(nbytes, rel=0.2)
 

@@ -78,8 +78,8 @@ def _shard(ranges: list[range], dtype, device, assembled: Callable[[Index], np.n
     for chosen in _parts(experts, shard.nbytes):
         part = assembled((slice(chosen.start, chosen.stop), *rest))
         jax.block_until_ready(moving)  # The host holds two parts at most: the next is read while one is moved.
-        moving = jax.device_put(part, device)
-        shard = _write(shard, moving, chosen.start - experts.start)
+        moving, first = jax.device_put((part, np.int32(chosen.start - experts.start)), device)
+        shard = _write(shard, moving, first)
     return jax.block_until_ready(shard)
 
 
