@@ -16,7 +16,7 @@ pytestmark = needs_hopper
 def test_bytes_beyond_two_to_the_31():
     """Codes of Kimi K3 are one array of 9.9 GB. The device never holds them twice."""
     device = jax.devices()[0]
-    before = device.memory_stats()["bytes_in_use"]
+    before = device.memory_stats()
 
     def fill(array, index):
         for place_of, expert in enumerate(range(*index[0].indices(21))):
@@ -24,13 +24,15 @@ def test_bytes_beyond_two_to_the_31():
             array[place_of, -1] = 100 + expert
 
     array = place((21, 2**27 + 3), np.dtype(np.uint8), None, fill, experts=True)
-    peak = device.memory_stats()["peak_bytes_in_use"] - before
+    peak = device.memory_stats()["peak_bytes_in_use"]
     assert array.nbytes > 2**31
     np.testing.assert_array_equal(array[:, 0], np.arange(21))
     np.testing.assert_array_equal(array[:, -1], 100 + np.arange(21))
     wrong = jnp.sum(array[:, :-1] != jnp.arange(21, dtype=jnp.uint8)[:, None], axis=1, dtype=jnp.int32)
     assert not wrong.any()
-    assert peak < 1.2 * array.nbytes, "an expert of this array is 5 % of it, and two are on their way"
+    if peak > before["peak_bytes_in_use"]:  # else an earlier test used more
+        # An expert of this array is 5 % of it, and two are on their way.
+        assert peak - before["bytes_in_use"] < 1.2 * array.nbytes
 
 
 @every_kind
