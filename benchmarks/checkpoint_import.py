@@ -8,7 +8,6 @@ files are dropped from the system's cache first) and from the cache, in its own 
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -20,61 +19,17 @@ import time
 
 import numpy as np
 
-from jax_latent_moe import hf, presets
-from jax_latent_moe.hf.names import NEMOTRON_H, layer_blocks, tensor_shapes
-from jax_latent_moe.hf.tensor_file import create, write_bytes
+from benchmarks.checkpoints import BUFFER, SUPER, make, read
+from jax_latent_moe import hf
 from jax_latent_moe.piped import piped
-
-BUFFER = 8 << 20
-FILES = 4
-
-
-def make(folder: pathlib.Path, experts: int) -> None:
-    """A NemotronH checkpoint of one MoE layer of Super's shape, bfloat16, in FILES files."""
-    config = dataclasses.replace(presets.NEMOTRON_3_SUPER, num_experts=experts)
-    folder.mkdir(parents=True)
-    values = dict(
-        model_type="nemotron_h",
-        dtype="bfloat16",
-        layers_block_type=["moe"],
-        hidden_size=config.hidden_size,
-        moe_latent_size=config.latent_size,
-        n_routed_experts=experts,
-        num_experts_per_tok=config.top_k,
-        moe_intermediate_size=config.expert_intermediate_size,
-        moe_shared_expert_intermediate_size=config.shared_expert_intermediate_size,
-        routed_scaling_factor=5.0,
-    )
-    (folder / "config.json").write_text(json.dumps(values))
-    shapes = tensor_shapes(config, layer_blocks(config, NEMOTRON_H))
-    names = sorted(shapes)
-    noise = np.random.default_rng(0).integers(0, 2**14, max(map(np.prod, shapes.values())), np.uint16)
-    for number in range(FILES):
-        part = names[number * len(names) // FILES : (number + 1) * len(names) // FILES]
-        dtypes = {name: "F32" if name.endswith("bias") else "BF16" for name in part}
-        path = folder / f"model-{number + 1:05}-of-{FILES:05}.safetensors"
-        tensors = create(path, {f"backbone.layers.0.mixer.{name}": (dtypes[name], shapes[name]) for name in part})
-        with path.open("r+b", buffering=0) as file:
-            for info in tensors.values():
-                write_bytes(file, info, 0, noise.view(np.uint8)[: info.nbytes])
-            os.fsync(file.fileno())
 
 
 def forget(folder: pathlib.Path) -> None:
     """Drops the files from the system's cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
+            os.fsync(file.fileno())  # a page that is not written yet stays
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read(folder: pathlib.Path) -> int:
-    """Reads the files in order; returns their bytes."""
-    buffer, total = bytearray(BUFFER), 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                total += count
-    return total
 
 
 def load(folder: pathlib.Path) -> int:
@@ -111,14 +66,15 @@ def main() -> None:
     """Runs all measurements, and prints a line for each and the two ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--experts", type=int, default=presets.NEMOTRON_3_SUPER.num_experts)
+    parser.add_argument("--experts", type=int, default=SUPER.config.num_experts)
     parser.add_argument("--measure", choices=MEASURED, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder)))
         return
-    make(options.folder, options.experts)
+    options.folder.mkdir(parents=True)
     try:
+        make(options.folder, SUPER, options.experts)
         for source in ("disk", "cache"):
             rows = {}
             for what in MEASURED:

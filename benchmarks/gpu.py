@@ -31,7 +31,7 @@ from benchmarks import (
     train,
     widen,
 )
-from benchmarks.measure import RESULTS, Run, Session
+from benchmarks.measure import RESULTS, Run, Session, device_name
 from jax_latent_moe.grouped_matmul.tuning.timing import jax_candidate, prepare, time_in_turn
 from jax_latent_moe.piped import piped
 
@@ -129,7 +129,7 @@ def main() -> None:
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise SystemExit(f"this benchmark needs a GPU, not {device.device_kind!r}: `make bench` measures the CPU.")
-    name, count = device.device_kind.lower().removeprefix("nvidia ").replace(" ", "-"), jax.device_count()
+    name, count = device_name(), jax.device_count()
     run = Run(name if count == 1 else f"{name}-x{count}", options.out)
     limits = ceilings()
     print(f"{device.device_kind}: matmul {limits[0] / 1e12:.0f} TFLOP/s, copy {limits[1] / 1e12:.2f} TB/s", flush=True)

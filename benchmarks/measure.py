@@ -26,10 +26,10 @@ class Row:
 
     Attributes:
         suite: "compile", "kernel", "fp8", "fp8_layer", "widen", "layer", "ragged_dot", "decode", "logits", "loop",
-            "step", "survey", "train" or "parallel".
+            "step", "survey", "train", "parallel" or "loading".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py,
-            benchmarks/fp8.py, benchmarks/fp8_layers.py and benchmarks/loop.py have their own.
+            benchmarks/fp8.py, benchmarks/fp8_layers.py, benchmarks/loop.py and benchmarks/loading.py have their own.
         impl: name of the implementation.
         ms: median time of one call, or of one compilation, in milliseconds. In the suite "survey" it is the device's
             time of a call, without the host's to dispatch it.
@@ -37,7 +37,7 @@ class Row:
         floor_ms: the least time at this device's measured matmul rate and bandwidth.
         max_error: ||out - ref|| / ||ref|| against a float32 or float64 reference; None if another row has it.
         temp_bytes: temporary memory besides arguments and results, from XLA's plan or torch's allocator; None if it is
-            not known.
+            not known. In the suite "loading" it is a peak of memory, or the bytes of the files.
     """
 
     suite: str
@@ -49,6 +49,11 @@ class Row:
     floor_ms: float
     max_error: float | None
     temp_bytes: int | None
+
+
+def device_name() -> str:
+    """The first device's kind as files of results name it, such as "h200"."""
+    return jax.devices()[0].device_kind.lower().removeprefix("nvidia ").replace(" ", "-")
 
 
 def time_interleaved(calls: dict[str, tuple[Callable, tuple]], repeats: int) -> dict[str, tuple[float, int]]:

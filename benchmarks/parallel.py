@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.measure import RESULTS, Row, Run, show
+from benchmarks.measure import RESULTS, Row, Run, device_name, show
 from jax_latent_moe import LatentMoEConfig, ParallelConfig, init_params, latent_moe, presets
 from jax_latent_moe.cost import exchange_bytes, matmul_flops_per_token
 from jax_latent_moe.grouped_matmul.tuning.timing import Call, jax_candidate, prepare, time_in_turn
@@ -114,7 +114,7 @@ def main() -> None:
         )
     tokens, config = SHAPES[options.shape]
     config = dataclasses.replace(config, parallel=ParallelConfig(capacity_factor=options.capacity_factor))
-    kind = jax.devices()[0].device_kind.lower().removeprefix("nvidia ").replace(" ", "-")
+    kind = device_name()
     run, shape = Run(f"{kind}-x{devices}", options.out), f"{options.shape}_x{devices}"
     base = config.parallel
     assert base is not None

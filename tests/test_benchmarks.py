@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,21 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks import fp8, fp8_layers, fusing, gpu, layers, logits, matmuls, shared, steps, swapped, train_table, widen
+from benchmarks import (
+    fp8,
+    fp8_layers,
+    fusing,
+    gpu,
+    layers,
+    loading,
+    logits,
+    matmuls,
+    shared,
+    steps,
+    swapped,
+    train_table,
+    widen,
+)
 from benchmarks import train as training
 from benchmarks.measure import WRONG, Row, Run, Session
 from benchmarks.peers import jax_layer, sonicmoe_layer
@@ -364,6 +379,44 @@ def test_a_loop_that_a_signal_stops_ends_the_benchmark(run, session, monkeypatch
     assert ended.value.code == 128 + signal.SIGTERM
     assert "SIGTERM stopped the loop at step 1 of 120: it was not timed." in capsys.readouterr().out
     assert not run.path.exists()
+
+
+def test_loading_is_measured_and_recorded(tmp_path, monkeypatch, capsys):
+    """Few experts of narrow layers: the peak is mostly that of small temporaries."""
+    narrow = dict(hidden_size=256, latent_size=128, expert_intermediate_size=64, shared_expert_intermediate_size=128)
+    for name, stored in loading.LAYERS.items():
+        config = dataclasses.replace(stored.config, **narrow)
+        monkeypatch.setitem(loading.LAYERS, name, dataclasses.replace(stored, config=config))
+    options = ["--folder", str(tmp_path / "made"), "--experts", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["loading", *options])
+    loading.main()
+    (path,) = tmp_path.glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert not (tmp_path / "made").exists()
+    found = {(row["shape"], row["impl"]): row for row in rows}
+    assert found.keys() == {(f"{name}_e4", impl) for name in loading.LAYERS for impl in ("files", "host")}
+    for name, (codes, scales) in {"super_nvfp4": (2, 16), "k3_mxfp4": (3, 32)}.items():
+        numbers = 4 * codes * 128 * 64
+        assert numbers / 2 + numbers / scales < found[f"{name}_e4", "files"]["temp_bytes"] < numbers + 2**20
+    assert "x the packed bytes" in capsys.readouterr().out
+
+
+def test_what_was_there_is_not_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["loading", "--folder", str(tmp_path)])
+    with pytest.raises(FileExistsError):
+        loading.main()
+    assert tmp_path.exists()
+
+
+def test_the_peak_of_memory_is_that_of_the_call():
+    def hungry():
+        array = np.ones(2**27, np.uint8)
+        time.sleep(0.1)  # for the samples
+        return array.nbytes
+
+    loading.peak_of(lambda: np.ones(2**28, np.uint8).nbytes)  # a higher peak before
+    nbytes, peak = loading.peak_of(hungry)
+    assert peak == pytest.approx(nbytes, rel=0.2)
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 from jaxtyping import Array, Int
 
 from jax_latent_moe.config import COMPUTE_DTYPES
@@ -19,13 +19,15 @@ from jax_latent_moe.errors import CheckpointError, InputError
 from jax_latent_moe.hf.checkpoint import Checkpoint, LayerPlan, Stored, plan_layer
 from jax_latent_moe.hf.encodings import PLAIN
 from jax_latent_moe.hf.names import Block, Layer
+from jax_latent_moe.hf.placing import place
 from jax_latent_moe.hf.quantised import quantised_leaves, read_leaf
 from jax_latent_moe.hf.tensor_file import DTYPES, opened, read_bytes, read_part, read_tensor
 from jax_latent_moe.params import Params, param_shapes
 
 CHUNK = 256 * 1024
 """Bytes of a tensor read at once. They stay in a core's cache until they are transposed."""
-_ALIGNMENT = 64  # bytes; a CPU device takes over a buffer with this alignment without a copy
+THREADS = 16
+"""The most threads that read matrices of codes, because each of them holds two or three whole matrices."""
 
 Report = Callable[[str, int, int], None]
 Files = Mapping[pathlib.Path, BinaryIO]
@@ -44,7 +46,7 @@ def import_layer(
 
     The layer never exists twice in memory. Each parameter is assembled in host memory from pieces of 256 KB, or from
     whole matrices if it is quantised. It is moved to its devices before the next one is read. A CPU device takes over
-    the host memory without a copy.
+    the host memory without a copy. Experts go to other devices in parts, so that the host holds few of them at once.
 
     Args:
         checkpoint: from `open_checkpoint`.
@@ -72,29 +74,32 @@ def import_layer(
             "dtype float64 needs JAX's 64-bit types, and they are off: call jax.config.update('jax_enable_x64', True), "
             "or pass dtype='float32'."
         )
+    shapes = param_shapes(plan.config)
     if isinstance(sharding, Mapping):
-        _check_shardings(sharding, param_shapes(plan.config))
+        _check_shardings(sharding, shapes)
     quantised = quantised_leaves(plan, f"{checkpoint.folder.path}, layer {layer}") if keep_quantized else {}
-    params: dict[str, dict[str, Any]] = {}
-    with _open_files(plan) as files, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part, leaves in param_shapes(plan.config).items():
-            params[part] = {}
-            for name, leaf in leaves.items():
-                path = (part, name)
-                where = sharding[part][name] if isinstance(sharding, Mapping) else sharding
-                if path in quantised:
-                    done = _reporter(report, f"{part}/{name}", quantised[path].shapes.nbytes)
-                    params[part][name] = read_leaf(quantised[path], plan, files, pool, _place_read, where, done)
-                    continue
-                wanted = plan.dtypes[path] if dtype is None or name == "bias" else np.dtype(dtype)
-                blocks = [block for block in plan.blocks if block.path == path]
 
-                def read(index, blocks=blocks, shape=leaf.shape, wanted=wanted, name=f"{part}/{name}"):
-                    array = _aligned_empty(_shape_of(index, shape), wanted)
-                    _fill(array, index, shape, blocks, plan, files, pool, name, report)
-                    return array
+    def assembled(path, leaf, files, pool) -> Any:
+        where = sharding[path[0]][path[1]] if isinstance(sharding, Mapping) else sharding
+        if path in quantised:
+            done = _reporter(report, "/".join(path), quantised[path].shapes.nbytes)
+            return read_leaf(quantised[path], plan, files, pool, where, done)
+        wanted = plan.dtypes[path] if dtype is None or path[1] == "bias" else np.dtype(dtype)
+        blocks = [block for block in plan.blocks if block.path == path]
+        done = _reporter(report, "/".join(path), leaf.size * wanted.itemsize)
 
-                params[part][name] = _place(leaf.shape, where, read)
+        def fill(array, index):
+            _fill(array, index, leaf.shape, blocks, plan, files, pool, done)
+
+        return place(leaf.shape, wanted, where, fill, experts=path[0] == "experts")
+
+    params: dict[str, dict[str, Any]] = {part: {} for part in shapes}
+    threads = min(os.cpu_count() or 1, THREADS) if quantised else os.cpu_count()
+    with _open_files(plan) as files, ThreadPoolExecutor(threads) as pool:
+        # The experts come last: what decodes a matrix of another part needs several times its bytes for a moment.
+        for part in sorted(shapes, key="experts".__eq__):
+            for name, leaf in shapes[part].items():
+                params[part][name] = assembled((part, name), leaf, files, pool)
     return params
 
 
@@ -144,23 +149,6 @@ def _check_shardings(sharding, shapes):
         raise InputError(f"sharding has none for {', '.join(lacking)}: give one for each leaf of param_shapes(config).")
 
 
-def _place(shape, sharding, read) -> jax.Array:
-    if sharding is None or isinstance(sharding, SingleDeviceSharding):
-        device = jax.devices()[0] if sharding is None else sharding
-        # This is the only reference to the buffer, so a CPU device may keep it instead of a copy.
-        return jax.block_until_ready(jax.device_put(read((slice(None),) * len(shape)), device, may_alias=True))
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
-
-
-def _place_read(shape, dtype, sharding, read) -> jax.Array:
-    def assembled(index):
-        array = _aligned_empty(_shape_of(index, shape), dtype)
-        read(array, index)
-        return array
-
-    return _place(shape, sharding, assembled)
-
-
 def _reporter(report: Report | None, name: str, total: int) -> Callable[[int], None]:
     """Adds up bytes and reports the sum."""
     done = 0
@@ -174,17 +162,6 @@ def _reporter(report: Report | None, name: str, total: int) -> Callable[[int], N
     return add
 
 
-def _shape_of(index, shape) -> tuple[int, ...]:
-    return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
 @contextlib.contextmanager
 def _open_files(plan: LayerPlan) -> Iterator[Files]:
     paths = {info.file for stored in plan.tensors.values() for info in stored.parts.values()}
@@ -192,8 +169,8 @@ def _open_files(plan: LayerPlan) -> Iterator[Files]:
         yield {path: stack.enter_context(opened(path)) for path in paths}
 
 
-def _fill(array, index, shape, blocks, plan, files, pool, name, report):
-    """Reads the part `index` of a parameter into array, with its blocks in parallel."""
+def _fill(array, index, shape, blocks, plan, files, pool, report):
+    """Reads the part `index` of a parameter into array, with its blocks in parallel; report gets their bytes."""
     index = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     jobs = []
     for block in blocks:
@@ -207,7 +184,6 @@ def _fill(array, index, shape, blocks, plan, files, pool, name, report):
                 continue
             target, ranges = target[:, ranges[1].index(block.half)], [ranges[0], ranges[2]]
         jobs.append((block, target, ranges))
-    done = 0
 
     def fill(job):
         block, target, ranges = job
@@ -215,9 +191,7 @@ def _fill(array, index, shape, blocks, plan, files, pool, name, report):
 
     try:
         for nbytes in pool.map(fill, jobs):
-            done += nbytes
-            if report is not None:
-                report(name, done, array.nbytes)
+            report(nbytes)
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise

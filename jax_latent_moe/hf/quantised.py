@@ -27,6 +27,7 @@ from jax_latent_moe.hf.encodings import (
     check_values,
 )
 from jax_latent_moe.hf.names import Block
+from jax_latent_moe.hf.placing import place
 from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo, read_part
 from jax_latent_moe.params import param_shapes
 
@@ -153,7 +154,7 @@ def _held(info: TensorInfo) -> np.dtype:
 
 
 def read_leaf(
-    leaf: Leaf, plan: LayerPlan, files: Mapping, pool, place: Callable, sharding: Any, report: Callable[[int], None]
+    leaf: Leaf, plan: LayerPlan, files: Mapping, pool, sharding: Any, report: Callable[[int], None]
 ) -> ScaledArray:
     """Reads a parameter as it is stored, each matrix straight into its place.
 
@@ -162,7 +163,6 @@ def read_leaf(
         plan: of the layer.
         files: the open files by path.
         pool: runs the reading.
-        place: (shape, dtype, sharding, read) -> the array on its devices, with read(array, index) that fills a part.
         sharding: None, one sharding for the parameter, or a `ScaledArray` of shardings.
         report: called with the number of bytes read.
 
@@ -193,7 +193,7 @@ def read_leaf(
             for nbytes in pool.map(fill, jobs):
                 report(nbytes)
 
-        return place(struct.shape, struct.dtype, where, read)
+        return place(struct.shape, struct.dtype, where, read, experts=True)
 
     return jax.tree.map(array_of, suffixes, leaf.shapes, shardings)
 

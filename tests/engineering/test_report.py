@@ -56,6 +56,7 @@ def test_every_implementation_that_was_recorded_has_a_column():
         "train",
         "fp8",
         "fp8_layer",
+        "loading",
         "logits",
         "loop",
         "lora",

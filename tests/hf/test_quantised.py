@@ -240,26 +240,30 @@ def test_unquantised_experts_stay_arrays(rng, tmp_path):
     same_trees(hf.import_layer(checkpoint, 1, keep_quantized=True), hf.import_layer(checkpoint, 1))
 
 
-def test_host_memory_is_bounded_by_the_packed_bytes(rng, tmp_path, monkeypatch):
-    """A CPU device keeps the buffers, so the peak is the layer itself and what is read at once."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    (config, shapes), *_ = STORED["kimi"]
+def large_kimi(folder, rng):
+    """Writes a checkpoint of 32 experts, each of 240 KB."""
     config, shapes = kimi_like(256, 512)
     config = config | dict(text_config=config["text_config"] | dict(num_experts=32))
-    shapes = {name: (32, *shape[1:]) if "gate.weight" in name else shape for name, shape in shapes.items()}
     prefix = "language_model.model.layers.1.block_sparse_moe."
-    shapes[prefix + "gate.e_score_correction_bias"] = (32,)
+    for name in ("gate.weight", "gate.e_score_correction_bias"):
+        shapes[prefix + name] = (32, *shapes[prefix + name][1:])
     shapes |= {
         f"{prefix}experts.{e}.{w}.weight": shapes[f"{prefix}experts.0.{w}.weight"]
         for e in range(32)
         for w in ("w1", "w2", "w3")
     }
-    tensors = random_tensors(rng, {name: shape for name, shape in shapes.items() if ".experts." not in name})
+    tensors = random_tensors(rng, {n: s for n, s in shapes.items() if ".experts." not in n})
     for name, (out, width) in ((name, shape) for name, shape in shapes.items() if ".experts." in name):
         base = name.removesuffix("weight")
         tensors[base + "weight_packed"] = np.zeros((out, width // 2), np.uint8)
         tensors[base + "weight_scale"] = np.full((out, width // 32), 120, np.uint8)
-    save(tmp_path, config, tensors)
+    save(folder, config, tensors)
+
+
+def test_host_memory_is_bounded_by_the_packed_bytes(rng, tmp_path, monkeypatch):
+    """A CPU device keeps the buffers, so the peak is the layer itself and what is read at once."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    large_kimi(tmp_path, rng)
     checkpoint = hf.open_checkpoint(tmp_path)
     plan = hf.plan_layer(checkpoint, 1)
     tracemalloc.start()
@@ -275,6 +279,7 @@ import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax_latent_moe import ParallelConfig, hf
+from jax_latent_moe.hf import placing
 import dataclasses
 from jax_latent_moe.parallel import param_specs
 
@@ -282,6 +287,8 @@ checkpoint = hf.open_checkpoint(sys.argv[1])
 layer = checkpoint.layers[0]
 config = dataclasses.replace(checkpoint.configs[layer], parallel=ParallelConfig())
 plain = hf.import_layer(checkpoint, layer, keep_quantized=True)
+if sys.argv[2] == "parts":  # as to accelerators
+    placing._has_own_memory, placing.PART = lambda sharding: True, 1000
 mesh = jax.make_mesh((2, 2), ("expert", "tensor"))
 place = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda n: isinstance(n, P))
 dense, codes = place(param_specs(config, mesh)), place(param_specs(config, mesh, plain))
@@ -305,11 +312,12 @@ assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
 """
 
 
-def test_shards_hold_their_part(rng, tmp_path):
+@pytest.mark.parametrize("moved", ["whole", "parts"])
+def test_shards_hold_their_part(moved, rng, tmp_path):
     make(tmp_path, rng, "kimi")
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     flags["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", SHARDED, tmp_path]
+    command = [sys.executable, "-c", SHARDED, tmp_path, moved]
     run = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
