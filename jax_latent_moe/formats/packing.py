@@ -43,6 +43,20 @@ def pack_e2m1(codes: UInt8[Array, "*s k"]) -> UInt8[Array, "*s half"]:
     return _bytes(e2m1_words(_pairs(codes)))
 
 
+def pack_plain_e2m1(plain: UInt8[Array, "*s half"]) -> UInt8[Array, "*s half"]:
+    """E2M1 codes in the order of checkpoints (`plain_packing`), as `pack_e2m1` stores them."""
+    *leading, width = plain.shape
+    whole, parts = width // (GROUP // 2) * (GROUP // 2), []
+    for part, words in ((plain[..., :whole], 4), (plain[..., whole:], 2)):
+        if part.shape[-1] or not width:
+            # Byte 4 j + w of a group is pair j of word w.
+            codes = part.reshape(*leading, part.shape[-1] // (4 * words), 4, words).astype(jnp.uint32)
+            pairs = codes & 15 | codes >> 4 << 16
+            placed = e2m1_words([pairs[..., j, :] for j in range(4)])
+            parts.append(_bytes(placed.reshape(*leading, part.shape[-1] // 4)))
+    return _joined(parts)
+
+
 def unpack_e2m1(packed: UInt8[Array, "*s half"]) -> UInt8[Array, "*s k"]:
     """The codes of `pack_e2m1`."""
     return _codes(packed, _e2m1_pair)
@@ -96,12 +110,20 @@ def _codes(packed, pair_of):
     """
     words = _words(packed)
     *leading, count = words.shape
+    number, half = (
+        np.arange(size, dtype=np.uint32).reshape(*[1] * len(words.shape), *shape)
+        for size, shape in ((4, (4, 1, 1)), (2, (1, 1, 2)))
+    )
     whole, parts = count // 4 * 4, []
     for part, size in ((words[..., :whole], 4), (words[..., whole:], 2)):
-        if part.size or not count:
+        if part.shape[-1] or not count:
             groups = part.reshape(*leading, part.shape[-1] // size, 1, size, 1)
-            halves = pair_of(groups, np.arange(4, dtype=np.uint32)[:, None, None]) >> np.array([0, 16], np.uint32) & 15
+            halves = pair_of(groups, number) >> 16 * half & 15
             parts.append(halves.astype(jnp.uint8).reshape(*leading, part.shape[-1] * 8))
+    return _joined(parts)
+
+
+def _joined(parts):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 

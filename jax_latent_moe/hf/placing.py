@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,41 @@ import numpy as np
 from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-PART = 2**25
-"""Bytes of experts that are moved at once, or 1/64 of the parameter's if that is more."""
+PART = 2**23
+"""Bytes of experts that are moved at once, or 1/128 of the parameter's if that is more."""
 _ALIGNMENT = 64  # bytes; a CPU device takes over a buffer with this alignment without a copy
 
 Index = tuple[slice, ...]
 Fill = Callable[[np.ndarray, Index], None]
 
 
+class OnDevice(NamedTuple):
+    """What is left to do with experts' values once they are on an accelerator, which is faster at it than the host.
+
+    Attributes:
+        fill: as the argument of `place`, but it writes unfinished values.
+        finish: makes of unfinished values those of the array.
+        multiple: a part of the last axis can be finished by itself if it begins and ends at multiples of this, or at
+            the end of the axis.
+    """
+
+    fill: Fill
+    finish: Callable[[jax.Array], jax.Array]
+    multiple: int
+
+    def takes(self, part: range, size: int) -> bool:
+        """Whether a part of a last axis of that size can be finished."""
+        return part.start % self.multiple == 0 and (part.stop % self.multiple == 0 or part.stop == size)
+
+
 def place(
-    shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None, fill: Fill, *, experts: bool
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding | None,
+    fill: Fill,
+    *,
+    experts: bool,
+    on_device: OnDevice | None = None,
 ) -> jax.Array:
     """An array on its devices, assembled in host memory.
 
@@ -30,16 +55,17 @@ def place(
         fill: called with an empty array and the index of its elements in the whole; it writes them.
         experts: whether the first axis is the experts. Such an array is moved in parts, so that the host never holds
             much of it.
+        on_device: if given, parts that are moved to an accelerator are finished there.
     """
     where = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
 
-    def assembled(index: Any) -> np.ndarray:
+    def assembled(index: Any, fill: Fill = fill) -> np.ndarray:
         array = _aligned_empty([len(each) for each in _ranges(index, shape)], dtype)
         fill(array, index)
         return array
 
     if experts and _has_own_memory(where):
-        return _in_parts(shape, dtype, where, assembled)
+        return _in_parts(shape, dtype, where, assembled, on_device)
     if isinstance(where, SingleDeviceSharding):
         # This is the only reference to the buffer, so a CPU device may keep it instead of a copy.
         return jax.block_until_ready(jax.device_put(assembled((slice(None),) * len(shape)), where, may_alias=True))
@@ -58,20 +84,23 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> list[range]:
     return [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
 
 
-def _in_parts(shape, dtype, sharding: Sharding, assembled: Callable[[Index], np.ndarray]) -> jax.Array:
+def _in_parts(shape, dtype, sharding: Sharding, assembled: Callable, on_device: OnDevice | None) -> jax.Array:
     """The array, each shard written part by part. Equal shards are read once and copied between the devices."""
     shards, found = [], {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         ranges = _ranges(index, shape)
         key = tuple((each.start, each.stop) for each in ranges)
         if key not in found:
-            found[key] = _shard(ranges, dtype, device, assembled)
+            read, finish = assembled, None
+            if on_device is not None and on_device.takes(ranges[-1], shape[-1]):
+                read, finish = functools.partial(assembled, fill=on_device.fill), on_device.finish
+            found[key] = _shard(ranges, dtype, device, read, finish)
         shards.append(jax.device_put(found[key], device))
     whole = jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
     return jax.block_until_ready(whole)
 
 
-def _shard(ranges: list[range], dtype, device, assembled: Callable[[Index], np.ndarray]) -> jax.Array:
+def _shard(ranges: list[range], dtype, device, assembled: Callable[[Index], np.ndarray], finish) -> jax.Array:
     experts, *others = ranges
     rest = tuple(slice(each.start, each.stop) for each in others)
     shard, moving = jnp.zeros([len(each) for each in ranges], dtype, device=device), None
@@ -79,19 +108,20 @@ def _shard(ranges: list[range], dtype, device, assembled: Callable[[Index], np.n
         part = assembled((slice(chosen.start, chosen.stop), *rest))
         jax.block_until_ready(moving)  # The host holds two parts at most: the next is read while one is moved.
         moving, first = jax.device_put((part, np.int32(chosen.start - experts.start)), device)
-        shard = _write(shard, moving, first)
+        shard = _write(finish, shard, moving, first)
     return jax.block_until_ready(shard)
 
 
 def _parts(experts: range, nbytes: int) -> Iterator[range]:
     """The experts of each part."""
-    at_once = max(1, max(PART, nbytes // 64) * len(experts) // max(1, nbytes))
+    at_once = max(1, max(PART, nbytes // 128) * len(experts) // max(1, nbytes))
     return (experts[first : first + at_once] for first in range(0, len(experts), at_once))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(shard: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _write(finish, shard: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
     """Writes a part into the shard, in its own memory."""
+    part = part if finish is None else finish(part)
     return lax.dynamic_update_slice_in_dim(shard, part, first, 0)
 
 

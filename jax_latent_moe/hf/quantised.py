@@ -4,6 +4,7 @@ Stored matrices are [out, in] and so are codes, so nothing is transposed. Codes 
 (`formats.plain_packing`). All other bytes are copied.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_latent_moe.errors import CheckpointError
 from jax_latent_moe.formats import FORMATS, ScaledArray, fp4, map_axes
-from jax_latent_moe.formats.plain_packing import from_plain, to_plain
+from jax_latent_moe.formats.packing import pack_plain_e2m1
+from jax_latent_moe.formats.plain_packing import GROUP_BYTES, from_plain, to_plain
 from jax_latent_moe.hf.checkpoint import LayerPlan, Path, Stored
 from jax_latent_moe.hf.encodings import (
     FP8,
@@ -27,7 +29,7 @@ from jax_latent_moe.hf.encodings import (
     check_values,
 )
 from jax_latent_moe.hf.names import Block
-from jax_latent_moe.hf.placing import place
+from jax_latent_moe.hf.placing import OnDevice, place
 from jax_latent_moe.hf.tensor_file import DTYPES, TensorInfo, read_part
 from jax_latent_moe.params import param_shapes
 
@@ -174,7 +176,9 @@ def read_leaf(
     suffixes = ScaledArray(suffix_of_codes, dict(leaf.kept.scales), leaf.kept.format)
 
     def array_of(suffix, struct, where):
-        def read(array, index):
+        plain = suffix == leaf.kept.codes and leaf.kept.format in E2M1
+
+        def read(array, index, *, converts=plain):
             ranges = [range(*part.indices(size)) for part, size in zip(index, struct.shape, strict=True)]
             jobs = [(e, p) for e in ranges[0] for p in ranges[1]]
 
@@ -185,15 +189,15 @@ def read_leaf(
                     values = values.reshape(-1, 2, values[0].size)[:, job[1]]
                 values = values.reshape(struct.shape[2:])
                 rows, columns = index[2:]
-                plain = suffix == leaf.kept.codes and leaf.kept.format in E2M1
-                matrix = from_plain(values[rows], columns) if plain else values[rows, columns]
+                matrix = from_plain(values[rows], columns) if converts else values[rows, columns]
                 array[ranges[0].index(job[0]), ranges[1].index(job[1])] = matrix.view(array.dtype)
                 return matrix.nbytes
 
             for nbytes in pool.map(fill, jobs):
                 report(nbytes)
 
-        return place(struct.shape, struct.dtype, where, read, experts=True)
+        on_device = OnDevice(functools.partial(read, converts=False), pack_plain_e2m1, GROUP_BYTES) if plain else None
+        return place(struct.shape, struct.dtype, where, read, experts=True, on_device=on_device)
 
     return jax.tree.map(array_of, suffixes, leaf.shapes, shardings)
 

@@ -80,6 +80,7 @@ def test_plain_bytes_to_and_fro(shape, rng):
     plain, stored = plain_of(codes), oracle.packed("mxfp4", codes)
     np.testing.assert_array_equal(plain_packing.from_plain(plain), stored)
     np.testing.assert_array_equal(plain_packing.to_plain(stored), plain)
+    np.testing.assert_array_equal(packing.pack_plain_e2m1(jnp.asarray(plain)), stored)
 
 
 def test_several_chunks(rng, monkeypatch):

@@ -45,7 +45,7 @@ def test_every_expert_is_in_one_part(experts, part, monkeypatch):
 
 def test_a_part_is_written_in_place():
     shard, part = jax.ShapeDtypeStruct((64, 2, 300), np.uint8), jax.ShapeDtypeStruct((3, 2, 300), np.uint8)
-    plan = placing._write.lower(shard, part, 5).compile().memory_analysis()
+    plan = placing._write.lower(None, shard, part, 5).compile().memory_analysis()
     assert plan.alias_size_in_bytes == 64 * 2 * 300
     assert plan.temp_size_in_bytes == 0
 
