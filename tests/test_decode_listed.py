@@ -27,7 +27,7 @@ emulates = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated
 def emulation(monkeypatch, install_library):
     """The kernels run on the CPU, as if it were a Hopper GPU with a library. Every call lists its rows."""
     monkeypatch.setattr(native, "call", emulated.call)
-    monkeypatch.setattr(decode, "MOST_TOKENS_UNLISTED", 0)
+    monkeypatch.setattr(decode, "MOST_TOKENS_UNLISTED", {1: 0, 2: 0})
     monkeypatch.setattr(decode, "MOST_LISTED_OF_AN_EXPERT", 1 << 20)
     for module in (decode, expert_plan, projections):
         monkeypatch.setattr(module, "current_device", lambda: SMALL)
