@@ -196,8 +196,9 @@ def planned(config, tokens, format="mxfp4", experts=512):
 
 @pytest.mark.usefixtures("install_library")
 def test_the_plan_of_super():
-    """Lists begin behind 8 tokens. By themselves they take up to 64, and "always" asks for more."""
-    for tokens, rows in ((8, 0), (9, 8), (64, 8), (93, 8), (94, 16), (256, 16), (372, 16)):
+    """Lists begin at 8 tokens, in 8 bits at 9. By themselves they take up to 64, and "always" asks for more."""
+    assert [planned(SUPER, tokens, "int8").rows for tokens in (8, 9)] == [0, 8]
+    for tokens, rows in ((7, 0), (8, 8), (64, 8), (93, 8), (94, 16), (256, 16), (372, 16)):
         plan = planned(SUPER, tokens)
         assert isinstance(plan, Decode), plan
         assert (plan.rows, plan.splits, plan.num_sms) == (rows, 1, H200.num_sms if rows else 0)
