@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array, Float
 
 from jax_latent_moe.activations import activate, hidden_and_pullback
@@ -151,8 +152,12 @@ def _routed_and_projected_bwd(plan, parts, pullback, dout):
 _routed_and_projected.defvjp(_routed_and_projected_fwd, _routed_and_projected_bwd)
 
 
-def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, dispatch):
-    del log_weights
+def _routed_fwd(plan, *arrays):
+    *_, w_out, _, _, _ = arrays
+    trains_out = any(array.perturbed for array in jax.tree.leaves(w_out))
+    # Constants may still be NumPy's.
+    arrays = jax.tree.map(jnp.asarray, custom_vjp_primal_tree_values(arrays))
+    tokens, weights, _, w_in, w_out, codes, biases, dispatch = arrays
     b_in, b_out = biases or (None, None)
     made = _up(plan, plan.up, tokens, w_in, codes, b_in, dispatch)
     kept = checkpoint_name(made.residual, RESIDUAL)
@@ -164,7 +169,8 @@ def _routed_fwd(plan, tokens, weights, log_weights, w_in, w_out, codes, biases, 
     codes = codes._replace(fwd_in=None, fwd_out=None)
     w_in, w_out = (w if of_w is None else None for w, of_w in ((w_in, codes.dgrad_in), (w_out, codes.dgrad_out)))
     dispatch = dispatch._replace(expert_ids=None)
-    return out, (read, weights, w_in, w_out, codes, b_out, dispatch, kept)
+    # Residuals are arrays, but None is a part of their structure.
+    return out, (read, weights, w_in, w_out, codes, b_out, dispatch, kept, () if trains_out else None)
 
 
 def _up(plan, product, tokens, w_in, codes, b_in, dispatch):
@@ -184,17 +190,21 @@ def _encoded(rows, encoder):
 
 
 def _routed_bwd(plan, residuals, dcombined):
-    read, weights, w_in, w_out, codes, b_out, dispatch, kept = residuals
+    read, weights, w_in, w_out, codes, b_out, dispatch, kept, trains_out = residuals
     sizes, format = dispatch.group_sizes, plan.precision.dgrad
     row_weights = dispatch.weights_of_rows(weights)
 
     dout = rows_of(_encoded(dcombined, plan.encode_dout), dispatch)
     dw_out = None
-    if plan.residual != "pre" and plan.down_wgrad is not None:
+    # XLA could not leave out a product that nothing needs: what follows reads its rows, or waits for it.
+    down_wgrad = None if trains_out is None else plan.down_wgrad
+    if down_wgrad is None and plan.weighted_dgrad:
+        dout, row_weights = gathered(rows_of(dcombined, dispatch, weights)), jnp.ones_like(row_weights)
+    elif plan.residual != "pre" and down_wgrad is not None:
         hidden, rows = hidden_rows(plan, kept), rows_of(dcombined, dispatch, weights)
         if plan.weighted_hidden:
             hidden, rows = _weighted(gathered(hidden), row_weights), rows_of(dcombined, dispatch)
-        made = plan.down_wgrad(Operands(hidden, rows, sizes))
+        made = down_wgrad(Operands(hidden, rows, sizes))
         dw_out = made.out
         if plan.weighted_dgrad:
             dout, row_weights = made.rhs, jnp.ones_like(row_weights)
@@ -205,12 +215,12 @@ def _routed_bwd(plan, residuals, dcombined):
     outputs = down_gradient(plan, dout, w_out if format is None else codes.dgrad_out, sizes, kept, factors)
     # A weight's or a bias's gradient reads the rows that a kernel gathered, unless they are codes.
     dout = outputs.lhs if format is None else rows_of(dcombined, dispatch)
-    if plan.residual == "pre" and plan.down_wgrad is not None:
+    if plan.residual == "pre" and down_wgrad is not None:
         hidden = outputs.hidden
         if plan.weighted_tokens:
             assert hidden is not None
             hidden = _weighted(hidden, row_weights)
-        dw_out = plan.down_wgrad(Operands(hidden, dout, sizes)).out
+        dw_out = down_wgrad(Operands(hidden, dout, sizes)).out
     dpre, drow_weights = outputs.out, outputs.row_weight_gradients
     assert drow_weights is not None
     dbiases = None
@@ -244,7 +254,7 @@ _ONCE = (
 )
 
 
-_routed.defvjp(_routed_fwd, _routed_bwd)
+_routed.defvjp(_routed_fwd, _routed_bwd, symbolic_zeros=True)
 
 
 def hidden_rows(plan: ExpertPlan, kept: Float[Array, "r p"]) -> Float[Array, "r m"] | LastColumns:

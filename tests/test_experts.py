@@ -11,6 +11,7 @@ import pytest
 
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.formats import FORMATS, encode
+from jax_latent_moe.grouped_matmul import Bound
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from tests.cases import TOY
 from tests.conformance.test_new_rows import COLUMNS
@@ -197,6 +198,35 @@ def test_gradients_of_the_weights_logarithms(rng, config):
     # A plan whose residual is the pre-activation gives the weights' own gradients.
     assert_close(weights * dweights + dlogs, weights * expected["weights"], "float32")
     assert np.asarray(dlogs).any() != np.asarray(dweights).any()
+
+
+@every_config
+@pytest.mark.parametrize("by_log", [True, False])
+def test_a_frozen_second_weight_costs_no_gradient(rng, config, by_log, monkeypatch):
+    """Its product does not run, and all other gradients are the same."""
+    ids, (tokens, weights, w_in, w_out) = draw(rng, config)
+    ids = np.abs(ids)
+    weights = np.where(weights == 0, 1, weights).astype(np.float32)
+    dout, products = rng.normal(size=tokens.shape).astype(np.float32), []
+    run = Bound.__call__
+    monkeypatch.setattr(Bound, "__call__", lambda self, operands: products.append(self.problem) or run(self, operands))
+
+    def block(w_out, tokens, weights, logs, w_in):
+        plan = make_dispatch_plan(jnp.asarray(ids), EXPERTS)
+        return routed_experts(config, tokens, weights, w_in, w_out, plan, log_weights=logs if by_log else None)
+
+    out, pullback = jax.vjp(functools.partial(block, w_out), tokens, weights, weights, w_in)
+    dtokens, dweights, dlogs, dw_in = pullback(dout)
+    expected = routed(config, ids, tokens, weights, w_in, w_out, dout)
+    names = [name for name in expected if name not in ("weights", "w_out")]
+    for name, value in zip(names, (out, dtokens, dw_in), strict=True):
+        assert_close(value, expected[name], "float32", name)
+    assert_close(weights * dweights + dlogs, weights * expected["weights"], "float32")
+    ran = [(problem.contraction, problem.k, problem.n) for problem in products]
+    assert ("wgrad", INNER, LATENT) not in ran
+    products.clear()
+    jax.vjp(block, w_out, tokens, weights, weights, w_in)[1](dout)
+    assert ("wgrad", INNER, LATENT) in [(problem.contraction, problem.k, problem.n) for problem in products]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
