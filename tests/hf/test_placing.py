@@ -2,6 +2,7 @@
 
 import tracemalloc
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,6 +67,7 @@ def test_the_host_holds_few_experts(rng, tmp_path, in_parts, monkeypatch):
 
 def test_an_accelerators_memory_is_told_from_the_hosts():
     assert not placing._has_own_memory(jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    gpu = SimpleNamespace(platform="gpu", default_memory=lambda: SimpleNamespace(kind="device"))
+    gpu: Any = SimpleNamespace(platform="gpu", default_memory=lambda: SimpleNamespace(kind="device"))
     for kind, own in ((None, True), ("device", True), ("pinned_host", False)):
-        assert placing._has_own_memory(SimpleNamespace(device_set=[gpu], memory_kind=kind)) == own
+        sharding: Any = SimpleNamespace(device_set=[gpu], memory_kind=kind)
+        assert placing._has_own_memory(sharding) == own
