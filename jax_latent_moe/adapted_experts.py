@@ -1,8 +1,8 @@
 """The routed experts with low-rank adapters, product by product: an adapter adds to the pre-activation.
 
-JAX differentiates the products one by one. The gather, the activation and the combine have rules of their own: no
-gradient is a scatter, and the activation keeps one residual. The backend of the config runs the products with the
-frozen weights. Kernels may refuse products of rank r, so these run on the first backend that takes them.
+JAX differentiates the products one by one. The gather, the biases, the activation and the combine have rules of their
+own: no gradient is a scatter, and the activation keeps one residual. The backend of the config runs the products with
+the frozen weights. Kernels may refuse products of rank r, so these run on the first backend that takes them.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax_latent_moe.activations import BoundActivation, Residual, activate, hidd
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.expert_biases import plus_bias, times_bias
+from jax_latent_moe.expert_biases import bias_gradient, plus_bias, times_bias
 from jax_latent_moe.expert_plan import PORTABLE
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul import grouped_matmul
@@ -161,7 +161,7 @@ def _down_bwd(config, residuals, dcombined):
     db_out = None
     if b_out is not None:
         sums += times_bias(dout, b_out, sizes)
-        (db_out,) = jax.vjp(lambda bias: plus_bias(jnp.zeros_like(dout), bias, sizes), b_out)[1](weighted(dout))
+        db_out = bias_gradient(row_weights[:, 0].astype(dout.dtype), dout, sizes)
     # The barrier makes XLA sum before it gathers. Without it, XLA gathers all terms of each sum.
     sums = jax.lax.optimization_barrier(sums)
     return dhidden, dw_out, db_out, sums[dispatch.row_of_assignment].astype(weights.dtype), None

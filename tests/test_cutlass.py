@@ -186,6 +186,8 @@ def test_tiles_of_few_rows_run_down_an_expert_first(epilogue, rows_of_expert, ro
         (26, 1000, 128, (64, 128)),  # few tiles
         (384, 1000, 96, (64, 128)),
         (385, 1000, 96, (128, 128)),
+        (385, 1000, 72, (128, 128)),
+        (385, 1000, 64, (128, 64)),
     ],
 )
 def test_rows_and_depth_choose_the_tile(rows_of_expert, k, n, shape):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_latent_moe import InputError
 from jax_latent_moe.formats import FORMATS, ScaledArray, encode
 from jax_latent_moe.grouped_matmul import GatheredRows, Operand, Operands, Outputs, problem, reference
 from jax_latent_moe.grouped_matmul.cutlass_sm90 import decoding
@@ -102,3 +103,28 @@ def test_products(rng, name, parts, most, widths, monkeypatch):
     assert multiplied == widths
     expected = reference.grouped_matmul(float64(gathered(rows)), of_oracle(w, np.float64), sizes)
     assert_close(float64(out), expected, "bfloat16")
+
+
+def with_scale(w: ScaledArray, name: str, dtype: str) -> ScaledArray:
+    return dataclasses.replace(w, scales=w.scales | {name: w.scales[name].astype(dtype)})
+
+
+def test_scales_in_other_dtypes(rng):
+    """32-bit scales are widened before the kernel reads them, and others are refused."""
+    sizes, rows = np.asarray([8, 16]), jnp.asarray(rng.normal(size=(24, 32)), jnp.bfloat16)
+    values = jnp.asarray(rng.normal(size=(2, 256, 32)), jnp.float32)
+
+    def run(w):
+        decoded = []
+
+        def multiply(dense, operands):
+            decoded.append(operands.rhs)
+            return Outputs(jnp.zeros((24, dense.n), jnp.bfloat16), lhs=operands.lhs)
+
+        decoding.run(asked(w.format, sizes, 256, 32), Operands(rows, w, jnp.asarray(sizes)), multiply)
+        return decoded[0]
+
+    w = with_scale(encode(values, "fp8_block"), "block", "bfloat16")
+    np.testing.assert_array_equal(run(w), np.asarray(w.decode("bfloat16")).swapaxes(1, 2))
+    with pytest.raises(InputError, match="the scales 'block' of w are float32, not bfloat16: convert them"):
+        run(with_scale(encode(values, "int4_32"), "block", "float32"))

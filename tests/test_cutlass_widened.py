@@ -279,7 +279,7 @@ def test_gate_and_up_are_two_matrices():
     [("relu2", "hidden", True, True), ("gelu", "pre", True, True), ("swiglu", "pre", False, True)],
 )
 def test_the_plan_of_a_layer(activation, residual, up, alone):
-    """The forward products widen, by `auto` and by name. The input gradients decode whole weights, if these fit."""
+    """The forward products widen, by `auto` and by name. The input gradients decode the weights."""
     config = dataclasses.replace(presets.NEMOTRON_3_SUPER, activation=activation)
     shapes, codes = ((512, 1024, 2688 * (1 + config.gated)), (512, 2688, 1024)), Operand("mxfp4")
     for backend in ("auto", CutlassBackend()):

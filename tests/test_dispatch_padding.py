@@ -10,13 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_latent_moe import LatentMoEConfig, RouterConfig, init_params, latent_moe, quantize
+from jax_latent_moe import (
+    LatentMoEConfig,
+    RouterConfig,
+    init_params,
+    latent_moe,
+    lora,
+    merge_state,
+    quantize,
+    split_state,
+)
 from jax_latent_moe.formats import FORMATS
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from tests.conformance.test_new_rows import COLUMNS
-from tests.tolerances import assert_close, assert_trees_close
+from tests.tolerances import assert_close
 
 EXPERTS, TOKENS, K = 4, 5, 3
+TARGETS = "experts/w_in", "experts/w_out"
 LAYERS = {
     "relu2": LatentMoEConfig(12, 4, 24, 10, 5, dtype="float32"),
     "swiglu": LatentMoEConfig(12, 4, 6, 2, 5, activation="swiglu", dtype="float32"),
@@ -63,8 +73,9 @@ def test_a_cut_plan_keeps_the_padding():
     np.testing.assert_array_equal(cut.assignment_of_row[:8], plan.assignment_of_row[:8])
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_layer_gives_the_same_with_padding_rows(rng, monkeypatch, layer):
+def test_the_layer_gives_the_same_with_padding_rows(rng, monkeypatch, layer, adapted):
     """A format that asks for multiples of 8 rows gives what the same codes give without."""
     monkeypatch.setitem(FORMATS, "columns8", COLUMNS)
     monkeypatch.setitem(FORMATS, "columns8-rows", dataclasses.replace(COLUMNS, name="columns8-rows", row_multiple=8))
@@ -75,18 +86,21 @@ def test_the_layer_gives_the_same_with_padding_rows(rng, monkeypatch, layer):
     mask = jnp.ones((2, 7), bool).at[1, 3].set(False)
 
     def run(name):
-        experts = quantize(params, config, name)["experts"]
+        layer = quantize(params, config, name)
+        if adapted:
+            layer = lora.adapt(jax.random.key(1), layer, config, rank=2, alpha=2, targets=TARGETS)
+            for name, leaf in layer["experts"].items():
+                layer["experts"][name] = dataclasses.replace(leaf, b=leaf.b + 0.1)
+        trained, state = split_state(layer)
 
-        def loss(others, x):
-            y, aux = latent_moe(others | {"experts": experts}, x, config, token_mask=mask)
+        def loss(trained, x):
+            y, aux = latent_moe(merge_state(trained, state), x, config, token_mask=mask)
             return jnp.sum(jnp.sin(y)), (y, aux.tokens_per_expert)
 
-        others = {part: leaves for part, leaves in params.items() if part != "experts"}
-        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(others, x)
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(trained, x)
 
     (_, (y, counts)), gradients = run("columns8")
     (_, (padded_y, padded_counts)), padded_gradients = run("columns8-rows")
     assert_close(padded_y, y, "float32")
     np.testing.assert_array_equal(padded_counts, counts)
-    assert_trees_close(padded_gradients[0], gradients[0], "float32")
-    assert_close(padded_gradients[1], gradients[1], "float32")
+    jax.tree.map(lambda padded, plain: assert_close(padded, plain, "float32"), padded_gradients, gradients)
