@@ -15,7 +15,7 @@ from jax_latent_moe.activations import BoundActivation, Residual, activate, hidd
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.errors import InputError
-from jax_latent_moe.expert_biases import bias_gradient, plus_bias, times_bias
+from jax_latent_moe.expert_biases import Biases, bias_gradient, plus_bias, times_bias
 from jax_latent_moe.expert_plan import PORTABLE
 from jax_latent_moe.formats import ScaledArray
 from jax_latent_moe.grouped_matmul import grouped_matmul
@@ -30,7 +30,7 @@ def adapted_experts(
     weights: Float[Array, "t k"],
     w_in: Float[Array, "e l *two m"] | ScaledArray | LowRank,
     w_out: Float[Array, "e m l"] | ScaledArray | LowRank,
-    biases: tuple[Float[Array, "e p"], Float[Array, "e l"]] | None,
+    biases: Biases | None,
     dispatch: DispatchPlan,
 ) -> Float[Array, "t l"]:
     """The weighted sum of the experts' outputs, as `routed_experts` defines it.
@@ -145,8 +145,7 @@ def _down_bwd(config, residuals, dcombined):
         return jnp.sum(left.astype(wide) * right.astype(wide), axis=1)
 
     base = base_of(w_out)
-    _, of_base = jax.vjp(lambda hidden, base: _by_base(config, hidden, base, sizes), hidden, base)
-    dhidden = of_base(dout)[0]
+    (dhidden,) = jax.vjp(lambda hidden: _by_base(config, hidden, base, sizes), hidden)[1](dout)
     sums, dhidden = dot(dhidden, hidden), weighted(dhidden)
     if isinstance(w_out, LowRank):
         _, of_b = jax.vjp(lambda narrow, b: _widened(narrow, b, sizes), weighted(narrow), w_out.b)
@@ -157,7 +156,9 @@ def _down_bwd(config, residuals, dcombined):
         dhidden += added
         dw_out = LowRank(None, da, db, w_out.scale)
     else:
-        dw_out = None if isinstance(base, ScaledArray) else of_base(weighted(dout))[1]
+        dw_out = None
+        if not isinstance(base, ScaledArray):
+            (dw_out,) = jax.vjp(lambda base: _by_base(config, hidden, base, sizes), base)[1](weighted(dout))
     db_out = None
     if b_out is not None:
         sums += times_bias(dout, b_out, sizes)

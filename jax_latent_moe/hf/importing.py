@@ -97,7 +97,7 @@ def import_layer(
     threads = min(os.cpu_count() or 1, THREADS) if quantised else os.cpu_count()
     with _open_files(plan) as files, ThreadPoolExecutor(threads) as pool:
         # The experts come last: what decodes a matrix of another part needs several times its bytes for a moment.
-        for part in sorted(shapes, key="experts".__eq__):
+        for part in sorted(shapes, key=lambda part: part == "experts"):
             for name, leaf in shapes[part].items():
                 params[part][name] = assembled((part, name), leaf, files, pool)
     return params

@@ -5,7 +5,7 @@ namespace {
 
 template <Code C>
 cudaError_t launch(DecodeWeight const& call, cudaStream_t stream) {
-  const int blocks = (call.features + kDecodeFeatures - 1) / kDecodeFeatures;
+  const int blocks = (call.features - 1) / kDecodeFeatures + 1;
   auto const kernel = call.format == Format::kBf16 ? decode_features<C, __nv_bfloat16> : decode_features<C, __half>;
   kernel<<<blocks, kDecodeThreads, 0, stream>>>(call);
   return cudaGetLastError();
