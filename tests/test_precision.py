@@ -21,10 +21,11 @@ from jax_latent_moe import (
 from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.experts import routed_experts
 from jax_latent_moe.grouped_matmul import Operand
+from jax_latent_moe.grouped_matmul.cutlass_sm90.backend import Cutlass
 from jax_latent_moe.grouped_matmul.pallas_sm90.backend import Pallas
 from jax_latent_moe.grouped_matmul.xla.backend import Xla
 from jax_latent_moe.routing.permute import make_dispatch_plan
-from tests.kernels import H200
+from tests.kernels import H200, WHOLE
 from tests.oracle.fused import activation_of_rows
 from tests.oracle.rounding import LEAST_OF_ROWS, fp8
 from tests.parallel.meshes import make_mesh
@@ -207,8 +208,10 @@ def test_a_symbolic_number_of_tokens_exports(rng):
 def test_a_named_kernel_serves_codes():
     """Gradients through frozen codes run on the first backend that has them."""
     config = LatentMoEConfig(512, 256, 64, 2, 512, backend="pallas", precision=Precision(fwd=FP8))
-    codes = Operand(FP8)
-    plan = plan_experts(config, 4096, (64, 256, 512), (64, 512, 256), "bfloat16", device=H200, w_in=codes, w_out=codes)
-    assert isinstance(plan.up_without_gradient.backend, Pallas)
-    assert isinstance(plan.down.backend, Pallas)
-    assert isinstance(plan.up_dgrad.backend, Xla)
+    given = dict(w_in=Operand(FP8), w_out=Operand(FP8))
+    for kernels, decodes in (((), Xla), (tuple(WHOLE.kernels.items()), Cutlass)):
+        device = dataclasses.replace(H200, kernels=kernels)
+        plan = plan_experts(config, 4096, (64, 256, 512), (64, 512, 256), "bfloat16", device=device, **given)
+        assert isinstance(plan.up_without_gradient.backend, Pallas)
+        assert isinstance(plan.down.backend, Pallas)
+        assert isinstance(plan.up_dgrad.backend, decodes)

@@ -110,10 +110,10 @@ def _codes(packed, pair_of):
     """
     words = _words(packed)
     *leading, count = words.shape
-    number, half = (
-        np.arange(size, dtype=np.uint32).reshape(*[1] * len(words.shape), *shape)
-        for size, shape in ((4, (4, 1, 1)), (2, (1, 1, 2)))
-    )
+    # Kernels in Pallas take no constant arrays, so these are computed.
+    ones = (1,) * len(leading)
+    number = lax.broadcasted_iota(jnp.uint32, (*ones, 1, 4, 1, 1), len(ones) + 1)
+    half = lax.broadcasted_iota(jnp.uint32, (*ones, 1, 1, 1, 2), len(ones) + 3)
     whole, parts = count // 4 * 4, []
     for part, size in ((words[..., :whole], 4), (words[..., whole:], 2)):
         if part.shape[-1] or not count:

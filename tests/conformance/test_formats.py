@@ -87,9 +87,9 @@ def test_no_dense_weight_is_made(row):
 
 
 @every_format
-def test_compiled_kernels_refuse_its_gradient_and_auto_takes_a_kernel_that_widens_it(row):
+def test_compiled_kernels_refuse_its_gradient_of_few_rows_and_auto_takes_a_kernel_that_widens_it(row):
     asked = problem("fwd", 24, (8, 128, 128), "bfloat16", rhs=Operand(row.name), device=H200)
-    with pytest.raises(UnsupportedError, match=f"kernel for bfloat16 x {row.name} computes only fwd.*XlaBackend"):
+    with pytest.raises(UnsupportedError, match="24 rows are fewer than 4 for each of 8 experts: XlaBackend"):
         select(dataclasses.replace(asked, contraction="dgrad"), CutlassBackend())
     text = explain(asked, "auto")
     assert f"of bfloat16 and {row.name} to bfloat16" in text
