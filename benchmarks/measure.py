@@ -25,8 +25,8 @@ class Row:
     """One measurement.
 
     Attributes:
-        suite: "compile", "kernel", "fp8", "fp8_layer", "widen", "layer", "ragged_dot", "decode", "logits", "loop",
-            "step", "survey", "train", "parallel" or "loading".
+        suite: "compile", "kernel", "fp8", "fp8_layer", "widen", "prefill", "lora", "layer", "ragged_dot", "decode",
+            "logits", "loop", "step", "survey", "train", "parallel" or "loading".
         shape: name of the problem, such as "super_up_t8192".
         pass_: "forward", "dgrad", "wgrad" or "forward_backward" ("pass" in the file). benchmarks/train.py,
             benchmarks/fp8.py, benchmarks/fp8_layers.py, benchmarks/loop.py and benchmarks/loading.py have their own.
