@@ -231,19 +231,25 @@ def decoded_experts(
         if up_proj is not None:
             raise InputError(f"up_proj goes with one token without lists, not with {plan}: multiply the sum by it.")
         return _listed_experts(plan, tokens, weights, expert_ids, w_in, w_out)
-    (count, width), (_, inner, _) = tokens.shape, w_out.shape
-    assignments = plan.tokens * plan.choices
+    up = jnp.zeros((tokens.shape[1], 0), tokens.dtype) if up_proj is None else up_proj
     results = [
-        jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
-        jax.ShapeDtypeStruct((assignments, inner), tokens.dtype),
-        jax.ShapeDtypeStruct((assignments, plan.splits, width), jnp.float32),
-        jax.ShapeDtypeStruct((count * -(-width // LEAST_TILE),), jnp.int32),
+        *workspace(plan, tokens.dtype, w_out.shape),
+        jax.ShapeDtypeStruct((plan.tokens, up.shape[1]), tokens.dtype),
     ]
-    up = jnp.zeros((width, 0), tokens.dtype) if up_proj is None else up_proj
-    results.append(jax.ShapeDtypeStruct((count, up.shape[1]), tokens.dtype))
-    operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out), up]
-    out, *_, projected = native.call("decode_experts", operands, results, parts=parts, **_attributes(plan))
+    operands = [tokens, expert_ids, weights.astype(jnp.float32), *stored_arrays(w_in), *stored_arrays(w_out), up]
+    out, *_, projected = native.call("decode_experts", operands, results, parts=parts, **attributes_of(plan))
     return out if up_proj is None else projected
+
+
+def workspace(plan: Decode, dtype: Any, w_out_shape: tuple[int, int, int]) -> list[jax.ShapeDtypeStruct]:
+    """The sum [T, l] of a call without lists, and the arrays that its kernels need: "out" to "counters"."""
+    (_, inner, width), assignments = w_out_shape, plan.tokens * plan.choices
+    return [
+        jax.ShapeDtypeStruct((plan.tokens, width), dtype),
+        jax.ShapeDtypeStruct((assignments, inner), dtype),
+        jax.ShapeDtypeStruct((assignments, plan.splits, width), jnp.float32),
+        jax.ShapeDtypeStruct((plan.tokens * -(-width // LEAST_TILE),), jnp.int32),
+    ]
 
 
 def _listed_experts(plan, tokens, weights, expert_ids, w_in, w_out):
@@ -256,13 +262,13 @@ def _listed_experts(plan, tokens, weights, expert_ids, w_in, w_out):
         jax.ShapeDtypeStruct((assignments, width), jnp.float32),
         jax.ShapeDtypeStruct((experts + 1 + assignments,), jnp.int32),
     ]
-    operands = [tokens, expert_ids, weights.astype(jnp.float32), *_stored(w_in), *_stored(w_out)]
-    attributes = dict(rows=plan.rows, sms=plan.num_sms, **_attributes(plan))
+    operands = [tokens, expert_ids, weights.astype(jnp.float32), *stored_arrays(w_in), *stored_arrays(w_out)]
+    attributes = dict(rows=plan.rows, sms=plan.num_sms, **attributes_of(plan))
     return native.call("decode_listed_experts", operands, results, **attributes)[0]
 
 
-def _attributes(plan: Decode) -> dict[str, Any]:
-    """The attributes that both custom calls have."""
+def attributes_of(plan: Decode) -> dict[str, Any]:
+    """The attributes that all custom calls with experts have."""
     return dict(
         in_code=plan.in_code,
         out_code=plan.out_code,
@@ -272,7 +278,7 @@ def _attributes(plan: Decode) -> dict[str, Any]:
     )
 
 
-def _stored(weight):
+def stored_arrays(weight: Any) -> tuple[Array, Array, Array]:
     """A weight's arrays as the kernels take them: data, scales, and zero points or the scales of matrices."""
     nothing = jnp.zeros(0, jnp.float32)
     return stored(weight) if isinstance(weight, ScaledArray) else (weight, nothing, nothing)

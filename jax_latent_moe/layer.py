@@ -20,6 +20,7 @@ from jax_latent_moe.formats import row_multiple_of
 from jax_latent_moe.inputs import check_inputs, check_whole, small_ids
 from jax_latent_moe.limits import keep_rounded, keep_within_capacity, padded_experts, rows_to_compute
 from jax_latent_moe.low_rank import LowRank, base_of, cast, projected
+from jax_latent_moe.one_token import OneToken, Routed, next_projection, plan_token, routed_token
 from jax_latent_moe.parallel.copies import choose_copies
 from jax_latent_moe.parallel.exchange import exchange, own_experts_of_all
 from jax_latent_moe.parallel.mesh import CODES, in_auto_mode, over_mesh
@@ -35,6 +36,7 @@ from jax_latent_moe.routing.rounding import with_next_choices
 from jax_latent_moe.routing.router import (
     CHOICE,
     NO_EXPERT,
+    Routing,
     choice_scores,
     route,
     router_logits,
@@ -172,57 +174,8 @@ def _layer(config, shards, params, x, by_token, whole):
     if mask is not None:
         tokens = jnp.where(mask[:, None], tokens, 0)
 
-    router = params["router"]
-    router_dtype = config.router.dtype
-    if whole.key is not None:
-        noisy = jittered(tokens, whole.key, config.router.input_jitter, by_token.numbers.reshape(-1))
-        logits = router_logits(noisy, router["kernel"], router_dtype)
-        latent = tokens.astype(config.dtype)
-        latent = latent if config.latent_size is None else _project(latent, params["down_proj"], config)
-    else:
-        down = None if config.latent_size is None else cast(params["down_proj"]["kernel"], config.dtype)
-        base = None if down is None else base_of(down)
-        usual = partial(router_logits_and_projection, dtype=router_dtype)
-        logits, latent = projections(config, usual, tokens, router["kernel"], base)
-        if down is None:
-            latent = tokens.astype(config.dtype)
-        elif isinstance(down, LowRank):
-            latent += projected(tokens.astype(config.dtype), down)
-    if config.router.logit_bias:
-        logits += router["logit_bias"].astype(logits.dtype)[None]
-    routing = route(
-        logits,
-        config.router,
-        config.top_k,
-        bias=router.get("bias"),
-        scale=router.get("scale"),
-        routed_scaling_factor=1.0 if config.apply_routed_scale_to_output else None,
-        token_mask=mask,
-        expert_ids=None if by_token.expert_ids is None else by_token.expert_ids.reshape(-1, config.top_k),
-        all_tokens=shards.sum_over_tokens,
-        backend=config.backend,
-    )
-
+    logits, routing, combined, dropped = _routed_part(config, shards, params, tokens, mask, by_token, whole.key)
     tokens = tokens.astype(config.dtype)
-    if config.latent_norm == "pre":
-        latent = _rms_norm(latent, params["latent_norm"]["scale"], config.latent_norm_eps)
-    latent = checkpoint_name(latent, LATENT)
-    assignments = routing
-    if config.router.round_to_tile is not None:
-        factor = 1.0 if config.apply_routed_scale_to_output else config.router.routed_scaling_factor
-        assignments = with_next_choices(
-            logits,
-            routing,
-            config.router,
-            bias=router.get("bias"),
-            scale=router.get("scale"),
-            factor=factor,
-            backend=config.backend,
-        )
-    up_proj = _next_projection(params, config)
-    combined, dropped = _route_through_experts(
-        params["experts"], params.get(CODES), latent, assignments, config, shards, up_proj
-    )
     # Without a norm before y, the partial sums of the routed and the shared experts are added once, in y.
     sum_in_y = "shared" in params and config.latent_norm != "post"
     if not sum_in_y:
@@ -231,7 +184,7 @@ def _layer(config, shards, params, x, by_token, whole):
         combined = _rms_norm(combined, params["latent_norm"]["scale"], config.latent_norm_eps)
     if config.apply_routed_scale_to_output:
         combined *= config.router.routed_scaling_factor
-    at_full_width = config.latent_size is None or up_proj is not None
+    at_full_width = config.latent_size is None or next_projection(config, params) is not None
     y = combined if at_full_width else _project(combined, params["up_proj"], config)
     if "shared" in params:
         shared = shared_expert(tokens, params["shared"], config)
@@ -259,13 +212,79 @@ def _layer(config, shards, params, x, by_token, whole):
     return outputs, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses, counts, target)
 
 
-def _next_projection(params, config):
-    """The up-projection [l, d] if it directly follows the experts, so that their kernels may run it. None otherwise."""
-    between = config.latent_norm == "post" or config.apply_routed_scale_to_output or config.router.pad_to_capacity
-    if config.latent_size is None or config.parallel is not None or between:
-        return None
-    kernel = cast(params["up_proj"]["kernel"], config.dtype)
-    return None if isinstance(kernel, LowRank) else kernel
+def _routed_part(config, shards, params, tokens, mask, by_token, key):
+    """Router, choice and experts: in one call if it can run. Returns what `_in_separate_calls` does."""
+    plan = None
+    if mask is None and by_token.expert_ids is None and key is None:
+        plan = plan_token(config, tokens.shape[0], tokens.dtype, params)
+    if not isinstance(plan, OneToken):
+        return _in_separate_calls(config, shards, params, tokens, mask, by_token, key)
+    usual = partial(_usual_token, config)
+    logits, expert_ids, weights, combined = routed_token(plan, config, usual, params, tokens)
+    return logits, Routing(expert_ids, weights), combined, jnp.zeros(config.num_experts, jnp.int32)
+
+
+def _usual_token(config, params, tokens):
+    nothing = _ByToken(None, None, None)
+    logits, routing, combined, _ = _in_separate_calls(config, ONE_DEVICE, params, tokens, None, nothing, None)
+    return Routed(logits, routing.expert_ids, routing.weights, combined)
+
+
+def _in_separate_calls(config, shards, params, tokens, mask, by_token, key):
+    """The router's logits, the choice, the combined experts, and how many assignments were dropped of each [E].
+
+    The combined experts are [T, l], or [T, d] with `next_projection`.
+    """
+    router = params["router"]
+    router_dtype = config.router.dtype
+    if key is not None:
+        noisy = jittered(tokens, key, config.router.input_jitter, by_token.numbers.reshape(-1))
+        logits = router_logits(noisy, router["kernel"], router_dtype)
+        latent = tokens.astype(config.dtype)
+        latent = latent if config.latent_size is None else _project(latent, params["down_proj"], config)
+    else:
+        down = None if config.latent_size is None else cast(params["down_proj"]["kernel"], config.dtype)
+        base = None if down is None else base_of(down)
+        usual = partial(router_logits_and_projection, dtype=router_dtype)
+        logits, latent = projections(config, usual, tokens, router["kernel"], base)
+        if down is None:
+            latent = tokens.astype(config.dtype)
+        elif isinstance(down, LowRank):
+            latent += projected(tokens.astype(config.dtype), down)
+    if config.router.logit_bias:
+        logits += router["logit_bias"].astype(logits.dtype)[None]
+    routing = route(
+        logits,
+        config.router,
+        config.top_k,
+        bias=router.get("bias"),
+        scale=router.get("scale"),
+        routed_scaling_factor=1.0 if config.apply_routed_scale_to_output else None,
+        token_mask=mask,
+        expert_ids=None if by_token.expert_ids is None else by_token.expert_ids.reshape(-1, config.top_k),
+        all_tokens=shards.sum_over_tokens,
+        backend=config.backend,
+    )
+
+    if config.latent_norm == "pre":
+        latent = _rms_norm(latent, params["latent_norm"]["scale"], config.latent_norm_eps)
+    latent = checkpoint_name(latent, LATENT)
+    assignments = routing
+    if config.router.round_to_tile is not None:
+        factor = 1.0 if config.apply_routed_scale_to_output else config.router.routed_scaling_factor
+        assignments = with_next_choices(
+            logits,
+            routing,
+            config.router,
+            bias=router.get("bias"),
+            scale=router.get("scale"),
+            factor=factor,
+            backend=config.backend,
+        )
+    combined, dropped = _route_through_experts(
+        params["experts"], params.get(CODES), latent, assignments, config, shards, next_projection(config, params)
+    )
+    return logits, routing, combined, dropped
 
 
 def _route_through_experts(params, codes, latent, routing, config, shards, up_proj):

@@ -2,15 +2,15 @@
 
 namespace latent_moe::decode {
 
-cudaError_t multiply(Product const& product, cudaStream_t stream) {
+cudaError_t multiply(Product const& product, bool is_early, cudaStream_t stream) {
   return launch_kernel(product, [&](auto* kernel, dim3 grid, int threads) {
-    // The second product starts while the first one ends. It reads weights until it waits for the first one's rows.
+    // The second product reads weights until it waits for the first one's rows. The first one waits for the choice.
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
-    config.attrs = &early, config.numAttrs = product.choice_weights == nullptr ? 0 : 1;
+    config.attrs = &early, config.numAttrs = is_early ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, product);
   });
 }

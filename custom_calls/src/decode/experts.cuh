@@ -4,7 +4,8 @@
 // Sums have a fixed order: weighted parts of the second product are stored, and the last block of a token's tile adds them up.
 //
 // The second product is launched when all blocks of the first have begun, and an up-projection when those of the second have.
-// Until such a kernel waits for the end of the one before, it may only read what no kernel of the call writes.
+// Until such a kernel waits for the end of the one before, it may only read what that one does not write. Blocks of the first
+// product begin by waiting for the kernel before, which may make the choice, so the second product may read the choice at once.
 #pragma once
 
 #include "decode/activation.cuh"
@@ -101,9 +102,10 @@ __global__ void __launch_bounds__(Weights::kThreads, Weights::kBlocks) multiply_
   __shared__ typename Weights::Shared shared;
   __shared__ float sums[Weights::kRows][kTile];
   __shared__ bool last_of[kThreads];
-  const int tile = blockIdx.x, assignment = blockIdx.y, id = product.ids[assignment];
   const bool first_product = product.choice_weights == nullptr;
+  if (first_product) cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
+  const int tile = blockIdx.x, assignment = blockIdx.y, id = product.ids[assignment];
   if (first_product && blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = threadIdx.x; i < product.num_counters; i += kThreads) product.counters[i] = 0;
   }

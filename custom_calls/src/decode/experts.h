@@ -39,6 +39,8 @@ struct Product {
   void* out;
 };
 
-cudaError_t multiply(Product const& product, cudaStream_t stream);
+// An early launch begins before the kernel before has ended, and waits for its end. The second product is always early. The first
+// one may be if the kernel before makes the choice.
+cudaError_t multiply(Product const& product, bool is_early, cudaStream_t stream);
 
 }  // namespace latent_moe::decode

@@ -109,6 +109,7 @@ constexpr int tiles_of(int columns, int bytes) { return ceil_div(columns * bytes
 template <class T, class Kernel>
 __global__ void __launch_bounds__(kProjectionThreads, 2) multiply_projections(Projections given) {
   __shared__ ProjectionShared shared;
+  cudaTriggerProgrammaticLaunchCompletion();
   begin_in_cluster();
   const int of_logits = tiles_of(given.experts, sizeof(Kernel)), tile = blockIdx.y;
   if (tile < of_logits) {

@@ -1,4 +1,5 @@
-// A warp takes the k largest scores of a row one by one. XLA sorts whole rows if k is above 16.
+// A warp takes the k largest scores of a row one by one. With few rows, a block sorts each of them. XLA sorts whole rows if k is
+// above 16.
 #pragma once
 
 #include "routing/top_k.h"
@@ -93,6 +94,54 @@ __global__ void __launch_bounds__(kWarp* kWarps)
       if (first + lane < k) ids[int64_t{row} * k + first + lane] = chosen;
     }
   }
+  if (weighing.logits == nullptr) return;
+  const float logit = lane < k ? weighing.logits[int64_t{row} * columns + chosen] : 0.0f;
+  const float weight = weight_of(logit, lane < k, weighing);
+  if (lane < k) weighing.weights[int64_t{row} * k + lane] = weight;
+}
+
+// A score and its column as one number: higher for a better score, and for the lower column of equal scores.
+__device__ inline uint64_t key_of(Scores const& scores, int row, int columns, int column) {
+  if (column >= columns) return kNone;
+  float score = scores.values[int64_t{row} * columns + column];
+  if (scores.sigmoid) score = 1.0f / (1.0f + expf(-score));
+  if (scores.bias != nullptr) score += scores.bias[column];
+  return uint64_t{ordered(score)} << 32 | ~uint32_t(column);
+}
+
+// The larger or the smaller one of this lane's key and another's, for a sort from the best lane on.
+__device__ __forceinline__ uint64_t exchanged(uint64_t key, int apart, bool best_first) {
+  const uint64_t other = __shfl_xor_sync(~0u, key, apart);
+  const bool is_first = (threadIdx.x & apart) == 0;
+  return (is_first == best_first) == (key > other) ? key : other;
+}
+
+// A block has a row, and a warp 32 columns of it. Each warp sorts its keys (a bitonic sort, Batcher 1968). Then half of the warps
+// take the best 32 of two sorted lists, until one list is left. The number of warps is a power of two.
+__global__ void __launch_bounds__(kMostScores)
+    choose_in_block(Scores scores, int32_t* ids, int columns, int k, Weighing weighing) {
+  __shared__ uint64_t lists[kMostScores / kWarp][kWarp];
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();  // the scores are there
+  const int row = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  uint64_t key = key_of(scores, row, columns, threadIdx.x);
+#pragma unroll
+  for (int length = 2; length <= kWarp; length *= 2) {
+#pragma unroll
+    for (int apart = length / 2; apart > 0; apart /= 2) key = exchanged(key, apart, (lane & length) == 0);
+  }
+  for (int half = blockDim.x / kWarp / 2; half > 0; half /= 2) {
+    if (warp >= half && warp < 2 * half) lists[warp][lane] = key;
+    __syncthreads();
+    if (warp >= half) continue;
+    const uint64_t other = lists[warp + half][kWarp - 1 - lane];
+    key = key > other ? key : other;
+#pragma unroll
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) key = exchanged(key, apart, true);
+  }
+  if (warp > 0) return;
+  const int chosen = ~uint32_t(key);
+  if (lane < k) ids[int64_t{row} * k + lane] = chosen;
   if (weighing.logits == nullptr) return;
   const float logit = lane < k ? weighing.logits[int64_t{row} * columns + chosen] : 0.0f;
   const float weight = weight_of(logit, lane < k, weighing);

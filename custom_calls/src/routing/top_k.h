@@ -11,6 +11,16 @@ constexpr int kMostScores = 1024;  // scores of a row; each lane of a warp takes
 
 constexpr int kMostWeights = 32;   // weights of a row, one for each lane of a warp
 
+constexpr int kFewRows = 16;  // up to so many rows, a block chooses for each of them if k <= kMostWeights
+
+// What each row's choice is by: the given values, or made of logits. The sigmoid is taken first, if asked for, and then the bias
+// [columns] is added, if there is one.
+struct Scores {
+  float const* values;  // [rows][columns]
+  float const* bias;
+  bool sigmoid;
+};
+
 // How the weights [rows][k] of the choices follow from the logits [rows][columns]. Without logits there are no weights. With
 // eps, they are sigmoids over (their sum + eps), else the softmax of the logits or of their log-sigmoids, all times factor.
 struct Weighing {
@@ -24,5 +34,10 @@ struct Weighing {
 // k <= columns <= kMostScores, and k <= kMostWeights with weights.
 cudaError_t top_k(float const* scores, int32_t* ids, int rows, int columns, int k, Weighing const& weighing,
                   cudaStream_t stream);
+
+// The same for few rows and k <= kMostWeights. An early launch begins before the kernel that stores the scores has ended, and
+// waits for its end.
+cudaError_t top_k_of_few(Scores const& scores, int32_t* ids, int rows, int columns, int k, Weighing const& weighing, bool is_early,
+                         cudaStream_t stream);
 
 }  // namespace latent_moe::routing
