@@ -208,7 +208,7 @@ def _layer(config, shards, params, x, by_token, whole):
     target = None
     if config.router.bias_update == "quantile":
         choice = choice_scores(logits, config.router, biased=True)
-        target = target_bias(choice, router["bias"], config.top_k, mask, shards.sum_over_tokens)
+        target = target_bias(choice, params["router"]["bias"], config.top_k, mask, shards.sum_over_tokens)
     return outputs, (shards.sum_over_tokens(load), shards.sum_over_tokens(dropped), losses, counts, target)
 
 

@@ -134,7 +134,7 @@ def plan_token(
             return reason
     if not weighs_in_kernel(router, tokens, config.num_experts, config.top_k, config.backend, device):
         return "another program makes this router's choice or its weights."
-    by_logit = router.selection == "logit" or (bias is None and router.num_groups == 1)
+    by_logit = router.selection == "logit" or router.score_function == "softmax_topk" or bias is None
     changes = {
         "router.num_groups": router.num_groups > 1,
         "router.selection": router.selection not in ("score", "logit"),
@@ -144,7 +144,6 @@ def plan_token(
         "router.capacity_factor": router.capacity_factor is not None,
         "router.round_to_tile": router.round_to_tile is not None,
         "router.pad_to_capacity": router.pad_to_capacity,
-        "apply_probs_on_input": config.apply_probs_on_input,
         "latent_norm": config.latent_norm == "pre",
     }
     if any(changes.values()):
@@ -165,22 +164,29 @@ def plan_token(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def routed_token(plan: OneToken, usual: Callable[[Any, Array], Routed], params: Any, x: Float[Array, "1 d"]) -> Routed:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def routed_token(
+    plan: OneToken,
+    config: LatentMoEConfig,
+    usual: Callable[[Params, Float[Array, "1 d"]], Routed],
+    params: Params,
+    x: Float[Array, "1 d"],
+) -> Routed:
     """One token's routed part in one call. If something is differentiated, `usual` runs.
 
     Args:
-        plan: made for these weights.
-        usual: computes the same from params and x by separate calls.
-        params: a pair: what `usual` reads, and the `Weights` made of it.
+        plan: made for these parameters.
+        config: the layer.
+        usual: computes the same by separate calls.
+        params: the layer's parameters.
         x: [1, d].
     """
     del usual
-    kernel, bias, down_proj, w_in, w_out, up_proj = params[1]
-    decode, (experts, width), dtype = plan.decode, (w_out.shape[0], w_out.shape[2]), x.dtype
-    nothing = jnp.zeros((x.shape[1], 0), dtype)
-    down, up = nothing if down_proj is None else down_proj, jnp.zeros((width, 0), dtype) if up_proj is None else up_proj
-    operands = [x, kernel, down, jnp.zeros(0, jnp.float32) if bias is None else bias]
+    kernel, bias, down_proj, w_in, w_out, up_proj = weights_of(config, params)
+    decode, (experts, _, width), dtype = plan.decode, w_out.shape, x.dtype
+    down = jnp.zeros((x.shape[1], 0), dtype) if down_proj is None else down_proj
+    up = jnp.zeros((width, 0), dtype) if up_proj is None else up_proj
+    operands = [x, kernel, down, jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)]
     operands += [*stored_arrays(w_in), *stored_arrays(w_out), up]
     results = [
         jax.ShapeDtypeStruct((1, experts), jnp.float32),

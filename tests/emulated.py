@@ -118,6 +118,7 @@ def call(target, operands, results, **attributes):
         decode_experts=_run,
         decode_listed_experts=_run_listed,
         decode_projections=_project,
+        decode_token=_run_token,
         top_k=_choose_alone,
         top_k_weights=_choose,
     )
@@ -192,6 +193,23 @@ def _run(results, attributes, *operands):
     return out, hidden, partial, counters, projected
 
 
+def _run_token(results, attributes, x, kernel, projection, bias, *others):
+    """What custom_calls/src/ffi/decode_token.cc launches."""
+    shapes = dict(zip(native.INTERFACE["decode_token"]["results"], results, strict=True))
+    logits, latent = _project(
+        [shapes["logits"], shapes["latent"]], {"parts": attributes["parts"]}, x, kernel, projection
+    )
+    bias = aligned(bias)
+    ids, weights = (aligned(np.zeros(shapes[name].shape, shapes[name].dtype)) for name in ("expert_ids", "weights"))
+    scores = Scores(logits.ctypes.data, bias.ctypes.data if bias.size else None, attributes["by_sigmoid"])
+    weighing = {name: attributes[name] for name in ("sigmoid", "eps", "factor")}
+    _choose_of_few(scores, logits.shape[1], ids, Weighing(logits.ctypes.data, weights.ctypes.data, **weighing))
+    experts = {name: attributes[name] for name in ("in_code", "out_code", "activation", "beta", "linear_beta")}
+    tokens = latent if projection.shape[1] else x
+    rest = _run(results[4:], dict(experts, parts=attributes["up_parts"]), tokens, ids, weights, *others)
+    return logits, latent, ids, weights, *rest
+
+
 def _run_listed(results, attributes, *operands):
     tokens, ids, weights, *stored = map(aligned, operands)
     garbage = [np.full(result.shape, 77, np.uint8).astype(result.dtype) for result in results]
@@ -229,6 +247,13 @@ class Weighing(ctypes.Structure):
     )
 
 
+class Scores(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("values", "bias")), ("sigmoid", ctypes.c_bool))
+
+
+FEW_ROWS, MOST_WEIGHTS = 16, 32
+
+
 def _choose(results, attributes, scores, logits):
     scores, logits = map(aligned, (scores, logits))
     ids, weights = (aligned(np.zeros(result.shape, result.dtype)) for result in results)
@@ -244,9 +269,18 @@ def _choose_alone(results, attributes, scores):
 
 
 def _run_choose(scores, ids, weighing):
-    assert scores.shape[1] <= 512
+    rows, columns = scores.shape
     pointers = ctypes.c_void_p(scores.ctypes.data), ctypes.c_void_p(ids.ctypes.data)
-    kernels().choose(*pointers, *scores.shape, ids.shape[1], ctypes.byref(weighing))
+    if rows <= FEW_ROWS and ids.shape[1] <= MOST_WEIGHTS:
+        _choose_of_few(Scores(scores.ctypes.data, None, False), columns, ids, weighing)
+    else:
+        assert columns <= 512
+        kernels().choose(*pointers, rows, columns, ids.shape[1], ctypes.byref(weighing))
+
+
+def _choose_of_few(scores, columns, ids, weighing):
+    arguments = ctypes.c_void_p(ids.ctypes.data), ids.shape[0], columns, ids.shape[1]
+    kernels().choose_of_few(ctypes.byref(scores), *arguments, ctypes.byref(weighing))
 
 
 class Projections(ctypes.Structure):

@@ -83,3 +83,16 @@ extern "C" void choose(float const* scores, int32_t* ids, int rows, int columns,
     emulation::run_block(32 * routing::kWarps, [&] { kernel(scores, ids, rows, columns, k, *weighing); });
   }
 }
+
+// The choice of few rows. Their scores are unfinished until a block waits for the kernel before.
+extern "C" void choose_of_few(latent_moe::routing::Scores const* scores, int32_t* ids, int rows, int columns, int k,
+                              latent_moe::routing::Weighing const* weighing) {
+  namespace routing = latent_moe::routing;
+  gridDim = dim3(rows);
+  blockIdx = {};
+  blockDim = dim3(routing::threads_of(columns));
+  const emulation::Unfinished before_it({{const_cast<float*>(scores->values), size_t(rows) * columns * sizeof(float)}});
+  for (; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    before_it.run_block(blockDim.x, [&] { routing::choose_in_block(*scores, ids, columns, k, *weighing); });
+  }
+}

@@ -29,13 +29,11 @@ cudaError_t top_k(float const* scores, int32_t* ids, int rows, int columns, int 
 
 cudaError_t top_k_of_few(Scores const& scores, int32_t* ids, int rows, int columns, int k, Weighing const& weighing, bool is_early,
                          cudaStream_t stream) {
-  int threads = kWarp;
-  while (threads < columns) threads *= 2;
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(rows), config.blockDim = dim3(threads), config.stream = stream;
+  config.gridDim = dim3(rows), config.blockDim = dim3(threads_of(columns)), config.stream = stream;
   config.attrs = &early, config.numAttrs = is_early ? 1 : 0;
   return cudaLaunchKernelEx(&config, choose_in_block, scores, ids, columns, k, weighing);
 }

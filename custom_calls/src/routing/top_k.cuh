@@ -116,8 +116,15 @@ __device__ __forceinline__ uint64_t exchanged(uint64_t key, int apart, bool best
   return (is_first == best_first) == (key > other) ? key : other;
 }
 
+// The threads of a block: a power of two, and one for each column.
+inline int threads_of(int columns) {
+  int threads = kWarp;
+  while (threads < columns) threads *= 2;
+  return threads;
+}
+
 // A block has a row, and a warp 32 columns of it. Each warp sorts its keys (a bitonic sort, Batcher 1968). Then half of the warps
-// take the best 32 of two sorted lists, until one list is left. The number of warps is a power of two.
+// take the best 32 of two sorted lists, until one list is left.
 __global__ void __launch_bounds__(kMostScores)
     choose_in_block(Scores scores, int32_t* ids, int columns, int k, Weighing weighing) {
   __shared__ uint64_t lists[kMostScores / kWarp][kWarp];
