@@ -19,6 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 CODES = ("dense", "e4m3", "int8", "mxfp4", "nvfp4", "int4")
 ACTIVATIONS = ("none", "relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
 WHOLE_AXIS = 31
+SMS = 2
+"""SMs of the emulated device. Few of them take the kernels of many blocks for all but the smallest experts."""
 ONE_AT_A_TIME = threading.Lock()
 """The emulated blocks are in global variables."""
 
@@ -35,10 +37,10 @@ class Product(ctypes.Structure):
     _fields_ = (
         ("weight", Weight),
         ("format", ctypes.c_int),
-        ("rows", ctypes.c_void_p),
-        ("row_divisor", ctypes.c_int),
-        ("ids", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("rows", "ids")),
         *((name, ctypes.c_int) for name in ("assignments", "choices", "experts")),
+        ("distinct", ctypes.c_bool),
+        ("depth", ctypes.c_int),
         ("counters", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("activation", ctypes.c_int),
@@ -160,7 +162,7 @@ def _weight(code, data, scales, more, parts, k, n):
     return found
 
 
-def _run(results, attributes, *operands):
+def _run(results, attributes, *operands, distinct=False):
     tokens, ids, weights, *stored, up_proj = map(aligned, operands)
     garbage = [np.full(result.shape, 77, np.uint8).astype(result.dtype) for result in results]
     out, hidden, partial, counters, projected = map(aligned, garbage)
@@ -169,11 +171,12 @@ def _run(results, attributes, *operands):
     product = Product(
         format=1 if tokens.dtype == np.float16 else 0,
         rows=tokens.ctypes.data,
-        row_divisor=ids.shape[1],
         ids=ids.ctypes.data,
         assignments=ids.size,
         choices=ids.shape[1],
         experts=stored[3].shape[0],
+        distinct=distinct,
+        depth=width,
         counters=counters.ctypes.data,
         hidden=hidden.ctypes.data,
         activation=ACTIVATIONS.index(attributes["activation"]),
@@ -182,12 +185,12 @@ def _run(results, attributes, *operands):
         num_counters=counters.size,
         weight=_weight(attributes["in_code"], *stored[:3], parts, width, inner),
     )
-    kernels().multiply_experts(ctypes.byref(product))
+    kernels().multiply_experts(ctypes.byref(product), SMS)
     product.weight = _weight(attributes["out_code"], *stored[3:], 1, inner, width)
-    product.rows, product.row_divisor = hidden.ctypes.data, 1
+    product.rows, product.depth = hidden.ctypes.data, -(-(-(-inner // 128)) // partial.shape[1]) * 128
     product.choice_weights, product.partial = weights.ctypes.data, partial.ctypes.data
     product.splits, product.out = partial.shape[1], out.ctypes.data
-    kernels().multiply_experts(ctypes.byref(product))
+    kernels().multiply_experts(ctypes.byref(product), SMS)
     if up_proj.shape[1]:
         _multiply_projections(out, None, up_proj, None, projected, attributes["parts"])
     return out, hidden, partial, counters, projected
@@ -206,7 +209,7 @@ def _run_token(results, attributes, x, kernel, projection, bias, *others):
     _choose_of_few(scores, logits.shape[1], ids, Weighing(logits.ctypes.data, weights.ctypes.data, **weighing))
     experts = {name: attributes[name] for name in ("in_code", "out_code", "activation", "beta", "linear_beta")}
     tokens = latent if projection.shape[1] else x
-    rest = _run(results[4:], dict(experts, parts=attributes["up_parts"]), tokens, ids, weights, *others)
+    rest = _run(results[4:], dict(experts, parts=attributes["up_parts"]), tokens, ids, weights, *others, distinct=True)
     return logits, latent, ids, weights, *rest
 
 

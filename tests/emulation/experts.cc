@@ -49,7 +49,7 @@ extern "C" void widen(int code, uint32_t word, uint32_t scale, uint32_t zero, fl
   }
 }
 
-extern "C" void multiply_experts(latent_moe::decode::Product const* product) {
+extern "C" void multiply_experts(latent_moe::decode::Product const* product, int num_sms) {
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not
   // The first product writes the rows of the second one, and the counters.
@@ -59,7 +59,7 @@ extern "C" void multiply_experts(latent_moe::decode::Product const* product) {
     results = {{const_cast<void*>(product->rows), rows}, {product->counters, product->num_counters * sizeof(int32_t)}};
   }
   const emulation::Unfinished before_it(results);
-  launch_kernel(*product, [&](auto* kernel, dim3 grid, int threads) {
+  launch_kernel(*product, num_sms, [&](auto* kernel, dim3 grid, int threads) {
     gridDim = grid;
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
       for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {

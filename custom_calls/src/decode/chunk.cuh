@@ -12,12 +12,28 @@ namespace latent_moe::decode {
 template <Code C>
 constexpr int kScaleBytes = packing(C) == 1 ? 4 : C == Code::kInt4 ? 2 : 1;
 
+// log2 of the elements of a scale, if the format says it; 0 if the weight does.
+template <Code C>
+constexpr int kKnownShift = C == Code::kMxfp4 ? 5 : C == Code::kNvfp4 ? 4 : 0;
+
+// The bytes of the scales before so many elements of a feature.
+template <Code C>
+__device__ __forceinline__ int scales_before(Weight const& weight, int elements) {
+  return (elements >> (kKnownShift<C> != 0 ? kKnownShift<C> : weight.k_shift)) * kScaleBytes<C>;
+}
+
+// The bytes of the scales before a feature of a matrix.
+template <Code C>
+__device__ int64_t scales_before_feature(Weight const& weight, int64_t matrix, int feature) {
+  auto const blocks = [](int size, int shift) { return ((size - 1) >> shift) + 1; };
+  const int64_t row = matrix * blocks(weight.n, weight.n_shift) + (feature >> weight.n_shift);
+  return row * blocks(weight.k, weight.k_shift) * kScaleBytes<C>;
+}
+
 // The first scale of a feature.
 template <Code C>
 __device__ uint8_t const* scales_of(Weight const& weight, int64_t matrix, int feature) {
-  auto const blocks = [](int size, int shift) { return ((size - 1) >> shift) + 1; };
-  const int64_t row = matrix * blocks(weight.n, weight.n_shift) + (feature >> weight.n_shift);
-  return static_cast<uint8_t const*>(weight.scales) + row * blocks(weight.k, weight.k_shift) * kScaleBytes<C>;
+  return static_cast<uint8_t const*>(weight.scales) + scales_before_feature<C>(weight, matrix, feature);
 }
 
 template <Code C, int Groups>

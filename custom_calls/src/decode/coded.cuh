@@ -11,10 +11,10 @@
 
 namespace latent_moe::decode {
 
-template <Code C, int Threads>
+template <Code C, int Threads, int Blocks = 1024 / Threads>
 struct Coded {
   static constexpr int kThreads = Threads, kTile = Threads / 2;
-  static constexpr int kRows = 8, kBlocks = 1024 / Threads;  // kBlocks: blocks of an SM
+  static constexpr int kRows = 8, kBlocks = Blocks;  // kBlocks: blocks of an SM
   using Lane = Chunk<C, 1>;
   static constexpr int kPacking = Lane::kPacking, kChunk = Lane::kSize, kStep = Lane::kStep, kUnits = Lane::kUnits, kAhead = 2;
   static constexpr int kPanel = 8 * kThreads;  // elements of the rows in shared memory at a time
@@ -25,43 +25,52 @@ struct Coded {
     uint4 rows[kPanel / kStep][kUnits][kRows][4];  // by step, unit, row and lane
   };
 
-  // Asks for the first codes of each column.
-  static __device__ void prefetch_start(Weight const& weight, int expert, int tile, int first, int last) {
-    const int width = kTile / weight.parts, column = threadIdx.x, feature = tile * width + column % width;
-    if (column >= kTile || feature >= weight.n || first >= last) return;
-    const int64_t row = int64_t{expert * weight.parts + column / width} * weight.n + feature;
-    auto const* codes = static_cast<uint8_t const*>(weight.data) + (row * weight.k + first) / kPacking;
-    prefetch(codes, min((last - first) / kPacking, kStart));
+  // A lane's first codes and scales of its two features, counted from those of the expert, and the part of its first feature. If
+  // the format says how many elements a scale has, pointers to scales move along with those to codes.
+  struct Place {
+    int64_t codes[2], scales[2];
+    int part;
+  };
+
+  static __device__ Place place_of(Weight const& weight, int tile, int first) {
+    const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4, width = width_of<kTile>(weight);
+    const int feature = tile * width + (column & (width - 1)), k = first + lane % 4 * kChunk;
+    Place place;
+    place.part = column >= width;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int own = min(feature + 8 * i, weight.n - 1);  // a lane beyond the last feature reads that one again, unused
+      place.codes[i] = ((int64_t{place.part} * weight.n + own) * weight.k + k) / kPacking;
+      place.scales[i] = scales_before_feature<C>(weight, place.part, own);
+      if constexpr (kKnownShift<C> != 0) place.scales[i] += scales_before<C>(weight, k);
+    }
+    return place;
   }
 
+  // The loads of codes keep the memory busy.
+  static __device__ void prefetch_start(Weight const&, int, int, int, int) {}
+
   // sums[r][column] of the rows in list[0 ... rows - 1], over elements first ... last - 1 of the contracted axis.
-  static __device__ void multiply(Product const& product, Shared& shared, int expert, int tile, int first, int last,
+  static __device__ void multiply(Product const& product, Shared& shared, int expert, Place const& from, int first, int last,
                                   uint8_t const* list, int rows, float (&sums)[kRows][kTile]) {
     Weight const& weight = product.weight;
     const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4, place = lane % 4;
-    const int width = kTile / weight.parts, matrix = expert * weight.parts + column / width;
-    // The lane's two features and its row. A lane beyond the last feature or row reads the last one again, unused.
-    const int feature = tile * width + column % width, row = min(lane / 4, rows - 1);
-    const int features[2] = {min(feature, weight.n - 1), min(feature + 8, weight.n - 1)};
-    uint8_t const* codes[2];
-    uint8_t const* scales[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t before = (int64_t{matrix} * weight.n + features[i]) * weight.k + first + place * kChunk;
-      codes[i] = static_cast<uint8_t const*>(weight.data) + before / kPacking;
-      scales[i] = scales_of<C>(weight, matrix, features[i]);
-    }
+    const int row = min(lane / 4, rows - 1), matrix = expert * weight.parts;
+    auto const* codes_of_expert = static_cast<uint8_t const*>(weight.data) + int64_t{matrix} * weight.n * (weight.k / kPacking);
+    auto const* scales_of_expert = scales_of<C>(weight, matrix, 0);
+    uint8_t const* codes[2] = {codes_of_expert + from.codes[0], codes_of_expert + from.codes[1]};
+    uint8_t const* scales[2] = {scales_of_expert + from.scales[0], scales_of_expert + from.scales[1]};
     // Where the contracted axis has ended a lane keeps what it has, and the rows hold zeros.
     uint4 loaded[kAhead][2] = {};
     uint32_t found[kAhead][2] = {};
+    // A scale of the sums applies to all elements of the step, including those of other lanes.
     auto const load = [&](int step, int ahead, int start) {
-      const int k = start + (ahead + step) * kStep + place * kChunk;
-      // A scale of the sums applies to all elements of the step, including those of other lanes.
-      const int scaled = kPacking == 1 ? start + (ahead + step) * kStep : k;
+      const int apart = (ahead + step) * kStep, k = start + apart + place * kChunk;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (k < last) loaded[step][i] = load_along(codes[i] + (ahead + step) * kStep / kPacking);
-        if (scaled < last) found[step][i] = Lane::scale(weight, scales[i] + (scaled >> weight.k_shift) * kScaleBytes<C>);
+        if (k < last) loaded[step][i] = load_along(codes[i] + apart / kPacking);
+        const int scaled = kPacking == 1 ? start + apart : k, from_pointer = kKnownShift<C> != 0 ? apart : scaled;
+        if (scaled < last) found[step][i] = Lane::scale(weight, scales[i] + scales_before<C>(weight, from_pointer));
       }
     };
 #pragma unroll
@@ -81,12 +90,16 @@ struct Coded {
           load(step, kAhead, start);
         }
         elements += kAhead * kUnits * kRows * 4;
-        codes[0] += kAhead * kStep / kPacking, codes[1] += kAhead * kStep / kPacking;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          codes[i] += kAhead * kStep / kPacking;
+          if constexpr (kKnownShift<C> != 0) scales[i] += scales_before<C>(weight, kAhead * kStep);
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float scale = Lane::left(weight, matrix);
+      const float scale = Lane::left(weight, matrix + from.part);
       sums[2 * place][column + 8 * i] = scale * totals[0][2 * i];
       sums[2 * place + 1][column + 8 * i] = scale * totals[0][2 * i + 1];
     }
@@ -98,7 +111,7 @@ struct Coded {
     // Neighbouring threads have other lanes' units, as they lie side by side in shared memory.
     const int place = threadIdx.x % 4, unit = threadIdx.x / 4 % kUnits, step = threadIdx.x / (4 * kUnits);
     const int k = panel + step * kStep + place * kChunk + unit * 8;
-    const int mine = list[min(int(threadIdx.x % kRows), rows - 1)] / product.row_divisor;
+    const int mine = row_of(product, list[min(int(threadIdx.x % kRows), rows - 1)]);
 #pragma unroll
     for (int some = 0; some < kRows; some += kAtOnce) {
       if (some >= rows) break;

@@ -7,10 +7,28 @@
 
 namespace latent_moe::decode {
 
-// The feature of a column of a tile with so many, counted through the parts. A tile has equally many columns of each part.
-__device__ inline int feature_of(Weight const& weight, int tile, int column, int columns) {
-  const int width = columns / weight.parts, feature = tile * width + column % width;
-  return feature < weight.n ? column / width * weight.n + feature : -1;
+// A division takes longer than everything else that a block does before its first load, so nothing is divided by what only the
+// launch knows.
+__device__ inline int token_of(Product const& product, int assignment) {
+  return product.assignments == product.choices ? 0 : assignment / product.choices;
+}
+
+// The row of an assignment.
+__device__ inline int row_of(Product const& product, int assignment) {
+  return product.choice_weights == nullptr ? token_of(product, assignment) : assignment;
+}
+
+// Columns of each part in a tile, which has equally many of each. Both are powers of two.
+template <int Tile>
+__device__ int width_of(Weight const& weight) {
+  return weight.parts == 2 ? Tile / 2 : Tile;
+}
+
+// The feature of a column of a tile, counted through the parts.
+template <int Tile>
+__device__ int feature_of(Weight const& weight, int tile, int column) {
+  const int width = width_of<Tile>(weight), feature = tile * width + (column & (width - 1));
+  return feature < weight.n ? (column >= width ? weight.n : 0) + feature : -1;
 }
 
 // A thread has 8 columns, and every 16th run of 8 elements of the contracted axis. Its loads are independent.
@@ -24,10 +42,18 @@ struct Dense {
     float parts[kRuns][Rows][kTile];
   };
 
+  // A thread's first feature, counted through the parts, or -1.
+  using Place = int;
+
+  static __device__ Place place_of(Weight const& weight, int tile, int) {
+    return feature_of<kTile>(weight, tile, threadIdx.x % kGroups * kEach);
+  }
+
   // Asks for the tile's first rows.
   static __device__ void prefetch_start(Weight const& weight, int expert, int tile, int first, int last) {
     static_assert(kStart == kTile * sizeof(T));
-    const int width = kTile / weight.parts, k = first + int(threadIdx.x) / weight.parts, part = threadIdx.x % weight.parts;
+    const int width = width_of<kTile>(weight), halved = weight.parts - 1;
+    const int k = first + (int(threadIdx.x) >> halved), part = threadIdx.x & halved;
     const int columns = min(width, weight.n - tile * width);
     if (int(threadIdx.x) >= kTile * weight.parts || k >= last) return;
     const int64_t row = int64_t{expert} * weight.k + k;
@@ -35,12 +61,11 @@ struct Dense {
   }
 
   // sums[r][column] of the rows list[0 ... rows - 1] and the elements first ... last - 1 of the contracted axis.
-  static __device__ void multiply(Product const& product, Shared& shared, int expert, int tile, int first, int last,
+  static __device__ void multiply(Product const& product, Shared& shared, int expert, Place feature, int first, int last,
                                   uint8_t const* list, int rows, float (&sums)[Rows][kTile]) {
     Weight const& weight = product.weight;
     const int group = threadIdx.x % kGroups, run = threadIdx.x / kGroups;
     const int64_t width = int64_t{weight.parts} * weight.n;
-    const int feature = feature_of(weight, tile, group * kEach, kTile);
     float totals[Rows][kEach] = {};
     cudaGridDependencySynchronize();  // the rows of the second product are there
     if (feature >= 0) {
@@ -48,7 +73,7 @@ struct Dense {
       T const* x[Rows];
 #pragma unroll
       for (int r = 0; r < Rows; ++r) {
-        const int row = list[r < rows ? r : 0] / product.row_divisor;
+        const int row = row_of(product, list[r < rows ? r : 0]);
         x[r] = static_cast<T const*>(product.rows) + int64_t{row} * weight.k;
       }
       for (int k = first + run * kEach; k < last; k += kRuns * kEach) {

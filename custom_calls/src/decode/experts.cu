@@ -3,7 +3,11 @@
 namespace latent_moe::decode {
 
 cudaError_t multiply(Product const& product, bool is_early, cudaStream_t stream) {
-  return launch_kernel(product, [&](auto* kernel, dim3 grid, int threads) {
+  int device = 0, num_sms = 0;
+  auto error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(product, num_sms, [&](auto* kernel, dim3 grid, int threads) {
     // The second product reads weights until it waits for the first one's rows. The first one waits for the choice.
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

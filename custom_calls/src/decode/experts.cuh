@@ -39,9 +39,9 @@ __device__ int assignments_of(Product const& product, int expert, uint8_t* list,
 template <class T, int Threads, int Tile>
 __device__ void store_hidden(Product const& product, int tile, uint8_t const* list, int rows, float const (*sums)[Tile]) {
   Weight const& weight = product.weight;
-  const int width = Tile / weight.parts;
+  const int width = width_of<Tile>(weight);
   for (int i = threadIdx.x; i < rows * width; i += Threads) {
-    const int row = i / width, column = i % width, feature = tile * width + column;
+    const int row = weight.parts == 2 ? i / (Tile / 2) : i / Tile, column = i & (width - 1), feature = tile * width + column;
     if (feature >= weight.n) continue;
     float value = of_gate(product.activation, sums[row][column], product.beta);
     if (weight.parts == 2) value *= of_up(product.activation, sums[row][width + column], product.linear_beta);
@@ -64,7 +64,7 @@ __device__ void store_partial(Product const& product, int tile, uint8_t const* l
 // groups are added in order.
 template <class T, int Threads, int Tile>
 __device__ void combine(Product const& product, int tile, int token) {
-  constexpr int kAtOnce = 8;  // parts that are loaded before they are added
+  constexpr int kAtOnce = 9;  // parts that are loaded before they are added
   constexpr int kAcross = Tile / 4, kGroups = Threads / kAcross;
   __shared__ float sums[kGroups][Tile];
   const int n = product.weight.n, across = threadIdx.x % kAcross * 4, group = threadIdx.x / kAcross;
@@ -94,7 +94,8 @@ __device__ void combine(Product const& product, int tile, int token) {
   __syncthreads();
 }
 
-template <class T, class Weights>
+// With Distinct, each assignment has an expert of its own, as one token's choice does.
+template <class T, class Weights, bool Distinct>
 __global__ void __launch_bounds__(Weights::kThreads, Weights::kBlocks) multiply_experts(Product product) {
   constexpr int kThreads = Weights::kThreads, kTile = Weights::kTile;
   __shared__ uint8_t list[kThreads];
@@ -103,23 +104,30 @@ __global__ void __launch_bounds__(Weights::kThreads, Weights::kBlocks) multiply_
   __shared__ float sums[Weights::kRows][kTile];
   __shared__ bool last_of[kThreads];
   const bool first_product = product.choice_weights == nullptr;
+  const int tile = blockIdx.x, assignment = blockIdx.y;
+  const int from = blockIdx.z * product.depth, to = min(from + product.depth, product.weight.k);
+  auto const place = Weights::place_of(product.weight, tile, from);
   if (first_product) cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
-  const int tile = blockIdx.x, assignment = blockIdx.y, id = product.ids[assignment];
+  const int id = product.ids[assignment];
   if (first_product && blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = threadIdx.x; i < product.num_counters; i += kThreads) product.counters[i] = 0;
   }
-  int count = assignments_of<kThreads>(product, id, list, weights);
-  const bool exists = id >= 0 && id < product.experts;
+  int count = 1;
+  if constexpr (Distinct) {
+    if (threadIdx.x == 0) list[0] = assignment, weights[0] = first_product ? 0.0f : product.choice_weights[assignment];
+    __syncthreads();
+  } else {
+    count = assignments_of<kThreads>(product, id, list, weights);
+  }
+  const bool exists = Distinct || (id >= 0 && id < product.experts);
   if (exists && list[0] != assignment) return;  // another block has them
   if (exists) {
-    const int depths = ceil_div(product.weight.k, kDepth), depth = ceil_div(depths, gridDim.z) * kDepth;
-    const int from = blockIdx.z * depth, to = min(from + depth, product.weight.k);
     // With more tokens, loads keep the memory busy, and asking ahead makes them slower.
     if (product.assignments == product.choices) Weights::prefetch_start(product.weight, id, tile, from, to);
     for (int done = 0; done < count; done += Weights::kRows) {
       const int rows = min(count - done, Weights::kRows);
-      Weights::multiply(product, shared, id, tile, from, to, list + done, rows, sums);
+      Weights::multiply(product, shared, id, place, from, to, list + done, rows, sums);
       __syncthreads();
       if (first_product) {
         store_hidden<T, kThreads, kTile>(product, tile, list + done, rows, sums);
@@ -142,54 +150,65 @@ __global__ void __launch_bounds__(Weights::kThreads, Weights::kBlocks) multiply_
   __threadfence();
   __syncthreads();
   if (threadIdx.x < count) {
-    const int token = list[threadIdx.x] / product.choices;
+    const int token = token_of(product, list[threadIdx.x]);
     last_of[threadIdx.x] =
         atomicAdd(product.counters + token * gridDim.x + tile, 1) == product.choices * int(gridDim.z) - 1;
   }
   __syncthreads();
   __threadfence();
   for (int i = 0; i < count; ++i) {
-    if (last_of[i]) combine<T, kThreads, kTile>(product, tile, list[i] / product.choices);
+    if (last_of[i]) combine<T, kThreads, kTile>(product, tile, token_of(product, list[i]));
   }
 }
 
-template <class T, class Weights, class Launch>
+template <class T, class Weights, bool Distinct = false, class Launch>
 cudaError_t launch_with(Product const& product, Launch launch) {
   const int columns = product.weight.n * product.weight.parts, tiles = ceil_div(columns, Weights::kTile);
   const dim3 grid(tiles, product.assignments, product.choice_weights == nullptr ? 1 : product.splits);
-  return launch(multiply_experts<T, Weights>, grid, Weights::kThreads);
+  return launch(multiply_experts<T, Weights, Distinct>, grid, Weights::kThreads);
 }
 
-// One token has few tiles. Small ones are shared by the SMs more evenly.
+// One token has few tiles. Small ones are shared by the SMs more evenly. If the first product has so few blocks, they get more
+// registers, and no SM holds more of them than another.
 template <Code C, class Launch>
-cudaError_t launch_coded(Product const& product, Launch launch) {
+cudaError_t launch_coded(Product const& product, int num_sms, Launch launch) {
+  constexpr int kFewBlocks = 7;
   using Small = Coded<C, 2 * kLeastTile>;
+  if (product.distinct) {
+    const int tiles = ceil_div(product.weight.n * product.weight.parts, Small::kTile);
+    if (product.choice_weights == nullptr && tiles * product.assignments <= kFewBlocks * num_sms) {
+      return launch_with<__nv_bfloat16, Coded<C, Small::kThreads, kFewBlocks>, true>(product, launch);
+    }
+    return launch_with<__nv_bfloat16, Small, true>(product, launch);
+  }
   if (product.assignments == product.choices && product.choices <= Small::kThreads) {
     return launch_with<__nv_bfloat16, Small>(product, launch);
   }
   return launch_with<__nv_bfloat16, Coded<C, kThreads>>(product, launch);
 }
 
-// Calls launch(kernel, grid, threads) with the kernel of a product.
+// Calls launch(kernel, grid, threads) with the kernel of a product on a device with so many SMs.
 template <class Launch>
-cudaError_t launch_kernel(Product const& product, Launch launch) {
+cudaError_t launch_kernel(Product const& product, int num_sms, Launch launch) {
   const bool one_token = product.assignments == product.choices, is_half = product.format == Format::kF16;
   switch (product.weight.code) {
     case Code::kDense:
+      if (is_half && product.distinct) return launch_with<__half, Dense<__half, 1>, true>(product, launch);
+      if (product.distinct) return launch_with<__nv_bfloat16, Dense<__nv_bfloat16, 1>, true>(product, launch);
       if (is_half && one_token) return launch_with<__half, Dense<__half, 1>>(product, launch);
       if (is_half) return launch_with<__half, Dense<__half, 4>>(product, launch);
       if (one_token) return launch_with<__nv_bfloat16, Dense<__nv_bfloat16, 1>>(product, launch);
       return launch_with<__nv_bfloat16, Dense<__nv_bfloat16, 4>>(product, launch);
     case Code::kE4m3:
-      return launch_coded<Code::kE4m3>(product, launch);
+      return launch_coded<Code::kE4m3>(product, num_sms, launch);
     case Code::kInt8:
-      return launch_coded<Code::kInt8>(product, launch);
+      return launch_coded<Code::kInt8>(product, num_sms, launch);
     case Code::kMxfp4:
-      return launch_coded<Code::kMxfp4>(product, launch);
+      return launch_coded<Code::kMxfp4>(product, num_sms, launch);
     case Code::kNvfp4:
-      return launch_coded<Code::kNvfp4>(product, launch);
+      return launch_coded<Code::kNvfp4>(product, num_sms, launch);
     case Code::kInt4:
-      return launch_coded<Code::kInt4>(product, launch);
+      return launch_coded<Code::kInt4>(product, num_sms, launch);
   }
   return cudaErrorInvalidValue;
 }

@@ -13,17 +13,18 @@ namespace latent_moe::decode {
 constexpr int kThreads = 256;   // the most threads of a block, and the most assignments
 constexpr int kLeastTile = 64;  // the fewest columns of a block; half gate and half up if the activation is gated
 constexpr int kDepth = 128;     // the length of a part of the contracted axis is a multiple of this
-constexpr int kStart = 256;     // bytes of each column, or row of dense weights, that a block asks for before it needs them
+constexpr int kStart = 256;     // bytes of each row of dense weights that a block asks for before it needs them
 
 // One of the two products of the experts with the rows of their assignments. Assignment a is the choice a % choices of token
 // a / choices. An id outside [0, experts) is no expert.
 struct Product {
   Weight weight;
   Format format;
-  void const* rows;  // [assignments / row_divisor][k]
-  int row_divisor;
+  void const* rows;    // [tokens][k] of the first product, [assignments][k] of the second
   int32_t const* ids;  // [assignments]
   int assignments, choices, experts;
+  bool distinct;  // every assignment has an expert, and no two of them the same one
+  int depth;      // the part of the contracted axis that a block multiplies
   int32_t* counters;  // [tokens][tiles of the second product] at least, set to 0 by the first
 
   // The first product gives hidden [assignments][n] = activation(rows x weight). Rows of no expert are not written.

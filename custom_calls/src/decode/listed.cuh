@@ -91,7 +91,7 @@ struct Stream {
     } else {
       scales = scales_of<C>(weight, matrix, feature);
       // A scale of the sums applies to all elements of the step, including those of other lanes.
-      if constexpr (Lane::kPacking == 2) scales += (place * Lane::kSize >> weight.k_shift) * kScaleBytes<C>;
+      if constexpr (Lane::kPacking == 2) scales += scales_before<C>(weight, place * Lane::kSize);
     }
   }
 
@@ -100,7 +100,7 @@ struct Stream {
     wait_for_copies();
     if constexpr (C == Code::kMxfp4) takes_two = has_scales_above_128(staged_scales(more), listed.unit_scales);
     __syncwarp();
-    scales = staged_scales(more) + lane / 4 * listed.unit_scales.row + scales_of_elements(place * Lane::kSize);
+    scales = staged_scales(more) + lane / 4 * listed.unit_scales.row + scales_before<C>(weight, place * Lane::kSize);
   }
 
   // Loads a step of the next round, all of which exists if it is whole. Beyond the end, codes and their scales are 0, as the
@@ -120,19 +120,14 @@ struct Stream {
 
   // Reads the scale of an element and of one of a lane's features, which are so many bytes apart.
   __device__ void find_scale(int to, int i, int element, int64_t apart, bool inside) {
-    auto const* at = scales + scales_of_elements(element) + i * apart;
+    auto const* at = scales + scales_before<C>(weight, element) + i * apart;
     found[to][i] = inside || Lane::kPacking == 1 ? Lane::scale(weight, at) : 0;
   }
 
   __device__ void next_round() {
     codes += kRound / Lane::kPacking;
-    if constexpr (!Staged) scales += scales_of_elements(kRound);
+    if constexpr (!Staged) scales += scales_before<C>(weight, kRound);
     left -= kRound;
-  }
-
-  // Bytes of a lane's scales of so many elements.
-  __device__ int scales_of_elements(int count) const {
-    return (count >> (C == Code::kMxfp4 ? 5 : C == Code::kNvfp4 ? 4 : weight.k_shift)) * kScaleBytes<C>;
   }
 
   // Stores the rows' elements from `panel` on, in the order of the codes, and zeros up to the end of the last step.
@@ -232,7 +227,7 @@ struct Stream {
       load<Whole>(step);
     }
     if (Whole || left > 0) next_round();
-    if constexpr (Staged) scales += scales_of_elements(kRound);
+    if constexpr (Staged) scales += scales_before<C>(weight, kRound);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) elements[g] += kAhead * Lane::kUnits * Lane::kApart;
   }

@@ -67,14 +67,15 @@ Products products(Check& check, Experts const& given) {
   first.num_counters = tokens * tiles;
   first.hidden = given.hidden.untyped_data();
   first.activation = activation, first.beta = given.beta, first.linear_beta = given.linear_beta;
-  first.rows = given.tokens.untyped_data(), first.row_divisor = choices;
+  first.rows = given.tokens.untyped_data(), first.depth = width;
   decode::Product second = first;
   first.weight = weight(check, given.w_in, type, experts, parts, width, inner);
   second.weight = weight(check, given.w_out, type, experts, 1, inner, width);
-  second.rows = first.hidden, second.row_divisor = 1;
+  second.rows = first.hidden;
   second.choice_weights = given.weights.typed_data<float>();
   second.partial = static_cast<float*>(given.partial.untyped_data());
-  second.splits = splits, second.out = given.out.untyped_data();
+  second.splits = splits, second.depth = (depths + splits - 1) / splits * decode::kDepth;
+  second.out = given.out.untyped_data();
   return {first, second, projection(check, given, type, tokens, width)};
 }
 

@@ -12,7 +12,7 @@ ffi::Error decode_token(DecodeTokenCall const& call) {
   Check check;
   auto const given = projections(check, {call.x, call.kernel, call.projection, *call.logits, *call.latent, call.parts});
   bool const is_projected = given.width > 0;
-  auto const found = products(check, {is_projected ? *call.latent : call.x,
+  auto found = products(check, {is_projected ? *call.latent : call.x,
                                       *call.expert_ids,
                                       *call.weights,
                                       {"w_in", call.in_code, call.w_in, call.w_in_scales, call.w_in_more},
@@ -37,6 +37,7 @@ ffi::Error decode_token(DecodeTokenCall const& call) {
   bool const is_biased = call.bias.element_count() > 0;
   check.buffer("bias", call.bias, ffi::DataType::F32, {is_biased ? experts : 0});
   if (!check.ok()) return refuse(check.error());
+  found.first.distinct = found.second.distinct = true;
 
   routing::Scores const scores = {given.logits, is_biased ? call.bias.typed_data<float>() : nullptr, call.by_sigmoid};
   auto* const ids = static_cast<int32_t*>(call.expert_ids->untyped_data());
