@@ -187,7 +187,7 @@ def _run(results, attributes, *operands, distinct=False):
     )
     kernels().multiply_experts(ctypes.byref(product), SMS)
     product.weight = _weight(attributes["out_code"], *stored[3:], 1, inner, width)
-    product.rows, product.depth = hidden.ctypes.data, -(-(-(-inner // 128)) // partial.shape[1]) * 128
+    product.rows, product.depth = hidden.ctypes.data, -(-inner // (128 * partial.shape[1])) * 128
     product.choice_weights, product.partial = weights.ctypes.data, partial.ctypes.data
     product.splits, product.out = partial.shape[1], out.ctypes.data
     kernels().multiply_experts(ctypes.byref(product), SMS)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jax_latent_moe import (
     CutlassBackend,
@@ -163,13 +164,40 @@ def test_gradients_are_those_of_separate_calls(rng, monkeypatch, format):
 
 @pytest.mark.usefixtures("install_library")
 def test_a_program_makes_one_call(monkeypatch):
-    """Also under vmap, where each token makes its own."""
     use_small(monkeypatch)
     config = token_layer()
     params = jax.eval_shape(lambda: layer_params(config))
     x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
     program = str(jax.make_jaxpr(lambda params, x: latent_moe(params, x, config)[0])(params, x))
     assert program.count("latent_moe_") == program.count(TARGET) == 1
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("changes", [{}, dict(latent_norm="post"), dict(latent_size=None)])
+def test_a_scan_in_a_shard_map(changes, monkeypatch):
+    """The carry keeps its type, which says over which axes of the mesh it varies."""
+    use_small(monkeypatch)
+    config = token_layer(**changes)
+    params = jax.eval_shape(lambda: layer_params(config))
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def steps(params, x):
+        return jax.lax.scan(lambda x, _: (latent_moe(params, x, config)[0], None), x, None, length=2)[0]
+
+    mapped = jax.shard_map(steps, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch"))
+    assert TARGET in str(jax.make_jaxpr(mapped)(params, jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)))
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+def test_under_vmap(rng):
+    """Each token makes its own call."""
+    config = token_layer()
+    params = layer_params(config)
+    tokens = jnp.asarray(rng.normal(size=(3, 1, 64)), jnp.bfloat16)
+    each = jax.vmap(lambda x: latent_moe(params, x, config)[0])(tokens)
+    wanted = jnp.stack([latent_moe(params, x, config)[0] for x in tokens])
+    np.testing.assert_array_equal(each.astype(jnp.float32), wanted.astype(jnp.float32))
 
 
 REFUSALS = {
