@@ -20,7 +20,7 @@ from jax_latent_moe.decode import Decode, attributes_of, plan_decode, refusal, s
 from jax_latent_moe.device import Device
 from jax_latent_moe.experts import flat
 from jax_latent_moe.low_rank import LowRank, cast
-from jax_latent_moe.params import Params, init_params
+from jax_latent_moe.params import Params
 from jax_latent_moe.projections import parts_of, refusal_of_projections
 from jax_latent_moe.routing.router import weighs_in_kernel
 
@@ -120,7 +120,7 @@ def plan_token(
     if (reason := refusal(config.backend, tokens, config.top_k, device)) is not None:
         return reason
     if tokens > 1:
-        return f"they run for one token, not {tokens}."
+        return f"the kernels for one token do not run {tokens}."
     weights = jax.eval_shape(functools.partial(weights_of, config), params)
     kernel, bias, down_proj, w_in, w_out, up_proj = weights
     if any(isinstance(weight, LowRank) for weight in weights):
@@ -225,18 +225,18 @@ def _backward(plan, config, usual, pullback, gradients):
 routed_token.defvjp(_forward, _backward)
 
 
-def explain(config: LatentMoEConfig, tokens: Any, *, device: Device | None = None) -> str:
+def explain(config: LatentMoEConfig, tokens: Any, params: Params, *, device: Device | None = None) -> str:
     """Whether one call runs the routed part where nothing is differentiated, or why not, in a line.
 
-    It is about tokens in config.dtype and the dense parameters that `init_params` makes.
+    It is about tokens in config.dtype.
 
     Args:
         config: the layer.
         tokens: T, an integer unless it is a symbolic size of `jax.export`.
+        params: the layer's parameters, or their shapes.
         device: the device that runs it; None is JAX's default device.
     """
-    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
     plan = plan_token(config, tokens, config.dtype, params, device=device)
     if isinstance(plan, str):
-        return f"separate calls run the router, the experts and the projections: {plan}"
-    return "one call runs the router, the experts and the projections, each kernel launched while the one before runs."
+        return f"router, experts and projections run in separate calls: {plan}"
+    return "router, experts and projections run in one call: each kernel is launched while the one before runs."

@@ -27,6 +27,8 @@ from jax_latent_moe import (
 )
 from jax_latent_moe.device import Device
 from jax_latent_moe.one_token import OneToken, plan_token
+from jax_latent_moe.params import param_shapes
+from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from tests import emulated
 from tests.few_tokens import BACKEND, WEIGHINGS, layer
 from tests.kernels import A100, H100
@@ -201,7 +203,7 @@ def test_under_vmap(rng):
 
 
 REFUSALS = {
-    "two tokens": (dict(), dict(tokens=2), "for one token, not 2"),
+    "two tokens": (dict(), dict(tokens=2), "do not run 2"),
     "backend": (dict(backend=XlaBackend()), {}, "has no kernels for few tokens"),
     "decode": (dict(backend=CutlassBackend(decode="never")), {}, "decode is 'never'"),
     "device": ({}, dict(device=A100), "compiled for NVIDIA Hopper GPUs"),
@@ -260,6 +262,17 @@ def test_what_a_call_may_have_besides_tokens(name, monkeypatch):
 
 @pytest.mark.usefixtures("install_library")
 def test_what_runs_is_said_in_a_line():
+    """Also in the plan of a layer. If several calls run, it says why."""
     config = dataclasses.replace(presets.NEMOTRON_3_SUPER, backend=BACKEND)
-    assert one_token.explain(config, 1, device=H100).startswith("one call runs the router, the experts and")
-    assert one_token.explain(config, 2, device=H100).endswith("one token, not 2.")
+    params = param_shapes(config)
+    told = functools.partial(one_token.explain, params=params, device=H100)
+    one = "router, experts and projections run in one call: each kernel is launched while the one before runs."
+    assert told(config, 1) == one
+    apart = "router, experts and projections run in separate calls: "
+    assert told(config, 2) == f"{apart}the kernels for one token do not run 2."
+    normed = dataclasses.replace(config, latent_norm="pre")
+    line = one_token.explain(normed, 1, param_shapes(normed), device=H100)
+    assert line == f"{apart}XLA computes a part in between for latent_norm."
+    plan = make_cost_plan(config, {}, 1, GPUS["h200"], format="mxfp4")
+    assert plan.one_token == one
+    assert f"without a gradient, {one}" in render(plan)

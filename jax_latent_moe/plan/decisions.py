@@ -61,10 +61,14 @@ def experts_of(
     )
 
 
+def shapes_of(config: LatentMoEConfig, format: str | None) -> Any:
+    """The shapes of the layer's parameters, with experts in a format; None for dense ones."""
+    shapes = param_shapes(config)
+    return shapes if format is None else jax.eval_shape(lambda params: quantize(params, config, format), shapes)
+
+
 def _few_tokens(config, tokens, gpu, format):
-    shapes: Any = param_shapes(config)
-    if format is not None:
-        shapes = jax.eval_shape(lambda params: quantize(params, config, format), shapes)
+    shapes = shapes_of(config, format)
     w_in, w_out = shapes["experts"]["w_in"], shapes["experts"]["w_out"]
     if format is None:
         w_in = jax.ShapeDtypeStruct((*w_in.shape[:2], math.prod(w_in.shape[2:])), w_in.dtype)

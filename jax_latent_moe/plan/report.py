@@ -4,13 +4,13 @@ import dataclasses
 
 from jax.sharding import AbstractMesh
 
-from jax_latent_moe import checks, cost
+from jax_latent_moe import checks, cost, one_token
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.parallel import explain
 from jax_latent_moe.parallel.mesh import check_divides
 from jax_latent_moe.params import check_config
-from jax_latent_moe.plan.decisions import experts_of
+from jax_latent_moe.plan.decisions import experts_of, shapes_of
 from jax_latent_moe.plan.gpus import GPU
 from jax_latent_moe.plan.memory import memory
 from jax_latent_moe.plan.rows import expert_rows
@@ -32,6 +32,7 @@ class CostPlan:
         training: whether the backward pass and the optimiser are counted.
         format: the format of the experts' weights; None for dense weights. Times are always for dense weights.
         experts: what the layer decides about the experts' products.
+        one_token: the result of `one_token.explain`; None for more than one token.
         memory: bytes by use.
         parts: the parts of one layer, with their times.
     """
@@ -44,6 +45,7 @@ class CostPlan:
     training: bool
     format: str | None
     experts: ExpertPlan
+    one_token: str | None
     memory: dict[str, int]
     parts: tuple[Part, ...]
 
@@ -122,7 +124,10 @@ def make_cost_plan(
         config, mesh, tokens, layers, rows, gpu.device, experts, training=training, remat=remat, format=format
     )
     parts = layer_parts(config, mesh, tokens, gpu, dense_rows, dense, training=training, remat=remat)
-    return CostPlan(config, sizes, tokens, gpu, layers, training, format, experts, used, tuple(parts))
+    said = None
+    if tokens == 1:
+        said = one_token.explain(given, tokens, shapes_of(given, format), device=gpu.device)
+    return CostPlan(config, sizes, tokens, gpu, layers, training, format, experts, said, used, tuple(parts))
 
 
 def render(plan: CostPlan) -> str:
@@ -140,6 +145,7 @@ def render(plan: CostPlan) -> str:
         f"  {'all, of ' + format(plan.gpu.memory / 1e9, '.0f'):<32}{plan.bytes / 1e9:9.2f}",
         "Experts",
         *(f"  {line}" for line in plan.experts.summary()),
+        *([] if plan.one_token is None else [f"  without a gradient, {plan.one_token}"]),
         "Dispatch, forward",
         *(f"  {line}" for line in _dispatches(plan).splitlines()),
         "Time of a layer, ms" if plan.format is None else "Time of a layer with dense experts, ms",

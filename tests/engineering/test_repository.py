@@ -28,7 +28,7 @@ ORDER = (
     ("adapted_experts", "projections"),
     ("cost", "experts", "lora", "quantization"),
     ("hf", "inputs", "limits", "parallel", "shared_expert"),
-    ("codes",),
+    ("codes", "one_token"),
     ("layer", "plan"),
     ("training",),
     ("linen", "nnx", "qwix"),

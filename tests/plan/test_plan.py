@@ -212,9 +212,13 @@ def made_by_the_layer(monkeypatch, install_library):
 
 
 def traced(config, tokens, params=None):
-    """Traces the layer with its gradients, which changes no plan."""
+    """Traces the layer with the gradient of x, which changes no plan. Without it, one call may run a token."""
     x = jax.ShapeDtypeStruct((tokens, config.hidden_size), config.dtype)
-    jax.eval_shape(lambda params, x: latent_moe(params, x, config)[0], params or param_shapes(config), x)
+
+    def layer(params, x):
+        return jax.vjp(lambda x: latent_moe(params, x, config)[0], x)[0]
+
+    jax.eval_shape(layer, params or param_shapes(config), x)
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
