@@ -242,7 +242,7 @@ def decoded_experts(
 
 
 def workspace(plan: Decode, dtype: Any, w_out_shape: tuple[int, int, int]) -> list[jax.ShapeDtypeStruct]:
-    """The sum [T, l] of a call without lists, and the arrays that its kernels need: "out" to "counters"."""
+    """The first results of a call without lists: the sum, the hidden rows, the weighted parts and the counters."""
     (_, inner, width), assignments = w_out_shape, plan.tokens * plan.choices
     return [
         jax.ShapeDtypeStruct((plan.tokens, width), dtype),

@@ -19,7 +19,7 @@ from jax_latent_moe.activations import activate, hidden_and_pullback
 from jax_latent_moe.adapted_experts import adapted_experts
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
-from jax_latent_moe.derivatives import refused_if_differentiated
+from jax_latent_moe.derivatives import gradients_of_perturbed, refused_if_differentiated, vjp_of_perturbed
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.expert_biases import Biases, plus_bias, times_bias
 from jax_latent_moe.expert_plan import ExpertPlan, plan_experts
@@ -141,15 +141,15 @@ def _routed_and_projected(plan, parts, up_proj, *arrays):
 
 def _routed_and_projected_fwd(plan, parts, up_proj, *arrays):
     del parts
-    return jax.vjp(lambda up_proj, *arrays: _routed(plan, *arrays) @ up_proj, up_proj, *arrays)
+    return vjp_of_perturbed(lambda up_proj, *arrays: _routed(plan, *arrays) @ up_proj, up_proj, *arrays)
 
 
-def _routed_and_projected_bwd(plan, parts, pullback, dout):
+def _routed_and_projected_bwd(plan, parts, residuals, dout):
     del plan, parts
-    return pullback(dout)
+    return gradients_of_perturbed(residuals, dout)
 
 
-_routed_and_projected.defvjp(_routed_and_projected_fwd, _routed_and_projected_bwd)
+_routed_and_projected.defvjp(_routed_and_projected_fwd, _routed_and_projected_bwd, symbolic_zeros=True)
 
 
 def _routed_fwd(plan, *arrays):

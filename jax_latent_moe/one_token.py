@@ -1,7 +1,7 @@
 """The routed part of one token in one custom call: logits and down-projection, choice, experts and up-projection.
 
-For one token, each of these kernels takes a few microseconds, and between kernels of separate calls the GPU waits for
-about one more. The call launches each kernel while the one before it runs (custom_calls/src/ffi/decode_token.cc). It
+In separate calls, a kernel starts only after the one before has ended. In one call it starts earlier, prepares what it
+can, and waits for its inputs (custom_calls/src/ffi/decode_token.cc). The call knows that no expert is chosen twice. It
 has no gradient, so it runs only if nothing is differentiated.
 """
 
@@ -17,12 +17,14 @@ from jaxtyping import Array, Float, Int
 from jax_latent_moe import native, projections
 from jax_latent_moe.config import LatentMoEConfig
 from jax_latent_moe.decode import Decode, attributes_of, plan_decode, refusal, stored_arrays, workspace
+from jax_latent_moe.derivatives import gradients_of_perturbed, vjp_of_perturbed
 from jax_latent_moe.device import Device
 from jax_latent_moe.experts import flat
 from jax_latent_moe.low_rank import LowRank, cast
 from jax_latent_moe.params import Params
 from jax_latent_moe.projections import parts_of, refusal_of_projections
 from jax_latent_moe.routing.router import weighs_in_kernel
+from jax_latent_moe.routing.top_k import MOST_SCORES, MOST_WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class OneToken:
         by_sigmoid: whether the choice is by sigmoids of the logits, not by the logits.
         sigmoid: whether the weights are made of sigmoids, not of exponentials.
         eps: as for `routing.top_k.compiled_top_k_and_weights`.
-        factor: in the same way.
+        factor: multiplies the weights.
     """
 
     decode: Decode
@@ -107,7 +109,7 @@ def plan_token(
 ) -> OneToken | str:
     """The decision, or the reason why separate calls run, as a sentence.
 
-    It is for a call without a mask, a replayed choice and jitter.
+    The layer's call must have no mask, no replayed choice and no jitter.
 
     Args:
         config: the layer.
@@ -120,11 +122,11 @@ def plan_token(
     if (reason := refusal(config.backend, tokens, config.top_k, device)) is not None:
         return reason
     if tokens > 1:
-        return f"the kernels for one token do not run {tokens}."
+        return f"these kernels take one token, not {tokens}."
     weights = jax.eval_shape(functools.partial(weights_of, config), params)
     kernel, bias, down_proj, w_in, w_out, up_proj = weights
     if any(isinstance(weight, LowRank) for weight in weights):
-        return "adapters are separate products."
+        return "the layer has adapters, whose products run separately."
     if jnp.dtype(dtype).name != config.dtype:
         return f"the router reads {jnp.dtype(dtype).name}, and the experts read {config.dtype}."
     x = jax.ShapeDtypeStruct((tokens, kernel.shape[0]), jnp.dtype(dtype))
@@ -133,7 +135,10 @@ def plan_token(
         if (reason := refusal_of_projections(config, rows, *given, device=device)) is not None:
             return reason
     if not weighs_in_kernel(router, tokens, config.num_experts, config.top_k, config.backend, device):
-        return "another program makes this router's choice or its weights."
+        return (
+            "no compiled kernel makes this router's choice and its weights: they must be divided by their sum, with at "
+            f"most {MOST_SCORES} experts and {MOST_WEIGHTS} choices."
+        )
     by_logit = router.selection == "logit" or router.score_function == "softmax_topk" or bias is None
     changes = {
         "router.num_groups": router.num_groups > 1,
@@ -148,7 +153,7 @@ def plan_token(
     }
     if any(changes.values()):
         names = ", ".join(name for name, needs_more in changes.items() if needs_more)
-        return f"XLA computes a part in between for {names}."
+        return f"XLA computes a step between the kernels because of {names}."
     decode = plan_decode(config, tokens, config.top_k, dtype, w_in, w_out, device=device)
     if isinstance(decode, str):
         return decode
@@ -214,21 +219,21 @@ def routed_token(
 
 def _forward(plan, config, usual, params, x):
     del plan, config
-    return jax.vjp(usual, params, x)
+    return vjp_of_perturbed(usual, params, x)
 
 
-def _backward(plan, config, usual, pullback, gradients):
+def _backward(plan, config, usual, residuals, gradients):
     del plan, config, usual
-    return pullback(gradients)
+    return gradients_of_perturbed(residuals, gradients)
 
 
-routed_token.defvjp(_forward, _backward)
+routed_token.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def explain(config: LatentMoEConfig, tokens: Any, params: Params, *, device: Device | None = None) -> str:
     """Whether one call runs the routed part where nothing is differentiated, or why not, in a line.
 
-    It is about tokens in config.dtype.
+    It assumes tokens in config.dtype.
 
     Args:
         config: the layer.

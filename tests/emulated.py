@@ -20,7 +20,7 @@ CODES = ("dense", "e4m3", "int8", "mxfp4", "nvfp4", "int4")
 ACTIVATIONS = ("none", "relu2", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "situ_glu")
 WHOLE_AXIS = 31
 SMS = 2
-"""SMs of the emulated device. Few of them take the kernels of many blocks for all but the smallest experts."""
+"""SMs of the emulated device. With so few, all but the smallest experts run in the kernels for many blocks."""
 ONE_AT_A_TIME = threading.Lock()
 """The emulated blocks are in global variables."""
 

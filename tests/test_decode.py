@@ -172,10 +172,11 @@ def test_the_choice_is_a_stable_sort_from_the_best(rng, experts, k):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize(("tokens", "k"), [(5, 22), (17, 9)])
 @pytest.mark.parametrize("name", WEIGHINGS)
-def test_the_choice_and_its_weights_are_one_kernel(rng, name):
-    """As XLA makes them, logits that underflow included."""
-    config, (tokens, experts, k) = WEIGHINGS[name], (5, 70, 22)
+def test_the_choice_and_its_weights_are_one_kernel(rng, name, tokens, k):
+    """As XLA makes them, logits that underflow included. Blocks choose for few tokens, and warps for more."""
+    config, experts = WEIGHINGS[name], 70
     logits = jnp.asarray(rng.normal(size=(tokens, experts)) * np.logspace(-1, 2, tokens)[:, None], jnp.float32)
     logits = logits.at[1].add(-95)
     bias = jnp.asarray(rng.normal(size=experts), jnp.float32) / 8 if config.correction_bias else None

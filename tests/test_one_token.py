@@ -121,10 +121,21 @@ def test_layers(rng, name):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("sms", [2, 132])
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int4_32_zero", "int8", "fp8_block"])
-def test_codes(rng, format):
-    config = token_layer(latent_size=128, expert_intermediate_size=128)
-    check_layer(rng, config, quantize(layer_params(config), config, format))
+def test_codes(rng, monkeypatch, format, activation, sms):
+    """The inner width in several parts, halves with scales of their own, and both kernels of the first product."""
+    monkeypatch.setattr(emulated, "SMS", sms)
+    config = token_layer(latent_size=128, expert_intermediate_size=384, num_experts=8, top_k=2, activation=activation)
+    params = layer_params(config)
+    if activation == "swiglu":
+        params["experts"]["w_in"] *= jnp.asarray([1, 16], jnp.bfloat16)[:, None]
+    params = quantize(params, config, format)
+    plan = plan_token(config, 1, "bfloat16", params)
+    assert isinstance(plan, OneToken)
+    assert plan.decode.splits > 1
+    check_layer(rng, config, params)
 
 
 @emulates
@@ -162,6 +173,37 @@ def test_gradients_are_those_of_separate_calls(rng, monkeypatch, format):
     assert used
     jax.tree.map(np.testing.assert_array_equal, together, apart)
     assert TARGET not in str(jax.make_jaxpr(gradient)(params, x))
+
+
+@pytest.mark.usefixtures("install_library")
+@pytest.mark.parametrize("changes", [{}, dict(latent_norm="post"), dict(latent_size=None)])
+def test_frozen_experts_have_no_weight_gradient(changes, monkeypatch):
+    """XLA drops that of w_in. That of w_out would be kept behind a barrier."""
+    use_small(monkeypatch)
+    config = token_layer(**changes)
+    params = jax.eval_shape(lambda: layer_params(config))
+    x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
+
+    def loss(params, x):
+        return jnp.sum(latent_moe(params, x, config)[0].astype(jnp.float32))
+
+    for argument, count in ((0, 2), (1, 1)):
+        gradient = jax.grad(loss, argnums=argument)
+        assert str(jax.make_jaxpr(gradient)(params, x)).count("latent_moe_wgrad") == count
+
+
+@pytest.mark.usefixtures("install_library")
+def test_each_projection_has_its_own_parts(rng, monkeypatch):
+    use_small(monkeypatch)
+    called, config = [], token_layer()
+
+    def call(target, operands, results, **attributes):
+        called.append((target, attributes["parts"], attributes["up_parts"]))
+        return [jnp.zeros(result.shape, result.dtype) for result in results]
+
+    monkeypatch.setattr(native, "call", call)
+    latent_moe(layer_params(config), jnp.ones((1, 64), jnp.bfloat16), config)
+    assert called == [("decode_token", 1, 2)]
 
 
 @pytest.mark.usefixtures("install_library")
@@ -203,7 +245,7 @@ def test_under_vmap(rng):
 
 
 REFUSALS = {
-    "two tokens": (dict(), dict(tokens=2), "do not run 2"),
+    "two tokens": (dict(), dict(tokens=2), "take one token, not 2"),
     "backend": (dict(backend=XlaBackend()), {}, "has no kernels for few tokens"),
     "decode": (dict(backend=CutlassBackend(decode="never")), {}, "decode is 'never'"),
     "device": ({}, dict(device=A100), "compiled for NVIDIA Hopper GPUs"),
@@ -216,9 +258,21 @@ REFUSALS = {
     "capacity": (dict(router=RouterConfig(capacity_factor=1.5)), {}, "router.capacity_factor"),
     "rounding": (dict(router=RouterConfig(round_to_tile=8)), {}, "router.round_to_tile"),
     "a norm in between": (dict(latent_norm="pre"), {}, "latent_norm"),
-    "weights of no kernel": (dict(router=RouterConfig(norm_topk_prob=False)), {}, "makes this router's choice"),
-    "many experts": (dict(num_experts=1032), {}, "makes this router's choice"),
+    "weights of no kernel": (
+        dict(router=RouterConfig(norm_topk_prob=False)),
+        {},
+        "no compiled kernel makes this router's choice",
+    ),
+    "many experts": (dict(num_experts=1032), {}, "no compiled kernel makes this router's choice"),
     "expert biases": (dict(expert_bias=True), {}, "config.expert_bias is True"),
+    "softmax and a bias": (
+        dict(router=RouterConfig(score_function="softmax", norm_topk_eps=0.0)),
+        {},
+        "router.score_function",
+    ),
+    "the columns of a projection": (dict(latent_size=44), {}, "the 44 columns of the projection's kernel"),
+    "the router's kernel": (dict(param_dtype="float16"), {}, "the router's kernel is in float16"),
+    "the router's dtype": (dict(router=RouterConfig(dtype="bfloat16")), {}, "router.dtype is 'bfloat16'"),
     "widths": (dict(expert_intermediate_size=50), {}, "are not a positive multiple of 8"),
 }
 
@@ -269,10 +323,10 @@ def test_what_runs_is_said_in_a_line():
     one = "router, experts and projections run in one call: each kernel is launched while the one before runs."
     assert told(config, 1) == one
     apart = "router, experts and projections run in separate calls: "
-    assert told(config, 2) == f"{apart}the kernels for one token do not run 2."
+    assert told(config, 2) == f"{apart}these kernels take one token, not 2."
     normed = dataclasses.replace(config, latent_norm="pre")
     line = one_token.explain(normed, 1, param_shapes(normed), device=H100)
-    assert line == f"{apart}XLA computes a part in between for latent_norm."
+    assert line == f"{apart}XLA computes a step between the kernels because of latent_norm."
     plan = make_cost_plan(config, {}, 1, GPUS["h200"], format="mxfp4")
     assert plan.one_token == one
     assert f"without a gradient, {one}" in render(plan)

@@ -125,9 +125,14 @@ inline void __threadfence() {}
 // One kernel ends before the next one starts. What its results are until a block waits for that is in unfinished.h.
 namespace emulation {
 inline std::function<void()> end_of_kernel_before;
+inline bool waited, triggers_after_wait;  // the second: the next kernel reads results of the one before this one
 }  // namespace emulation
-inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {
+  if (!emulation::triggers_after_wait || emulation::waited) return;
+  std::fprintf(stderr, "the next kernel is launched before this one has waited\n"), std::abort();
+}
 inline void cudaGridDependencySynchronize() {
+  emulation::waited = true;
   if (emulation::end_of_kernel_before) emulation::end_of_kernel_before();
 }
 

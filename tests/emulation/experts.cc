@@ -52,9 +52,12 @@ extern "C" void widen(int code, uint32_t word, uint32_t scale, uint32_t zero, fl
 extern "C" void multiply_experts(latent_moe::decode::Product const* product, int num_sms) {
   const unsigned before = _mm_getcsr();
   _mm_setcsr(before & ~0x8040u);  // XLA's threads read small numbers as 0, and a GPU does not
-  // The first product writes the rows of the second one, and the counters.
+  // The first product writes the rows of the second one, and the counters. A kernel of the same call may make the choice.
   std::vector<emulation::Unfinished::Memory> results;
-  if (product->choice_weights != nullptr) {
+  emulation::triggers_after_wait = product->distinct && product->choice_weights == nullptr;
+  if (emulation::triggers_after_wait) {
+    results = {{const_cast<int32_t*>(product->ids), product->assignments * sizeof(int32_t)}};
+  } else if (product->choice_weights != nullptr) {
     const size_t rows = size_t(product->assignments) * product->weight.k * 2;  // bytes
     results = {{const_cast<void*>(product->rows), rows}, {product->counters, product->num_counters * sizeof(int32_t)}};
   }
@@ -70,6 +73,7 @@ extern "C" void multiply_experts(latent_moe::decode::Product const* product, int
     }
     return cudaSuccess;
   });
+  emulation::triggers_after_wait = false;
   _mm_setcsr(before);
 }
 

@@ -27,6 +27,7 @@ class Unfinished {
       saved.clear();
     };
     end_of_kernel_before = finish;
+    waited = false;
     emulation::run_block(count, kernel);
     finish();
     end_of_kernel_before = nullptr;

@@ -12,7 +12,7 @@ namespace latent_moe::decode {
 template <Code C>
 constexpr int kScaleBytes = packing(C) == 1 ? 4 : C == Code::kInt4 ? 2 : 1;
 
-// log2 of the elements of a scale, if the format says it; 0 if the weight does.
+// log2 of the elements that share a scale. 0 if the format does not fix it; Weight::k_shift has it then.
 template <Code C>
 constexpr int kKnownShift = C == Code::kMxfp4 ? 5 : C == Code::kNvfp4 ? 4 : 0;
 

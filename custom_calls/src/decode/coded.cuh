@@ -25,8 +25,8 @@ struct Coded {
     uint4 rows[kPanel / kStep][kUnits][kRows][4];  // by step, unit, row and lane
   };
 
-  // A lane's first codes and scales of its two features, counted from those of the expert, and the part of its first feature. If
-  // the format says how many elements a scale has, pointers to scales move along with those to codes.
+  // Byte offsets of the lane's first codes and scales within its expert, for its two features. `part` is 0 for the gate and 1 for
+  // the up half. If the format fixes how many elements share a scale, `scales` includes the offset along the contracted axis.
   struct Place {
     int64_t codes[2], scales[2];
     int part;
@@ -47,7 +47,7 @@ struct Coded {
     return place;
   }
 
-  // The loads of codes keep the memory busy.
+  // Codes are not prefetched: that was slower.
   static __device__ void prefetch_start(Weight const&, int, int, int, int) {}
 
   // sums[r][column] of the rows in list[0 ... rows - 1], over elements first ... last - 1 of the contracted axis.

@@ -7,8 +7,7 @@
 
 namespace latent_moe::decode {
 
-// A division takes longer than everything else that a block does before its first load, so nothing is divided by what only the
-// launch knows.
+// Integer division by a value that is known only at launch is slow. It delayed the first load, so one token needs none.
 __device__ inline int token_of(Product const& product, int assignment) {
   return product.assignments == product.choices ? 0 : assignment / product.choices;
 }

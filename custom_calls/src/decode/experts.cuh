@@ -3,9 +3,9 @@
 //
 // Sums have a fixed order: weighted parts of the second product are stored, and the last block of a token's tile adds them up.
 //
-// The second product is launched when all blocks of the first have begun, and an up-projection when those of the second have.
-// Until such a kernel waits for the end of the one before, it may only read what that one does not write. Blocks of the first
-// product begin by waiting for the kernel before, which may make the choice, so the second product may read the choice at once.
+// The second product is launched when all blocks of the first have begun and have waited for the choice, so it may read the choice
+// at once. An up-projection is launched when all blocks of the second have begun, and the first may still run then. Until such a
+// kernel has waited for the end of the previous one, it may read nothing that either product writes, and may write nothing.
 #pragma once
 
 #include "decode/activation.cuh"
@@ -94,7 +94,7 @@ __device__ void combine(Product const& product, int tile, int token) {
   __syncthreads();
 }
 
-// With Distinct, each assignment has an expert of its own, as one token's choice does.
+// With Distinct, every assignment has an expert, and no two of them the same one.
 template <class T, class Weights, bool Distinct>
 __global__ void __launch_bounds__(Weights::kThreads, Weights::kBlocks) multiply_experts(Product product) {
   constexpr int kThreads = Weights::kThreads, kTile = Weights::kTile;
@@ -168,8 +168,8 @@ cudaError_t launch_with(Product const& product, Launch launch) {
   return launch(multiply_experts<T, Weights, Distinct>, grid, Weights::kThreads);
 }
 
-// One token has few tiles. Small ones are shared by the SMs more evenly. If the first product has so few blocks, they get more
-// registers, and no SM holds more of them than another.
+// One token has few tiles. Small ones are shared by the SMs more evenly. If the GPU can hold all blocks of the first product with
+// kFewBlocks on each SM, blocks may use more registers.
 template <Code C, class Launch>
 cudaError_t launch_coded(Product const& product, int num_sms, Launch launch) {
   constexpr int kFewBlocks = 7;

@@ -24,7 +24,7 @@ struct Product {
   int32_t const* ids;  // [assignments]
   int assignments, choices, experts;
   bool distinct;  // every assignment has an expert, and no two of them the same one
-  int depth;      // the part of the contracted axis that a block multiplies
+  int depth;      // how many elements of the contracted axis a block multiplies
   int32_t* counters;  // [tokens][tiles of the second product] at least, set to 0 by the first
 
   // The first product gives hidden [assignments][n] = activation(rows x weight). Rows of no expert are not written.
@@ -40,8 +40,8 @@ struct Product {
   void* out;
 };
 
-// An early launch begins before the kernel before has ended, and waits for its end. The second product is always early. The first
-// one may be if the kernel before makes the choice.
+// A kernel that is launched early starts before the previous kernel has ended. It waits for that end before it reads its results.
+// The second product is always early. The first one may be early if the previous kernel makes the choice.
 cudaError_t multiply(Product const& product, bool is_early, cudaStream_t stream);
 
 }  // namespace latent_moe::decode

@@ -13,20 +13,20 @@ ffi::Error decode_token(DecodeTokenCall const& call) {
   auto const given = projections(check, {call.x, call.kernel, call.projection, *call.logits, *call.latent, call.parts});
   bool const is_projected = given.width > 0;
   auto found = products(check, {is_projected ? *call.latent : call.x,
-                                      *call.expert_ids,
-                                      *call.weights,
-                                      {"w_in", call.in_code, call.w_in, call.w_in_scales, call.w_in_more},
-                                      {"w_out", call.out_code, call.w_out, call.w_out_scales, call.w_out_more},
-                                      call.up_proj,
-                                      *call.out,
-                                      *call.hidden,
-                                      *call.partial,
-                                      *call.counters,
-                                      *call.projected,
-                                      call.activation,
-                                      call.beta,
-                                      call.linear_beta,
-                                      call.up_parts});
+                                *call.expert_ids,
+                                *call.weights,
+                                {"w_in", call.in_code, call.w_in, call.w_in_scales, call.w_in_more},
+                                {"w_out", call.out_code, call.w_out, call.w_out_scales, call.w_out_more},
+                                call.up_proj,
+                                *call.out,
+                                *call.hidden,
+                                *call.partial,
+                                *call.counters,
+                                *call.projected,
+                                call.activation,
+                                call.beta,
+                                call.linear_beta,
+                                call.up_parts});
   int64_t const experts = given.experts, choices = found.first.choices;
   check.that(experts == found.first.experts, "kernel has " + std::to_string(experts) + " columns, not one for each of " +
                                                  std::to_string(found.first.experts) + " experts");

@@ -124,7 +124,7 @@ inline int threads_of(int columns) {
 }
 
 // A block has a row, and a warp 32 columns of it. Each warp sorts its keys (a bitonic sort, Batcher 1968). Then half of the warps
-// take the best 32 of two sorted lists, until one list is left.
+// merge two lists each and keep the best 32. This repeats until one list is left.
 __global__ void __launch_bounds__(kMostScores)
     choose_in_block(Scores scores, int32_t* ids, int columns, int k, Weighing weighing) {
   __shared__ uint64_t lists[kMostScores / kWarp][kWarp];

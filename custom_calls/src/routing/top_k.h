@@ -13,8 +13,7 @@ constexpr int kMostWeights = 32;   // weights of a row, one for each lane of a w
 
 constexpr int kFewRows = 16;  // up to so many rows, a block chooses for each of them if k <= kMostWeights
 
-// What each row's choice is by: the given values, or made of logits. The sigmoid is taken first, if asked for, and then the bias
-// [columns] is added, if there is one.
+// The scores that decide the choice: the values, or their sigmoids if asked for, plus the bias [columns] if there is one.
 struct Scores {
   float const* values;  // [rows][columns]
   float const* bias;
@@ -35,8 +34,8 @@ struct Weighing {
 cudaError_t top_k(float const* scores, int32_t* ids, int rows, int columns, int k, Weighing const& weighing,
                   cudaStream_t stream);
 
-// The same for few rows and k <= kMostWeights. An early launch begins before the kernel that stores the scores has ended, and
-// waits for its end.
+// The same for few rows and k <= kMostWeights. A kernel that is launched early starts before the kernel that stores the scores has
+// ended, and waits for that end.
 cudaError_t top_k_of_few(Scores const& scores, int32_t* ids, int rows, int columns, int k, Weighing const& weighing, bool is_early,
                          cudaStream_t stream);
 
