@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_latent_moe import CutlassBackend, LatentMoEConfig, RouterConfig
+from jax_latent_moe import CutlassBackend, LatentMoEConfig, RouterConfig, decode, expert_plan, projections
 from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
 from jax_latent_moe.device import Device
 from jax_latent_moe.formats import ScaledArray, decoded, encode
-from jax_latent_moe.projections import projections
 from tests.kernels import layer_of
 from tests.oracle.fused import activation_of_rows
 from tests.tolerances import assert_close
@@ -25,6 +24,12 @@ WEIGHINGS = {
     "with a small sum": RouterConfig(norm_topk_eps=1e-3),
 }
 """Routers whose weights the kernel of the choice makes."""
+
+
+def use_small(monkeypatch):
+    """Plans are made for `SMALL`."""
+    for module in (decode, expert_plan, projections):
+        monkeypatch.setattr(module, "current_device", lambda: SMALL)
 
 
 def layer(activation: str, latent: int, experts: int, top_k: int, inner: int, **changes) -> LatentMoEConfig:
@@ -109,7 +114,7 @@ def check_projections(x, kernel, projection, again=0):
     It has the same bits when it runs so many times again.
     """
     config = layer("relu2", 32, 8, 2, 32)
-    program = jax.jit(lambda *operands: projections(config, no_usual, *operands))
+    program = jax.jit(lambda *operands: projections.projections(config, no_usual, *operands))
     found = program(x, kernel, projection)
     for _ in range(again):
         for value, same in zip(jax.tree.leaves(program(x, kernel, projection)), jax.tree.leaves(found), strict=True):

@@ -14,34 +14,24 @@ from jax_latent_moe import (
     ParallelConfig,
     RouterConfig,
     XlaBackend,
-    decode,
-    expert_plan,
     init_params,
     latent_moe,
     lora,
     native,
     one_token,
     presets,
-    projections,
     quantize,
 )
-from jax_latent_moe.device import Device
 from jax_latent_moe.one_token import OneToken, plan_token
 from jax_latent_moe.params import param_shapes
 from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from tests import emulated
-from tests.few_tokens import BACKEND, WEIGHINGS, layer
+from tests.few_tokens import BACKEND, WEIGHINGS, layer, use_small
 from tests.kernels import A100, H100
 from tests.tolerances import assert_close
 
-SMALL = Device("gpu", "NVIDIA H100", num_sms=2)
 TARGET = "latent_moe_decode_token"
 emulates = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}")
-
-
-def use_small(monkeypatch):
-    for module in (decode, expert_plan, projections):
-        monkeypatch.setattr(module, "current_device", lambda: SMALL)
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 from jax_latent_moe import (
     RouterConfig,
     XlaBackend,
-    decode,
-    expert_plan,
     experts,
     init_params,
     latent_moe,
@@ -20,21 +18,14 @@ from jax_latent_moe import (
     projections,
 )
 from jax_latent_moe.decode import Decode, decoded_experts, plan_decode
-from jax_latent_moe.device import Device
 from jax_latent_moe.grouped_matmul.sm90 import kernel_activation
 from jax_latent_moe.routing.permute import make_dispatch_plan
 from tests import emulated
-from tests.few_tokens import expected, experts_of, layer, only
+from tests.few_tokens import SMALL, expected, experts_of, layer, only, use_small
 from tests.tolerances import assert_close
 
-SMALL = Device("gpu", "NVIDIA H100", num_sms=2)
 TARGET = "latent_moe_decode_projections"
 emulates = pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}")
-
-
-def use_small(monkeypatch):
-    for module in (decode, expert_plan, projections):
-        monkeypatch.setattr(module, "current_device", lambda: SMALL)
 
 
 @pytest.fixture
