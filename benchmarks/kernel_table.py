@@ -74,11 +74,11 @@ def kernels(data: Any, steps: int = 1) -> list[Kernel]:
     Raises:
         ValueError: the trace has no GPU.
     """
-    found = _events(data)
+    found = events_of_gpus(data)
     time, launches = collections.Counter(), collections.Counter()
     for event in itertools.chain(*found):
-        time[_name(event)] += event.duration_ns
-        launches[_name(event)] += 1
+        time[name_of(event)] += event.duration_ns
+        launches[name_of(event)] += 1
     share = steps * len(found)
     return [Kernel(name, launches[name] / share, ns / share / 1e3) for name, ns in time.most_common()]
 
@@ -89,14 +89,14 @@ def waits(data: Any, steps: int = 1) -> list[Wait]:
     Raises:
         ValueError: the trace has no GPU.
     """
-    found = _events(data)
+    found = events_of_gpus(data)
     time, count = collections.Counter(), collections.Counter()
     for events in found:
         last = None
         for event in sorted(events, key=lambda event: event.start_ns):
             if last is not None and event.start_ns > last.end_ns:
-                time[_name(last), _name(event)] += event.start_ns - last.end_ns
-                count[_name(last), _name(event)] += 1
+                time[name_of(last), name_of(event)] += event.start_ns - last.end_ns
+                count[name_of(last), name_of(event)] += 1
             last = event if last is None or event.end_ns > last.end_ns else last
     share = steps * len(found)
     return [
@@ -105,15 +105,19 @@ def waits(data: Any, steps: int = 1) -> list[Wait]:
     ]
 
 
-def _events(data) -> list[list]:
-    """The events on the streams of each GPU."""
+def events_of_gpus(data) -> list[list]:
+    """The events on the streams of each GPU.
+
+    Raises:
+        ValueError: the trace has no GPU.
+    """
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
     if not planes:
         raise ValueError("the trace holds no GPU: record it where JAX computes on one.")
     return [[event for line in plane.lines if "Stream" in line.name for event in line.events] for plane in planes]
 
 
-def _name(event) -> str:
+def name_of(event) -> str:
     return re.sub(r"\d+", "#", event.name)
 
 

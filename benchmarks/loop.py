@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks import kernel_table
+from benchmarks import kernel_table, timeline
 from benchmarks.layers import reference
 from benchmarks.matmuls import relative_error
 from benchmarks.measure import Row, Session
@@ -97,5 +97,6 @@ def _measure(session, suite, name, params, inputs):
             y = jax.jit(latent_moe, static_argnums=2)(params, inputs[0], config)[0]
             error = relative_error(y, expected)
         session.record(Row(suite, name, "step", impl, ms, flops / ms / 1e9, floor, error, calls[impl].temp_bytes))
-        kernels = kernel_table.kernels_of(lambda call=calls[impl]: call.wait(call.run()), STEPS)
-        print(f"{'kernels':>10} of a step, {impl}\n{kernel_table.table(kernels, 16)}", flush=True)
+        trace = kernel_table.trace_of(lambda call=calls[impl]: call.wait(call.run()))
+        print(f"{'kernels':>10} of a step, {impl}\n{kernel_table.table(kernel_table.kernels(trace, STEPS), 16)}")
+        print(timeline.table(timeline.timeline(trace, STEPS)), flush=True)
