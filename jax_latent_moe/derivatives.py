@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jax_latent_moe.errors import InputError
+from jax_latent_moe.varying import zeros_of
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -40,9 +40,11 @@ def vjp_of_perturbed(function: Callable, *primals: Any) -> tuple[Any, Any]:
 
     def of_perturbed(moved):
         moved = iter(moved)
-        return function(*tree.unflatten([next(moved) if leaf.perturbed else leaf.value for leaf in leaves]))
+        out = function(*tree.unflatten([next(moved) if leaf.perturbed else leaf.value for leaf in leaves]))
+        return [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.inexact)], out
 
-    out, pullback = jax.vjp(of_perturbed, [leaf.value for leaf in leaves if leaf.perturbed])
+    moved = [leaf.value for leaf in leaves if leaf.perturbed]
+    _, pullback, out = jax.vjp(of_perturbed, moved, has_aux=True)
     # Residuals are arrays, but None and () are parts of their structure.
     return out, (pullback, tree.unflatten([() if leaf.perturbed else None for leaf in leaves]))
 
@@ -50,16 +52,10 @@ def vjp_of_perturbed(function: Callable, *primals: Any) -> tuple[Any, Any]:
 def gradients_of_perturbed(residuals: Any, cotangents: Any) -> Any:
     """The gradients of the primals of `vjp_of_perturbed`, None for those that are not differentiated."""
     pullback, perturbed = residuals
-    cotangents = jax.tree.map(_as_array, cotangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-    moved = iter(pullback(cotangents)[0])
+    leaves = jax.tree.leaves(cotangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    of_floats = [leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0]  # an integer has no gradient
+    given = [zeros_of(leaf.aval) if isinstance(leaf, SymbolicZero) else leaf for leaf in of_floats]
+    moved = iter(pullback(given)[0])
     return jax.tree.map(
         lambda mark: None if mark is None else next(moved), perturbed, is_leaf=lambda node: node is None or node == ()
     )
-
-
-def _as_array(cotangent):
-    if not isinstance(cotangent, SymbolicZero):
-        return cotangent
-    aval: Any = cotangent.aval
-    shape, dtype = aval.shape, aval.dtype
-    return np.zeros(shape, dtype) if dtype == jax.dtypes.float0 else jnp.zeros(shape, dtype)

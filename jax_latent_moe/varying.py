@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
@@ -13,14 +14,22 @@ def varying(values: Any, *like: PyTree) -> Any:
     The carry of a scan must keep its type, and a gradient must have the type of its value.
     """
     axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(like)))
+    return jax.tree.map(lambda value: _cast(value, axes), values) if axes else values
 
-    def cast(value):
-        missing = tuple(axes - _varying_axes(value))
-        return lax.pcast(value, missing, to="varying") if missing else value
 
-    return jax.tree.map(cast, values) if axes else values
+def zeros_of(kind: Any) -> Any:
+    """Zeros of a type, as `jax.typeof` gives it for an array."""
+    return _cast(jnp.zeros(kind.shape, kind.dtype), _axes_of(kind))
+
+
+def _cast(value, axes):
+    missing = tuple(axes - _varying_axes(value))
+    return lax.pcast(value, missing, to="varying") if missing else value
 
 
 def _varying_axes(array) -> frozenset:
-    kind = jax.typeof(array)
+    return _axes_of(jax.typeof(array))
+
+
+def _axes_of(kind) -> frozenset:
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # from JAX 0.12 on, and before
