@@ -22,12 +22,14 @@ from jax_latent_moe import (
     presets,
     quantize,
 )
+from jax_latent_moe.formats import ScaledArray, decoded
 from jax_latent_moe.one_token import OneToken, plan_token
 from jax_latent_moe.params import param_shapes
 from jax_latent_moe.plan import GPUS, make_cost_plan, render
 from tests import emulated
-from tests.few_tokens import BACKEND, WEIGHINGS, layer, use_small
+from tests.few_tokens import BACKEND, SMALL, WEIGHINGS, layer, use_small
 from tests.kernels import A100, H100
+from tests.oracle import layer as oracle
 from tests.tolerances import assert_close
 
 TARGET = "latent_moe_decode_token"
@@ -56,16 +58,28 @@ def layer_params(config, seed=0):
     return params
 
 
+def in_float64(config, params):
+    """The parameters as the oracle reads them, codes decoded."""
+    wide = jax.tree.map(
+        lambda leaf: np.asarray(decoded(leaf, jnp.float32), np.float64),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, ScaledArray),
+    )
+    w_in = wide["experts"]["w_in"]
+    halves = (2,) if config.gated else ()
+    wide["experts"]["w_in"] = w_in.reshape(*w_in.shape[:2], *halves, config.expert_intermediate_size)
+    return wide
+
+
 def check_layer(rng, config, params):
-    """The call's outputs are those of the portable backend."""
+    """The call's outputs are those of the float64 oracle."""
     x = jnp.asarray(rng.normal(size=(1, config.hidden_size)), config.dtype)
-    program = jax.jit(latent_moe, static_argnums=2)
-    y, aux = program(params, x, config)
-    wanted, portable = latent_moe(params, x, dataclasses.replace(config, backend=XlaBackend()))
-    np.testing.assert_array_equal(aux.expert_ids, portable.expert_ids)
-    np.testing.assert_array_equal(aux.tokens_per_expert, portable.tokens_per_expert)
-    np.testing.assert_allclose(aux.weights, portable.weights, rtol=1e-4)
-    assert_close(np.asarray(y, np.float64), np.asarray(wanted, np.float64), config.dtype)
+    y, aux = jax.jit(latent_moe, static_argnums=2)(params, x, config)
+    wanted = oracle.forward(in_float64(config, params), np.asarray(x, np.float64), config)
+    np.testing.assert_array_equal(aux.expert_ids, wanted.expert_ids)
+    np.testing.assert_array_equal(aux.tokens_per_expert, wanted.tokens_per_expert)
+    np.testing.assert_allclose(aux.weights, wanted.weights, rtol=1e-4)
+    assert_close(np.asarray(y, np.float64), wanted.y, config.dtype)
 
 
 SELECTIONS = {
@@ -156,13 +170,18 @@ def test_gradients_are_those_of_separate_calls(rng, monkeypatch, format):
 
     gradient = functools.partial(jax.grad, argnums=(0, 1), allow_int=True)(loss)
     apart = gradient(params, x)
-    plan = one_token.OneToken(None, 1, 1, True, True, 1e-20, 2.5)  # type: ignore[arg-type]
+    unused = np.setdiff1d(np.arange(16), np.asarray(latent_moe(params, x, config)[1].expert_ids))
+    assert unused.size
+    plan = plan_token(dataclasses.replace(config, backend=BACKEND), 1, "bfloat16", params, device=SMALL)
+    assert isinstance(plan, OneToken)
     used = []
     monkeypatch.setattr("jax_latent_moe.layer.plan_token", lambda *_: used.append(True) or plan)
     together = gradient(params, x)
     assert used
     jax.tree.map(np.testing.assert_array_equal, together, apart)
     assert TARGET not in str(jax.make_jaxpr(gradient)(params, x))
+    if format is None:
+        assert not any(np.asarray(together[0]["experts"][name])[unused].any() for name in ("w_in", "w_out"))
 
 
 @pytest.mark.usefixtures("install_library")

@@ -36,6 +36,7 @@ Products products(Check& check, Experts const& given) {
   check.that(given.w_out.data.dimensions().size() >= 3,
              "w_out of shape " + shape(given.w_out.data) + " must have an axis of experts");
   check.that(given.partial.dimensions().size() == 3, "partial of shape " + shape(given.partial) + " must have 3 axes");
+  if (check.ok()) check.that(given.partial.dimensions()[1] > 0, "partial of shape " + shape(given.partial) + " has no splits");
   if (!check.ok()) return {};
   int64_t const tokens = given.tokens.dimensions()[0], width = given.tokens.dimensions()[1];
   int64_t const choices = given.expert_ids.dimensions()[1], inner = given.hidden.dimensions()[1];
@@ -50,7 +51,7 @@ Products products(Check& check, Experts const& given) {
   check.that(experts > 0 && experts < int64_t{1} << 31, "there are no experts, or too many");
   int64_t const parts = is_gated(activation) ? 2 : 1, tiles = (width + decode::kLeastTile - 1) / decode::kLeastTile;
   int64_t const depths = (inner + decode::kDepth - 1) / decode::kDepth;
-  check.that(splits > 0 && splits <= std::max<int64_t>(depths, 1), std::to_string(splits) + " splits do not fit the inner width");
+  check.that(splits <= std::max<int64_t>(depths, 1), std::to_string(splits) + " splits do not fit the inner width");
   check.buffer("tokens", given.tokens, type, {tokens, width});
   check.buffer("expert_ids", given.expert_ids, ffi::DataType::S32, {tokens, choices});
   check.buffer("weights", given.weights, ffi::DataType::F32, {tokens, choices});
