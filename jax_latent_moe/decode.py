@@ -36,12 +36,14 @@ With 8 tokens, a step of Super's layer took 0.244 ms without lists and 0.259 wit
 0.186 and 0.177 in `mxfp4` (benchmarks/results/profiles/h200-2026-11-30.md).
 """
 MOST_LISTED = 8192
-"""The most assignments of a call with lists. Weighted parts of the output take 4 bytes an element of each."""
+"""The most assignments of a call with lists. Weighted parts of the output take 8 bytes an element of each."""
 MOST_LISTED_OF_AN_EXPERT = 16
 """The same for each expert, on average. So many rows are multiplied by codes that are read and widened once. More rows
 are multiplied by codes that are widened again, and that takes some three quarters of the time to read 4-bit codes."""
 TILE, LEAST_TILE, DEPTH = 128, 64, 128
 """The most and the fewest columns of a block, and the unit in which the inner width is cut (kLeastTile and kDepth)."""
+PIECES = 2
+"""The most pieces of a tile of listed rows along the inner width (custom_calls/src/decode/listed.h, kPieces)."""
 BLOCKS_OF_AN_SM = 4
 """How many blocks of TILE columns of the second product each SM should have, so that it keeps reading."""
 
@@ -259,7 +261,7 @@ def _listed_experts(plan, tokens, weights, expert_ids, w_in, w_out):
     results = [
         jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
         jax.ShapeDtypeStruct((assignments, inner), tokens.dtype),
-        jax.ShapeDtypeStruct((assignments, width), jnp.float32),
+        jax.ShapeDtypeStruct((assignments, PIECES, width), jnp.float32),
         jax.ShapeDtypeStruct((experts + 1 + assignments,), jnp.int32),
     ]
     operands = [tokens, expert_ids, weights.astype(jnp.float32), *stored_arrays(w_in), *stored_arrays(w_out)]

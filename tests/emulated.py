@@ -254,7 +254,7 @@ class Scores(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in ("values", "bias")), ("sigmoid", ctypes.c_bool))
 
 
-FEW_ROWS, MOST_WEIGHTS = 16, 32
+FEW_ROWS, MOST_WEIGHTS = 256, 32
 
 
 def _choose(results, attributes, scores, logits):

@@ -28,6 +28,7 @@ from jax_latent_moe.decode import MOST_ASSIGNMENTS, Decode, decoded_experts, pla
 from jax_latent_moe.expert_plan import plan_experts
 from jax_latent_moe.grouped_matmul.cutlass_sm90.codes import CODES
 from jax_latent_moe.grouped_matmul.registry import AUTO
+from jax_latent_moe.routing import compiled
 from jax_latent_moe.routing.permute import first_rows, make_dispatch_plan
 from jax_latent_moe.routing.router import route
 from jax_latent_moe.routing.top_k import compiled_top_k_ids
@@ -172,7 +173,7 @@ def test_the_choice_is_a_stable_sort_from_the_best(rng, experts, k):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
-@pytest.mark.parametrize(("tokens", "k"), [(5, 22), (17, 9)])
+@pytest.mark.parametrize(("tokens", "k"), [(5, 22), (65, 9), (257, 5)])
 @pytest.mark.parametrize("name", WEIGHINGS)
 def test_the_choice_and_its_weights_are_one_kernel(rng, name, tokens, k):
     """As XLA makes them, logits that underflow included. Blocks choose for few tokens, and warps for more."""
@@ -203,6 +204,15 @@ def test_other_weights_are_not_made_by_the_kernel(monkeypatch, changes, experts,
     monkeypatch.setattr(decode, "current_device", lambda: H100)
     program = functools.partial(route, config=RouterConfig(**changes), top_k=k, backend=BACKEND)
     assert "top_k_weights" not in str(jax.make_jaxpr(program)(jnp.zeros((2, experts))))
+
+
+@pytest.mark.usefixtures("install_library")
+def test_auto_makes_the_weights_of_up_to_64_tokens_by_the_kernel(monkeypatch):
+    for module in (decode, compiled):
+        monkeypatch.setattr(module, "current_device", lambda: H100)
+    program = functools.partial(route, config=RouterConfig(), top_k=22, backend="auto")
+    for tokens, has_weights in ((1, True), (64, True), (65, False)):
+        assert ("top_k_weights" in str(jax.make_jaxpr(program)(jnp.zeros((tokens, 512))))) == has_weights
 
 
 @pytest.mark.usefixtures("install_library")

@@ -105,6 +105,17 @@ def test_more_inputs_than_shared_memory_holds_at_once(rng, format):
 
 @emulates
 @pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("format", ["fp8_block", "int8", "mxfp4", "nvfp4", "int4_32_zero"])
+@pytest.mark.parametrize("inner", [1184, 3072 + 544])
+def test_units_in_two_pieces(rng, format, inner):
+    """Blocks share 5 or 10 units of the second product. There are 4 blocks or 8."""
+    config = layer("relu2", 160, 5, 2, inner)
+    assert checked(rng, config, format, 5, ids=np.arange(10).reshape(5, 2) % 5).rows == 8
+    assert checked(rng, config, format, 40, ids=np.arange(80).reshape(40, 2) % 5).rows == 16
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize(
     ("format", "name", "latent", "inner"),
     [

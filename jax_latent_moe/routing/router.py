@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_latent_moe.config import RouterConfig
-from jax_latent_moe.decode import refusal
+from jax_latent_moe.decode import MOST_LISTED, MOST_TOKENS_OF_CODES, refusal
 from jax_latent_moe.device import Device, current_device
 from jax_latent_moe.dtypes import at_least_float32
 from jax_latent_moe.grouped_matmul.registry import BackendConfig
@@ -174,7 +174,8 @@ def weighs_in_kernel(
     by_sum = config.norm_topk_prob and config.norm_topk_eps > 0
     known = config.score_function == "sigmoid" or (not by_sum and config.score_function != "sqrt_softplus")
     fits = num_experts <= MOST_SCORES and top_k <= MOST_WEIGHTS
-    return normalised and fits and known and refusal(backend, tokens, top_k, device) is None
+    few = refusal(backend, tokens, top_k, device, MOST_TOKENS_OF_CODES, MOST_LISTED) is None
+    return normalised and fits and known and few
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -170,6 +170,18 @@ inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
   return *std::min_element(all.begin(), all.end());
 }
 
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t value) {
+  uint32_t found = 0;
+  for (const uint32_t given : emulation::of_warp<uint32_t>(value)) found |= given;
+  return found;
+}
+
+inline int __reduce_add_sync(uint32_t, int value) {
+  int sum = 0;
+  for (const int given : emulation::of_warp<int>(value)) sum += given;
+  return sum;
+}
+
 inline void __syncwarp() { emulation::wait_for(emulation::Wait::kWarp); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

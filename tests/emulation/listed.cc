@@ -41,6 +41,6 @@ extern "C" void multiply_listed(Listed const* first, Listed const* second) {
   multiply(*first, {{first->starts, (experts + 1) * sizeof(int32_t)}, {first->list, assignments * sizeof(int32_t)}});
   multiply(*second, {{const_cast<void*>(product.rows), assignments * product.weight.k * sizeof(__nv_bfloat16)}});
   run(combine_choices, dim3(latent_moe::ceil_div(product.weight.n, kCombined), product.assignments / product.choices), kThreads,
-      product, {{product.partial, assignments * product.weight.n * sizeof(float)}});
+      product, {{product.partial, assignments * kPieces * product.weight.n * sizeof(float)}});
   _mm_setcsr(before);
 }

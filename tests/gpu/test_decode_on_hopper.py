@@ -86,6 +86,14 @@ def test_listed_rows(rng, format, tokens, experts):
     check(rng, config, format, tokens, ids=ids)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_listed_units_in_two_pieces(rng, format):
+    """An H200 has 528 blocks with passes of 8 rows and 264 with 16, for 720 units of several rounds."""
+    config = layer("relu2", 1024, 90, 22, 1408)
+    check(rng, config, format, 9)
+    check(rng, config, format, 30)
+
+
 @pytest.mark.parametrize("name", KERNEL_ACTIVATIONS)
 def test_activations_of_listed_rows(rng, name):
     for format, tokens in (("mxfp4", 20), ("fp8_block", 70)):

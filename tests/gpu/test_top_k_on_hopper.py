@@ -21,7 +21,8 @@ pytestmark = [needs_hopper, pytest.mark.skipif(library().missing is not None, re
         (5, 33, 33),
         (70, 64, 40),
         (9, 130, 1),
-        (65, 896, 16),
+        (256, 896, 16),
+        (257, 512, 22),
         (2, MOST_SCORES, 64),
     ],
 )

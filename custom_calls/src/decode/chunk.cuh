@@ -36,12 +36,13 @@ __device__ uint8_t const* scales_of(Weight const& weight, int64_t matrix, int fe
   return static_cast<uint8_t const*>(weight.scales) + scales_before_feature<C>(weight, matrix, feature);
 }
 
-template <Code C, int Groups>
+// Rows: of a group, in shared memory.
+template <Code C, int Groups, int Rows = 8>
 struct Chunk {
   static constexpr int kPacking = packing(C), kSize = 16 * kPacking;  // kSize: elements of a lane
   static constexpr int kStep = 4 * kSize;                            // elements of a warp
   static constexpr int kUnits = kSize / 8;                           // groups of 8 elements of a lane
-  static constexpr int kApart = 8 * Groups * 4;                      // from a unit of a row to the next one
+  static constexpr int kApart = Rows * Groups * 4;                   // from a unit of a row to the next one
 
   // What is stored for the codes of a chunk: the bits of a float, or all bits of the narrow scales and of the zero point.
   static __device__ uint32_t scale(Weight const& weight, uint8_t const* at) {

@@ -11,14 +11,15 @@
 
 namespace latent_moe::decode {
 
-template <Code C, int Threads, int Blocks = 1024 / Threads>
+// Rows: the most that a block multiplies at once. Few of them leave more memory to the L1 cache, where scales stay.
+template <Code C, int Threads, int Blocks = 1024 / Threads, int Rows = 8>
 struct Coded {
   static constexpr int kThreads = Threads, kTile = Threads / 2;
-  static constexpr int kRows = 8, kBlocks = Blocks;  // kBlocks: blocks of an SM
-  using Lane = Chunk<C, 1>;
+  static constexpr int kRows = Rows, kBlocks = Blocks;  // kBlocks: blocks of an SM
+  using Lane = Chunk<C, 1, Rows>;
   static constexpr int kPacking = Lane::kPacking, kChunk = Lane::kSize, kStep = Lane::kStep, kUnits = Lane::kUnits, kAhead = 2;
   static constexpr int kPanel = 8 * kThreads;  // elements of the rows in shared memory at a time
-  static constexpr int kAtOnce = 4;            // rows that are loaded before they are stored
+  static constexpr int kAtOnce = Rows < 4 ? Rows : 4;  // rows that are loaded before they are stored
   static_assert(kPanel % (kAhead * kStep) == 0);
 
   struct Shared {
@@ -55,7 +56,7 @@ struct Coded {
                                   uint8_t const* list, int rows, float (&sums)[kRows][kTile]) {
     Weight const& weight = product.weight;
     const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4, place = lane % 4;
-    const int row = min(lane / 4, rows - 1), matrix = expert * weight.parts;
+    const int row = kRows == 1 ? 0 : min(lane / 4, rows - 1), matrix = expert * weight.parts;
     auto const* codes_of_expert = static_cast<uint8_t const*>(weight.data) + int64_t{matrix} * weight.n * (weight.k / kPacking);
     auto const* scales_of_expert = scales_of<C>(weight, matrix, 0);
     uint8_t const* codes[2] = {codes_of_expert + from.codes[0], codes_of_expert + from.codes[1]};
@@ -100,8 +101,8 @@ struct Coded {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float scale = Lane::left(weight, matrix + from.part);
-      sums[2 * place][column + 8 * i] = scale * totals[0][2 * i];
-      sums[2 * place + 1][column + 8 * i] = scale * totals[0][2 * i + 1];
+      if (2 * place < kRows) sums[2 * place][column + 8 * i] = scale * totals[0][2 * i];
+      if (2 * place + 1 < kRows) sums[2 * place + 1][column + 8 * i] = scale * totals[0][2 * i + 1];
     }
   }
 

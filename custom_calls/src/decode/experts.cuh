@@ -177,9 +177,9 @@ cudaError_t launch_coded(Product const& product, int num_sms, Launch launch) {
   if (product.distinct) {
     const int tiles = ceil_div(product.weight.n * product.weight.parts, Small::kTile);
     if (product.choice_weights == nullptr && tiles * product.assignments <= kFewBlocks * num_sms) {
-      return launch_with<__nv_bfloat16, Coded<C, Small::kThreads, kFewBlocks>, true>(product, launch);
+      return launch_with<__nv_bfloat16, Coded<C, Small::kThreads, kFewBlocks, 1>, true>(product, launch);
     }
-    return launch_with<__nv_bfloat16, Small, true>(product, launch);
+    return launch_with<__nv_bfloat16, Coded<C, Small::kThreads, Small::kBlocks, 1>, true>(product, launch);
   }
   if (product.assignments == product.choices && product.choices <= Small::kThreads) {
     return launch_with<__nv_bfloat16, Small>(product, launch);

@@ -36,6 +36,7 @@ struct Stream {
     int assignments[Pass], sources[Pass];  // sources: where the rows come from
     float weights[Pass];
     Unit units[kWarps][2];  // of each warp, the present one and the next one
+    int last;               // where the block's last unit ends along the contracted axis
   };
 
   Listed const& listed;
@@ -78,12 +79,12 @@ struct Stream {
   __device__ void point_at(int more) {
     Unit const& unit = this->unit(more);
     const int first = first_feature(unit.tile), feature = first + lane / 4;
-    left = feature < weight.n ? weight.k : 0;
+    left = feature < weight.n ? unit.last - unit.first : 0;
     if (left == 0) return;
     const int matrix = unit.expert * weight.parts;
     const int64_t row = int64_t{matrix} * weight.n + first;
     codes = static_cast<uint8_t const*>(weight.data) + row * (weight.k / Lane::kPacking);
-    codes += (lane / 4 * weight.k + place * Lane::kSize) / Lane::kPacking;
+    codes += (lane / 4 * weight.k + unit.first + place * Lane::kSize) / Lane::kPacking;
     if constexpr (Staged) {
       // 8 features have `half` bytes of scales, and `first` is a multiple of 8.
       auto const* from = static_cast<uint8_t const*>(weight.scales) + row / 8 * listed.unit_scales.half;
@@ -91,7 +92,7 @@ struct Stream {
     } else {
       scales = scales_of<C>(weight, matrix, feature);
       // A scale of the sums applies to all elements of the step, including those of other lanes.
-      if constexpr (Lane::kPacking == 2) scales += scales_before<C>(weight, place * Lane::kSize);
+      scales += scales_before<C>(weight, unit.first + (Lane::kPacking == 2 ? place * Lane::kSize : 0));
     }
   }
 
@@ -100,7 +101,8 @@ struct Stream {
     wait_for_copies();
     if constexpr (C == Code::kMxfp4) takes_two = has_scales_above_128(staged_scales(more), listed.unit_scales);
     __syncwarp();
-    scales = staged_scales(more) + lane / 4 * listed.unit_scales.row + scales_before<C>(weight, place * Lane::kSize);
+    scales = staged_scales(more) + lane / 4 * listed.unit_scales.row;
+    scales += scales_before<C>(weight, unit(more).first + place * Lane::kSize);
   }
 
   // Loads a step of the next round, all of which exists if it is whole. Beyond the end, codes and their scales are 0, as the
@@ -167,7 +169,7 @@ struct Stream {
     __syncthreads();
   }
 
-  // Stores the sums of a unit: hidden elements, or weighted parts.
+  // Stores the sums of a unit: hidden elements, or weighted parts. A unit that is not cut has zeros in place of a second piece.
   __device__ void store(float (&totals)[kGroups][4], Unit const& unit) {
     const int feature = first_feature(unit.tile), count = min(unit.end - unit.row, Pass);
     float(&sums)[Pass][kColumns] = shared.sums[warp];
@@ -198,9 +200,12 @@ struct Stream {
         auto* hidden = static_cast<__nv_bfloat16*>(product.hidden) + at;
         *reinterpret_cast<__nv_bfloat162*>(hidden) = __floats2bfloat162_rn(value.x, value.y);
       } else {
-        const int64_t at = int64_t{shared.assignments[row]} * weight.n + feature + column;
+        const int piece = unit.first > 0;
+        const int64_t at = int64_t{shared.assignments[row] * kPieces + piece} * weight.n + feature + column;
         const float factor = shared.weights[row];
         *reinterpret_cast<float2*>(product.partial + at) = {factor * value.x, factor * value.y};
+        const bool is_whole = piece == 0 && unit.last == weight.k;
+        if (is_whole) *reinterpret_cast<float2*>(product.partial + at + weight.n) = {0.0f, 0.0f};
       }
     }
     __syncwarp();
@@ -235,48 +240,51 @@ struct Stream {
   __device__ void run() {
     if (is_first()) cudaGridDependencySynchronize();  // the lists are there
     cudaTriggerProgrammaticLaunchCompletion();
-    Unit begin;
-    int more = first_unit<Threads>(begin, listed, tiles, Pass) - 1;
+    const Share share = share_of_block<Threads>(listed, tiles, Pass, is_first() ? weight.k : kRound);
+    int more = share.units - 1;
     if (more < 0) {
       // Without this wait the product could end before the first one, and the next kernel would begin too early.
       if (!is_first()) cudaGridDependencySynchronize();
       return;
     }
-    unit(more) = begin;
+    unit(more) = share.first;
+    shared.last = share.last;
     point_at(more);
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) load<false>(step);
     if (left > 0) next_round();
     if (!is_first()) cudaGridDependencySynchronize();  // the hidden rows are there
-    uint4 const* first[kGroups];
+    uint4 const* of_rows[kGroups];
     for (bool has_other_rows = true; more >= 0; --more) {
       const bool is_busy = first_feature(unit(more).tile) < weight.n;
       if constexpr (Staged) take_scales(more);
       float totals[kGroups][4] = {};
       uint4 const* elements[kGroups];
-      for (int start = 0; start < weight.k; start += kRound) {
-        if (start == 0 || (weight.k > kPanel && start % kPanel == 0)) {
+      const int first = unit(more).first, last = unit(more).last;
+      for (int start = first; start < last; start += kRound) {
+        const int in_panel = start % kPanel;
+        if (start == first || in_panel == 0) {
           if (has_other_rows || weight.k > kPanel) {
-            store_rows(unit(more), start);
+            store_rows(unit(more), start - in_panel);
             // A lane beyond the last row reads the last one again, unused.
-            const int last = min(unit(more).end - unit(more).row, Pass) - 1;
+            const int last_row = min(unit(more).end - unit(more).row, Pass) - 1;
 #pragma unroll
-            for (int g = 0; g < kGroups; ++g) first[g] = rows + min(8 * g + lane / 4, last) * 4 + place;
+            for (int g = 0; g < kGroups; ++g) of_rows[g] = rows + min(8 * g + lane / 4, last_row) * 4 + place;
           }
 #pragma unroll
-          for (int g = 0; g < kGroups; ++g) elements[g] = first[g];
+          for (int g = 0; g < kGroups; ++g) elements[g] = of_rows[g] + in_panel / Lane::kStep * Lane::kUnits * Lane::kApart;
         }
-        const int end = min(weight.k, start - start % kPanel + kPanel) - kRound;
+        const int end = min(last, start - in_panel + kPanel) - kRound;
         for (; left >= kRound && start < end; start += kRound) multiply_round<true>(totals, elements, 0);
         // The last round of a unit, or one behind which there is no whole one, or other rows.
-        if (start + kRound >= weight.k) {
+        if (start + kRound >= last) {
           left = 0;
           if (more > 0) has_other_rows = go_on(more);
         }
-        if (Staged && is_busy && start + kRound == weight.k && left >= kRound) {
+        if (Staged && is_busy && start + kRound == last && left >= kRound) {
           multiply_round<true>(totals, elements, 0);
         } else {
-          multiply_round<false>(totals, elements, is_busy ? weight.k - start : 0);
+          multiply_round<false>(totals, elements, is_busy ? last - start : 0);
         }
       }
       if (is_busy) store(totals, unit(more));
@@ -287,6 +295,7 @@ struct Stream {
   __device__ bool go_on(int more) {
     Unit next = unit(more);
     const bool has_other_rows = advance(next, listed, tiles, Pass);
+    next.first = 0, next.last = more == 1 ? shared.last : weight.k;
     unit(more - 1) = next;
     point_at(more - 1);
     return has_other_rows;

@@ -17,8 +17,11 @@ struct UnitScales {
   int gap_shift;  // a gap of 16 bytes is behind each 2^gap_shift bytes
 };
 
+// The most pieces of a tile of the second product along the contracted axis. Each piece has its own sums.
+constexpr int kPieces = 2;
+
 // One of the two products. The first reads tokens by the list, and hidden rows are in the order of the list. `partial` is
-// [assignments][n], in the order of assignments. Counters, and splits of the contracted axis, are not used.
+// [assignments][kPieces][n], in the order of assignments. Counters, and splits of the contracted axis, are not used.
 struct Listed {
   Product product;
   int32_t* starts;  // [experts + 1], where each expert's part of the list starts

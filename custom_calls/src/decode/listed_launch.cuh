@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(Stream::kThreads, Stream::kBlocks) multiply_li
   Stream(listed, shared).run();
 }
 
-// The most bytes of dynamic shared memory with which an SM holds all blocks of a kernel. 256 are enough for first_unit.
+// The most bytes of dynamic shared memory with which an SM holds all blocks of a kernel. 256 are enough for share_of_block.
 template <class Stream>
 constexpr int kMostBytes = (kMemoryOfSm / Stream::kBlocks - kReserved - int(sizeof(typename Stream::Shared)) - 256) / 16 * 16;
 

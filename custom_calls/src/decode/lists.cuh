@@ -7,43 +7,48 @@
 namespace latent_moe::decode {
 
 // Each warp lists the assignments of an expert. It finds their place in the list by counting those of lower experts, so it waits
-// for no other warp. One more warp counts all.
+// for no other warp. One more warp counts all. A lane keeps its part of 1024 ids in one bit each, so that loads do not wait for
+// each other.
 __global__ void __launch_bounds__(kThreads) list_assignments(Listed listed) {
-  constexpr int kAtOnce = 4;  // loads
+  constexpr int kAtOnce = 32;  // ids of a lane
   Product const& product = listed.product;
   const int lane = threadIdx.x % 32, expert = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   cudaTriggerProgrammaticLaunchCompletion();
   if (expert > product.experts) return;
-  // As an unsigned number, an id that is no expert is above all experts.
-  auto const id_of = [&](int assignment) {
-    return assignment < product.assignments ? static_cast<uint32_t>(product.ids[assignment]) : ~0u;
+  // Bit i of `own` is whether id i of this lane is the expert. Counts lower ids. As an unsigned number, an id that is no expert is
+  // above all experts.
+  auto const compare = [&](int first, uint32_t& own) {
+    int lower = 0;
+    own = 0;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = first + 32 * i + lane;
+      const uint32_t id = at < product.assignments ? static_cast<uint32_t>(product.ids[at]) : ~0u;
+      lower += id < uint32_t(expert), own |= uint32_t{id == uint32_t(expert)} << i;
+    }
+    return lower;
   };
-  int lower = 0, own = 0;
-#pragma unroll kAtOnce
-  for (int first = 0; first < product.assignments; first += 32) {
-    const uint32_t id = id_of(first + lane);
-    lower += id < uint32_t(expert), own += id == uint32_t(expert);
-  }
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    lower += __shfl_xor_sync(~0u, lower, lanes), own += __shfl_xor_sync(~0u, own, lanes);
-  }
-  if (lane == 0) listed.starts[expert] = lower;
+  int lower = 0;
+  uint32_t own;
+  for (int first = 0; first < product.assignments; first += 32 * kAtOnce) lower += compare(first, own);
+  int place = __reduce_add_sync(~0u, lower);
+  if (lane == 0) listed.starts[expert] = place;
   if (expert == product.experts) return;
-  int place = lower;
-#pragma unroll kAtOnce
-  for (int first = 0; first < product.assignments; first += 32) {
-    if (place == lower + own) break;
-    const bool has = id_of(first + lane) == uint32_t(expert);
-    const uint32_t mask = __ballot_sync(~0u, has);
-    if (has) listed.list[place + __popc(mask & ((1u << lane) - 1))] = first + lane;
-    place += __popc(mask);
+  for (int first = 0; first < product.assignments; first += 32 * kAtOnce) {
+    if (product.assignments > 32 * kAtOnce) compare(first, own);
+    for (uint32_t left = __reduce_or_sync(~0u, own); left != 0; left &= left - 1) {
+      const int i = __ffs(left) - 1;
+      const uint32_t mask = __ballot_sync(~0u, own >> i & 1);
+      if (own >> i & 1) listed.list[place + __popc(mask & ((1u << lane) - 1))] = first + 32 * i + lane;
+      place += __popc(mask);
+    }
   }
 }
 
 constexpr int kCombined = 128;  // columns of a block
 
-// A block adds a tile of a token's weighted parts. Each warp adds every eighth choice, and the sums of warps are added in
-// order. A choice that is no expert adds nothing.
+// A block adds a tile of a token's weighted parts. Each warp adds every eighth choice with its pieces, and the sums of warps are
+// added in order. A choice that is no expert adds nothing.
 __global__ void __launch_bounds__(kThreads) combine_choices(Product product) {
   constexpr int kWarps = kThreads / 32;
   __shared__ float sums[kWarps][kCombined];
@@ -56,8 +61,12 @@ __global__ void __launch_bounds__(kThreads) combine_choices(Product product) {
   for (int choice = warp; choice < product.choices; choice += kWarps) {
     const bool exists = static_cast<uint32_t>(product.ids[first + choice]) < uint32_t(product.experts);
     if (!exists || feature >= n) continue;
-    const float4 part = __ldcg(reinterpret_cast<float4 const*>(product.partial + (first + choice) * n + feature));
-    total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int64_t at = ((first + choice) * kPieces + piece) * n + feature;
+      const float4 part = __ldcg(reinterpret_cast<float4 const*>(product.partial + at));
+      total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+    }
   }
   for (int i = 0; i < 4; ++i) sums[warp][lane * 4 + i] = total[i];
   __syncthreads();

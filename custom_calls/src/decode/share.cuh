@@ -1,7 +1,8 @@
 // The share of a persistent block in the work of a product of listed rows.
 //
 // An expert's rows make passes of at most `pass` rows. A pass has a unit for each tile of columns. The units of all passes lie
-// in a row, and each block has a part of them, so that all parts are equally long.
+// in a row, and each block has a part of them, so that all parts are equally long. Parts of the second product may begin and end
+// within a unit, along the contracted axis (Osama et al. 2023, Stream-K). Such a unit has two pieces, in two blocks.
 #pragma once
 
 #include "common/device.cuh"
@@ -9,12 +10,13 @@
 
 namespace latent_moe::decode {
 
-// A unit: a tile of an expert, times the rows of the list from `row` on; the expert's rows end at `end`.
+// A unit: a tile of an expert, times the rows of the list from `row` on; the expert's rows end at `end`. The block has the elements
+// first ... last - 1 of the contracted axis.
 struct Unit {
-  int expert, row, end, tile;
+  int expert, row, end, tile, first, last;
 };
 
-// Goes on to the next unit. There must be one. Returns whether it has other rows.
+// Goes on to the next tile. There must be one. Returns whether it has other rows.
 __device__ __forceinline__ bool advance(Unit& unit, Listed const& listed, int tiles, int pass) {
   if (++unit.tile < tiles) return false;
   unit.tile = 0, unit.row += pass;
@@ -27,9 +29,17 @@ __device__ __forceinline__ bool advance(Unit& unit, Listed const& listed, int ti
   return true;
 }
 
-// Finds the first unit of the block, and returns their number. Every thread of so many calls it.
+// What a block has: so many units, the first one from an element on, and the last one up to an element.
+struct Share {
+  int units;
+  Unit first;
+  int last;
+};
+
+// Finds the share of the block. Units may be cut at every `round` elements, and none is cut if that is k. Every thread of so many
+// calls it.
 template <int Threads>
-__device__ int first_unit(Unit& unit, Listed const& listed, int tiles, int pass) {
+__device__ Share share_of_block(Listed const& listed, int tiles, int pass, int round) {
   constexpr int kWarps = Threads / 32;
   __shared__ int sums[kWarps];
   __shared__ Unit found;
@@ -54,21 +64,35 @@ __device__ int first_unit(Unit& unit, Listed const& listed, int tiles, int pass)
   }
   // Blocks that share an SM have neighbouring parts, so that each SM has equally much.
   const int layers = gridDim.x / listed.num_sms, index = blockIdx.x % listed.num_sms * layers + blockIdx.x / listed.num_sms;
-  const int64_t units = int64_t{total} * tiles;
-  const int from = units * index / gridDim.x, to = units * (index + 1) / gridDim.x;
-  int skipped = from / tiles - before;  // passes
-  if (from < to && skipped >= 0 && skipped < passes) {
+  const int units = total * tiles, blocks = gridDim.x, k = listed.product.weight.k;
+  // If blocks had less than a unit, a unit could be cut twice.
+  if (units < blocks) round = k;
+  const int rounds = ceil_div(k, round);
+  struct Place {
+    int unit, element;
+  };
+  auto const begin_of = [&](int index) {
+    const int64_t before = int64_t{units} * index;
+    const int unit = before / blocks, rest = before - int64_t{unit} * blocks;  // rest / blocks of this unit are before
+    return Place{unit, rest * rounds / blocks * round};
+  };
+  const Place begin = begin_of(index), end = begin_of(index + 1);
+  Share share = {end.unit - begin.unit + (end.element > 0), {}, end.element > 0 ? end.element : k};
+  int skipped = begin.unit / tiles - before;  // passes
+  if (share.units > 0 && skipped >= 0 && skipped < passes) {
     int expert = first;
     for (;; ++expert) {
       const int own = ceil_div(listed.starts[expert + 1] - listed.starts[expert], pass);
       if (skipped < own) break;
       skipped -= own;
     }
-    found = {expert, listed.starts[expert] + skipped * pass, listed.starts[expert + 1], from % tiles};
+    found = {expert, listed.starts[expert] + skipped * pass, listed.starts[expert + 1], begin.unit % tiles};
   }
   __syncthreads();
-  unit = found;
-  return to - from;
+  share.first = found;
+  share.first.first = begin.element;
+  share.first.last = share.units == 1 ? share.last : k;
+  return share;
 }
 
 }  // namespace latent_moe::decode

@@ -32,7 +32,7 @@ ffi::Error decode_listed_experts(DecodeListedExpertsCall const& call) {
   check.buffer("weights", call.weights, ffi::DataType::F32, {tokens, choices});
   check.buffer("out", *call.out, type, {tokens, width});
   check.buffer("hidden", *call.hidden, type, {assignments, inner});
-  check.buffer("partial", *call.partial, ffi::DataType::F32, {assignments, width});
+  check.buffer("partial", *call.partial, ffi::DataType::F32, {assignments, decode::kPieces, width});
   check.buffer("lists", *call.lists, ffi::DataType::S32, {experts + 1 + assignments});
 
   decode::Listed first = {};

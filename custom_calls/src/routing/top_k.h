@@ -11,7 +11,7 @@ constexpr int kMostScores = 1024;  // scores of a row; each lane of a warp takes
 
 constexpr int kMostWeights = 32;   // weights of a row, one for each lane of a warp
 
-constexpr int kFewRows = 16;  // up to so many rows, a block chooses for each of them if k <= kMostWeights
+constexpr int kFewRows = 256;  // up to so many rows, a block chooses for each of them if k <= kMostWeights
 
 // The scores that decide the choice: the values, or their sigmoids if asked for, plus the bias [columns] if there is one.
 struct Scores {
