@@ -164,6 +164,8 @@ def test_arithmetic(rng, name, k):
             most, nan = {"mxfp4": (255, 255), "nvfp4": (127, 127)}.get(name, (16, 1))
             scales[key] = rng.integers(most, size=shape).astype(np.uint8)
             scales[key][3, 0], scales[key][5, -1] = nan, nan
+        if name == "nvfp4":
+            scales[key] |= rng.choice([0, 0x80], shape).astype(np.uint8)  # of either sign
     with np.errstate(over="ignore"):
         expected = decoded(name, codes, scales).astype(np.float32) * (block if how.block else np.float32(1))
         expected = np.float32(expected.astype(ml_dtypes.bfloat16))

@@ -54,14 +54,15 @@ def e4m3_pairs(m, word, scale=None):
 
 
 def e4m3_scales(m, word):
-    """Four positive E4M3 scales, each as a pair of equal bfloat16. If one is NaN, some are.
+    """Four E4M3 scales, each as a pair of equal bfloat16. If one is NaN, some are.
 
     The scales are those of one output, which one NaN spoils anyhow.
     """
     values = []
-    for pair in (word & 0x007F007F, word >> 8 & 0x007F007F):
-        nans = m.if_nonzero(pair + 0x00010001 & 0x00800080, 0x7FC07FC0)
-        values.append(m.mul_bf16(pair << 4, TWO_TO_120) | nans)
+    for shift in (0, 8):
+        sizes, signs = (word >> shift & mask for mask in (0x007F007F, 0x00800080))
+        nans = m.if_nonzero(sizes + 0x00010001 & 0x00800080, 0x7FC07FC0)
+        values.append(m.mul_bf16(sizes << 4, TWO_TO_120) | signs << 8 | nans)
     return [m.prmt(pair, pair, select) for select in (0x1010, 0x3232) for pair in values]
 
 
