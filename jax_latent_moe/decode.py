@@ -33,7 +33,8 @@ MOST_TOKENS_UNLISTED = {1: 8, 2: 7}
 """The most tokens without lists if both weights are codes, by the codes in a byte.
 
 With 8 tokens, a step of Super's layer took 0.244 ms without lists and 0.259 with them in `fp8_block` on an H200, and
-0.186 and 0.177 in `mxfp4` (benchmarks/results/profiles/h200-2026-11-30.md).
+0.186 and 0.177 in `mxfp4` (benchmarks/results/profiles/h200-2026-11-30.md). Lists in `mxfp4` take 0.167 since then.
+Those in `fp8_block` were not timed again.
 """
 MOST_LISTED = 8192
 """The most assignments of a call with lists. Weighted parts of the output take 8 bytes an element of each."""

@@ -207,12 +207,20 @@ def test_other_weights_are_not_made_by_the_kernel(monkeypatch, changes, experts,
 
 
 @pytest.mark.usefixtures("install_library")
-def test_auto_makes_the_weights_of_up_to_64_tokens_by_the_kernel(monkeypatch):
+def test_the_kernel_makes_the_weights_of_up_to_64_tokens_and_always_of_8192_choices(monkeypatch):
     for module in (decode, compiled):
         monkeypatch.setattr(module, "current_device", lambda: H100)
     program = functools.partial(route, config=RouterConfig(), top_k=22, backend="auto")
-    for tokens, has_weights in ((1, True), (64, True), (65, False)):
-        assert ("top_k_weights" in str(jax.make_jaxpr(program)(jnp.zeros((tokens, 512))))) == has_weights
+    always = functools.partial(program, backend=BACKEND)
+    for tokens, *has_weights in (
+        (1, True, True),
+        (64, True, True),
+        (65, False, True),
+        (372, False, True),
+        (373, False, False),
+    ):
+        logits = jnp.zeros((tokens, 512))
+        assert ["top_k_weights" in str(jax.make_jaxpr(route)(logits)) for route in (program, always)] == has_weights
 
 
 @pytest.mark.usefixtures("install_library")

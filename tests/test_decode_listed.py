@@ -108,10 +108,27 @@ def test_more_inputs_than_shared_memory_holds_at_once(rng, format):
 @pytest.mark.parametrize("format", ["fp8_block", "int8", "mxfp4", "nvfp4", "int4_32_zero"])
 @pytest.mark.parametrize("inner", [1184, 3072 + 544])
 def test_units_in_two_pieces(rng, format, inner):
-    """Blocks share 5 or 10 units of the second product. There are 4 blocks or 8."""
+    """8 or 4 blocks share 10 units of the second product."""
     config = layer("relu2", 160, 5, 2, inner)
     assert checked(rng, config, format, 5, ids=np.arange(10).reshape(5, 2) % 5).rows == 8
     assert checked(rng, config, format, 40, ids=np.arange(80).reshape(40, 2) % 5).rows == 16
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize(("format", "inner"), [("mxfp4", 2688), ("nvfp4", 1792)])
+def test_units_in_two_pieces_of_large_blocks(rng, format, inner):
+    """4 blocks of 512 threads share 5 units."""
+    checked(rng, layer("relu2", 160, 5, 2, inner), format, 5, ids=np.arange(10).reshape(5, 2) % 5)
+
+
+@emulates
+@pytest.mark.usefixtures("emulation")
+def test_pieces_are_in_any_order(rng):
+    """8 blocks share 9 units, so the second piece may be stored first. With fewer units than blocks, none is cut."""
+    config = layer("relu2", 128, 9, 1, 1184)
+    checked(rng, config, "int8", 9, ids=np.arange(9)[:, None])
+    checked(rng, dataclasses.replace(config, num_experts=2), "int8", 1, ids=[[0]])
 
 
 @emulates

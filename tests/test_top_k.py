@@ -1,5 +1,8 @@
 """The choice of the best experts, as far as it is testable without a GPU."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 
 from jax_latent_moe import CutlassBackend, PallasBackend, XlaBackend
 from jax_latent_moe.routing import compiled
-from jax_latent_moe.routing.top_k import MOST_SCORES, top_k_ids
+from jax_latent_moe.routing.top_k import MOST_SCORES, MOST_WEIGHTS, top_k_ids
+from tests import emulated
 from tests.kernels import A100, H100, H200
 
 KERNEL = "@latent_moe_top_k("
@@ -41,6 +45,13 @@ def test_the_kernel_is_taken_where_it_runs(monkeypatch, device, backend, dtype, 
     monkeypatch.setattr(compiled, "current_device", lambda: device)
     scores = jax.ShapeDtypeStruct((64, experts), dtype)
     assert (KERNEL in lowered(scores, backend)) == takes_it
+
+
+def test_limits_are_those_of_the_kernels():
+    header = (pathlib.Path(__file__).parents[1] / "custom_calls/src/routing/top_k.h").read_text()
+    limits = dict(re.findall(r"constexpr int (k\w+) = (\d+);", header))
+    expected = {"kMostScores": MOST_SCORES, "kMostWeights": MOST_WEIGHTS, "kFewRows": emulated.FEW_ROWS}
+    assert {name: int(limits[name]) for name in expected} == expected
 
 
 def test_without_the_library_xla_sorts(monkeypatch, library_at, tmp_path):

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from jax_latent_moe import cost
 from jax_latent_moe.config import LatentMoEConfig, ParallelConfig
-from jax_latent_moe.decode import Decode
+from jax_latent_moe.decode import PIECES, Decode
 from jax_latent_moe.device import Device
 from jax_latent_moe.expert_plan import ExpertPlan
 from jax_latent_moe.formats import ScaledArray
@@ -141,11 +141,12 @@ def _forward_rows(config, experts: ExpertPlan, narrow: int, pre: int, hidden: in
     """Bytes of the rows of a forward pass: tokens gathered, pre-activations, hidden rows and outputs.
 
     Gathered rows and outputs use the same memory at different times. A kernel for few tokens has no rows but the hidden
-    ones, and with lists the weighted outputs in float32. XLA reuses the memory of a pre-activation for hidden rows of
-    the same size. A gated pre-activation is beside them, and XLA places the widest rows first.
+    ones. With lists it also has the weighted outputs in float32, in `PIECES` each. XLA reuses the memory of a
+    pre-activation for hidden rows of the same size. A gated pre-activation is beside them, and XLA places the widest
+    rows first.
     """
     if isinstance(experts.decode, Decode):
-        return hidden + (2 * narrow if experts.decode.rows else 0)
+        return hidden + (2 * PIECES * narrow if experts.decode.rows else 0)
     if experts.up_without_gradient.problem.epilogue is not None or not config.gated:
         return narrow + hidden
     return narrow + pre + hidden if narrow >= pre else pre + max(narrow, hidden)

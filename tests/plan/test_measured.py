@@ -65,6 +65,15 @@ def test_the_kernels_for_few_tokens_as_measured(tokens, microseconds):
     assert few.memory["working memory of a layer"] < many.memory["working memory of a layer"]
 
 
+@pytest.mark.parametrize("record", measured({"loop": ("super_t64_fp8_block", "super_t64_mxfp4")}, impls=("decode",)))
+def test_the_memory_of_listed_rows_as_measured(record):
+    """Within 15 %. The loop around the layer adds little."""
+    layer = dataclasses.replace(LAYERS["super_t8192"][1], backend=CutlassBackend(decode="always"))
+    format = record["shape"].removeprefix("super_t64_")
+    plan = make_cost_plan(layer, {}, 64, MEASURED[record["device"]], training=False, format=format)
+    assert plan.memory["working memory of a layer"] == pytest.approx(record["temp_bytes"], rel=0.15)
+
+
 @pytest.mark.parametrize(
     "record", measured({"parallel": ("super_t8192_x2",)}, ["h200-x2"], ("all_gather", "all_to_all"))
 )

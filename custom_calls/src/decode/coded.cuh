@@ -11,7 +11,7 @@
 
 namespace latent_moe::decode {
 
-// Rows: the most that a block multiplies at once. Few of them leave more memory to the L1 cache, where scales stay.
+// Rows: the most that a block multiplies at once. Fewer rows leave more memory to the L1 cache, where scales stay.
 template <Code C, int Threads, int Blocks = 1024 / Threads, int Rows = 8>
 struct Coded {
   static constexpr int kThreads = Threads, kTile = Threads / 2;

@@ -169,7 +169,7 @@ struct Stream {
     __syncthreads();
   }
 
-  // Stores the sums of a unit: hidden elements, or weighted parts. A unit that is not cut has zeros in place of a second piece.
+  // Stores the sums of a unit: hidden elements, or weighted parts. A whole unit stores zeros as its second piece.
   __device__ void store(float (&totals)[kGroups][4], Unit const& unit) {
     const int feature = first_feature(unit.tile), count = min(unit.end - unit.row, Pass);
     float(&sums)[Pass][kColumns] = shared.sums[warp];

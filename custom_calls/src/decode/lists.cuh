@@ -7,15 +7,15 @@
 namespace latent_moe::decode {
 
 // Each warp lists the assignments of an expert. It finds their place in the list by counting those of lower experts, so it waits
-// for no other warp. One more warp counts all. A lane keeps its part of 1024 ids in one bit each, so that loads do not wait for
-// each other.
+// for no other warp. One more warp counts all. A lane loads 32 of 1024 ids at once and keeps one bit for each: whether it is the
+// expert.
 __global__ void __launch_bounds__(kThreads) list_assignments(Listed listed) {
   constexpr int kAtOnce = 32;  // ids of a lane
   Product const& product = listed.product;
   const int lane = threadIdx.x % 32, expert = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   cudaTriggerProgrammaticLaunchCompletion();
   if (expert > product.experts) return;
-  // Bit i of `own` is whether id i of this lane is the expert. Counts lower ids. As an unsigned number, an id that is no expert is
+  // Counts lower ids. Bit i of `own` says whether id i of this lane is the expert. As an unsigned number, an id that is no expert is
   // above all experts.
   auto const compare = [&](int first, uint32_t& own) {
     int lower = 0;

@@ -1,8 +1,8 @@
 // The share of a persistent block in the work of a product of listed rows.
 //
 // An expert's rows make passes of at most `pass` rows. A pass has a unit for each tile of columns. The units of all passes lie
-// in a row, and each block has a part of them, so that all parts are equally long. Parts of the second product may begin and end
-// within a unit, along the contracted axis (Osama et al. 2023, Stream-K). Such a unit has two pieces, in two blocks.
+// in a row, and each block has a part of them. Parts differ by at most one unit. Those of the second product may begin and end within
+// a unit, along the contracted axis (Osama et al. 2023, Stream-K). Two blocks then have a piece each.
 #pragma once
 
 #include "common/device.cuh"
@@ -29,14 +29,14 @@ __device__ __forceinline__ bool advance(Unit& unit, Listed const& listed, int ti
   return true;
 }
 
-// What a block has: so many units, the first one from an element on, and the last one up to an element.
+// The share of a block: the number of its units, the first one, and where the last one ends along the contracted axis.
 struct Share {
   int units;
   Unit first;
   int last;
 };
 
-// Finds the share of the block. Units may be cut at every `round` elements, and none is cut if that is k. Every thread of so many
+// Finds the share of the block. A unit may be cut at multiples of `round`. If `round` is k, no unit is cut. Every thread of so many
 // calls it.
 template <int Threads>
 __device__ Share share_of_block(Listed const& listed, int tiles, int pass, int round) {
@@ -73,7 +73,7 @@ __device__ Share share_of_block(Listed const& listed, int tiles, int pass, int r
   };
   auto const begin_of = [&](int index) {
     const int64_t before = int64_t{units} * index;
-    const int unit = before / blocks, rest = before - int64_t{unit} * blocks;  // rest / blocks of this unit are before
+    const int unit = before / blocks, rest = before - int64_t{unit} * blocks;  // earlier blocks have rest / blocks of this unit
     return Place{unit, rest * rounds / blocks * round};
   };
   const Place begin = begin_of(index), end = begin_of(index + 1);
@@ -91,7 +91,7 @@ __device__ Share share_of_block(Listed const& listed, int tiles, int pass, int r
   __syncthreads();
   share.first = found;
   share.first.first = begin.element;
-  share.first.last = share.units == 1 ? share.last : k;
+  share.first.last = k;  // a block with a piece of a unit has another unit too
   return share;
 }
 
