@@ -141,8 +141,8 @@ def _forward_rows(config, experts: ExpertPlan, narrow: int, pre: int, hidden: in
     """Bytes of the rows of a forward pass: tokens gathered, pre-activations, hidden rows and outputs.
 
     Gathered rows and outputs use the same memory at different times. A kernel for few tokens has no rows but the hidden
-    ones. With lists it also has the weighted outputs in float32, in `PIECES` pieces each. XLA reuses the memory
-    of a pre-activation for hidden rows of the same size. A gated pre-activation is beside them, and XLA places the widest
+    ones. With lists it also has the weighted outputs in float32, in `PIECES` pieces each. XLA reuses the memory of a
+    pre-activation for hidden rows of the same size. A gated pre-activation is beside them, and XLA places the widest
     rows first.
     """
     if isinstance(experts.decode, Decode):
